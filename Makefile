@@ -1,0 +1,61 @@
+# make quickstart   create .venv, install, train a small model with GRPO
+# make test         create .venv, install with what tests need, run them      (ARGS="-k loss" picks some)
+# make lint         ruff, pyright, import-linter
+# make test-peers   live comparisons with torch, transformers and PEFT, in an environment of their own (large: torch)
+# make clean        remove the environments and caches
+#
+# PYTHON=python3.12 chooses the Python, VENV=.venv-3.12 the place of the environment.
+
+SHELL := /bin/bash
+VENV ?= .venv
+VENV_PEERS ?= .venv-peers
+NEW_ENOUGH = -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do $$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
+PIP_FLAGS = --quiet --disable-pip-version-check --constraint constraints.txt
+NEEDS = pyproject.toml constraints.txt
+ARGS ?=
+
+.PHONY: help quickstart test lint test-peers clean
+help:
+	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
+
+quickstart: $(VENV)/.installed
+	$(VENV)/bin/grpo-jax quickstart $(ARGS)
+
+test: $(VENV)/.installed-test
+	JAX_PLATFORMS=cpu $(VENV)/bin/pytest -n 2 $(ARGS)
+
+lint: $(VENV)/.installed-lint
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+test-peers: $(VENV_PEERS)/.installed
+	JAX_PLATFORMS=cpu $(VENV_PEERS)/bin/pytest tests/peers $(ARGS)
+
+clean:
+	rm -rf $(VENV) $(VENV_PEERS) .pytest_cache .ruff_cache .import_linter_cache
+
+# Each stamp is newer than the files that say what to install, so a second run installs nothing.
+$(VENV)/.installed: $(NEEDS) | $(VENV)/bin/python
+	@echo "Installing grpo-jax into $(VENV); the first time takes some minutes."
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --editable .
+	@touch $@
+
+$(VENV)/.installed-test: $(NEEDS) | $(VENV)/bin/python
+	@echo "Installing grpo-jax and what its tests need into $(VENV); the first time takes some minutes."
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --editable '.[math,test]'
+	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-lint: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) ruff 'pyright[nodejs]'
+	@touch $@
+
+$(VENV_PEERS)/.installed: $(NEEDS) | $(VENV_PEERS)/bin/python
+	@echo "Installing grpo-jax, torch and PEFT into $(VENV_PEERS); the first time takes some minutes."
+	$(VENV_PEERS)/bin/python -m pip install $(PIP_FLAGS) torch peft trl --editable '.[test]'
+	@touch $@
+
+$(VENV)/bin/python $(VENV_PEERS)/bin/python:
+	@$(or $(PYTHON),false) $(NEW_ENOUGH) || { echo "grpo-jax needs Python 3.11 or newer$(if $(PYTHON), and $(PYTHON) is older or missing). Name another: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)
