@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from grpo_jax.config.checks import ConfigError, check_types, require
+from grpo_jax.config.checks import ConfigError, check_types, require, require_choice
 from grpo_jax.config.presets import OBJECTIVE_DEFAULTS, PRESETS, PresetName
 
 FROM_PRESET: Any = None
@@ -67,7 +67,8 @@ class LoraConfig:
         for name in names:
             require(name in LINEAR_TARGETS, "lora.targets", name, f"choose from {', '.join(LINEAR_TARGETS)}")
         if isinstance(self.targets, str):
-            require(self.targets == "all-linear", "lora.targets", self.targets, f"use all-linear or a list out of {', '.join(LINEAR_TARGETS)}")
+            mend = f"use all-linear, or a list out of {', '.join(LINEAR_TARGETS)}"
+            require(self.targets == "all-linear", "lora.targets", self.targets, mend)
         else:
             require(bool(self.targets), "lora.targets", self.targets, "name at least one linear layer, or use all-linear")
 
@@ -153,7 +154,8 @@ class RolloutConfig:
         check_types(self, "rollout")
         require(self.num_generations >= 1, "rollout.num_generations", self.num_generations, "use 4 to 16")
         require(self.max_prompt_length >= 1, "rollout.max_prompt_length", self.max_prompt_length, "use at least 1 token")
-        require(self.max_completion_length >= 1, "rollout.max_completion_length", self.max_completion_length, "use at least 1 token")
+        length = self.max_completion_length
+        require(length >= 1, "rollout.max_completion_length", length, "use at least 1 token")
         require(
             0 <= self.min_completion_length <= self.max_completion_length,
             "rollout.min_completion_length",
@@ -243,7 +245,7 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         if self.preset is not None:
-            require(self.preset in PRESETS, "objective.preset", self.preset, f"choose from {', '.join(PRESETS)}")
+            require_choice("objective.preset", self.preset, PRESETS)
         chosen = PRESETS[self.preset] if self.preset is not None else {}
         for name, default in OBJECTIVE_DEFAULTS.items():
             if self.__dict__[name] is None:
@@ -256,11 +258,15 @@ class ObjectiveConfig:
         require(self.epsilon_high >= 0, "objective.epsilon_high", self.epsilon_high, "use a positive number such as 0.28")
         require(self.epsilon_max > 0, "objective.epsilon_max", self.epsilon_max, "use a positive cap such as 5")
         if self.delta is not None:
-            require(self.delta > 1 + self.epsilon_high, "objective.delta", self.delta, f"use more than 1 + epsilon_high = {1 + self.epsilon_high:g}")
-        require(self.advantage_eps >= 0, "objective.advantage_eps", self.advantage_eps, "use a small positive number such as 1e-4")
+            bound = 1 + self.epsilon_high
+            require(self.delta > bound, "objective.delta", self.delta, f"use more than 1 + epsilon_high = {bound:g}, or null")
+        eps = self.advantage_eps
+        require(eps >= 0, "objective.advantage_eps", eps, "use a small positive number such as 1e-4")
         require(self.num_iterations >= 1, "objective.num_iterations", self.num_iterations, "use 1 or more")
         if self.importance_cap is not None:
-            require(self.importance_cap > 0, "objective.importance_cap", self.importance_cap, "use a positive cap such as 2, or null")
+            require(
+                self.importance_cap > 0, "objective.importance_cap", self.importance_cap, "use a positive cap such as 2, or null"
+            )
 
     @property
     def needs_reference(self) -> bool:
@@ -399,4 +405,15 @@ class Config:
         return Config.from_dict(read_yaml(path))
 
 
-__all__ = ["Config", "ConfigError", "DataConfig", "LoraConfig", "ModelConfig", "ObjectiveConfig", "OptimConfig", "RewardsConfig", "RolloutConfig", "TrainConfig"]
+__all__ = [
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimConfig",
+    "RewardsConfig",
+    "RolloutConfig",
+    "TrainConfig",
+]

@@ -1,0 +1,120 @@
+"""YAML as it is read and written here: plain data, with the number syntax of YAML 1.2.
+
+Enters: a file or a text. Leaves: dicts, lists, text, numbers, true/false and null. PyYAML follows YAML 1.1, where `1e-6` is text,
+`010` is eight, `1:30` is ninety and `2024-01-01` is a date object; here the first is a number and the others are text. A key that
+stands twice in one mapping is an error. What is written is quoted so that it reads back as the same value.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from grpo_jax.config.checks import ConfigError
+
+INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$")
+FLOAT = re.compile(
+    r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
+)
+
+
+def yaml_1_2_resolvers() -> dict[Any, Any]:
+    """PyYAML's table from a value's first character to its possible kinds, with other numbers and without dates."""
+    kept = {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"}
+    table = {
+        first: [(tag, pattern) for tag, pattern in entries if tag in kept]
+        for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for first in "-+0123456789.":
+        table.setdefault(first, []).extend([("tag:yaml.org,2002:int", INTEGER), ("tag:yaml.org,2002:float", FLOAT)])
+    return table
+
+
+class Loader(yaml.SafeLoader):
+    """Reads; see the module's docstring."""
+
+    yaml_implicit_resolvers = yaml_1_2_resolvers()
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """PyYAML's, which keeps the last of two equal keys, behind a check that there are none."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is given twice", key_node.start_mark)
+            seen.add(key if isinstance(key, Hashable) else id(key_node))
+        return super().construct_mapping(node, deep)
+
+
+class Dumper(yaml.SafeDumper):
+    """Writes; text that `Loader` would take for a number is quoted."""
+
+    yaml_implicit_resolvers = yaml_1_2_resolvers()
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write a list that occurs twice twice, rather than as an anchor and a reference to it."""
+        return True
+
+
+def parse_yaml(text: str, name: str = "text") -> Any:
+    """Reads one YAML document.
+
+    Args:
+        text: The document.
+        name: What to call it in an error.
+
+    Raises:
+        ConfigError: it is not YAML; the message gives line and column.
+    """
+    try:
+        return yaml.load(text, Loader=Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{name}{place}: {error.problem or error.context}; mend the YAML there") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{name} cannot be read as YAML: {error}") from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Reads a YAML file of settings: {section: {field: value}}. An empty file is an empty dict.
+
+    Raises:
+        ConfigError: no such file, not text, not YAML (line and column are named), or not a mapping.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: there is no such file; give the path of a YAML file of settings") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path} is not UTF-8 text; give a YAML file of settings") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    values = parse_yaml(text, str(path))
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path} holds a {type(values).__name__}: write sections, such as `train:` with `steps: 100` indented below it"
+        )
+    return values
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """Writes plain data as YAML, keys in their order.
+
+    Raises:
+        ConfigError: there is something in it that is no plain data, such as a function.
+    """
+    try:
+        return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+    except yaml.representer.RepresenterError as error:
+        raise ConfigError(
+            f"the settings cannot be written as YAML: {error.args[1]!r} is no plain data; use text, numbers and lists"
+        ) from None
