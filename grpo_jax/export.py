@@ -1,0 +1,82 @@
+"""Weights out: merged safetensors in the layout of the original folder, and the export of a finished run.
+
+Enters: parameters and adapters, or a run folder. Leaves: a folder that transformers and vLLM load: the same tensor names, number formats and shards as the
+original, its config, generation config and tokenizer. Adapter folders are `models/lora.py`'s.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.config import LoraConfig
+from grpo_jax.models.hf import INDEX, TensorFiles, tensor_names
+from grpo_jax.models.spec import ModelError, ModelSpec, flatten
+from grpo_jax.types import Params
+
+# Files of a model folder that are not carried over: weights in whatever format, and what the hub keeps beside them.
+LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md", ".gitattributes", ".index.json")
+
+ReadTensor = Callable[[tuple[str, ...], int | None], np.ndarray]
+"""(path of a parameter, layer or None) → its values, float32, laid out as this model keeps them."""
+
+
+def merged_weights(spec: ModelSpec, params: Params, adapters: Params | None, lora: LoraConfig | None) -> ReadTensor:
+    """Reads one tensor at a time with its adapter added, W + scale · A B, in float32."""
+    leaves = dict(flatten(params))
+    low = {} if adapters is None else dict(flatten(adapters))
+    scale = 0.0 if lora is None else lora.scale
+
+    def read(path: tuple[str, ...], layer: int | None) -> np.ndarray:
+        leaf = leaves[path] if layer is None else leaves[path][layer]
+        values = np.asarray(jax.device_get(leaf)).astype(np.float32)
+        if (*path[:2], "a") in low and path[-1] == "kernel":
+            a, b = (np.asarray(jax.device_get(low[(*path[:2], leaf)][layer]), np.float32) for leaf in ("a", "b"))
+            values = values + np.float32(scale) * (a @ b)
+        return values
+
+    return read
+
+
+def save_merged(out: Path, original: Path, spec: ModelSpec, read: ReadTensor) -> None:
+    """Writes a model folder.
+
+    Args:
+        out: made where it is not there; must not be the original.
+        original: the folder that the model was read from: its shards, number formats, config and tokenizer are kept.
+        read: gives each tensor; see `merged_weights`.
+    """
+    from safetensors.numpy import save_file
+
+    if out.resolve() == original.resolve():
+        raise ModelError(f"{out} is the folder that the model was read from; choose another, so that the original stays")
+    out.mkdir(parents=True, exist_ok=True)
+    places = {
+        name: (path, layer if source.stacked else None, source.transposed)
+        for path, source in tensor_names(spec).items()
+        for layer, name in enumerate(source.names)
+    }
+    if spec.tied:
+        places["lm_head.weight"] = (("embed", "embedding"), None, False)
+    with TensorFiles(original) as files:
+        for shard in sorted(set(files.files.values())):
+            tensors: dict[str, np.ndarray] = {}
+            for name in (n for n, file in files.files.items() if file == shard):
+                dtype = files.read(name, tuple(slice(0, 0) for _ in files.shape(name))).dtype
+                if name not in places:
+                    tensors[name] = files.read(name, tuple(slice(None) for _ in files.shape(name)))
+                    continue
+                path, layer, transposed = places[name]
+                values = read(path, layer)
+                tensors[name] = np.ascontiguousarray(values.T if transposed else values).astype(jnp.dtype(dtype))
+            save_file(tensors, out / shard, metadata={"format": "pt"})
+    if (original / INDEX).is_file():
+        shutil.copy(original / INDEX, out / INDEX)
+    for file in original.iterdir():
+        if file.is_file() and not file.name.endswith(LEFT_BEHIND):
+            shutil.copy(file, out / file.name)

@@ -1,0 +1,71 @@
+"""Per-token log-probabilities of completions, under the policy or the reference.
+
+Enters: prompts [B, P] and completions [N, C], N = B·G, padded on the right. Leaves: log-probabilities and entropies [N, C], float32 nats. Each prompt is
+computed once for its G completions; the vocabulary is met in chunks of tokens, so no [rows, tokens, vocabulary] array exists.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from grpo_kernels.head_logprob import head_logprob
+from jaxtyping import Array, Float, Int
+
+from grpo_jax.models.attention import group_attend
+from grpo_jax.models.transformer import Transformer, head_matrix
+from grpo_jax.types import Params
+
+
+def group_hidden(
+    model: Transformer, variables: Params, prompt_ids: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], completion_ids: Int[Array, "N C"]
+) -> Float[Array, "N C D"]:
+    """Hidden state from which each completion token is predicted: the last of the prompt for the first, then the token before."""
+    b, p = prompt_ids.shape
+    n, c = completion_ids.shape
+    g = n // b
+    own = completion_ids.reshape(b, g, c)[:, :, : c - 1]
+    at = jnp.arange(p, dtype=jnp.int32)[None, :]
+    after = prompt_lengths[:, None, None] + jnp.arange(c - 1, dtype=jnp.int32)[None, None, :]
+    ids = jnp.concatenate([prompt_ids, own.reshape(b, g * (c - 1))], axis=1)
+    positions = jnp.concatenate(
+        [jnp.broadcast_to(at, (b, p)), jnp.broadcast_to(after, (b, g, c - 1)).reshape(b, g * (c - 1))], axis=1
+    )
+    attend = group_attend(model.spec, prompt_lengths, p, g if c > 1 else 0)
+    hidden: Any = model.apply(variables, ids, positions, attend)[0]
+    last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)
+    first = jnp.broadcast_to(last[:, :, None], (b, g, 1, hidden.shape[-1]))
+    rest = hidden[:, p:].reshape(b, g, c - 1, hidden.shape[-1])
+    return jnp.concatenate([first, rest], axis=2).reshape(n, c, hidden.shape[-1])
+
+
+def completion_logprobs(
+    model: Transformer,
+    variables: Params,
+    prompt_ids: Int[Array, "B P"],
+    prompt_lengths: Int[Array, "B"],
+    completion_ids: Int[Array, "N C"],
+    temperature: float | Float[Array, ""] = 1.0,
+    *,
+    head_trainable: bool = False,
+) -> tuple[Float[Array, "N C"], Float[Array, "N C"]]:
+    """Log-probabilities of completion tokens, and the entropy of the distribution that each was drawn from.
+
+    Args:
+        variables: {"params": base, "lora": adapters}, or without "lora" for the base.
+        prompt_lengths: tokens of each prompt, at least 1.
+        temperature: divides the logits.
+        head_trainable: whether the head's weights need a gradient; entropy has one only then.
+    """
+    hidden = group_hidden(model, variables, prompt_ids, prompt_lengths, completion_ids)
+    n, c, d = hidden.shape
+    head = head_matrix(model.spec, variables["params"]).astype(hidden.dtype)
+    logps, entropy, _ = head_logprob(
+        hidden.reshape(n * c, d),
+        head,
+        completion_ids.reshape(n * c),
+        temperature=temperature,
+        softcap=model.spec.final_softcap,
+        head_trainable=head_trainable,
+    )
+    return logps.reshape(n, c), entropy.reshape(n, c)

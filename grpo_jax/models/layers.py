@@ -1,0 +1,132 @@
+"""The inside of one transformer layer, for every family.
+
+Enters: hidden states [B, T, D] and what `attend` needs. Leaves: hidden states of the same shape. Which keys a query sees, and where keys and values
+are kept, is `attend`'s business (`attention.py`): training, prefill and decoding are the same layer with another `attend`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.lax import Precision
+from jaxtyping import Array, Float, Int
+
+from grpo_jax.models.spec import ModelSpec
+
+
+class Attend(Protocol):
+    """Attention of one layer.
+
+    Takes q [B, T, K, R, Dh] (scaled; R = H/K), k and v [B, T, K, Dh], the layer's number and window (int32 scalars), the layer's slice of
+    what was handed to `Transformer` as `per_layer`, and the cache. Returns [B, T, K, R, Dh], the cache, and what the layers stack.
+    """
+
+    def __call__(
+        self, q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any
+    ) -> tuple[Array, Any, Any]: ...
+
+
+def precision_of(dtype: Any) -> Precision:
+    """float32 results are promised to be float32: a TPU's default is one bfloat16 pass, NVIDIA's is TF32."""
+    return Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else Precision.DEFAULT
+
+
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """cap · tanh(x / cap)."""
+    return x if cap is None else jnp.float32(cap) * jnp.tanh(x / jnp.float32(cap))
+
+
+def rope_tables(spec: ModelSpec, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
+    """cos and sin of every angle, float32 [ropes, B, T, head_dim / 2]."""
+    frequencies = jnp.array([rope.frequencies(spec.head_dim) for rope in spec.ropes], jnp.float32)
+    angles = positions.astype(jnp.float32)[None, :, :, None] * frequencies[:, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B T K Dh"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]) -> Array:
+    """Rotates the pairs (i, i + Dh/2), as Hugging Face lays Llama's heads out."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    c, s = cos[:, :, None, :], sin[:, :, None, :]
+    return jnp.concatenate([first * c - second * s, second * c + first * s], axis=-1).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · (offset + scale), in float32 (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
+
+    eps: float
+    offset: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = jnp.asarray(self.get_variable("params", "scale")).astype(jnp.float32)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + jnp.float32(self.eps))
+        factor = scale + jnp.float32(self.offset)
+        return (wide * jnp.expand_dims(factor, tuple(range(x.ndim - 1)))).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """x W + bias, plus scale · (x A) B where the `lora` collection holds adapters for it."""
+
+    lora_scale: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        dtype, precision = x.dtype, precision_of(x.dtype)
+        y = jnp.einsum("...i,io->...o", x, self.get_variable("params", "kernel").astype(dtype), precision=precision)
+        if self.has_variable("params", "bias"):
+            bias = self.get_variable("params", "bias").astype(dtype)
+            y = y + jnp.expand_dims(bias, tuple(range(x.ndim - 1)))
+        if self.has_variable("lora", "a"):
+            a, b = self.get_variable("lora", "a").astype(dtype), self.get_variable("lora", "b").astype(dtype)
+            low = jnp.einsum("...i,ir->...r", x, a, precision=precision)
+            y = y + jnp.einsum("...r,ro->...o", low, b, precision=precision) * jnp.asarray(self.lora_scale, dtype)
+        return y
+
+
+class Block(nn.Module):
+    """One layer, in the form that `nn.scan` wants: carry = (hidden states, cache)."""
+
+    spec: ModelSpec
+    attend: Attend
+    lora_scale: float
+
+    @nn.compact
+    def __call__(self, carry: tuple[Array, Any], layer: dict[str, Any], rope: tuple[Array, Array]) -> tuple[Any, Any]:
+        x, cache = carry
+        spec = self.spec
+        mixed, cache, stacked = self.attention(self.norm("attn_norm", x), layer, rope, cache)
+        x = x + (self.norm("post_attn_norm", mixed) if spec.sandwich else mixed)
+        fed = self.feed_forward(self.norm("ffw_norm", x))
+        x = x + (self.norm("post_ffw_norm", fed) if spec.sandwich else fed)
+        return (x, cache), stacked
+
+    def norm(self, name: str, x: Array) -> Array:
+        return RMSNorm(self.spec.norm_eps, self.spec.norm_offset, name=name)(x)
+
+    def linear(self, name: str, x: Array) -> Array:
+        return Linear(self.lora_scale, name=name)(x)
+
+    def attention(self, x: Array, layer: dict[str, Any], rope: tuple[Array, Array], cache: Any) -> tuple[Array, Any, Any]:
+        spec = self.spec
+        b, t, _ = x.shape
+        q = self.linear("q_proj", x).reshape(b, t, spec.heads, spec.head_dim)
+        k = self.linear("k_proj", x).reshape(b, t, spec.kv_heads, spec.head_dim)
+        v = self.linear("v_proj", x).reshape(b, t, spec.kv_heads, spec.head_dim)
+        if spec.qk_norm:
+            q, k = self.norm("q_norm", q), self.norm("k_norm", k)
+        cos, sin = rope[0][layer["rope"]], rope[1][layer["rope"]]
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = (q * jnp.asarray(spec.query_scale, q.dtype)).reshape(b, t, spec.kv_heads, spec.heads // spec.kv_heads, spec.head_dim)
+        mixed, cache, stacked = self.attend(
+            q, k, v, layer=layer["number"], window=layer["window"], per_layer=layer["per_layer"], cache=cache
+        )
+        return self.linear("o_proj", mixed.reshape(b, t, spec.heads * spec.head_dim)), cache, stacked
+
+    def feed_forward(self, x: Array) -> Array:
+        gate, up = self.linear("gate_proj", x), self.linear("up_proj", x)
+        active = jax.nn.silu(gate) if self.spec.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        return self.linear("down_proj", active * up)

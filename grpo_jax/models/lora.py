@@ -1,0 +1,142 @@
+"""Adapters: their start, and PEFT's folders in and out.
+
+Enters: a `LoraConfig` or a PEFT folder (`adapter_config.json` and `adapter_model.safetensors`). Leaves: the `lora` collection, float32, a stacked
+[L, in, r] and [L, r, out] per target. Dropout, biases, other ranks per layer and DoRA are left out, and refused where a folder has them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.config import LoraConfig
+from grpo_jax.config.sections import LINEAR_TARGETS
+from grpo_jax.models.hf import module_path, read_json
+from grpo_jax.models.spec import ModelError, ModelSpec, flatten, lora_specs, nest
+from grpo_jax.types import Params
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What a PEFT config may hold beside rank, alpha, targets and scale, with the values that mean "not used".
+UNUSED: dict[str, tuple[Any, ...]] = {
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "layers_to_transform": (None, []),
+    "layers_pattern": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, []),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "megatron_config": (None,),
+}
+
+
+def init_lora(spec: ModelSpec, lora: LoraConfig, key: jax.Array) -> Params:
+    """New adapters: A uniform within ±1/√in, B zero, so that the policy starts as the base."""
+    leaves: dict[tuple[str, ...], jax.Array] = {}
+    for number, (path, p) in enumerate(lora_specs(spec, lora.rank, lora.target_names).items()):
+        if path[-1] == "a":
+            bound = p.shape[1] ** -0.5
+            leaves[path] = jax.random.uniform(jax.random.fold_in(key, number), p.shape, jnp.float32, -bound, bound)
+        else:
+            leaves[path] = jnp.zeros(p.shape, jnp.float32)
+    return nest(leaves)
+
+
+def adapter_names(spec: ModelSpec, target: str, leaf: str) -> list[str]:
+    """PEFT's tensor names of one adapter matrix, layer by layer."""
+    return [f"base_model.model.model.layers.{i}.{module_path(spec, target)}.lora_{leaf.upper()}.weight" for i in range(spec.layers)]
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """The settings of a PEFT folder, without its targets (they follow from its tensors)."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    where = folder / ADAPTER_CONFIG
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{where}: peft_type {config.get('peft_type')!r} is not supported; supported: 'LORA'")
+    for name, allowed in UNUSED.items():
+        if config.get(name) not in allowed:
+            raise ModelError(f"{where}: {name} = {config[name]!r} is not supported; train or merge that adapter with PEFT")
+    return LoraConfig(
+        rank=int(config["r"]), alpha=float(config["lora_alpha"]), rslora=bool(config.get("use_rslora", False)), adapter=str(folder)
+    )
+
+
+def load_adapter(folder: Path, spec: ModelSpec) -> tuple[Params, LoraConfig]:
+    """Reads a PEFT adapter.
+
+    Returns:
+        The `lora` collection in float32 and the settings that it was made with, `adapter` naming the folder.
+
+    Raises:
+        ModelError: it was made in a way that is not built here, or for another model.
+    """
+    from safetensors.numpy import load_file
+
+    lora = read_adapter_config(folder)
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(f"{folder / ADAPTER_WEIGHTS} is missing; a PEFT folder needs it")
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    targets = [t for t in LINEAR_TARGETS if any(re.search(rf"\.{t}\.lora_[AB]\.weight$", name) for name in tensors)]
+    leaves: dict[tuple[str, ...], jax.Array] = {}
+    for path, p in lora_specs(spec, lora.rank, tuple(targets)).items():
+        parts = []
+        for name in adapter_names(spec, path[1], path[2]):
+            if name not in tensors:
+                raise ModelError(f"{folder}: tensor {name} is missing: the adapter does not cover every layer of this {spec.layers}-layer model")
+            tensor = tensors.pop(name)
+            if tensor.shape != p.shape[:0:-1]:
+                raise ModelError(f"{folder}: tensor {name} has shape {tensor.shape}, but this model and rank {lora.rank} ask for {p.shape[:0:-1]}")
+            parts.append(tensor.T.astype(np.float32))
+        leaves[path] = jnp.asarray(np.stack(parts))
+    if tensors:
+        raise ModelError(f"{folder}: {len(tensors)} tensors have no place in this {spec.family} model: {', '.join(sorted(tensors)[:3])}")
+    if not leaves:
+        raise ModelError(f"{folder / ADAPTER_WEIGHTS} holds no adapter")
+    return nest(leaves), LoraConfig(rank=lora.rank, alpha=lora.alpha, rslora=lora.rslora, targets=targets, adapter=str(folder))
+
+
+def save_adapter(folder: Path, spec: ModelSpec, adapters: Params, lora: LoraConfig, base_name: str) -> None:
+    """Writes a folder that PEFT, transformers and vLLM load.
+
+    Args:
+        folder: made where it is not there.
+        adapters: the `lora` collection.
+        base_name: what PEFT shows as the base model: the path or hub id that the run started from.
+    """
+    from safetensors.numpy import save_file
+
+    tensors: dict[str, np.ndarray] = {}
+    for path, leaf in flatten(adapters):
+        stacked = np.asarray(jax.device_get(leaf), np.float32)
+        for name, matrix in zip(adapter_names(spec, path[1], path[2]), stacked, strict=True):
+            tensors[name] = np.ascontiguousarray(matrix.T)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": lora.rslora,
+        "target_modules": sorted({path[1] for path, _ in flatten(adapters)}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

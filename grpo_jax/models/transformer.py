@@ -1,0 +1,87 @@
+"""The decoder: embedding, scanned layers, final norm.
+
+Enters: token ids and positions [B, T]. Leaves: hidden states [B, T, D] after the final norm. The vocabulary is not met here: `logprobs.py` and
+`sampler.py` multiply with the head in their own way, without a [tokens, vocabulary] array.
+
+`model.apply({"params": base, "lora": adapters}, ...)` is the policy; without `"lora"` it is the base.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from grpo_jax.models.layers import Attend, Block, RMSNorm, rope_tables
+from grpo_jax.models.spec import ModelSpec
+from grpo_jax.types import Params
+
+NO_WINDOW = 2**30
+"""Window of a layer that sees every position."""
+
+
+class Transformer(nn.Module):
+    """A model family's decoder.
+
+    Attributes:
+        spec: the model.
+        dtype: number format of the computation; weights are cast to it where they are used.
+        lora_scale: factor of the adapters' product.
+        remat: `layer` keeps only each layer's input for the backward pass and computes its inside again.
+    """
+
+    spec: ModelSpec
+    dtype: Any
+    lora_scale: float = 1.0
+    remat: Literal["none", "layer"] = "none"
+
+    @nn.compact
+    def __call__(
+        self, ids: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend, cache: Any = None, per_layer: Any = None
+    ) -> tuple[Float[Array, "B T D"], Any, Any]:
+        """Runs the layers.
+
+        Args:
+            ids: token ids.
+            positions: position of each token in its own text, from 0.
+            attend: which keys a query sees; see `layers.Attend`.
+            cache: carried through the layers.
+            per_layer: pytree whose leaves have a leading L axis; each layer's `attend` gets its slice.
+
+        Returns:
+            Hidden states after the final norm, the cache, and what the layers returned, stacked on a leading L axis.
+        """
+        spec = self.spec
+        x = Embedding(name="embed")(ids).astype(self.dtype)
+        x = x * jnp.asarray(spec.embed_scale, self.dtype)
+        block = nn.remat(Block, prevent_cse=False) if self.remat == "layer" else Block
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=spec.layers,
+        )(spec, attend, self.lora_scale, name="layers")
+        layer = {
+            "number": jnp.arange(spec.layers, dtype=jnp.int32),
+            "window": jnp.array([NO_WINDOW if w is None else w for w in spec.windows], jnp.int32),
+            "rope": jnp.array(spec.rope_of_layer, jnp.int32),
+            "per_layer": per_layer,
+        }
+        (x, cache), stacked = layers((x, cache), layer, rope_tables(spec, positions))
+        return RMSNorm(spec.norm_eps, spec.norm_offset, name="final_norm")(x), cache, stacked
+
+
+class Embedding(nn.Module):
+    """Rows of the embedding matrix."""
+
+    @nn.compact
+    def __call__(self, ids: Array) -> Array:
+        return jnp.take(self.get_variable("params", "embedding"), ids, axis=0)
+
+
+def head_matrix(spec: ModelSpec, params: Params) -> Float[Array, "V D"]:
+    """The matrix that turns hidden states into logits."""
+    return params["embed" if spec.tied else "head"]["embedding"]

@@ -1,0 +1,276 @@
+"""The handle that a user holds: a model, its adapters, its tokenizer.
+
+Enters: a Hugging Face folder or hub id, optionally a PEFT adapter. Leaves: completions, log-probabilities, and folders that transformers, PEFT and vLLM
+load. Training takes a policy and gives a new one; a policy's own arrays never change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.config import ConfigError, LoraConfig, RolloutConfig
+from grpo_jax.export import merged_weights, save_merged
+from grpo_jax.logprobs import completion_logprobs
+from grpo_jax.models import (
+    ModelError,
+    ModelSpec,
+    Transformer,
+    find_model,
+    init_lora,
+    load_adapter,
+    load_params,
+    read_folder_spec,
+    save_adapter,
+)
+from grpo_jax.programs import Program
+from grpo_jax.sampler import Sampler, pad_rows, round_up
+from grpo_jax.tokenizer import Tokenizer, read_stop_ids
+from grpo_jax.types import FinishReason, Params, Prompt
+
+LOGPROB_TOKENS = 16384
+"""Tokens of prompts and completions that `Policy.logprobs` runs at once."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled completion.
+
+    Attributes:
+        text: decoded without special tokens; "" where the model folder has no tokenizer.
+        ids: token ids, the stop token included where there is one.
+        logprobs: float32 nats per token, of the distribution that it was drawn from (greedy: of the model's own).
+        finish_reason: "stop" or "length".
+    """
+
+    text: str
+    ids: list[int]
+    logprobs: np.ndarray
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A model that can be sampled, scored, trained and saved.
+
+    Attributes:
+        spec: sizes and switches of the model.
+        dtype: number format of the computation.
+        params: the model's weights.
+        adapters: the `lora` collection, or None.
+        lora: how the adapters were made, or None.
+        tokenizer: None where the folder has none; then only what needs no text works.
+        stop_ids: every id that ends a completion.
+        folder: where the model was read from.
+        name: the path or hub id as the user wrote it.
+
+    Example:
+        policy = Policy.from_pretrained("Qwen/Qwen2.5-0.5B-Instruct", lora=LoraConfig(rank=16))
+        policy.generate(["Hello"], num_generations=2)[0][0].text
+    """
+
+    spec: ModelSpec
+    dtype: Any
+    params: Params
+    adapters: Params | None
+    lora: LoraConfig | None
+    tokenizer: Tokenizer | None
+    stop_ids: tuple[int, ...]
+    folder: Path
+    name: str
+    _sampler: list[Sampler] = field(default_factory=list, repr=False, compare=False)
+    _scorer: list[Program] = field(default_factory=list, repr=False, compare=False)
+
+    @staticmethod
+    def from_pretrained(
+        path: str | Path,
+        *,
+        lora: LoraConfig | None = None,
+        adapter: str | Path | None = None,
+        dtype: str = "auto",
+        revision: str | None = None,
+        seed: int = 0,
+    ) -> Policy:
+        """Reads a model.
+
+        Args:
+            path: folder or hub id; safetensors only.
+            lora: adds new adapters, or, where `lora.adapter` is set, that folder's.
+            adapter: folder of a PEFT adapter; the same as `lora=LoraConfig(adapter=...)`.
+            dtype: `float32`, `bfloat16`, or `auto` for what config.json says.
+            revision: branch, tag or commit on the hub.
+            seed: fixes where new adapters start.
+
+        Raises:
+            ModelError: the folder or the adapter cannot be read as it is.
+        """
+        if dtype not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"dtype: {dtype!r} is not supported; use 'auto', 'float32' or 'bfloat16'")
+        folder = find_model(str(path), revision)
+        spec = read_folder_spec(folder)
+        chosen = jnp.dtype(spec.dtype if dtype == "auto" else dtype)
+        start = adapter if adapter is not None else (lora.adapter if lora is not None else None)
+        adapters: Params | None = None
+        if start is not None:
+            adapters, lora = load_adapter(Path(start).expanduser(), spec)
+        elif lora is not None and lora.rank > 0:
+            adapters = init_lora(spec, lora, jax.random.key(seed))
+        else:
+            lora = None
+        return Policy(
+            spec=spec,
+            dtype=chosen,
+            params=load_params(folder, spec, chosen),
+            adapters=adapters,
+            lora=lora,
+            tokenizer=Tokenizer.from_folder(folder),
+            stop_ids=read_stop_ids(folder),
+            folder=folder,
+            name=str(path),
+        )
+
+    @property
+    def model(self) -> Transformer:
+        """The decoder as a Flax module, without weights."""
+        return Transformer(self.spec, self.dtype, 1.0 if self.lora is None else self.lora.scale)
+
+    @property
+    def variables(self) -> Params:
+        """What `model.apply` takes."""
+        return {"params": self.params} if self.adapters is None else {"params": self.params, "lora": self.adapters}
+
+    @property
+    def sampler(self) -> Sampler:
+        """The compiled sampler, made on first use."""
+        if not self._sampler:
+            self._sampler.append(Sampler.build(self.model, self.stop_ids))
+        return self._sampler[0]
+
+    def need_tokenizer(self) -> Tokenizer:
+        """The tokenizer; ModelError where the folder has none."""
+        if self.tokenizer is None:
+            raise ModelError(f"{self.folder} has no tokenizer (tokenizer.json), and this needs text")
+        return self.tokenizer
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt] | Sequence[Sequence[int]],
+        *,
+        num_generations: int = 1,
+        max_completion_length: int = 64,
+        min_completion_length: int = 0,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        template_arguments: dict[str, Any] | None = None,
+    ) -> list[list[Completion]]:
+        """Samples completions.
+
+        Args:
+            prompts: texts, conversations ({"role", "content"} messages, rendered by the chat template), or lists of token ids.
+            num_generations: completions of each prompt; the other settings are those of `RolloutConfig`.
+            seed: the same seed draws the same completions.
+            template_arguments: passed to the chat template.
+
+        Returns:
+            One list of completions per prompt.
+
+        Raises:
+            ConfigError: no prompt, an empty prompt, or a setting out of range.
+        """
+        if isinstance(prompts, str):
+            raise ConfigError("prompts: one text was given; put it into a list")
+        settings = RolloutConfig(
+            num_generations=num_generations,
+            max_completion_length=max_completion_length,
+            min_completion_length=min_completion_length,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+        )
+        ids = [self._prompt_ids(prompt, template_arguments or {}) for prompt in prompts]
+        check_rows("prompts", ids, self.spec.vocab)
+        rollout = self.sampler.sample(self.variables, ids, settings, seed=seed)
+        texts = ["" if self.tokenizer is None else self.tokenizer.decode(row) for row in rollout.completion_ids]
+        rows = [Completion(*row) for row in zip(texts, rollout.completion_ids, rollout.logprobs, rollout.finish_reasons, strict=True)]
+        return [rows[i * num_generations : (i + 1) * num_generations] for i in range(len(ids))]
+
+    def _prompt_ids(self, prompt: Any, template_arguments: dict[str, Any]) -> list[int]:
+        if not isinstance(prompt, str) and all(isinstance(token, (int, np.integer)) for token in prompt):
+            return [int(token) for token in prompt]
+        chat = not isinstance(prompt, str)
+        return self.need_tokenizer().encode_prompt(prompt, chat=chat, template_arguments=template_arguments)
+
+    def logprobs(
+        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], *, temperature: float = 1.0
+    ) -> list[np.ndarray]:
+        """Log-probability of every completion token.
+
+        Args:
+            prompt_ids: one list of ids per completion, none empty.
+            completion_ids: as many lists of ids.
+            temperature: divides the logits.
+
+        Returns:
+            One float32 array per completion, in nats, as long as the completion.
+        """
+        if len(prompt_ids) != len(completion_ids):
+            raise ConfigError(f"prompt_ids: {len(prompt_ids)} lists for {len(completion_ids)} completions; give one prompt per completion")
+        if not prompt_ids:
+            return []
+        check_rows("prompt_ids", prompt_ids, self.spec.vocab)
+        check_rows("completion_ids", completion_ids, self.spec.vocab, empty=True)
+        if not self._scorer:
+            self._scorer.append(Program("logprobs", partial(completion_logprobs, self.model)))
+        p, c = round_up(max(map(len, prompt_ids))), round_up(max(map(len, completion_ids)))
+        size = min(len(prompt_ids), max(1, LOGPROB_TOKENS // (p + c)))
+        results: list[np.ndarray] = []
+        for start in range(0, len(prompt_ids), size):
+            rows = [list(row) for row in prompt_ids[start : start + size]]
+            own = [list(row) for row in completion_ids[start : start + size]]
+            real = len(rows)
+            rows, own = rows + [rows[-1]] * (size - real), own + [own[-1]] * (size - real)
+            lengths = np.array([len(row) for row in rows], np.int32)
+            arguments = (pad_rows(rows, p), lengths, pad_rows(own, c), np.float32(temperature))
+            logps, _ = self._scorer[0](self.variables, *(jax.device_put(x) for x in arguments))
+            table = jax.device_get(logps)
+            results += [table[i, : len(own[i])] for i in range(real)]
+        return results
+
+    def save_adapter(self, folder: str | Path) -> Path:
+        """Writes the adapters as a PEFT folder, which transformers, PEFT and vLLM load.
+
+        Raises:
+            ModelError: the policy has no adapters.
+        """
+        if self.adapters is None or self.lora is None:
+            raise ModelError("this policy has no adapters (every weight is trained): use save_merged")
+        save_adapter(Path(folder), self.spec, self.adapters, self.lora, self.name)
+        return Path(folder)
+
+    def save_merged(self, folder: str | Path) -> Path:
+        """Writes the whole model with the adapters multiplied in: the tensors' names, formats and shards, config and tokenizer of the original."""
+        save_merged(Path(folder), self.folder, self.spec, merged_weights(self.spec, self.params, self.adapters, self.lora))
+        return Path(folder)
+
+
+def check_rows(name: str, rows: Sequence[Sequence[int]], vocab: int, *, empty: bool = False) -> None:
+    """Refuses no rows, empty rows and ids outside the vocabulary."""
+    if not rows:
+        raise ConfigError(f"{name}: the list is empty; give at least one")
+    for number, row in enumerate(rows):
+        if len(row) == 0 and not empty:
+            raise ConfigError(f"{name}: entry {number} is empty; a model needs at least one token to start from")
+        wrong = next((token for token in row if not 0 <= token < vocab), None)
+        if wrong is not None:
+            raise ConfigError(f"{name}: entry {number} holds token id {wrong}; the model's ids are 0 to {vocab - 1}")

@@ -1,0 +1,55 @@
+"""Compiled programs: a jitted function that says when it compiles, and for how long.
+
+Enters: a function and its arguments. Leaves: its result. Each new set of argument shapes is compiled once, ahead of the call, so that compile time can
+be shown as such and a step's seconds are the step's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+
+Announce = Callable[[str], AbstractContextManager[Any]]
+
+
+@contextlib.contextmanager
+def silently(_: str) -> Iterator[None]:
+    """Announces nothing."""
+    yield
+
+
+@dataclass
+class Program:
+    """A function that is compiled per set of argument shapes.
+
+    Attributes:
+        name: what a person sees while it compiles.
+        function: pure; its static settings are closed over.
+        donate: numbers of the arguments whose memory the result takes over.
+        announce: entered around each compilation.
+        compile_seconds: spent on compiling so far.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    donate: tuple[int, ...] = ()
+    announce: Announce = silently
+    compile_seconds: float = 0.0
+    _compiled: dict[Any, Any] = field(default_factory=dict)
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Runs the function, compiling it first where these shapes are new."""
+        leaves, tree = jax.tree.flatten(arguments)
+        key = (tree, tuple((leaf.shape, leaf.dtype, leaf.weak_type, leaf.sharding) for leaf in leaves))
+        if key not in self._compiled:
+            with self.announce(self.name):
+                start = time.perf_counter()
+                self._compiled[key] = jax.jit(self.function, donate_argnums=self.donate).lower(*arguments).compile()
+                self.compile_seconds += time.perf_counter() - start
+        return self._compiled[key](*arguments)

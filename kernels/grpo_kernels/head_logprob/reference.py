@@ -1,0 +1,21 @@
+"""The plain form of `head_logprob`: the oracle that the others are held to. It builds the whole [T, V] array."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def head_logprob_reference(
+    x: Float[Array, "T H"], w: Float[Array, "V H"], ids: Int[Array, "T"], temperature: Float[Array, ""], softcap: float | None
+) -> tuple[Float[Array, "T"], Float[Array, "T"], Float[Array, "T"]]:
+    """log softmax(cap(x Wᵀ) / τ) at ids, its entropy and its log-sum-exp, in float32."""
+    logits = jnp.einsum("th,vh->tv", x.astype(jnp.float32), w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    if softcap is not None:
+        logits = jnp.float32(softcap) * jnp.tanh(logits / jnp.float32(softcap))
+    logits = logits / temperature
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    logp = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0] - lse
+    entropy = lse - jnp.sum(jax.nn.softmax(logits, axis=-1) * logits, axis=-1)
+    return logp, entropy, lse
