@@ -57,5 +57,5 @@ $(VENV_PEERS)/.installed: $(NEEDS) | $(VENV_PEERS)/bin/python
 	@touch $@
 
 $(VENV)/bin/python $(VENV_PEERS)/bin/python:
-	@$(or $(PYTHON),false) $(NEW_ENOUGH) || { echo "grpo-jax needs Python 3.11 or newer$(if $(PYTHON), and $(PYTHON) is older or missing). Name another: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(or $(PYTHON),false) $(NEW_ENOUGH) 2>/dev/null || { echo "grpo-jax needs Python 3.11 or newer$(if $(PYTHON), and $(PYTHON) is older or missing). Name another: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)

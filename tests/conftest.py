@@ -19,7 +19,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Stays for the whole run: modules of ours are checked against their shapes whenever a test imports them.
-install_import_hook(["grpo_jax", "grpo_kernels"], "beartype.beartype")
+install_import_hook(["grpo_jax", "grpo_kernels"], "typechecking.functions_only")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,0 +1,96 @@
+"""Writes the tiny models and adapters as Hugging Face and PEFT folders, and reads what torch computed with them.
+
+Each folder beside this file holds `config.json` (as transformers 5 writes it), `config_hub.json` (as most folders on the hub
+still spell it), `tensors.json` (names and shapes; `weights.py` gives the numbers) and `logprobs.npz`. `make_goldens.py` made them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from goldens.weights import tensor
+
+HERE = Path(__file__).resolve().parent
+FAMILIES = ("llama2", "llama3_scaled", "llama_linear", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
+ADAPTERS = {"llama3_all_linear": "llama3_scaled", "qwen2_all_linear": "qwen2", "gemma3_rslora": "gemma3"}
+"""Name of a PEFT adapter → the model that it adapts."""
+
+GENERATION_CONFIG = {"bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": 0, "do_sample": True, "temperature": 0.7}
+
+
+def read_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """Tensor names and shapes of a golden folder (a family, or `adapters/NAME`)."""
+    return {key: tuple(shape) for key, shape in json.loads((HERE / name / "tensors.json").read_text()).items()}
+
+
+def model_tensors(family: str) -> dict[str, np.ndarray]:
+    """The weights of a family's tiny model, by their Hugging Face names, float32."""
+    center = 0.0 if family.startswith("gemma") else 1.0
+    return {name: tensor(name, shape, norm_center=center) for name, shape in read_shapes(family).items()}
+
+
+def build_model_folder(folder: Path, family: str, spelling: Literal["new", "hub"] = "new", *, shards: int = 1) -> Path:
+    """Writes a tiny model's folder: config.json, generation_config.json and safetensors; no tokenizer.
+
+    Args:
+        folder: where to put it; a folder `family` is made in it.
+        family: one of `FAMILIES`.
+        spelling: of config.json: transformers 5's, or that of the hub's older folders.
+        shards: number of safetensors files; more than one also writes the index.
+
+    Returns:
+        The folder that was made.
+    """
+    target = folder / f"{family}_{spelling}"
+    target.mkdir(parents=True)
+    shutil.copy(HERE / family / ("config.json" if spelling == "new" else "config_hub.json"), target / "config.json")
+    (target / "generation_config.json").write_text(json.dumps(GENERATION_CONFIG, indent=2))
+    tensors = model_tensors(family)
+    if shards == 1:
+        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+        return target
+    files: dict[str, dict[str, np.ndarray]] = {}
+    for index, (name, array) in enumerate(tensors.items()):
+        files.setdefault(f"model-{index * shards // len(tensors) + 1:05d}-of-{shards:05d}.safetensors", {})[name] = array
+    for file, part in files.items():
+        save_file(part, target / file, metadata={"format": "pt"})
+    index_json = {
+        "metadata": {"total_size": sum(array.nbytes for array in tensors.values())},
+        "weight_map": {name: file for file, part in files.items() for name in part},
+    }
+    (target / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2))
+    return target
+
+
+def build_adapter_folder(folder: Path, adapter: str) -> Path:
+    """Writes a PEFT adapter's folder, `adapter_config.json` and `adapter_model.safetensors`, as PEFT itself does.
+
+    Args:
+        folder: where to put it; a folder named after the adapter is made in it.
+        adapter: one of `ADAPTERS`.
+    """
+    target = folder / adapter
+    target.mkdir(parents=True)
+    shutil.copy(HERE / "adapters" / adapter / "adapter_config.json", target)
+    tensors = {name: tensor(name, shape) for name, shape in read_shapes(f"adapters/{adapter}").items()}
+    save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def read_golden(name: str) -> tuple[np.ndarray, np.ndarray]:
+    """What torch computed.
+
+    Args:
+        name: a family, or `adapters/NAME`.
+
+    Returns:
+        Token ids [2, T], and float32 [2, T - 1] log-probabilities (nats) of every token after the first.
+    """
+    with np.load(HERE / name / "logprobs.npz") as stored:
+        return stored["ids"], stored["logprobs"]

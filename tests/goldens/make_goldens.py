@@ -1,0 +1,267 @@
+"""Makes the folders beside it with torch, transformers and PEFT; run by hand: `python tests/goldens/make_goldens.py`.
+
+For each family: a tiny model with every special feature switched on, its config in both spellings (which must load to the same
+model), and per-token log-probabilities in float32 with eager attention. Each feature is then switched off once, and must change
+them by more than five times what the tests allow: a golden that does not see a feature does not test it. Needs torch, transformers 5 and peft, not JAX.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from goldens.folders import ADAPTERS, HERE, model_tensors
+from goldens.weights import tensor
+
+LENGTH = 36
+TOLERANCE = 1e-4
+COMMON: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+
+# Family -> (model type, settings, features to switch off one at a time to see that the golden notices).
+NEW: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
+    "llama2": (
+        "llama",
+        {**COMMON, "vocab_size": 97, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        [],
+    ),
+    "llama3_scaled": (
+        "llama",
+        {**COMMON, "vocab_size": 101, "rms_norm_eps": 1e-5, "rope_parameters": {**LLAMA3, "rope_theta": 200.0}},
+        [{"rope_parameters": {"rope_type": "default", "rope_theta": 200.0}}],
+    ),
+    "llama_linear": (
+        "llama",
+        {**COMMON, "vocab_size": 103, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+        [{"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}],
+    ),
+    "mistral": (
+        "mistral",
+        {**COMMON, "vocab_size": 107, "sliding_window": 7, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        [{"sliding_window": None}, {"sliding_window": 8}],
+    ),
+    "qwen2": (
+        "qwen2",
+        {
+            **COMMON,
+            "vocab_size": 109,
+            "tie_word_embeddings": True,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        },
+        [],
+    ),
+    "qwen3": (
+        "qwen3",
+        {**COMMON, "vocab_size": 113, "head_dim": 16, "sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+        [{"rms_norm_eps": 1e-1}],
+    ),
+    "gemma2": (
+        "gemma2",
+        {
+            **COMMON,
+            "vocab_size": 127,
+            "num_hidden_layers": 3,
+            "head_dim": 12,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": 6,
+            "attn_logit_softcapping": 4.0,
+            "final_logit_softcapping": 5.0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        [
+            {"attn_logit_softcapping": None},
+            {"final_logit_softcapping": None},
+            {"query_pre_attn_scalar": 12},
+            {"sliding_window": 64},
+            {"hidden_activation": "silu"},
+            {"hidden_activation": "gelu"},
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        ],
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            **COMMON,
+            "vocab_size": 127,
+            "num_hidden_layers": 7,
+            "intermediate_size": 40,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 5,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            },
+        },
+        [
+            {"query_pre_attn_scalar": 16},
+            {"sliding_window": 64},
+            {"layer_types": ["sliding_attention"] * 7},
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 1000.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                }
+            },
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+                }
+            },
+        ],
+    ),
+}
+
+
+def hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The same config as folders from before transformers 5 say it."""
+    since = ("rope_parameters", "dtype", "layer_types", "_sliding_window_pattern", "use_bidirectional_attention")
+    old = {key: value for key, value in config.items() if key not in since}
+    if family in ("llama2", "llama3_scaled"):
+        del old["head_dim"]  # hidden_size / heads
+    if family.startswith("gemma"):
+        old.pop("tie_word_embeddings", None)  # Gemma's default, which its files leave out
+    old["torch_dtype"] = "float32"
+    old["transformers_version"] = "4.44.0"
+    rope = config["rope_parameters"]
+    if family == "gemma3":
+        old["rope_theta"] = rope["full_attention"]["rope_theta"]
+        old["rope_scaling"] = {"rope_type": "linear", "factor": rope["full_attention"]["factor"]}
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        old["sliding_window_pattern"] = 6
+        old["cache_implementation"] = "hybrid"
+        return old
+    if family != "llama2":  # as Llama 2's own file, which leaves the default out
+        old["rope_theta"] = rope["rope_theta"]
+    old["rope_scaling"] = None
+    if family == "llama_linear":
+        old["rope_scaling"] = {"type": "linear", "factor": rope["factor"]}
+    if family == "llama3_scaled":
+        old["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if family == "llama2":
+        old["pretraining_tp"] = 1
+    if family in ("qwen2", "qwen3"):
+        old["max_window_layers"] = 28
+        old["sliding_window"] = 16 if family == "qwen2" else None  # there, and off: use_sliding_window is false
+    if family == "gemma2":
+        old["hidden_act"] = "gelu_pytorch_tanh"
+        old["cache_implementation"] = "hybrid"
+    return old
+
+
+def load_model(config_file: dict[str, Any], family: str, *, strict: bool = True) -> torch.nn.Module:
+    """The transformers model of a config.json with the weights of `weights.py`."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config_file))
+        config = AutoConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    weights = {name: torch.from_numpy(array) for name, array in model_tensors(family).items()}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    tied = ["lm_head.weight"] if config.tie_word_embeddings else []
+    if strict and (unexpected or missing != tied):
+        raise RuntimeError(f"{family}: missing {missing}, unexpected {unexpected}")
+    model.tie_weights()
+    return model.eval()
+
+
+@torch.no_grad()
+def logprobs(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
+    """float32 [2, T - 1] log-probabilities of ids[:, 1:]."""
+    tokens = torch.from_numpy(ids)
+    logits = model(input_ids=tokens, use_cache=False).logits
+    picked = torch.log_softmax(logits[:, :-1].float(), dim=-1).gather(-1, tokens[:, 1:, None])[..., 0]
+    return picked.numpy()
+
+
+def write(folder: Path, shapes: dict[str, list[int]], ids: np.ndarray, logps: np.ndarray) -> None:
+    """Writes what every golden folder has."""
+    (folder / "tensors.json").write_text("{\n" + ",\n".join(f"  {json.dumps(name)}: {shape}" for name, shape in shapes.items()) + "\n}\n")
+    np.savez_compressed(folder / "logprobs.npz", ids=ids, logprobs=logps)
+
+
+def make_family(family: str) -> None:
+    """Makes one model's golden folder and checks it."""
+    model_type, settings, features = NEW[family]
+    folder = HERE / family
+    folder.mkdir(parents=True, exist_ok=True)
+    config = AutoConfig.for_model(model_type, **settings, dtype="float32")
+    shell = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    config.architectures = [type(shell).__name__]
+    new = json.loads(config.to_json_string())
+    hub = hub_spelling(family, new)
+    shapes = {name: list(value.shape) for name, value in shell.state_dict().items() if not (config.tie_word_embeddings and name == "lm_head.weight")}
+    ids = np.random.default_rng(len(shapes)).integers(3, settings["vocab_size"], (2, LENGTH))
+    write(folder, shapes, ids, np.zeros((2, LENGTH - 1), np.float32))
+    logps = logprobs(load_model(new, family), ids)
+    other = logprobs(load_model(hub, family), ids)
+    np.testing.assert_array_equal(logps, other)
+    for feature in features:
+        changed = np.abs(logprobs(load_model({**new, **feature}, family), ids) - logps).max()
+        if not changed > 5 * TOLERANCE:
+            raise RuntimeError(f"{family}: {feature} changes log-probabilities by {changed} only")
+        print(f"  {family} without {feature}: {changed:.1e}")
+    write(folder, shapes, ids, logps)
+    for file, content in (("config.json", new), ("config_hub.json", hub)):
+        (folder / file).write_text(json.dumps(content, indent=2) + "\n")
+    print(f"{family}: mean {logps.mean():.3f}, {sum(int(np.prod(shape)) for shape in shapes.values())} weights, {len(features)} features seen")
+
+
+def make_adapter(adapter: str) -> None:
+    """Makes one PEFT adapter's golden folder."""
+    family = ADAPTERS[adapter]
+    ids = np.load(HERE / family / "logprobs.npz")["ids"]
+    model = load_model(json.loads((HERE / family / "config.json").read_text()), family)
+    before = logprobs(model, ids)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    if adapter == "gemma3_rslora":
+        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], use_rslora=True, task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    folder = HERE / "adapters" / adapter
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as saved:
+        adapted.save_pretrained(saved)
+        shapes = {name: list(value.shape) for name, value in load_file(f"{saved}/adapter_model.safetensors").items()}
+        settings = json.loads((Path(saved) / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = ""
+    settings["target_modules"] = sorted(settings["target_modules"])
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    own_names = {name: name.replace(".weight", ".default.weight") for name in shapes}
+    values = {own_names[name]: torch.from_numpy(tensor(name, tuple(shape))) for name, shape in shapes.items()}
+    _, unexpected = adapted.load_state_dict(values, strict=False)
+    if unexpected:
+        raise RuntimeError(f"{adapter}: unexpected {unexpected}")
+    logps = logprobs(adapted.eval(), ids)
+    write(folder, shapes, ids, logps)
+    print(f"{adapter}: {len(shapes)} tensors, largest change {np.abs(logps - before).max():.3f}")
+
+
+if __name__ == "__main__":
+    print("transformers", transformers.__version__, "torch", torch.__version__)
+    for name in NEW:
+        make_family(name)
+    for name in ADAPTERS:
+        make_adapter(name)

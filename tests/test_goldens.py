@@ -1,0 +1,44 @@
+"""Per-token log-probabilities against transformers and PEFT, from the numbers stored in `goldens/` (torch itself: `make test-peers`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+from goldens.folders import ADAPTERS, FAMILIES, build_adapter_folder, build_model_folder, read_golden
+
+TOLERANCE_NATS = 1e-4  # float32 sums in another order; the smallest feature seen changes them by 6e-4
+
+
+def assert_matches(folder: Path, golden: str, adapter: Path | None = None) -> None:
+    """Splits the golden rows into prompts and completions, once evenly and once not, so that padding is crossed too."""
+    from grpo_jax.policy import Policy
+
+    policy = Policy.from_pretrained(str(folder), dtype="float32", adapter=None if adapter is None else str(adapter))
+    ids, expected = read_golden(golden)
+    for splits, ends in (((1, 1), (ids.shape[1], ids.shape[1])), ((9, 2), (ids.shape[1], 20))):
+        prompts = [[int(token) for token in row[:split]] for row, split in zip(ids, splits, strict=True)]
+        completions = [[int(token) for token in row[split:end]] for row, split, end in zip(ids, splits, ends, strict=True)]
+        got = policy.logprobs(prompts, completions)
+        for row, (split, end) in enumerate(zip(splits, ends, strict=True)):
+            assert got[row].dtype == np.float32
+            assert got[row].shape == (end - split,)
+            np.testing.assert_allclose(got[row], expected[row, split - 1 : end - 1], rtol=0, atol=TOLERANCE_NATS)
+
+
+@pytest.mark.parametrize("spelling", ["new", "hub"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_log_probabilities_are_those_of_transformers(tmp_path: Path, family: str, spelling: Literal["new", "hub"]) -> None:
+    assert_matches(build_model_folder(tmp_path, family, spelling), family)
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_an_adapter_made_by_peft_gives_the_log_probabilities_of_peft(tmp_path: Path, adapter: str) -> None:
+    folder = build_model_folder(tmp_path, ADAPTERS[adapter])
+    assert_matches(folder, f"adapters/{adapter}", build_adapter_folder(tmp_path, adapter))
+
+
+def test_a_model_in_several_files_is_the_same_model(tmp_path: Path) -> None:
+    assert_matches(build_model_folder(tmp_path, "qwen3", shards=3), "qwen3")

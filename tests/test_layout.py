@@ -1,0 +1,51 @@
+"""The floors of the house, and what must never get into the repository."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# The places of whoever worked on it (home folders and the like), and package indexes by address: neither means anything elsewhere.
+FOREIGN = re.compile(
+    r"(?<![\w.$}])/(?:work|root|home|Users|tmp|mnt|opt)/(?!\.\.\.)[\w.]"  # a path of some machine
+    r"|^\s*(?:--)?(?:extra-)?index-url|^\s*--find-links|https?://[^\s/]*pypi[^\s/]*/simple",
+    re.MULTILINE,
+)
+TEXT = {".py", ".toml", ".txt", ".md", ".yaml", ".yml", ".json", ".jsonl", ".ipynb", ".cfg", ""}
+
+
+def tracked_files(repository: Path) -> list[Path]:
+    """Every file under version control."""
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=repository, capture_output=True, text=True, check=False)
+    if listing.returncode != 0:
+        pytest.skip("needs a git checkout")
+    return [repository / name for name in listing.stdout.split("\0") if name and (repository / name).is_file()]
+
+
+def test_imports_only_point_down(repository: Path) -> None:
+    paths = os.pathsep.join([str(repository), str(repository / "kernels")])
+    command = [sys.executable, "-c", "import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())", "--no-cache"]
+    run = subprocess.run(command, cwd=repository, env={**os.environ, "PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_no_file_names_a_place_on_somebodys_machine(repository: Path) -> None:
+    found = [
+        f"{path.relative_to(repository)}: {match.group(0).strip()}"
+        for path in tracked_files(repository)
+        if path.suffix in TEXT and path != Path(__file__).resolve()
+        for match in FOREIGN.finditer(path.read_text(encoding="utf-8"))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize("module", ["grpo_jax", "grpo_jax.config", "grpo_jax.rewards"])
+def test_importing_it_does_not_import_jax(repository: Path, module: str) -> None:
+    code = f"import sys, {module}; sys.exit(', '.join({{'jax', 'flax', 'torch', 'transformers', 'datasets', 'matplotlib'}} & set(sys.modules)) or None)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
