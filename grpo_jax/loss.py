@@ -1,0 +1,392 @@
+"""The objective: policy loss and KL term, from per-token log-probabilities. Pure; knows no model.
+
+Enters: log-probabilities [N, C] of the policy, of the policy that sampled (old) and of the reference, advantages [N], and a mask of
+the tokens that are trained. Leaves: a scalar loss and metrics. What is left out: log-probabilities (`logprobs`), advantages
+(`advantages`), and the split into micro-batches (`step`), for which the parts are public:
+
+    loss = Σ_it w_it · (m_it + β·KL_it)        w: `token_weights`, m + β·KL: `token_objective`
+
+Every normalisation is in w, computed once from the mask of the WHOLE batch, so the sum may be taken in any pieces of whole rows.
+
+ρ = exp(logπ − logπ_old) per token, A = advantage of the row, T_i = trained tokens of row i, T = Σ T_i, N = all rows (empty ones
+too), sg = stop-gradient:
+
+    loss       policy term m_it                             w_it          source
+    reinforce  −A·logπ                                      1/N           Williams 1992, https://doi.org/10.1007/BF00992696
+    grpo       −min(min(ρ,δ)·A, clip(ρ, 1−ε, 1+ε_high)·A)   1/(N·T_i)     https://arxiv.org/abs/2402.03300, equation 3
+    bnpo       as grpo                                      1/T           TRL's name, https://huggingface.co/docs/trl/grpo_trainer
+    dr_grpo    as grpo                                      1/(N·length)  https://arxiv.org/abs/2503.20783, section 3.2
+    dapo       as grpo                                      1/T           https://arxiv.org/abs/2503.14476, section 3.3
+    gspo       as grpo, ρ_i = exp(Σ_t log ρ_it / T_i)       1/(N·T_i)     https://arxiv.org/abs/2507.18071, section 4
+    cispo      −sg(min(ρ, ε_max))·A·logπ                    1/T           https://arxiv.org/abs/2506.13585, section 3.1
+    sapo       −(4/τ)·σ(τ(ρ−1))·A, τ by the sign of A       1/(N·T_i)     https://arxiv.org/abs/2511.20347
+
+Deviations and choices:
+
+* `bnpo` divides by the tokens of each micro-batch elsewhere, which makes the loss depend on the split. Here it divides by the
+  whole batch's, and so equals `dapo`; ε_high 0.28 belongs to the preset `dapo`, not to the loss.
+* `dr_grpo` is the normalisation only; advantages without the division by the deviation are `scale_rewards: none`.
+* `gspo`: every token of a row carries the row's ratio, so the gradient on each logπ is that of equation 5 there.
+* `cispo`: ε_max is an absolute cap of its own, not 1 + ε_high. No lower bound.
+* `sapo`: τ = 1.0 where A > 0, else 1.05.
+* δ (two-sided clipping, https://arxiv.org/abs/2505.07291) bounds ρ where A < 0; off where it is None.
+* With importance_cap, m (not KL) is multiplied by sg(min(π_old/π_sampler, cap)); per token for `gspo` too.
+* A log-ratio enters exp as at most ±80 nats, without gradient beyond: e⁸⁹ is infinite in float32, and 0·∞ a NaN in the gradient.
+* Where ρ is exactly on a clip bound, the gradient is that of the unclipped side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from grpo_jax.config import ObjectiveConfig
+
+MAX_LOG_RATIO = 80.0
+"""Nats; see the module's list of deviations."""
+
+SAPO_TAU_POSITIVE = 1.0
+SAPO_TAU_NEGATIVE = 1.05
+
+Stats = dict[str, Float[Array, "..."]]
+"""Sums over trained tokens (a maximum where the name ends in "_max"), which `finish_stats` turns into metrics."""
+
+
+def grpo_loss(
+    logps: ArrayLike,
+    old_logps: ArrayLike | None,
+    ref_logps: ArrayLike | None,
+    advantages: ArrayLike,
+    completion_mask: ArrayLike,
+    objective: ObjectiveConfig,
+    *,
+    sampler_logps: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    max_completion_length: int | None = None,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Loss of a batch of completions, or of some rows of it; formulas in the module's docstring.
+
+    All log-probabilities are nats per token and are taken as float32. Gradients flow through `logps` alone.
+
+    Args:
+        logps: [N, C], of the policy that is trained.
+        old_logps: [N, C], of the policy before the first update on this batch; None = the same as logps (one update a batch).
+        ref_logps: [N, C], of the reference; may be None where the loss has no KL term.
+        advantages: [N].
+        completion_mask: [N, C], True = the token is trained. Whatever stands elsewhere, NaN included, changes nothing; a row
+            without any True gives 0 and stays in the denominators that count rows.
+        objective: The settings.
+        sampler_logps: [N, C], of the distribution that the tokens were drawn from, as the sampler computed them.
+        weights: [N, C], these rows of the whole batch's `token_weights`; None = this is the whole batch.
+        max_completion_length: `dr_grpo`'s constant, in tokens; None = C. Has no effect where weights are given.
+
+    Returns:
+        The scalar loss, and metrics: `policy_loss` (the loss without the KL term) and those of `finish_stats`.
+
+    Raises:
+        ValueError: shapes do not agree, or the objective needs log-probabilities that are not given. Raised while tracing.
+
+    Example:
+        loss, metrics = grpo_loss(logps, None, ref_logps, advantages, mask, ObjectiveConfig(loss="grpo", beta=0.04))
+    """
+    if weights is None:
+        weights = token_weights(completion_mask, objective, max_completion_length)
+    per_token, stats = token_objective(
+        logps, old_logps, ref_logps, advantages, completion_mask, objective, sampler_logps=sampler_logps, weights=weights
+    )
+    return jnp.sum(jnp.asarray(weights, jnp.float32) * per_token), finish_stats(stats)
+
+
+def token_weights(
+    completion_mask: ArrayLike, objective: ObjectiveConfig, max_completion_length: int | None = None
+) -> Float[Array, "N C"]:
+    """The weight w of every token in the loss, 0 where the mask is False; column w_it of the module's table.
+
+    Args:
+        completion_mask: [N, C], True = the token is trained. Of the whole batch: all rows that one update learns from.
+        objective: The settings; only `loss` matters.
+        max_completion_length: `dr_grpo`'s constant, in tokens; None = C.
+
+    Raises:
+        ValueError: the mask is not [N, C], or the length is below 1.
+    """
+    mask = _as_mask(completion_mask)
+    rows, length = mask.shape
+    if max_completion_length is not None:
+        if max_completion_length < 1:
+            raise ValueError(f"max_completion_length is {max_completion_length}: it must be at least 1 token")
+        length = max_completion_length
+    if objective.loss == "reinforce":
+        weight = jnp.full((1, 1), 1 / rows, jnp.float32)
+    elif objective.loss == "dr_grpo":
+        weight = jnp.full((1, 1), 1 / (rows * length), jnp.float32)
+    elif objective.loss in ("bnpo", "dapo", "cispo"):
+        weight = 1 / _at_least_one(jnp.sum(mask, keepdims=True))
+    else:  # grpo, gspo, sapo
+        weight = 1 / (jnp.float32(rows) * _at_least_one(jnp.sum(mask, axis=1, keepdims=True)))
+    return jnp.where(mask, jnp.broadcast_to(weight, mask.shape), jnp.float32(0))
+
+
+def token_objective(
+    logps: ArrayLike,
+    old_logps: ArrayLike | None,
+    ref_logps: ArrayLike | None,
+    advantages: ArrayLike,
+    completion_mask: ArrayLike,
+    objective: ObjectiveConfig,
+    sampler_logps: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+) -> tuple[Float[Array, "N C"], Stats]:
+    """What every token adds to the loss before its weight, and the sums that metrics are made of.
+
+    Args: as `grpo_loss`, for any whole rows of the batch. `weights` only adds `policy_loss` to the sums.
+
+    Returns:
+        m + β·KL per token (without β·KL under kl_in_reward), 0 where the mask is False; and the sums of `token_stats`.
+
+    Raises:
+        ValueError: as `grpo_loss`.
+    """
+    given = _check(logps, old_logps, ref_logps, advantages, completion_mask, sampler_logps, weights)
+    mask, policy, advantage = given.mask, given.logps, given.advantages[:, None]
+    has_kl_term = objective.beta > 0 and not objective.kl_in_reward
+    if has_kl_term and given.ref is None:
+        raise ValueError(f"ref_logps is None, but beta is {objective.beta:g}: give ref_logps, or set beta to 0")
+    if objective.importance_cap is not None and given.sampler is None:
+        raise ValueError(f"sampler_logps is None, but importance_cap is {objective.importance_cap:g}: give them, or set it to None")
+
+    term, clipped_low, clipped_high = _policy_term(policy, given.old, advantage, mask, objective)
+    if objective.importance_cap is not None and given.sampler is not None:
+        importance = jnp.minimum(jnp.exp(_bounded(given.old - given.sampler)), jnp.float32(objective.importance_cap))
+        term = term * stop_gradient(importance)
+    term = _only(mask, term)
+    per_token = term
+    if has_kl_term and given.ref is not None:
+        per_token = per_token + jnp.float32(objective.beta) * _only(mask, kl_per_token(policy, given.ref, objective.kl))
+
+    stats = token_stats(policy, given.old, given.ref, given.sampler, mask, clipped_low, clipped_high)
+    if given.weights is not None:
+        stats["policy_loss"] = stop_gradient(jnp.sum(given.weights * term))
+    return per_token, stats
+
+
+def kl_per_token(logps: ArrayLike, ref_logps: ArrayLike, kind: str) -> Float[Array, "..."]:
+    """Estimate of KL(π ‖ π_ref) at each token drawn from π, in nats; d = logπ_ref − logπ.
+
+    http://joschu.net/blog/kl-approx.html: k1 = −d (unbiased, may be negative), k2 = d²/2 (biased, small variance), k3 = e^d − d − 1
+    (unbiased, never negative; DeepSeekMath, equation 4, https://arxiv.org/abs/2402.03300). As a loss on-policy, the expected
+    gradient of k1 is zero: it monitors and does not hold the policy. k3 takes d as at most ±80 nats.
+
+    Args:
+        logps: Of the policy, any shape, nats.
+        ref_logps: Of the reference, the same shape.
+        kind: "k1", "k2" or "k3".
+
+    Returns:
+        float32, the same shape.
+
+    Raises:
+        ValueError: shapes differ, or the kind is unknown.
+    """
+    policy, reference = jnp.asarray(logps, jnp.float32), jnp.asarray(ref_logps, jnp.float32)
+    if policy.shape != reference.shape:
+        raise ValueError(f"ref_logps has shape {reference.shape}: it must have the shape of logps, {policy.shape}")
+    d = reference - policy
+    if kind == "k1":
+        return -d
+    if kind == "k2":
+        return jnp.float32(0.5) * jnp.square(d)
+    if kind == "k3":
+        d = _bounded(d)
+        return jnp.expm1(d) - d
+    raise ValueError(f"kind is {kind!r}: choose from k1, k2, k3")
+
+
+def kl_reward_penalty(logps: ArrayLike, ref_logps: ArrayLike, completion_mask: ArrayLike) -> Float[Array, "N"]:
+    """Σ_t k1 of each completion, in nats, without gradient: with kl_in_reward, beta times it comes off the completion's reward.
+
+    Args:
+        logps: [N, C], of the policy that sampled.
+        ref_logps: [N, C], of the reference.
+        completion_mask: [N, C], True = the token is trained.
+
+    Raises:
+        ValueError: shapes do not agree.
+    """
+    rows = jnp.shape(logps)[:1]
+    given = _check(logps, None, ref_logps, jnp.zeros(rows, jnp.float32), completion_mask, None, None)
+    assert given.ref is not None
+    return stop_gradient(jnp.sum(_only(given.mask, kl_per_token(given.logps, given.ref, "k1")), axis=1))
+
+
+def token_stats(
+    logps: Float[Array, "N C"],
+    old_logps: Float[Array, "N C"],
+    ref_logps: Float[Array, "N C"] | None,
+    sampler_logps: Float[Array, "N C"] | None,
+    mask: Bool[Array, "N C"],
+    clipped_low: Bool[Array, "N C"],
+    clipped_high: Bool[Array, "N C"],
+) -> Stats:
+    """Sums over trained tokens that add up over micro-batches; `total_stats` adds them, `finish_stats` makes metrics of them.
+
+    The KL sum is always k3, whatever the loss uses. Entries about the reference or the sampler exist only where these are given.
+    """
+
+    def count(of: Bool[Array, "N C"]) -> Float[Array, ""]:
+        return jnp.sum((of & mask).astype(jnp.float32))
+
+    stats = {"tokens": count(mask), "clipped_low": count(clipped_low), "clipped_high": count(clipped_high)}
+    if ref_logps is not None:
+        stats["kl"] = jnp.sum(_only(mask, kl_per_token(logps, ref_logps, "k3")))
+    if sampler_logps is not None:
+        difference = _only(mask, jnp.abs(old_logps - sampler_logps))
+        stats["logp_difference"] = jnp.sum(difference)
+        stats["logp_difference_max"] = jnp.max(difference)
+    return jax.tree.map(stop_gradient, stats)
+
+
+def total_stats(stacked: Mapping[str, Float[Array, "M"]]) -> Stats:
+    """Stats of M micro-batches, stacked along a leading axis as `lax.scan` does, in one."""
+    return {name: jnp.max(values, axis=0) if name.endswith("_max") else jnp.sum(values, axis=0) for name, values in stacked.items()}
+
+
+def finish_stats(sums: Mapping[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
+    """Metrics from the sums of the whole batch; means are over its trained tokens.
+
+    Returns:
+        `clip_ratio/low`: share held at 1 − ε (A < 0). `clip_ratio/high`: share held at 1 + ε_high (A > 0), at δ (A < 0), or by
+        cispo's ε_max. `clip_ratio/region`: both. `kl_divergence`: k3, nats a token; absent without a reference.
+        `sampling/logp_difference/mean` and `/max`: |logπ_old − logπ_sampler|, nats; absent without the sampler's.
+        `policy_loss`: absent where no weights were given.
+    """
+    tokens = jnp.maximum(sums["tokens"], jnp.float32(1))
+    metrics = {
+        "clip_ratio/low": sums["clipped_low"] / tokens,
+        "clip_ratio/high": sums["clipped_high"] / tokens,
+        "clip_ratio/region": (sums["clipped_low"] + sums["clipped_high"]) / tokens,
+    }
+    if "policy_loss" in sums:
+        metrics["policy_loss"] = sums["policy_loss"]
+    if "kl" in sums:
+        metrics["kl_divergence"] = sums["kl"] / tokens
+    if "logp_difference" in sums:
+        metrics["sampling/logp_difference/mean"] = sums["logp_difference"] / tokens
+        metrics["sampling/logp_difference/max"] = sums["logp_difference_max"]
+    return metrics
+
+
+def _policy_term(
+    logps: Float[Array, "N C"],
+    old_logps: Float[Array, "N C"],
+    advantage: Float[Array, "N 1"],
+    mask: Bool[Array, "N C"],
+    objective: ObjectiveConfig,
+) -> tuple[Float[Array, "N C"], Bool[Array, "N C"], Bool[Array, "N C"]]:
+    """The term m of the module's table, and where it is held by a lower and by an upper bound."""
+    nowhere = jnp.zeros_like(mask)
+    if objective.loss == "reinforce":
+        return -advantage * logps, nowhere, nowhere
+    log_ratio = _bounded(logps - old_logps)
+    if objective.loss == "gspo":
+        mean = jnp.sum(log_ratio, axis=1, keepdims=True) / _at_least_one(jnp.sum(mask, axis=1, keepdims=True))
+        log_ratio = jnp.broadcast_to(mean, mask.shape)
+    ratio = jnp.exp(log_ratio)
+    if objective.loss == "cispo":
+        cap = jnp.float32(objective.epsilon_max)
+        return -stop_gradient(jnp.minimum(ratio, cap)) * advantage * logps, nowhere, ratio > cap
+    if objective.loss == "sapo":
+        tau = jnp.where(advantage > 0, jnp.float32(SAPO_TAU_POSITIVE), jnp.float32(SAPO_TAU_NEGATIVE))
+        return -4 / tau * jax.nn.sigmoid(tau * (ratio - 1)) * advantage, nowhere, nowhere
+
+    # The min of the table, by cases, so that the metrics count exactly the tokens whose gradient is cut.
+    low, high = jnp.float32(1 - objective.epsilon), jnp.float32(1 + objective.epsilon_high)
+    cut_low = (advantage < 0) & (ratio < low)
+    cut_high = (advantage > 0) & (ratio > high)
+    held = jnp.where(cut_high, high, jnp.where(cut_low, low, ratio))
+    if objective.delta is not None:
+        delta = jnp.float32(objective.delta)
+        cut_delta = (advantage < 0) & (ratio > delta)
+        held, cut_high = jnp.where(cut_delta, delta, held), cut_high | cut_delta
+    return -held * advantage, cut_low, cut_high
+
+
+class _Given(NamedTuple):
+    """The arguments as float32 arrays of agreeing shapes, 0 at tokens that are not trained; only logps carries a gradient."""
+
+    logps: Float[Array, "N C"]
+    old: Float[Array, "N C"]
+    ref: Float[Array, "N C"] | None
+    sampler: Float[Array, "N C"] | None
+    advantages: Float[Array, "N"]
+    mask: Bool[Array, "N C"]
+    weights: Float[Array, "N C"] | None
+
+
+def _check(
+    logps: ArrayLike,
+    old_logps: ArrayLike | None,
+    ref_logps: ArrayLike | None,
+    advantages: ArrayLike,
+    completion_mask: ArrayLike,
+    sampler_logps: ArrayLike | None,
+    weights: ArrayLike | None,
+) -> _Given:
+    shape = jnp.shape(logps)
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"logps has shape {shape}: it must be [N, C], one row a completion, one column a token")
+    others = {
+        "old_logps": old_logps,
+        "ref_logps": ref_logps,
+        "completion_mask": completion_mask,
+        "sampler_logps": sampler_logps,
+        "weights": weights,
+    }
+    for name, array in others.items():
+        if array is not None and jnp.shape(array) != shape:
+            raise ValueError(f"{name} has shape {jnp.shape(array)}: it must have the shape of logps, [N, C] = {shape}")
+    if jnp.shape(advantages) != shape[:1]:
+        raise ValueError(f"advantages has shape {jnp.shape(advantages)}: it must be [N] = {shape[:1]}, one number a row of logps")
+
+    mask = _as_mask(completion_mask)
+
+    def trained(array: ArrayLike) -> Float[Array, "N C"]:
+        return _only(mask, jnp.asarray(array, jnp.float32))
+
+    def constant(array: ArrayLike | None) -> Float[Array, "N C"] | None:
+        return None if array is None else stop_gradient(trained(array))
+
+    return _Given(
+        logps=trained(logps),
+        old=stop_gradient(trained(logps if old_logps is None else old_logps)),
+        ref=constant(ref_logps),
+        sampler=constant(sampler_logps),
+        advantages=stop_gradient(_only(jnp.any(mask, axis=1), jnp.asarray(advantages, jnp.float32))),
+        mask=mask,
+        weights=constant(weights),
+    )
+
+
+def _as_mask(completion_mask: ArrayLike) -> Bool[Array, "N C"]:
+    mask = jnp.asarray(completion_mask).astype(bool)
+    if mask.ndim != 2 or mask.size == 0:
+        raise ValueError(f"completion_mask has shape {mask.shape}: it must be [N, C], one row a completion, one column a token")
+    return mask
+
+
+def _only(mask: Bool[Array, "..."], array: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.where(mask, array, jnp.float32(0))
+
+
+def _bounded(log_ratio: Float[Array, "..."]) -> Float[Array, "..."]:
+    return jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def _at_least_one(count: Array) -> Float[Array, "..."]:
+    return jnp.maximum(count, 1).astype(jnp.float32)
