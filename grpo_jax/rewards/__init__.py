@@ -1,0 +1,41 @@
+"""Rewards: what a user's function looks like, the built-in ones, and the scoring of a batch on the host. No JAX.
+
+`protocol` holds the contract, `builtin` the ready-made functions, `resolve` finds functions by name, `calling` runs them, `scoring`
+adds them up. `answers` reads the number that a text ends in.
+"""
+
+from grpo_jax.rewards.builtin import (
+    BUILTINS,
+    exact_match,
+    math_verify,
+    number_match,
+    overlong_penalty,
+    regex_format,
+    repetition_penalty,
+    tag_format,
+)
+from grpo_jax.rewards.protocol import Failure, NamedFunction, RewardError, RewardFunction, ScoredBatch, check_functions
+from grpo_jax.rewards.resolve import resolve_functions
+from grpo_jax.rewards.scoring import correct, failure_lines, reward_metrics, score
+
+__all__ = [
+    "BUILTINS",
+    "Failure",
+    "NamedFunction",
+    "RewardError",
+    "RewardFunction",
+    "ScoredBatch",
+    "check_functions",
+    "correct",
+    "exact_match",
+    "failure_lines",
+    "math_verify",
+    "number_match",
+    "overlong_penalty",
+    "regex_format",
+    "repetition_penalty",
+    "resolve_functions",
+    "reward_metrics",
+    "score",
+    "tag_format",
+]

@@ -1,0 +1,210 @@
+"""The built-in rewards: each a factory that takes settings and gives a reward function.
+
+Enters: settings, from Python or from an entry of rewards.functions such as `{name: regex_format, pattern: "..."}`. Leaves:
+functions as `protocol.RewardFunction` describes them, for plain and conversational completions alike.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from grpo_jax.config.checks import ConfigError, require
+from grpo_jax.rewards.answers import MARKER, final_number, reference_number
+from grpo_jax.rewards.protocol import ColumnReward, RewardFunction, TextReward
+
+MATH_VERIFY_SECONDS = 5
+"""Limit that math-verify gets for reading, and for comparing, one answer."""
+
+OVERLONG_CACHE_SHARE = 5
+"""DAPO's own settings: the cache is a fifth of the longest length (4,096 of 20,480 tokens)."""
+
+
+def exact_match(column: str = "answer", ignore_case: bool = False) -> RewardFunction:
+    """1 where the completion is the reference, character by character; white space around either does not count.
+
+    Args:
+        column: dataset column with the reference; None in it = does not apply. A value that is no text is compared as Python
+            spells it.
+        ignore_case: whether `Yes` is `yes`.
+    """
+
+    def spelled(value: Any) -> str:
+        text = str(value).strip()
+        return text.casefold() if ignore_case else text
+
+    return ColumnReward("exact_match", column, lambda text, reference: float(spelled(text) == spelled(reference)))
+
+
+def number_match(column: str = "answer") -> RewardFunction:
+    r"""1 where the completion's final number equals the reference's, exactly; else 0.
+
+    The final number is the first one after the last `####` (GSM8K's mark, on its line); else, without one, the first in the last
+    `\boxed{...}`; else it falls back to the last number of the text. Currency signs, thousands commas, units, percent signs and
+    a trailing period are ignored; `3/4` and `3 1/2` are fractions. A completion without a number gets 0.
+
+    Args:
+        column: dataset column with the reference: a number, or a text read by the same rule, such as GSM8K's worked solutions.
+            None in it = does not apply.
+
+    The row fails (ValueError inside) where the reference has no number.
+    """
+    return ColumnReward("number_match", column, lambda text, reference: float(final_number(text) == reference_number(reference)))
+
+
+def regex_format(pattern: str) -> RewardFunction:
+    """1 where the pattern is found in the completion, else 0.
+
+    Args:
+        pattern: regular expression of Python's `re`; `.` matches a line break too, `^` and `$` are the ends of the completion.
+            Beware of nested repetition such as `(a+)+`: it can take for ever, and no time limit can stop it.
+
+    Raises:
+        ConfigError: no valid pattern.
+    """
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ConfigError(f"regex_format.pattern is {pattern!r}: {error}; give a regular expression of Python's re") from None
+    return TextReward("regex_format", lambda text: float(compiled.search(text) is not None))
+
+
+def tag_format(tags: list[str] | None = None, first_is_open: bool = False) -> RewardFunction:
+    """1 where the completion is exactly `<think>…</think><answer>…</answer>`, each tag once, none empty; else 0.
+
+    White space before, between and after does not count.
+
+    Args:
+        tags: names of the tags, in order; None is [think, answer].
+        first_is_open: the chat template ends in the first opening tag already, so that completions begin inside it.
+
+    Raises:
+        ConfigError: no tags, the same one twice, or a name with white space or angle brackets.
+    """
+    names = list(tags) if tags is not None else ["think", "answer"]
+    require(bool(names) and len(set(names)) == len(names), "tag_format.tags", names, "name each tag once, such as [think, answer]")
+    for name in names:
+        require(re.fullmatch(r"[^\s<>/]+", name) is not None, "tag_format.tags", name, "give the bare name, such as think")
+
+    def fits(text: str) -> float:
+        rest = f"<{names[0]}>{text}" if first_is_open else text
+        if any(rest.count(f"<{name}>") != 1 or rest.count(f"</{name}>") != 1 for name in names):
+            return 0.0
+        for name in names:
+            rest = rest.lstrip()
+            inside, closing, after = rest.removeprefix(f"<{name}>").partition(f"</{name}>")
+            if not rest.startswith(f"<{name}>") or not closing or not inside.strip():
+                return 0.0
+            rest = after
+        return float(not rest.strip())
+
+    return TextReward("tag_format", fits)
+
+
+def overlong_penalty(max_completion_length: int, cache_length: int | None = None) -> RewardFunction:
+    """Soft over-long punishment, DAPO (Yu et al. 2025, https://arxiv.org/abs/2503.14476), equation 13.
+
+        R(y) = 0                                        |y| <= L_max - L_cache
+               ((L_max - L_cache) - |y|) / L_cache      L_max - L_cache < |y| <= L_max
+               -1                                       L_max < |y|
+
+    |y| counts the completion's tokens, the stop token included.
+
+    Args:
+        max_completion_length: L_max in tokens; in a config entry, rollout.max_completion_length where it is left out.
+        cache_length: L_cache in tokens; None is a fifth of L_max, DAPO's own share.
+
+    Raises:
+        ConfigError: a length below 1, or a cache above the maximum.
+    """
+    longest = max_completion_length
+    require(longest >= 1, "overlong_penalty.max_completion_length", longest, "use rollout.max_completion_length")
+    cache = cache_length if cache_length is not None else max(longest // OVERLONG_CACHE_SHARE, 1)
+    require(
+        1 <= cache <= longest, "overlong_penalty.cache_length", cache_length, f"use 1 to max_completion_length ({longest}) tokens"
+    )
+
+    def reward(completion_ids: Sequence[Sequence[int]]) -> list[float]:
+        return [max(-1.0, min(0.0, (longest - cache - len(ids)) / cache)) for ids in completion_ids]
+
+    reward.__name__ = "overlong_penalty"
+    return reward
+
+
+def repetition_penalty(ngram_size: int = 3, max_penalty: float = 1.0) -> RewardFunction:
+    """-max_penalty · (1 - different n-grams / all n-grams), n-grams of lower-case words; 0 below n words.
+
+    After appendix C.2 of Yeo et al. 2025, https://arxiv.org/abs/2502.03373, which penalises each token of an n-gram that was
+    seen before. Deviation: one number for the whole completion.
+
+    Args:
+        ngram_size: n, in words split at white space.
+        max_penalty: size of the penalty that endless repetition comes near.
+
+    Raises:
+        ConfigError: n below 1 or a negative size.
+    """
+    require(ngram_size >= 1, "repetition_penalty.ngram_size", ngram_size, "use 1 or more words, such as 3")
+    require(
+        max_penalty >= 0,
+        "repetition_penalty.max_penalty",
+        max_penalty,
+        "give its size as a positive number; it is taken off the reward",
+    )
+
+    def penalty(text: str) -> float:
+        words = text.lower().split()
+        ngrams = [tuple(words[start : start + ngram_size]) for start in range(len(words) - ngram_size + 1)]
+        return -max_penalty * (1 - len(set(ngrams)) / len(ngrams)) if ngrams else 0.0
+
+    return TextReward("repetition_penalty", penalty)
+
+
+def math_verify(column: str = "answer") -> RewardFunction:
+    """1 where the completion's answer equals the reference's, else 0, as https://github.com/huggingface/Math-Verify judges.
+
+    An answer that takes too long to read or compare is wrong. That limit works in the main thread only, so leave
+    rewards.timeout_seconds at null with this function: with it, one slow answer fails all rows.
+
+    Args:
+        column: dataset column with the reference: LaTeX, a plain expression, or a text with `####`, `$...$` or a box. None in it =
+            does not apply.
+
+    The row fails (ValueError inside) where the reference cannot be read.
+
+    Raises:
+        ConfigError: the extra is not installed.
+    """
+    try:
+        from math_verify import parse, verify
+    except ImportError as error:
+        raise ConfigError(f"math_verify needs its extra ({error}): pip install grpo_jax[math]") from None
+
+    def compare(text: str, reference: Any) -> float:
+        # math-verify's limit is an alarm signal, which only the main thread may set.
+        limit: Any = MATH_VERIFY_SECONDS if threading.current_thread() is threading.main_thread() else None
+        gold = parse(_delimited(str(reference)), parsing_timeout=limit)
+        if not gold:
+            raise ValueError(f"math-verify cannot read the reference answer {str(reference)[-80:]!r}")
+        return float(verify(gold, parse(text, parsing_timeout=limit), timeout_seconds=limit))
+
+    return ColumnReward("math_verify", column, compare)
+
+
+def _delimited(reference: str) -> str:
+    r"""The reference as math-verify reads it whole; bare `2\sqrt{3}` would be read as 2."""
+    bare = reference.rsplit(MARKER, 1)[-1].strip()
+    return bare if any(mark in bare for mark in ("$", "\\boxed", "\\(", "\\[")) else f"\\boxed{{{bare}}}"
+
+
+BUILTINS: dict[str, Callable[..., RewardFunction]] = {
+    "exact_match": exact_match,
+    "number_match": number_match,
+    "regex_format": regex_format,
+    "tag_format": tag_format,
+    "overlong_penalty": overlong_penalty,
+    "repetition_penalty": repetition_penalty,
+    "math_verify": math_verify,
+}

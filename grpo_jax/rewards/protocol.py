@@ -1,0 +1,262 @@
+"""What a reward function is, and what a scored batch holds.
+
+Enters: functions that a user wrote or a config named. Leaves: which inputs each of them takes, checked against the dataset's
+columns before anything runs. Calling them is `calling.py`, adding their values up is `scoring.py`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from grpo_jax.config.checks import ConfigError, nearest, require, require_choice
+
+SAMPLED = ("prompts", "completions", "completion_ids")
+"""The inputs that are there whatever the dataset holds; a dataset column of the same name is not passed on."""
+
+Completion: TypeAlias = str | list[dict[str, Any]]
+"""Text for a plain prompt, `[{"role": "assistant", "content": text}]` for a conversation."""
+
+
+class RewardFunction(Protocol):
+    """A function that gives each row a number, sync or async.
+
+    It is called by keyword, once a step, with N rows: row b·G + g is completion g of prompt b.
+
+        def reward(prompts, completions, completion_ids, **columns) -> list[float | None]
+
+    Args:
+        prompts: N prompts, each a string or a list of messages.
+        completions: N completions without special tokens: a string each, or `[{"role": "assistant", "content": ...}]` where the
+            prompt is a conversation.
+        completion_ids: N lists of token ids, the stop token included where there is one.
+        columns: every other column of the dataset by name, N values each.
+
+    A function without `**columns` gets only those inputs that it names. One that names an input which is not there, and has no
+    default for it, is refused before the run.
+
+    Returns:
+        N finite numbers, NumPy scalars and True or False among them; None = does not apply to this row. Anything else, and an
+        exception, is a `Failure` of the rows concerned.
+
+    Example:
+        def short(completions, answer):
+            return [1.0 if len(text) < 2 * len(goal) else 0.0 for text, goal in zip(completions, answer)]
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """N values, or an awaitable of them."""
+        ...
+
+
+NamedFunction: TypeAlias = tuple[str, RewardFunction]
+"""A function with the name that metrics, tables and errors show."""
+
+
+class RewardError(RuntimeError):
+    """Too many rows could not be scored; the message names functions, rows and reasons."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One row that one function could not score.
+
+    Attributes:
+        function: name of the function.
+        row: its number in the batch, from 0.
+        reason: what happened, in words.
+
+    Example:
+        Failure(function="judge", row=3, reason="raised KeyError: 'score' (judge.py, line 12)")
+    """
+
+    function: str
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """The rewards of N rows.
+
+    Attributes:
+        rewards: [N] float32, weighted sums; 0 where not valid.
+        valid: [N] bool, True = the row has a reward: at least one weighted function applied and none failed.
+        per_function: [N] float32 for each function, unweighted; NaN where it gave None or failed.
+        failures: every (function, row) that failed.
+
+    Example:
+        ScoredBatch(rewards=np.float32([1.0, 0.0]), valid=np.array([True, False]),
+                    per_function={"judge": np.float32([1.0, np.nan])}, failures=[Failure("judge", 1, "returned NaN")])
+    """
+
+    rewards: np.ndarray
+    valid: np.ndarray
+    per_function: dict[str, np.ndarray]
+    failures: list[Failure]
+
+    @property
+    def failed_rows(self) -> int:
+        """Rows that at least one function could not score."""
+        return len({failure.row for failure in self.failures})
+
+
+@dataclass(frozen=True)
+class TextReward:
+    """A reward of the completion's text alone.
+
+    Attributes:
+        name: shown name.
+        value: text -> reward.
+    """
+
+    name: str
+    value: Callable[[str], float | None]
+
+    def __call__(self, completions: Sequence[Completion], **columns: Any) -> list[float | None]:
+        """One value per completion; the columns are not looked at."""
+        return [self.value(text_of(completion)) for completion in completions]
+
+
+@dataclass(frozen=True)
+class ColumnReward:
+    """A reward that compares the completion's text with one column of the dataset.
+
+    Attributes:
+        name: shown name.
+        column: the dataset column that holds the reference.
+        compare: (text, reference) -> reward. A reference of None gives None without asking.
+    """
+
+    name: str
+    column: str
+    compare: Callable[[str, Any], float | None]
+
+    def __call__(self, completions: Sequence[Completion], **columns: Any) -> list[float | None]:
+        """One value per completion."""
+        pairs = zip(completions, columns[self.column], strict=True)
+        return [None if reference is None else self.compare(text_of(completion), reference) for completion, reference in pairs]
+
+
+@dataclass(frozen=True)
+class Accepts:
+    """The inputs that a function takes.
+
+    Attributes:
+        required: names without a default.
+        optional: names with a default.
+        everything: whether it takes any other name too.
+        bound: names that already have a value (`functools.partial`), which a column does not replace.
+    """
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    everything: bool = False
+    bound: frozenset[str] = frozenset()
+
+    def takes(self, name: str) -> bool:
+        """Whether the input is passed to the function."""
+        return name not in self.bound and (self.everything or name in self.required or name in self.optional)
+
+
+def text_of(completion: Completion) -> str:
+    """The text of a completion, plain or conversational."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def accepted(function: RewardFunction, name: str) -> Accepts:
+    """Reads a function's signature.
+
+    Args:
+        function: the reward function.
+        name: what errors call it.
+
+    Raises:
+        ConfigError: the signature cannot be read, or an input can only be given by position.
+    """
+    if isinstance(function, ColumnReward):
+        return Accepts(required=("completions", function.column))
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        mend = "wrap it in `def reward(completions, **columns)`"
+        raise ConfigError(f"reward function {name}: its inputs cannot be read; {mend}") from None
+    bound = frozenset(function.keywords) if isinstance(function, functools.partial) else frozenset()
+    named = [item for item in parameters if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]
+    by_position = [item.name for item in parameters if item.kind is item.POSITIONAL_ONLY and item.default is item.empty]
+    if by_position:
+        raise ConfigError(
+            f"reward function {name}: {', '.join(by_position)} can only be given by position, and rewards are called by keyword; "
+            "take the / out of its parameters"
+        )
+    return Accepts(
+        required=tuple(item.name for item in named if item.default is item.empty),
+        optional=tuple(item.name for item in named if item.default is not item.empty and item.name not in bound),
+        everything=any(item.kind is item.VAR_KEYWORD for item in parameters),
+        bound=bound,
+    )
+
+
+def inputs_for(function: RewardFunction, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `inputs` that the function takes."""
+    takes = accepted(function, name)
+    return {key: value for key, value in inputs.items() if takes.takes(key)}
+
+
+def check_functions(
+    functions: Sequence[NamedFunction],
+    column_names: Iterable[str],
+    weights: Sequence[float] | None = None,
+    accuracy: str | None = None,
+) -> None:
+    """Refuses, before anything runs, functions and settings that cannot work on this dataset.
+
+    Args:
+        functions: what `resolve_functions` gave.
+        column_names: the dataset's columns, without the prompt's.
+        weights: rewards.weights.
+        accuracy: rewards.accuracy.
+
+    Raises:
+        ConfigError: an input that is not there (names function, input and columns), weights that do not fit, an accuracy that is
+            not the name of a function.
+    """
+    columns = [name for name in column_names if name not in SAMPLED]
+    for name, function in functions:
+        required = accepted(function, name).required
+        missing = [item for item in required if item not in columns and item not in SAMPLED]
+        if missing:
+            guess = nearest(missing[0], [item for item in (*SAMPLED, *columns) if item not in required])
+            raise ConfigError(
+                f"reward function {name} needs {', '.join(missing)}, which the dataset does not have; "
+                f"its columns are: {', '.join(columns) or 'none'}. "
+                + (f"Did you mean {guess}? " if guess else "")
+                + "Name one of these columns, or give the parameter a default"
+            )
+    checked_weights(functions, weights)
+    if accuracy is not None:
+        require_choice("rewards.accuracy", accuracy, [name for name, _ in functions])
+
+
+def checked_weights(functions: Sequence[NamedFunction], weights: Sequence[float] | None) -> np.ndarray:
+    """The weights as [F] float64, 1 for each function where none are given.
+
+    Raises:
+        ConfigError: another number of weights than of functions, or one that is not finite.
+    """
+    if weights is None:
+        return np.ones(len(functions))
+    require(
+        len(weights) == len(functions),
+        "rewards.weights",
+        list(weights),
+        f"give one weight for each of the {len(functions)} functions ({', '.join(name for name, _ in functions)})",
+    )
+    values = np.asarray(weights, np.float64)
+    require(bool(np.isfinite(values).all()), "rewards.weights", list(weights), "use finite numbers")
+    return values

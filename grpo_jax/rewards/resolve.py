@@ -1,0 +1,188 @@
+"""From the entries of rewards.functions to functions with names.
+
+Enters: names of built-ins, `package.module:function`, `file.py:function`, mappings with arguments, or functions themselves.
+Leaves: (name, function) pairs, each name once. Effects: the user's modules are imported, here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from grpo_jax.config.checks import ConfigError, MismatchError, fit, ill_typed, nearest
+from grpo_jax.rewards.builtin import BUILTINS
+from grpo_jax.rewards.protocol import SAMPLED, ColumnReward, NamedFunction, RewardFunction, TextReward, accepted
+
+HOW = "give a built-in name, package.module:function, file.py:function, or {name: ..., argument: value}"
+
+
+def resolve_functions(
+    entries: Sequence[Any] | Mapping[str, Any] | RewardFunction,
+    *,
+    max_completion_length: int | None = None,
+) -> list[NamedFunction]:
+    """Finds the reward functions.
+
+    - `number_match`: a built-in, with its default settings.
+    - `{name: regex_format, pattern: "^A"}`: a built-in with settings.
+    - `package.module:function`, `file.py:function` (relative to the current folder): a function of the user's. In
+      `{name: file.py:function, argument: value}` the arguments are passed at every call. The file's folder is appended to the
+      search path, so that it may import its neighbours.
+    - a function itself, or a built-in factory that needs no settings.
+
+    Args:
+        entries: as said: texts, mappings and functions; a single one need not be in a list.
+        max_completion_length: rollout.max_completion_length, for built-ins that need it and do not set it.
+
+    Returns:
+        (name, function) pairs in order. A name is the function's own; one that is taken gets `_2`, `_3`, ...
+
+    Raises:
+        ConfigError: no function, or one that cannot be found, imported or called (says the nearest name).
+    """
+    listed: Sequence[Any] = [entries] if isinstance(entries, str | Mapping) or callable(entries) else list(entries)
+    if not listed:
+        raise ConfigError(f"rewards.functions is empty: {HOW}")
+    modules: dict[str, ModuleType] = {}
+    functions: list[NamedFunction] = []
+    taken: set[str] = set()
+    for index, entry in enumerate(listed):
+        field = f"rewards.functions[{index}]"
+        name, function = _resolved(field, entry, max_completion_length, modules)
+        unique, count = name, 1
+        while unique in taken:
+            count += 1
+            unique = f"{name}_{count}"
+        taken.add(unique)
+        accepted(function, unique)
+        functions.append((unique, function))
+    return functions
+
+
+def _resolved(field: str, entry: Any, max_completion_length: int | None, modules: dict[str, ModuleType]) -> NamedFunction:
+    if callable(entry):
+        for name, factory in BUILTINS.items():
+            if entry is factory:
+                return name, _built_in(field, name, {}, max_completion_length)
+        return _own_name(entry), entry
+    name, arguments = entry, {}
+    if isinstance(entry, Mapping):
+        if "name" not in entry:
+            raise ConfigError(f"{field} is {dict(entry)!r}: it has no name; {HOW}")
+        name, arguments = entry["name"], {key: value for key, value in entry.items() if key != "name"}
+    if not isinstance(name, str):
+        raise ConfigError(f"{field} is {name!r}: {HOW}")
+    if name in BUILTINS:
+        return name, _built_in(field, name, arguments, max_completion_length)
+    if ":" not in name:
+        raise ConfigError(f"{field} is {name!r}: {_not_built_in(name)}")
+    place, _, attribute = name.rpartition(":")
+    function = _imported(field, place, attribute, modules)
+    return attribute, _with_arguments(field, name, function, arguments) if arguments else function
+
+
+def _built_in(field: str, name: str, arguments: Mapping[str, Any], max_completion_length: int | None) -> RewardFunction:
+    factory = BUILTINS[name]
+    parameters = inspect.signature(factory).parameters
+    kinds = typing.get_type_hints(factory)
+    values: dict[str, Any] = {}
+    for key, value in arguments.items():
+        if key not in parameters:
+            raise ConfigError(f"{field}: {name} has no argument {key}; {_choices(key, list(parameters))}")
+        try:
+            values[key] = fit(value, kinds[key])
+        except MismatchError:
+            raise ill_typed(f"{field}.{key}", value, kinds[key]) from None
+    if "max_completion_length" in parameters and max_completion_length is not None:
+        values.setdefault("max_completion_length", max_completion_length)
+    missing = [key for key, item in parameters.items() if item.default is item.empty and key not in values]
+    if missing:
+        example = "{" + f"name: {name}, {missing[0]}: ..." + "}"
+        raise ConfigError(f"{field}: {name} needs {', '.join(missing)}: write {example}")
+    return factory(**values)
+
+
+def _with_arguments(field: str, name: str, function: RewardFunction, arguments: Mapping[str, Any]) -> RewardFunction:
+    takes = accepted(function, name)
+    named = [item for item in (*takes.required, *takes.optional) if item not in SAMPLED]
+    for key in arguments:
+        if key in SAMPLED or not takes.takes(key):
+            raise ConfigError(f"{field}: {name} has no argument {key}; {_choices(key, named)}")
+    return functools.partial(function, **arguments)
+
+
+def _imported(field: str, place: str, attribute: str, modules: dict[str, ModuleType]) -> RewardFunction:
+    if place not in modules:
+        modules[place] = _file(field, Path(place)) if place.endswith(".py") else _module(field, place, attribute)
+    found = vars(modules[place])
+    if attribute not in found:
+        functions = [name for name, value in found.items() if callable(value) and not name.startswith("_")]
+        raise ConfigError(f"{field}: {place} has no function {attribute}; {_choices(attribute, functions)}")
+    function = found[attribute]
+    if not callable(function) or inspect.isclass(function):
+        kind = "a class" if inspect.isclass(function) else "no function"
+        raise ConfigError(f"{field}: {attribute} in {place} is {kind}; name a function")
+    return function
+
+
+def _file(field: str, path: Path) -> ModuleType:
+    if not path.is_file():
+        near = [found.name for found in path.parent.glob("*.py")] if path.parent.is_dir() else []
+        guess = nearest(path.name, near)
+        hint = f"; did you mean {path.parent / guess}?" if guess else ""
+        raise ConfigError(f"{field}: there is no file {path} (looked from {Path.cwd()}){hint}")
+    # Resolved, so that two spellings of a file's path share its module name; not the bare stem, which may be a package's.
+    path = path.resolve()
+    name = f"reward_file_{path.stem}_{abs(hash(str(path))):x}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{field}: {path} cannot be read as Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[name]
+        raise ConfigError(f"{field}: importing {path} raised {type(error).__name__}: {error}") from error
+    return module
+
+
+def _module(field: str, place: str, attribute: str) -> ModuleType:
+    try:
+        return importlib.import_module(place)
+    except (Exception, SystemExit) as error:
+        here = Path(*place.split(".")).with_suffix(".py")
+        hint = f"; for the file in this folder write {here}:{attribute}" if here.is_file() else ""
+        raise ConfigError(f"{field}: importing {place} raised {type(error).__name__}: {error}{hint}") from error
+
+
+def _own_name(function: Callable[..., Any]) -> str:
+    if isinstance(function, functools.partial):
+        return _own_name(function.func)
+    if isinstance(function, TextReward | ColumnReward):
+        return function.name
+    return function.__name__.strip("<>") if inspect.isroutine(function) else type(function).__name__
+
+
+def _not_built_in(name: str) -> str:
+    if name.endswith(".py"):
+        return f"say which function in it, such as {name}:reward"
+    module, _, last = name.rpartition(".")
+    dotted = f"for a function of your own write {module}:{last}; " if module else ""
+    return f"no such built-in; {dotted}{_choices(name, list(BUILTINS))}; for your own, package.module:function or file.py:function"
+
+
+def _choices(name: str, choices: Sequence[str]) -> str:
+    guess = nearest(name, choices)
+    listed = f"choose from {', '.join(choices)}" if choices else "there is none"
+    return f"did you mean {guess}? ({listed})" if guess else listed

@@ -1,0 +1,212 @@
+"""Scores a batch of completions: calls the functions, weighs their values, leaves out what failed.
+
+Enters: N completions with their prompts and columns, and the functions. Leaves: a `ScoredBatch` of NumPy arrays. A row that
+a function could not score is marked and counted, never guessed; where too many failed, `RewardError`. No JAX.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, SupportsFloat
+
+import numpy as np
+
+from grpo_jax.config.checks import require, require_choice
+from grpo_jax.rewards.calling import Failed, Rows, call_all, short
+from grpo_jax.rewards.protocol import Completion, Failure, NamedFunction, RewardError, ScoredBatch, checked_weights
+
+LARGEST = 1e15
+"""A reward beyond this has failed: its square would overflow the group's float32 deviation."""
+
+SHOWN_REASONS = 8
+"""Different reasons that are listed."""
+
+
+def score(
+    functions: Sequence[NamedFunction],
+    weights: Sequence[float] | None = None,
+    *,
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    completion_ids: Sequence[Sequence[int]],
+    columns: Mapping[str, Sequence[Any]] | None = None,
+    timeout_seconds: float | None = None,
+    max_failed_share: float = 0.25,
+) -> ScoredBatch:
+    """Scores N completions.
+
+    The reward of a row is Σ_f weight_f · value_f over the functions that apply to it (that did not give None).
+
+    - A row that no weighted function applies to has no reward: not valid, and not a failure.
+    - A row that a function failed on is not valid and is named in `failures`. A function of weight 0 only watches: its failures are
+      named and counted too, but the row keeps its reward.
+    - A function that raises is called a second time, row by row, so that the other rows keep their value; see `calling.py`.
+
+    Args:
+        functions: names and functions, as `resolve_functions` gives them.
+        weights: one per function; None is 1 each.
+        prompts: N prompts, or B of them with N = B·G; each then belongs to G completions in a row.
+        completions: N texts; where the prompt is a conversation, a text becomes `[{"role": "assistant", "content": text}]`.
+        completion_ids: N lists of token ids.
+        columns: the dataset's other columns, as many values each as there are prompts.
+        timeout_seconds: limit of each function; one that takes longer has failed on all rows. None waits for ever.
+        max_failed_share: share of failed rows, 0 to 1, above which RewardError is raised.
+
+    Returns:
+        Rewards [N], which rows have one, every function's values, and the failures.
+
+    Raises:
+        RewardError: more than `max_failed_share` of the rows failed.
+        ConfigError: weights that do not fit the functions.
+        ValueError: inputs of different lengths.
+    """
+    weight = checked_weights(functions, weights)
+    rows = _rows(prompts, completions, completion_ids, columns or {})
+    found = call_all(functions, rows, timeout_seconds)
+    values = np.full((len(functions), rows.count), np.nan)
+    failed = np.zeros((len(functions), rows.count), bool)
+    failures: list[Failure] = []
+    for index, (name, _) in enumerate(functions):
+        for row, value in enumerate(found[name]):
+            number = _number(value)
+            if isinstance(number, Failed):
+                failed[index, row] = True
+                failures.append(Failure(name, row, number.reason))
+            elif number is not None:
+                values[index, row] = number
+    applies = ~np.isnan(values)
+    weighted = (weight != 0)[:, None]
+    valid = (applies & weighted).any(axis=0) & ~(failed & weighted).any(axis=0)
+    total = (np.where(applies, values, 0.0) * weight[:, None]).sum(axis=0)
+    scored = ScoredBatch(
+        rewards=np.where(valid, total, 0.0).astype(np.float32),
+        valid=valid,
+        per_function={name: values[index].astype(np.float32) for index, (name, _) in enumerate(functions)},
+        failures=failures,
+    )
+    if rows.count and scored.failed_rows / rows.count > max_failed_share:
+        raise RewardError(_too_many(scored, rows.count, max_failed_share))
+    return scored
+
+
+def correct(scored: ScoredBatch, accuracy_name: str | None = None, threshold: float = 1.0) -> np.ndarray:
+    """Which rows count as right.
+
+    Args:
+        scored: N scored rows.
+        accuracy_name: the function whose value decides; None is the first.
+        threshold: right is at least this.
+
+    Returns:
+        [N] bool; False where the function gave None or failed.
+
+    Raises:
+        ConfigError: there is no function of that name.
+    """
+    if accuracy_name is not None:
+        require_choice("rewards.accuracy", accuracy_name, scored.per_function)
+    require(bool(scored.per_function), "rewards.functions", [], "name at least one function")
+    values = scored.per_function[accuracy_name if accuracy_name is not None else next(iter(scored.per_function))]
+    return values >= np.float32(threshold)
+
+
+def reward_metrics(scored: ScoredBatch) -> dict[str, float]:
+    """Metrics of the single functions.
+
+    Returns:
+        `rewards/<function>/mean` and `/std` (ddof 1; 0 for a single value) over the rows where the function gave a value, both
+        left out where there is none; `rewards/failed`, the number of rows that at least one function failed on.
+    """
+    metrics: dict[str, float] = {}
+    for name, values in scored.per_function.items():
+        given = values[~np.isnan(values)].astype(np.float64)
+        if given.size:
+            metrics[f"rewards/{name}/mean"] = float(given.mean())
+            metrics[f"rewards/{name}/std"] = float(given.std(ddof=1)) if given.size > 1 else 0.0
+    metrics["rewards/failed"] = float(scored.failed_rows)
+    return metrics
+
+
+def failure_lines(scored: ScoredBatch) -> list[str]:
+    """What failed, in words: one line for each function and reason, at most SHOWN_REASONS and one that counts the rest.
+
+    Example:
+        ["judge raised KeyError: 'score' (judge.py, line 12): 3 rows, the first is row 5"]
+    """
+    rows_by_cause: dict[tuple[str, str], list[int]] = {}
+    for failure in scored.failures:
+        rows_by_cause.setdefault((failure.function, failure.reason), []).append(failure.row)
+    lines = [
+        f"{name} {reason}: {'row' if len(rows) == 1 else f'{len(rows)} rows, the first is row'} {rows[0]}"
+        for (name, reason), rows in rows_by_cause.items()
+    ]
+    more = [f"and {len(lines) - SHOWN_REASONS} other reasons"] if len(lines) > SHOWN_REASONS else []
+    return [*lines[:SHOWN_REASONS], *more]
+
+
+def _rows(
+    prompts: Sequence[Any],
+    completions: Sequence[Completion],
+    completion_ids: Sequence[Sequence[int]],
+    columns: Mapping[str, Sequence[Any]],
+) -> Rows:
+    count = len(completions)
+    if len(completion_ids) != count:
+        raise ValueError(f"{count} completions, but {len(completion_ids)} completion_ids")
+    group = count // max(len(prompts), 1)
+    if group * len(prompts) != count:
+        raise ValueError(f"{count} completions cannot be shared out among {len(prompts)} prompts")
+    for name, values in columns.items():
+        if len(values) != len(prompts):
+            raise ValueError(f"column {name} has {len(values)} values for {len(prompts)} prompts")
+    repeated = _repeated(prompts, group)
+    pairs = zip(repeated, completions, strict=True)
+    inputs = {name: _repeated(values, group) for name, values in columns.items()}
+    # After the columns: what was sampled wins over a column of the same name.
+    inputs["prompts"] = repeated
+    inputs["completions"] = [_in_kind(prompt, completion) for prompt, completion in pairs]
+    inputs["completion_ids"] = [list(ids) for ids in completion_ids]
+    return Rows(inputs, count)
+
+
+def _repeated(values: Sequence[Any], group: int) -> list[Any]:
+    return [value for value in values for _ in range(group)]
+
+
+def _in_kind(prompt: Any, completion: Completion) -> Completion:
+    if isinstance(prompt, str) or not isinstance(completion, str):
+        return completion
+    return [{"role": "assistant", "content": completion}]
+
+
+def _number(value: Any) -> float | Failed | None:
+    """One returned value: a finite number, None, or why it is neither."""
+    if value is None or isinstance(value, Failed):
+        return value
+    number = _as_float(value)
+    if number is None:
+        return Failed(f"returned {short(value)} instead of a number")
+    if math.isnan(number):
+        return Failed("returned NaN")
+    if abs(number) > LARGEST:
+        return Failed(f"returned {number:g}, which is beyond {LARGEST:g}")
+    return number
+
+
+def _as_float(value: Any) -> float | None:
+    """The value of a scalar of any library; None for what is no number."""
+    if isinstance(value, str | bytes | complex | np.complexfloating) or (isinstance(value, np.ndarray) and value.ndim > 0):
+        return None
+    try:
+        return float(value) if isinstance(value, SupportsFloat) else None
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return None
+
+
+def _too_many(scored: ScoredBatch, count: int, max_failed_share: float) -> str:
+    head = (
+        f"{scored.failed_rows} of {count} rows could not be scored, more than rewards.max_failed_share = {max_failed_share:g} "
+        "allows. Mend the reward function, return None where it does not apply, or allow more:"
+    )
+    return "\n".join([head, *(f"  {line}" for line in failure_lines(scored))])

@@ -1,0 +1,228 @@
+"""Async functions, time limits and event loops."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from grpo_jax.rewards import RewardFunction, ScoredBatch, score
+
+PATIENCE_SECONDS = 20.0
+"""Long after anything that ends at all has ended, on a busy machine too."""
+
+
+def scored(functions: list[tuple[str, RewardFunction]], texts: list[str], timeout_seconds: float | None = None) -> ScoredBatch:
+    return score(
+        functions,
+        prompts=["p"] * len(texts),
+        completions=texts,
+        completion_ids=[[1]] * len(texts),
+        timeout_seconds=timeout_seconds,
+        max_failed_share=1.0,
+    )
+
+
+@pytest.fixture
+def released() -> Iterator[threading.Event]:
+    """What hanging functions wait for; set at the end, so that no thread stays."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+async def lengths(completions: list[str]) -> list[float]:
+    await asyncio.sleep(0)
+    return [float(len(text)) for text in completions]
+
+
+class AsyncJudge:
+    async def __call__(self, completions: list[str]) -> list[float]:
+        return await lengths(completions)
+
+
+def test_async_functions_of_every_shape() -> None:
+    async def scaled(completions: list[str], scale: float) -> list[float]:
+        return [scale * value for value in await lengths(completions)]
+
+    functions: list[Any] = [
+        ("async", lengths),
+        ("instance", AsyncJudge()),
+        ("partial", functools.partial(scaled, scale=2.0)),
+        ("sync that returns a coroutine", lambda completions: lengths(completions)),
+        ("sync", lambda completions: [10.0] * len(completions)),
+    ]
+    batch = scored(functions, ["a", "bb"])
+    assert batch.failures == []
+    assert batch.rewards.tolist() == [15.0, 20.0]
+    assert list(batch.per_function) == [name for name, _ in functions]
+
+
+def test_async_functions_run_at_the_same_time() -> None:
+    # Each waits for the other one: only together can they end.
+    first, second = threading.Event(), threading.Event()
+
+    async def meet(mine: threading.Event, other: threading.Event, completions: list[str]) -> list[float]:
+        mine.set()
+        while not other.is_set():
+            await asyncio.sleep(0.001)
+        return [1.0] * len(completions)
+
+    functions: list[Any] = [("a", functools.partial(meet, first, second)), ("b", functools.partial(meet, second, first))]
+    batch = scored(functions, ["x"], PATIENCE_SECONDS)
+    assert batch.failures == []
+    assert batch.rewards.tolist() == [2.0]
+
+
+def test_async_functions_run_beside_sync_ones() -> None:
+    answered = threading.Event()
+
+    async def judge(completions: list[str]) -> list[float]:
+        answered.set()
+        return [1.0] * len(completions)
+
+    def waits(completions: list[str]) -> list[float]:
+        return [float(answered.wait(PATIENCE_SECONDS))] * len(completions)
+
+    assert scored([("waits", waits), ("judge", judge)], ["x"]).rewards.tolist() == [2.0]
+
+
+def test_scoring_works_inside_a_running_event_loop() -> None:
+    async def notebook() -> ScoredBatch:
+        return scored([("async", lengths), ("sync", lambda completions: [1.0])], ["abc"])
+
+    assert asyncio.run(notebook()).rewards.tolist() == [4.0]
+
+
+def test_the_event_loop_stays_the_same_so_that_clients_can_be_kept() -> None:
+    loops: list[Any] = []
+
+    async def judge(completions: list[str]) -> list[float]:
+        loops.append(asyncio.get_running_loop())
+        return [0.0]
+
+    scored([("judge", judge)], ["x"])
+    scored([("judge", judge)], ["x"])
+    assert loops[0] is loops[1]
+
+
+@pytest.mark.parametrize("timeout_seconds", [None, PATIENCE_SECONDS])
+def test_an_async_raise_is_found_by_row(timeout_seconds: float | None) -> None:
+    async def judge(completions: list[str]) -> list[float]:
+        await asyncio.sleep(0)
+        if "bad" in completions:
+            raise TimeoutError("the judge's own")
+        return [1.0] * len(completions)
+
+    batch = scored([("judge", judge)], ["a", "bad", "c"], timeout_seconds)
+    assert [failure.row for failure in batch.failures] == [1]
+    assert batch.failures[0].reason.startswith("raised TimeoutError: the judge's own (test_rewards_calling.py, line ")
+    assert batch.valid.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("timeout_seconds", [None, PATIENCE_SECONDS])
+def test_a_sync_raise_is_found_by_row_and_a_passing_one_is_forgiven(timeout_seconds: float | None) -> None:
+    calls: list[int] = []
+
+    def flaky(completions: list[str]) -> list[float]:
+        calls.append(len(completions))
+        if len(calls) == 1:
+            raise ConnectionError("once")
+        return [1.0] * len(completions)
+
+    batch = scored([("flaky", flaky)], ["a", "b"], timeout_seconds)
+    assert calls == [2, 1, 1]
+    assert batch.failures == []
+    assert batch.rewards.tolist() == [1.0, 1.0]
+
+
+def test_a_single_row_that_raises_is_not_called_twice() -> None:
+    calls: list[int] = []
+
+    def judge(completions: list[str]) -> list[float]:
+        calls.append(len(completions))
+        raise ValueError("always")
+
+    assert len(scored([("judge", judge)], ["a"]).failures) == 1
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("timeout_seconds", [None, PATIENCE_SECONDS])
+def test_an_exit_in_a_reward_is_a_failure(timeout_seconds: float | None) -> None:
+    def leaves(completions: list[str]) -> list[float]:
+        raise SystemExit(1)
+
+    async def leaves_too(completions: list[str]) -> list[float]:
+        raise SystemExit(1)
+
+    batch = scored([("a", leaves), ("b", leaves_too)], ["x", "y"], timeout_seconds)
+    assert [(failure.function, failure.row) for failure in batch.failures] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+
+
+def test_an_interrupt_ends_the_run() -> None:
+    def interrupted(completions: list[str]) -> list[float]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scored([("a", interrupted)], ["x", "y"])
+
+
+def test_a_hung_function_fails_on_all_rows_and_holds_nobody_up(released: threading.Event) -> None:
+    def hangs(completions: list[str]) -> list[float]:
+        released.wait()
+        return [0.0] * len(completions)
+
+    async def hangs_too(completions: list[str]) -> list[float]:
+        await asyncio.sleep(10 * PATIENCE_SECONDS)
+        return [0.0] * len(completions)
+
+    started = time.monotonic()
+    batch = scored([("hangs", hangs), ("hangs_too", hangs_too), ("good", lambda completions: [1.0, 2.0])], ["a", "b"], 1.0)
+    assert time.monotonic() - started < PATIENCE_SECONDS
+    assert [(failure.function, failure.row) for failure in batch.failures] == [
+        ("hangs", 0),
+        ("hangs", 1),
+        ("hangs_too", 0),
+        ("hangs_too", 1),
+    ]
+    assert {failure.reason for failure in batch.failures} == {"took longer than rewards.timeout_seconds = 1"}
+    assert batch.per_function["good"].tolist() == [1.0, 2.0]
+
+
+def test_rows_before_the_hung_one_keep_their_value_when_called_singly(released: threading.Event) -> None:
+    def judge(completions: list[str]) -> list[float]:
+        if len(completions) > 1:
+            raise ValueError("whole batch")
+        if completions == ["slow"]:
+            released.wait()
+        return [1.0]
+
+    batch = scored([("judge", judge)], ["a", "slow", "c"], 1.0)
+    assert batch.valid.tolist() == [True, False, False]
+    assert "called row by row took longer than rewards.timeout_seconds = 1" in batch.failures[0].reason
+
+
+def test_an_async_function_called_singly_keeps_the_rows_that_answered() -> None:
+    async def judge(completions: list[str]) -> list[float]:
+        if len(completions) > 1:
+            raise ValueError("whole batch")
+        if completions == ["slow"]:
+            await asyncio.sleep(10 * PATIENCE_SECONDS)
+        return [1.0]
+
+    assert scored([("judge", judge)], ["a", "slow", "c"], 1.0).valid.tolist() == [True, False, True]
+
+
+def test_a_blocked_event_loop_is_left_behind(released: threading.Event) -> None:
+    async def blocks(completions: list[str]) -> list[float]:
+        released.wait()
+        return [0.0] * len(completions)
+
+    batch = scored([("blocks", blocks)], ["a"], 0.1)
+    assert "an async function blocks the event loop" in batch.failures[0].reason
+    assert scored([("lengths", lengths)], ["abc"], PATIENCE_SECONDS).rewards.tolist() == [3.0]
