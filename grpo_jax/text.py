@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 
-# Controls of ASCII but tab and newline, DEL, controls of Latin-1, line and paragraph separators, direction marks and overrides, and lone
-# surrogates, which no output encodes.
+# DEL, controls of Latin-1, line and paragraph separators, direction marks and overrides, and lone surrogates, which no output
+# encodes; the controls of ASCII come before them below.
 OTHERS = "\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 STEERING = re.compile(f"[\x00-\x08\x0b-\x1f{OTHERS}]")
 STEERING_OR_BREAK = re.compile(f"[\x00-\x1f{OTHERS}]")

@@ -180,7 +180,7 @@ def describe(kind: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(str(choice) for choice in arguments)}"
     if origin is list:
-        return f"a list (each item {describe(arguments[0])})"
+        return f"a list, written [a, b], of {describe(arguments[0])}"
     if origin is dict:
         return "a mapping of names to values"
     words = {

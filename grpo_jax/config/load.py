@@ -153,7 +153,14 @@ def left_to_preset(name: str, value: Any) -> bool:
 
 
 def unknown_setting(name: str) -> ConfigError:
-    """The error for a name that is no setting, with the nearest one that is.
+    """The error for a name that is no setting, with the nearest one that is."""
+    guess = nearest_setting(name)
+    hint = f"did you mean {guess}?" if guess else f"the sections are {', '.join(field_types(Config))}"
+    return ConfigError(f"{name} is not a setting; {hint}")
+
+
+def nearest_setting(name: str) -> str | None:
+    """The setting, or section, that `name` may have been meant for.
 
     Looked for in turn: a near name in the same section, the same name in another section, a near section, a near full name, a
     near name in any section.
@@ -170,10 +177,7 @@ def unknown_setting(name: str) -> ConfigError:
         (key, by_key),
     ]
     found = ((choices, nearest(wanted, choices)) for wanted, choices in searches)
-    guess = next((choices[near] for choices, near in found if near is not None), None)
-    return ConfigError(
-        f"{name} is not a setting; " + (f"did you mean {guess}?" if guess else f"the sections are {', '.join(sections)}")
-    )
+    return next((choices[near] for choices, near in found if near is not None), None)
 
 
 def resolved_settings(config: Config, sources: Mapping[str, str] | None = None) -> list[Setting]:

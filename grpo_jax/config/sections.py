@@ -8,9 +8,10 @@ is `load.py`; the named presets are `presets.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from grpo_jax.config.checks import ConfigError, check_types, require, require_choice
+from grpo_jax.config.checks import check_types, require, require_choice
 from grpo_jax.config.presets import OBJECTIVE_DEFAULTS, PRESETS, PresetName
 
 FROM_PRESET: Any = None
@@ -154,14 +155,9 @@ class RolloutConfig:
         check_types(self, "rollout")
         require(self.num_generations >= 1, "rollout.num_generations", self.num_generations, "use 4 to 16")
         require(self.max_prompt_length >= 1, "rollout.max_prompt_length", self.max_prompt_length, "use at least 1 token")
-        length = self.max_completion_length
-        require(length >= 1, "rollout.max_completion_length", length, "use at least 1 token")
-        require(
-            0 <= self.min_completion_length <= self.max_completion_length,
-            "rollout.min_completion_length",
-            self.min_completion_length,
-            f"use 0 to max_completion_length ({self.max_completion_length})",
-        )
+        shortest, longest = self.min_completion_length, self.max_completion_length
+        require(longest >= 1, "rollout.max_completion_length", longest, "use at least 1 token")
+        require(0 <= shortest <= longest, "rollout.min_completion_length", shortest, f"use 0 to max_completion_length ({longest})")
         require(self.temperature >= 0, "rollout.temperature", self.temperature, "use 1.0, or 0 for greedy")
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "use a probability above 0, at most 1 (1 = off)")
         require(self.top_k >= 0, "rollout.top_k", self.top_k, "use a positive number of tokens, or 0 (off)")
@@ -197,12 +193,10 @@ class RewardsConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "rewards")
-        if self.weights is not None and self.functions:
+        count = len(self.functions)
+        if self.weights is not None and count:
             require(
-                len(self.weights) == len(self.functions),
-                "rewards.weights",
-                self.weights,
-                f"give one weight for each of the {len(self.functions)} functions",
+                len(self.weights) == count, "rewards.weights", self.weights, f"give one weight for each of the {count} functions"
             )
         require(0 <= self.max_failed_share <= 1, "rewards.max_failed_share", self.max_failed_share, "use a share from 0 to 1")
 
@@ -398,22 +392,8 @@ class Config:
         return config_from_dict(values)
 
     @staticmethod
-    def from_yaml(path: str) -> Config:
+    def from_yaml(path: str | Path) -> Config:
         """Builds a config from a YAML file; see `from_dict`."""
         from grpo_jax.config.load import read_yaml
 
         return Config.from_dict(read_yaml(path))
-
-
-__all__ = [
-    "Config",
-    "ConfigError",
-    "DataConfig",
-    "LoraConfig",
-    "ModelConfig",
-    "ObjectiveConfig",
-    "OptimConfig",
-    "RewardsConfig",
-    "RolloutConfig",
-    "TrainConfig",
-]

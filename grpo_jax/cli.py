@@ -1,0 +1,267 @@
+"""The command line: `grpo-jax train | sft | eval | generate | export | quickstart`.
+
+Enters: words. Leaves: an exit status: 0, 2 for a mistake of the user's (one block on standard error, no traceback), 130 for Ctrl-C.
+Each command only reads its words, builds the config and calls one function of the package; JAX is imported when a command runs,
+never for `--help`. Every setting is an option `--section.field`, its help the entry in the section's docstring.
+
+argparse splits the words and `config.load` gives the values their types, as it does for YAML: one set of rules, and errors that
+name the setting. (jsonargparse would read quoted text inside a mapping once more, so that `{year: "2024"}` became a number.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import sys
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from grpo_jax import __version__
+from grpo_jax.config import Config, ConfigError, Loaded, RolloutConfig, load
+from grpo_jax.config.checks import describe, field_types, nearest, show
+from grpo_jax.config.load import nearest_setting, setting_types
+from grpo_jax.config.presets import OBJECTIVE_DEFAULTS
+from grpo_jax.text import safe_text
+
+USER_ERROR, INTERRUPTED = 2, 130
+RESUMABLE = ("train", "sft")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        words: The command line without the program's name; None takes the process's.
+
+    Returns:
+        The exit status.
+    """
+    words = sys.argv[1:] if words is None else list(words)
+    arguments, rest = parser().parse_known_args(words)
+    try:
+        if rest:
+            raise unknown_option(rest[0], arguments)
+        arguments.action(arguments)
+    except KeyboardInterrupt:
+        print(interrupted(words, arguments.command), file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if not is_users(error):
+            raise
+        print(error_block(error), file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """`grpo-jax train`."""
+    loaded = loaded_settings(arguments)
+    from grpo_jax.grpo import train as run
+
+    run(loaded.config, resume=arguments.resume, sources=loaded.sources)
+
+
+def sft(arguments: argparse.Namespace) -> None:
+    """`grpo-jax sft`."""
+    loaded = loaded_settings(arguments)
+    from grpo_jax.sft import sft as run
+
+    run(loaded.config, resume=arguments.resume, sources=loaded.sources)
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """`grpo-jax eval`."""
+    given = given_settings(arguments)
+    if arguments.run is not None and given:
+        name = next(iter(given))
+        raise ConfigError(f"{name} is {show(given[name])}: a run is evaluated with its own settings; use --config to choose others")
+    config = None if arguments.run is not None else loaded_settings(arguments).config
+    from grpo_jax.evaluate import evaluate_run
+
+    evaluate_run(config, run_dir=arguments.run, pass_k=arguments.pass_k)
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """`grpo-jax generate`."""
+    settings = RolloutConfig(
+        num_generations=arguments.num_generations or (4 if arguments.temperature > 0 else 1),
+        max_completion_length=arguments.max_completion_length,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+    )
+    from grpo_jax.policy import Policy
+
+    policy = Policy.from_pretrained(arguments.model, adapter=arguments.adapter, dtype=arguments.dtype)
+    groups = policy.generate(
+        arguments.prompt,
+        num_generations=settings.num_generations,
+        max_completion_length=settings.max_completion_length,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        seed=arguments.seed,
+    )
+    for prompt, completions in zip(arguments.prompt, groups, strict=True):
+        print(f"prompt: {safe_text(prompt)}")
+        for number, completion in enumerate(completions, 1):
+            print(f"--- {number} of {len(completions)}: {len(completion.ids)} tokens, {completion.finish_reason}")
+            print(safe_text(completion.text))
+
+
+def export(arguments: argparse.Namespace) -> None:
+    """`grpo-jax export`."""
+    from grpo_jax.export import export_run
+
+    export_run(arguments.run, arguments.out, arguments.format)
+    print(f"wrote {arguments.format} to {safe_text(arguments.out, one_line=True)}")
+
+
+def quickstart(arguments: argparse.Namespace) -> None:
+    """`grpo-jax quickstart`."""
+    from grpo_jax.quickstart import quickstart as run
+
+    run(arguments.run_dir)
+
+
+def loaded_settings(arguments: argparse.Namespace) -> Loaded:
+    """The config of `--config` and the `--section.field` options."""
+    return load(arguments.config, given_settings(arguments))
+
+
+def given_settings(arguments: argparse.Namespace) -> dict[str, str]:
+    """The `--section.field` options that were given, as text."""
+    return {name: value for name, value in vars(arguments).items() if name in setting_types()}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole grammar. Settings are kept as text: `config.load` gives them their types."""
+    top = argparse.ArgumentParser(
+        prog="grpo-jax", description="Group Relative Policy Optimization of language models in JAX.", allow_abbrev=False
+    )
+    top.add_argument("--version", action="version", version=f"grpo-jax {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, action: Any, says: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=says, description=says, allow_abbrev=False)
+        made.set_defaults(action=action)
+        return made
+
+    for name, action, says in (
+        ("train", train, "train with GRPO"),
+        ("sft", sft, "supervised warm-up on prompt and completion rows"),
+    ):
+        made = command(name, action, says)
+        made.usage = f"grpo-jax {name} [--config FILE.yaml] [--section.field VALUE ...] [--resume]"
+        made.add_argument("--config", metavar="FILE.yaml", help="settings; the options below win over it")
+        made.add_argument("--resume", action="store_true", help="continue the run in train.run_dir at its last checkpoint")
+        add_settings(made)
+
+    made = command("eval", evaluate, "accuracy on the held-out part, greedy and pass@k")
+    made.usage = "grpo-jax eval (--config FILE.yaml [--section.field VALUE ...] | --run DIR) [--pass_k 8]"
+    which = made.add_mutually_exclusive_group(required=True)
+    which.add_argument("--config", metavar="FILE.yaml", help="evaluate the model of these settings; the options below win over it")
+    which.add_argument("--run", metavar="DIR", help="evaluate the last state of a run, with its own settings")
+    made.add_argument("--pass_k", type=positive, default=8, metavar="K", help="samples per problem for pass@k (default 8)")
+    add_settings(made)
+
+    made = command("generate", generate, "sample completions")
+    made.add_argument("--model", required=True, metavar="DIR_OR_ID", help="model folder or hub id")
+    made.add_argument("--adapter", metavar="DIR", help="PEFT adapter folder")
+    made.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="may be given several times")
+    made.add_argument("--num_generations", type=positive, metavar="G", help="completions a prompt (default 4, or 1 where greedy)")
+    made.add_argument("--max_completion_length", type=positive, default=64, metavar="TOKENS", help="default 64")
+    made.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
+    made.add_argument("--top_p", type=float, default=1.0, metavar="P", help="1, the default, is off")
+    made.add_argument("--top_k", type=int, default=0, metavar="K", help="0, the default, is off")
+    made.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
+    made.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto, the default, is the model's own"
+    )
+
+    made = command("export", export, "write a run's weights for other tools")
+    made.add_argument("--run", required=True, metavar="DIR", help="run folder")
+    made.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    made.add_argument(
+        "--format", required=True, choices=("adapter", "merged"), help="a PEFT adapter, or the whole model with it merged in"
+    )
+
+    made = command("quickstart", quickstart, "make a small model and task, warm it up, and watch GRPO improve it")
+    made.add_argument("--run_dir", default="runs/quickstart", metavar="DIR", help="default runs/quickstart")
+    return top
+
+
+def add_settings(made: argparse.ArgumentParser) -> None:
+    """Adds an option for every setting, one group a section."""
+    defaults = asdict(Config())
+    for section, holder in field_types(Config).items():
+        summary, said = documented(holder)
+        group = made.add_argument_group(section, summary.replace("%", "%%"))
+        for key, kind in field_types(holder).items():
+            of_preset = section == "objective" and key in OBJECTIVE_DEFAULTS
+            default = "" if of_preset else f"; default {show(defaults[section][key])}"
+            shown = f"{said[key]} ({describe(kind)}{default})".replace("%", "%%")
+            option = f"--{section}.{key}"
+            if kind is bool:
+                group.add_argument(option, default=argparse.SUPPRESS, metavar="VALUE", help=shown, nargs="?", const="true")
+            else:
+                group.add_argument(option, default=argparse.SUPPRESS, metavar="VALUE", help=shown)
+
+
+def documented(holder: type) -> tuple[str, dict[str, str]]:
+    """A section's docstring: its first line, and the text of each name under "Args:"."""
+    lines = textwrap.dedent("    " + (holder.__doc__ or "")).splitlines()
+    said: dict[str, str] = {}
+    name = ""
+    for line in lines[lines.index("Args:") + 1 :]:
+        entry = re.match(r" {4}(\w+): (.*)", line)
+        if entry:
+            name = entry[1]
+            said[name] = entry[2]
+        elif line.strip():
+            said[name] += f" {line.strip()}"
+    return lines[0], said
+
+
+def positive(word: str) -> int:
+    """A whole number of at least 1, for argparse."""
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
+def unknown_option(word: str, arguments: argparse.Namespace) -> ConfigError:
+    """The error for a word that no option takes, with the nearest option."""
+    name = word.partition("=")[0].lstrip("-")
+    if not word.startswith("-"):
+        return ConfigError(f"{show(word)} stands alone: write each setting as --section.field VALUE")
+    own = [key for key in vars(arguments) if key not in ("action", "command") and key not in setting_types()]
+    guess = nearest(name, own) or (nearest_setting(name) if "config" in own else None)
+    if guess in field_types(Config):
+        guess += ".SETTING"
+    hint = f"did you mean --{guess}?" if guess else f"see grpo-jax {arguments.command} --help"
+    return ConfigError(f"--{name} is not an option of grpo-jax {arguments.command}; {hint}")
+
+
+def is_users(error: Exception) -> bool:
+    """Whether an exception is a message to the user: this package's own kinds, and a run folder that exists already."""
+    ours = any(kind.__module__.partition(".")[0] == __package__ for kind in type(error).__mro__)
+    return ours or isinstance(error, FileExistsError)
+
+
+def error_block(error: Exception) -> str:
+    """The message, its later lines indented under the first."""
+    first, *more = safe_text(str(error)).splitlines() or [type(error).__name__]
+    return "\n".join([f"error: {first}", *(f"       {line}" for line in more)])
+
+
+def interrupted(words: Sequence[str], command: str) -> str:
+    """What to say after Ctrl-C: for a training run, the command that continues it."""
+    if command not in RESUMABLE:
+        return "interrupted"
+    again = shlex.join(["grpo-jax", *words, *([] if "--resume" in words else ["--resume"])])
+    return f"interrupted; what was saved last is kept, and this continues from it:\n    {again}"
