@@ -110,12 +110,12 @@ def oracle_loss(case: Case, s: ObjectiveConfig, logps: np.ndarray, frozen: np.nd
             row_sums[i] += term
             row_tokens[i] += 1
     if s.loss == "reinforce":
-        return row_sums.mean()
+        return float(row_sums.mean())
     if s.loss == "dr_grpo":
         return row_sums.sum() / (rows * (length if constant is None else constant))
     if s.loss in ("bnpo", "dapo", "cispo"):
         return row_sums.sum() / row_tokens.sum()
-    return np.mean(row_sums / np.maximum(row_tokens, 1))
+    return float(np.mean(row_sums / np.maximum(row_tokens, 1)))
 
 
 def oracle_gradient(case: Case, settings: ObjectiveConfig) -> np.ndarray:

@@ -1,0 +1,133 @@
+"""The optimiser: one Optax chain and its learning-rate schedule.
+
+Enters: the `optim` settings and the number of optimiser updates of the whole run. Leaves: an Optax transformation whose state is
+float32, and the learning rate of any step, for the metrics. What is left out: applying the updates and accumulating gradients,
+which `step` does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from grpo_jax.config import OptimConfig
+from grpo_jax.config.checks import require
+
+NOT_DECAYED = ("scale", "bias")
+"""A parameter whose name ends so is a vector (of a norm, of a linear layer), however many axes stacking its layers gives it."""
+
+
+def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformation:
+    """AdamW (https://arxiv.org/abs/1711.05101, algorithm 2) after clipping by global norm.
+
+    Weight decay is decoupled and scaled by the learning rate, as in Optax and PyTorch, and acts on matrices only; see `decay_mask`.
+    Gradients and parameters of any float type may come in; both moments, and the updates that go out, are float32.
+
+    Args:
+        optim: The settings.
+        steps: Optimiser updates in the whole run (training steps times updates on each batch).
+
+    Returns:
+        A transformation whose `update` needs the parameters, as weight decay does.
+
+    Raises:
+        ConfigError: no steps, or a warm-up that does not end before them.
+    """
+    parts = [] if optim.max_grad_norm is None else [optax.clip_by_global_norm(optim.max_grad_norm)]
+    adamw = optax.adamw(
+        make_schedule(optim, steps),
+        b1=optim.b1,
+        b2=optim.b2,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        mask=decay_mask,
+        mu_dtype=jnp.float32,
+    )
+    chain = optax.chain(*parts, adamw)
+
+    # Optax gives the second moment the parameters' type; everything it sees is float32, so everything it keeps is.
+    def init(params: optax.Params) -> optax.OptState:
+        return chain.init(_float32(params))
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        with jax.numpy_dtype_promotion("standard"):  # Optax mixes its integer counter with floats, which strict promotion refuses
+            return chain.update(_float32(updates), state, None if params is None else _float32(params))
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
+    """Learning rate by number of updates already made, k = 0 for the first.
+
+    Warm-up: learning_rate · k / warmup_steps for k < warmup_steps, so that update 0 has rate 0, as in Optax and transformers.
+    After it `constant`, or from learning_rate at k = warmup_steps down to 0 at k = steps, along a line (`linear`) or half a cosine
+    (`cosine`, https://arxiv.org/abs/1608.03983, equation 5 without restarts). k = steps comes after the last update.
+
+    Raises:
+        ConfigError: no steps, or a warm-up that does not end before them.
+    """
+    require(steps >= 1, "steps", steps, "train for at least one optimiser update")
+    require(
+        optim.warmup_steps < steps,
+        "optim.warmup_steps",
+        optim.warmup_steps,
+        f"use fewer than the {steps} optimiser updates of the run, or train for more steps",
+    )
+    peak, left = optim.learning_rate, steps - optim.warmup_steps
+    if optim.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    elif optim.schedule == "linear":
+        after = optax.linear_schedule(peak, 0.0, left)
+    else:
+        after = optax.cosine_decay_schedule(peak, left)
+    if optim.warmup_steps == 0:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, optim.warmup_steps), after], [optim.warmup_steps])
+
+
+def learning_rate_at(optim: OptimConfig, steps: int, step: ArrayLike) -> Float[Array, ""]:
+    """The rate that the update after `step` earlier ones uses.
+
+    Args:
+        optim: The settings.
+        steps: Optimiser updates in the whole run.
+        step: Updates made before this one, 0 for the first; a number or a traced scalar.
+
+    Returns:
+        A float32 scalar.
+
+    Raises:
+        ConfigError: as `make_schedule`.
+    """
+    schedule = make_schedule(optim, steps)
+    with jax.numpy_dtype_promotion("standard"):  # as in make_optimizer
+        return jnp.asarray(schedule(jnp.asarray(step, jnp.int32)), jnp.float32)
+
+
+def decay_mask(params: optax.Params) -> Any:
+    """True where a parameter is a matrix and is decayed, for every leaf of a nested dict.
+
+    Decided by the leaf's name, as the layers are stacked: a norm's scale is [L, D] there, a matrix [L, in, out]. Whatever has fewer
+    than two axes is not a matrix either.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: is_decayed(_leaf_name(path), jnp.ndim(leaf)), params)
+
+
+def is_decayed(name: str, dims: int) -> bool:
+    """Whether weight decay acts on a parameter: not where its name ends in "scale" or "bias", nor with fewer than two axes."""
+    return dims >= 2 and not name.endswith(NOT_DECAYED)
+
+
+def _leaf_name(path: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(path[-1:], simple=True) if path else ""
+
+
+def _float32(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
