@@ -1,0 +1,259 @@
+"""Text to token ids and back, the chat template, and every id that ends a completion.
+
+Enters: a model's folder. Leaves: a `Tokenizer`, or None where the folder has none. It wraps the tokenizer that transformers
+reads, so that the ids are the ones other tools get; code from a model's folder is never run. Left out on purpose: fetching a
+model from the hub (`models` does it) and padding (the batches do it). A plain text never gets an end-of-sequence token
+appended, whatever the tokenizer's own template says: a prompt that has ended cannot be continued.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.types import Prompt
+
+VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "tiktoken.model")
+"""A folder has a tokenizer where it has one of these."""
+
+OTHER_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""What may lie beside the vocabulary and belongs to the tokenizer."""
+
+NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be read, or a conversation that its chat template cannot render."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A tokenizer and the ids that end a completion.
+
+    Attributes:
+        hf: The tokenizer of transformers.
+        stop_ids: Every id that ends a completion, sorted; may be empty.
+        prefix_ids: Special tokens that stand before a plain text.
+        suffix_ids: Special tokens that stand after a plain text, end-of-sequence tokens left out.
+        folder: Where it was read from; None where it was made in memory.
+
+    Example:
+        tokenizer = Tokenizer.from_folder("model"); tokenizer.encode_prompt("Once", chat=False)  # [1, 403]
+    """
+
+    hf: Any
+    stop_ids: tuple[int, ...]
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
+    folder: Path | None = None
+
+    @staticmethod
+    def from_folder(path: str | os.PathLike[str]) -> Tokenizer | None:
+        """Reads the tokenizer of a model's folder; None where there is none.
+
+        Raises:
+            TokenizerError: the folder is missing, or a file in it cannot be read.
+        """
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            raise TokenizerError(f"{folder} is not a folder")
+        if not any((folder / name).is_file() for name in VOCABULARY_FILES):
+            return None
+        model_stop_ids = read_model_stop_ids(folder)
+        auto_tokenizer = import_auto_tokenizer()
+        try:
+            hf = auto_tokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        except Exception as error:  # the Rust parser raises bare Exception
+            raise TokenizerError(f"the tokenizer in {folder} cannot be read: {error}") from error
+        return Tokenizer.wrap(hf, model_stop_ids, folder)
+
+    @staticmethod
+    def wrap(hf: Any, model_stop_ids: Sequence[int] = (), folder: Path | None = None) -> Tokenizer:
+        """A `Tokenizer` around one of transformers that is already in memory.
+
+        Args:
+            hf: A tokenizer of transformers.
+            model_stop_ids: Ids that the model's own files call end of sequence; the tokenizer's is added.
+            folder: Where it was read from, if it was.
+        """
+        own = () if hf.eos_token_id is None else (int(hf.eos_token_id),)
+        stop_ids = tuple(sorted({*model_stop_ids, *own}))
+        prefix, suffix = special_tokens_around(hf)
+        return Tokenizer(hf, stop_ids, prefix, tuple(i for i in suffix if i not in stop_ids), folder)
+
+    @property
+    def eos_id(self) -> int | None:
+        """The tokenizer's own end-of-sequence id; the smallest stop id where it has none; None where there is no stop id."""
+        if self.hf.eos_token_id is not None:
+            return int(self.hf.eos_token_id)
+        return self.stop_ids[0] if self.stop_ids else None
+
+    @property
+    def pad_id(self) -> int:
+        """The padding id: the tokenizer's, else the end-of-sequence id, else 0. No mask of this package depends on it."""
+        if self.hf.pad_token_id is not None:
+            return int(self.hf.pad_token_id)
+        return self.eos_id or 0
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be rendered."""
+        return bool(self.hf.chat_template)
+
+    def encode_prompt(self, prompt: Prompt, *, chat: bool, template_arguments: Mapping[str, Any] | None = None) -> list[int]:
+        """Token ids of a prompt.
+
+        Args:
+            prompt: A plain text, or a conversation.
+            chat: Render a plain text as a conversation of one user message; a conversation is always rendered.
+            template_arguments: Passed to the chat template.
+
+        Raises:
+            TokenizerError: there is no chat template, or it refuses the conversation.
+        """
+        if isinstance(prompt, str) and not chat:
+            return [*self.prefix_ids, *self.encode_text(prompt), *self.suffix_ids]
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return self.encode_text(self.render(messages, generation=True, template_arguments=template_arguments))
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], *, generation: bool, template_arguments: Mapping[str, Any] | None = None
+    ) -> str:
+        """The text that the chat template makes of a conversation.
+
+        Args:
+            messages: {"role", "content"} messages; keys whose value is None are left out, as if they were not there.
+            generation: Open the assistant's turn at the end.
+            template_arguments: Passed to the chat template.
+
+        Raises:
+            TokenizerError: there is no chat template, or it refuses the conversation.
+        """
+        if not self.has_chat_template:
+            raise TokenizerError("the prompt is a conversation, but the tokenizer has no chat template")
+        from jinja2 import TemplateError
+
+        present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        try:
+            return self.hf.apply_chat_template(
+                present, tokenize=False, add_generation_prompt=generation, **(template_arguments or {})
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise TokenizerError(f"the chat template refuses the conversation: {error}") from error
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of a text, no special token added; one that is spelled in the text becomes its id."""
+        return list(self.hf.encode(text, add_special_tokens=False, verbose=False))
+
+    def token_starts(self, text: str) -> list[int]:
+        """The characters at which a token of `encode_text(text)` begins, in order; every character where that is not known."""
+        if not self.hf.is_fast:
+            return list(range(len(text)))
+        spans = self.hf(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+        return sorted({start for start, end in spans if end > start})
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens removed; ids beyond the vocabulary (a padded embedding has such) are nothing."""
+        return self.hf.decode([int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the tokenizer into a folder: byte for byte as it was read, or as transformers does where it was made in memory."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        if self.folder is None:
+            self.hf.save_pretrained(str(target))
+        else:
+            copy_tokenizer_files(self.folder, target)
+
+
+def copy_tokenizer_files(source: Path, target: Path) -> None:
+    """Copies whatever belongs to a tokenizer from one existing folder to another; nothing where there is none."""
+    if source.resolve() == target.resolve():
+        return
+    for name in (*VOCABULARY_FILES, *OTHER_FILES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    templates = "additional_chat_templates"
+    if (source / templates).is_dir():
+        shutil.copytree(source / templates, target / templates, dirs_exist_ok=True)
+
+
+def read_stop_ids(folder: str | os.PathLike[str]) -> tuple[int, ...]:
+    """Every id that ends a completion: the model's, and its tokenizer's where there is one. Sorted; may be empty.
+
+    Raises:
+        TokenizerError: the folder is missing, or a file in it cannot be read.
+    """
+    tokenizer = Tokenizer.from_folder(folder)
+    return read_model_stop_ids(Path(folder).expanduser()) if tokenizer is None else tokenizer.stop_ids
+
+
+def read_model_stop_ids(folder: Path) -> tuple[int, ...]:
+    """The end-of-sequence ids of `generation_config.json`, else of `config.json` (or its `text_config`), sorted; may be empty.
+
+    Raises:
+        TokenizerError: a file is not JSON, or its `eos_token_id` is neither a number nor a list of numbers.
+    """
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise TokenizerError(f"{path} cannot be read: {error}") from error
+        if not isinstance(values, dict):
+            raise TokenizerError(f"{path} is not a JSON object")
+        found = values.get("eos_token_id")
+        if found is None and isinstance(values.get("text_config"), dict):
+            found = values["text_config"].get("eos_token_id")
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise TokenizerError(f"{path}: eos_token_id is {found!r}, which is neither a number nor a list of numbers")
+        if ids:
+            return tuple(sorted(set(ids)))
+    return ()
+
+
+def special_tokens_around(hf: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The special tokens that a tokenizer of transformers puts before and after a text, found by encoding one that it knows."""
+    for probe in ("a", "A", "0", "1", ".", " ", *hf.get_vocab()):
+        bare = list(hf.encode(probe, add_special_tokens=False))
+        whole = list(hf.encode(probe, add_special_tokens=True))
+        if not bare or len(set(bare) & set(hf.all_special_ids)) > 0:
+            continue  # a text that is itself a special token does not show where the text begins
+        for start in range(len(whole) - len(bare) + 1):
+            if whole[start : start + len(bare)] == bare:
+                return tuple(whole[:start]), tuple(whole[start + len(bare) :])
+    return (), ()
+
+
+def import_auto_tokenizer() -> Any:
+    """AutoTokenizer of transformers, without the advice, at its first import, that PyTorch is missing: no model of it is used."""
+    if "transformers" in sys.modules:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer
+    before = os.environ.get(NO_ADVICE)
+    os.environ[NO_ADVICE] = "1"
+    try:
+        from transformers import AutoTokenizer
+    finally:
+        if before is None:
+            del os.environ[NO_ADVICE]
+        else:
+            os.environ[NO_ADVICE] = before
+    return AutoTokenizer
