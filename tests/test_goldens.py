@@ -1,4 +1,4 @@
-"""Per-token log-probabilities against transformers and PEFT, from the numbers stored in `goldens/` (torch itself: `make test-peers`)."""
+"""Per-token log-probabilities against transformers and PEFT, as stored in `goldens/` (torch itself: `make test-peers`)."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from typing import Literal
 
 import numpy as np
 import pytest
+
 from goldens.folders import ADAPTERS, FAMILIES, build_adapter_folder, build_model_folder, read_golden
 
 TOLERANCE_NATS = 1e-4  # float32 sums in another order; the smallest feature seen changes them by 6e-4
 
 
 def assert_matches(folder: Path, golden: str, adapter: Path | None = None) -> None:
-    """Splits the golden rows into prompts and completions, once evenly and once not, so that padding is crossed too."""
+    """Splits the rows into prompts and completions of unequal length, so that padding is crossed; two calls see every token."""
     from grpo_jax.policy import Policy
 
     policy = Policy.from_pretrained(str(folder), dtype="float32", adapter=None if adapter is None else str(adapter))
     ids, expected = read_golden(golden)
-    for splits, ends in (((1, 1), (ids.shape[1], ids.shape[1])), ((9, 2), (ids.shape[1], 20))):
+    for splits, ends in (((1, 9), (20, ids.shape[1])), ((9, 1), (ids.shape[1], 20))):
         prompts = [[int(token) for token in row[:split]] for row, split in zip(ids, splits, strict=True)]
         completions = [[int(token) for token in row[split:end]] for row, split, end in zip(ids, splits, ends, strict=True)]
         got = policy.logprobs(prompts, completions)

@@ -1,8 +1,9 @@
 """Makes the folders beside it with torch, transformers and PEFT; run by hand: `python tests/goldens/make_goldens.py`.
 
-For each family: a tiny model with every special feature switched on, its config in both spellings (which must load to the same
-model), and per-token log-probabilities in float32 with eager attention. Each feature is then switched off once, and must change
-them by more than five times what the tests allow: a golden that does not see a feature does not test it. Needs torch, transformers 5 and peft, not JAX.
+For each family: a tiny model with every special feature switched on, its config in both spellings (which must load to the
+same model), and per-token log-probabilities in float32 with eager attention. Each feature is then switched off once, and must
+change them by more than five times what the tests allow: a golden that does not see a feature does not test it. Needs torch,
+transformers 5 and peft, not JAX.
 """
 
 from __future__ import annotations
@@ -37,13 +38,25 @@ COMMON: dict[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 # Family -> (model type, settings, features to switch off one at a time to see that the golden notices).
 NEW: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "llama2": (
         "llama",
-        {**COMMON, "vocab_size": 97, "num_key_value_heads": 4, "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        {
+            **COMMON,
+            "vocab_size": 97,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
         [],
     ),
     "llama3_scaled": (
@@ -53,7 +66,12 @@ NEW: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "llama_linear": (
         "llama",
-        {**COMMON, "vocab_size": 103, "tie_word_embeddings": True, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+        {
+            **COMMON,
+            "vocab_size": 103,
+            "tie_word_embeddings": True,
+            "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+        },
         [{"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}],
     ),
     "mistral": (
@@ -75,7 +93,13 @@ NEW: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     ),
     "qwen3": (
         "qwen3",
-        {**COMMON, "vocab_size": 113, "head_dim": 16, "sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}},
+        {
+            **COMMON,
+            "vocab_size": 113,
+            "head_dim": 16,
+            "sliding_window": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        },
         [{"rms_norm_eps": 1e-1}],
     ),
     "gemma2": (
@@ -199,7 +223,9 @@ def logprobs(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
 
 def write(folder: Path, shapes: dict[str, list[int]], ids: np.ndarray, logps: np.ndarray) -> None:
     """Writes what every golden folder has."""
-    (folder / "tensors.json").write_text("{\n" + ",\n".join(f"  {json.dumps(name)}: {shape}" for name, shape in shapes.items()) + "\n}\n")
+    (folder / "tensors.json").write_text(
+        "{\n" + ",\n".join(f"  {json.dumps(name)}: {shape}" for name, shape in shapes.items()) + "\n}\n"
+    )
     np.savez_compressed(folder / "logprobs.npz", ids=ids, logprobs=logps)
 
 
@@ -213,7 +239,11 @@ def make_family(family: str) -> None:
     config.architectures = [type(shell).__name__]
     new = json.loads(config.to_json_string())
     hub = hub_spelling(family, new)
-    shapes = {name: list(value.shape) for name, value in shell.state_dict().items() if not (config.tie_word_embeddings and name == "lm_head.weight")}
+    shapes = {
+        name: list(value.shape)
+        for name, value in shell.state_dict().items()
+        if not (config.tie_word_embeddings and name == "lm_head.weight")
+    }
     ids = np.random.default_rng(len(shapes)).integers(3, settings["vocab_size"], (2, LENGTH))
     write(folder, shapes, ids, np.zeros((2, LENGTH - 1), np.float32))
     logps = logprobs(load_model(new, family), ids)
@@ -227,7 +257,8 @@ def make_family(family: str) -> None:
     write(folder, shapes, ids, logps)
     for file, content in (("config.json", new), ("config_hub.json", hub)):
         (folder / file).write_text(json.dumps(content, indent=2) + "\n")
-    print(f"{family}: mean {logps.mean():.3f}, {sum(int(np.prod(shape)) for shape in shapes.values())} weights, {len(features)} features seen")
+    weights = sum(int(np.prod(shape)) for shape in shapes.values())
+    print(f"{family}: mean {logps.mean():.3f}, {weights} weights, {len(features)} features seen")
 
 
 def make_adapter(adapter: str) -> None:
@@ -238,7 +269,9 @@ def make_adapter(adapter: str) -> None:
     before = logprobs(model, ids)
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     if adapter == "gemma3_rslora":
-        config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], use_rslora=True, task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], use_rslora=True, task_type="CAUSAL_LM"
+        )
     adapted = get_peft_model(model, config)
     folder = HERE / "adapters" / adapter
     folder.mkdir(parents=True, exist_ok=True)
