@@ -1,22 +1,19 @@
 """Checkpoints of a run: the train state and a few host values, written by Orbax while training goes on.
 
-Enters: the train state (any tree of arrays) and a dict of plain values, at a step. Leaves: the same, bit for bit, with the dtypes it was saved in and
-the shardings of the state that it is read into. A checkpoint gets its final name only when every file of it is written, so one that
-was cut short is never taken. Left out on purpose: the frozen base model, which training does not change and which is read from its own
-folder again; remote storage and several hosts.
+Enters: the train state (any tree of arrays) and a dict of plain values, at a step. Leaves: the same, bit for bit, with the dtypes
+it was saved in and the shardings of the state that it is read into. A checkpoint gets its final name only when every file of it is
+written, so one that was cut short is never taken. Left out on purpose: the frozen base model, which training does not change and
+which is read from its own folder again; remote storage and several hosts.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-
-State = TypeVar("State")
-"""A tree of arrays: the run's `TrainState`, or any other."""
 
 HOST, STATE = "host", "state"
 SHOWN_DIFFERENCES = 6
@@ -78,8 +75,8 @@ class Checkpointer:
             if old >= step:
                 self._manager.delete(old)
         args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave(content))
-        # The copy to the host happens here, before this returns, and it is meant. On CPU Orbax keeps a view instead of a copy, which
-        # makes JAX leave the buffer alone: a donating step that follows writes elsewhere.
+        # The copy to the host happens here, before this returns, and it is meant. On CPU Orbax keeps a view instead of a copy,
+        # which makes JAX leave the buffer alone: a donating step that follows writes elsewhere.
         with jax.transfer_guard("allow"):
             self._manager.save(step, args=args, force=True)
         self._own.add(step)
@@ -97,19 +94,19 @@ class Checkpointer:
             return step
         return None
 
-    def restore(self, abstract_state: State, step: int | None = None) -> tuple[State, dict[str, Any]]:
+    def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """Reads a checkpoint.
 
         Args:
-            abstract_state: A tree of the same structure; its leaves are arrays or `jax.ShapeDtypeStruct`, whose shardings the result gets
-                (the first device, where a leaf has none).
+            abstract_state: A tree of the same structure; its leaves are arrays or `jax.ShapeDtypeStruct`, whose shardings the
+                result gets (the first device, where a leaf has none).
             step: Which one; None is the newest complete one.
 
         Returns:
-            The state and the host dict.
+            The state, of the structure of abstract_state, and the host dict.
 
         Raises:
-            CheckpointError: there is none, it is damaged, or its arrays have other names, shapes or dtypes (the message lists them).
+            CheckpointError: there is none, it is damaged, or its arrays have other names, shapes or dtypes, which are listed.
         """
         step = self.latest_step() if step is None else step
         if step is None:
@@ -181,8 +178,10 @@ def _sharding(leaf: Any) -> jax.sharding.Sharding:
 
 
 def _compare(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
-    differences = [f"{name}: {_spell(wanted[name])} is expected, it is not in the checkpoint" for name in wanted if name not in stored]
-    differences += [f"{name}: {_spell(stored[name])} is in the checkpoint, it is not expected" for name in stored if name not in wanted]
+    lost = [name for name in wanted if name not in stored]
+    extra = [name for name in stored if name not in wanted]
+    differences = [f"{name}: {_spell(wanted[name])} is expected, it is not in the checkpoint" for name in lost]
+    differences += [f"{name}: {_spell(stored[name])} is in the checkpoint, it is not expected" for name in extra]
     differences += [
         f"{name}: {_spell(wanted[name])} is expected, the checkpoint has {_spell(stored[name])}"
         for name in wanted
@@ -192,7 +191,7 @@ def _compare(stored: dict[str, Any], wanted: dict[str, Any], path: Path) -> None
         shown = "\n  ".join(differences[:SHOWN_DIFFERENCES])
         rest = f"\n  and {len(differences) - SHOWN_DIFFERENCES} more" if len(differences) > SHOWN_DIFFERENCES else ""
         raise CheckpointError(
-            f"{path} is a checkpoint of another model, adapter or optimiser: resume with the settings it was saved with\n  {shown}{rest}"
+            f"{path} is of another model, adapter or optimiser: resume with the settings it was saved with\n  {shown}{rest}"
         )
 
 

@@ -146,7 +146,8 @@ os._exit(9)  # as a kill does: the background thread stops in the middle of writ
 def test_a_save_that_was_killed_is_not_taken(tmp_path: Path) -> None:
     root = Path(__file__).resolve().parents[1]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    process = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=environment, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", KILLED, str(tmp_path)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 9, process.stderr
     assert any("tmp" in path.name for path in tmp_path.iterdir()), "the kill came too late for this test to mean anything"
     shape = {"step": jax.ShapeDtypeStruct((), jnp.int32), "w": jax.ShapeDtypeStruct((30_000_000,), jnp.float32)}
@@ -190,7 +191,10 @@ def test_damaged_arrays_raise_and_are_never_filled_in(tmp_path: Path, damage: st
             content = bytearray(path.read_bytes())
             content[len(content) // 2] ^= 0xFF
             path.write_bytes(bytes(content))
-    with Checkpointer(tmp_path, keep=3) as checkpoints, pytest.raises(CheckpointError, match=r"5 cannot be read .*remove that folder"):
+    with (
+        Checkpointer(tmp_path, keep=3) as checkpoints,
+        pytest.raises(CheckpointError, match=r"5 cannot be read .*remove that folder"),
+    ):
         checkpoints.restore(abstract(state))
 
 
@@ -257,14 +261,16 @@ with Checkpointer(sys.argv[1], keep=1) as checkpoints:
     checkpoints.save(1, state, {})
     jax.block_until_ready(update(state))
     for sharding in (rows, whole, NamedSharding(mesh, P(None, None))):
-        target = {"step": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), "w": jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=sharding)}
+        target = {
+            "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
+            "w": jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=sharding),
+        }
         restored, _ = checkpoints.restore(target)
         assert restored["w"].sharding == sharding, restored["w"].sharding
         np.testing.assert_array_equal(np.asarray(restored["w"]), w)
 """
     root = Path(__file__).resolve().parents[1]
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(root)}
-    process = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, str(tmp_path)], env={**os.environ, **flags}, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
+    process = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
