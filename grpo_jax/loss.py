@@ -367,7 +367,7 @@ def _check(
         old=stop_gradient(trained(logps if old_logps is None else old_logps)),
         ref=constant(ref_logps),
         sampler=constant(sampler_logps),
-        advantages=stop_gradient(_only(jnp.any(mask, axis=1), jnp.asarray(advantages, jnp.float32))),
+        advantages=stop_gradient(jnp.asarray(advantages, jnp.float32)),
         mask=mask,
         weights=constant(weights),
     )
