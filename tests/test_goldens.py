@@ -29,8 +29,8 @@ def assert_matches(folder: Path, golden: str, adapter: Path | None = None) -> No
             np.testing.assert_allclose(got[row], expected[row, split - 1 : end - 1], rtol=0, atol=TOLERANCE_NATS)
 
 
-@pytest.mark.parametrize("spelling", ["new", "hub"])
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("spelling", ["new", "hub"])
 def test_log_probabilities_are_those_of_transformers(tmp_path: Path, family: str, spelling: Literal["new", "hub"]) -> None:
     assert_matches(build_model_folder(tmp_path, family, spelling), family)
 

@@ -1,0 +1,10 @@
+"""Live comparisons with torch: whatever those packages warn of is theirs."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.filterwarnings("ignore"))
