@@ -114,7 +114,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """`grpo-jax export`."""
-    from grpo_jax.export import export_run
+    from grpo_jax.runs import export_run
 
     export_run(arguments.run, arguments.out, arguments.format)
     print(f"wrote {arguments.format} to {safe_text(arguments.out, one_line=True)}")

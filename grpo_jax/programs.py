@@ -52,4 +52,5 @@ class Program:
                 start = time.perf_counter()
                 self._compiled[key] = jax.jit(self.function, donate_argnums=self.donate).lower(*arguments).compile()
                 self.compile_seconds += time.perf_counter() - start
-        return self._compiled[key](*arguments)
+        with jax.transfer_guard("disallow"):
+            return self._compiled[key](*arguments)

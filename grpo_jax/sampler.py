@@ -57,8 +57,8 @@ class Decoding:
 
 
 def round_up(length: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, 128, ...: few sizes, at most half as long again."""
-    size = 16
+    """The next of 8, 12, 16, 24, 32, 48, 64, 96, 128, ...: few sizes, at most half as long again."""
+    size = 8
     while size < length:
         if size * 3 // 2 >= length:
             return size * 3 // 2
@@ -240,7 +240,7 @@ def decode(
         hidden, cache, _ = model.apply(variables, newest, positions, attend, state.cache, (prefix.k, prefix.v))
         return record(state.replace(cache=cache), hidden)
 
-    blank = jnp.zeros((spec.layers, b, g, spec.kv_heads, c, spec.head_dim), model.dtype)
+    blank = jnp.zeros((spec.layers, b, spec.kv_heads, g, c, spec.head_dim), model.dtype)
     start = Decoding(
         t=jnp.int32(0),
         ids=jnp.zeros((b, g, c), jnp.int32),

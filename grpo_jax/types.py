@@ -75,7 +75,6 @@ class TrainBatch:
         prompt_lengths: number of tokens of each prompt, at least 1.
         completion_ids: padded on the right with 0.
         completion_mask: True = the token is trained (and counted in denominators).
-        completion_lengths: number of tokens of each completion, masked ones included.
         sampler_logprobs: what the sampler returned, 0 where there is no token.
         rewards: weighted sum over the reward functions; any number where not valid.
         valid: True = the row could be scored and enters its group's statistics.
@@ -85,7 +84,6 @@ class TrainBatch:
     prompt_lengths: Int[Array, "B"]
     completion_ids: Int[Array, "N C"]
     completion_mask: Bool[Array, "N C"]
-    completion_lengths: Int[Array, "N"]
     sampler_logprobs: Float[Array, "N C"]
     rewards: Float[Array, "B G"]
     valid: Bool[Array, "B G"]

@@ -114,7 +114,7 @@ def test_evaluation_of_a_run_takes_no_other_settings(monkeypatch: pytest.MonkeyP
 
 
 def test_export_gets_run_out_and_format(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    calls = stand_in(monkeypatch, "export", "export_run")
+    calls = stand_in(monkeypatch, "runs", "export_run")
     assert cli.main(["export", "--run", "runs/a", "--out", "out", "--format", "merged"]) == 0
     assert calls.arguments == ("runs/a", "out", "merged")
     assert capsys.readouterr().out == "wrote merged to out\n"
@@ -233,7 +233,7 @@ def test_an_interrupt_says_how_to_continue(monkeypatch: pytest.MonkeyPatch, caps
     stand_in(monkeypatch, "grpo", "train", KeyboardInterrupt())
     assert cli.main(["train", "--config", str(path), "--train.steps", "7"]) == 130
     assert f"grpo-jax train --config '{path}' --train.steps 7 --resume\n" in capsys.readouterr().err
-    stand_in(monkeypatch, "export", "export_run", KeyboardInterrupt())
+    stand_in(monkeypatch, "runs", "export_run", KeyboardInterrupt())
     assert cli.main(["export", "--run", "a", "--out", "b", "--format", "adapter"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 

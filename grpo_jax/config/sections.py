@@ -94,7 +94,7 @@ class DataConfig:
         split: Split to train on.
         eval_split: Split to evaluate on; null holds out eval_size rows of the training split.
         eval_path: File or dataset to evaluate on, where it is another than path.
-        eval_size: Number of held-out rows that are evaluated; 0 evaluates nothing.
+        eval_size: Number of held-out rows that are evaluated; null is all of eval_split or eval_path, and none without them.
         prompt_column: Column with the prompt: a string, or a list of {role, content} messages.
         completion_column: Column with the answer to imitate; supervised warm-up only.
         system_prompt: Put before every prompt as a system message; a plain prompt becomes a conversation by it.
@@ -110,7 +110,7 @@ class DataConfig:
     split: str = "train"
     eval_split: str | None = None
     eval_path: str | None = None
-    eval_size: int = 0
+    eval_size: int | None = None
     prompt_column: str = "prompt"
     completion_column: str = "completion"
     system_prompt: str | None = None
@@ -121,7 +121,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "data")
-        require(self.eval_size >= 0, "data.eval_size", self.eval_size, "use 0 (no evaluation) or a number of rows")
+        require(self.eval_size is None or self.eval_size >= 0, "data.eval_size", self.eval_size, "use 0 (no evaluation) or a number of rows")
         require(bool(self.prompt_column), "data.prompt_column", self.prompt_column, "name the column that holds the prompt")
 
 
@@ -198,6 +198,8 @@ class RewardsConfig:
             require(
                 len(self.weights) == count, "rewards.weights", self.weights, f"give one weight for each of the {count} functions"
             )
+        if self.timeout_seconds is not None:
+            require(self.timeout_seconds > 0, "rewards.timeout_seconds", self.timeout_seconds, "use a positive number of seconds, or null")
         require(0 <= self.max_failed_share <= 1, "rewards.max_failed_share", self.max_failed_share, "use a share from 0 to 1")
 
 

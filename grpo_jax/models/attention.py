@@ -10,10 +10,12 @@ prompt's group are the rows of one product against its prefix (Hydragen, https:/
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
@@ -40,21 +42,11 @@ class SuffixCache:
     """Keys and values of the completions so far; slot t of a row holds its completion token t.
 
     Attributes:
-        k, v: [L, B, G, K, C, Dh].
+        k, v: [L, B, K, G, C, Dh].
     """
 
-    k: Float[Array, "L B G K C Dh"]
-    v: Float[Array, "L B G K C Dh"]
-
-
-def masked_softmax(scores: list[Array], masks: list[Array]) -> list[Array]:
-    """Softmax over the last axes of several score arrays taken together; float32. A query that sees nothing gets 0."""
-    low = jnp.finfo(jnp.float32).min
-    scores = [jnp.where(m, s, low) for s, m in zip(scores, masks, strict=True)]
-    top = jnp.max(jnp.stack([jnp.max(s, axis=-1) for s in scores]), axis=0)[..., None]
-    weights = [jnp.where(m, jnp.exp(s - jax.lax.stop_gradient(top)), jnp.float32(0)) for s, m in zip(scores, masks, strict=True)]
-    total = jnp.sum(jnp.stack([jnp.sum(w, axis=-1) for w in weights]), axis=0)[..., None]
-    return [w / jnp.where(total > 0, total, jnp.float32(1)) for w in weights]
+    k: Float[Array, "L B K G C Dh"]
+    v: Float[Array, "L B K G C Dh"]
 
 
 def product(letters: str, a: Array, b: Array) -> Array:
@@ -68,6 +60,84 @@ def seen(query: Int[Array, "..."], key: Int[Array, "..."], window: Int[Array, ""
     return (distance >= 0) & (distance < window)
 
 
+@struct.dataclass
+class Keys:
+    """Keys that a block of queries meets, of one kind: shared by the G rows of a prompt ([B, K, X, Dh]), or each row's own ([B, K, G, X, Dh]).
+
+    Attributes:
+        mask: True = the query sees the key; broadcasts to [B, K, G, R, C, X].
+    """
+
+    k: Array
+    v: Array
+    mask: Array
+
+
+def scores_of(q: Float[Array, "B K G R C Dh"], k: Array) -> Float[Array, "B K G R C X"]:
+    """q·k in float32. Shared keys meet the queries of the whole group in one product."""
+    b, kv, g, r, c, dh = q.shape
+    rows = (b, kv, g * r * c, dh) if k.ndim == 4 else (b, kv, g, r * c, dh)
+    return product("...qd,...xd->...qx", q.reshape(rows), k).reshape(b, kv, g, r, c, k.shape[-2])
+
+
+def values_of(weights: Float[Array, "B K G R C X"], v: Array) -> Float[Array, "B K G R C Dh"]:
+    """weights·v in float32."""
+    b, kv, g, r, c, x = weights.shape
+    rows = (b, kv, g * r * c, x) if v.ndim == 4 else (b, kv, g, r * c, x)
+    return product("...qx,...xd->...qd", weights.astype(v.dtype).reshape(rows), v).reshape(b, kv, g, r, c, v.shape[-1])
+
+
+def keys_gradient(weights: Float[Array, "B K G R C X"], q: Float[Array, "B K G R C Dh"], like: Array) -> Array:
+    """weightsᵀ·q, in the shape of the keys."""
+    b, kv, g, r, c, x = weights.shape
+    rows = (b, kv, g * r * c) if like.ndim == 4 else (b, kv, g, r * c)
+    return product("...qx,...qd->...xd", weights.astype(q.dtype).reshape(*rows, x), q.reshape(*rows, q.shape[-1])).astype(like.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def attention(q: Float[Array, "B K G R C Dh"], keys: tuple[Keys, ...], softcap: float | None) -> Float[Array, "B K G R C Dh"]:
+    """Softmax attention over several kinds of keys taken together. A query that sees nothing gets 0.
+
+    The backward pass computes the weights again from the log-sum-exp (FlashAttention, https://arxiv.org/abs/2205.14135, algorithm 4), so that no
+    array of scores is kept.
+    """
+    return attention_forward(q, keys, softcap)[0]
+
+
+def attention_forward(q: Array, keys: tuple[Keys, ...], softcap: float | None) -> tuple[Array, Any]:
+    low = jnp.finfo(jnp.float32).min
+    scores = [jnp.where(part.mask, soft_cap(scores_of(q, part.k), softcap), low) for part in keys]
+    top = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1, keepdims=True) for s in scores])
+    # Where nothing is seen every score is `low`, and exp(low - top) would be 1.
+    top = jnp.maximum(top, low / 2)
+    weights = [jnp.exp(s - top) for s in scores]
+    total = functools.reduce(jnp.add, [jnp.sum(w, axis=-1, keepdims=True) for w in weights])
+    mixed = functools.reduce(jnp.add, [values_of(w, part.v) for w, part in zip(weights, keys, strict=True)])
+    safe = jnp.where(total > 0, total, jnp.float32(1))
+    out = (mixed / safe).astype(q.dtype)
+    return out, (q, keys, out, top + jnp.log(safe))
+
+
+def attention_backward(softcap: float | None, kept: Any, d_out: Array) -> tuple[Any, Any]:
+    q, keys, out, lse = kept
+    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    d_q, d_keys = jnp.zeros(q.shape, jnp.float32), []
+    for part in keys:
+        capped = soft_cap(scores_of(q, part.k), softcap)
+        weights = jnp.where(part.mask, jnp.exp(capped - lse), jnp.float32(0))
+        d_scores = weights * (scores_of(d_out, part.v) - delta)
+        if softcap is not None:
+            d_scores = d_scores * (1 - jnp.square(capped / jnp.float32(softcap)))
+        d_q = d_q + values_of(d_scores, part.k)
+        d_keys.append(
+            Keys(keys_gradient(d_scores, q, part.k), keys_gradient(weights, d_out, part.v), np.zeros(part.mask.shape, jax.dtypes.float0))
+        )
+    return d_q.astype(q.dtype), tuple(d_keys)
+
+
+attention.defvjp(attention_forward, attention_backward)
+
+
 def group_attend(spec: ModelSpec, prompt_lengths: Int[Array, "B"], prompt_width: int, generations: int) -> Attend:
     """Training attention over [P | C_1 ... C_G].
 
@@ -76,31 +146,28 @@ def group_attend(spec: ModelSpec, prompt_lengths: Int[Array, "B"], prompt_width:
         prompt_width: P.
         generations: G; 0 runs prompts alone.
     """
-    lengths = prompt_lengths[:, None]
+    lengths = prompt_lengths[:, None, None, None, None, None]
 
     def attend(q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any) -> tuple[Array, Any, Any]:
-        p, dtype = prompt_width, q.dtype
+        p = prompt_width
         b, t, kv, r, dh = q.shape
         at = jnp.arange(p, dtype=jnp.int32)
-        scores = soft_cap(product("bqkrd,bpkd->bkrqp", q[:, :p], k[:, :p]), spec.attention_softcap)
-        mask = seen(at[:, None], at[None, :], window)[None, None, None]
-        (weights,) = masked_softmax([scores], [mask])
-        out_prompt = product("bkrqp,bpkd->bqkrd", weights.astype(dtype), v[:, :p]).astype(dtype)
+        k_prompt, v_prompt = jnp.swapaxes(k[:, :p], 1, 2), jnp.swapaxes(v[:, :p], 1, 2)
+        q_prompt = jnp.transpose(q[:, :p], (0, 2, 3, 1, 4))[:, :, None]
+        mask = seen(at[:, None], at[None, :], window)[None, None, None, None]
+        out = attention(q_prompt, (Keys(k_prompt, v_prompt, mask),), spec.attention_softcap)
+        out_prompt = jnp.transpose(out[:, :, 0], (0, 3, 1, 2, 4))
         if generations == 0:
             return out_prompt, cache, None
         c = (t - p) // generations
-        q_own, k_own, v_own = (x[:, p:].reshape(b, generations, c, *x.shape[2:]) for x in (q, k, v))
+        q_own = jnp.transpose(q[:, p:].reshape(b, generations, c, kv, r, dh), (0, 3, 1, 4, 2, 5))
+        k_own, v_own = (jnp.transpose(x[:, p:].reshape(b, generations, c, kv, dh), (0, 3, 1, 2, 4)) for x in (k, v))
         here = jnp.arange(c, dtype=jnp.int32)
-        to_prompt = soft_cap(product("bgqkrd,bpkd->bgkrqp", q_own, k[:, :p]), spec.attention_softcap)
-        to_own = soft_cap(product("bgqkrd,bgckd->bgkrqc", q_own, k_own), spec.attention_softcap)
-        query = (lengths + here[None, :])[:, None, None, None, :, None]
         key = at[None, None, None, None, None, :]
-        mask_prompt = seen(query, key, window) & (key < lengths[:, :, None, None, None, None])
-        mask_own = seen(here[:, None], here[None, :], window)[None, None, None, None]
-        w_prompt, w_own = masked_softmax([to_prompt, to_own], [mask_prompt, mask_own])
-        mixed = product("bgkrqp,bpkd->bgqkrd", w_prompt.astype(dtype), v[:, :p])
-        mixed = mixed + product("bgkrqc,bgckd->bgqkrd", w_own.astype(dtype), v_own)
-        out_own = mixed.astype(dtype).reshape(b, generations * c, kv, r, dh)
+        to_prompt = seen(lengths + here[None, None, None, None, :, None], key, window) & (key < lengths)
+        to_own = seen(here[:, None], here[None, :], window)[None, None, None, None]
+        out = attention(q_own, (Keys(k_prompt, v_prompt, to_prompt), Keys(k_own, v_own, to_own)), spec.attention_softcap)
+        out_own = jnp.transpose(out, (0, 2, 4, 1, 3, 5)).reshape(b, generations * c, kv, r, dh)
         return jnp.concatenate([out_prompt, out_own], axis=1), cache, None
 
     return attend
@@ -126,24 +193,23 @@ def decode_attend(spec: ModelSpec, prompt_lengths: Int[Array, "B"], at: Int[Arra
     lengths = prompt_lengths[:, None]
 
     def attend(q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any) -> tuple[Array, Any, Any]:
-        dtype = q.dtype
         zero = jnp.int32(0)
         start = (layer, zero, zero, zero, at, zero)
         cache = SuffixCache(
-            k=jax.lax.dynamic_update_slice(cache.k, k[None, :, :, :, None].astype(cache.k.dtype), start),
-            v=jax.lax.dynamic_update_slice(cache.v, v[None, :, :, :, None].astype(cache.v.dtype), start),
+            k=jax.lax.dynamic_update_slice(cache.k, jnp.swapaxes(k, 1, 2)[None, :, :, :, None].astype(cache.k.dtype), start),
+            v=jax.lax.dynamic_update_slice(cache.v, jnp.swapaxes(v, 1, 2)[None, :, :, :, None].astype(cache.v.dtype), start),
         )
         k_own = jax.lax.dynamic_index_in_dim(cache.k, layer, keepdims=False)
         v_own = jax.lax.dynamic_index_in_dim(cache.v, layer, keepdims=False)
         k_prefix, v_prefix = per_layer
-        to_prompt = soft_cap(product("bgkrd,bkpd->bgkrp", q, k_prefix), spec.attention_softcap)
-        to_own = soft_cap(product("bgkrd,bgkcd->bgkrc", q, k_own), spec.attention_softcap)
         prefix = jnp.arange(k_prefix.shape[2], dtype=jnp.int32)[None, :]
-        mask_prompt = seen(lengths + at, prefix, window) & (prefix < lengths)
-        mask_own = seen(at, jnp.arange(k_own.shape[3], dtype=jnp.int32), window)
-        w_prompt, w_own = masked_softmax([to_prompt, to_own], [mask_prompt[:, None, None, None], mask_own[None, None, None, None]])
-        mixed = product("bgkrp,bkpd->bgkrd", w_prompt.astype(dtype), v_prefix)
-        mixed = mixed + product("bgkrc,bgkcd->bgkrd", w_own.astype(dtype), v_own)
-        return mixed.astype(dtype), cache, None
+        to_prompt = seen(lengths + at, prefix, window) & (prefix < lengths)
+        to_own = seen(at, jnp.arange(k_own.shape[3], dtype=jnp.int32), window)
+        keys = (
+            Keys(k_prefix, v_prefix, to_prompt[:, None, None, None, None]),
+            Keys(k_own, v_own, to_own[None, None, None, None, None]),
+        )
+        out = attention(jnp.swapaxes(q, 1, 2)[:, :, :, :, None], keys, spec.attention_softcap)
+        return jnp.swapaxes(out[:, :, :, :, 0], 1, 2), cache, None
 
     return attend

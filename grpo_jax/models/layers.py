@@ -76,15 +76,16 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         dtype, precision = x.dtype, precision_of(x.dtype)
-        y = jnp.einsum("...i,io->...o", x, self.get_variable("params", "kernel").astype(dtype), precision=precision)
+        # One row per token: XLA's CPU compiler turns a contraction over two dimensions, as in the weights' gradients, into slow loops.
+        rows = x.reshape(-1, x.shape[-1])
+        y = jnp.dot(rows, self.get_variable("params", "kernel").astype(dtype), precision=precision)
         if self.has_variable("params", "bias"):
-            bias = self.get_variable("params", "bias").astype(dtype)
-            y = y + jnp.expand_dims(bias, tuple(range(x.ndim - 1)))
+            y = y + self.get_variable("params", "bias").astype(dtype)[None, :]
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a").astype(dtype), self.get_variable("lora", "b").astype(dtype)
-            low = jnp.einsum("...i,ir->...r", x, a, precision=precision)
-            y = y + jnp.einsum("...r,ro->...o", low, b, precision=precision) * jnp.asarray(self.lora_scale, dtype)
-        return y
+            low = jnp.dot(rows, a, precision=precision)
+            y = y + jnp.dot(low, b, precision=precision) * jnp.asarray(self.lora_scale, dtype)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 class Block(nn.Module):

@@ -1,0 +1,348 @@
+"""The loop. Read this page and you know what a run does.
+
+    for every step:
+        prompts   = source.batch(step)                        the same for the same seed and step, whatever happened before
+        rollout   = sampler.sample(policy, prompts)           G completions of each prompt, prompt computed once
+        scored    = score(functions, completions)             on the host; a failure costs a row, not the run
+        state     = train_step(state, batch)                  one pure, jitted update; the old state's memory is reused
+        metrics, completions, checkpoint → the run folder
+
+Enters: a `Config`, or a policy, rows and functions from Python. Leaves: a `TrainResult`, and the run folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from grpo_jax.checkpoint import Checkpointer
+from grpo_jax.config import Config, ConfigError, LoraConfig, check_training, resolved_settings
+from grpo_jax.evaluate import Evaluation, evaluate_held_out, policy_of_config, reward_columns
+from grpo_jax.metrics import Display, RunFolder, step_values
+from grpo_jax.models import find_model
+from grpo_jax.optim import learning_rate_at, make_optimizer
+from grpo_jax.policy import Policy
+from grpo_jax.programs import Program
+from grpo_jax.prompts import PromptSource
+from grpo_jax.rewards import NamedFunction, ScoredBatch, check_functions, failure_lines, resolve_functions, reward_metrics, score
+from grpo_jax.runs import host_values, trainable_of, updates_of, with_trained
+from grpo_jax.sampler import Sampler, pad_rows, round_up
+from grpo_jax.step import Learner
+from grpo_jax.tokenizer import Tokenizer
+from grpo_jax.types import Frozen, Params, PromptBatch, Rollout, TrainBatch, TrainState
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run gives back.
+
+    Attributes:
+        policy: the trained policy.
+        history: one dict of metrics per step.
+        summary: what summary.json holds.
+        run_dir: the folder with everything that was written.
+    """
+
+    policy: Policy
+    history: list[dict[str, Any]]
+    summary: dict[str, Any]
+    run_dir: Path
+
+
+def train(
+    config: Config | None = None,
+    *,
+    policy: Policy | None = None,
+    dataset: Any = None,
+    reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+    eval_dataset: Any = None,
+    resume: bool = False,
+    sources: Mapping[str, str] | None = None,
+) -> TrainResult:
+    """Trains a policy with GRPO (DeepSeekMath, https://arxiv.org/abs/2402.03300).
+
+    Args:
+        config: the settings; what is handed over below replaces the part of it that it stands for.
+        policy: trained instead of `model` and `lora`. It is not changed; the result holds a new one.
+        dataset: rows to train on, a list of dicts or a datasets.Dataset, instead of `data.path`.
+        reward_funcs: one function or several, instead of `rewards.functions`.
+        eval_dataset: held-out rows, instead of `data.eval_split` and `data.eval_path`.
+        resume: continue the run in `train.run_dir` at its newest checkpoint.
+        sources: where settings came from, for the table that is shown first.
+
+    Raises:
+        ConfigError, DataError, ModelError, RunFolderError: bad input, before anything is compiled.
+        RewardError: too many completions could not be scored.
+    """
+    config = config or Config()
+    given = [] if reward_funcs is None else ([reward_funcs] if callable(reward_funcs) else list(reward_funcs))
+    check_training(config, has_policy=policy is not None, has_dataset=dataset is not None, has_rewards=bool(given))
+    if policy is not None and config.lora != LoraConfig() and config.lora != policy.lora:
+        raise ConfigError(f"lora: {config.lora} differs from that of the policy that was handed over ({policy.lora}); leave one of them out")
+    RunFolder.check(config.train.run_dir, config, resume=resume)
+    display = Display(config.train.quiet)
+    display.settings(resolved_settings(config, sources or {}))
+    run = prepare(config, policy, dataset, given, eval_dataset, display)
+    with RunFolder.create(config.train.run_dir, config, sources, resume=resume) as folder:
+        return loop(run, folder)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that stays the same from step to step."""
+
+    config: Config
+    policy: Policy
+    tokenizer: Tokenizer
+    source: PromptSource
+    functions: list[NamedFunction]
+    sampler: Sampler
+    learner: Learner
+    update: Program
+    frozen: Frozen
+    display: Display
+
+    def variables(self, state: TrainState) -> Params:
+        """What the sampler runs."""
+        return self.learner.policy(state.trainable, self.frozen)
+
+    def evaluate(self, state: TrainState) -> Evaluation | None:
+        """Greedy accuracy on the held-out part."""
+        return evaluate_held_out(self.sampler, self.variables(state), self.source, self.functions, self.tokenizer, self.config)
+
+
+def prepare(
+    config: Config, policy: Policy | None, dataset: Any, reward_funcs: list[Any], eval_dataset: Any, display: Display
+) -> Run:
+    """Reads everything that can be wrong, cheapest first, and the weights last. Compiles nothing."""
+    functions = resolve_functions(reward_funcs or config.rewards.functions, max_completion_length=config.rollout.max_completion_length)
+    if policy is None:
+        assert config.model.path is not None
+        with display.busy(f"looking for {config.model.path}"):
+            tokenizer = Tokenizer.from_folder(find_model(config.model.path, config.model.revision))
+    else:
+        tokenizer = policy.need_tokenizer()
+    source = PromptSource.build(config, tokenizer, dataset, eval_dataset)
+    dropped = f", {source.dropped} dropped as longer than {config.rollout.max_prompt_length} tokens" if source.dropped else ""
+    shortened = f", {source.shortened} shortened" if source.shortened else ""
+    display.note(f"prompts: {len(source.train)} to train on, {len(source.held_out)} held out{dropped}{shortened}")
+    check_functions(functions, reward_columns(source, config), config.rewards.weights, config.rewards.accuracy)
+    if policy is None:
+        with display.busy(f"reading {config.model.path}"):
+            policy = policy_of_config(config)
+    tokenizer = policy.need_tokenizer()
+
+    full = policy.adapters is None
+    micro_batch = (
+        config.train.micro_batch_prompts or config.train.prompts_per_step,
+        config.train.micro_batch_completions or config.rollout.num_generations,
+    )
+    updates = updates_of(config, supervised=False)
+    learner = Learner(
+        model=replace_remat(policy, config),
+        objective=config.objective,
+        optimizer=make_optimizer(config.optim, updates),
+        learning_rate=functools.partial(learning_rate_at, config.optim, updates),
+        full=full,
+        temperature=config.rollout.temperature,
+        max_completion_length=config.rollout.max_completion_length,
+        micro_batch=micro_batch,
+    )
+    sampler = Sampler.build(policy.model, policy.stop_ids)
+    sampler.program.announce = display.compiling
+    update = Program("update", learner.train_step, donate=(0,), announce=display.compiling)
+    frozen = Frozen(base={} if full else policy.params, reference=reference_of(policy, config))
+    return Run(config, policy, tokenizer, source, functions, sampler, learner, update, frozen, display)
+
+
+def replace_remat(policy: Policy, config: Config) -> Any:
+    """The decoder that is trained: the policy's, with the settings' rematerialisation."""
+    return policy.model.clone(remat=config.model.remat)
+
+
+def reference_of(policy: Policy, config: Config) -> Params | None:
+    """What turns the base into the reference: nothing, the adapter that training starts from, or a copy of all weights."""
+    if policy.adapters is None:
+        return trained_copy(policy.params) if config.objective.needs_reference else None
+    started = any(bool(np.any(np.asarray(jax.device_get(pair["b"])))) for pair in policy.adapters["layers"].values())
+    return trained_copy(policy.adapters) if started else {}
+
+
+def trained_copy(tree: Params) -> Params:
+    """Arrays of their own, which a donated update cannot take."""
+    return jax.tree.map(lambda x: jax.numpy.array(x, copy=True), tree)
+
+
+def loop(run: Run, folder: RunFolder) -> TrainResult:
+    """All steps, from the first or from the newest checkpoint."""
+    config, display = run.config, run.display
+    state = run.learner.init(trainable_of(run.policy))
+    host = host_values(run.policy, supervised=False)
+    with Checkpointer(folder.checkpoints, config.train.keep_checkpoints) as checkpoints:
+        done = checkpoints.latest_step() or 0
+        folder.cut_back(done)
+        seconds = 0.0
+        if done:
+            state, stored = checkpoints.restore(state)
+            seconds = float(stored["seconds"])
+            display.note(f"resuming after step {done}")
+        started = time.perf_counter() - seconds
+        evaluate(run, state, folder, done)
+        with display.progress(config.train.steps, done):
+            for step in range(done, config.train.steps):
+                state, metrics = one_step(run, state, folder, step)
+                folder.write_step(step + 1, metrics)
+                display.step(step + 1, step_values(metrics))
+                last = step + 1 == config.train.steps
+                if last or (config.train.eval_every and (step + 1) % config.train.eval_every == 0):
+                    evaluate(run, state, folder, step + 1)
+                if last or (config.train.save_every and (step + 1) % config.train.save_every == 0):
+                    checkpoints.save(step + 1, state, host | {"seconds": time.perf_counter() - started})
+    return finish(run, state, folder, time.perf_counter() - started)
+
+
+def one_step(run: Run, state: TrainState, folder: RunFolder, step: int) -> tuple[TrainState, dict[str, float]]:
+    """One step of the loop: prompts, completions, rewards, update."""
+    config = run.config
+    prompts = run.source.batch(step)
+    clock = Clock((run.sampler.program, run.update))
+    rollout = run.sampler.sample(
+        run.variables(state), prompts.prompt_ids, config.rollout, seed=config.train.seed, step=step, indices=prompts.indices
+    )
+    clock.lap("rollout_seconds")
+    texts = [run.tokenizer.decode(ids) for ids in rollout.completion_ids]
+    scored = score(
+        run.functions,
+        config.rewards.weights,
+        prompts=prompts.prompts,
+        completions=texts,
+        completion_ids=rollout.completion_ids,
+        columns=prompts.columns,
+        timeout_seconds=config.rewards.timeout_seconds,
+        max_failed_share=config.rewards.max_failed_share,
+    )
+    for line in failure_lines(scored):
+        run.display.warning(line)
+    clock.lap("reward_seconds")
+    state, packed = run.update(state, train_batch(prompts, rollout, scored, config), run.frozen)
+    metrics, advantages = packed.to_host()
+    clock.lap("update_seconds")
+    metrics |= reward_metrics(scored) | length_metrics(rollout) | clock.metrics(prompts, rollout)
+    show_completions(run, folder, step + 1, prompts, texts, scored, rollout, advantages)
+    return state, metrics
+
+
+def train_batch(prompts: PromptBatch, rollout: Rollout, scored: ScoredBatch, config: Config) -> TrainBatch:
+    """Lists → padded arrays on the device. Lengths are rounded up to a few sizes, so that a run compiles a handful of times."""
+    b = len(prompts.prompt_ids)
+    lengths = np.array([len(ids) for ids in rollout.completion_ids])
+    width = min(round_up(int(lengths.max())), config.rollout.max_completion_length)
+    mask = np.arange(width)[None, :] < lengths[:, None]
+    logps = np.zeros(mask.shape, np.float32)
+    logps[mask] = np.concatenate(rollout.logprobs)
+    if config.objective.mask_truncated:
+        mask &= np.array([reason == "stop" for reason in rollout.finish_reasons])[:, None]
+    batch = TrainBatch(
+        prompt_ids=pad_rows(prompts.prompt_ids, round_up(max(len(ids) for ids in prompts.prompt_ids))),
+        prompt_lengths=np.array([len(ids) for ids in prompts.prompt_ids], np.int32),
+        completion_ids=pad_rows(rollout.completion_ids, width),
+        completion_mask=mask,
+        sampler_logprobs=logps,
+        rewards=scored.rewards.reshape(b, -1),
+        valid=scored.valid.reshape(b, -1),
+    )
+    return jax.device_put(batch)
+
+
+def length_metrics(rollout: Rollout) -> dict[str, float]:
+    """Lengths of the completions in tokens; `clipped_ratio` is the share that no stop token ended."""
+    lengths = np.array([len(ids) for ids in rollout.completion_ids])
+    stopped = np.array([reason == "stop" for reason in rollout.finish_reasons])
+    metrics = {
+        "completions/mean_length": float(lengths.mean()),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": float(1 - stopped.mean()),
+    }
+    if stopped.any():
+        metrics["completions/mean_terminated_length"] = float(lengths[stopped].mean())
+    return metrics
+
+
+class Clock:
+    """Seconds of the parts of a step, compiling left out."""
+
+    def __init__(self, programs: Sequence[Program]) -> None:
+        self.programs, self.seconds = programs, dict[str, float]()
+        self.start = self.mark = time.perf_counter()
+        self.compiled = self.compiled_at_start = self.compile_seconds()
+
+    def compile_seconds(self) -> float:
+        """Spent on compiling since the run began."""
+        return sum(program.compile_seconds for program in self.programs)
+
+    def lap(self, name: str) -> None:
+        """Names what has passed since the last lap."""
+        now, compiled = time.perf_counter(), self.compile_seconds()
+        self.seconds[name] = now - self.mark - (compiled - self.compiled)
+        self.mark, self.compiled = now, compiled
+
+    def metrics(self, prompts: PromptBatch, rollout: Rollout) -> dict[str, float]:
+        """Seconds and speeds. Rollout speed counts completion tokens; update speed those and each prompt once."""
+        tokens = sum(len(ids) for ids in rollout.completion_ids)
+        shared = tokens + sum(len(ids) for ids in prompts.prompt_ids)
+        return self.seconds | {
+            "step_seconds": sum(self.seconds.values()),
+            "compile_seconds": self.compile_seconds() - self.compiled_at_start,
+            "rollout_tokens_per_second": tokens / self.seconds["rollout_seconds"],
+            "update_tokens_per_second": shared / self.seconds["update_seconds"],
+        }
+
+
+def show_completions(
+    run: Run, folder: RunFolder, step: int, prompts: PromptBatch, texts: list[str], scored: ScoredBatch, rollout: Rollout, advantages: Any
+) -> None:
+    """Completions to the file, and now and then to the terminal."""
+    every = run.config.train.show_every
+    arguments = (step, prompts.prompts, texts, scored.per_function, advantages, rollout.finish_reasons)
+    folder.write_completions(*arguments)
+    if every and (step == 1 or step % every == 0 or step == run.config.train.steps):
+        run.display.completions(*arguments)
+
+
+def evaluate(run: Run, state: TrainState, folder: RunFolder, step: int) -> None:
+    """Greedy accuracy on the held-out part; one that a resumed run already has is not made again."""
+    if step in folder.evaluations():
+        return
+    result = run.evaluate(state)
+    if result is not None:
+        folder.write_evaluation(
+            step, {"accuracy": result.accuracy, "problems": result.problems, "reward/mean": result.reward_mean}
+        )
+        run.display.evaluation(step, result.accuracy, result.problems)
+
+
+def finish(run: Run, state: TrainState, folder: RunFolder, seconds: float) -> TrainResult:
+    """Writes and shows the result."""
+    steps, evaluations = run.config.train.steps, folder.evaluations()
+    policy = with_trained(run.policy, state.trainable)
+    files: dict[str, str] = {}
+    if policy.adapters is not None:
+        files[str(policy.save_adapter(folder.path / "adapter"))] = "the trained adapter, for PEFT, transformers and vLLM"
+    summary = folder.write_summary(
+        accuracy_before=evaluations[0]["accuracy"] if 0 in evaluations else None,
+        accuracy_after=evaluations[steps]["accuracy"] if steps in evaluations else None,
+        held_out_problems=len(run.source.held_out),
+        seconds=seconds,
+        steps=steps,
+        compile_seconds=run.sampler.program.compile_seconds + run.update.compile_seconds,
+    )
+    run.display.report(summary, folder.written() | files)
+    return TrainResult(policy, folder.history(), summary, folder.path)

@@ -1,0 +1,94 @@
+"""A run that is on disk: its policy read back, and exported.
+
+Enters: the folder of a run that has saved at least one checkpoint. Leaves: the policy of its newest checkpoint, or a folder that other tools load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.checkpoint import Checkpointer
+from grpo_jax.config import Config, ConfigError, LoraConfig
+from grpo_jax.models import ModelError
+from grpo_jax.models.lora import init_lora
+from grpo_jax.models.spec import abstract_params
+from grpo_jax.optim import make_optimizer
+from grpo_jax.policy import Policy
+from grpo_jax.types import Params, TrainState
+
+
+def trainable_of(policy: Policy) -> Params:
+    """What training changes, float32: the adapters, or every weight where there are none. A copy: the policy keeps its own."""
+    source = policy.params if policy.adapters is None else policy.adapters
+    return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), source)
+
+
+def with_trained(policy: Policy, trainable: Params) -> Policy:
+    """The policy after training."""
+    if policy.adapters is None:
+        return replace(policy, params=trainable, _sampler=[], _scorer=[])
+    return replace(policy, adapters=trainable, _sampler=[], _scorer=[])
+
+
+def updates_of(config: Config, supervised: bool) -> int:
+    """Optimiser updates of the whole run."""
+    return config.train.steps * (1 if supervised else config.objective.num_iterations)
+
+
+def host_values(policy: Policy, supervised: bool) -> dict[str, Any]:
+    """What a checkpoint keeps beside the arrays, so that the run's policy can be built again."""
+    return {
+        "model": str(policy.folder.resolve()),
+        "name": policy.name,
+        "dtype": str(policy.dtype),
+        "lora": None if policy.lora is None else asdict(policy.lora),
+        "supervised": supervised,
+    }
+
+
+def load_run(run_dir: str | Path) -> tuple[Config, Policy]:
+    """The settings of a run and the policy of its newest checkpoint.
+
+    Raises:
+        ConfigError: the folder holds no run.
+        CheckpointError: it has no complete checkpoint.
+    """
+    folder = Path(run_dir)
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"run: {folder} holds no config.yaml, so it is not the folder of a run")
+    config = Config.from_yaml(folder / "config.yaml")
+    with Checkpointer(folder / "checkpoints", keep=None) as checkpoints:
+        host = checkpoints.host()
+        lora = None if host["lora"] is None else LoraConfig(**host["lora"])
+        place = host["model"] if Path(host["model"]).is_dir() else host["name"]
+        base = Policy.from_pretrained(place, dtype=host["dtype"])
+        policy = replace(base, name=host["name"], lora=lora)
+        optimizer = make_optimizer(config.optim, updates_of(config, host["supervised"]))
+        if lora is None:
+            trainable: Any = abstract_params(policy.spec, jnp.float32)
+        else:
+            trainable = jax.eval_shape(lambda: init_lora(policy.spec, lora, jax.random.key(0)))
+            policy = replace(policy, adapters=trainable)
+        opt_state = jax.eval_shape(optimizer.init, trainable)
+        abstract = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, opt_state)
+        state, _ = checkpoints.restore(abstract)
+    return config, with_trained(policy, state.trainable)
+
+
+def export_run(run_dir: str | Path, out: str | Path, format: Literal["adapter", "merged"]) -> Path:
+    """Writes the newest checkpoint of a run as a PEFT adapter folder, or as a whole model.
+
+    Raises:
+        ModelError: an adapter is asked of a run that trained every weight.
+    """
+    _, policy = load_run(run_dir)
+    if format == "merged":
+        return policy.save_merged(out)
+    if policy.adapters is None:
+        raise ModelError(f"{run_dir} trained every weight, so there is no adapter: use --format merged")
+    return policy.save_adapter(out)

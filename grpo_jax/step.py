@@ -1,0 +1,261 @@
+"""One update: pure, jitted, the state donated.
+
+Enters: `TrainState`, a `TrainBatch` of completions with their rewards, and the `Frozen` arrays. Leaves: the next state and the step's metrics, packed
+into one array so that one transfer brings them to the host.
+
+The batch is cut into micro-batches of b prompts and g of their completions; gradients are summed over them by `lax.scan`. Weights of the tokens (and with
+them every denominator) come from the whole batch, so the result does not depend on the cut. With one update a batch the old log-probabilities are the
+new ones without gradient, and cost no forward; with several, those of the first are kept. The reference is scored once a batch, and not at all at β = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jaxtyping import Array, Float
+
+from grpo_jax.advantages import group_advantages
+from grpo_jax.config import ObjectiveConfig
+from grpo_jax.logprobs import completion_logprobs
+from grpo_jax.loss import finish_stats, kl_reward_penalty, token_objective, token_weights, total_stats
+from grpo_jax.models.transformer import Transformer
+from grpo_jax.types import Frozen, Params, TrainBatch, TrainState
+
+
+@struct.dataclass
+class PackedMetrics:
+    """A step's metrics in one array.
+
+    Attributes:
+        values: one number per name, then the N advantages.
+        names: the metrics' names.
+    """
+
+    values: Float[Array, "M"]
+    names: tuple[str, ...] = struct.field(pytree_node=False)
+
+    def to_host(self) -> tuple[dict[str, float], np.ndarray]:
+        """The metrics and the advantages [N] on the host, by one transfer."""
+        values = np.asarray(jax.device_get(self.values))
+        return dict(zip(self.names, values.tolist(), strict=False)), values[len(self.names) :]
+
+    def to_dict(self) -> dict[str, float]:
+        """The metrics alone; also one transfer."""
+        return self.to_host()[0]
+
+
+def pack(metrics: dict[str, Array], advantages: Float[Array, "B G"]) -> PackedMetrics:
+    """{name: scalar} and advantages → `PackedMetrics`."""
+    scalars = jnp.stack([value.astype(jnp.float32) for value in metrics.values()])
+    return PackedMetrics(jnp.concatenate([scalars, advantages.reshape(-1)]), tuple(metrics))
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What an update is made of; static under jit.
+
+    Attributes:
+        model: the decoder.
+        objective: the settings of the loss.
+        optimizer: the Optax chain.
+        learning_rate: rate by number of updates made, for the metric.
+        full: every weight is trained, and there are no adapters.
+        temperature: of sampling; divides the logits in all log-probabilities.
+        max_completion_length: `dr_grpo`'s constant.
+        micro_batch: (prompts, completions of each) whose gradient is computed at once.
+    """
+
+    model: Transformer
+    objective: ObjectiveConfig
+    optimizer: optax.GradientTransformation
+    learning_rate: Callable[[Array], Array]
+    full: bool
+    temperature: float
+    max_completion_length: int
+    micro_batch: tuple[int, int]
+
+    def policy(self, trainable: Params, frozen: Frozen) -> Params:
+        """Variables of the policy that is trained."""
+        return {"params": trainable} if self.full else {"params": frozen.base, "lora": trainable}
+
+    def reference(self, frozen: Frozen) -> Params:
+        """Variables of the reference: the base, with the adapter that training started from, or a copy of the weights."""
+        if self.full:
+            return {"params": frozen.reference}
+        return {"params": frozen.base, "lora": frozen.reference} if frozen.reference else {"params": frozen.base}
+
+    def init(self, trainable: Params) -> TrainState:
+        """The state before the first update."""
+        return TrainState(step=jnp.int32(0), trainable=trainable, opt_state=self.optimizer.init(trainable))
+
+    def train_step(self, state: TrainState, batch: TrainBatch, frozen: Frozen) -> tuple[TrainState, PackedMetrics]:
+        """One batch: `objective.num_iterations` updates. Jit it with the state donated."""
+        objective = self.objective
+        split = Split.of(batch, self.micro_batch)
+        ref_logps = self.score(self.reference(frozen), split) if objective.needs_reference else None
+        rewards, old_logps = batch.rewards, None
+        if objective.kl_in_reward and ref_logps is not None:
+            old_logps = self.score(self.policy(state.trainable, frozen), split)
+            penalty = kl_reward_penalty(split.join(old_logps), split.join(ref_logps), batch.completion_mask)
+            rewards = rewards - jnp.float32(objective.beta) * penalty.reshape(rewards.shape)
+        advantages = group_advantages(rewards, objective.scale_rewards, objective.advantage_eps, batch.valid)
+        weights = token_weights(batch.completion_mask, objective, self.max_completion_length)
+        known = {
+            "ref_logps": ref_logps,
+            "advantages": split.rows(advantages.reshape(-1)),
+            "weights": split.rows(weights),
+        }
+        if objective.num_iterations == 1:
+            state, _, metrics = self.update(state, split, known | {"old_logps": old_logps}, frozen)
+        else:
+            state, metrics = self.iterate(state, split, known, old_logps, frozen)
+        return state, pack(batch_metrics(batch, advantages) | metrics, advantages)
+
+    def iterate(
+        self, state: TrainState, split: Split, known: dict[str, Any], old_logps: Array | None, frozen: Frozen
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """Several updates on one batch; the first one's log-probabilities are the old ones of all. Metrics are the last update's."""
+        start = jnp.zeros(split.completion_ids.shape, jnp.float32) if old_logps is None else old_logps
+
+        def body(carry: tuple[TrainState, Array], number: Array) -> tuple[tuple[TrainState, Array], dict[str, Array]]:
+            state, old = carry
+            first = jnp.broadcast_to((number == 0) & (old_logps is None), (split.count,))
+            state, logps, metrics = self.update(state, split, known | {"old_logps": old, "first": first}, frozen)
+            return (state, jnp.where(first[0], logps, old)), metrics
+
+        numbers = jnp.arange(self.objective.num_iterations, dtype=jnp.int32)
+        (state, _), metrics = jax.lax.scan(body, (state, start), numbers)
+        return state, {name: values[-1] for name, values in metrics.items()}
+
+    def score(self, variables: Params, split: Split) -> Float[Array, "M n C"]:
+        """Log-probabilities without gradient, micro-batch by micro-batch."""
+
+        def one(part: tuple[Array, ...]) -> Array:
+            return completion_logprobs(self.model, variables, *part, self.temperature)[0]
+
+        return jax.lax.stop_gradient(jax.lax.map(one, (split.prompt_ids, split.prompt_lengths, split.completion_ids)))
+
+    def update(
+        self, state: TrainState, split: Split, known: dict[str, Any], frozen: Frozen
+    ) -> tuple[TrainState, Float[Array, "M n C"], dict[str, Array]]:
+        """One optimiser update; also returns the log-probabilities that it was computed from."""
+
+        def loss_of(trainable: Params, part: tuple[Split, dict[str, Any]]) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+            rows, given = part
+            logps, entropy = completion_logprobs(
+                self.model,
+                self.policy(trainable, frozen),
+                rows.prompt_ids,
+                rows.prompt_lengths,
+                rows.completion_ids,
+                self.temperature,
+                head_trainable=self.full,
+            )
+            old = given["old_logps"]
+            if "first" in given:
+                old = jnp.where(given["first"], jax.lax.stop_gradient(logps), old)
+            per_token, stats = token_objective(
+                logps,
+                old,
+                given["ref_logps"],
+                given["advantages"],
+                rows.completion_mask,
+                self.objective,
+                sampler_logps=rows.sampler_logprobs,
+                weights=given["weights"],
+            )
+            loss = jnp.sum(given["weights"] * per_token)
+            stats["entropy"] = jnp.sum(jnp.where(rows.completion_mask, jax.lax.stop_gradient(entropy), jnp.float32(0)))
+            stats["loss"] = loss
+            return loss, (logps, stats)
+
+        def accumulate(gradient: Params, part: tuple[Split, dict[str, Any]]) -> tuple[Params, tuple[Array, dict[str, Array]]]:
+            new, (logps, stats) = jax.grad(loss_of, has_aux=True)(state.trainable, part)
+            return jax.tree.map(jnp.add, gradient, new), (logps, stats)
+
+        zero = jax.tree.map(jnp.zeros_like, state.trainable)
+        gradient, (logps, stacked) = jax.lax.scan(accumulate, zero, (split, known))
+        updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.trainable)
+        sums = total_stats(stacked)
+        metrics = finish_stats(sums) | {
+            "loss": sums["loss"],
+            "entropy": sums["entropy"] / jnp.maximum(sums["tokens"], jnp.float32(1)),
+            "grad_norm": optax.global_norm(gradient),
+            "learning_rate": self.learning_rate(state.step),
+        }
+        metrics.setdefault("kl_divergence", jnp.float32(0))
+        state = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
+        return state, jax.lax.stop_gradient(logps), metrics
+
+
+@struct.dataclass
+class Split:
+    """A batch cut into M micro-batches of b prompts and g completions of each, n = b·g.
+
+    Attributes:
+        completion_ids, completion_mask, sampler_logprobs: rows of a prompt next to each other.
+        grid: (B/b, G/g, b, g).
+    """
+
+    prompt_ids: Any
+    prompt_lengths: Any
+    completion_ids: Any
+    completion_mask: Any
+    sampler_logprobs: Any
+    grid: tuple[int, int, int, int] = struct.field(pytree_node=False)
+
+    @staticmethod
+    def of(batch: TrainBatch, micro_batch: tuple[int, int]) -> Split:
+        """Cuts a batch; the sizes must divide it."""
+        prompts, generations = batch.rewards.shape
+        b, g = micro_batch
+        if prompts % b or generations % g:
+            raise ValueError(f"micro-batch of {b} prompts and {g} completions does not divide a batch of {prompts} prompts and {generations} completions")
+        grid = (prompts // b, generations // g, b, g)
+        ids = jnp.repeat(batch.prompt_ids.reshape(prompts // b, b, -1), generations // g, axis=0)
+        lengths = jnp.repeat(batch.prompt_lengths.reshape(prompts // b, b), generations // g, axis=0)
+        split = Split(ids, lengths, None, None, None, grid)
+        return split.replace(
+            completion_ids=split.rows(batch.completion_ids),
+            completion_mask=split.rows(batch.completion_mask),
+            sampler_logprobs=split.rows(batch.sampler_logprobs),
+        )
+
+    @property
+    def count(self) -> int:
+        """M."""
+        return self.grid[0] * self.grid[1]
+
+    def rows(self, x: Float[Array, "N ..."]) -> Float[Array, "M n ..."]:
+        """[N, ...] → [M, n, ...]."""
+        outer, inner, b, g = self.grid
+        x = x.reshape(outer, b, inner, g, *x.shape[1:])
+        return jnp.swapaxes(x, 1, 2).reshape(outer * inner, b * g, *x.shape[4:])
+
+    def join(self, x: Float[Array, "M n ..."]) -> Float[Array, "N ..."]:
+        """The inverse of `rows`."""
+        outer, inner, b, g = self.grid
+        x = x.reshape(outer, inner, b, g, *x.shape[2:])
+        return jnp.swapaxes(x, 1, 2).reshape(outer * inner * b * g, *x.shape[4:])
+
+
+def batch_metrics(batch: TrainBatch, advantages: Float[Array, "B G"]) -> dict[str, Array]:
+    """Reward statistics of a batch. `reward/std` is over all valid rows of the step (ddof 1)."""
+    valid, rewards = batch.valid, jnp.where(batch.valid, batch.rewards, jnp.float32(0))
+    count = jnp.maximum(jnp.sum(valid.astype(jnp.float32)), jnp.float32(1))
+    mean = jnp.sum(rewards) / count
+    spread = jnp.where(valid, rewards - mean, jnp.float32(0))
+    variance = jnp.sum(jnp.square(spread)) / jnp.maximum(count - 1, jnp.float32(1))
+    same = jnp.all(advantages == 0, axis=1)
+    return {
+        "reward/mean": mean,
+        "reward/std": jnp.sqrt(variance),
+        "reward/frac_zero_std": jnp.mean(same.astype(jnp.float32)),
+    }
