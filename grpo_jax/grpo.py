@@ -15,8 +15,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -32,28 +31,11 @@ from grpo_jax.policy import Policy
 from grpo_jax.programs import Program
 from grpo_jax.prompts import PromptSource
 from grpo_jax.rewards import NamedFunction, ScoredBatch, check_functions, failure_lines, resolve_functions, reward_metrics, score
-from grpo_jax.runs import host_values, trainable_of, updates_of, with_trained
+from grpo_jax.runs import TrainResult, host_values, trainable_of, updates_of, with_trained
 from grpo_jax.sampler import Sampler, pad_rows, round_up
 from grpo_jax.step import Learner
 from grpo_jax.tokenizer import Tokenizer
 from grpo_jax.types import Frozen, Params, PromptBatch, Rollout, TrainBatch, TrainState
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run gives back.
-
-    Attributes:
-        policy: the trained policy.
-        history: one dict of metrics per step.
-        summary: what summary.json holds.
-        run_dir: the folder with everything that was written.
-    """
-
-    policy: Policy
-    history: list[dict[str, Any]]
-    summary: dict[str, Any]
-    run_dir: Path
 
 
 def train(

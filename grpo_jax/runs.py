@@ -5,7 +5,7 @@ Enters: the folder of a run that has saved at least one checkpoint. Leaves: the 
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,23 @@ from grpo_jax.models.spec import abstract_params
 from grpo_jax.optim import make_optimizer
 from grpo_jax.policy import Policy
 from grpo_jax.types import Params, TrainState
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run gives back.
+
+    Attributes:
+        policy: the trained policy.
+        history: one dict of metrics per step.
+        summary: what summary.json holds.
+        run_dir: the folder with everything that was written.
+    """
+
+    policy: Policy
+    history: list[dict[str, Any]]
+    summary: dict[str, Any]
+    run_dir: Path
 
 
 def trainable_of(policy: Policy) -> Params:

@@ -1,0 +1,221 @@
+"""Supervised warm-up: the cold start that GRPO recipes begin with.
+
+Enters: rows with a prompt and a completion, and the same settings as GRPO's; `train.prompts_per_step` is the number of rows in a step. Leaves: a trained policy
+and a run folder; a GRPO run that starts from its adapter has it as the reference. The loss is the mean over completion tokens of −log π.
+Held-out accuracy is the share of rows whose greedy completion is the row's own, token for token.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from grpo_jax.checkpoint import Checkpointer
+from grpo_jax.config import Config, check_supervised, resolved_settings
+from grpo_jax.evaluate import policy_of_config
+from grpo_jax.logprobs import completion_logprobs
+from grpo_jax.metrics import Display, RunFolder, step_values
+from grpo_jax.models import find_model
+from grpo_jax.optim import learning_rate_at, make_optimizer
+from grpo_jax.policy import Policy
+from grpo_jax.programs import Program
+from grpo_jax.prompts import CompletionBatch, CompletionSource, completion_pairs
+from grpo_jax.runs import TrainResult, host_values, trainable_of, updates_of, with_trained
+from grpo_jax.sampler import Sampler, pad_rows, round_up
+from grpo_jax.step import Learner, PackedMetrics, Split, pack
+from grpo_jax.tokenizer import Tokenizer
+from grpo_jax.types import Frozen, Params, TrainBatch, TrainState
+
+
+def sft(
+    config: Config,
+    *,
+    policy: Policy | None = None,
+    dataset: Any = None,
+    eval_dataset: Any = None,
+    resume: bool = False,
+    sources: Mapping[str, str] | None = None,
+) -> TrainResult:
+    """Trains on prompt and completion rows.
+
+    Args: as `grpo.train`; rows need the columns `data.prompt_column` and `data.completion_column`.
+
+    Raises:
+        ConfigError, DataError, ModelError, RunFolderError: bad input, before anything is compiled.
+    """
+    check_supervised(config, has_policy=policy is not None, has_dataset=dataset is not None)
+    RunFolder.check(config.train.run_dir, config, resume=resume)
+    display = Display(config.train.quiet)
+    display.settings(resolved_settings(config, sources or {}))
+    if policy is None:
+        assert config.model.path is not None
+        tokenizer = Tokenizer.from_folder(find_model(config.model.path, config.model.revision))
+    else:
+        tokenizer = policy.need_tokenizer()
+    source = completion_pairs(config, tokenizer, dataset, eval_dataset)
+    dropped = f", {source.dropped} dropped as too long" if source.dropped else ""
+    display.note(f"rows: {len(source.train)} to train on, {len(source.held_out)} held out{dropped}")
+    if policy is None:
+        with display.busy(f"reading {config.model.path}"):
+            policy = policy_of_config(config)
+    run = Warmup.build(config, policy, source, display)
+    with RunFolder.create(config.train.run_dir, config, sources, resume=resume) as folder:
+        return loop(run, folder)
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """Everything that stays the same from step to step."""
+
+    config: Config
+    policy: Policy
+    source: CompletionSource
+    learner: Learner
+    sampler: Sampler
+    update: Program
+    frozen: Frozen
+    display: Display
+
+    @staticmethod
+    def build(config: Config, policy: Policy, source: CompletionSource, display: Display) -> Warmup:
+        """Compiles nothing."""
+        full, updates = policy.adapters is None, updates_of(config, supervised=True)
+        learner = Learner(
+            model=policy.model.clone(remat=config.model.remat),
+            objective=config.objective,
+            optimizer=make_optimizer(config.optim, updates),
+            learning_rate=functools.partial(learning_rate_at, config.optim, updates),
+            full=full,
+            temperature=1.0,
+            max_completion_length=config.rollout.max_completion_length,
+            micro_batch=(config.train.micro_batch_prompts or config.train.prompts_per_step, 1),
+        )
+        sampler = Sampler.build(policy.model, policy.stop_ids)
+        sampler.program.announce = display.compiling
+        update = Program("update", functools.partial(supervised_step, learner), donate=(0,), announce=display.compiling)
+        frozen = Frozen(base={} if full else policy.params, reference=None)
+        return Warmup(config, policy, source, learner, sampler, update, frozen, display)
+
+
+def supervised_step(learner: Learner, state: TrainState, batch: TrainBatch, frozen: Frozen) -> tuple[TrainState, PackedMetrics]:
+    """One update on a batch of rows: the mean over all its completion tokens of −log π; micro-batches add up to the same."""
+    split = Split.of(batch, learner.micro_batch)
+    tokens = jnp.maximum(jnp.sum(batch.completion_mask), 1).astype(jnp.float32)
+
+    def loss_of(trainable: Params, rows: Split) -> tuple[jax.Array, jax.Array]:
+        logps, entropy = completion_logprobs(
+            learner.model,
+            learner.policy(trainable, frozen),
+            rows.prompt_ids,
+            rows.prompt_lengths,
+            rows.completion_ids,
+            head_trainable=learner.full,
+        )
+        zero = jnp.float32(0)
+        return -jnp.sum(jnp.where(rows.completion_mask, logps, zero)) / tokens, jnp.sum(jnp.where(rows.completion_mask, entropy, zero)) / tokens
+
+    def accumulate(gradient: Params, rows: Split) -> tuple[Params, tuple[jax.Array, jax.Array]]:
+        (loss, entropy), new = jax.value_and_grad(loss_of, has_aux=True)(state.trainable, rows)
+        return jax.tree.map(jnp.add, gradient, new), (loss, entropy)
+
+    gradient, (losses, entropies) = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.trainable), split)
+    updates, opt_state = learner.optimizer.update(gradient, state.opt_state, state.trainable)
+    metrics = {
+        "loss": jnp.sum(losses),
+        "entropy": jnp.sum(entropies),
+        "grad_norm": optax.global_norm(gradient),
+        "learning_rate": learner.learning_rate(state.step),
+    }
+    state = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
+    return state, pack(metrics, jnp.zeros((1, 0), jnp.float32))
+
+
+def supervised_batch(batch: CompletionBatch, config: Config) -> TrainBatch:
+    """Lists → padded arrays on the device."""
+    lengths = np.array([len(ids) for ids in batch.completion_ids])
+    width = min(round_up(int(lengths.max())), config.rollout.max_completion_length)
+    rows = len(lengths)
+    return jax.device_put(
+        TrainBatch(
+            prompt_ids=pad_rows(batch.prompt_ids, round_up(max(len(ids) for ids in batch.prompt_ids))),
+            prompt_lengths=np.array([len(ids) for ids in batch.prompt_ids], np.int32),
+            completion_ids=pad_rows(batch.completion_ids, width),
+            completion_mask=np.arange(width)[None, :] < lengths[:, None],
+            sampler_logprobs=np.zeros((rows, width), np.float32),
+            rewards=np.zeros((rows, 1), np.float32),
+            valid=np.ones((rows, 1), bool),
+        )
+    )
+
+
+def loop(run: Warmup, folder: RunFolder) -> TrainResult:
+    """All steps, from the first or from the newest checkpoint."""
+    config, display = run.config, run.display
+    state = run.learner.init(trainable_of(run.policy))
+    host = host_values(run.policy, supervised=True)
+    with Checkpointer(folder.checkpoints, config.train.keep_checkpoints) as checkpoints:
+        done = checkpoints.latest_step() or 0
+        folder.cut_back(done)
+        seconds = 0.0
+        if done:
+            state, stored = checkpoints.restore(state)
+            seconds = float(stored["seconds"])
+            display.note(f"resuming after step {done}")
+        started = time.perf_counter() - seconds
+        evaluate(run, state, folder, done)
+        with display.progress(config.train.steps, done):
+            for step in range(done, config.train.steps):
+                begun, compiled = time.perf_counter(), run.update.compile_seconds
+                state, packed = run.update(state, supervised_batch(run.source.batch(step), config), run.frozen)
+                metrics = packed.to_dict()
+                compiling = run.update.compile_seconds - compiled
+                metrics |= {"step_seconds": time.perf_counter() - begun - compiling, "compile_seconds": compiling}
+                folder.write_step(step + 1, metrics)
+                display.step(step + 1, step_values(metrics))
+                last = step + 1 == config.train.steps
+                if last or (config.train.eval_every and (step + 1) % config.train.eval_every == 0):
+                    evaluate(run, state, folder, step + 1)
+                if last or (config.train.save_every and (step + 1) % config.train.save_every == 0):
+                    checkpoints.save(step + 1, state, host | {"seconds": time.perf_counter() - started})
+    return finish(run, state, folder, time.perf_counter() - started)
+
+
+def evaluate(run: Warmup, state: TrainState, folder: RunFolder, step: int) -> None:
+    """Share of held-out rows that are completed as they stand."""
+    problems = len(run.source.held_out)
+    if problems == 0 or step in folder.evaluations():
+        return
+    (batch,) = run.source.held_out_batches(problems)
+    settings = replace(run.config.rollout, num_generations=1, temperature=0.0, slots=min(problems, run.config.train.prompts_per_step))
+    variables = run.learner.policy(state.trainable, run.frozen)
+    rollout = run.sampler.sample(variables, batch.prompt_ids, settings, seed=0)
+    accuracy = float(np.mean([got == own for got, own in zip(rollout.completion_ids, batch.completion_ids, strict=True)]))
+    folder.write_evaluation(step, {"accuracy": accuracy, "problems": problems})
+    run.display.evaluation(step, accuracy, problems)
+
+
+def finish(run: Warmup, state: TrainState, folder: RunFolder, seconds: float) -> TrainResult:
+    """Writes and shows the result."""
+    steps, evaluations = run.config.train.steps, folder.evaluations()
+    policy = with_trained(run.policy, state.trainable)
+    files: dict[str, str] = {}
+    if policy.adapters is not None:
+        files[str(policy.save_adapter(folder.path / "adapter"))] = "the trained adapter, for PEFT, transformers and vLLM"
+    summary = folder.write_summary(
+        accuracy_before=evaluations[0]["accuracy"] if 0 in evaluations else None,
+        accuracy_after=evaluations[steps]["accuracy"] if steps in evaluations else None,
+        held_out_problems=len(run.source.held_out),
+        seconds=seconds,
+        steps=steps,
+        compile_seconds=run.sampler.program.compile_seconds + run.update.compile_seconds,
+    )
+    run.display.report(summary, folder.written() | files)
+    return TrainResult(policy, folder.history(), summary, folder.path)
