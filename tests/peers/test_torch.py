@@ -14,7 +14,8 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from goldens.folders import FAMILIES, build_model_folder, read_golden
-from grpo_jax.config import LoraConfig
+from grpo_jax.config import Config, LoraConfig
+from grpo_jax.grpo import train
 from grpo_jax.policy import Policy
 
 TOLERANCE_NATS = 1e-4
@@ -107,3 +108,30 @@ def test_the_story_model_computes_the_same_in_torch(shared_data: Path) -> None:
     policy = Policy.from_pretrained(folder, dtype="float32")
     ids = np.random.default_rng(0).integers(3, policy.spec.vocab, (2, 200))
     assert_close(our_logprobs(policy, ids), torch_logprobs(torch_model(folder), ids))
+
+
+def test_an_adapter_trained_here_computes_the_same_in_torch(tmp_path: Path, shared_data: Path) -> None:
+    folder = shared_data / "stories260k"
+    config = Config.from_dict(
+        {
+            "data": {"shuffle": False},
+            "rollout": {"num_generations": 4, "max_prompt_length": 16, "max_completion_length": 16},
+            "optim": {"learning_rate": 0.01},
+            "train": {"steps": 3, "prompts_per_step": 2, "quiet": True, "run_dir": str(tmp_path / "run")},
+        }
+    )
+    rows = [{"prompt": text} for text in ("Once upon a time", "Lily saw", "The dog", "One day")]
+    start = Policy.from_pretrained(folder, lora=LoraConfig(rank=8, alpha=16.0), dtype="float32")
+    policy = train(config, policy=start, dataset=rows, reward_funcs=count_of_e).policy
+    ids = np.random.default_rng(1).integers(3, policy.spec.vocab, (2, 60))
+    ours = our_logprobs(policy, ids)
+    assert np.abs(ours - our_logprobs(start, ids)).max() > 0.01  # training moved it
+
+    adapter = policy.save_adapter(tmp_path / "adapter")
+    assert_close(torch_logprobs(PeftModel.from_pretrained(torch_model(folder), adapter), ids), ours)
+    assert_close(torch_logprobs(torch_model(policy.save_merged(tmp_path / "merged")), ids), ours)
+
+
+def count_of_e(completions: list[str], **_: object) -> list[float]:
+    """A reward that differs between completions."""
+    return [float(text.count("e")) for text in completions]
