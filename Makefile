@@ -26,9 +26,8 @@ test: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(VENV)/bin/pytest -n 2 $(ARGS)
 
 lint: $(VENV)/.installed-lint
-	$(VENV)/bin/ruff check
-	$(VENV)/bin/lint-imports --no-logo
-	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+	@status=0; for tool in "ruff check --quiet" "lint-imports --no-logo --no-cache" "pyright --pythonpath $(VENV)/bin/python"; do \
+	  echo "$$tool"; $(VENV)/bin/$$tool || status=1; done; exit $$status
 
 test-peers: $(VENV_PEERS)/.installed
 	JAX_PLATFORMS=cpu $(VENV_PEERS)/bin/pytest tests/peers $(ARGS)
