@@ -1,7 +1,7 @@
 """Accuracy on the held-out part: greedy, and pass@k.
 
-Enters: a sampler and its parameters, the held-out prompts, the reward functions. Leaves: shares of problems solved. A completion is right where the function
-that `rewards.accuracy` names gives at least `rewards.accuracy_threshold`.
+Enters: a sampler and its parameters, the held-out prompts, the reward functions. Leaves: shares of problems solved. A
+    completion is right where the function that `rewards.accuracy` names gives at least `rewards.accuracy_threshold`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Weights out: merged safetensors in the layout of the original folder, and the export of a finished run.
 
-Enters: parameters and adapters, or a run folder. Leaves: a folder that transformers and vLLM load: the same tensor names, number formats and shards as the
-original, its config, generation config and tokenizer. Adapter folders are `models/lora.py`'s.
+Enters: parameters and adapters, or a run folder. Leaves: a folder that transformers and vLLM load: the same tensor names,
+    number formats and shards as the original, its config, generation config and tokenizer. Adapter folders are
+    `models/lora.py`'s.
 """
 
 from __future__ import annotations

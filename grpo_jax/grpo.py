@@ -67,7 +67,9 @@ def train(
     given = [] if reward_funcs is None else ([reward_funcs] if callable(reward_funcs) else list(reward_funcs))
     check_training(config, has_policy=policy is not None, has_dataset=dataset is not None, has_rewards=bool(given))
     if policy is not None and config.lora != LoraConfig() and config.lora != policy.lora:
-        raise ConfigError(f"lora: {config.lora} differs from that of the policy that was handed over ({policy.lora}); leave one of them out")
+        raise ConfigError(
+            f"lora: {config.lora} differs from that of the policy that was handed over ({policy.lora}); leave one of them out"
+        )
     RunFolder.check(config.train.run_dir, config, resume=resume)
     display = Display(config.train.quiet)
     display.settings(resolved_settings(config, sources or {}))
@@ -104,7 +106,9 @@ def prepare(
     config: Config, policy: Policy | None, dataset: Any, reward_funcs: list[Any], eval_dataset: Any, display: Display
 ) -> Run:
     """Reads everything that can be wrong, cheapest first, and the weights last. Compiles nothing."""
-    functions = resolve_functions(reward_funcs or config.rewards.functions, max_completion_length=config.rollout.max_completion_length)
+    functions = resolve_functions(
+        reward_funcs or config.rewards.functions, max_completion_length=config.rollout.max_completion_length
+    )
     if policy is None:
         assert config.model.path is not None
         with display.busy(f"looking for {config.model.path}"):
@@ -289,7 +293,14 @@ class Clock:
 
 
 def show_completions(
-    run: Run, folder: RunFolder, step: int, prompts: PromptBatch, texts: list[str], scored: ScoredBatch, rollout: Rollout, advantages: Any
+    run: Run,
+    folder: RunFolder,
+    step: int,
+    prompts: PromptBatch,
+    texts: list[str],
+    scored: ScoredBatch,
+    rollout: Rollout,
+    advantages: Any,
 ) -> None:
     """Completions to the file, and now and then to the terminal."""
     every = run.config.train.show_every
@@ -305,9 +316,7 @@ def evaluate(run: Run, state: TrainState, folder: RunFolder, step: int) -> None:
         return
     result = run.evaluate(state)
     if result is not None:
-        folder.write_evaluation(
-            step, {"accuracy": result.accuracy, "problems": result.problems, "reward/mean": result.reward_mean}
-        )
+        folder.write_evaluation(step, {"accuracy": result.accuracy, "problems": result.problems, "reward/mean": result.reward_mean})
         run.display.evaluation(step, result.accuracy, result.problems)
 
 

@@ -1,7 +1,8 @@
 """Per-token log-probabilities of completions, under the policy or the reference.
 
-Enters: prompts [B, P] and completions [N, C], N = B·G, padded on the right. Leaves: log-probabilities and entropies [N, C], float32 nats. Each prompt is
-computed once for its G completions; the vocabulary is met in chunks of tokens, so no [rows, tokens, vocabulary] array exists.
+Enters: prompts [B, P] and completions [N, C], N = B·G, padded on the right. Leaves: log-probabilities and entropies [N, C],
+    float32 nats. Each prompt is computed once for its G completions; the vocabulary is met in chunks of tokens, so no [rows,
+    tokens, vocabulary] array exists.
 """
 
 from __future__ import annotations
@@ -9,16 +10,20 @@ from __future__ import annotations
 from typing import Any
 
 import jax.numpy as jnp
-from grpo_kernels.head_logprob import head_logprob
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.attention import group_attend
 from grpo_jax.models.transformer import Transformer, head_matrix
 from grpo_jax.types import Params
+from grpo_kernels.head_logprob import head_logprob
 
 
 def group_hidden(
-    model: Transformer, variables: Params, prompt_ids: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], completion_ids: Int[Array, "N C"]
+    model: Transformer,
+    variables: Params,
+    prompt_ids: Int[Array, "B P"],
+    prompt_lengths: Int[Array, "B"],
+    completion_ids: Int[Array, "N C"],
 ) -> Float[Array, "N C D"]:
     """Hidden state from which each completion token is predicted: the last of the prompt for the first, then the token before."""
     b, p = prompt_ids.shape

@@ -1,7 +1,7 @@
 """The handle that a user holds: a model, its adapters, its tokenizer.
 
-Enters: a Hugging Face folder or hub id, optionally a PEFT adapter. Leaves: completions, log-probabilities, and folders that transformers, PEFT and vLLM
-load. Training takes a policy and gives a new one; a policy's own arrays never change.
+Enters: a Hugging Face folder or hub id, optionally a PEFT adapter. Leaves: completions, log-probabilities, and folders that
+    transformers, PEFT and vLLM load. Training takes a policy and gives a new one; a policy's own arrays never change.
 """
 
 from __future__ import annotations
@@ -202,7 +202,9 @@ class Policy:
         check_rows("prompts", ids, self.spec.vocab)
         rollout = self.sampler.sample(self.variables, ids, settings, seed=seed)
         texts = ["" if self.tokenizer is None else self.tokenizer.decode(row) for row in rollout.completion_ids]
-        rows = [Completion(*row) for row in zip(texts, rollout.completion_ids, rollout.logprobs, rollout.finish_reasons, strict=True)]
+        rows = [
+            Completion(*row) for row in zip(texts, rollout.completion_ids, rollout.logprobs, rollout.finish_reasons, strict=True)
+        ]
         return [rows[i * num_generations : (i + 1) * num_generations] for i in range(len(ids))]
 
     def _prompt_ids(self, prompt: Any, template_arguments: dict[str, Any]) -> list[int]:
@@ -225,7 +227,9 @@ class Policy:
             One float32 array per completion, in nats, as long as the completion.
         """
         if len(prompt_ids) != len(completion_ids):
-            raise ConfigError(f"prompt_ids: {len(prompt_ids)} lists for {len(completion_ids)} completions; give one prompt per completion")
+            raise ConfigError(
+                f"prompt_ids: {len(prompt_ids)} lists for {len(completion_ids)} completions; give one prompt per completion"
+            )
         if not prompt_ids:
             return []
         check_rows("prompt_ids", prompt_ids, self.spec.vocab)
@@ -259,7 +263,10 @@ class Policy:
         return Path(folder)
 
     def save_merged(self, folder: str | Path) -> Path:
-        """Writes the whole model with the adapters multiplied in: the tensors' names, formats and shards, config and tokenizer of the original."""
+        """Writes the whole model with the adapters multiplied in.
+
+        Tensor names, number formats, shards, config and tokenizer are the original's.
+        """
         save_merged(Path(folder), self.folder, self.spec, merged_weights(self.spec, self.params, self.adapters, self.lora))
         return Path(folder)
 

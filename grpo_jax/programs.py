@@ -1,7 +1,7 @@
 """Compiled programs: a jitted function that says when it compiles, and for how long.
 
-Enters: a function and its arguments. Leaves: its result. Each new set of argument shapes is compiled once, ahead of the call, so that compile time can
-be shown as such and a step's seconds are the step's.
+Enters: a function and its arguments. Leaves: its result. Each new set of argument shapes is compiled once, ahead of the call,
+    so that compile time can be shown as such and a step's seconds are the step's.
 """
 
 from __future__ import annotations

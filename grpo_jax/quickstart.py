@@ -1,22 +1,22 @@
 """The quickstart: a small model and a task made on the spot, warmed up, then improved by GRPO alone.
 
-Enters: a folder to work in, and the two recipes `quickstart_sft.yaml` and `quickstart.yaml`. Leaves: in that folder the task's data, a random Llama-shaped
-model with its tokenizer, the warmed-up model, and the GRPO run. Nothing is downloaded.
+Enters: a folder to work in, and the two recipes `quickstart_sft.yaml` and `quickstart.yaml`. Leaves: in that folder the task's
+    data, a random Llama-shaped model with its tokenizer, the warmed-up model, and the GRPO run. Nothing is downloaded.
 
-The task is addition of two numbers below 100, one token per character. The warm-up imitates a pupil who forgets to carry two times out of three, so the warmed-up model
-is mostly wrong where there is something to carry. GRPO sees no right answer written out: only whether a sampled one is right.
+The task is addition of two numbers below 100, one token per character. The warm-up imitates a pupil who forgets to carry two
+times out of three, so the warmed-up model is mostly wrong where there is something to carry. GRPO sees no right answer written
+out: only whether a sampled one is right.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from grpo_jax.config import Config, ConfigError, load
+from grpo_jax.config import ConfigError, load
 from grpo_jax.grpo import train
 from grpo_jax.models.families import read_spec
 from grpo_jax.runs import TrainResult
@@ -65,7 +65,10 @@ def quickstart(run_dir: str | Path = "runs/quickstart", configs: str | Path = "c
     folder = free_folder(Path(run_dir))
     make_task(folder / "task")
     make_model(folder / "model")
-    print(f"made a random model and {HELD_OUT} held-out additions in {folder}; now a pupil who forgets to carry is imitated", flush=True)
+    print(
+        f"made a random model and {HELD_OUT} held-out additions in {folder}; now a pupil who forgets to carry is imitated",
+        flush=True,
+    )
     settings = [load(recipe, overrides(folder, step)) for recipe, step in zip(recipes, ("warmup", "grpo"), strict=True)]
     warm = sft(settings[0].config, sources=settings[0].sources)
     warm.policy.save_merged(folder / "warm")
@@ -150,7 +153,9 @@ def make_model(folder: Path, seed: int = 0) -> None:
     folder.mkdir(parents=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(MODEL, indent=2), encoding="utf-8")
-    (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}), encoding="utf-8")
+    (folder / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}), encoding="utf-8"
+    )
     make_tokenizer(folder)
 
 

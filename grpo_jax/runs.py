@@ -1,6 +1,7 @@
 """A run that is on disk: its policy read back, and exported.
 
-Enters: the folder of a run that has saved at least one checkpoint. Leaves: the policy of its newest checkpoint, or a folder that other tools load.
+Enters: the folder of a run that has saved at least one checkpoint. Leaves: the policy of its newest checkpoint, or a folder
+    that other tools load.
 """
 
 from __future__ import annotations

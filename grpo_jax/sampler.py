@@ -1,8 +1,8 @@
 """Sampling: each prompt is prefilled once, its G completions share it, decoding runs until every row has stopped.
 
-Enters: parameters, prompts as lists of ids, and the settings of `RolloutConfig`. Leaves: a `Rollout`. Every random number is fixed by (seed, step, prompt
-index, completion index, position) and by nothing else. Lengths are rounded up to a few sizes, and temperature, top-k, top-p and min-p are arguments
-of the compiled program, so that a handful of programs serve a run.
+Enters: parameters, prompts as lists of ids, and the settings of `RolloutConfig`. Leaves: a `Rollout`. Every random number is
+    fixed by (seed, step, prompt index, completion index, position) and by nothing else. Lengths are rounded up to a few sizes,
+    and temperature, top-k, top-p and min-p are arguments of the compiled program, so that a handful of programs serve a run.
 """
 
 from __future__ import annotations
@@ -106,7 +106,9 @@ class Sampler:
     def build(model: Transformer, stop_ids: tuple[int, ...]) -> Sampler:
         """Nothing is compiled before the first call."""
 
-        def rollout(variables: Params, prompts: Array, lengths: Array, indices: Array, controls: Controls, shape: Array) -> tuple[Array, ...]:
+        def rollout(
+            variables: Params, prompts: Array, lengths: Array, indices: Array, controls: Controls, shape: Array
+        ) -> tuple[Array, ...]:
             return decode(model, stop_ids, variables, prompts, lengths, indices, controls, shape)
 
         return Sampler(model, stop_ids, Program("rollout", rollout))
@@ -160,7 +162,11 @@ class Sampler:
 def controls_of(rollout: RolloutConfig, seed: int, step: int) -> Controls:
     """The settings as device arguments."""
     truncates = rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0
-    truncation = Truncation(jnp.asarray(rollout.top_k, jnp.int32), jnp.float32(rollout.top_p), jnp.float32(rollout.min_p)) if truncates else None
+    truncation = (
+        Truncation(jnp.asarray(rollout.top_k, jnp.int32), jnp.float32(rollout.top_p), jnp.float32(rollout.min_p))
+        if truncates
+        else None
+    )
     return Controls(
         temperature=jnp.float32(rollout.temperature),
         truncation=truncation,
@@ -199,8 +205,7 @@ def decode(
     Returns:
         ids, log-probabilities, lengths, and whether a stop token ended the row.
     """
-    b, p = prompts.shape
-    g, c = shape.shape
+    b, g, c = prompts.shape[0], *shape.shape
     spec = model.spec
     variables = jax.tree.map(lambda x: x.astype(model.dtype), variables)
     hidden, prefix = prefill(model, variables, prompts, prompt_lengths)

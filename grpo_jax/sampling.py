@@ -1,7 +1,8 @@
 """From logits to a token: temperature, truncation, and one draw by the inverse distribution function.
 
-Enters: logits [N, V], one uniform number a row. Leaves: a token and its log-probability under the distribution that it was drawn from. Nothing is sorted:
-thresholds are found by bisection on the bit patterns of float32 numbers, which ends in the exact threshold after 32 halvings.
+Enters: logits [N, V], one uniform number a row. Leaves: a token and its log-probability under the distribution that it was
+    drawn from. Nothing is sorted: thresholds are found by bisection on the bit patterns of float32 numbers, which ends in the
+    exact threshold after 32 halvings.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ def ordered_bits(x: Float[Array, "..."]) -> Int[Array, "..."]:
 
 
 def largest_threshold(x: Int[Array, "N V"], enough: Callable[[Bool[Array, "N V"]], Bool[Array, "N"]]) -> Int[Array, "N"]:
-    """The largest t for which `enough(x >= t)` holds, row by row; `enough` must hold for t = the row's minimum, and stay true as t falls."""
+    """The largest t for which `enough(x >= t)` holds, row by row; it must hold at the row's minimum, and stay true as t falls."""
     low, high = jnp.min(x, axis=-1), jnp.max(x, axis=-1)
 
-    def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
         # The middle rounded up, without overflow of low + high.
         middle = (low >> 1) + (high >> 1) + ((low | high) & 1)

@@ -1,8 +1,9 @@
 """Supervised warm-up: the cold start that GRPO recipes begin with.
 
-Enters: rows with a prompt and a completion, and the same settings as GRPO's; `train.prompts_per_step` is the number of rows in a step. Leaves: a trained policy
-and a run folder; a GRPO run that starts from its adapter has it as the reference. The loss is the mean over completion tokens of −log π.
-Held-out accuracy is the share of rows whose greedy completion is the row's own, token for token.
+Enters: rows with a prompt and a completion, and the same settings as GRPO's; `train.prompts_per_step` is the number of rows in
+    a step. Leaves: a trained policy and a run folder; a GRPO run that starts from its adapter has it as the reference. The loss
+    is the mean over completion tokens of −log π. Held-out accuracy is the share of rows whose greedy completion is the row's
+    own, token for token.
 """
 
 from __future__ import annotations
@@ -120,7 +121,9 @@ def supervised_step(learner: Learner, state: TrainState, batch: TrainBatch, froz
             head_trainable=learner.full,
         )
         zero = jnp.float32(0)
-        return -jnp.sum(jnp.where(rows.completion_mask, logps, zero)) / tokens, jnp.sum(jnp.where(rows.completion_mask, entropy, zero)) / tokens
+        return -jnp.sum(jnp.where(rows.completion_mask, logps, zero)) / tokens, jnp.sum(
+            jnp.where(rows.completion_mask, entropy, zero)
+        ) / tokens
 
     def accumulate(gradient: Params, rows: Split) -> tuple[Params, tuple[jax.Array, jax.Array]]:
         (loss, entropy), new = jax.value_and_grad(loss_of, has_aux=True)(state.trainable, rows)
@@ -131,7 +134,7 @@ def supervised_step(learner: Learner, state: TrainState, batch: TrainBatch, froz
     metrics = {
         "loss": jnp.sum(losses),
         "entropy": jnp.sum(entropies),
-        "grad_norm": optax.global_norm(gradient),
+        "grad_norm": optax.tree.norm(gradient),
         "learning_rate": learner.learning_rate(state.step),
     }
     state = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
@@ -194,7 +197,9 @@ def evaluate(run: Warmup, state: TrainState, folder: RunFolder, step: int) -> No
     if problems == 0 or step in folder.evaluations():
         return
     (batch,) = run.source.held_out_batches(problems)
-    settings = replace(run.config.rollout, num_generations=1, temperature=0.0, slots=min(problems, run.config.train.prompts_per_step))
+    settings = replace(
+        run.config.rollout, num_generations=1, temperature=0.0, slots=min(problems, run.config.train.prompts_per_step)
+    )
     variables = run.learner.policy(state.trainable, run.frozen)
     rollout = run.sampler.sample(variables, batch.prompt_ids, settings, seed=0)
     accuracy = float(np.mean([got == own for got, own in zip(rollout.completion_ids, batch.completion_ids, strict=True)]))

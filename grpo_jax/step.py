@@ -1,11 +1,12 @@
 """One update: pure, jitted, the state donated.
 
-Enters: `TrainState`, a `TrainBatch` of completions with their rewards, and the `Frozen` arrays. Leaves: the next state and the step's metrics, packed
-into one array so that one transfer brings them to the host.
+Enters: `TrainState`, a `TrainBatch` of completions with their rewards, and the `Frozen` arrays. Leaves: the next state and the
+    step's metrics, packed into one array so that one transfer brings them to the host.
 
-The batch is cut into micro-batches of b prompts and g of their completions; gradients are summed over them by `lax.scan`. Weights of the tokens (and with
-them every denominator) come from the whole batch, so the result does not depend on the cut. With one update a batch the old log-probabilities are the
-new ones without gradient, and cost no forward; with several, those of the first are kept. The reference is scored once a batch, and not at all at β = 0.
+The batch is cut into micro-batches of b prompts and g of their completions; gradients are summed over them by `lax.scan`.
+Weights of the tokens (and with them every denominator) come from the whole batch, so the result does not depend on the cut.
+With one update a batch the old log-probabilities are the new ones without gradient, and cost no forward; with several, those of
+the first are kept. The reference is scored once a batch, and not at all at β = 0.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from grpo_jax.advantages import group_advantages
 from grpo_jax.config import ObjectiveConfig
@@ -121,7 +122,7 @@ class Learner:
     def iterate(
         self, state: TrainState, split: Split, known: dict[str, Any], old_logps: Array | None, frozen: Frozen
     ) -> tuple[TrainState, dict[str, Array]]:
-        """Several updates on one batch; the first one's log-probabilities are the old ones of all. Metrics are the last update's."""
+        """Several updates on one batch; the log-probabilities of the first are the old ones of all. The last one's metrics."""
         start = jnp.zeros(split.completion_ids.shape, jnp.float32) if old_logps is None else old_logps
 
         def body(carry: tuple[TrainState, Array], number: Array) -> tuple[tuple[TrainState, Array], dict[str, Array]]:
@@ -187,7 +188,7 @@ class Learner:
         metrics = finish_stats(sums) | {
             "loss": sums["loss"],
             "entropy": sums["entropy"] / jnp.maximum(sums["tokens"], jnp.float32(1)),
-            "grad_norm": optax.global_norm(gradient),
+            "grad_norm": optax.tree.norm(gradient),
             "learning_rate": self.learning_rate(state.step),
         }
         metrics.setdefault("kl_divergence", jnp.float32(0))
@@ -217,7 +218,9 @@ class Split:
         prompts, generations = batch.rewards.shape
         b, g = micro_batch
         if prompts % b or generations % g:
-            raise ValueError(f"micro-batch of {b} prompts and {g} completions does not divide a batch of {prompts} prompts and {generations} completions")
+            raise ValueError(
+                f"micro-batch of {b} prompts and {g} completions of each does not divide a batch of {prompts} and {generations}"
+            )
         grid = (prompts // b, generations // g, b, g)
         ids = jnp.repeat(batch.prompt_ids.reshape(prompts // b, b, -1), generations // g, axis=0)
         lengths = jnp.repeat(batch.prompt_lengths.reshape(prompts // b, b), generations // g, axis=0)
@@ -233,13 +236,13 @@ class Split:
         """M."""
         return self.grid[0] * self.grid[1]
 
-    def rows(self, x: Float[Array, "N ..."]) -> Float[Array, "M n ..."]:
+    def rows(self, x: Shaped[Array, "N ..."]) -> Shaped[Array, "M n ..."]:
         """[N, ...] → [M, n, ...]."""
         outer, inner, b, g = self.grid
         x = x.reshape(outer, b, inner, g, *x.shape[1:])
         return jnp.swapaxes(x, 1, 2).reshape(outer * inner, b * g, *x.shape[4:])
 
-    def join(self, x: Float[Array, "M n ..."]) -> Float[Array, "N ..."]:
+    def join(self, x: Shaped[Array, "M n ..."]) -> Shaped[Array, "N ..."]:
         """The inverse of `rows`."""
         outer, inner, b, g = self.grid
         x = x.reshape(outer, inner, b, g, *x.shape[2:])

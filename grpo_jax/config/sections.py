@@ -121,7 +121,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "data")
-        require(self.eval_size is None or self.eval_size >= 0, "data.eval_size", self.eval_size, "use 0 (no evaluation) or a number of rows")
+        require(
+            self.eval_size is None or self.eval_size >= 0,
+            "data.eval_size",
+            self.eval_size,
+            "use 0 (no evaluation) or a number of rows",
+        )
         require(bool(self.prompt_column), "data.prompt_column", self.prompt_column, "name the column that holds the prompt")
 
 
@@ -199,7 +204,12 @@ class RewardsConfig:
                 len(self.weights) == count, "rewards.weights", self.weights, f"give one weight for each of the {count} functions"
             )
         if self.timeout_seconds is not None:
-            require(self.timeout_seconds > 0, "rewards.timeout_seconds", self.timeout_seconds, "use a positive number of seconds, or null")
+            require(
+                self.timeout_seconds > 0,
+                "rewards.timeout_seconds",
+                self.timeout_seconds,
+                "use a positive number of seconds, or null",
+            )
         require(0 <= self.max_failed_share <= 1, "rewards.max_failed_share", self.max_failed_share, "use a share from 0 to 1")
 
 

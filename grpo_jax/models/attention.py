@@ -1,11 +1,12 @@
 """Which keys a query sees: in training (a prompt shared by its completions), in prefill, in decoding.
 
-Enters: q, k, v of one layer. Leaves: the mixed values, and in prefill and decoding the keys and values to keep. A query sees a key of its own text at
-or before its position, and, in a layer with a window w, fewer than w positions back. Softmax is float32; the soft cap comes before the mask.
+Enters: q, k, v of one layer. Leaves: the mixed values, and in prefill and decoding the keys and values to keep. A query sees a
+    key of its own text at or before its position, and, in a layer with a window w, fewer than w positions back. Softmax is
+    float32; the soft cap comes before the mask.
 
-Layouts. Training: the tokens of prompt b are [P | C_1 ... C_G], T = P + G·C; a completion sees the prompt and itself, so the prompt is
-computed once (PrefixGrouper, https://arxiv.org/abs/2506.05433). Decoding: one prefix per prompt, one suffix per row; the G·R queries of a
-prompt's group are the rows of one product against its prefix (Hydragen, https://arxiv.org/abs/2402.05099).
+Layouts. Training: the tokens of prompt b are [P | C_1 ... C_G], T = P + G·C; a completion sees the prompt and itself, so the
+prompt is computed once (PrefixGrouper, https://arxiv.org/abs/2506.05433). Decoding: one prefix per prompt, one suffix per row;
+the G·R queries of a prompt's group are the rows of one product against its prefix (Hydragen, https://arxiv.org/abs/2402.05099).
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def seen(query: Int[Array, "..."], key: Int[Array, "..."], window: Int[Array, ""
 
 @struct.dataclass
 class Keys:
-    """Keys that a block of queries meets, of one kind: shared by the G rows of a prompt ([B, K, X, Dh]), or each row's own ([B, K, G, X, Dh]).
+    """Keys that a block of queries meets: shared by the G rows of a prompt, [B, K, X, Dh], or each row's own, [B, K, G, X, Dh].
 
     Attributes:
         mask: True = the query sees the key; broadcasts to [B, K, G, R, C, X].
@@ -91,20 +92,23 @@ def keys_gradient(weights: Float[Array, "B K G R C X"], q: Float[Array, "B K G R
     """weightsᵀ·q, in the shape of the keys."""
     b, kv, g, r, c, x = weights.shape
     rows = (b, kv, g * r * c) if like.ndim == 4 else (b, kv, g, r * c)
-    return product("...qx,...qd->...xd", weights.astype(q.dtype).reshape(*rows, x), q.reshape(*rows, q.shape[-1])).astype(like.dtype)
+    return product("...qx,...qd->...xd", weights.astype(q.dtype).reshape(*rows, x), q.reshape(*rows, q.shape[-1])).astype(
+        like.dtype
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def attention(q: Float[Array, "B K G R C Dh"], keys: tuple[Keys, ...], softcap: float | None) -> Float[Array, "B K G R C Dh"]:
     """Softmax attention over several kinds of keys taken together. A query that sees nothing gets 0.
 
-    The backward pass computes the weights again from the log-sum-exp (FlashAttention, https://arxiv.org/abs/2205.14135, algorithm 4), so that no
-    array of scores is kept.
+    The backward pass computes the weights again from the log-sum-exp (FlashAttention, https://arxiv.org/abs/2205.14135,
+    algorithm 4), so that no array of scores is kept.
     """
     return attention_forward(q, keys, softcap)[0]
 
 
 def attention_forward(q: Array, keys: tuple[Keys, ...], softcap: float | None) -> tuple[Array, Any]:
+    """`attention`, and what its backward pass keeps."""
     low = jnp.finfo(jnp.float32).min
     scores = [jnp.where(part.mask, soft_cap(scores_of(q, part.k), softcap), low) for part in keys]
     top = functools.reduce(jnp.maximum, [jnp.max(s, axis=-1, keepdims=True) for s in scores])
@@ -119,6 +123,7 @@ def attention_forward(q: Array, keys: tuple[Keys, ...], softcap: float | None) -
 
 
 def attention_backward(softcap: float | None, kept: Any, d_out: Array) -> tuple[Any, Any]:
+    """Gradients of q and of the keys and values."""
     q, keys, out, lse = kept
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     d_q, d_keys = jnp.zeros(q.shape, jnp.float32), []
@@ -130,7 +135,11 @@ def attention_backward(softcap: float | None, kept: Any, d_out: Array) -> tuple[
             d_scores = d_scores * (1 - jnp.square(capped / jnp.float32(softcap)))
         d_q = d_q + values_of(d_scores, part.k)
         d_keys.append(
-            Keys(keys_gradient(d_scores, q, part.k), keys_gradient(weights, d_out, part.v), np.zeros(part.mask.shape, jax.dtypes.float0))
+            Keys(
+                keys_gradient(d_scores, q, part.k),
+                keys_gradient(weights, d_out, part.v),
+                np.zeros(part.mask.shape, jax.dtypes.float0),
+            )
         )
     return d_q.astype(q.dtype), tuple(d_keys)
 

@@ -1,8 +1,8 @@
 """config.json → `ModelSpec`, one function a family.
 
-Enters: the dict of a config.json, in the spelling of transformers 5 (`rope_parameters`, `dtype`, `layer_types`) or the older one (`rope_theta`,
-`rope_scaling`, `torch_dtype`, `sliding_window_pattern`, `rope_local_base_freq`). Leaves: a `ModelSpec`. An attribute that no family knows raises,
-naming it: nothing is guessed.
+Enters: the dict of a config.json, in the spelling of transformers 5 (`rope_parameters`, `dtype`, `layer_types`) or the older
+    one (`rope_theta`, `rope_scaling`, `torch_dtype`, `sliding_window_pattern`, `rope_local_base_freq`). Leaves: a `ModelSpec`.
+    An attribute that no family knows raises, naming it: nothing is guessed.
 """
 
 from __future__ import annotations
@@ -17,16 +17,21 @@ Layout = dict[str, Any]
 
 # Attributes that change nothing in what the decoder computes from token ids.
 NEUTRAL = frozenset(
-    """architectures model_type transformers_version _name_or_path name_or_path use_cache initializer_range max_position_embeddings
-    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id attention_dropout pretraining_tp cache_implementation
-    _attn_implementation attn_implementation return_dict output_hidden_states output_attentions torchscript use_bfloat16 pruned_heads
-    chunk_size_feed_forward is_encoder_decoder is_decoder cross_attention_hidden_size add_cross_attention tie_encoder_decoder
-    tf_legacy_loss finetuning_task id2label label2id task_specific_params problem_type max_length min_length do_sample early_stopping num_beams
-    num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id
-    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens prefix tokenizer_class
-    unsloth_fixed unsloth_version image_token_index boi_token_index eoi_token_index""".split()
+    """
+    architectures model_type transformers_version _name_or_path name_or_path use_cache initializer_range
+    max_position_embeddings bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id attention_dropout
+    pretraining_tp cache_implementation _attn_implementation attn_implementation return_dict output_hidden_states
+    output_attentions torchscript use_bfloat16 pruned_heads chunk_size_feed_forward is_encoder_decoder is_decoder
+    cross_attention_hidden_size add_cross_attention tie_encoder_decoder tf_legacy_loss finetuning_task id2label label2id
+    task_specific_params problem_type max_length min_length do_sample early_stopping num_beams num_beam_groups
+    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
+    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens prefix tokenizer_class unsloth_fixed unsloth_version image_token_index boi_token_index
+    eoi_token_index
+    """.split()  # noqa: SIM905 - one name a line would be a page
 )
+
 
 class Reader:
     """Reads attributes of a config.json and remembers which were asked for."""
@@ -51,7 +56,9 @@ class Reader:
         """Refuses a value that would change the computation in a way that is not built."""
         value = self.get(name)
         if value is not None and value not in allowed:
-            raise ModelError(f"{self.where}: {name} = {value!r} is not supported ({why}); supported: {', '.join(map(repr, allowed))}")
+            raise ModelError(
+                f"{self.where}: {name} = {value!r} is not supported ({why}); supported: {', '.join(map(repr, allowed))}"
+            )
 
     def finish(self) -> None:
         """Refuses attributes that nothing asked for."""

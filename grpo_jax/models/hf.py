@@ -1,8 +1,9 @@
 """Hugging Face folders: weights in, weights out.
 
-Enters: a folder or a hub id. Leaves: the folder, the `ModelSpec`, and parameters on their devices. `tensor_names` is the one table of names: reading
-is the table forwards, exporting (`export.py`) is it backwards. Each device asks for its part of a parameter and gets it from the files, so that
-the host holds one stacked parameter at a time and never a second copy of the model. Only safetensors are read: a pickle never is.
+Enters: a folder or a hub id. Leaves: the folder, the `ModelSpec`, and parameters on their devices. `tensor_names` is the one
+    table of names: reading is the table forwards, exporting (`export.py`) is it backwards. Each device asks for its part of a
+    parameter and gets it from the files, so that the host holds one stacked parameter at a time and never a second copy of the
+    model. Only safetensors are read: a pickle never is.
 """
 
 from __future__ import annotations
@@ -94,7 +95,9 @@ def find_model(path: str, revision: str | None = None, *, weights: bool = True) 
             "`hf auth login` (or set HF_TOKEN) with the same account"
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise ModelError(f"model.path: there is no folder and no public hub repository {path!r}; if it is private, run `hf auth login`") from error
+        raise ModelError(
+            f"model.path: there is no folder and no public hub repository {path!r}; if it is private, run `hf auth login`"
+        ) from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"model.revision: {revision!r} is not a branch, tag or commit of {path!r}") from error
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
@@ -134,7 +137,11 @@ def weight_map(folder: Path) -> dict[str, str]:
     files = sorted(file.name for file in folder.glob("*.safetensors"))
     if files != [WEIGHTS]:
         pickles = [file.name for file in folder.glob("*.bin")]
-        why = f"it has only {', '.join(pickles)}, and pickles are never read; convert to safetensors" if pickles and not files else f"found {files}"
+        why = (
+            f"it has only {', '.join(pickles)}, and pickles are never read; convert to safetensors"
+            if pickles and not files
+            else f"found {files}"
+        )
         raise ModelError(f"{folder}: needs {WEIGHTS}, or shards with {INDEX}; {why}")
     with open_shard(folder / WEIGHTS, safe_open) as shard:
         return dict.fromkeys(shard.keys(), WEIGHTS)
@@ -164,9 +171,11 @@ class TensorFiles:
 
         self.folder, self.files = folder, weight_map(folder)
         self._stack = contextlib.ExitStack()
-        self._shards = {name: self._stack.enter_context(open_shard(folder / name, safe_open)) for name in sorted(set(self.files.values()))}
+        self._shards = {
+            name: self._stack.enter_context(open_shard(folder / name, safe_open)) for name in sorted(set(self.files.values()))
+        }
         for name, file in self.files.items():
-            if name not in self._shards[file].keys():
+            if name not in self._shards[file].keys():  # noqa: SIM118 - not a dict
                 raise ModelError(f"{folder / file} does not hold {name}, though {INDEX} says so; download the folder again")
 
     def __enter__(self) -> TensorFiles:
@@ -201,7 +210,9 @@ def check_tensors(folder: Path, spec: ModelSpec, files: TensorFiles) -> None:
         unused.discard("lm_head.weight")
     left = sorted(name for name in unused if not name.endswith(CONSTANTS))
     if left:
-        raise ModelError(f"{folder}: {len(left)} tensors are not part of a {spec.family} model as config.json describes it: {', '.join(left[:5])}")
+        raise ModelError(
+            f"{folder}: {len(left)} tensors are not part of a {spec.family} model as config.json has it: {', '.join(left[:5])}"
+        )
 
 
 def load_params(

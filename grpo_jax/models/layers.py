@@ -1,7 +1,8 @@
 """The inside of one transformer layer, for every family.
 
-Enters: hidden states [B, T, D] and what `attend` needs. Leaves: hidden states of the same shape. Which keys a query sees, and where keys and values
-are kept, is `attend`'s business (`attention.py`): training, prefill and decoding are the same layer with another `attend`.
+Enters: hidden states [B, T, D] and what `attend` needs. Leaves: hidden states of the same shape. Which keys a query sees, and
+    where keys and values are kept, is `attend`'s business (`attention.py`): training, prefill and decoding are the same layer
+    with another `attend`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from grpo_jax.models.spec import ModelSpec
 class Attend(Protocol):
     """Attention of one layer.
 
-    Takes q [B, T, K, R, Dh] (scaled; R = H/K), k and v [B, T, K, Dh], the layer's number and window (int32 scalars), the layer's slice of
-    what was handed to `Transformer` as `per_layer`, and the cache. Returns [B, T, K, R, Dh], the cache, and what the layers stack.
+    Takes q [B, T, K, R, Dh] (scaled; R = H/K), k and v [B, T, K, Dh], the layer's number and window (int32 scalars), the
+    layer's slice of what was handed to `Transformer` as `per_layer`, and the cache. Returns [B, T, K, R, Dh], the cache, and
+    what the layers stack.
     """
 
     def __call__(
@@ -76,7 +78,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         dtype, precision = x.dtype, precision_of(x.dtype)
-        # One row per token: XLA's CPU compiler turns a contraction over two dimensions, as in the weights' gradients, into slow loops.
+        # One row per token: XLA's CPU compiler makes slow loops of a contraction over two dimensions, as in the weights' gradients.
         rows = x.reshape(-1, x.shape[-1])
         y = jnp.dot(rows, self.get_variable("params", "kernel").astype(dtype), precision=precision)
         if self.has_variable("params", "bias"):

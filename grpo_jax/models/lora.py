@@ -1,7 +1,8 @@
 """Adapters: their start, and PEFT's folders in and out.
 
-Enters: a `LoraConfig` or a PEFT folder (`adapter_config.json` and `adapter_model.safetensors`). Leaves: the `lora` collection, float32, a stacked
-[L, in, r] and [L, r, out] per target. Dropout, biases, other ranks per layer and DoRA are left out, and refused where a folder has them.
+Enters: a `LoraConfig` or a PEFT folder (`adapter_config.json` and `adapter_model.safetensors`). Leaves: the `lora` collection,
+    float32, a stacked [L, in, r] and [L, r, out] per target. Dropout, biases, other ranks per layer and DoRA are left out, and
+    refused where a folder has them.
 """
 
 from __future__ import annotations
@@ -95,14 +96,20 @@ def load_adapter(folder: Path, spec: ModelSpec) -> tuple[Params, LoraConfig]:
         parts = []
         for name in adapter_names(spec, path[1], path[2]):
             if name not in tensors:
-                raise ModelError(f"{folder}: tensor {name} is missing: the adapter does not cover every layer of this {spec.layers}-layer model")
+                raise ModelError(
+                    f"{folder}: tensor {name} is missing: the adapter does not cover every layer of this {spec.layers}-layer model"
+                )
             tensor = tensors.pop(name)
             if tensor.shape != p.shape[:0:-1]:
-                raise ModelError(f"{folder}: tensor {name} has shape {tensor.shape}, but this model and rank {lora.rank} ask for {p.shape[:0:-1]}")
+                raise ModelError(
+                    f"{folder}: tensor {name} has shape {tensor.shape}; this model and rank {lora.rank} ask for {p.shape[:0:-1]}"
+                )
             parts.append(tensor.T.astype(np.float32))
         leaves[path] = jnp.asarray(np.stack(parts))
     if tensors:
-        raise ModelError(f"{folder}: {len(tensors)} tensors have no place in this {spec.family} model: {', '.join(sorted(tensors)[:3])}")
+        raise ModelError(
+            f"{folder}: {len(tensors)} tensors have no place in this {spec.family} model: {', '.join(sorted(tensors)[:3])}"
+        )
     if not leaves:
         raise ModelError(f"{folder / ADAPTER_WEIGHTS} holds no adapter")
     return nest(leaves), LoraConfig(rank=lora.rank, alpha=lora.alpha, rslora=lora.rslora, targets=targets, adapter=str(folder))

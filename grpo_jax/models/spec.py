@@ -1,7 +1,8 @@
 """A model as data: the sizes and switches that every family shares, and one description per parameter.
 
-Enters: numbers read by `families.py`. Leaves: `ModelSpec`, hashable, so that it can be static under jit, and `param_specs`, the one table
-from which initial values, abstract trees and shardings are made. Which tensor of a checkpoint fills which entry is `hf.py`.
+Enters: numbers read by `families.py`. Leaves: `ModelSpec`, hashable, so that it can be static under jit, and `param_specs`, the
+    one table from which initial values, abstract trees and shardings are made. Which tensor of a checkpoint fills which entry
+    is `hf.py`.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class ModelSpec:
         dtype: the number format that config.json names.
 
     Example:
-        The 260K-parameter Llama of TinyStories has layers=5, width=64, heads=8, kv_heads=4, head_dim=8, ffw=172, vocab=512, tied=True.
+        The 260K-parameter Llama of TinyStories has layers=5, width=64, heads=8, kv_heads=4, head_dim=8, ffw=172, vocab=512,
+        tied=True.
     """
 
     family: str

@@ -1,7 +1,7 @@
 """The decoder: embedding, scanned layers, final norm.
 
-Enters: token ids and positions [B, T]. Leaves: hidden states [B, T, D] after the final norm. The vocabulary is not met here: `logprobs.py` and
-`sampler.py` multiply with the head in their own way, without a [tokens, vocabulary] array.
+Enters: token ids and positions [B, T]. Leaves: hidden states [B, T, D] after the final norm. The vocabulary is not met here:
+    `logprobs.py` and `sampler.py` multiply with the head in their own way, without a [tokens, vocabulary] array.
 
 `model.apply({"params": base, "lora": adapters}, ...)` is the policy; without `"lora"` it is the base.
 """

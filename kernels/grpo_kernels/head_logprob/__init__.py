@@ -32,7 +32,8 @@ def head_logprob(
         ids: the tokens.
         temperature: divides the (capped) logits.
         softcap: c in c·tanh(logit / c); None is off.
-        head_trainable: whether `w` needs a gradient. If not, the gradient with respect to x takes one vector per token, and entropy has none.
+        head_trainable: whether `w` needs a gradient. If not, the gradient with respect to x takes one vector per token, and
+            entropy has none.
         implementation: `reference` (plain, builds [T, V]), `xla` (chunks of tokens), or None for `xla`.
 
     Returns:

@@ -1,8 +1,9 @@
 """`head_logprob` in chunks of tokens: never more than a few million logits at once, on any device.
 
-With a frozen head the whole gradient of a token is one H-vector, ∂ logp_t / ∂ x_t = (W[y_t] − E_p[W]) / τ with E_p[W] = Σ_v p_v W[v]. It is computed in the
-forward pass, where p is at hand, and kept; the backward pass is a product per element: 4·T·V·H operations in all, where computing the logits
-again takes 6. With a soft cap c, row v counts with 1 − (s_v / c)², s_v its capped logit.
+With a frozen head the whole gradient of a token is one H-vector, ∂ logp_t / ∂ x_t = (W[y_t] − E_p[W]) / τ with E_p[W] = Σ_v p_v
+W[v]. It is computed in the forward pass, where p is at hand, and kept; the backward pass is a product per element: 4·T·V·H
+operations in all, where computing the logits again takes 6. With a soft cap c, row v counts with 1 − (s_v / c)², s_v its capped
+logit.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def frozen_head(
 
 
 def frozen_head_forward(x: Array, w: Array, ids: Array, temperature: Array, softcap: float | None) -> tuple[Outputs, Any]:
+    """`frozen_head`, and ∂ logp / ∂ x and ∂ lse / ∂ x of every token."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
     def chunk(x: Array, ids: Array) -> tuple[Array, ...]:
@@ -88,11 +90,12 @@ def frozen_head_forward(x: Array, w: Array, ids: Array, temperature: Array, soft
         return logp, entropy, lse, ((target - mean) / temperature), mean / temperature
 
     logp, entropy, lse, d_logp, d_lse = chunked(chunk, x, ids, w.shape[0])
-    return (logp, entropy, lse), (d_logp.astype(x.dtype), d_lse.astype(x.dtype), jnp.zeros((), w.dtype))
+    return (logp, entropy, lse), (d_logp.astype(x.dtype), d_lse.astype(x.dtype))
 
 
 def frozen_head_backward(softcap: float | None, kept: Any, cotangents: Outputs) -> tuple[Any, ...]:
-    d_logp, d_lse, _ = kept
+    """A product per element."""
+    d_logp, d_lse = kept
     from_logp, _, from_lse = cotangents
     dx = from_logp[:, None] * d_logp.astype(jnp.float32) + from_lse[:, None] * d_lse.astype(jnp.float32)
     zero_ids = np.zeros(from_logp.shape, jax.dtypes.float0)
