@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.config import Config
+from grpo_jax.config import Config, ConfigError
 from grpo_jax.metrics import RunFolder, RunFolderError, draw_curves
 from grpo_jax.metrics.curves import chosen_panels, smoothed
 from grpo_jax.metrics.records import RecordFile
@@ -293,3 +295,33 @@ def test_smoothing_is_the_mean_of_a_tenth_around() -> None:
     expected = [np.mean(values[max(0, i - 3) : i + 4]) for i in range(60)]
     np.testing.assert_allclose(smoothed(values), expected, rtol=1e-12)
     np.testing.assert_array_equal(smoothed(values[:29]), values[:29])
+
+
+def test_a_step_reaches_wandb_under_the_same_run_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    calls: list[tuple[str, object]] = []
+
+    class Run:
+        def log(self, values: dict[str, float], step: int) -> None:
+            calls.append(("log", (step, values)))
+
+        def finish(self) -> None:
+            calls.append(("finish", None))
+
+    def init(**named: object) -> Run:
+        calls.append(("init", (named["id"], named["resume"])))
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    config = Config.from_dict({"train": {"track": "wandb"}})
+    for resume in (False, True):
+        with RunFolder.create(tmp_path / "run", config, resume=resume) as folder:
+            folder.write_step(1, {"reward/mean": 0.5, "kl_divergence": float("nan")})
+    first, again = (named for kind, named in calls if kind == "init")
+    assert first == again
+    assert [entry for entry in calls if entry[0] != "init"] == [("log", (1, {"reward/mean": 0.5})), ("finish", None)] * 2
+
+
+def test_wandb_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"train\.track: 'wandb' is not installed; run pip install"):
+        RunFolder.create(tmp_path / "run", Config.from_dict({"train": {"track": "wandb"}}), resume=False)

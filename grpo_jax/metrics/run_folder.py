@@ -32,6 +32,7 @@ from grpo_jax import __version__
 from grpo_jax.config import Config, ConfigError, config_to_dict, difference, resolved_settings, write_yaml
 from grpo_jax.metrics.curves import draw_curves
 from grpo_jax.metrics.records import Column, Number, RecordFile, plain
+from grpo_jax.metrics.tracking import Tracker, open_tracker
 
 FREE_ON_RESUME = (
     "train.steps",
@@ -40,6 +41,7 @@ FREE_ON_RESUME = (
     "train.eval_every",
     "train.show_every",
     "train.quiet",
+    "train.track",
     "train.run_dir",
 )
 """Settings that do not enter what a step computes. `train.steps` does where the learning rate's schedule ends with it."""
@@ -82,6 +84,7 @@ class RunFolder:
         self._evaluations = RecordFile(path / "evaluations.jsonl")
         self._completions = RecordFile(path / "completions.jsonl")
         self._board: Any = None
+        self._tracker: Tracker | None = None
 
     @staticmethod
     def check(run_dir: str | Path, config: Config, *, resume: bool) -> None:
@@ -133,6 +136,7 @@ class RunFolder:
         path = Path(run_dir)
         folder = RunFolder(path, resumed=holds_run(path))
         path.mkdir(parents=True, exist_ok=True)
+        folder._tracker = open_tracker(config, path)
         if not folder.resumed:
             folder.cut_back(-1)
             for events in (path / "tensorboard").glob("events.out.tfevents.*"):
@@ -287,6 +291,8 @@ class RunFolder:
         for records in (self._metrics, self._evaluations, self._completions):
             records.close()
         self._close_board()
+        if self._tracker is not None:
+            self._tracker.close()
 
     def __enter__(self) -> RunFolder:
         return self
@@ -307,6 +313,8 @@ class RunFolder:
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float):
                 board.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.write(step, record)
 
     def _close_board(self) -> None:
         if self._board is not None:

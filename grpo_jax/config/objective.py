@@ -1,0 +1,79 @@
+"""What the objective is made of; see `sections.py` for the other sections and `presets.py` for the named sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from grpo_jax.config.checks import check_types, require, require_choice
+from grpo_jax.config.presets import OBJECTIVE_DEFAULTS, PRESETS, PresetName
+
+FROM_PRESET: Any = None
+"""Marks a setting whose default is taken from the preset when the section is made."""
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The objective: advantages, policy loss and KL term. A setting that is left out is the preset's, else the default.
+
+    Args:
+        preset: Named set of the settings below; see `grpo_jax.config.presets`.
+        loss: reinforce, grpo, bnpo, dr_grpo, dapo, gspo, cispo or sapo. Default dapo.
+        beta: Weight of the KL term; 0 computes no reference. Default 0.04.
+        kl: Estimator in the loss: k1, k2 or k3 (http://joschu.net/blog/kl-approx.html). Default k3.
+        kl_in_reward: Take beta times the completion's summed k1 off its reward, instead of a KL term in the loss. Default false.
+        epsilon: Clip range below 1. Default 0.2.
+        epsilon_high: Clip range above 1. Default: the same as epsilon.
+        epsilon_max: cispo's cap on the ratio, an absolute number. Default 5.
+        delta: Upper bound on the ratio where the advantage is negative (two-sided clipping); null is off.
+        advantage_eps: Added to the deviation that advantages are divided by. Default 1e-4.
+        scale_rewards: Deviation of the `group`, of the whole `batch`, or `none`. Default group.
+        num_iterations: Optimiser updates on each batch of completions. Default 1.
+        importance_cap: Cap of the truncated importance weight, trainer against sampler; null applies none.
+        mask_truncated: Leave completions without a stop token out of the loss. Default false.
+    """
+
+    preset: PresetName | None = None
+    loss: Literal["reinforce", "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"] = FROM_PRESET
+    beta: float = FROM_PRESET
+    kl: Literal["k1", "k2", "k3"] = FROM_PRESET
+    kl_in_reward: bool = FROM_PRESET
+    epsilon: float = FROM_PRESET
+    epsilon_high: float = FROM_PRESET
+    epsilon_max: float = FROM_PRESET
+    delta: float | None = None
+    advantage_eps: float = FROM_PRESET
+    scale_rewards: Literal["group", "batch", "none"] = FROM_PRESET
+    num_iterations: int = FROM_PRESET
+    importance_cap: float | None = None
+    mask_truncated: bool = FROM_PRESET
+
+    def __post_init__(self) -> None:
+        if self.preset is not None:
+            require_choice("objective.preset", self.preset, PRESETS)
+        chosen = PRESETS[self.preset] if self.preset is not None else {}
+        for name, default in OBJECTIVE_DEFAULTS.items():
+            if self.__dict__[name] is None:
+                object.__setattr__(self, name, chosen.get(name, default))
+        if self.epsilon_high is None:
+            object.__setattr__(self, "epsilon_high", self.epsilon)
+        check_types(self, "objective")
+        require(self.beta >= 0, "objective.beta", self.beta, "use 0 (no KL term) or a small positive number such as 0.04")
+        require(0 <= self.epsilon < 1, "objective.epsilon", self.epsilon, "use a number from 0 up to 1, such as 0.2")
+        require(self.epsilon_high >= 0, "objective.epsilon_high", self.epsilon_high, "use a positive number such as 0.28")
+        require(self.epsilon_max > 0, "objective.epsilon_max", self.epsilon_max, "use a positive cap such as 5")
+        if self.delta is not None:
+            bound = 1 + self.epsilon_high
+            require(self.delta > bound, "objective.delta", self.delta, f"use more than 1 + epsilon_high = {bound:g}, or null")
+        eps = self.advantage_eps
+        require(eps >= 0, "objective.advantage_eps", eps, "use a small positive number such as 1e-4")
+        require(self.num_iterations >= 1, "objective.num_iterations", self.num_iterations, "use 1 or more")
+        if self.importance_cap is not None:
+            require(
+                self.importance_cap > 0, "objective.importance_cap", self.importance_cap, "use a positive cap such as 2, or null"
+            )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether reference log-probabilities enter the objective."""
+        return self.beta > 0
