@@ -22,16 +22,25 @@ import jax
 import numpy as np
 
 from grpo_jax.checkpoint import Checkpointer
-from grpo_jax.config import Config, ConfigError, LoraConfig, check_training, resolved_settings
+from grpo_jax.config import Config, check_training, resolved_settings
 from grpo_jax.evaluate import Evaluation, evaluate_held_out, policy_of_config, reward_columns
 from grpo_jax.metrics import Display, RunFolder, step_values
-from grpo_jax.models import find_model
+from grpo_jax.models import find_model, read_folder_spec
 from grpo_jax.optim import learning_rate_at, make_optimizer
 from grpo_jax.policy import Policy
 from grpo_jax.programs import Program
 from grpo_jax.prompts import PromptSource
 from grpo_jax.rewards import NamedFunction, ScoredBatch, check_functions, failure_lines, resolve_functions, reward_metrics, score
-from grpo_jax.runs import TrainResult, host_values, trainable_of, updates_of, with_trained
+from grpo_jax.runs import (
+    TrainResult,
+    evaluates_after,
+    host_values,
+    saves_after,
+    settings_of,
+    trainable_of,
+    updates_of,
+    with_trained,
+)
 from grpo_jax.sampler import Sampler, pad_rows, round_up
 from grpo_jax.step import Learner
 from grpo_jax.tokenizer import Tokenizer
@@ -66,10 +75,8 @@ def train(
     config = config or Config()
     given = [] if reward_funcs is None else ([reward_funcs] if callable(reward_funcs) else list(reward_funcs))
     check_training(config, has_policy=policy is not None, has_dataset=dataset is not None, has_rewards=bool(given))
-    if policy is not None and config.lora != LoraConfig() and config.lora != policy.lora:
-        raise ConfigError(
-            f"lora: {config.lora} differs from that of the policy that was handed over ({policy.lora}); leave one of them out"
-        )
+    if policy is not None:
+        config = settings_of(config, policy)
     RunFolder.check(config.train.run_dir, config, resume=resume)
     display = Display(config.train.quiet)
     display.settings(resolved_settings(config, sources or {}))
@@ -112,13 +119,13 @@ def prepare(
     if policy is None:
         assert config.model.path is not None
         with display.busy(f"looking for {config.model.path}"):
-            tokenizer = Tokenizer.from_folder(find_model(config.model.path, config.model.revision))
+            folder = find_model(config.model.path, config.model.revision, weights=False)
+            read_folder_spec(folder)
+            tokenizer = Tokenizer.from_folder(folder)
     else:
         tokenizer = policy.need_tokenizer()
     source = PromptSource.build(config, tokenizer, dataset, eval_dataset)
-    dropped = f", {source.dropped} dropped as longer than {config.rollout.max_prompt_length} tokens" if source.dropped else ""
-    shortened = f", {source.shortened} shortened" if source.shortened else ""
-    display.note(f"prompts: {len(source.train)} to train on, {len(source.held_out)} held out{dropped}{shortened}")
+    display.note(prompts_line(source, config.rollout.max_prompt_length))
     check_functions(functions, reward_columns(source, config), config.rewards.weights, config.rewards.accuracy)
     if policy is None:
         with display.busy(f"reading {config.model.path}"):
@@ -148,22 +155,28 @@ def prepare(
     return Run(config, policy, tokenizer, source, functions, sampler, learner, update, frozen, display)
 
 
+def prompts_line(source: PromptSource, limit_tokens: int) -> str:
+    """How many prompts there are, and what became of those that were too long."""
+    counts = {"dropped": source.dropped, "held-out ones dropped": source.held_out_dropped, "shortened": source.shortened}
+    overlong = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    said = f"; longer than {limit_tokens} tokens: {overlong}" if overlong else ""
+    return f"prompts: {len(source.train)} to train on, {len(source.held_out)} held out{said}"
+
+
 def replace_remat(policy: Policy, config: Config) -> Any:
     """The decoder that is trained: the policy's, with the settings' rematerialisation."""
     return policy.model.clone(remat=config.model.remat)
 
 
 def reference_of(policy: Policy, config: Config) -> Params | None:
-    """What turns the base into the reference: nothing, the adapter that training starts from, or a copy of all weights."""
+    """What turns the base into the reference: nothing, the adapter that training starts from, or in full training the old weights.
+
+    They are the policy's own arrays, no copies: only the state is donated, and it begins as a copy.
+    """
     if policy.adapters is None:
-        return trained_copy(policy.params) if config.objective.needs_reference else None
+        return policy.params if config.objective.needs_reference else None
     started = any(bool(np.any(np.asarray(jax.device_get(pair["b"])))) for pair in policy.adapters["layers"].values())
-    return trained_copy(policy.adapters) if started else {}
-
-
-def trained_copy(tree: Params) -> Params:
-    """Arrays of their own, which a donated update cannot take."""
-    return jax.tree.map(lambda x: jax.numpy.array(x, copy=True), tree)
+    return policy.adapters if started else {}
 
 
 def loop(run: Run, folder: RunFolder) -> TrainResult:
@@ -180,16 +193,16 @@ def loop(run: Run, folder: RunFolder) -> TrainResult:
             seconds = float(stored["seconds"])
             display.note(f"resuming after step {done}")
         started = time.perf_counter() - seconds
-        evaluate(run, state, folder, done)
+        if evaluates_after(config.train, done):
+            evaluate(run, state, folder, done)
         with display.progress(config.train.steps, done):
             for step in range(done, config.train.steps):
                 state, metrics = one_step(run, state, folder, step)
                 folder.write_step(step + 1, metrics)
                 display.step(step + 1, step_values(metrics))
-                last = step + 1 == config.train.steps
-                if last or (config.train.eval_every and (step + 1) % config.train.eval_every == 0):
+                if evaluates_after(config.train, step + 1):
                     evaluate(run, state, folder, step + 1)
-                if last or (config.train.save_every and (step + 1) % config.train.save_every == 0):
+                if saves_after(config.train, step + 1):
                     checkpoints.save(step + 1, state, host | {"seconds": time.perf_counter() - started})
     return finish(run, state, folder, time.perf_counter() - started)
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.checkpoint import Checkpointer
-from grpo_jax.config import Config, ConfigError, LoraConfig
+from grpo_jax.config import Config, ConfigError, LoraConfig, TrainConfig
 from grpo_jax.models import ModelError
 from grpo_jax.models.lora import init_lora
 from grpo_jax.models.spec import abstract_params
@@ -53,9 +53,31 @@ def with_trained(policy: Policy, trainable: Params) -> Policy:
     return replace(policy, adapters=trainable, _sampler=[], _scorer=[])
 
 
+def settings_of(config: Config, policy: Policy) -> Config:
+    """The settings with the model and the adapters of a policy that was handed over: what is shown and kept is what is used.
+
+    Raises:
+        ConfigError: the settings ask for other adapters.
+    """
+    own = policy.lora or LoraConfig(rank=0)
+    if config.lora not in (LoraConfig(), own):
+        raise ConfigError(f"lora: {config.lora} differs from the handed-over policy's {own}; leave one of them out")
+    return replace(config, model=replace(config.model, path=policy.name, dtype=str(policy.dtype)), lora=own)
+
+
 def updates_of(config: Config, supervised: bool) -> int:
     """Optimiser updates of the whole run."""
     return config.train.steps * (1 if supervised else config.objective.num_iterations)
+
+
+def evaluates_after(train: TrainConfig, step: int) -> bool:
+    """Whether the held-out part is evaluated after a step; 0 is before the first. The same for a run that was resumed."""
+    return step in (0, train.steps) or (train.eval_every > 0 and step % train.eval_every == 0)
+
+
+def saves_after(train: TrainConfig, step: int) -> bool:
+    """Whether a checkpoint is saved after a step."""
+    return step == train.steps or (train.save_every > 0 and step % train.save_every == 0)
 
 
 def host_values(policy: Policy, supervised: bool) -> dict[str, Any]:

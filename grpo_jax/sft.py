@@ -29,7 +29,16 @@ from grpo_jax.optim import learning_rate_at, make_optimizer
 from grpo_jax.policy import Policy
 from grpo_jax.programs import Program
 from grpo_jax.prompts import CompletionBatch, CompletionSource, completion_pairs
-from grpo_jax.runs import TrainResult, host_values, trainable_of, updates_of, with_trained
+from grpo_jax.runs import (
+    TrainResult,
+    evaluates_after,
+    host_values,
+    saves_after,
+    settings_of,
+    trainable_of,
+    updates_of,
+    with_trained,
+)
 from grpo_jax.sampler import Sampler, pad_rows, round_up
 from grpo_jax.step import Learner, PackedMetrics, Split, pack
 from grpo_jax.tokenizer import Tokenizer
@@ -53,6 +62,8 @@ def sft(
         ConfigError, DataError, ModelError, RunFolderError: bad input, before anything is compiled.
     """
     check_supervised(config, has_policy=policy is not None, has_dataset=dataset is not None)
+    if policy is not None:
+        config = settings_of(config, policy)
     RunFolder.check(config.train.run_dir, config, resume=resume)
     display = Display(config.train.quiet)
     display.settings(resolved_settings(config, sources or {}))
@@ -173,7 +184,8 @@ def loop(run: Warmup, folder: RunFolder) -> TrainResult:
             seconds = float(stored["seconds"])
             display.note(f"resuming after step {done}")
         started = time.perf_counter() - seconds
-        evaluate(run, state, folder, done)
+        if evaluates_after(config.train, done):
+            evaluate(run, state, folder, done)
         with display.progress(config.train.steps, done):
             for step in range(done, config.train.steps):
                 begun, compiled = time.perf_counter(), run.update.compile_seconds
@@ -183,10 +195,9 @@ def loop(run: Warmup, folder: RunFolder) -> TrainResult:
                 metrics |= {"step_seconds": time.perf_counter() - begun - compiling, "compile_seconds": compiling}
                 folder.write_step(step + 1, metrics)
                 display.step(step + 1, step_values(metrics))
-                last = step + 1 == config.train.steps
-                if last or (config.train.eval_every and (step + 1) % config.train.eval_every == 0):
+                if evaluates_after(config.train, step + 1):
                     evaluate(run, state, folder, step + 1)
-                if last or (config.train.save_every and (step + 1) % config.train.save_every == 0):
+                if saves_after(config.train, step + 1):
                     checkpoints.save(step + 1, state, host | {"seconds": time.perf_counter() - started})
     return finish(run, state, folder, time.perf_counter() - started)
 
