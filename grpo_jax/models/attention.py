@@ -147,6 +147,20 @@ def attention_backward(softcap: float | None, kept: Any, d_out: Array) -> tuple[
 attention.defvjp(attention_forward, attention_backward)
 
 
+def attention_by_prompt(q: Float[Array, "B K G R C Dh"], keys: tuple[Keys, ...], softcap: float | None) -> Array:
+    """`attention`, one prompt after the other: the scores of a single group exist at a time (and on a CPU stay in its cache)."""
+    b = q.shape[0]
+    if b == 1:
+        return attention(q, keys, softcap)
+
+    def one(part: tuple[Array, tuple[Keys, ...]]) -> Array:
+        q, keys = jax.tree.map(lambda x: x[None], part)
+        return attention(q, keys, softcap)[0]
+
+    spread = tuple(Keys(part.k, part.v, jnp.broadcast_to(part.mask, (b, *part.mask.shape[1:]))) for part in keys)
+    return jax.lax.map(one, (q, spread))
+
+
 def group_attend(spec: ModelSpec, prompt_lengths: Int[Array, "B"], prompt_width: int, generations: int) -> Attend:
     """Training attention over [P | C_1 ... C_G].
 
@@ -164,7 +178,7 @@ def group_attend(spec: ModelSpec, prompt_lengths: Int[Array, "B"], prompt_width:
         k_prompt, v_prompt = jnp.swapaxes(k[:, :p], 1, 2), jnp.swapaxes(v[:, :p], 1, 2)
         q_prompt = jnp.transpose(q[:, :p], (0, 2, 3, 1, 4))[:, :, None]
         mask = seen(at[:, None], at[None, :], window)[None, None, None, None]
-        out = attention(q_prompt, (Keys(k_prompt, v_prompt, mask),), spec.attention_softcap)
+        out = attention_by_prompt(q_prompt, (Keys(k_prompt, v_prompt, mask),), spec.attention_softcap)
         out_prompt = jnp.transpose(out[:, :, 0], (0, 3, 1, 2, 4))
         if generations == 0:
             return out_prompt, cache, None
@@ -175,7 +189,7 @@ def group_attend(spec: ModelSpec, prompt_lengths: Int[Array, "B"], prompt_width:
         key = at[None, None, None, None, None, :]
         to_prompt = seen(lengths + here[None, None, None, None, :, None], key, window) & (key < lengths)
         to_own = seen(here[:, None], here[None, :], window)[None, None, None, None]
-        out = attention(q_own, (Keys(k_prompt, v_prompt, to_prompt), Keys(k_own, v_own, to_own)), spec.attention_softcap)
+        out = attention_by_prompt(q_own, (Keys(k_prompt, v_prompt, to_prompt), Keys(k_own, v_own, to_own)), spec.attention_softcap)
         out_own = jnp.transpose(out, (0, 2, 4, 1, 3, 5)).reshape(b, generations * c, kv, r, dh)
         return jnp.concatenate([out_prompt, out_own], axis=1), cache, None
 
