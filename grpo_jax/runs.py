@@ -115,7 +115,8 @@ def load_run(run_dir: str | Path) -> tuple[Config, Policy]:
             trainable = jax.eval_shape(lambda: init_lora(policy.spec, lora, jax.random.key(0)))
             policy = replace(policy, adapters=trainable)
         opt_state = jax.eval_shape(optimizer.init, trainable)
-        abstract = TrainState(jax.ShapeDtypeStruct((), jnp.int32), trainable, opt_state)
+        step: Any = jax.ShapeDtypeStruct((), jnp.int32)
+        abstract = TrainState(step, trainable, opt_state)
         state, _ = checkpoints.restore(abstract)
     return config, with_trained(policy, state.trainable)
 

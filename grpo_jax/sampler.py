@@ -8,7 +8,7 @@ Enters: parameters, prompts as lists of ids, and the settings of `RolloutConfig`
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -207,7 +207,7 @@ def decode(
     """
     b, g, c = prompts.shape[0], *shape.shape
     spec = model.spec
-    variables = jax.tree.map(lambda x: x.astype(model.dtype), variables)
+    variables = jax.tree_util.tree_map_with_path(lambda path, x: cast_once(path, x, model.dtype), variables)
     hidden, prefix = prefill(model, variables, prompts, prompt_lengths)
     keys = row_keys(controls, indices, g)
     stops = jnp.array(stop_ids, jnp.int32)
@@ -242,8 +242,8 @@ def decode(
         newest = jax.lax.dynamic_index_in_dim(state.ids, at, axis=2, keepdims=False)
         positions = jnp.broadcast_to((prompt_lengths + at)[:, None], (b, g))
         attend = decode_attend(spec, prefix.lengths, at)
-        hidden, cache, _ = model.apply(variables, newest, positions, attend, state.cache, (prefix.k, prefix.v))
-        return record(state.replace(cache=cache), hidden)
+        out: Any = model.apply(variables, newest, positions, attend, state.cache, (prefix.k, prefix.v))
+        return record(replace(state, cache=out[1]), out[0])
 
     blank = jnp.zeros((spec.layers, b, spec.kv_heads, g, c, spec.head_dim), model.dtype)
     start = Decoding(
@@ -257,6 +257,11 @@ def decode(
     state = record(start, jnp.broadcast_to(hidden[:, None], (b, g, spec.width)))
     state = jax.lax.while_loop(lambda s: (s.t < c) & ~jnp.all(s.done), advance, state)
     return state.ids, state.logps, state.lengths, state.done
+
+
+def cast_once(path: tuple[Any, ...], leaf: Array, dtype: Any) -> Array:
+    """Casts a weight before the loop instead of at every token. Norms compute in float32, as in training."""
+    return leaf if path[-1].key == "scale" else leaf.astype(dtype)
 
 
 def prefill(

@@ -148,7 +148,8 @@ def supervised_step(learner: Learner, state: TrainState, batch: TrainBatch, froz
         "grad_norm": optax.tree.norm(gradient),
         "learning_rate": learner.learning_rate(state.step),
     }
-    state = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
+    trainable: Any = optax.apply_updates(state.trainable, updates)
+    state = TrainState(state.step + 1, trainable, opt_state)
     return state, pack(metrics, jnp.zeros((1, 0), jnp.float32))
 
 

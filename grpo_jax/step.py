@@ -12,7 +12,7 @@ the first are kept. The reference is scored once a batch, and not at all at β =
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from grpo_jax.config import ObjectiveConfig
 from grpo_jax.logprobs import completion_logprobs
 from grpo_jax.loss import finish_stats, kl_reward_penalty, token_objective, token_weights, total_stats
 from grpo_jax.models.transformer import Transformer
-from grpo_jax.types import Frozen, Params, TrainBatch, TrainState
+from grpo_jax.types import AnyArray, Frozen, Params, TrainBatch, TrainState
 
 
 @struct.dataclass
@@ -138,7 +138,7 @@ class Learner:
     def score(self, variables: Params, split: Split) -> Float[Array, "M n C"]:
         """Log-probabilities without gradient, micro-batch by micro-batch."""
 
-        def one(part: tuple[Array, ...]) -> Array:
+        def one(part: tuple[Array, Array, Array]) -> Array:
             return completion_logprobs(self.model, variables, *part, self.temperature)[0]
 
         return jax.lax.stop_gradient(jax.lax.map(one, (split.prompt_ids, split.prompt_lengths, split.completion_ids)))
@@ -192,7 +192,8 @@ class Learner:
             "learning_rate": self.learning_rate(state.step),
         }
         metrics.setdefault("kl_divergence", jnp.float32(0))
-        state = TrainState(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
+        trainable: Any = optax.apply_updates(state.trainable, updates)
+        state = TrainState(state.step + 1, trainable, opt_state)
         return state, jax.lax.stop_gradient(logps), metrics
 
 
@@ -225,7 +226,8 @@ class Split:
         ids = jnp.repeat(batch.prompt_ids.reshape(prompts // b, b, -1), generations // g, axis=0)
         lengths = jnp.repeat(batch.prompt_lengths.reshape(prompts // b, b), generations // g, axis=0)
         split = Split(ids, lengths, None, None, None, grid)
-        return split.replace(
+        return replace(
+            split,
             completion_ids=split.rows(batch.completion_ids),
             completion_mask=split.rows(batch.completion_mask),
             sampler_logprobs=split.rows(batch.sampler_logprobs),
@@ -236,7 +238,7 @@ class Split:
         """M."""
         return self.grid[0] * self.grid[1]
 
-    def rows(self, x: Shaped[Array, "N ..."]) -> Shaped[Array, "M n ..."]:
+    def rows(self, x: Shaped[AnyArray, "N ..."]) -> Shaped[Array, "M n ..."]:
         """[N, ...] → [M, n, ...]."""
         outer, inner, b, g = self.grid
         x = x.reshape(outer, b, inner, g, *x.shape[1:])

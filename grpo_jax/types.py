@@ -23,6 +23,9 @@ Params: TypeAlias = dict[str, Any]
 Prompt: TypeAlias = str | list[dict[str, Any]]
 """A plain text, or a conversation of {"role", "content"} messages."""
 
+AnyArray: TypeAlias = Array | np.ndarray
+"""An array on the device, or still on the host."""
+
 FinishReason: TypeAlias = Literal["stop", "length"]
 
 
@@ -80,13 +83,13 @@ class TrainBatch:
         valid: True = the row could be scored and enters its group's statistics.
     """
 
-    prompt_ids: Int[Array, "B P"]
-    prompt_lengths: Int[Array, "B"]
-    completion_ids: Int[Array, "N C"]
-    completion_mask: Bool[Array, "N C"]
-    sampler_logprobs: Float[Array, "N C"]
-    rewards: Float[Array, "B G"]
-    valid: Bool[Array, "B G"]
+    prompt_ids: Int[AnyArray, "B P"]
+    prompt_lengths: Int[AnyArray, "B"]
+    completion_ids: Int[AnyArray, "N C"]
+    completion_mask: Bool[AnyArray, "N C"]
+    sampler_logprobs: Float[AnyArray, "N C"]
+    rewards: Float[AnyArray, "B G"]
+    valid: Bool[AnyArray, "B G"]
 
 
 @struct.dataclass

@@ -22,7 +22,7 @@ class Tracker:
 
     def __init__(self, config: Config, folder: Path) -> None:
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports] - an extra
         except ImportError as error:
             raise ConfigError("train.track: 'wandb' is not installed; run pip install 'grpo-jax[track]', or use none") from error
         # The same id for the same folder: a resumed run goes on in the same W&B run.

@@ -71,7 +71,7 @@ class Keys:
 
     k: Array
     v: Array
-    mask: Array
+    mask: Any
 
 
 def scores_of(q: Float[Array, "B K G R C Dh"], k: Array) -> Float[Array, "B K G R C X"]:
@@ -147,7 +147,7 @@ def attention_backward(softcap: float | None, kept: Any, d_out: Array) -> tuple[
 attention.defvjp(attention_forward, attention_backward)
 
 
-def attention_by_prompt(q: Float[Array, "B K G R C Dh"], keys: tuple[Keys, ...], softcap: float | None) -> Array:
+def attention_by_prompt(q: Float[Array, "B K G R C Dh"], keys: tuple[Keys, ...], softcap: float | None) -> Any:
     """`attention`, one prompt after the other: the scores of a single group exist at a time (and on a CPU stay in its cache)."""
     b = q.shape[0]
     if b == 1:
@@ -155,7 +155,8 @@ def attention_by_prompt(q: Float[Array, "B K G R C Dh"], keys: tuple[Keys, ...],
 
     def one(part: tuple[Array, tuple[Keys, ...]]) -> Array:
         q, keys = jax.tree.map(lambda x: x[None], part)
-        return attention(q, keys, softcap)[0]
+        out: Any = attention(q, keys, softcap)
+        return out[0]
 
     spread = tuple(Keys(part.k, part.v, jnp.broadcast_to(part.mask, (b, *part.mask.shape[1:]))) for part in keys)
     return jax.lax.map(one, (q, spread))
@@ -232,7 +233,7 @@ def decode_attend(spec: ModelSpec, prompt_lengths: Int[Array, "B"], at: Int[Arra
             Keys(k_prefix, v_prefix, to_prompt[:, None, None, None, None]),
             Keys(k_own, v_own, to_own[None, None, None, None, None]),
         )
-        out = attention(jnp.swapaxes(q, 1, 2)[:, :, :, :, None], keys, spec.attention_softcap)
+        out: Any = attention(jnp.swapaxes(q, 1, 2)[:, :, :, :, None], keys, spec.attention_softcap)
         return jnp.swapaxes(out[:, :, :, :, 0], 1, 2), cache, None
 
     return attend

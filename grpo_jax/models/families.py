@@ -37,7 +37,8 @@ class Reader:
     """Reads attributes of a config.json and remembers which were asked for."""
 
     def __init__(self, config: Layout, where: str) -> None:
-        self.config, self.where, self.known = config, where, set(NEUTRAL)
+        self.config, self.where = config, where
+        self.known: set[str] = set(NEUTRAL)
 
     def get(self, name: str, default: Any = None) -> Any:
         """The attribute's value, or the default where it is absent or null."""

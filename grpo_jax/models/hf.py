@@ -242,9 +242,11 @@ def load_params(
         for number, (path, source) in enumerate(tensor_names(spec).items()):
             shape = specs[path].shape
             sharding = default if sharding_of is None else sharding_of(path, specs[path])
-            leaves[path] = jax.make_array_from_callback(
-                shape, sharding, lambda index, source=source, shape=shape: read_slice(files, source, shape, index, dtype)
-            )
+
+            def read(index: Any, source: Source = source, shape: tuple[int, ...] = shape) -> np.ndarray:
+                return read_slice(files, source, shape, index, dtype)
+
+            leaves[path] = jax.make_array_from_callback(shape, sharding, read)
             if on_tensor is not None:
                 on_tensor(number + 1, len(specs))
     return nest(leaves)

@@ -57,11 +57,12 @@ class Transformer(nn.Module):
         x = Embedding(name="embed")(ids).astype(self.dtype)
         x = x * jnp.asarray(spec.embed_scale, self.dtype)
         block = nn.remat(Block, prevent_cse=False) if self.remat == "layer" else Block
+        per_layer_then_all: Any = (0, nn.broadcast)
         layers = nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast),
+            in_axes=per_layer_then_all,
             length=spec.layers,
         )(spec, attend, self.lora_scale, name="layers")
         layer = {
