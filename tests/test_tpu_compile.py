@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from goldens.folders import build_model_folder
 from jax.sharding import SingleDeviceSharding
 
+from goldens.folders import build_model_folder
 from grpo_jax.config import LoraConfig, ObjectiveConfig, OptimConfig, RolloutConfig
 from grpo_jax.models import Transformer, init_lora, read_folder_spec
 from grpo_jax.models.spec import abstract_params
