@@ -75,8 +75,11 @@ if "grpo-jax" not in packages() and "GRPO_NOTEBOOK_NO_INSTALL" not in os.environ
     kind, old = accelerator(), packages()
     package = "grpo-jax" if kind == "cpu" else f"grpo-jax[{kind}]"
     print(f"Installing {package} and what it needs ...", flush=True)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", f"{package} @ git+{REPOSITORY}"]
-    finished = subprocess.run(pip, capture_output=True, text=True)
+    pip = [sys.executable, "-m", "pip"]
+    plugins = [name for name in old if name.startswith("jax-cuda")]  # those of the old JAX would complain at every import
+    if plugins:
+        subprocess.run([*pip, "uninstall", "--yes", "--quiet", *plugins], capture_output=True)
+    finished = subprocess.run([*pip, "install", "--quiet", f"{package} @ git+{REPOSITORY}"], capture_output=True, text=True)
     if finished.returncode != 0:
         raise RuntimeError(f"pip could not install {package}:\n{finished.stderr[-4000:]}")
     importlib.invalidate_caches()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import importlib.metadata
 import json
 import math
@@ -68,6 +69,9 @@ class Machine:
 
     def run(self, command: list[str], **_: Any) -> SimpleNamespace:
         self.calls.append(command)
+        if "uninstall" in command:
+            del self.versions["jax-cuda12-plugin"]
+            return SimpleNamespace(returncode=0, stderr="")
         self.versions |= {"numpy": "2.4.6", "jax": "0.12.0", "some-tool": "2.0", "grpo-jax": "0.1.0"}
         return SimpleNamespace(returncode=0, stderr="")
 
@@ -91,6 +95,16 @@ def test_the_install_cell_asks_for_one_restart_and_then_does_nothing(
     exec(install_cell(source), {})  # a restarted kernel
     assert capsys.readouterr().out == "Ready: no restart needed.\n"
     assert len(machine.calls) == 1
+
+
+def test_the_install_cell_takes_away_plugins_that_the_new_jax_would_complain_about(
+    source: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = Machine(monkeypatch)
+    machine.versions |= {"jax-cuda12-plugin": "0.7.2", "numpy": "2.4.6"}
+    exec(install_cell(source), {})
+    assert [call[3] for call in machine.calls] == ["uninstall", "install"]
+    assert machine.calls[0][-1] == "jax-cuda12-plugin"
 
 
 @pytest.mark.parametrize(
@@ -157,7 +171,7 @@ def executed(source: Any, repository: Path, tmp_path_factory: pytest.TempPathFac
         # So that nothing but trouble is left on the error stream: bars of other packages are off, and so is their wish for widgets.
         environment.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         environment.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
-        notebook = nbformat.from_dict(source)
+        notebook: Any = copy.deepcopy(source)
         NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(place)}}).execute()
     return notebook, place
 
