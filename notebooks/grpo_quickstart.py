@@ -219,8 +219,9 @@ answers = show_answers(policy)
 # ## 7. Train
 #
 # First comes a table of all settings, then live numbers after each step, and now and then a table of sampled answers with their
-# rewards. What compiles is named while it does. Watch **reward** rise while **KL**, the distance from the original model, stays
-# small. Before and after, accuracy is measured on held-out problems: the share whose greedy answer `correctness` gives a 1.
+# rewards. Compiling is named as such and takes a minute or more, once. Watch **reward** rise while **KL**, the distance from the
+# original model, stays small. Before and after, accuracy is measured on held-out problems: the share whose greedy answer
+# `correctness` gives a 1.
 #
 # Each run of this cell is a new one with a folder of its own. To go on with one that was interrupted, keep its `run_dir` and pass
 # `resume=True`.
