@@ -12,6 +12,7 @@ the G·R queries of a prompt's group are the rows of one product against its pre
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -22,6 +23,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models.layers import Attend, precision_of, soft_cap
 from grpo_jax.models.spec import ModelSpec
+
+PART_SCORES = 2**20
+"""Attention scores in flight in training; 4 MiB in float32, which a CPU keeps in its cache."""
 
 
 @struct.dataclass
@@ -147,19 +151,17 @@ def attention_backward(softcap: float | None, kept: Any, d_out: Array) -> tuple[
 attention.defvjp(attention_forward, attention_backward)
 
 
-def attention_by_prompt(q: Float[Array, "B K G R C Dh"], keys: tuple[Keys, ...], softcap: float | None) -> Any:
-    """`attention`, one prompt after the other: the scores of a single group exist at a time (and on a CPU stay in its cache)."""
+def attention_in_parts(q: Float[Array, "B K G R C Dh"], keys: tuple[Keys, ...], softcap: float | None) -> Any:
+    """`attention`, a few prompts at a time: at most `PART_SCORES` scores exist at once, or those of one prompt."""
     b = q.shape[0]
-    if b == 1:
+    scores = sum(math.prod(q.shape[1:-1]) * part.k.shape[-2] for part in keys)
+    size = max(n for n in range(1, b + 1) if b % n == 0 and (n == 1 or n * scores <= PART_SCORES))
+    if size == b:
         return attention(q, keys, softcap)
-
-    def one(part: tuple[Array, tuple[Keys, ...]]) -> Array:
-        q, keys = jax.tree.map(lambda x: x[None], part)
-        out: Any = attention(q, keys, softcap)
-        return out[0]
-
     spread = tuple(Keys(part.k, part.v, jnp.broadcast_to(part.mask, (b, *part.mask.shape[1:]))) for part in keys)
-    return jax.lax.map(one, (q, spread))
+    parts = jax.tree.map(lambda x: x.reshape(b // size, size, *x.shape[1:]), (q, spread))
+    out: Any = jax.lax.map(lambda part: attention(*part, softcap), parts)
+    return out.reshape(q.shape)
 
 
 def group_attend(spec: ModelSpec, prompt_lengths: Int[Array, "B"], prompt_width: int, generations: int) -> Attend:
@@ -179,7 +181,7 @@ def group_attend(spec: ModelSpec, prompt_lengths: Int[Array, "B"], prompt_width:
         k_prompt, v_prompt = jnp.swapaxes(k[:, :p], 1, 2), jnp.swapaxes(v[:, :p], 1, 2)
         q_prompt = jnp.transpose(q[:, :p], (0, 2, 3, 1, 4))[:, :, None]
         mask = seen(at[:, None], at[None, :], window)[None, None, None, None]
-        out = attention_by_prompt(q_prompt, (Keys(k_prompt, v_prompt, mask),), spec.attention_softcap)
+        out = attention_in_parts(q_prompt, (Keys(k_prompt, v_prompt, mask),), spec.attention_softcap)
         out_prompt = jnp.transpose(out[:, :, 0], (0, 3, 1, 2, 4))
         if generations == 0:
             return out_prompt, cache, None
@@ -190,7 +192,7 @@ def group_attend(spec: ModelSpec, prompt_lengths: Int[Array, "B"], prompt_width:
         key = at[None, None, None, None, None, :]
         to_prompt = seen(lengths + here[None, None, None, None, :, None], key, window) & (key < lengths)
         to_own = seen(here[:, None], here[None, :], window)[None, None, None, None]
-        out = attention_by_prompt(q_own, (Keys(k_prompt, v_prompt, to_prompt), Keys(k_own, v_own, to_own)), spec.attention_softcap)
+        out = attention_in_parts(q_own, (Keys(k_prompt, v_prompt, to_prompt), Keys(k_own, v_own, to_own)), spec.attention_softcap)
         out_own = jnp.transpose(out, (0, 2, 4, 1, 3, 5)).reshape(b, generations * c, kv, r, dh)
         return jnp.concatenate([out_prompt, out_own], axis=1), cache, None
 
