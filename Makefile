@@ -19,8 +19,9 @@ ARGS ?=
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
 
+# Without an accelerator JAX is told so: the libtpu that tests compile with would otherwise look for a TPU first.
 quickstart: $(VENV)/.installed
-	$(VENV)/bin/grpo-jax quickstart $(ARGS)
+	@ls /dev/accel* /dev/vfio/[0-9]* /dev/nvidia0 >/dev/null 2>&1 || export JAX_PLATFORMS=cpu; $(VENV)/bin/grpo-jax quickstart $(ARGS)
 
 test: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(VENV)/bin/pytest -n 2 $(ARGS)
