@@ -1,0 +1,197 @@
+"""Plain forms of what the package computes in clever ways, and tiny policies to hold to them.
+
+The forward pass here takes one text at a time, Hugging Face's tensors by name and config.json as it is: no scan, no cache, no
+shared prompt, whole logits. `test_models.py` holds it to the stored results of transformers, so that it may be an oracle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from goldens.folders import HERE, build_model_folder, model_tensors
+from grpo_jax.config import LoraConfig
+from grpo_jax.policy import Policy
+from grpo_jax.types import Params
+
+STOPS = (2, 5)
+"""Stop ids of the tiny models, as their generation_config.json lists them."""
+
+LORA = LoraConfig(rank=4, alpha=8.0)
+
+
+@contextlib.contextmanager
+def quick_compiling() -> Iterator[None]:
+    """Compiles with few optimisations: half the time for tiny programs that run once, and the same numbers."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def golden_config(family: str) -> dict[str, Any]:
+    """config.json of a tiny model, as transformers 5 spells it."""
+    return json.loads((HERE / family / "config.json").read_text())
+
+
+@functools.cache
+def tiny_policy(family: str, lora: LoraConfig | None = None, dtype: str = "float32") -> Policy:
+    """The tiny model of a family, with random adapters where `lora` is given; its folder is gone."""
+    with tempfile.TemporaryDirectory() as folder:
+        policy = Policy.from_pretrained(build_model_folder(Path(folder), family), lora=lora, dtype=dtype)
+    return policy if lora is None else with_random_adapters(policy)
+
+
+def with_random_adapters(policy: Policy, seed: int = 7, size: float = 0.1) -> Policy:
+    """The policy with every adapter weight moved off its start, where B is zero."""
+    import dataclasses
+
+    assert policy.adapters is not None
+    return dataclasses.replace(policy, adapters=moved(policy.adapters, seed, size))
+
+
+def moved(tree: Params, seed: int, size: float) -> Params:
+    """A tree with normal noise of deviation `size` added to every leaf."""
+    leaves, shape = jax.tree.flatten(tree)
+    rng = np.random.default_rng(seed)
+    new = [leaf + jnp.asarray(size * rng.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves]
+    return jax.tree.unflatten(shape, new)
+
+
+def layer_kinds(config: dict[str, Any]) -> list[tuple[int | None, dict[str, Any]]]:
+    """(window, rotary parameters) of each layer."""
+    layers, window = config["num_hidden_layers"], config.get("sliding_window")
+    default = ["sliding_attention" if config["model_type"] == "mistral" and window else "full_attention"] * layers
+    rope = config["rope_parameters"]
+    return [
+        (window if kind == "sliding_attention" else None, rope.get(kind, rope)) for kind in config.get("layer_types") or default
+    ]
+
+
+def angles(rope: dict[str, Any], half: int, length: int) -> np.ndarray:
+    """[T, Dh/2] radians; Llama 3's scaling in the words of its paper's code: by wavelength."""
+    frequencies = rope["rope_theta"] ** (-np.arange(half) / half)
+    if rope["rope_type"] == "linear":
+        frequencies = frequencies / rope["factor"]
+    elif rope["rope_type"] == "llama3":
+        wavelength, old = 2 * np.pi / frequencies, rope["original_max_position_embeddings"]
+        low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
+        smooth = np.clip((old / wavelength - low) / (high - low), 0, 1)
+        frequencies = frequencies * (smooth + (1 - smooth) / factor)
+    return np.arange(length)[:, None] * frequencies[None, :]
+
+
+def plain_logits(config: dict[str, Any], weights: Params, ids: Any, adapter: Params | None = None, scale: float = 0.0) -> Any:
+    """[T, V] logits of one text.
+
+    Args:
+        config: config.json, as transformers 5 spells it.
+        weights: Hugging Face's tensors by name.
+        ids: [T].
+        adapter: the `lora` collection, [L, in, r] and [L, r, out] a target.
+        scale: factor of the adapters' product.
+    """
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"), jax.default_matmul_precision("highest"):
+        gemma, length = config["model_type"].startswith("gemma"), ids.shape[0]
+        heads, kv_heads, width = (config[name] for name in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
+        head_dim = config.get("head_dim") or width // heads
+        query_scale = (config["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5
+        distance = np.arange(length)[:, None] - np.arange(length)[None, :]
+
+        def norm(x: Any, name: str) -> Any:
+            weight = weights[f"{name}.weight"] + (1.0 if gemma else 0.0)
+            return x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + config["rms_norm_eps"]) * weight
+
+        def cap(x: Any, limit: float | None) -> Any:
+            return x if limit is None else limit * jnp.tanh(x / limit)
+
+        x = weights["model.embed_tokens.weight"][ids] * (width**0.5 if gemma else 1.0)
+        for number, (window, rope) in enumerate(layer_kinds(config)):
+            at = f"model.layers.{number}"
+
+            def linear(x: Any, block: str, name: str, at: str = at, number: int = number) -> Any:
+                y = x @ weights[f"{at}.{block}.{name}.weight"].T + weights.get(f"{at}.{block}.{name}.bias", 0.0)
+                if adapter is None or name not in adapter["layers"]:
+                    return y
+                pair = adapter["layers"][name]
+                return y + scale * (x @ pair["a"][number] @ pair["b"][number])
+
+            h = norm(x, f"{at}.input_layernorm")
+            q = linear(h, "self_attn", "q_proj").reshape(length, heads, head_dim)
+            k = linear(h, "self_attn", "k_proj").reshape(length, kv_heads, head_dim)
+            v = linear(h, "self_attn", "v_proj").reshape(length, kv_heads, head_dim)
+            if f"{at}.self_attn.q_norm.weight" in weights:
+                q, k = norm(q, f"{at}.self_attn.q_norm"), norm(k, f"{at}.self_attn.k_norm")
+            turn = np.exp(1j * angles(rope, head_dim // 2, length)).astype(np.complex64)[:, None, :]
+            rotated = [(x[..., : head_dim // 2] + 1j * x[..., head_dim // 2 :]) * turn for x in (q, k)]
+            q, k = (jnp.concatenate([z.real, z.imag], axis=-1) for z in rotated)
+            k, v = (jnp.repeat(x, heads // kv_heads, axis=1) for x in (k, v))
+            scores = cap(jnp.einsum("thd,shd->hts", q, k) * query_scale, config.get("attn_logit_softcapping"))
+            sees = (distance >= 0) & (distance < (window or length))
+            mixed = jnp.einsum("hts,shd->thd", jax.nn.softmax(jnp.where(sees, scores, -1e30), axis=-1), v)
+            y = linear(mixed.reshape(length, heads * head_dim), "self_attn", "o_proj")
+            x = x + (norm(y, f"{at}.post_attention_layernorm") if gemma else y)
+            h = norm(x, f"{at}.pre_feedforward_layernorm" if gemma else f"{at}.post_attention_layernorm")
+            gate, up = linear(h, "mlp", "gate_proj"), linear(h, "mlp", "up_proj")
+            y = linear((jax.nn.gelu(gate, approximate=True) if gemma else gate * jax.nn.sigmoid(gate)) * up, "mlp", "down_proj")
+            x = x + (norm(y, f"{at}.post_feedforward_layernorm") if gemma else y)
+        head = weights["model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"]
+        return cap(norm(x, "model.norm") @ head.T, config.get("final_logit_softcapping"))
+
+
+@functools.cache
+def plain_model(family: str, scale: float = 0.0) -> Callable[..., Any]:
+    """Jitted (ids [N, T], adapter or None) → logits [N, T, V] of a tiny model."""
+    config = golden_config(family)
+    weights = {name: jnp.asarray(array) for name, array in model_tensors(family).items()}
+
+    @jax.jit
+    def run(ids: Any, adapter: Params | None = None) -> Any:
+        return jax.vmap(lambda row: plain_logits(config, weights, row, adapter, scale))(ids)
+
+    return run
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    """Over the last axis, float64."""
+    x = np.asarray(x, np.float64)
+    x = x - x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def kept_tokens(logits: np.ndarray, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
+    """[V] True = stays, by sorting: top-k (ties in), then top-p of what is left (smallest set, ties in), then min-p."""
+    logits = np.asarray(logits, np.float64)
+    stay = np.ones(logits.shape, bool)
+    falling = np.sort(logits)[::-1]
+    if top_k > 0:
+        stay &= logits >= falling[min(top_k, len(logits)) - 1]
+    if top_p < 1:
+        p = np.exp(log_softmax(np.where(stay, logits, -np.inf)))
+        order = np.argsort(-p, kind="stable")
+        needed = int(np.searchsorted(np.cumsum(p[order]), top_p))
+        stay &= logits >= logits[order[min(needed, len(order) - 1)]]
+    if min_p > 0:
+        stay &= np.exp(logits - logits.max()) >= min_p
+    return stay
+
+
+def array_sizes(jaxpr: Any) -> int:
+    """Number of elements of the largest array that a traced program computes, inner programs included."""
+    largest = 0
+    for equation in jaxpr.eqns:
+        shapes = [getattr(v.aval, "shape", ()) for v in equation.outvars]
+        largest = max([largest, *(int(np.prod(shape)) for shape in shapes)])
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            if hasattr(inner, "eqns"):
+                largest = max(largest, array_sizes(inner))
+    return largest

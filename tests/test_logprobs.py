@@ -1,0 +1,172 @@
+"""Per-token log-probabilities: a prompt that is computed once for all its completions, a vocabulary that is never spread out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from goldens.folders import FAMILIES
+from grpo_jax.logprobs import completion_logprobs
+from grpo_jax.models import Transformer
+from grpo_jax.models.families import read_spec
+from grpo_jax.models.spec import abstract_params
+from grpo_jax.policy import Policy
+from grpo_jax.types import Params
+from plain_oracles import LORA, array_sizes, golden_config, log_softmax, plain_model, quick_compiling, tiny_policy
+
+B, G, P, C = 2, 3, 12, 8
+PROMPT_LENGTHS = np.array([4, 11], np.int32)  # longer than the families' windows (5 to 7), and shorter
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    with quick_compiling():
+        yield
+
+
+def batch(vocabulary: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Prompts [B, P], completions [N, C], and how much each token counts in a scalar [N, C]; numbers everywhere, padding too."""
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(6, vocabulary, (B, P)).astype(np.int32)
+    completions = rng.integers(6, vocabulary, (B * G, C)).astype(np.int32)
+    lengths = np.array([8, 1, 5, 8, 3, 7])
+    counts = rng.normal(size=(B * G, C)) * (np.arange(C)[None, :] < lengths[:, None])
+    return prompts, completions, counts.astype(np.float32)
+
+
+def values_and_gradient(
+    model: Transformer,
+    base: Params,
+    adapters: Params,
+    prompts: Any,
+    lengths: Any,
+    completions: Any,
+    counts: Any,
+    temperature: float = 0.7,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities, and the gradient of their weighted sum with respect to the adapters, as one vector."""
+
+    @jax.jit
+    def run(adapters: Params, base: Params, prompts: Any, lengths: Any, completions: Any, counts: Any) -> Any:
+        def scalar(adapters: Params) -> tuple[Any, Any]:
+            variables = {"params": base, "lora": adapters}
+            logps, _ = completion_logprobs(model, variables, prompts, lengths, completions, temperature)
+            return jnp.sum(logps * counts), logps
+
+        return jax.grad(scalar, has_aux=True)(adapters)
+
+    gradient, logps = run(adapters, base, *(jnp.asarray(x) for x in (prompts, lengths, completions, counts)))
+    return np.asarray(logps), np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(gradient)])
+
+
+def scored(policy: Policy, prompts: np.ndarray, completions: np.ndarray, temperature: float = 1.0) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities and entropies."""
+    run = jax.jit(lambda v, *rest: completion_logprobs(policy.model, v, *rest, temperature))
+    return run(policy.variables, prompts, PROMPT_LENGTHS, completions)
+
+
+def assert_near_in_norm(got: np.ndarray, expected: np.ndarray, share: float = 1e-5) -> None:
+    assert np.linalg.norm(got - expected) <= share * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_completions_that_share_a_prompt_are_as_if_each_had_its_own(family: str) -> None:
+    policy = tiny_policy(family, LORA)
+    assert policy.adapters is not None
+    prompts, completions, counts = batch(policy.spec.vocab)
+    shared, gradient = values_and_gradient(
+        policy.model, policy.params, policy.adapters, prompts, PROMPT_LENGTHS, completions, counts
+    )
+    each, each_gradient = values_and_gradient(
+        policy.model, policy.params, policy.adapters, np.repeat(prompts, G, 0), np.repeat(PROMPT_LENGTHS, G), completions, counts
+    )
+    trained = counts != 0
+    np.testing.assert_allclose(shared[trained], each[trained], rtol=0, atol=1e-5)
+    assert_near_in_norm(gradient, each_gradient)
+
+
+def plain_table(prompts: np.ndarray, lengths: np.ndarray, completions: np.ndarray) -> np.ndarray:
+    """[N, P + C] each prompt without its padding, then a completion; zeros to the end."""
+    table = np.zeros((len(completions), P + C), np.int32)
+    for row, completion in enumerate(completions):
+        n = lengths[row // G]
+        table[row, :n], table[row, n : n + C] = prompts[row // G, :n], completion
+    return table
+
+
+@pytest.mark.parametrize("family", ["gemma2", "qwen3"])
+def test_values_entropies_and_gradients_are_those_of_the_plain_forward_pass(family: str) -> None:
+    policy = tiny_policy(family, LORA)
+    assert policy.adapters is not None
+    prompts, completions, counts = batch(policy.spec.vocab)
+    table = plain_table(prompts, PROMPT_LENGTHS, completions)
+    starts = np.repeat(PROMPT_LENGTHS, G)[:, None] + np.arange(C)[None, :] - 1
+    run = plain_model(family, LORA.scale)
+
+    def scalar(adapters: Params) -> tuple[Any, Any]:
+        logits = jnp.take_along_axis(run(table, adapters), jnp.asarray(starts)[:, :, None], axis=1) / 0.7
+        logps = jnp.take_along_axis(jax.nn.log_softmax(logits, axis=-1), jnp.asarray(completions)[:, :, None], axis=-1)[:, :, 0]
+        return jnp.sum(logps * counts), (logps, logits)
+
+    plain_gradient, (plain, logits) = jax.jit(jax.grad(scalar, has_aux=True))(policy.adapters)
+    got, gradient = values_and_gradient(policy.model, policy.params, policy.adapters, prompts, PROMPT_LENGTHS, completions, counts)
+    np.testing.assert_allclose(got, plain, rtol=0, atol=1e-4)
+    assert_near_in_norm(gradient, np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(plain_gradient)]), 1e-4)
+    _, entropy = scored(policy, prompts, completions, 0.7)
+    wide = log_softmax(logits)
+    np.testing.assert_allclose(entropy, -(np.exp(wide) * wide).sum(axis=-1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_computing_layers_again_in_the_backward_pass_changes_nothing(family: str) -> None:
+    policy = tiny_policy(family, LORA)
+    assert policy.adapters is not None
+    prompts, completions, counts = batch(policy.spec.vocab)
+    arguments = (policy.params, policy.adapters, prompts, PROMPT_LENGTHS, completions, counts)
+    kept, gradient = values_and_gradient(policy.model, *arguments)
+    again, again_gradient = values_and_gradient(policy.model.clone(remat="layer"), *arguments)
+    np.testing.assert_allclose(again, kept, rtol=0, atol=1e-6)
+    assert_near_in_norm(again_gradient, gradient)
+
+
+def test_what_stands_in_the_padding_changes_nothing() -> None:
+    policy = tiny_policy("mistral", LORA)
+    assert policy.adapters is not None
+    prompts, completions, counts = batch(policy.spec.vocab)
+    other_prompts, other_completions = prompts.copy(), completions.copy()
+    for row, n in enumerate(PROMPT_LENGTHS):
+        other_prompts[row, n:] = 0
+    other_completions[counts == 0] = 0
+    arguments = (policy.model, policy.params, policy.adapters)
+    logps, gradient = values_and_gradient(*arguments, prompts, PROMPT_LENGTHS, completions, counts)
+    others, other_gradient = values_and_gradient(*arguments, other_prompts, PROMPT_LENGTHS, other_completions, counts)
+    assert np.array_equal(logps[counts != 0], others[counts != 0])
+    assert np.array_equal(gradient, other_gradient)
+
+
+def test_a_completion_of_one_token() -> None:
+    policy = tiny_policy("llama2", LORA)
+    prompts, completions, _ = batch(policy.spec.vocab)
+    whole, _ = scored(policy, prompts, completions)
+    first, _ = scored(policy, prompts, completions[:, :1])
+    assert first.shape == (B * G, 1)
+    np.testing.assert_allclose(first[:, 0], whole[:, 0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("trainable", [False, True])
+def test_there_is_never_an_array_of_rows_by_tokens_by_vocabulary(trainable: bool) -> None:
+    vocabulary, rows, tokens = 50_000, 8, 256
+    spec = read_spec(golden_config("llama2") | {"vocab_size": vocabulary})
+    model = Transformer(spec, jnp.dtype("float32"))
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 64), (2,), (rows, tokens))]
+
+    def scalar(params: Params, prompts: Any, lengths: Any, completions: Any) -> Any:
+        return jnp.sum(completion_logprobs(model, {"params": params}, prompts, lengths, completions, head_trainable=trainable)[0])
+
+    largest = array_sizes(jax.make_jaxpr(jax.grad(scalar))(abstract_params(spec, "float32"), *shapes))
+    assert largest < rows * tokens * vocabulary / 10
