@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import ConfigError, LoraConfig, RolloutConfig
+from grpo_jax.config.checks import require
 from grpo_jax.export import merged_weights, save_merged
 from grpo_jax.logprobs import completion_logprobs
 from grpo_jax.models import (
@@ -189,6 +190,7 @@ class Policy:
         """
         if isinstance(prompts, str):
             raise ConfigError("prompts: one text was given; put it into a list")
+        require(0 <= seed < 2**32, "seed", seed, "use 0 to 4294967295")
         settings = RolloutConfig(
             num_generations=num_generations,
             max_completion_length=max_completion_length,
@@ -230,6 +232,7 @@ class Policy:
             raise ConfigError(
                 f"prompt_ids: {len(prompt_ids)} lists for {len(completion_ids)} completions; give one prompt per completion"
             )
+        require(temperature > 0, "temperature", temperature, "use a positive number; it divides the logits")
         if not prompt_ids:
             return []
         check_rows("prompt_ids", prompt_ids, self.spec.vocab)
@@ -278,6 +281,9 @@ def check_rows(name: str, rows: Sequence[Sequence[int]], vocab: int, *, empty: b
     for number, row in enumerate(rows):
         if len(row) == 0 and not empty:
             raise ConfigError(f"{name}: entry {number} is empty; a model needs at least one token to start from")
+        for token in row:
+            if not isinstance(token, (int, np.integer)):
+                raise ConfigError(f"{name}: entry {number} holds {token!r}; give token ids, whole numbers from 0 to {vocab - 1}")
         wrong = next((token for token in row if not 0 <= token < vocab), None)
         if wrong is not None:
             raise ConfigError(f"{name}: entry {number} holds token id {wrong}; the model's ids are 0 to {vocab - 1}")

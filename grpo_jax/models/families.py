@@ -46,6 +46,11 @@ class Reader:
         value = self.config.get(name)
         return default if value is None else value
 
+    def given(self, name: str, absent: Any) -> Any:
+        """The attribute's value, null included; `absent`, the family's own default, only where config.json does not have it."""
+        self.known.add(name)
+        return self.config.get(name, absent)
+
     def need(self, name: str) -> Any:
         """The attribute's value; ModelError where it is absent."""
         value = self.get(name)
@@ -81,19 +86,26 @@ def read_rope(reader: Reader, parameters: Layout | None, theta: float) -> Rope:
     theta = float(p.pop("rope_theta", theta))
     if float(p.pop("partial_rotary_factor", 1.0)) != 1.0:
         raise ModelError(f"{reader.where}: partial_rotary_factor other than 1 is not supported")
+
+    def number(name: str) -> float:
+        if name not in p:
+            raise ModelError(f"{reader.where}: rope type {kind!r} needs {name}")
+        return float(p.pop(name))
+
     if kind == "default":
         rope = Rope(theta)
-        p = {}
+        # Numbers of other types are not used; a dict would be a rotary embedding of its own for some of the layers.
+        p = {name: value for name, value in p.items() if isinstance(value, dict)}
     elif kind == "linear":
-        rope = Rope(theta, "linear", factor=float(p.pop("factor")))
+        rope = Rope(theta, "linear", factor=number("factor"))
     elif kind == "llama3":
         rope = Rope(
             theta,
             "llama3",
-            factor=float(p.pop("factor")),
-            low_freq_factor=float(p.pop("low_freq_factor")),
-            high_freq_factor=float(p.pop("high_freq_factor")),
-            original_length=int(p.pop("original_max_position_embeddings")),
+            factor=number("factor"),
+            low_freq_factor=number("low_freq_factor"),
+            high_freq_factor=number("high_freq_factor"),
+            original_length=int(number("original_max_position_embeddings")),
         )
     else:
         raise ModelError(f"{reader.where}: rope type {kind!r} is not supported; supported: default, linear, llama3")
@@ -168,12 +180,6 @@ def llama(reader: Reader) -> ModelSpec:
     )
 
 
-def mistral_window(reader: Reader) -> int | None:
-    """An absent sliding_window is the family's 4096; null is none."""
-    window = reader.get("sliding_window")
-    return 4096 if "sliding_window" not in reader.config else window
-
-
 def mistral(reader: Reader) -> ModelSpec:
     """Mistral 7B (https://arxiv.org/abs/2310.06825): a sliding window in every layer, where config.json gives one."""
     fields = shared_fields(reader) | one_rope(reader)
@@ -182,18 +188,16 @@ def mistral(reader: Reader) -> ModelSpec:
         family="mistral",
         norm_eps=float(reader.get("rms_norm_eps", 1e-6)),
         tied=bool(reader.get("tie_word_embeddings", False)),
-        windows=layer_windows(reader, fields["layers"], mistral_window(reader), None),
+        windows=layer_windows(reader, fields["layers"], reader.given("sliding_window", 4096), None),
         **fields,
     )
 
 
 def qwen_windows(reader: Reader, layers: int) -> tuple[int | None, ...]:
     """Qwen's windows: off unless use_sliding_window; then only from layer max_window_layers on."""
-    window, first = reader.get("sliding_window"), int(reader.get("max_window_layers", layers))
     used = bool(reader.get("use_sliding_window", False))
-    if not used:
-        kinds = reader.get("layer_types")
-        return layer_windows(reader, layers, window, None) if kinds is not None else (None,) * layers
+    window, first = reader.given("sliding_window", 4096), int(reader.get("max_window_layers", 28))
+    window = window if used else None
     if reader.get("layer_types") is not None:
         return layer_windows(reader, layers, window, None)
     return tuple(window if i >= first else None for i in range(layers))
@@ -231,7 +235,7 @@ def qwen3(reader: Reader) -> ModelSpec:
     )
 
 
-def gemma_fields(reader: Reader) -> Layout:
+def gemma_fields(reader: Reader, softcaps: tuple[float | None, float | None]) -> Layout:
     """What Gemma 2 and Gemma 3 share: sandwich norms with offset 1, scaled embedding, GeGLU, soft caps, their own query scale."""
     fields = shared_fields(reader, head_dim=256)
     reader.only("hidden_activation", ("gelu_pytorch_tanh",), "the feed-forward is GeGLU")
@@ -247,14 +251,14 @@ def gemma_fields(reader: Reader) -> Layout:
         "embed_scale": fields["width"] ** 0.5,
         "qkv_bias": bias,
         "output_bias": bias,
-        "attention_softcap": reader.get("attn_logit_softcapping"),
-        "final_softcap": reader.get("final_logit_softcapping"),
+        "attention_softcap": reader.given("attn_logit_softcapping", softcaps[0]),
+        "final_softcap": reader.given("final_logit_softcapping", softcaps[1]),
     }
 
 
 def gemma2(reader: Reader) -> ModelSpec:
     """Gemma 2 (https://arxiv.org/abs/2408.00118): local layers alternate with global ones, soft caps."""
-    fields = gemma_fields(reader) | one_rope(reader)
+    fields = gemma_fields(reader, (50.0, 30.0)) | one_rope(reader)
     reader.only("use_bidirectional_attention", (False,), "a decoder sees the past only")
     windows = layer_windows(reader, fields["layers"], int(reader.get("sliding_window", 4096)), 2)
     return ModelSpec(family="gemma2", windows=windows, **fields)
@@ -262,7 +266,7 @@ def gemma2(reader: Reader) -> ModelSpec:
 
 def gemma3(reader: Reader) -> ModelSpec:
     """Gemma 3, text (https://arxiv.org/abs/2503.19786): five local layers to a global one, q/k norms, two rotary bases."""
-    fields = gemma_fields(reader)
+    fields = gemma_fields(reader, (None, None))
     reader.only("use_bidirectional_attention", (False,), "a decoder sees the past only")
     pattern = int(reader.get("sliding_window_pattern", reader.get("_sliding_window_pattern", 6)))
     reader.known.update(("sliding_window_pattern", "_sliding_window_pattern"))
@@ -305,6 +309,11 @@ def read_spec(config: Layout, where: str = "config.json") -> ModelSpec:
         text = " (its text-only checkpoint is supported)" if kind == "gemma3" else ""
         raise ModelError(f"{where}: model_type {kind!r} is not supported{text}; supported: {', '.join(FAMILIES)}{hint}")
     reader = Reader(dict(config), where)
-    spec = FAMILIES[kind](reader)
+    try:
+        spec = FAMILIES[kind](reader)
+    except ModelError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{where}: an attribute has a value of the wrong kind ({error})") from error
     reader.finish()
     return spec

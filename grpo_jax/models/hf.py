@@ -88,7 +88,7 @@ def find_model(path: str, revision: str | None = None, *, weights: bool = True) 
 
     patterns = ["*.json", "*.txt", "*.model", "*.jinja"] + (["*.safetensors"] if weights else [])
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=["original/*", "*/*"]))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
     except errors.GatedRepoError as error:
         raise ModelError(
             f"model.path: {path!r} asks for its licence to be accepted. Accept it on the model's page of the hub, then run "
@@ -131,11 +131,13 @@ def weight_map(folder: Path) -> dict[str, str]:
         if not isinstance(mapping, dict):
             raise ModelError(f"{folder / INDEX} has no weight_map")
         for name in sorted(set(mapping.values())):
+            if Path(name).name != name:
+                raise ModelError(f"{folder / INDEX} names a file in another folder: {name!r}")
             if not (folder / name).is_file():
                 raise ModelError(f"{folder / name} is missing, though {INDEX} names it; download the folder again")
         return mapping
-    files = sorted(file.name for file in folder.glob("*.safetensors"))
-    if files != [WEIGHTS]:
+    if not (folder / WEIGHTS).is_file():
+        files = sorted(file.name for file in folder.glob("*.safetensors"))
         pickles = [file.name for file in folder.glob("*.bin")]
         why = (
             f"it has only {', '.join(pickles)}, and pickles are never read; convert to safetensors"
@@ -246,7 +248,8 @@ def load_params(
             def read(index: Any, source: Source = source, shape: tuple[int, ...] = shape) -> np.ndarray:
                 return read_slice(files, source, shape, index, dtype)
 
-            leaves[path] = jax.make_array_from_callback(shape, sharding, read)
+            # Waiting for each: reading ahead of the transfers would pile the model up on the host.
+            leaves[path] = jax.make_array_from_callback(shape, sharding, read).block_until_ready()
             if on_tensor is not None:
                 on_tensor(number + 1, len(specs))
     return nest(leaves)

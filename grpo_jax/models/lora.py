@@ -18,7 +18,7 @@ import numpy as np
 
 from grpo_jax.config import LoraConfig
 from grpo_jax.config.sections import LINEAR_TARGETS
-from grpo_jax.models.hf import module_path, read_json
+from grpo_jax.models.hf import module_path, open_shard, read_json
 from grpo_jax.models.spec import ModelError, ModelSpec, flatten, lora_specs, nest
 from grpo_jax.types import Params
 
@@ -40,6 +40,9 @@ UNUSED: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "alora_invocation_tokens": (None, []),
     "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
     "megatron_config": (None,),
 }
 
@@ -70,6 +73,13 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     for name, allowed in UNUSED.items():
         if config.get(name) not in allowed:
             raise ModelError(f"{where}: {name} = {config[name]!r} is not supported; train or merge that adapter with PEFT")
+    # These starts change the weights of the base as well, so the adapter fits a base that is not at hand.
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise ModelError(f"{where}: init_lora_weights = {start!r} changed the base model too; convert or merge that adapter with PEFT")
+    for name in ("r", "lora_alpha"):
+        if not isinstance(config.get(name), (int, float)):
+            raise ModelError(f"{where}: {name} is {config.get(name)!r}; it must be a number")
     return LoraConfig(
         rank=int(config["r"]), alpha=float(config["lora_alpha"]), rslora=bool(config.get("use_rslora", False)), adapter=str(folder)
     )
@@ -84,12 +94,13 @@ def load_adapter(folder: Path, spec: ModelSpec) -> tuple[Params, LoraConfig]:
     Raises:
         ModelError: it was made in a way that is not built here, or for another model.
     """
-    from safetensors.numpy import load_file
+    from safetensors import safe_open
 
     lora = read_adapter_config(folder)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"{folder / ADAPTER_WEIGHTS} is missing; a PEFT folder needs it")
-    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    with open_shard(folder / ADAPTER_WEIGHTS, safe_open) as shard:
+        tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118  (not a dict)
     targets = [t for t in LINEAR_TARGETS if any(re.search(rf"\.{t}\.lora_[AB]\.weight$", name) for name in tensors)]
     leaves: dict[tuple[str, ...], jax.Array] = {}
     for path, p in lora_specs(spec, lora.rank, tuple(targets)).items():
