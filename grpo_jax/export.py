@@ -51,6 +51,9 @@ def save_merged(out: Path, original: Path, spec: ModelSpec, read: ReadTensor) ->
         out: made where it is not there; must not be the original.
         original: the folder that the model was read from: its shards, number formats, config and tokenizer are kept.
         read: gives each tensor; see `merged_weights`.
+
+    Raises:
+        ModelError: out is the original, or holds weights of another model; or the original is gone.
     """
     from safetensors.numpy import save_file
 
@@ -65,7 +68,9 @@ def save_merged(out: Path, original: Path, spec: ModelSpec, read: ReadTensor) ->
     if spec.tied:
         places["lm_head.weight"] = (("embed", "embedding"), None, False)
     with TensorFiles(original) as files:
-        for shard in sorted(set(files.files.values())):
+        shards = sorted(set(files.files.values()))
+        refuse_other_weights(out, {*shards, INDEX} if (original / INDEX).is_file() else set(shards))
+        for shard in shards:
             tensors: dict[str, np.ndarray] = {}
             for name in (n for n, file in files.files.items() if file == shard):
                 dtype = files.read(name, tuple(slice(0, 0) for _ in files.shape(name))).dtype
@@ -81,3 +86,11 @@ def save_merged(out: Path, original: Path, spec: ModelSpec, read: ReadTensor) ->
     for file in original.iterdir():
         if file.is_file() and not file.name.endswith(LEFT_BEHIND):
             shutil.copy(file, out / file.name)
+
+
+def refuse_other_weights(out: Path, wanted: set[str]) -> None:
+    """A folder with weights of another export would be two models in one; ModelError names them."""
+    weights = {file.name for file in out.iterdir() if file.name.endswith((".safetensors", ".index.json"))}
+    others = sorted(weights - wanted)
+    if others:
+        raise ModelError(f"{out} holds other weights ({', '.join(others[:3])}); choose an empty folder")

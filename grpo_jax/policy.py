@@ -274,7 +274,7 @@ class Policy:
         return Path(folder)
 
 
-def check_rows(name: str, rows: Sequence[Sequence[int]], vocab: int, *, empty: bool = False) -> None:
+def check_rows(name: str, rows: Sequence[Sequence[Any]], vocab: int, *, empty: bool = False) -> None:
     """Refuses no rows, empty rows and ids outside the vocabulary."""
     if not rows:
         raise ConfigError(f"{name}: the list is empty; give at least one")

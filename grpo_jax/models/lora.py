@@ -76,7 +76,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     # These starts change the weights of the base as well, so the adapter fits a base that is not at hand.
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        raise ModelError(f"{where}: init_lora_weights = {start!r} changed the base model too; convert or merge that adapter with PEFT")
+        raise ModelError(f"{where}: init_lora_weights = {start!r} changed the base too; convert or merge that adapter with PEFT")
     for name in ("r", "lora_alpha"):
         if not isinstance(config.get(name), (int, float)):
             raise ModelError(f"{where}: {name} is {config.get(name)!r}; it must be a number")
