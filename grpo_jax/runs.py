@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from grpo_jax.checkpoint import Checkpointer
 from grpo_jax.config import Config, ConfigError, LoraConfig, TrainConfig
+from grpo_jax.metrics import Display, RunFolder
 from grpo_jax.models import ModelError
 from grpo_jax.models.lora import init_lora
 from grpo_jax.models.spec import abstract_params
@@ -89,6 +90,39 @@ def host_values(policy: Policy, supervised: bool) -> dict[str, Any]:
         "lora": None if policy.lora is None else asdict(policy.lora),
         "supervised": supervised,
     }
+
+
+def finish(
+    policy: Policy,
+    config: Config,
+    folder: RunFolder,
+    display: Display,
+    *,
+    held_out: int,
+    seconds: float,
+    compile_seconds: float,
+) -> TrainResult:
+    """Writes and shows the result of a run.
+
+    Args:
+        policy: the trained one; its adapters, where it has some, are written too.
+        held_out: number of held-out problems.
+        seconds: wall-clock time of the run, compiling included.
+    """
+    steps, evaluations = config.train.steps, folder.evaluations()
+    files: dict[str, str] = {}
+    if policy.adapters is not None:
+        files[str(policy.save_adapter(folder.path / "adapter"))] = "the trained adapter, for PEFT, transformers and vLLM"
+    summary = folder.write_summary(
+        accuracy_before=evaluations[0]["accuracy"] if 0 in evaluations else None,
+        accuracy_after=evaluations[steps]["accuracy"] if steps in evaluations else None,
+        held_out_problems=held_out,
+        seconds=seconds,
+        steps=steps,
+        compile_seconds=compile_seconds,
+    )
+    display.report(summary, folder.written() | files)
+    return TrainResult(policy, folder.history(), summary, folder.path)
 
 
 def load_run(run_dir: str | Path) -> tuple[Config, Policy]:

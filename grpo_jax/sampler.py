@@ -207,6 +207,8 @@ def decode(
     """
     b, g, c = prompts.shape[0], *shape.shape
     spec = model.spec
+    if model.dtype == jnp.float32 and "lora" in variables:
+        variables = {"params": add_adapters(variables["params"], variables["lora"], model.lora_scale)}
     variables = jax.tree_util.tree_map_with_path(lambda path, x: cast_once(path, x, model.dtype), variables)
     hidden, prefix = prefill(model, variables, prompts, prompt_lengths)
     keys = row_keys(controls, indices, g)
@@ -257,6 +259,18 @@ def decode(
     state = record(start, jnp.broadcast_to(hidden[:, None], (b, g, spec.width)))
     state = jax.lax.while_loop(lambda s: (s.t < c) & ~jnp.all(s.done), advance, state)
     return state.ids, state.logps, state.lengths, state.done
+
+
+def add_adapters(params: Params, adapters: Params, scale: float) -> Params:
+    """W + scale · A B of every adapted layer, once a rollout instead of x A B at every token.
+
+    Only for float32: in bfloat16 the sum would round small adapters away, and sampler and trainer would disagree.
+    """
+    layers = dict(params["layers"])
+    for name, pair in adapters["layers"].items():
+        low = jnp.einsum("lir,lro->lio", pair["a"], pair["b"], precision=precision_of(jnp.float32))
+        layers[name] = layers[name] | {"kernel": layers[name]["kernel"].astype(jnp.float32) + jnp.float32(scale) * low}
+    return params | {"layers": layers}
 
 
 def cast_once(path: tuple[Any, ...], leaf: Array, dtype: Any) -> Array:

@@ -32,6 +32,7 @@ from grpo_jax.prompts import CompletionBatch, CompletionSource, completion_pairs
 from grpo_jax.runs import (
     TrainResult,
     evaluates_after,
+    finish,
     host_values,
     saves_after,
     settings_of,
@@ -200,7 +201,9 @@ def loop(run: Warmup, folder: RunFolder) -> TrainResult:
                     evaluate(run, state, folder, step + 1)
                 if saves_after(config.train, step + 1):
                     checkpoints.save(step + 1, state, host | {"seconds": time.perf_counter() - started})
-    return finish(run, state, folder, time.perf_counter() - started)
+    seconds, compiling = time.perf_counter() - started, run.sampler.program.compile_seconds + run.update.compile_seconds
+    policy = with_trained(run.policy, state.trainable)
+    return finish(policy, config, folder, display, held_out=len(run.source.held_out), seconds=seconds, compile_seconds=compiling)
 
 
 def evaluate(run: Warmup, state: TrainState, folder: RunFolder, step: int) -> None:
@@ -217,22 +220,3 @@ def evaluate(run: Warmup, state: TrainState, folder: RunFolder, step: int) -> No
     accuracy = float(np.mean([got == own for got, own in zip(rollout.completion_ids, batch.completion_ids, strict=True)]))
     folder.write_evaluation(step, {"accuracy": accuracy, "problems": problems})
     run.display.evaluation(step, accuracy, problems)
-
-
-def finish(run: Warmup, state: TrainState, folder: RunFolder, seconds: float) -> TrainResult:
-    """Writes and shows the result."""
-    steps, evaluations = run.config.train.steps, folder.evaluations()
-    policy = with_trained(run.policy, state.trainable)
-    files: dict[str, str] = {}
-    if policy.adapters is not None:
-        files[str(policy.save_adapter(folder.path / "adapter"))] = "the trained adapter, for PEFT, transformers and vLLM"
-    summary = folder.write_summary(
-        accuracy_before=evaluations[0]["accuracy"] if 0 in evaluations else None,
-        accuracy_after=evaluations[steps]["accuracy"] if steps in evaluations else None,
-        held_out_problems=len(run.source.held_out),
-        seconds=seconds,
-        steps=steps,
-        compile_seconds=run.sampler.program.compile_seconds + run.update.compile_seconds,
-    )
-    run.display.report(summary, folder.written() | files)
-    return TrainResult(policy, folder.history(), summary, folder.path)
