@@ -176,8 +176,8 @@ def test_a_policy_that_is_handed_over_stays_as_it_is(lora: gx.LoraConfig | None,
 
 
 def test_one_fetch_of_the_rollout_and_one_of_the_metrics_bring_a_step_to_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    # On CPU the transfer guard does not see device-to-host copies, and NumPy reads an array's memory without asking: so the fetches
-    # are counted where they are made, and any other way for a value to leave raises.
+    # On CPU the transfer guard does not see device-to-host copies, and NumPy reads an array's memory without asking it: so fetches
+    # are counted where they are made, and every other way for a value to leave raises.
     fetched: list[int] = []
     inside = [False]
     real_get, real_step, array = jax.device_get, grpo.one_step, type(jax.numpy.zeros(1))
@@ -198,17 +198,19 @@ def test_one_fetch_of_the_rollout_and_one_of_the_metrics_bring_a_step_to_the_hos
         finally:
             inside[0] = False
 
-    def watched(name: str) -> Any:
-        real = getattr(array, name)
+    def watched(owner: Any, name: str) -> Any:
+        real = getattr(owner, name)
 
-        def method(self: Any, *arguments: Any, **named: Any) -> Any:
-            assert not inside[0], f"a device array leaves by {name}"
-            return real(self, *arguments, **named)
+        def method(*arguments: Any, **named: Any) -> Any:
+            assert not (inside[0] and isinstance(arguments[0], jax.Array)), f"a device array leaves by {name}"
+            return real(*arguments, **named)
 
         return method
 
-    for name in ("__array__", "__float__", "__int__", "__bool__", "__index__", "item", "tolist", "__iter__"):
-        monkeypatch.setattr(array, name, watched(name))
+    for name in ("__float__", "__int__", "__bool__", "__index__", "__iter__", "item", "tolist"):
+        monkeypatch.setattr(array, name, watched(array, name))
+    for name in ("asarray", "array"):
+        monkeypatch.setattr(np, name, watched(np, name))
     monkeypatch.setattr(jax, "device_get", device_get)
     monkeypatch.setattr(grpo, "one_step", one_step)
     gx.train(config_of(tmp_path), dataset=ROWS, reward_funcs=letters)
