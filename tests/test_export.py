@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,7 +18,13 @@ from grpo_jax.config import LoraConfig
 from grpo_jax.models import ModelError
 from grpo_jax.models.hf import INDEX, WEIGHTS
 from grpo_jax.policy import Policy
-from plain_oracles import LORA, moved, with_random_adapters
+from plain_oracles import LORA, moved, quick_compiling, with_random_adapters
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    with quick_compiling():
+        yield
 
 
 def adapted(folder: Path, lora: LoraConfig = LORA, dtype: str = "float32") -> Policy:

@@ -16,6 +16,7 @@ from plain_oracles import array_sizes, log_softmax, quick_compiling
 T, H, V = 23, 16, 1187  # a prime vocabulary, and tokens that no chunk of 5 divides
 CASES = [(None, 1.0), (None, 0.7), (3.0, 1.0), (3.0, 1.6)]
 IMPLEMENTATIONS = ["reference", "xla"]
+NAMES: list[str] = ["logp", "entropy", "lse"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -62,7 +63,7 @@ def gradients(
     """Gradients with respect to x and w of the sum of the outputs, each times its direction."""
 
     def scalar(x: jax.Array, w: jax.Array) -> jax.Array:
-        outputs = dict(zip(("logp", "entropy", "lse"), head_logprob(x, w, ids, **options), strict=True))
+        outputs: dict[str, jax.Array] = dict(zip(NAMES, head_logprob(x, w, ids, **options), strict=True))
         return sum((jnp.sum(outputs[name] * jnp.asarray(vector)) for name, vector in along.items()), jnp.float32(0))
 
     dx, dw = jax.jit(jax.grad(scalar, argnums=(0, 1)))(x, w)
@@ -118,7 +119,7 @@ def test_gradients_of_a_trained_head(
     x, w, ids = inputs(tokens)
     along = directions(tokens)
     expected = oracle(x, w, ids, softcap, temperature)
-    d_raw = sum(along[name][:, None] * expected[f"d_{name}"] for name in along)
+    d_raw = np.sum([along[name][:, None] * expected[f"d_{name}"] for name in along], axis=0)
     options = {"temperature": temperature, "softcap": softcap, "head_trainable": True, "implementation": implementation}
     dx, dw = gradients(x, w, ids, along, **options)
     assert relative(dx, d_raw @ np.asarray(w, np.float64)) < 1e-5
@@ -197,8 +198,8 @@ def test_there_is_never_an_array_of_tokens_by_vocabulary(trainable: bool) -> Non
 
     gradient = jax.grad(scalar, argnums=(0, 1))
     assert array_sizes(jax.make_jaxpr(gradient)(*shapes)) <= 2 * xla.CHUNK_LOGITS < tokens * vocabulary
-    compiled = jax.jit(gradient).lower(*shapes).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 4 * tokens * vocabulary
+    memory: Any = jax.jit(gradient).lower(*shapes).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * tokens * vocabulary
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def test_there_is_never_an_array_of_tokens_by_vocabulary(trainable: bool) -> Non
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
-    given = {"x": jnp.zeros((3, 4)), "w": jnp.zeros((7, 4)), "ids": jnp.zeros((3,), jnp.int32)} | change
-    undecorated = getattr(head_logprob, "__wrapped__", head_logprob)  # without the tests' own check of shapes
+    given: dict[str, Any] = {"x": jnp.zeros((3, 4)), "w": jnp.zeros((7, 4)), "ids": jnp.zeros((3,), jnp.int32)} | change
+    undecorated = head_logprob.__wrapped__  # type: ignore[attr-defined]  # without the tests' own check of shapes
     with pytest.raises(ValueError, match=message):
         undecorated(**given)

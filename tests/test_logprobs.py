@@ -60,13 +60,13 @@ def values_and_gradient(
 
         return jax.grad(scalar, has_aux=True)(adapters)
 
-    gradient, logps = run(adapters, base, *(jnp.asarray(x) for x in (prompts, lengths, completions, counts)))
+    gradient, logps = run(adapters, base, prompts, lengths, completions, counts)
     return np.asarray(logps), np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(gradient)])
 
 
 def scored(policy: Policy, prompts: np.ndarray, completions: np.ndarray, temperature: float = 1.0) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities and entropies."""
-    run = jax.jit(lambda v, *rest: completion_logprobs(policy.model, v, *rest, temperature))
+    run = jax.jit(lambda v, p, n, c: completion_logprobs(policy.model, v, p, n, c, temperature))
     return run(policy.variables, prompts, PROMPT_LENGTHS, completions)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -122,7 +123,7 @@ def test_attention_over_shared_and_own_keys_is_one_softmax_with_its_gradients(so
     direction = jnp.asarray(rng.normal(size=(b, kv, g, r, c, dh)), jnp.float32)
 
     def fast(q: jax.Array, ks: jax.Array, vs: jax.Array, ko: jax.Array, vo: jax.Array) -> tuple[jax.Array, jax.Array]:
-        out = attention(q, (Keys(ks, vs, jnp.asarray(mask_shared)), Keys(ko, vo, jnp.asarray(mask_own))), softcap)
+        out: Any = attention(q, (Keys(ks, vs, jnp.asarray(mask_shared)), Keys(ko, vo, jnp.asarray(mask_own))), softcap)
         return jnp.sum(out * direction), out
 
     def plain(q: jax.Array, ks: jax.Array, vs: jax.Array, ko: jax.Array, vo: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -32,9 +32,10 @@ def _quick() -> Iterator[None]:
         yield
 
 
-def generate(prompts: Any, **settings: Any) -> list[list[Completion]]:
+def generate(prompts: Any, *, num_generations: int = 3, max_completion_length: int = 10, **settings: Any) -> list[list[Completion]]:
     """One program for most of these tests: two prompts, three completions of ten tokens."""
-    return tiny_policy("qwen3", LORA).generate(prompts, **({"num_generations": 3, "max_completion_length": 10} | settings))
+    policy = tiny_policy("qwen3", LORA)
+    return policy.generate(prompts, num_generations=num_generations, max_completion_length=max_completion_length, **settings)
 
 
 def test_generate_gives_groups_of_completions() -> None:

@@ -30,11 +30,16 @@ def _quick() -> Iterator[None]:
 
 
 def sample(
-    family: str, settings: RolloutConfig, prompts: Sequence[Sequence[int]] = PROMPTS, stops: Any = MANY_STOPS, **where: Any
+    family: str,
+    settings: RolloutConfig,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+    stops: Any = MANY_STOPS,
+    seed: int = 0,
+    **where: Any,
 ) -> Rollout:
     policy = tiny_policy(family, LORA)
     sampler = SAMPLERS.setdefault((family, stops), Sampler.build(policy.model, stops))
-    return sampler.sample(policy.variables, prompts, settings, **({"seed": 0} | where))
+    return sampler.sample(policy.variables, prompts, settings, seed=seed, **where)
 
 
 SAMPLERS: dict[Any, Sampler] = {}
@@ -113,7 +118,8 @@ def test_truncated_sampling_returns_the_log_probabilities_of_what_was_sampled(cu
 def test_the_same_seed_and_step_give_the_same_and_others_do_not() -> None:
     first = sample("qwen2", SETTINGS, seed=1, step=2)
     assert_same(sample("qwen2", SETTINGS, seed=1, step=2), first, 0)
-    for other in ({"seed": 2, "step": 2}, {"seed": 1, "step": 3}, {"seed": 1, "step": 2, "indices": [0, 9, 2]}):
+    others: list[dict[str, Any]] = [{"seed": 2, "step": 2}, {"seed": 1, "step": 3}, {"seed": 1, "step": 2, "indices": [0, 9, 2]}]
+    for other in others:
         assert sample("qwen2", SETTINGS, **other).completion_ids != first.completion_ids
 
 
@@ -123,7 +129,9 @@ def test_the_largest_seed_and_step_work() -> None:
 
 def rows_of(rollout: Rollout, rows: Sequence[int]) -> Rollout:
     return Rollout(
-        *([values[row] for row in rows] for values in (rollout.completion_ids, rollout.logprobs, rollout.finish_reasons))
+        completion_ids=[rollout.completion_ids[row] for row in rows],
+        logprobs=[rollout.logprobs[row] for row in rows],
+        finish_reasons=[rollout.finish_reasons[row] for row in rows],
     )
 
 

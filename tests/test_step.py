@@ -75,9 +75,9 @@ def recording() -> optax.GradientTransformation:
     def init(params: Any) -> Any:
         return inner.init(params), jax.tree.map(jnp.zeros_like, params)
 
-    def update(gradient: Any, state: Any, params: Any = None) -> Any:
-        updates, kept = inner.update(gradient, state[0], params)
-        return updates, (kept, gradient)
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        changes, kept = inner.update(updates, state[0], params)
+        return changes, (kept, updates)
 
     return optax.GradientTransformation(init, update)
 
@@ -244,9 +244,8 @@ def as_float32(array: Any) -> jax.Array:
 def assert_same_step(got: Params, expected: Params) -> None:
     """1e-3: the size of the change, of which float32 forward passes in another order leave that much."""
     before = start()[0]
-    assert_near_in_norm(
-        *(jax.tree.map(lambda p, q: np.asarray(p, np.float64) - np.asarray(q), x, before) for x in (got, expected)), 1e-3
-    )
+    changes = [jax.tree.map(lambda p, q: np.asarray(p, np.float64) - np.asarray(q), after, before) for after in (got, expected)]
+    assert_near_in_norm(changes[0], changes[1], 1e-3)
 
 
 def test_one_update_is_that_of_whole_logits_and_the_formulas() -> None:
@@ -360,7 +359,7 @@ def test_full_fine_tuning_trains_every_weight_by_its_own_gradient() -> None:
 
 def test_equal_rewards_and_no_kl_give_a_gradient_of_exactly_zero() -> None:
     trainable, frozen = start()
-    equal = batch().replace(rewards=jnp.full((B, G), 0.7, jnp.float32))
+    equal = dataclasses.replace(batch(), rewards=jnp.full((B, G), 0.7, jnp.float32))
     state, packed = program(OBJECTIVES["dr_grpo, two updates"])(trainable, equal, frozen)
     metrics, advantages = packed.to_host()
     assert np.all(advantages == 0)
@@ -372,7 +371,7 @@ def test_equal_rewards_and_no_kl_give_a_gradient_of_exactly_zero() -> None:
 
 def test_a_batch_without_a_trained_token_changes_nothing() -> None:
     trainable, frozen = start()
-    nothing = batch().replace(completion_mask=jnp.zeros((N, C), bool))
+    nothing = dataclasses.replace(batch(), completion_mask=jnp.zeros((N, C), bool))
     state, packed = program(OBJECTIVES["dapo"])(trainable, nothing, frozen)
     assert np.all(flat(state.opt_state[1]) == 0)
     assert all(np.isfinite(value) for value in packed.to_dict().values())
@@ -418,7 +417,7 @@ def test_the_first_step_of_a_run_has_no_kl_and_clips_nothing() -> None:
     table = np.zeros((N, C), np.float32)
     for row, values in enumerate(sampled):
         table[row, : len(values)] = values
-    given = batch().replace(sampler_logprobs=jnp.asarray(table))
+    given = dataclasses.replace(batch(), sampler_logprobs=jnp.asarray(table))
     state, packed = program(OBJECTIVES["dapo"])(fresh, given, Frozen(policy.params, {}))
     metrics = packed.to_dict()
     assert metrics["kl_divergence"] < 1e-10  # two compiled passes: d² / 2 with d near 1e-6
@@ -490,7 +489,7 @@ def test_no_update_ever_holds_rows_by_tokens_by_vocabulary(full: bool) -> None:
     model = Transformer(spec, jnp.dtype("float32"), lora.scale, "layer")
     made = learner(ObjectiveConfig(beta=0.1, num_iterations=2), (2, 4), model=model, full=full)
     base = abstract_params(spec, "float32")
-    shape = jax.ShapeDtypeStruct
+    shape: Any = jax.ShapeDtypeStruct
     adapters = nest({path: shape(p.shape, jnp.float32) for path, p in lora_specs(spec, 2, lora.target_names).items()})
     trainable = base if full else adapters
     state = jax.eval_shape(made.init, trainable)
