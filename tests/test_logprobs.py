@@ -86,7 +86,7 @@ def test_completions_that_share_a_prompt_are_as_if_each_had_its_own(family: str)
         policy.model, policy.params, policy.adapters, np.repeat(prompts, G, 0), np.repeat(PROMPT_LENGTHS, G), completions, counts
     )
     trained = counts != 0
-    np.testing.assert_allclose(shared[trained], each[trained], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(shared[trained], each[trained], rtol=2e-6, atol=1e-5)  # float32 keeps 7 digits of up to 17 nats
     assert_near_in_norm(gradient, each_gradient)
 
 

@@ -422,7 +422,7 @@ def test_the_first_step_of_a_run_has_no_kl_and_clips_nothing() -> None:
     metrics = packed.to_dict()
     assert metrics["kl_divergence"] < 1e-10  # two compiled passes: d² / 2 with d near 1e-6
     assert metrics["clip_ratio/region"] == 0
-    assert metrics["sampling/logp_difference/max"] < 1e-5
+    assert metrics["sampling/logp_difference/max"] < 5e-5  # float32 keeps 7 digits of up to 20 nats
     assert metrics["loss"] == pytest.approx(metrics["policy_loss"], abs=1e-8)
     assert np.all(np.isfinite(flat(state.trainable)))
 
