@@ -1,4 +1,4 @@
-"""GSM8K's own rows through a recipe: two full steps with a tiny random model instead of the hub's, and rewards from the real answers."""
+"""GSM8K's own rows through a recipe: two full steps of a tiny random model, with rewards from the real answers."""
 
 from __future__ import annotations
 

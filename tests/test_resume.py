@@ -134,8 +134,8 @@ def test_a_run_that_was_stopped_and_resumed_equals_the_uninterrupted_one(
 def test_a_resumed_run_evaluates_only_when_an_uninterrupted_one_does(uninterrupted: Callable[[str], TrainResult], tmp_path: Path):
     config = config_of(tmp_path, **SECTIONS["bare"])
     with pytest.raises(KeyboardInterrupt):
-        train(config, stopping(4, KeyboardInterrupt()), eval_dataset=ROWS[:4])  # evaluation, steps 1 and 2
-    resumed = train(config, resume=True, eval_dataset=ROWS[:4])
+        train(config, stopping(4, KeyboardInterrupt()), eval_dataset=ROWS[:6])  # evaluation, steps 1 and 2
+    resumed = train(config, resume=True, eval_dataset=ROWS[:6])
     assert [record["step"] for record in records(tmp_path / "evaluations.jsonl")] == [0, 3]
     assert timeless(resumed.history) == timeless(uninterrupted("bare").history)
 
