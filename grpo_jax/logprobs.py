@@ -1,8 +1,9 @@
 """Per-token log-probabilities of completions, under the policy or the reference.
 
 Enters: prompts [B, P] and completions [N, C], N = B·G, padded on the right. Leaves: log-probabilities and entropies [N, C],
-    float32 nats. Each prompt is computed once for its G completions; the vocabulary is met in chunks of tokens, so no [rows,
-    tokens, vocabulary] array exists.
+    float32 nats; of the model's whole distribution (`completion_logprobs`), or of the one that completions are drawn from
+    (`sampled_logprobs`). Each prompt is computed once for its G completions; the vocabulary is met in chunks of tokens, so no
+    [rows, tokens, vocabulary] array exists.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.attention import group_attend
 from grpo_jax.models.transformer import Transformer, head_matrix
+from grpo_jax.truncated import Restriction, restricted_logprobs
 from grpo_jax.types import Params
 from grpo_kernels.head_logprob import head_logprob
 
@@ -54,7 +56,7 @@ def completion_logprobs(
     *,
     head_trainable: bool = False,
 ) -> tuple[Float[Array, "N C"], Float[Array, "N C"]]:
-    """Log-probabilities of completion tokens, and the entropy of the distribution that each was drawn from.
+    """Log-probabilities of completion tokens under the model's whole distribution, and the entropy of that.
 
     Args:
         variables: {"params": base, "lora": adapters}, or without "lora" for the base.
@@ -74,3 +76,31 @@ def completion_logprobs(
         head_trainable=head_trainable,
     )
     return logps.reshape(n, c), entropy.reshape(n, c)
+
+
+def sampled_logprobs(
+    model: Transformer,
+    variables: Params,
+    prompt_ids: Int[Array, "B P"],
+    prompt_lengths: Int[Array, "B"],
+    completion_ids: Int[Array, "N C"],
+    restriction: Restriction,
+    temperature: float | Float[Array, ""] = 1.0,
+    *,
+    head_trainable: bool = False,
+) -> tuple[Float[Array, "N C"], Float[Array, "N C"], Float[Array, "N C"]]:
+    """Log-probabilities under the distribution that was sampled from and under the whole one, and the whole one's entropy.
+
+    Args: as `completion_logprobs`, and
+        restriction: what sampling does to the distribution.
+    """
+    hidden = group_hidden(model, variables, prompt_ids, prompt_lengths, completion_ids)
+    return restricted_logprobs(
+        hidden,
+        head_matrix(model.spec, variables["params"]).astype(hidden.dtype),
+        completion_ids,
+        restriction,
+        temperature=temperature,
+        softcap=model.spec.final_softcap,
+        head_trainable=head_trainable,
+    )

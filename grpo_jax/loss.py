@@ -31,6 +31,9 @@ Deviations and choices:
 * `sapo`: τ = 1.0 where A > 0, else 1.05.
 * δ (two-sided clipping, https://arxiv.org/abs/2505.07291) bounds ρ where A < 0; off where it is None.
 * With importance_cap, m (not KL) is multiplied by sg(min(π_old/π_sampler, cap)); per token for `gspo` too.
+* Where logps are of a truncated distribution π̃, the KL term takes the whole π (`whole_logps`), as it takes the whole reference.
+  π̃ = π/Z on the tokens that stay, so against it d would be log Z even where policy = reference, k3 would be positive there, and not
+  unbiased: E_π̃[e^d] is not 1. Of whole ones k3 is 0 exactly where they agree; its mean is E_π[k3 | the tokens that stay].
 * A log-ratio enters exp as at most ±80 nats, without gradient beyond: e⁸⁹ is infinite in float32, and 0·∞ a NaN in the gradient.
 * Where ρ is exactly on a clip bound, the gradient is that of the unclipped side.
 """
@@ -67,12 +70,13 @@ def grpo_loss(
     objective: ObjectiveConfig,
     *,
     sampler_logps: ArrayLike | None = None,
+    whole_logps: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     max_completion_length: int | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Loss of a batch of completions, or of some rows of it; formulas in the module's docstring.
 
-    All log-probabilities are nats per token and are taken as float32. Gradients flow through `logps` alone.
+    All log-probabilities are nats per token and are taken as float32. Gradients flow through `logps` and `whole_logps`.
 
     Args:
         logps: [N, C], of the policy that is trained.
@@ -83,6 +87,7 @@ def grpo_loss(
             without any True gives 0 and stays in the denominators that count rows.
         objective: The settings.
         sampler_logps: [N, C], of the distribution that the tokens were drawn from, as the sampler computed them.
+        whole_logps: [N, C], of the policy's whole distribution, for the KL term, where logps are of a truncated one; None = logps.
         weights: [N, C], these rows of the whole batch's `token_weights`; None = this is the whole batch.
         max_completion_length: `dr_grpo`'s constant, in tokens; None = C. Has no effect where weights are given.
 
@@ -97,9 +102,8 @@ def grpo_loss(
     """
     if weights is None:
         weights = token_weights(completion_mask, objective, max_completion_length)
-    per_token, stats = token_objective(
-        logps, old_logps, ref_logps, advantages, completion_mask, objective, sampler_logps=sampler_logps, weights=weights
-    )
+    rows = (logps, old_logps, ref_logps, advantages, completion_mask)
+    per_token, stats = token_objective(*rows, objective, sampler_logps, weights, whole_logps)
     return jnp.sum(jnp.asarray(weights, jnp.float32) * per_token), finish_stats(stats)
 
 
@@ -142,6 +146,7 @@ def token_objective(
     objective: ObjectiveConfig,
     sampler_logps: ArrayLike | None = None,
     weights: ArrayLike | None = None,
+    whole_logps: ArrayLike | None = None,
 ) -> tuple[Float[Array, "N C"], Stats]:
     """What every token adds to the loss before its weight, and the sums that metrics are made of.
 
@@ -153,7 +158,7 @@ def token_objective(
     Raises:
         ValueError: as `grpo_loss`.
     """
-    given = _check(logps, old_logps, ref_logps, advantages, completion_mask, sampler_logps, weights)
+    given = _check(logps, old_logps, ref_logps, advantages, completion_mask, sampler_logps, weights, whole_logps)
     mask, policy, advantage = given.mask, given.logps, given.advantages[:, None]
     has_kl_term = objective.beta > 0 and not objective.kl_in_reward
     if has_kl_term and given.ref is None:
@@ -168,9 +173,9 @@ def token_objective(
     term = _only(mask, term)
     per_token = term
     if has_kl_term and given.ref is not None:
-        per_token = per_token + jnp.float32(objective.beta) * _only(mask, kl_per_token(policy, given.ref, objective.kl))
+        per_token = per_token + jnp.float32(objective.beta) * _only(mask, kl_per_token(given.whole, given.ref, objective.kl))
 
-    stats = token_stats(policy, given.old, given.ref, given.sampler, mask, clipped_low, clipped_high)
+    stats = token_stats(given.whole, given.old, given.ref, given.sampler, mask, clipped_low, clipped_high)
     if given.weights is not None:
         stats["policy_loss"] = stop_gradient(jnp.sum(given.weights * term))
     return per_token, stats
@@ -184,8 +189,7 @@ def kl_per_token(logps: ArrayLike, ref_logps: ArrayLike, kind: str) -> Float[Arr
     gradient of k1 is zero: it monitors and does not hold the policy. k3 takes d as at most ±80 nats.
 
     Args:
-        logps: Of the policy, any shape, nats.
-        ref_logps: Of the reference, the same shape.
+        logps, ref_logps: Of the policy and of the reference, any shape and the same, nats.
         kind: "k1", "k2" or "k3".
 
     Returns:
@@ -212,8 +216,7 @@ def kl_reward_penalty(logps: ArrayLike, ref_logps: ArrayLike, completion_mask: A
     """Σ_t k1 of each completion, in nats, without gradient: with kl_in_reward, beta times it comes off the completion's reward.
 
     Args:
-        logps: [N, C], of the policy that sampled.
-        ref_logps: [N, C], of the reference.
+        logps, ref_logps: [N, C], of the policy that sampled and of the reference; both of whole distributions.
         completion_mask: [N, C], True = the token is trained.
 
     Raises:
@@ -318,9 +321,10 @@ def _policy_term(
 
 
 class _Given(NamedTuple):
-    """The arguments as float32 arrays of agreeing shapes, 0 at tokens that are not trained; only logps carries a gradient."""
+    """The arguments as float32 arrays of agreeing shapes, 0 at tokens that are not trained; logps and whole carry gradients."""
 
     logps: Float[Array, "N C"]
+    whole: Float[Array, "N C"]
     old: Float[Array, "N C"]
     ref: Float[Array, "N C"] | None
     sampler: Float[Array, "N C"] | None
@@ -337,6 +341,7 @@ def _check(
     completion_mask: ArrayLike,
     sampler_logps: ArrayLike | None,
     weights: ArrayLike | None,
+    whole_logps: ArrayLike | None = None,
 ) -> _Given:
     shape = jnp.shape(logps)
     if len(shape) != 2 or 0 in shape:
@@ -346,6 +351,7 @@ def _check(
         "ref_logps": ref_logps,
         "completion_mask": completion_mask,
         "sampler_logps": sampler_logps,
+        "whole_logps": whole_logps,
         "weights": weights,
     }
     for name, array in others.items():
@@ -362,8 +368,10 @@ def _check(
     def constant(array: ArrayLike | None) -> Float[Array, "N C"] | None:
         return None if array is None else stop_gradient(trained(array))
 
+    policy = trained(logps)
     return _Given(
-        logps=trained(logps),
+        logps=policy,
+        whole=policy if whole_logps is None else trained(whole_logps),
         old=stop_gradient(trained(logps if old_logps is None else old_logps)),
         ref=constant(ref_logps),
         sampler=constant(sampler_logps),

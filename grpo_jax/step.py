@@ -7,6 +7,8 @@ The batch is cut into micro-batches of b prompts and g of their completions; gra
 Weights of the tokens (and with them every denominator) come from the whole batch, so the result does not depend on the cut.
 With one update a batch the old log-probabilities are the new ones without gradient, and cost no forward; with several, those of
 the first are kept. The reference is scored once a batch, and not at all at β = 0.
+Where sampling truncates the distribution or bans tokens, log-probabilities of the policy are those of what is left; in the KL term,
+and of the reference, they are those of the whole distribution.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ from jaxtyping import Array, Float, Shaped
 
 from grpo_jax.advantages import group_advantages
 from grpo_jax.config import ObjectiveConfig
-from grpo_jax.logprobs import completion_logprobs
+from grpo_jax.logprobs import completion_logprobs, sampled_logprobs
 from grpo_jax.loss import finish_stats, kl_reward_penalty, token_objective, token_weights, total_stats
 from grpo_jax.models.transformer import Transformer
+from grpo_jax.truncated import Restriction
 from grpo_jax.types import AnyArray, Frozen, Params, TrainBatch, TrainState
 
 
@@ -71,6 +74,7 @@ class Learner:
         temperature: of sampling; divides the logits in all log-probabilities.
         max_completion_length: `dr_grpo`'s constant.
         micro_batch: (prompts, completions of each) whose gradient is computed at once.
+        restriction: what sampling does to the distribution, for the policy's log-probabilities; None where it does nothing to it.
     """
 
     model: Transformer
@@ -81,6 +85,7 @@ class Learner:
     temperature: float
     max_completion_length: int
     micro_batch: tuple[int, int]
+    restriction: Restriction | None = None
 
     def policy(self, trainable: Params, frozen: Frozen) -> Params:
         """Variables of the policy that is trained."""
@@ -100,11 +105,12 @@ class Learner:
         """One batch: `objective.num_iterations` updates. Jit it with the state donated."""
         objective = self.objective
         split = Split.of(batch, self.micro_batch)
-        ref_logps = self.score(self.reference(frozen), split) if objective.needs_reference else None
+        ref_logps = self.score(self.reference(frozen), split, None)[0] if objective.needs_reference else None
         rewards, old_logps = batch.rewards, None
         if objective.kl_in_reward and ref_logps is not None:
-            old_logps = self.score(self.policy(state.trainable, frozen), split)
-            penalty = kl_reward_penalty(split.join(old_logps), split.join(ref_logps), batch.completion_mask)
+            old_logps, whole = self.score(self.policy(state.trainable, frozen), split, self.restriction)
+            own = split.join(old_logps if whole is None else whole)
+            penalty = kl_reward_penalty(own, split.join(ref_logps), batch.completion_mask)
             rewards = rewards - jnp.float32(objective.beta) * penalty.reshape(rewards.shape)
         advantages = group_advantages(rewards, objective.scale_rewards, objective.advantage_eps, batch.valid)
         weights = token_weights(batch.completion_mask, objective, self.max_completion_length)
@@ -135,11 +141,22 @@ class Learner:
         (state, _), metrics = jax.lax.scan(body, (state, start), numbers)
         return state, {name: values[-1] for name, values in metrics.items()}
 
-    def score(self, variables: Params, split: Split) -> Float[Array, "M n C"]:
-        """Log-probabilities without gradient, micro-batch by micro-batch."""
+    def logprobs(
+        self, variables: Params, rows: tuple[Array, Array, Array], restriction: Restriction | None, head_trainable: bool
+    ) -> tuple[Float[Array, "n C"], Float[Array, "n C"] | None, Float[Array, "n C"]]:
+        """Of (prompts, lengths, completions): restricted, whole (None: the same) log-probabilities, and the whole one's entropy."""
+        if restriction is None:
+            logps, entropy = completion_logprobs(self.model, variables, *rows, self.temperature, head_trainable=head_trainable)
+            return logps, None, entropy
+        return sampled_logprobs(self.model, variables, *rows, restriction, self.temperature, head_trainable=head_trainable)
 
-        def one(part: tuple[Array, Array, Array]) -> Array:
-            return completion_logprobs(self.model, variables, *part, self.temperature)[0]
+    def score(
+        self, variables: Params, split: Split, restriction: Restriction | None
+    ) -> tuple[Float[Array, "M n C"], Float[Array, "M n C"] | None]:
+        """Restricted and whole (None: the same) log-probabilities without gradient, micro-batch by micro-batch."""
+
+        def one(rows: tuple[Array, Array, Array]) -> tuple[Array, Array | None]:
+            return self.logprobs(variables, rows, restriction, head_trainable=False)[:2]
 
         return jax.lax.stop_gradient(jax.lax.map(one, (split.prompt_ids, split.prompt_lengths, split.completion_ids)))
 
@@ -150,15 +167,8 @@ class Learner:
 
         def loss_of(trainable: Params, part: tuple[Split, dict[str, Any]]) -> tuple[Array, tuple[Array, dict[str, Array]]]:
             rows, given = part
-            logps, entropy = completion_logprobs(
-                self.model,
-                self.policy(trainable, frozen),
-                rows.prompt_ids,
-                rows.prompt_lengths,
-                rows.completion_ids,
-                self.temperature,
-                head_trainable=self.full,
-            )
+            texts = (rows.prompt_ids, rows.prompt_lengths, rows.completion_ids)
+            logps, whole, entropy = self.logprobs(self.policy(trainable, frozen), texts, self.restriction, head_trainable=self.full)
             old = given["old_logps"]
             if "first" in given:
                 old = jnp.where(given["first"], jax.lax.stop_gradient(logps), old)
@@ -171,6 +181,7 @@ class Learner:
                 self.objective,
                 sampler_logps=rows.sampler_logprobs,
                 weights=given["weights"],
+                whole_logps=whole,
             )
             loss = jnp.sum(given["weights"] * per_token)
             stats["entropy"] = jnp.sum(jnp.where(rows.completion_mask, jax.lax.stop_gradient(entropy), jnp.float32(0)))

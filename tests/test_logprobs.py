@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 from goldens.folders import FAMILIES
-from grpo_jax.logprobs import completion_logprobs
+from grpo_jax.logprobs import completion_logprobs, sampled_logprobs
 from grpo_jax.models import Transformer
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.spec import abstract_params
 from grpo_jax.policy import Policy
+from grpo_jax.truncated import Restriction
 from grpo_jax.types import Params
-from plain_oracles import LORA, array_sizes, golden_config, log_softmax, plain_model, quick_compiling, tiny_policy
+from plain_oracles import LORA, STOPS, array_sizes, golden_config, log_softmax, plain_model, quick_compiling, tiny_policy
 
 B, G, P, C = 2, 3, 12, 8
 PROMPT_LENGTHS = np.array([4, 11], np.int32)  # longer than the families' windows (5 to 7), and shorter
@@ -158,15 +159,62 @@ def test_a_completion_of_one_token() -> None:
     np.testing.assert_allclose(first[:, 0], whole[:, 0], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "restriction",
+    [
+        Restriction(top_k=5, top_p=0.9, min_p=0.05, stop_ids=STOPS, min_length=4),
+        Restriction(top_p=0.6),
+        Restriction(stop_ids=STOPS, min_length=4),
+        Restriction(stop_ids=STOPS, min_length=C),
+    ],
+)
+@pytest.mark.parametrize("family", ["gemma2", "qwen2"])
+def test_the_trainer_has_the_log_probabilities_that_the_sampler_returned(family: str, restriction: Restriction) -> None:
+    """Also with a soft cap on the logits, and where few tokens stay."""
+    policy = tiny_policy(family, LORA)
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(6, policy.spec.vocab, n).tolist() for n in PROMPT_LENGTHS]
+    drawn = policy.generate(
+        prompts,
+        num_generations=G,
+        max_completion_length=C,
+        min_completion_length=restriction.min_length,
+        temperature=0.7,
+        top_k=restriction.top_k,
+        top_p=restriction.top_p,
+        min_p=restriction.min_p,
+    )
+    rows = [completion for group in drawn for completion in group]
+    table, theirs = np.zeros((B * G, C), np.int32), np.zeros((B * G, C), np.float32)
+    for number, row in enumerate(rows):
+        table[number, : len(row.ids)], theirs[number, : len(row.ids)] = row.ids, row.logprobs
+    mask = np.arange(C)[None, :] < np.array([len(row.ids) for row in rows])[:, None]
+    padded = np.array([row + [0] * (P - len(row)) for row in prompts], np.int32)
+    run = jax.jit(lambda v, p, n, c: sampled_logprobs(policy.model, v, p, n, c, restriction, 0.7))
+    logps, whole, entropy = run(policy.variables, padded, PROMPT_LENGTHS, table)
+    assert np.abs(np.asarray(logps) - theirs)[mask].max() < 1e-4
+    plain, plain_entropy = scored(policy, padded, table, 0.7)
+    np.testing.assert_allclose(np.asarray(whole)[mask], np.asarray(plain)[mask], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(entropy)[mask], np.asarray(plain_entropy)[mask], rtol=0, atol=1e-5)
+    assert np.all(np.asarray(logps - whole)[mask] >= -1e-5)
+    if restriction.truncates:
+        assert np.abs(np.asarray(whole) - theirs)[mask].mean() > 0.1
+
+
+@pytest.mark.parametrize("restriction", [None, Restriction(top_p=0.9), Restriction(stop_ids=(2,), min_length=100)])
 @pytest.mark.parametrize("trainable", [False, True])
-def test_there_is_never_an_array_of_rows_by_tokens_by_vocabulary(trainable: bool) -> None:
+def test_there_is_never_an_array_of_rows_by_tokens_by_vocabulary(trainable: bool, restriction: Restriction | None) -> None:
     vocabulary, rows, tokens = 50_000, 8, 256
     spec = read_spec(golden_config("llama2") | {"vocab_size": vocabulary})
     model = Transformer(spec, jnp.dtype("float32"))
     shapes = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 64), (2,), (rows, tokens))]
 
     def scalar(params: Params, prompts: Any, lengths: Any, completions: Any) -> Any:
-        return jnp.sum(completion_logprobs(model, {"params": params}, prompts, lengths, completions, head_trainable=trainable)[0])
+        variables = {"params": params}
+        if restriction is None:
+            return jnp.sum(completion_logprobs(model, variables, prompts, lengths, completions, head_trainable=trainable)[0])
+        logps, whole, _ = sampled_logprobs(model, variables, prompts, lengths, completions, restriction, head_trainable=trainable)
+        return jnp.sum(logps + whole)
 
     largest = array_sizes(jax.make_jaxpr(jax.grad(scalar))(abstract_params(spec, "float32"), *shapes))
     assert largest < rows * tokens * vocabulary / 10

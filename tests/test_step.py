@@ -22,8 +22,19 @@ from grpo_jax.models.spec import abstract_params, lora_specs, nest
 from grpo_jax.optim import make_optimizer
 from grpo_jax.programs import Program
 from grpo_jax.step import Learner, Split
+from grpo_jax.truncated import Restriction
 from grpo_jax.types import Frozen, Params, TrainBatch
-from plain_oracles import LORA, array_sizes, golden_config, moved, plain_logits, plain_model, quick_compiling, tiny_policy
+from plain_oracles import (
+    LORA,
+    array_sizes,
+    golden_config,
+    kept_tokens,
+    moved,
+    plain_logits,
+    plain_model,
+    quick_compiling,
+    tiny_policy,
+)
 
 B, G, P, C = 4, 4, 8, 6
 N = B * G
@@ -121,20 +132,22 @@ def start(full: bool = False) -> tuple[Params, Frozen]:
 
 
 @functools.cache
-def program(objective: ObjectiveConfig, cut: tuple[int, int] = (B, G), full: bool = False) -> Callable[..., Any]:
+def program(
+    objective: ObjectiveConfig, cut: tuple[int, int] = (B, G), full: bool = False, restriction: Restriction | None = None
+) -> Callable[..., Any]:
     """Compiled (trainable, batch, frozen) → state, metrics; the trainable arrays are donated."""
-    made = learner(objective, cut, full=full)
+    made = learner(objective, cut, full=full, restriction=restriction)
     run = Program("update", made.train_step, donate=(0,))
     return lambda trainable, batch, frozen: run(made.init(trainable), batch, frozen)
 
 
 @functools.cache
 def update(
-    objective: ObjectiveConfig, cut: tuple[int, int] = (B, G), full: bool = False
+    objective: ObjectiveConfig, cut: tuple[int, int] = (B, G), full: bool = False, restriction: Restriction | None = None
 ) -> tuple[Params, Params, dict[str, float], np.ndarray]:
     """Trained arrays, last gradient, metrics and advantages of one step."""
     trainable, frozen = start(full)
-    state, packed = program(objective, cut, full)(trainable, batch(), frozen)
+    state, packed = program(objective, cut, full, restriction)(trainable, batch(), frozen)
     return state.trainable, state.opt_state[1], *packed.to_host()
 
 
@@ -308,6 +321,139 @@ def test_kl_in_the_reward_comes_off_before_the_advantage() -> None:
     assert metrics["kl_divergence"] > 0
     assert metrics["loss"] == metrics["policy_loss"]
     assert metrics["reward/mean"] == pytest.approx(np.nanmean(np.asarray(batch().rewards)), abs=1e-6)
+
+
+@functools.cache
+def restriction(name: str) -> Restriction:
+    """Stops that no completion has; its tokens are any, so that most have to be added to the truncated set."""
+    unused = set(range(golden_config(FAMILY)["vocab_size"])) - set(
+        np.asarray(batch().completion_ids)[batch().completion_mask].tolist()
+    )
+    ban = Restriction(stop_ids=tuple(sorted(unused)[::3]), min_length=3)
+    return ban if name == "ban" else dataclasses.replace(ban, top_k=30, top_p=0.9, min_p=0.02)
+
+
+RESTRICTIONS = ("truncated, ban", "ban")
+
+
+def plain_sets(logits: np.ndarray, restriction: Restriction) -> np.ndarray:
+    """[N, C, V] True = stays, from logits over the temperature, by sorting."""
+    stay = np.zeros(logits.shape, bool)
+    for n, t in np.ndindex(N, C):
+        row = np.asarray(logits[n, t], np.float64).copy()
+        if t < restriction.min_length:
+            row[list(restriction.stop_ids)] = -np.inf
+        stay[n, t] = kept_tokens(row, restriction.top_k, restriction.top_p, restriction.min_p) & (row > -np.inf)
+        stay[n, t, int(batch().completion_ids[n, t])] = True
+    return stay
+
+
+def plain_restricted(
+    adapters: Params, restriction: Restriction, old: Any, ref: Any, advantages: Any, weights: Any, beta: float
+) -> tuple[float, Any, Any, Params]:
+    """Loss, restricted and whole log-probabilities, and gradient; whole logits, sets by sorting and held constant."""
+    run, table = plain_model(FAMILY, LORA.scale), plain_table()[0]
+    places = jnp.asarray(plain_table()[1])[:, :, None]
+
+    def scaled(adapters: Params) -> Any:
+        return jnp.take_along_axis(run(table, adapters), places, axis=1) / TEMPERATURE
+
+    stay = plain_sets(np.asarray(scaled(adapters)), restriction)
+
+    @jax.jit
+    def loss(adapters: Params) -> Any:
+        logits = scaled(adapters)
+        own = jnp.take_along_axis(logits, batch().completion_ids[:, :, None], axis=-1)[:, :, 0]
+        logps = own - jnp.log(jnp.sum(jnp.exp(logits) * stay.astype(np.float32), axis=-1))
+        whole = own - jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
+        before = jax.lax.stop_gradient(logps) if old is None else old
+        policy = plain_loss(logps, before, logps, advantages, weights, 0.0)
+        kl = plain_loss(whole, whole, ref, jnp.zeros_like(advantages), weights, beta)
+        return policy + kl, (logps, whole)
+
+    (value, (logps, whole)), gradient = jax.value_and_grad(loss, has_aux=True)(adapters)
+    return float(value), logps, whole, gradient
+
+
+@pytest.mark.parametrize("name", RESTRICTIONS)
+def test_one_update_on_what_was_sampled_from_is_that_of_whole_logits_and_sorting(name: str) -> None:
+    trained, gradient, metrics, advantages = update(OBJECTIVES["dapo"], restriction=restriction(name))
+    (ref, mask), trainable = plain_reference(), start()[0]
+    weights = as_float32(mask / mask.sum())
+    value, logps, whole, expected = plain_restricted(trainable, restriction(name), None, ref, as_float32(advantages), weights, 0.1)
+    assert np.abs(np.asarray(logps - whole))[mask].max() > 0.1  # so that a mistake is seen
+    assert_near_in_norm(gradient, expected, 1e-4)
+    assert np.linalg.norm(flat(gradient) - flat(update(OBJECTIVES["dapo"])[1])) > 0.01 * np.linalg.norm(flat(expected))
+    assert metrics["loss"] == pytest.approx(value, abs=1e-5)
+    assert metrics["policy_loss"] == pytest.approx(-float((advantages[:, None] * weights).sum()), abs=1e-5)  # every ratio is 1
+    assert metrics["clip_ratio/region"] == 0
+    d = np.asarray(ref - whole, np.float64)[mask]
+    assert metrics["kl_divergence"] == pytest.approx((np.exp(d) - d - 1).mean(), rel=1e-3)
+    difference = np.abs(np.asarray(logps) - np.asarray(batch().sampler_logprobs))[mask]
+    assert metrics["sampling/logp_difference/mean"] == pytest.approx(difference.mean(), rel=1e-4)
+    assert metrics["sampling/logp_difference/max"] == pytest.approx(difference.max(), rel=1e-4)
+    assert metrics["entropy"] == pytest.approx(update(OBJECTIVES["dapo"])[2]["entropy"], rel=1e-5)
+    assert_same_step(trained, plain_adamw(trainable, [expected]))
+
+
+def test_the_second_update_finds_the_sets_of_the_policy_as_it_is_then() -> None:
+    cut = restriction("truncated, ban")
+    _, gradient, metrics, advantages = update(OBJECTIVES["dr_grpo, two updates"], restriction=cut)
+    (ref, mask), trainable = plain_reference(), start()[0]
+    given = (ref, as_float32(advantages), as_float32(mask / (N * MAX_LENGTH)), 0.0)
+    _, old, _, first = plain_restricted(trainable, cut, None, *given)
+    middle = jax.tree.map(as_float32, plain_adamw(trainable, [first]))
+    value, logps, _, second = plain_restricted(middle, cut, old, *given)
+    assert_near_in_norm(gradient, second, 1e-3)
+    assert metrics["loss"] == pytest.approx(value, abs=1e-4)
+    assert np.all(np.isfinite(np.asarray(logps - old)[mask]))
+
+
+CUT_RESTRICTED = [("truncated, ban", False), ("truncated, ban", True), ("ban", False)]
+
+
+@pytest.mark.parametrize(("name", "full"), CUT_RESTRICTED)
+def test_the_micro_batch_changes_nothing_on_what_was_sampled_from(name: str, full: bool) -> None:
+    _, gradient, metrics, _ = update(OBJECTIVES["dapo"], full=full, restriction=restriction(name))
+    _, cut_gradient, cut_metrics, _ = update(OBJECTIVES["dapo"], (2, 2), full, restriction(name))
+    assert_near_in_norm(cut_gradient, gradient)
+    for key, value in metrics.items():
+        assert cut_metrics[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_truncation_that_cuts_nothing_off_changes_nothing(full: bool) -> None:
+    """Also holds the form that computes logits again to the one-pass head."""
+    _, gradient, metrics, _ = update(OBJECTIVES["dapo"], full=full)
+    everything = Restriction(top_k=golden_config(FAMILY)["vocab_size"])
+    _, other_gradient, other_metrics, _ = update(OBJECTIVES["dapo"], full=full, restriction=everything)
+    assert_near_in_norm(other_gradient, gradient)
+    for key, value in metrics.items():
+        assert other_metrics[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+
+
+@pytest.mark.parametrize("name", RESTRICTIONS)
+def test_there_is_no_kl_where_the_policy_is_the_reference_whatever_sampling_cut_off(name: str) -> None:
+    """And none of its gradient: with equal rewards nothing moves."""
+    trainable, frozen = start()
+    equal = dataclasses.replace(batch(), rewards=jnp.full((B, G), 0.7, jnp.float32))
+    same = Frozen(frozen.base, jax.tree.map(jnp.copy, trainable))
+    state, packed = program(OBJECTIVES["dapo"], restriction=restriction(name))(trainable, equal, same)
+    assert packed.to_dict()["kl_divergence"] < 1e-10
+    assert np.linalg.norm(flat(state.opt_state[1])) < 1e-4
+
+
+def test_kl_in_the_reward_is_that_of_whole_distributions_whatever_sampling_cut_off() -> None:
+    objective = OBJECTIVES["cispo, KL in the reward"]
+    _, gradient, metrics, advantages = update(objective, restriction=restriction("truncated, ban"))
+    _, _, plain_metrics, plain_kl_advantages = update(objective)
+    np.testing.assert_allclose(advantages, plain_kl_advantages, rtol=0, atol=1e-4)
+    assert metrics["kl_divergence"] == pytest.approx(plain_metrics["kl_divergence"], rel=1e-4)
+    ref, mask = plain_reference()
+    *_, expected = plain_restricted(
+        start()[0], restriction("truncated, ban"), None, ref, as_float32(advantages), as_float32(mask / mask.sum()), 0.0
+    )
+    assert_near_in_norm(gradient, expected, 1e-3)  # at ratio 1 cispo's gradient is that of the clipped loss
 
 
 def test_full_fine_tuning_trains_every_weight_by_its_own_gradient() -> None:

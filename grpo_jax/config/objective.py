@@ -30,6 +30,9 @@ class ObjectiveConfig:
         scale_rewards: Deviation of the `group`, of the whole `batch`, or `none`. Default group.
         num_iterations: Optimiser updates on each batch of completions. Default 1.
         importance_cap: Cap of the truncated importance weight, trainer against sampler; null applies none.
+        match_sampling: Log-probabilities of the policy are those of the distribution that completions are drawn from: after top_p,
+            top_k, min_p and the ban on stop tokens before rollout.min_completion_length. False takes the whole distribution's, as
+            TRL does, and the ratio is then only approximate. The KL term compares whole distributions in either case.
         mask_truncated: Leave completions without a stop token out of the loss. Default false.
     """
 
@@ -46,6 +49,7 @@ class ObjectiveConfig:
     scale_rewards: Literal["group", "batch", "none"] = FROM_PRESET
     num_iterations: int = FROM_PRESET
     importance_cap: float | None = None
+    match_sampling: bool = True
     mask_truncated: bool = FROM_PRESET
 
     def __post_init__(self) -> None:
