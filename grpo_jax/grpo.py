@@ -45,7 +45,13 @@ from grpo_jax.runs import (
 from grpo_jax.sampler import Sampler, pad_rows, round_up
 from grpo_jax.step import Learner
 from grpo_jax.tokenizer import Tokenizer
+from grpo_jax.truncated import Restriction
 from grpo_jax.types import Frozen, Params, PromptBatch, Rollout, TrainBatch, TrainState
+
+TRUNCATED_LINE = (
+    "log-probabilities: truncated as sampling is (top_p, top_k, min_p), so the update computes logits again in its backward pass "
+    "instead of keeping one vector a token; objective.match_sampling false takes the whole distribution's, without that cost"
+)
 
 
 def train(
@@ -138,6 +144,9 @@ def prepare(
         config.train.micro_batch_prompts or config.train.prompts_per_step,
         config.train.micro_batch_completions or config.rollout.num_generations,
     )
+    restriction = Restriction.of(config.rollout, policy.stop_ids) if config.objective.match_sampling else None
+    if restriction is not None and restriction.truncates:
+        display.note(TRUNCATED_LINE)
     updates = updates_of(config, supervised=False)
     learner = Learner(
         model=replace_remat(policy, config),
@@ -148,6 +157,7 @@ def prepare(
         temperature=config.rollout.temperature,
         max_completion_length=config.rollout.max_completion_length,
         micro_batch=micro_batch,
+        restriction=restriction,
     )
     sampler = Sampler.build(policy.model, policy.stop_ids)
     sampler.program.announce = display.compiling
