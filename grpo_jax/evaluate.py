@@ -106,8 +106,7 @@ def evaluate_run(config: Config | None = None, *, run_dir: str | Path | None = N
     if len(source.held_out) == 0:
         raise ConfigError("data.eval_size: 0; nothing is held out: set it, or data.eval_split or data.eval_path")
     check_functions(functions, reward_columns(source, config), config.rewards.weights, config.rewards.accuracy)
-    sampler = policy.sampler
-    sampler.program.announce = display.compiling
+    sampler = policy.sampler.announced(display.compiling)
     with display.busy(f"greedy completions of {len(source.held_out)} problems"):
         greedy = evaluate_held_out(sampler, policy.variables, source, functions, tokenizer, config)
     with display.busy(f"{pass_k} samples of each"):

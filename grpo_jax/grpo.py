@@ -27,8 +27,8 @@ from grpo_jax.evaluate import Evaluation, evaluate_held_out, policy_of_config, r
 from grpo_jax.metrics import Display, RunFolder, step_values
 from grpo_jax.models import find_model, read_folder_spec
 from grpo_jax.optim import learning_rate_at, make_optimizer
-from grpo_jax.policy import Policy
-from grpo_jax.programs import Program
+from grpo_jax.policy import Policy, sampler_of
+from grpo_jax.programs import Program, compile_seconds
 from grpo_jax.prompts import PromptSource
 from grpo_jax.rewards import NamedFunction, ScoredBatch, check_functions, failure_lines, resolve_functions, reward_metrics, score
 from grpo_jax.runs import (
@@ -159,8 +159,7 @@ def prepare(
         micro_batch=micro_batch,
         restriction=restriction,
     )
-    sampler = Sampler.build(policy.model, policy.stop_ids)
-    sampler.program.announce = display.compiling
+    sampler = sampler_of(policy).announced(display.compiling)
     update = Program("update", learner.train_step, donate=(0,), announce=display.compiling)
     frozen = Frozen(base={} if full else policy.params, reference=reference_of(policy, config))
     return Run(config, policy, tokenizer, source, functions, sampler, learner, update, frozen, display)
@@ -215,7 +214,7 @@ def loop(run: Run, folder: RunFolder) -> TrainResult:
                     evaluate(run, state, folder, step + 1)
                 if saves_after(config.train, step + 1):
                     checkpoints.save(step + 1, state, host | {"seconds": time.perf_counter() - started})
-    seconds, compiling = time.perf_counter() - started, run.sampler.program.compile_seconds + run.update.compile_seconds
+    seconds, compiling = time.perf_counter() - started, compile_seconds(run.update, *run.sampler.programs)
     policy = with_trained(run.policy, state.trainable)
     return finish(policy, config, folder, display, held_out=len(run.source.held_out), seconds=seconds, compile_seconds=compiling)
 
@@ -224,7 +223,7 @@ def one_step(run: Run, state: TrainState, folder: RunFolder, step: int) -> tuple
     """One step of the loop: prompts, completions, rewards, update."""
     config = run.config
     prompts = run.source.batch(step)
-    clock = Clock((run.sampler.program, run.update))
+    clock = Clock((run.update, *run.sampler.programs))
     rollout = run.sampler.sample(
         run.variables(state), prompts.prompt_ids, config.rollout, seed=config.train.seed, step=step, indices=prompts.indices
     )
@@ -298,7 +297,7 @@ class Clock:
 
     def compile_seconds(self) -> float:
         """Spent on compiling since the run began."""
-        return sum(program.compile_seconds for program in self.programs)
+        return compile_seconds(*self.programs)
 
     def lap(self, name: str) -> None:
         """Names what has passed since the last lap."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +151,7 @@ class Policy:
     def sampler(self) -> Sampler:
         """The compiled sampler, made on first use."""
         if not self._sampler:
-            self._sampler.append(Sampler.build(self.model, self.stop_ids))
+            self._sampler.append(sampler_of(self))
         return self._sampler[0]
 
     def need_tokenizer(self) -> Tokenizer:
@@ -171,6 +171,9 @@ class Policy:
         top_p: float = 1.0,
         top_k: int = 0,
         min_p: float = 0.0,
+        stop: Sequence[str] = (),
+        slots: int | None = None,
+        kv_dtype: Literal["auto", "int8"] = "auto",
         seed: int = 0,
         template_arguments: dict[str, Any] | None = None,
     ) -> list[list[Completion]]:
@@ -199,7 +202,12 @@ class Policy:
             top_p=top_p,
             top_k=top_k,
             min_p=min_p,
+            stop=list(stop),
+            slots=slots,
+            kv_dtype=kv_dtype,
         )
+        if stop:
+            self.need_tokenizer()
         ids = [self._prompt_ids(prompt, template_arguments or {}) for prompt in prompts]
         check_rows("prompts", ids, self.spec.vocab)
         rollout = self.sampler.sample(self.variables, ids, settings, seed=seed)
@@ -272,6 +280,11 @@ class Policy:
         """
         save_merged(Path(folder), self.folder, self.spec, merged_weights(self.spec, self.params, self.adapters, self.lora))
         return Path(folder)
+
+
+def sampler_of(policy: Policy) -> Sampler:
+    """A new sampler of a policy's model. Stop strings are looked for with special tokens left out, as rewards see the text."""
+    return Sampler.build(policy.model, policy.stop_ids, text_of=None if policy.tokenizer is None else policy.tokenizer.decode)
 
 
 def check_rows(name: str, rows: Sequence[Sequence[Any]], vocab: int, *, empty: bool = False) -> None:

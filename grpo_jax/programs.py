@@ -7,8 +7,9 @@ Enters: a function and its arguments. Leaves: its result. Each new set of argume
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,14 +44,20 @@ class Program:
     compile_seconds: float = 0.0
     _compiled: dict[Any, Any] = field(default_factory=dict)
 
-    def __call__(self, *arguments: Any) -> Any:
-        """Runs the function, compiling it first where these shapes are new."""
+    def __call__(self, *arguments: Any, **static: Hashable) -> Any:
+        """Runs the function, compiling it first where these shapes, or these static arguments, are new."""
         leaves, tree = jax.tree.flatten(arguments)
-        key = (tree, tuple((leaf.shape, leaf.dtype, leaf.weak_type, leaf.sharding) for leaf in leaves))
+        key = (tree, tuple(static.items()), tuple((leaf.shape, leaf.dtype, leaf.weak_type, leaf.sharding) for leaf in leaves))
         if key not in self._compiled:
             with self.announce(self.name):
                 start = time.perf_counter()
-                self._compiled[key] = jax.jit(self.function, donate_argnums=self.donate).lower(*arguments).compile()
+                jitted = jax.jit(functools.partial(self.function, **static), donate_argnums=self.donate)
+                self._compiled[key] = jitted.lower(*arguments).compile()
                 self.compile_seconds += time.perf_counter() - start
         with jax.transfer_guard("disallow"):
             return self._compiled[key](*arguments)
+
+
+def compile_seconds(*programs: Program) -> float:
+    """Spent on compiling them so far."""
+    return sum(program.compile_seconds for program in programs)

@@ -16,6 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 BLOCK = 128
 
+NEAR_LOGITS = 1e-4
+"""Logits this close are a near-tie: other shapes of the same float32 computation may draw another token."""
+
 
 @struct.dataclass
 class Truncation:
@@ -68,33 +71,43 @@ def truncate(logits: Float[Array, "N V"], truncation: Truncation) -> Bool[Array,
     return stay & (logits - top >= jnp.log(truncation.min_p))
 
 
-def inverse_distribution(weights: Float[Array, "N V"], uniform: Float[Array, "N"]) -> Int[Array, "N"]:
+def inverse_distribution(weights: Float[Array, "N V"], uniform: Float[Array, "N"]) -> tuple[Int[Array, "N"], Bool[Array, "N"]]:
     """The token at which the running sum of the weights passes uniform · total; first among blocks, then within one.
 
     A token of weight 0 is never taken: where rounding runs past the end, the heaviest token of the block is.
+
+    Returns:
+        The tokens, and whether a draw is close: logits that differ by `NEAR_LOGITS` could have given another token. A border at
+        share F of the total moves by F · (1 - F) times the change of the logits on one side of it.
     """
     n, v = weights.shape
     blocks = -(-v // BLOCK)
     weights = jnp.pad(weights, ((0, 0), (0, blocks * BLOCK - v))).reshape(n, blocks, BLOCK)
     sums = jnp.sum(weights, axis=-1)
     running = jnp.cumsum(sums, axis=-1)
-    target = uniform * running[:, -1]
+    total = running[:, -1]
+    target = uniform * total
     block = jnp.sum(running <= target[:, None], axis=-1, dtype=jnp.int32)
     heaviest = jnp.argmax(sums, axis=-1).astype(jnp.int32)
     inside = jnp.take_along_axis(sums, jnp.minimum(block, blocks - 1)[:, None], axis=-1)[:, 0] > 0
     block = jnp.where((block < blocks) & inside, block, heaviest)
     before = jnp.take_along_axis(running - sums, block[:, None], axis=-1)[:, 0]
     own = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
-    index = jnp.sum(jnp.cumsum(own, axis=-1) <= (target - before)[:, None], axis=-1, dtype=jnp.int32)
+    within = jnp.cumsum(own, axis=-1)
+    index = jnp.sum(within <= (target - before)[:, None], axis=-1, dtype=jnp.int32)
     weight = jnp.take_along_axis(own, jnp.minimum(index, BLOCK - 1)[:, None], axis=-1)[:, 0]
     index = jnp.where((index < BLOCK) & (weight > 0), index, jnp.argmax(own, axis=-1).astype(jnp.int32))
-    return block * BLOCK + index
+    end = (before + jnp.take_along_axis(within, index[:, None], axis=-1)[:, 0]) / total
+    start = end - jnp.take_along_axis(own, index[:, None], axis=-1)[:, 0] / total
+    near = jnp.float32(NEAR_LOGITS)
+    close = (jnp.abs(uniform - start) < near * start * (1 - start)) | (jnp.abs(end - uniform) < near * end * (1 - end))
+    return block * BLOCK + index, close
 
 
 def draw(
     logits: Float[Array, "N V"], uniform: Float[Array, "N"], temperature: Float[Array, ""], truncation: Truncation | None
-) -> tuple[Int[Array, "N"], Float[Array, "N"]]:
-    """One token a row, and its log-probability in nats.
+) -> tuple[Int[Array, "N"], Float[Array, "N"], Bool[Array, "N"]]:
+    """One token a row, its log-probability in nats, and whether it was close (`NEAR_LOGITS`).
 
     Args:
         logits: float32; -inf is never drawn.
@@ -110,6 +123,13 @@ def draw(
     top = jnp.max(scaled, axis=-1, keepdims=True)
     weights = jnp.exp(scaled - top)
     total = jnp.sum(weights, axis=-1)
-    ids = jnp.where(greedy, jnp.argmax(scaled, axis=-1).astype(jnp.int32), inverse_distribution(weights, uniform))
+    # Greedy is the same draw among the most probable alone, at 0: the first of them.
+    best = jnp.where(greedy, (scaled == top).astype(jnp.float32), weights)
+    ids, close = inverse_distribution(best, jnp.where(greedy, jnp.float32(0), uniform))
+
+    def second_is_near() -> Bool[Array, "N"]:
+        return jnp.sum(scaled > top - jnp.float32(NEAR_LOGITS), axis=-1, dtype=jnp.int32) > 1
+
+    close = jax.lax.cond(greedy, second_is_near, lambda: close)
     chosen = jnp.take_along_axis(scaled, ids[:, None], axis=-1)[:, 0]
-    return ids, chosen - top[:, 0] - jnp.log(total)
+    return ids, chosen - top[:, 0] - jnp.log(total), close

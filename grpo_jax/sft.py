@@ -27,7 +27,7 @@ from grpo_jax.metrics import Display, RunFolder, step_values
 from grpo_jax.models import find_model
 from grpo_jax.optim import learning_rate_at, make_optimizer
 from grpo_jax.policy import Policy
-from grpo_jax.programs import Program
+from grpo_jax.programs import Program, compile_seconds
 from grpo_jax.prompts import CompletionBatch, CompletionSource, completion_pairs
 from grpo_jax.runs import (
     TrainResult,
@@ -111,8 +111,7 @@ class Warmup:
             max_completion_length=config.rollout.max_completion_length,
             micro_batch=(config.train.micro_batch_prompts or config.train.prompts_per_step, 1),
         )
-        sampler = Sampler.build(policy.model, policy.stop_ids)
-        sampler.program.announce = display.compiling
+        sampler = Sampler.build(policy.model, policy.stop_ids).announced(display.compiling)
         update = Program("update", functools.partial(supervised_step, learner), donate=(0,), announce=display.compiling)
         frozen = Frozen(base={} if full else policy.params, reference=None)
         return Warmup(config, policy, source, learner, sampler, update, frozen, display)
@@ -201,7 +200,7 @@ def loop(run: Warmup, folder: RunFolder) -> TrainResult:
                     evaluate(run, state, folder, step + 1)
                 if saves_after(config.train, step + 1):
                     checkpoints.save(step + 1, state, host | {"seconds": time.perf_counter() - started})
-    seconds, compiling = time.perf_counter() - started, run.sampler.program.compile_seconds + run.update.compile_seconds
+    seconds, compiling = time.perf_counter() - started, compile_seconds(run.update, *run.sampler.programs)
     policy = with_trained(run.policy, state.trainable)
     return finish(policy, config, folder, display, held_out=len(run.source.held_out), seconds=seconds, compile_seconds=compiling)
 

@@ -58,7 +58,9 @@ class Rollout:
     Attributes:
         completion_ids: token ids, the stop token included where there is one.
         logprobs: float32 nats per token, of the distribution that the token was drawn from.
-        finish_reasons: "stop" (a stop token ended the row) or "length".
+        finish_reasons: "stop" (a stop token or a stop string ended the row) or "length".
+        near_ties: tokens of which another might have been drawn with other shapes (`sampling.NEAR_LOGITS`).
+        slots: completions that were decoded at once.
 
     Example:
         Rollout(completion_ids=[[4, 2]], logprobs=[np.array([-0.1, -0.7], np.float32)], finish_reasons=["stop"])
@@ -67,6 +69,8 @@ class Rollout:
     completion_ids: list[list[int]]
     logprobs: list[np.ndarray]
     finish_reasons: list[FinishReason]
+    near_ties: int = 0
+    slots: int = 0
 
 
 @struct.dataclass

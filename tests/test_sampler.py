@@ -14,7 +14,7 @@ import pytest
 from goldens.folders import FAMILIES
 from grpo_jax.config import RolloutConfig
 from grpo_jax.logprobs import completion_logprobs
-from grpo_jax.sampler import Sampler, controls_of, decode, pad_rows, round_up
+from grpo_jax.sampler import Sampler, pad_rows, round_up
 from grpo_jax.types import Rollout
 from plain_oracles import LORA, STOPS, kept_tokens, log_softmax, plain_model, quick_compiling, tiny_policy
 
@@ -150,7 +150,7 @@ def test_a_completion_does_not_depend_on_how_many_there_are() -> None:
     assert_same(rows_of(many, (0, 1, 2, 5, 6, 7, 10, 11, 12)), few, 1e-5)
 
 
-@pytest.mark.parametrize("slots", [3, 6])
+@pytest.mark.parametrize("slots", [1, 2, 3, 6])
 def test_the_number_of_slots_changes_nothing(slots: int) -> None:
     whole = sample("gemma2", SETTINGS)
     assert_same(sample("gemma2", dataclasses.replace(SETTINGS, slots=slots)), whole, 1e-5)
@@ -184,20 +184,6 @@ def test_a_stop_token_at_the_last_place_is_a_stop() -> None:
     assert got.finish_reasons[got.completion_ids.index(stopped)] == "stop"
 
 
-def test_after_the_stop_there_are_zeros() -> None:
-    policy = tiny_policy("qwen2", LORA)
-    lengths = np.array([len(prompt) for prompt in PROMPTS], np.int32)
-    arguments = (pad_rows(PROMPTS, 12), lengths, np.arange(3, dtype=np.int32))
-    ids, logps, ends, stopped = jax.jit(lambda v, *rest: decode(policy.model, MANY_STOPS, v, *rest))(
-        policy.variables, *(jnp.asarray(x) for x in arguments), controls_of(SETTINGS, 0, 0), jnp.zeros((3, 10), jnp.int32)
-    )
-    beyond = np.arange(10)[None, None, :] >= np.asarray(ends)[:, :, None]
-    assert np.all(np.asarray(ids)[beyond] == 0)
-    assert np.all(np.asarray(logps)[beyond] == 0)
-    assert np.any(stopped)
-    assert not np.all(stopped)
-
-
 def test_a_completion_of_one_token() -> None:
     settings = dataclasses.replace(SETTINGS, max_completion_length=1)
     assert_same(sample("qwen2", settings), plain_sample("qwen2", settings))
@@ -215,9 +201,13 @@ def test_in_bfloat16_sampler_and_trainer_differ_by_rounding_only(trained: bool) 
     assert {len(ids) for ids in got.completion_ids} == {10}  # no stop tokens here
     assert set(got.finish_reasons) == {"length"}
     lengths = np.array([len(prompt) for prompt in PROMPTS], np.int32)
-    score = jax.jit(lambda v, *rest: completion_logprobs(policy.model, v, *rest)[0])
-    theirs = score(variables, pad_rows(PROMPTS, 12), lengths, pad_rows(got.completion_ids, 10))
-    assert np.abs(np.stack(got.logprobs) - np.asarray(theirs)).mean() < 0.01
+    arguments = (pad_rows(PROMPTS, 12), lengths, pad_rows(got.completion_ids, 10))
+    theirs = np.asarray(jax.jit(lambda v, *rest: completion_logprobs(policy.model, v, *rest)[0])(variables, *arguments))
+    wide = tiny_policy("llama2", LORA)
+    exact_variables = {"params": wide.params} if trained else wide.variables
+    exact = np.asarray(jax.jit(lambda v, *rest: completion_logprobs(wide.model, v, *rest)[0])(exact_variables, *arguments))
+    # Both round; the rounding of the weights is shared, so they are nearer to each other than either is to float32.
+    assert np.abs(np.stack(got.logprobs) - theirs).mean() < 0.6 * np.abs(theirs - exact).mean()
 
 
 def test_lengths_are_rounded_to_few_sizes() -> None:
@@ -240,12 +230,12 @@ def test_sampling_again_compiles_nothing() -> None:
 
         def __exit__(self, *_: object) -> None: ...
 
-    sampler.program.announce = Counted
+    sampler.announced(Counted)
     for settings, prompts in (
         (SETTINGS, PROMPTS),
         (dataclasses.replace(SETTINGS, temperature=0.0), PROMPTS[::-1]),
         (dataclasses.replace(SETTINGS, temperature=1.0, min_completion_length=3), [[1], [2, 3], [4] * 9]),
     ):
         sampler.sample(tiny_policy("qwen2", LORA).variables, prompts, settings, seed=len(prompts))
-    assert compiled == ["rollout"]
-    assert sampler.program.compile_seconds > 0
+    assert sorted(compiled) == ["rollout", "rollout: prompts", "rollout: weights"]
+    assert all(program.compile_seconds > 0 for program in (sampler.prepare, sampler.prefill, sampler.segment))

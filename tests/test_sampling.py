@@ -87,7 +87,7 @@ def test_a_token_is_where_the_running_sum_passes_the_number(vocabulary: int) -> 
     weights = (rng.random((400, vocabulary)) * (rng.random((400, vocabulary)) < 0.7)).astype(np.float32)
     weights[:, vocabulary // 2] += 0.1
     uniform = rng.random(400).astype(np.float32)
-    got = np.asarray(jit_inverse(jnp.asarray(weights), jnp.asarray(uniform)))
+    got = np.asarray(jit_inverse(jnp.asarray(weights), jnp.asarray(uniform))[0])
     running = np.cumsum(weights.astype(np.float64), axis=1)
     target = uniform.astype(np.float64) * running[:, -1]
     expected = np.array([np.searchsorted(row, t, side="right") for row, t in zip(running, target, strict=True)])
@@ -104,7 +104,7 @@ def test_the_ends_of_the_unit_interval_give_tokens_with_weight(vocabulary: int, 
     for start, stop in ((0, vocabulary), (vocabulary // 3, vocabulary // 3 + 1), (0, max(1, vocabulary // 2))):
         weights = np.zeros((3, vocabulary), np.float32)
         weights[:, start:stop] = rng.random((3, stop - start)).astype(np.float32) + 0.05
-        got = np.asarray(jit_inverse(jnp.asarray(weights), jnp.full((3,), uniform, jnp.float32)))
+        got = np.asarray(jit_inverse(jnp.asarray(weights), jnp.full((3,), uniform, jnp.float32))[0])
         assert np.all((got >= start) & (got < stop))
 
 
@@ -117,7 +117,7 @@ def test_frequencies_and_log_probabilities_are_those_of_the_truncated_distributi
     logits = np.array([0.3, -1.0, 2.0, 1.1, -0.4, 0.9, 1.6, -2.5], np.float32)
     uniform = jnp.asarray(np.random.default_rng(3).random(draws), jnp.float32)
     table = jnp.broadcast_to(jnp.asarray(logits)[None, :], (draws, len(logits)))
-    ids, logps = jit_draw(table, uniform, jnp.float32(temperature), None if settings == OFF else truncation(*settings))
+    ids, logps, _ = jit_draw(table, uniform, jnp.float32(temperature), None if settings == OFF else truncation(*settings))
     scaled = logits.astype(np.float64) / temperature
     expected = log_softmax(np.where(kept_tokens(scaled, *settings), scaled, -np.inf))
     np.testing.assert_allclose(logps, expected[np.asarray(ids)], rtol=0, atol=1e-6)
@@ -131,7 +131,7 @@ def test_frequencies_and_log_probabilities_are_those_of_the_truncated_distributi
 def test_greedy_takes_the_most_probable_at_temperature_one_untruncated() -> None:
     logits = np.random.default_rng(4).normal(size=(50, 30)).astype(np.float32) * 3
     for cut in (None, truncation(2, 0.3, 0.2)):
-        ids, logps = jit_draw(jnp.asarray(logits), jnp.full((50,), 0.999, jnp.float32), jnp.float32(0), cut)
+        ids, logps, _ = jit_draw(jnp.asarray(logits), jnp.full((50,), 0.999, jnp.float32), jnp.float32(0), cut)
         assert np.array_equal(ids, logits.argmax(axis=1))
         np.testing.assert_allclose(logps, log_softmax(logits).max(axis=1), rtol=0, atol=1e-6)
 
@@ -144,7 +144,7 @@ def test_minus_infinity_is_never_drawn(temperature: float) -> None:
     logits[0, 1:] = -np.inf
     logits[0, 0] = -3.0
     for cut in (None, truncation(0, 0.9, 0.0), truncation(100, 1.0, 0.0)):
-        ids, logps = jit_draw(jnp.asarray(logits), jnp.asarray(rng.random(1000), jnp.float32), jnp.float32(temperature), cut)
+        ids, logps, _ = jit_draw(jnp.asarray(logits), jnp.asarray(rng.random(1000), jnp.float32), jnp.float32(temperature), cut)
         assert np.all(np.asarray(ids)[1:] % 2 == 1)
         assert (int(ids[0]), float(logps[0])) == (0, 0.0)
         assert np.all(np.isfinite(logps))
@@ -153,12 +153,12 @@ def test_minus_infinity_is_never_drawn(temperature: float) -> None:
 @pytest.mark.parametrize("temperature", [1e-4, 100.0])
 def test_extreme_temperatures_give_numbers(temperature: float) -> None:
     logits = np.random.default_rng(6).normal(size=(100, 50)).astype(np.float32) * 30
-    ids, logps = jit_draw(jnp.asarray(logits), jnp.linspace(0, 0.999, 100), jnp.float32(temperature), truncation(0, 0.99, 0.0))
+    ids, logps, _ = jit_draw(jnp.asarray(logits), jnp.linspace(0, 0.999, 100), jnp.float32(temperature), truncation(0, 0.99, 0.0))
     assert np.all(np.isfinite(logps))
     if temperature < 1:
         assert np.array_equal(ids, logits.argmax(axis=1))
 
 
 def test_one_token_leaves_no_choice() -> None:
-    ids, logps = jit_draw(jnp.array([[-7.0]]), jnp.array([0.3]), jnp.float32(1), truncation(3, 0.5, 0.5))
+    ids, logps, _ = jit_draw(jnp.array([[-7.0]]), jnp.array([0.3]), jnp.float32(1), truncation(3, 0.5, 0.5))
     assert (int(ids[0]), float(logps[0])) == (0, 0.0)

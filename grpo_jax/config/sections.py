@@ -140,7 +140,12 @@ class RolloutConfig:
         top_p: Keep the smallest set of tokens whose probability reaches this; 1 keeps all.
         top_k: Keep the k most probable tokens; 0 keeps all.
         min_p: Keep tokens at least this share as probable as the most probable one; 0 keeps all.
-        slots: Completions decoded at once, a multiple of num_generations; null decodes all of a step together.
+        stop: Texts that end a completion; the token that completes one is its last.
+        slots: Completions decoded at once; one that ends makes room for the next. null takes all of a step, or as many as fit
+            into the memory.
+        segment: Tokens decoded between two looks at what has ended; null chooses.
+        refill: Give a slot that has come free to the next completion at once; false waits for all slots, which is slower.
+        kv_dtype: Number format of kept keys and values: `auto` is the model's, `int8` halves them (see sampling/logp_difference).
     """
 
     num_generations: int = 8
@@ -151,7 +156,11 @@ class RolloutConfig:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    stop: list[str] = field(default_factory=list)
     slots: int | None = None
+    segment: int | None = None
+    refill: bool = True
+    kv_dtype: Literal["auto", "int8"] = "auto"
 
     def __post_init__(self) -> None:
         check_types(self, "rollout")
@@ -164,13 +173,9 @@ class RolloutConfig:
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "use a probability above 0, at most 1 (1 = off)")
         require(self.top_k >= 0, "rollout.top_k", self.top_k, "use a positive number of tokens, or 0 (off)")
         require(0 <= self.min_p <= 1, "rollout.min_p", self.min_p, "use a share from 0 (off) to 1")
-        if self.slots is not None:
-            require(
-                self.slots >= 1 and self.slots % self.num_generations == 0,
-                "rollout.slots",
-                self.slots,
-                f"use a multiple of num_generations ({self.num_generations}), or null for all at once",
-            )
+        for name, size in (("slots", self.slots), ("segment", self.segment)):
+            require(size is None or size >= 1, f"rollout.{name}", size, "use at least 1, or null")
+        require(all(self.stop), "rollout.stop", self.stop, "an empty text would end every completion; leave it out")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -73,6 +74,54 @@ class Transformer(nn.Module):
         }
         (x, cache), stacked = layers((x, cache), layer, rope_tables(spec, positions))
         return RMSNorm(spec.norm_eps, spec.norm_offset, name="final_norm")(x), cache, stacked
+
+
+def forward(
+    model: Transformer,
+    variables: Params,
+    ids: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    attend: Attend,
+    cache: Any,
+    per_layer: Any,
+) -> tuple[Float[Array, "B T D"], Any, Any]:
+    """`model.apply`, also of weights that `split_layers` has taken apart.
+
+    Then `cache` and `per_layer` are tuples of L, a layer's cache with an axis of 1 in front, and the last result is a tuple too.
+    """
+    if isinstance(variables["params"]["layers"], dict):
+        out: Any = model.apply(variables, ids, positions, attend, cache, per_layer)
+        return out
+    spec, params = model.spec, variables["params"]
+    x = jnp.take(params["embed"]["embedding"], ids, axis=0).astype(model.dtype) * jnp.asarray(spec.embed_scale, model.dtype)
+    rope = rope_tables(spec, positions)
+    caches, stacked = [], []
+    for number, weights in enumerate(params["layers"]):
+        own = {"params": weights} | ({"lora": variables["lora"]["layers"][number]} if "lora" in variables else {})
+        window = spec.windows[number]
+        layer = {
+            "number": jnp.int32(0),
+            "window": jnp.int32(NO_WINDOW if window is None else window),
+            "rope": spec.rope_of_layer[number],
+            "per_layer": None if per_layer is None else per_layer[number],
+        }
+        before = (x, None if cache is None else cache[number])
+        out = Block(spec, attend, model.lora_scale).apply(own, before, layer, rope)
+        (x, after), kept = out
+        caches.append(after)
+        stacked.append(kept)
+    norm: Any = RMSNorm(spec.norm_eps, spec.norm_offset).apply({"params": params["final_norm"]}, x)
+    return norm, tuple(caches), tuple(stacked)
+
+
+def split_layers(variables: Params) -> Params:
+    """The stacked layers as a tuple of single ones: on a CPU a loop over slices copies every weight at every turn."""
+
+    def split(layers: Params) -> tuple[Params, ...]:
+        leaves, tree = jax.tree.flatten(layers)
+        return tuple(jax.tree.unflatten(tree, [leaf[number] for leaf in leaves]) for number in range(leaves[0].shape[0]))
+
+    return {name: tree | {"layers": split(tree["layers"])} for name, tree in variables.items()}
 
 
 class Embedding(nn.Module):

@@ -1,0 +1,297 @@
+"""Sampling: each prompt is computed once, its G completions share it, and no slot waits for another.
+
+Enters: parameters, prompts as lists of ids, and the settings of `RolloutConfig`. Leaves: a `Rollout`. Every random number is
+    fixed by (seed, step, prompt index, completion index, position) and by nothing else. Lengths are rounded up to a few sizes,
+    and temperature, top-k, top-p and min-p are arguments of the compiled programs, so that a handful of programs serve a run.
+
+A rollout goes segment by segment: `schedule.py` says which completion is in which slot, `device.py` decodes some tokens of every
+slot, and what has stopped makes room for what waits. `shapes.py` chooses the sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.config import RolloutConfig
+from grpo_jax.models.transformer import Transformer
+from grpo_jax.programs import Announce, Program, silently
+from grpo_jax.sampler.device import (
+    UNROLLED_LAYERS,
+    Controls,
+    Prompts,
+    Slots,
+    Tokens,
+    blank_level,
+    place,
+    prefill,
+    prepare,
+    segment,
+)
+from grpo_jax.sampler.schedule import Schedule
+from grpo_jax.sampler.shapes import Sizes, choose_slots, pad_rows, round_up, sizes_of
+from grpo_jax.sampling import Truncation
+from grpo_jax.types import FinishReason, Params, Rollout
+
+__all__ = ["Sampler", "controls_of", "pad_rows", "round_up"]
+
+Decode = Callable[[list[int]], str]
+"""Token ids to text."""
+
+
+@dataclass
+class Row:
+    """A completion that is being decoded.
+
+    Attributes:
+        limit: tokens after which it ends.
+    """
+
+    limit: int
+    ids: list[int] = field(default_factory=list)
+    logps: list[np.ndarray] = field(default_factory=list)
+    reason: FinishReason = "length"
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Compiled sampling of one model.
+
+    Attributes:
+        model: the decoder.
+        stop_ids: every id that ends a completion.
+        text_of: turns ids into text, where stop strings are to be found; else None.
+        prepare, prefill, place, segment: the compiled parts; see `device.py`.
+    """
+
+    model: Transformer
+    stop_ids: tuple[int, ...]
+    text_of: Decode | None
+    prepare: Program
+    prefill: Program
+    place: Program
+    segment: Program
+
+    @staticmethod
+    def build(
+        model: Transformer, stop_ids: tuple[int, ...], *, text_of: Decode | None = None, announce: Announce = silently
+    ) -> Sampler:
+        """Nothing is compiled before the first call."""
+        return Sampler(
+            model,
+            stop_ids,
+            text_of,
+            Program("rollout: weights", partial(prepare, model), announce=announce),
+            Program("rollout: prompts", partial(prefill, model), announce=announce),
+            Program("rollout: prompts", place, donate=(0,), announce=announce),
+            Program("rollout", partial(segment, model, stop_ids), donate=(2,), announce=announce),
+        )
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """Everything that is compiled."""
+        return self.prepare, self.prefill, self.place, self.segment
+
+    def announced(self, announce: Announce) -> Sampler:
+        """The same sampler, which says when it compiles."""
+        for program in self.programs:
+            program.announce = announce
+        return self
+
+    def sample(
+        self,
+        variables: Params,
+        prompt_ids: Sequence[Sequence[int]],
+        rollout: RolloutConfig,
+        *,
+        seed: int,
+        step: int = 0,
+        indices: Sequence[int] | np.ndarray | None = None,
+        limits: Sequence[int] | np.ndarray | None = None,
+    ) -> Rollout:
+        """Draws `rollout.num_generations` completions of every prompt.
+
+        Args:
+            variables: {"params": ..., "lora": ...}.
+            prompt_ids: B lists of ids, none empty.
+            indices: numbers of the prompts that enter the random numbers; 0, 1, ... where None.
+            limits: B·G longest lengths in tokens; `rollout.max_completion_length` for all where None.
+
+        Returns:
+            B·G rows, the completions of a prompt next to each other.
+        """
+        b, g = len(prompt_ids), rollout.num_generations
+        width = max(len(ids) for ids in prompt_ids)
+        slots = choose_slots(self.model.spec, rollout, b, width, jnp.dtype(self.model.dtype).itemsize, free_bytes())
+        sizes = sizes_of(rollout, b, width, slots)
+        longest = np.full(b * g, rollout.max_completion_length) if limits is None else np.asarray(limits)
+        numbers = np.arange(b) if indices is None else np.asarray(indices)
+        run = Running(
+            self, rollout, sizes, [Row(int(limit)) for limit in longest], prompt_ids, numbers, controls_of(rollout, seed, step)
+        )
+        close = run.all(variables)
+        return Rollout(
+            completion_ids=[row.ids for row in run.rows],
+            logprobs=[np.concatenate(row.logps) for row in run.rows],
+            finish_reasons=[row.reason for row in run.rows],
+            near_ties=close,
+            slots=slots,
+        )
+
+
+@dataclass
+class Running:
+    """One rollout under way, on the host's side."""
+
+    sampler: Sampler
+    rollout: RolloutConfig
+    sizes: Sizes
+    rows: list[Row]
+    prompt_ids: Sequence[Sequence[int]]
+    numbers: np.ndarray
+    controls: Controls
+
+    def all(self, variables: Params) -> int:
+        """Decodes every row; returns the number of near-ties."""
+        sampler, sizes = self.sampler, self.sizes
+        spec, dtype, int8 = sampler.model.spec, sampler.model.dtype, self.rollout.kv_dtype == "int8"
+        unroll = jax.default_backend() == "cpu" and spec.layers <= UNROLLED_LAYERS
+        weights = sampler.prepare(variables, unroll=unroll)
+        schedule = Schedule.of(sizes, len(self.prompt_ids), self.rollout.num_generations, refill=self.rollout.refill)
+        prompts: Prompts | None = None
+        levels: list[Any] = []
+        close = 0
+        while not schedule.finished:
+            computed, begun = schedule.admit()
+            prompts = self.hold(weights, prompts, computed, int8=int8)
+            slots = self.slots(schedule, begun)
+            needed = sizes.levels_for(self.past(slots))
+            while len(levels) < needed:
+                levels.append(blank_level(spec, dtype, sizes.slots, sizes.levels[len(levels)], int8=int8, unroll=unroll))
+            table = None if sizes.fixed else jnp.asarray(schedule.places()[1])
+            out, used = sampler.segment(
+                weights, prompts, tuple(levels[:needed]), jax.device_put(slots), table, self.controls, length=sizes.segment
+            )
+            levels[:needed] = used
+            tokens: Tokens = jax.device_get(out)
+            close += int(tokens.close.sum())
+            schedule.end(self.record(schedule, tokens))
+        return close
+
+    def hold(self, weights: Params, prompts: Prompts | None, computed: list[tuple[int, int]], *, int8: bool) -> Prompts | None:
+        """Computes prompts that begin: all at once at first, one by one later, so that there are two shapes."""
+
+        def run(numbers: list[int]) -> Prompts:
+            rows = [self.prompt_ids[number] for number in numbers]
+            table = pad_rows(rows, self.sizes.prompt)
+            lengths = np.array([len(row) for row in rows], np.int32)
+            return self.sampler.prefill(weights, jax.device_put(table), jax.device_put(lengths), int8=int8)
+
+        if prompts is None:
+            return run([prompt for _, prompt in computed] + [computed[0][1]] * (self.sizes.lanes - len(computed)))
+        for lane, prompt in computed:
+            prompts = self.sampler.place(prompts, run([prompt]), jax.device_put(np.array([lane], np.int32)))
+        return prompts
+
+    def slots(self, schedule: Schedule, begun: list[int]) -> Slots:
+        """The schedule as arrays."""
+        g, s = self.rollout.num_generations, self.sizes.slots
+        rows = np.maximum(schedule.rows, 0)
+        live = schedule.rows >= 0
+        begins = np.zeros(s, bool)
+        begins[begun] = True
+        ids = [self.rows[row].ids for row in rows]
+        base = np.array([max(0, len(own) - 1) for own in ids])
+        last = np.array([own[-1] if own else 0 for own in ids])
+        if self.sizes.fixed:
+            base[:] = base[live].max()
+        lanes = np.arange(s) // self.sizes.spots if self.sizes.fixed else schedule.places()[0]
+        limits = np.array([self.rows[row].limit for row in rows])
+        numbers = (self.numbers[rows // g], rows % g, lanes, schedule.spots, base, last, limits)
+        return Slots(*(x.astype(np.int32) for x in numbers), live, begins)
+
+    def past(self, slots: Slots) -> int:
+        """Tokens of the past that have to be held: those so far, and this segment's where anything goes on after it."""
+        base, limits, live = (np.asarray(x) for x in (slots.base, slots.limits, slots.live))
+        after = base + self.sizes.segment
+        return int(np.max(np.where(after + 1 < limits, after, base)[live]))
+
+    def record(self, schedule: Schedule, tokens: Tokens) -> list[int]:
+        """Adds a segment's tokens to the rows; returns the slots whose completion has ended."""
+        ended: list[int] = []
+        ids, logps, ends, stopped = (np.asarray(x) for x in (tokens.ids, tokens.logps, tokens.ends, tokens.stopped))
+        for slot in np.flatnonzero(schedule.rows >= 0):
+            row = self.rows[schedule.rows[slot]]
+            before = len(row.ids)
+            new = slice(0 if before == 0 else 1, int(ends[slot]))
+            row.ids += ids[slot, new].tolist()
+            row.logps.append(logps[slot, new])
+            if stopped[slot]:
+                row.reason = "stop"
+            if self.cut_at_stop_string(row, before) or stopped[slot] or len(row.ids) >= row.limit:
+                ended.append(int(slot))
+        return ended
+
+    def cut_at_stop_string(self, row: Row, before: int) -> bool:
+        """Ends a row with the token that completes a stop string, if one has come up since it had `before` tokens."""
+        text_of, strings = self.sampler.text_of, self.rollout.stop
+        if not strings or text_of is None:
+            return False
+        # A character may take several tokens (bytes), so a string that ends in the new tokens began at most so many before them.
+        start = max(0, before - 4 * max(map(len, strings)))
+        found = first_length(row.ids, start, before, strings, text_of)
+        if found is None:
+            return False
+        row.ids, row.logps = row.ids[:found], [np.concatenate(row.logps)[:found]]
+        row.reason = "stop"
+        return True
+
+
+def first_length(ids: list[int], start: int, before: int, strings: Sequence[str], text_of: Decode) -> int | None:
+    """The fewest tokens, more than `before`, whose text from token `start` on holds one of the strings; None where none does."""
+
+    def holds(count: int) -> bool:
+        text = text_of(ids[start:count])
+        return any(string in text for string in strings)
+
+    if not holds(len(ids)):
+        return None
+    return next(count for count in range(before + 1, len(ids) + 1) if holds(count))
+
+
+def free_bytes() -> int | None:
+    """Memory that is free where arrays are put; None where it cannot be told."""
+    device = jax.local_devices()[0]
+    stats = device.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"] - stats["bytes_in_use"])
+    if device.platform != "cpu":
+        return None
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None
+
+
+def controls_of(rollout: RolloutConfig, seed: int, step: int) -> Controls:
+    """The settings as device arguments."""
+    truncates = rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0
+    truncation = (
+        Truncation(jnp.asarray(rollout.top_k, jnp.int32), jnp.float32(rollout.top_p), jnp.float32(rollout.min_p))
+        if truncates
+        else None
+    )
+    return Controls(
+        temperature=jnp.float32(rollout.temperature),
+        truncation=truncation,
+        min_length=jnp.asarray(rollout.min_completion_length, jnp.int32),
+        seed=jnp.asarray(seed, jnp.uint32),
+        step=jnp.asarray(step, jnp.int32),
+    )
