@@ -1,4 +1,4 @@
-"""The command line: `grpo-jax train | sft | eval | generate | export | quickstart`.
+"""The command line: `grpo-jax train | sft | eval | generate | export | bench | quickstart`.
 
 Enters: words. Leaves: an exit status: 0, 2 for a mistake of the user's (one block on standard error, no traceback), 130 for Ctrl-C.
 Each command only reads its words, builds the config and calls one function of the package; JAX is imported when a command runs,
@@ -127,6 +127,29 @@ def quickstart(arguments: argparse.Namespace) -> None:
     run(arguments.run_dir)
 
 
+def bench(arguments: argparse.Namespace) -> None:
+    """`grpo-jax bench`."""
+    import json
+
+    from grpo_jax.bench import BenchOptions, rows_of
+    from grpo_jax.bench import bench as run
+    from grpo_jax.metrics import Display
+
+    options = BenchOptions(**{key: value for key, value in vars(arguments).items() if key in BENCH_OPTIONS})
+    display = Display(quiet=arguments.json)
+    result = run(options, display)
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        display.table("medians over the steps", rows_of(result), {})
+
+
+BENCH_OPTIONS = (
+    "model", "prompts", "num_generations", "prompt_length", "completion_length", "steps", "lora_rank", "slots", "segment", "refill",
+    "capacity", "kv_dtype", "dtype", "remat", "micro_batch_prompts", "ragged",
+)  # fmt: skip
+
+
 def loaded_settings(arguments: argparse.Namespace) -> Loaded:
     """The config of `--config` and the `--section.field` options."""
     return load(arguments.config, given_settings(arguments))
@@ -188,6 +211,27 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--format", required=True, choices=("adapter", "merged"), help="a PEFT adapter, or the whole model with it merged in"
     )
+
+    made = command("bench", bench, "time GRPO steps on made-up prompts")
+    made.add_argument("--model", required=True, metavar="DIR", help="model folder; random weights where it has only a config.json")
+    made.add_argument("--prompts", type=positive, default=4, metavar="B", help="prompts a step (default 4)")
+    made.add_argument("--num_generations", type=positive, default=8, metavar="G", help="completions a prompt (default 8)")
+    made.add_argument("--prompt_length", type=positive, default=64, metavar="TOKENS", help="default 64")
+    made.add_argument("--completion_length", type=positive, default=128, metavar="TOKENS", help="default 128")
+    made.add_argument("--steps", type=positive, default=6, metavar="N", help="measured steps, after two others (default 6)")
+    made.add_argument("--lora_rank", type=int, default=16, metavar="R", help="default 16; 0 trains every weight")
+    made.add_argument("--slots", type=positive, metavar="N", help="completions decoded at once (default: all, if they fit)")
+    made.add_argument("--segment", type=positive, metavar="TOKENS", help="tokens between two looks at what has ended")
+    made.add_argument("--no_refill", dest="refill", action="store_false", help="a slot that is free waits for all others")
+    made.add_argument("--capacity", type=positive, metavar="TOKENS", help="make room for longer completions than there are")
+    made.add_argument(
+        "--kv_dtype", choices=("auto", "int8"), default="auto", help="number format of keys and values (default auto)"
+    )
+    made.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto is the model's own")
+    made.add_argument("--remat", choices=("auto", "none", "layer"), default="auto", help="as model.remat (default auto)")
+    made.add_argument("--micro_batch_prompts", type=positive, metavar="B", help="as train.micro_batch_prompts")
+    made.add_argument("--ragged", action="store_true", help="lengths from a heavy tail, with a mean of a quarter of the longest")
+    made.add_argument("--json", action="store_true", help="one line of JSON, last on standard output")
 
     made = command("quickstart", quickstart, "make a small model and task, warm it up, and watch GRPO improve it")
     made.add_argument("--run_dir", default="runs/quickstart", metavar="DIR", help="default runs/quickstart")

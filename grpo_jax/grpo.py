@@ -16,7 +16,7 @@ import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ from grpo_jax.evaluate import Evaluation, evaluate_held_out, policy_of_config, r
 from grpo_jax.metrics import Display, RunFolder, step_values
 from grpo_jax.models import find_model, read_folder_spec
 from grpo_jax.optim import learning_rate_at, make_optimizer
-from grpo_jax.policy import Policy, sampler_of
+from grpo_jax.policy import Policy, sampler_of, trained_model
 from grpo_jax.programs import Program, compile_seconds
 from grpo_jax.prompts import PromptSource
 from grpo_jax.rewards import NamedFunction, ScoredBatch, check_functions, failure_lines, resolve_functions, reward_metrics, score
@@ -92,28 +92,43 @@ def train(
         return loop(run, folder)
 
 
+class Source(Protocol):
+    """Where prompts come from: a `PromptSource`, or what stands in for one."""
+
+    def batch(self, step: int) -> PromptBatch:
+        """The prompts of a step."""
+        ...
+
+
 @dataclass(frozen=True)
 class Run:
-    """Everything that stays the same from step to step."""
+    """Everything that stays the same from step to step.
+
+    Attributes:
+        limits: longest length of each of a step's completions in tokens; None is `rollout.max_completion_length` for all.
+    """
 
     config: Config
     policy: Policy
-    tokenizer: Tokenizer
-    source: PromptSource
+    source: Source
     functions: list[NamedFunction]
     sampler: Sampler
     learner: Learner
     update: Program
     frozen: Frozen
     display: Display
+    limits: Sequence[int] | None = None
 
     def variables(self, state: TrainState) -> Params:
         """What the sampler runs."""
         return self.learner.policy(state.trainable, self.frozen)
 
     def evaluate(self, state: TrainState) -> Evaluation | None:
-        """Greedy accuracy on the held-out part."""
-        return evaluate_held_out(self.sampler, self.variables(state), self.source, self.functions, self.tokenizer, self.config)
+        """Greedy accuracy on the held-out part, where there is one."""
+        if not isinstance(self.source, PromptSource):
+            return None
+        variables, tokenizer = self.variables(state), self.policy.need_tokenizer()
+        return evaluate_held_out(self.sampler, variables, self.source, self.functions, tokenizer, self.config)
 
 
 def prepare(
@@ -137,8 +152,12 @@ def prepare(
     if policy is None:
         with display.busy(f"reading {config.model.path}"):
             policy = policy_of_config(config)
-    tokenizer = policy.need_tokenizer()
+    policy.need_tokenizer()
+    return assemble(config, policy, source, functions, display)
 
+
+def assemble(config: Config, policy: Policy, source: Source, functions: list[NamedFunction], display: Display) -> Run:
+    """Everything that a step needs, from what has been read and checked. Compiles nothing."""
     full = policy.adapters is None
     micro_batch = (
         config.train.micro_batch_prompts or config.train.prompts_per_step,
@@ -147,9 +166,13 @@ def prepare(
     restriction = Restriction.of(config.rollout, policy.stop_ids) if config.objective.match_sampling else None
     if restriction is not None and restriction.truncates:
         display.note(TRUNCATED_LINE)
+    tokens = micro_batch[0] * (config.rollout.max_prompt_length + micro_batch[1] * config.rollout.max_completion_length)
+    model, remat = trained_model(policy, config.model.remat, tokens)
+    if remat != config.model.remat:
+        display.note(f"model.remat: {config.model.remat} is {remat} here")
     updates = updates_of(config, supervised=False)
     learner = Learner(
-        model=replace_remat(policy, config),
+        model=model,
         objective=config.objective,
         optimizer=make_optimizer(config.optim, updates),
         learning_rate=functools.partial(learning_rate_at, config.optim, updates),
@@ -162,7 +185,7 @@ def prepare(
     sampler = sampler_of(policy).announced(display.compiling)
     update = Program("update", learner.train_step, donate=(0,), announce=display.compiling)
     frozen = Frozen(base={} if full else policy.params, reference=reference_of(policy, config))
-    return Run(config, policy, tokenizer, source, functions, sampler, learner, update, frozen, display)
+    return Run(config, policy, source, functions, sampler, learner, update, frozen, display)
 
 
 def prompts_line(source: PromptSource, limit_tokens: int) -> str:
@@ -171,11 +194,6 @@ def prompts_line(source: PromptSource, limit_tokens: int) -> str:
     overlong = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     said = f"; longer than {limit_tokens} tokens: {overlong}" if overlong else ""
     return f"prompts: {len(source.train)} to train on, {len(source.held_out)} held out{said}"
-
-
-def replace_remat(policy: Policy, config: Config) -> Any:
-    """The decoder that is trained: the policy's, with the settings' rematerialisation."""
-    return policy.model.clone(remat=config.model.remat)
 
 
 def reference_of(policy: Policy, config: Config) -> Params | None:
@@ -216,7 +234,8 @@ def loop(run: Run, folder: RunFolder) -> TrainResult:
                     checkpoints.save(step + 1, state, host | {"seconds": time.perf_counter() - started})
     seconds, compiling = time.perf_counter() - started, compile_seconds(run.update, *run.sampler.programs)
     policy = with_trained(run.policy, state.trainable)
-    return finish(policy, config, folder, display, held_out=len(run.source.held_out), seconds=seconds, compile_seconds=compiling)
+    held_out = len(run.source.held_out) if isinstance(run.source, PromptSource) else 0
+    return finish(policy, config, folder, display, held_out=held_out, seconds=seconds, compile_seconds=compiling)
 
 
 def one_step(run: Run, state: TrainState, folder: RunFolder, step: int) -> tuple[TrainState, dict[str, float]]:
@@ -225,10 +244,18 @@ def one_step(run: Run, state: TrainState, folder: RunFolder, step: int) -> tuple
     prompts = run.source.batch(step)
     clock = Clock((run.update, *run.sampler.programs))
     rollout = run.sampler.sample(
-        run.variables(state), prompts.prompt_ids, config.rollout, seed=config.train.seed, step=step, indices=prompts.indices
+        run.variables(state),
+        prompts.prompt_ids,
+        config.rollout,
+        seed=config.train.seed,
+        step=step,
+        indices=prompts.indices,
+        limits=run.limits,
     )
     clock.lap("rollout_seconds")
-    texts = [run.tokenizer.decode(ids) for ids in rollout.completion_ids]
+    texts = [run.policy.text_of(ids) for ids in rollout.completion_ids]
+    if step == 0 and rollout.slots < len(texts):
+        run.display.note(f"slots: {rollout.slots} of {len(texts)} completions are decoded at once")
     scored = score(
         run.functions,
         config.rewards.weights,
@@ -281,6 +308,7 @@ def length_metrics(rollout: Rollout) -> dict[str, float]:
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(1 - stopped.mean()),
+        "sampling/near_ties": rollout.near_ties / max(1.0, float(lengths.sum())),
     }
     if stopped.any():
         metrics["completions/mean_terminated_length"] = float(lengths[stopped].mean())

@@ -8,13 +8,11 @@ Enters: prompts [B, P] and completions [N, C], N = B·G, padded on the right. Le
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.attention import group_attend
-from grpo_jax.models.transformer import Transformer, head_matrix
+from grpo_jax.models.transformer import Transformer, forward, head_matrix
 from grpo_jax.truncated import Restriction, restricted_logprobs
 from grpo_jax.types import Params
 from grpo_kernels.head_logprob import head_logprob
@@ -39,7 +37,7 @@ def group_hidden(
         [jnp.broadcast_to(at, (b, p)), jnp.broadcast_to(after, (b, g, c - 1)).reshape(b, g * (c - 1))], axis=1
     )
     attend = group_attend(model.spec, prompt_lengths, p, g if c > 1 else 0)
-    hidden: Any = model.apply(variables, ids, positions, attend)[0]
+    hidden = forward(model, variables, ids, positions, attend)[0]
     last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)
     first = jnp.broadcast_to(last[:, :, None], (b, g, 1, hidden.shape[-1]))
     rest = hidden[:, p:].reshape(b, g, c - 1, hidden.shape[-1])

@@ -20,6 +20,7 @@ from grpo_jax.config import ConfigError, LoraConfig, RolloutConfig
 from grpo_jax.config.checks import require
 from grpo_jax.export import merged_weights, save_merged
 from grpo_jax.logprobs import completion_logprobs
+from grpo_jax.memory import free_bytes
 from grpo_jax.models import (
     ModelError,
     ModelSpec,
@@ -31,6 +32,7 @@ from grpo_jax.models import (
     read_folder_spec,
     save_adapter,
 )
+from grpo_jax.models.transformer import UNROLLED_LAYERS
 from grpo_jax.programs import Program
 from grpo_jax.sampler import Sampler, pad_rows, round_up
 from grpo_jax.tokenizer import Tokenizer, read_stop_ids
@@ -140,7 +142,8 @@ class Policy:
     @property
     def model(self) -> Transformer:
         """The decoder as a Flax module, without weights."""
-        return Transformer(self.spec, self.dtype, 1.0 if self.lora is None else self.lora.scale)
+        unroll = jax.default_backend() == "cpu" and self.spec.layers <= UNROLLED_LAYERS
+        return Transformer(self.spec, self.dtype, 1.0 if self.lora is None else self.lora.scale, unroll=unroll)
 
     @property
     def variables(self) -> Params:
@@ -159,6 +162,10 @@ class Policy:
         if self.tokenizer is None:
             raise ModelError(f"{self.folder} has no tokenizer (tokenizer.json), and this needs text")
         return self.tokenizer
+
+    def text_of(self, ids: list[int]) -> str:
+        """Token ids as text, without special tokens; "" where the folder has no tokenizer."""
+        return "" if self.tokenizer is None else self.tokenizer.decode(ids)
 
     def generate(
         self,
@@ -211,7 +218,7 @@ class Policy:
         ids = [self._prompt_ids(prompt, template_arguments or {}) for prompt in prompts]
         check_rows("prompts", ids, self.spec.vocab)
         rollout = self.sampler.sample(self.variables, ids, settings, seed=seed)
-        texts = ["" if self.tokenizer is None else self.tokenizer.decode(row) for row in rollout.completion_ids]
+        texts = [self.text_of(row) for row in rollout.completion_ids]
         rows = [
             Completion(*row) for row in zip(texts, rollout.completion_ids, rollout.logprobs, rollout.finish_reasons, strict=True)
         ]
@@ -285,6 +292,25 @@ class Policy:
 def sampler_of(policy: Policy) -> Sampler:
     """A new sampler of a policy's model. Stop strings are looked for with special tokens left out, as rewards see the text."""
     return Sampler.build(policy.model, policy.stop_ids, text_of=None if policy.tokenizer is None else policy.tokenizer.decode)
+
+
+REMAT_MEMORY_SHARE = 0.25
+"""Share of the free memory that what a backward pass keeps may take, for `model.remat: auto` to keep it."""
+
+
+def trained_model(policy: Policy, remat: str, tokens: int) -> tuple[Transformer, str]:
+    """The decoder as it is trained, and which `model.remat` it has.
+
+    Args:
+        remat: the setting; `auto` is `none` on a CPU where the memory allows, else `layer`.
+        tokens: tokens of a micro-batch.
+    """
+    spec, model = policy.spec, policy.model
+    if remat == "auto":
+        widths = 4 * (spec.width + spec.heads * spec.head_dim + spec.ffw)
+        kept, free = tokens * spec.layers * widths * model.dtype.itemsize, free_bytes()
+        remat = "none" if model.unroll and (free is None or kept < REMAT_MEMORY_SHARE * free) else "layer"
+    return model.clone(remat=remat), remat
 
 
 def check_rows(name: str, rows: Sequence[Sequence[Any]], vocab: int, *, empty: bool = False) -> None:

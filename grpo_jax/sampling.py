@@ -77,8 +77,8 @@ def inverse_distribution(weights: Float[Array, "N V"], uniform: Float[Array, "N"
     A token of weight 0 is never taken: where rounding runs past the end, the heaviest token of the block is.
 
     Returns:
-        The tokens, and whether a draw is close: logits that differ by `NEAR_LOGITS` could have given another token. A border at
-        share F of the total moves by F · (1 - F) times the change of the logits on one side of it.
+        The tokens, and whether a draw is close: independent changes of the logits by `NEAR_LOGITS` could have given another
+        token. They move a border at share F of the total by that times √(Σ p²) at most, and by √2 · F · (1 - F) at most.
     """
     n, v = weights.shape
     blocks = -(-v // BLOCK)
@@ -99,8 +99,13 @@ def inverse_distribution(weights: Float[Array, "N V"], uniform: Float[Array, "N"
     index = jnp.where((index < BLOCK) & (weight > 0), index, jnp.argmax(own, axis=-1).astype(jnp.int32))
     end = (before + jnp.take_along_axis(within, index[:, None], axis=-1)[:, 0]) / total
     start = end - jnp.take_along_axis(own, index[:, None], axis=-1)[:, 0] / total
-    near = jnp.float32(NEAR_LOGITS)
-    close = (jnp.abs(uniform - start) < near * start * (1 - start)) | (jnp.abs(end - uniform) < near * end * (1 - end))
+    spread = jnp.sqrt(jnp.sum(jnp.square(weights), axis=(1, 2))) / total
+
+    def near(border: Float[Array, "N"]) -> Bool[Array, "N"]:
+        moves = jnp.minimum(spread, jnp.float32(2**0.5) * border * (1 - border))
+        return jnp.abs(uniform - border) < jnp.float32(NEAR_LOGITS) * moves
+
+    close = near(start) | near(end)
     return block * BLOCK + index, close
 
 

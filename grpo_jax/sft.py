@@ -26,7 +26,7 @@ from grpo_jax.logprobs import completion_logprobs
 from grpo_jax.metrics import Display, RunFolder, step_values
 from grpo_jax.models import find_model
 from grpo_jax.optim import learning_rate_at, make_optimizer
-from grpo_jax.policy import Policy
+from grpo_jax.policy import Policy, sampler_of, trained_model
 from grpo_jax.programs import Program, compile_seconds
 from grpo_jax.prompts import CompletionBatch, CompletionSource, completion_pairs
 from grpo_jax.runs import (
@@ -100,18 +100,19 @@ class Warmup:
     @staticmethod
     def build(config: Config, policy: Policy, source: CompletionSource, display: Display) -> Warmup:
         """Compiles nothing."""
-        full, updates = policy.adapters is None, updates_of(config, supervised=True)
+        full, updates, limits = policy.adapters is None, updates_of(config, supervised=True), config.rollout
+        rows = config.train.micro_batch_prompts or config.train.prompts_per_step
         learner = Learner(
-            model=policy.model.clone(remat=config.model.remat),
+            model=trained_model(policy, config.model.remat, rows * (limits.max_prompt_length + limits.max_completion_length))[0],
             objective=config.objective,
             optimizer=make_optimizer(config.optim, updates),
             learning_rate=functools.partial(learning_rate_at, config.optim, updates),
             full=full,
             temperature=1.0,
             max_completion_length=config.rollout.max_completion_length,
-            micro_batch=(config.train.micro_batch_prompts or config.train.prompts_per_step, 1),
+            micro_batch=(rows, 1),
         )
-        sampler = Sampler.build(policy.model, policy.stop_ids).announced(display.compiling)
+        sampler = sampler_of(policy).announced(display.compiling)
         update = Program("update", functools.partial(supervised_step, learner), donate=(0,), announce=display.compiling)
         frozen = Frozen(base={} if full else policy.params, reference=None)
         return Warmup(config, policy, source, learner, sampler, update, frozen, display)

@@ -26,13 +26,14 @@ class ModelConfig:
         revision: Branch, tag or commit on the hub; null is the default branch.
         dtype: Number format of the frozen weights and of the computation; `auto` is what the model's config.json says.
             Trained weights and the optimiser's state are float32 whatever this says.
-        remat: What the backward pass computes again instead of keeping: `none`, or `layer` (each layer's inside).
+        remat: What the backward pass computes again instead of keeping: `none`, `layer` (each layer's inside), or `auto`: none
+            on a CPU whose memory suffices, else layer.
     """
 
     path: str | None = None
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    remat: Literal["none", "layer"] = "layer"
+    remat: Literal["auto", "none", "layer"] = "auto"
 
     def __post_init__(self) -> None:
         check_types(self, "model")

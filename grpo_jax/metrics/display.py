@@ -180,7 +180,14 @@ class Display:
             files: Paths that were written, each with what it holds; `RunFolder.written`.
             title: Above it.
         """
-        rows = tables.report_rows(summary)
+        self.table(title, tables.report_rows(summary), files)
+
+    def table(self, title: str, rows: Sequence[tuple[str, str]], files: Mapping[str, str]) -> None:
+        """Shows names with what belongs to them.
+
+        Args:
+            files: Paths below them, each with what it holds; may be none.
+        """
         if self.plain:
             self._lines(tables.report_lines(rows, files))
         else:

@@ -22,6 +22,9 @@ from grpo_jax.types import Params
 NO_WINDOW = 2**30
 """Window of a layer that sees every position."""
 
+UNROLLED_LAYERS = 16
+"""On a CPU, models of up to this many layers run without a loop over them; compiling takes longer with each."""
+
 
 class Transformer(nn.Module):
     """A model family's decoder.
@@ -31,12 +34,14 @@ class Transformer(nn.Module):
         dtype: number format of the computation; weights are cast to it where they are used.
         lora_scale: factor of the adapters' product.
         remat: `layer` keeps only each layer's input for the backward pass and computes its inside again.
+        unroll: `forward` runs the layers without a loop over them, unless they are computed again.
     """
 
     spec: ModelSpec
     dtype: Any
     lora_scale: float = 1.0
     remat: Literal["none", "layer"] = "none"
+    unroll: bool = False
 
     @nn.compact
     def __call__(
@@ -82,14 +87,18 @@ def forward(
     ids: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     attend: Attend,
-    cache: Any,
-    per_layer: Any,
+    cache: Any = None,
+    per_layer: Any = None,
 ) -> tuple[Float[Array, "B T D"], Any, Any]:
-    """`model.apply`, also of weights that `split_layers` has taken apart.
+    """`model.apply`, or the same without a loop over the layers: where the model says so, or `split_layers` took them apart.
 
-    Then `cache` and `per_layer` are tuples of L, a layer's cache with an axis of 1 in front, and the last result is a tuple too.
+    In the second case `cache` and `per_layer` are tuples of L, a layer's cache with an axis of 1 in front, and the last result is
+    a tuple too.
     """
-    if isinstance(variables["params"]["layers"], dict):
+    split = not isinstance(variables["params"]["layers"], dict)
+    if model.unroll and model.remat == "none" and not split and cache is None:
+        variables, split = split_layers(variables), True
+    if not split:
         out: Any = model.apply(variables, ids, positions, attend, cache, per_layer)
         return out
     spec, params = model.spec, variables["params"]
@@ -115,11 +124,16 @@ def forward(
 
 
 def split_layers(variables: Params) -> Params:
-    """The stacked layers as a tuple of single ones: on a CPU a loop over slices copies every weight at every turn."""
+    """The stacked layers as a tuple of single ones.
+
+    On a CPU a loop over stacked layers copies the weights at every turn, and in training everything that the backward pass needs.
+    """
 
     def split(layers: Params) -> tuple[Params, ...]:
         leaves, tree = jax.tree.flatten(layers)
-        return tuple(jax.tree.unflatten(tree, [leaf[number] for leaf in leaves]) for number in range(leaves[0].shape[0]))
+        # The transpose of a split is one concatenation, that of indexing a sum of padded arrays.
+        parts = [[jnp.squeeze(part, 0) for part in jnp.split(leaf, leaf.shape[0])] for leaf in leaves]
+        return tuple(jax.tree.unflatten(tree, own) for own in zip(*parts, strict=True))
 
     return {name: tree | {"layers": split(tree["layers"])} for name, tree in variables.items()}
 

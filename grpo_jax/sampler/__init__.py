@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import RolloutConfig
+from grpo_jax.memory import free_bytes
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.programs import Announce, Program, silently
 from grpo_jax.sampler.device import (
-    UNROLLED_LAYERS,
     Controls,
     Prompts,
     Slots,
@@ -161,7 +161,7 @@ class Running:
         """Decodes every row; returns the number of near-ties."""
         sampler, sizes = self.sampler, self.sizes
         spec, dtype, int8 = sampler.model.spec, sampler.model.dtype, self.rollout.kv_dtype == "int8"
-        unroll = jax.default_backend() == "cpu" and spec.layers <= UNROLLED_LAYERS
+        unroll = sampler.model.unroll
         weights = sampler.prepare(variables, unroll=unroll)
         schedule = Schedule.of(sizes, len(self.prompt_ids), self.rollout.num_generations, refill=self.rollout.refill)
         prompts: Prompts | None = None
@@ -263,21 +263,6 @@ def first_length(ids: list[int], start: int, before: int, strings: Sequence[str]
     if not holds(len(ids)):
         return None
     return next(count for count in range(before + 1, len(ids) + 1) if holds(count))
-
-
-def free_bytes() -> int | None:
-    """Memory that is free where arrays are put; None where it cannot be told."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"] - stats["bytes_in_use"])
-    if device.platform != "cpu":
-        return None
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return None
 
 
 def controls_of(rollout: RolloutConfig, seed: int, step: int) -> Controls:

@@ -21,9 +21,6 @@ from grpo_jax.models.transformer import Transformer, forward, head_matrix, split
 from grpo_jax.sampling import Truncation, draw
 from grpo_jax.types import Params
 
-UNROLLED_LAYERS = 16
-"""On a CPU, models of up to this many layers are decoded without a loop over the layers; see `split_layers`."""
-
 
 @struct.dataclass
 class Controls:
