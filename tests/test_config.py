@@ -86,6 +86,8 @@ def test_a_name_that_is_like_no_other_is_answered_with_the_sections():
             r"rewards.functions is 'exact_match': expected a list, written \[a, b\], of text",
         ),
         ({"rewards": {"weights": [1.0, "x"]}}, r"rewards.weights is \[1.0, 'x'\]: expected a list"),
+        ({"rollout": {"stop": "###"}}, r"rollout.stop is '###': expected a list, written \[a, b\], of text"),
+        ({"rollout": {"kv_dtype": "int4"}}, "rollout.kv_dtype is 'int4': expected one of auto, int8"),
         ({"data": {"template_arguments": [1]}}, r"data.template_arguments is \[1\]: expected a mapping"),
         ({"train": 5}, "train is 5: expected a mapping of its settings"),
     ],
@@ -101,7 +103,9 @@ def test_an_ill_typed_value_is_refused_with_field_value_and_expected_type(values
         ({"rollout": {"num_generations": 0}}, "rollout.num_generations is 0", "4 to 16"),
         ({"rollout": {"top_p": 0.0}}, "rollout.top_p is 0.0", "above 0"),
         ({"rollout": {"min_completion_length": 300}}, "rollout.min_completion_length is 300", "256"),
-        ({"rollout": {"slots": 12}}, "rollout.slots is 12", r"multiple of num_generations \(8\)"),
+        ({"rollout": {"slots": 0}}, "rollout.slots is 0", "at least 1, or null"),
+        ({"rollout": {"segment": 0}}, "rollout.segment is 0", "at least 1, or null"),
+        ({"rollout": {"stop": ["###", ""]}}, r"rollout.stop is \['###', ''\]", "leave it out"),
         ({"train": {"micro_batch_prompts": 3}}, "train.micro_batch_prompts is 3", r"divisor of train.prompts_per_step \(8\)"),
         (
             {"train": {"micro_batch_completions": 3}},
@@ -302,6 +306,8 @@ def test_every_setting_is_listed_once_with_its_value():
         ),
         ("rewards.functions", '["a.py:f"]', ["a.py:f"]),
         ("rewards.weights", "[1, 0.5]", [1.0, 0.5]),
+        ("rollout.stop", '["###", "\\n\\n"]', ["###", "\n\n"]),
+        ("rollout.segment", "16", 16),
         ("lora.targets", "[q_proj, v_proj]", ["q_proj", "v_proj"]),
         ("lora.targets", "all-linear", "all-linear"),
         ("data.template_arguments", "{enable_thinking: false}", {"enable_thinking": False}),
@@ -379,6 +385,11 @@ def test_what_is_handed_over_need_not_be_named():
     check_training(Config(), has_policy=True, has_dataset=True, has_rewards=True)
     with pytest.raises(ConfigError, match=r"rewards.functions"):
         check_training(Config(), has_policy=True, has_dataset=True)
+
+
+@pytest.mark.parametrize("slots", [1, 12, 1000])
+def test_slots_need_not_be_a_multiple_of_the_completions(slots: int):
+    assert RolloutConfig(num_generations=8, slots=slots).slots == slots
 
 
 def test_greedy_sampling_of_one_completion_is_a_valid_rollout():

@@ -31,7 +31,15 @@ class Canned(Sampler):
     asked: list[tuple[RolloutConfig, int, list[int]]] = field(default_factory=list)
 
     def sample(
-        self, variables: Any, prompt_ids: Any, rollout: RolloutConfig, *, seed: int, step: int = 0, indices: Any = None
+        self,
+        variables: Any,
+        prompt_ids: Any,
+        rollout: RolloutConfig,
+        *,
+        seed: int,
+        step: int = 0,
+        indices: Any = None,
+        limits: Any = None,
     ) -> Rollout:
         self.asked.append((rollout, seed, list(indices)))
         assert len(self.texts) == len(prompt_ids) * rollout.num_generations
@@ -48,8 +56,7 @@ def tokenizer() -> Tokenizer:
 def evaluate(
     texts: list[str], config: Config, samples: int | None = None, functions: Any = ("exact_match",)
 ) -> tuple[Evaluation, Canned]:
-    model = gx.Policy.from_pretrained(tiny_model()).sampler
-    sampler = Canned(model.model, model.stop_ids, model.program, texts)
+    sampler = Canned(**vars(gx.Policy.from_pretrained(tiny_model()).sampler), texts=texts)
     source = PromptSource.build(config, tokenizer(), additions(), EVAL)
     found = evaluate_held_out(sampler, {}, source, resolve_functions(functions), tokenizer(), config, samples=samples)
     assert found is not None

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
 from goldens.folders import build_model_folder
@@ -17,21 +18,35 @@ from grpo_jax.config import LoraConfig, ObjectiveConfig, OptimConfig, RolloutCon
 from grpo_jax.models import Transformer, init_lora, read_folder_spec
 from grpo_jax.models.spec import abstract_params
 from grpo_jax.optim import learning_rate_at, make_optimizer
-from grpo_jax.sampler import controls_of, decode
+from grpo_jax.sampler import controls_of
+from grpo_jax.sampler.device import Slots, blank_level, place, prefill, prepare, segment
 from grpo_jax.step import Learner
 from grpo_jax.types import Frozen, TrainBatch
 
 B, G, P, C = 2, 4, 16, 24
+LORA = LoraConfig(rank=8)
+STOPS = (1, 2)
 
 
 @pytest.fixture(scope="module")
-def tpu() -> Any:
-    """One v5e core that is not there."""
+def tpu() -> Iterator[Any]:
+    """One v5e core that is not there. Programs for it can be written to the cache on disk, but not read without one."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs the libtpu wheel, which is for Linux on x86-64")
     from jax.experimental import topologies
 
-    return SingleDeviceSharding(topologies.get_topology_desc("v5e:2x2", "tpu").devices[0])
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield SingleDeviceSharding(topologies.get_topology_desc("v5e:2x2", "tpu").devices[0])
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Transformer:
+    """Gemma 3: sliding windows, two ropes, norms around each block."""
+    spec = read_folder_spec(build_model_folder(tmp_path_factory.mktemp("model"), "gemma3", "new"))
+    return Transformer(spec, jnp.dtype("bfloat16"), LORA.scale, "layer")
 
 
 def on(device: Any, tree: Any) -> Any:
@@ -39,15 +54,21 @@ def on(device: Any, tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
 
 
-def test_the_update_and_the_rollout_compile_for_a_tpu(tpu: Any, tmp_path: Path):
-    spec = read_folder_spec(build_model_folder(tmp_path, "gemma3", "new"))
-    lora = LoraConfig(rank=8)
-    model = Transformer(spec, jnp.dtype("bfloat16"), lora.scale, "layer")
-    base = on(tpu, abstract_params(spec, jnp.bfloat16))
-    adapters = jax.eval_shape(lambda: init_lora(spec, lora, jax.random.key(0)))
+def variables_of(model: Transformer, device: Any) -> Any:
+    """Shapes of the base in bfloat16 and of adapters in float32."""
+    adapters = jax.eval_shape(lambda: init_lora(model.spec, LORA, jax.random.key(0)))
+    return {"params": on(device, abstract_params(model.spec, jnp.bfloat16)), "lora": on(device, adapters)}
+
+
+def bytes_of(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def test_the_update_compiles_for_a_tpu(tpu: Any, model: Transformer):
+    variables = variables_of(model, tpu)
     optim = OptimConfig()
     learner = Learner(
-        model, ObjectiveConfig(), make_optimizer(optim, 10), functools.partial(learning_rate_at, optim, 10), False, 1.0, C, (1, 2)
+        model, ObjectiveConfig(), make_optimizer(optim, 10), functools.partial(learning_rate_at, optim, 10), False, 1.0, C, STOPS
     )
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
         "prompt_ids": ((B, P), jnp.int32),
@@ -59,20 +80,45 @@ def test_the_update_and_the_rollout_compile_for_a_tpu(tpu: Any, tmp_path: Path):
         "valid": ((B, G), jnp.bool_),
     }
     batch = TrainBatch(**{name: jax.ShapeDtypeStruct(*value) for name, value in shapes.items()})
-    state = on(tpu, jax.eval_shape(learner.init, adapters))
-    update = jax.jit(learner.train_step, donate_argnums=0).lower(state, on(tpu, batch), Frozen(base, {})).compile()
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
-    assert update.memory_analysis().alias_size_in_bytes >= size  # the new state takes over the old one's memory
+    state = on(tpu, jax.eval_shape(learner.init, variables["lora"]))
+    update = jax.jit(learner.train_step, donate_argnums=0).lower(state, on(tpu, batch), Frozen(variables["params"], {})).compile()
+    # The new state takes over the old one's memory.
+    assert update.memory_analysis().alias_size_in_bytes >= bytes_of(state)
 
-    rollout = RolloutConfig(num_generations=G, max_completion_length=C, top_p=0.9)
-    arguments = (
-        {"params": base, "lora": on(tpu, adapters)},
-        on(tpu, batch.prompt_ids),
-        on(tpu, batch.prompt_lengths),
-        on(tpu, batch.prompt_lengths),
-        on(tpu, controls_of(rollout, seed=0, step=0)),
-        on(tpu, jax.ShapeDtypeStruct((G, C), jnp.int32)),
-    )
-    compiled = jax.jit(functools.partial(decode, model, (1, 2))).lower(*arguments).compile()
-    ids, logps, lengths, done = compiled.out_info
-    assert (ids.shape, logps.shape, lengths.shape, done.shape) == ((B, G, C), (B, G, C), (B, G), (B, G))
+
+@pytest.mark.parametrize(("refilled", "levels", "int8"), [(False, 1, False), (True, 2, False), (True, 1, True)])
+def test_the_rollout_compiles_for_a_tpu(tpu: Any, model: Transformer, refilled: bool, levels: int, int8: bool):
+    """In the stacked form, which accelerators use."""
+    slots, length = (6 if refilled else B * G), 8
+
+    def shape(*size: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(size, dtype, sharding=tpu)
+
+    ready = functools.partial(prepare, model, unroll=False)
+    weights = jax.jit(ready).lower(variables_of(model, tpu)).compile()
+    assert weights.out_info["params"]["layers"]["q_proj"]["kernel"].shape[0] == model.spec.layers
+    weights = on(tpu, weights.out_info)
+
+    prompts = jax.jit(functools.partial(prefill, model, int8=int8)).lower(weights, shape(B, P), shape(B)).compile().out_info
+    kept = (model.spec.layers, B, model.spec.kv_heads, P, model.spec.head_dim)
+    assert (prompts.kept.k.shape, prompts.kept.k.dtype) == (kept, jnp.int8 if int8 else jnp.bfloat16)
+    prompts = on(tpu, prompts)
+    one = on(tpu, jax.eval_shape(functools.partial(prefill, model, int8=int8), weights, shape(1, P), shape(1)))
+    placed = jax.jit(place, donate_argnums=0).lower(prompts, one, shape(1)).compile()
+    assert placed.memory_analysis().alias_size_in_bytes >= bytes_of(prompts.kept)
+
+    past = [
+        on(tpu, jax.eval_shape(functools.partial(blank_level, model.spec, model.dtype, slots, 8, int8=int8, unroll=False)))
+        for _ in range(levels)
+    ]
+    numbers = [shape(slots) for _ in range(7)]
+    state = Slots(*numbers, live=shape(slots, dtype=jnp.bool_), begins=shape(slots, dtype=jnp.bool_))
+    table = shape(B, G) if refilled else None
+    controls = on(tpu, controls_of(RolloutConfig(num_generations=G, max_completion_length=C, top_p=0.9), seed=0, step=0))
+    program = jax.jit(functools.partial(segment, model, STOPS, length=length), donate_argnums=2)
+    compiled = program.lower(weights, prompts, tuple(past), state, table, controls).compile()
+    tokens, after = compiled.out_info
+    assert (tokens.ids.shape, tokens.logps.shape, tokens.ends.shape) == ((slots, length + 1), (slots, length + 1), (slots,))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), tuple(past))
+    # The segment is written where the past lies.
+    assert compiled.memory_analysis().alias_size_in_bytes >= bytes_of(past)
