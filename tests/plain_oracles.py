@@ -90,7 +90,15 @@ def angles(rope: dict[str, Any], half: int, length: int) -> np.ndarray:
     return np.arange(length)[:, None] * frequencies[None, :]
 
 
-def plain_logits(config: dict[str, Any], weights: Params, ids: Any, adapter: Params | None = None, scale: float = 0.0) -> Any:
+def int8_steps(x: Any) -> Any:
+    """Numbers rounded to 255 steps of the largest magnitude among the last axis."""
+    step = jnp.maximum(jnp.abs(x).max(axis=-1, keepdims=True), 1e-30) / 127
+    return jnp.round(x / step) * step
+
+
+def plain_logits(
+    config: dict[str, Any], weights: Params, ids: Any, adapter: Params | None = None, scale: float = 0.0, int8_from: Any = None
+) -> Any:
     """[T, V] logits of one text.
 
     Args:
@@ -99,6 +107,7 @@ def plain_logits(config: dict[str, Any], weights: Params, ids: Any, adapter: Par
         ids: [T].
         adapter: the `lora` collection, [L, in, r] and [L, r, out] a target.
         scale: factor of the adapters' product.
+        int8_from: the first token that sees all keys and values rounded to int8, as decoding from an int8 cache does.
     """
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"), jax.default_matmul_precision("highest"):
         gemma, length = config["model_type"].startswith("gemma"), ids.shape[0]
@@ -135,9 +144,15 @@ def plain_logits(config: dict[str, Any], weights: Params, ids: Any, adapter: Par
             rotated = [(x[..., : head_dim // 2] + 1j * x[..., head_dim // 2 :]) * turn for x in (q, k)]
             q, k = (jnp.concatenate([z.real, z.imag], axis=-1) for z in rotated)
             k, v = (jnp.repeat(x, heads // kv_heads, axis=1) for x in (k, v))
-            scores = cap(jnp.einsum("thd,shd->hts", q, k) * query_scale, config.get("attn_logit_softcapping"))
             sees = (distance >= 0) & (distance < (window or length))
-            mixed = jnp.einsum("hts,shd->thd", jax.nn.softmax(jnp.where(sees, scores, -1e30), axis=-1), v)
+
+            def mix(k: Any, v: Any, q: Any = q, sees: Any = sees) -> Any:
+                scores = cap(jnp.einsum("thd,shd->hts", q, k) * query_scale, config.get("attn_logit_softcapping"))
+                return jnp.einsum("hts,shd->thd", jax.nn.softmax(jnp.where(sees, scores, -1e30), axis=-1), v)
+
+            mixed = mix(k, v)
+            if int8_from is not None:
+                mixed = jnp.where((jnp.arange(length) < int8_from)[:, None, None], mixed, mix(int8_steps(k), int8_steps(v)))
             y = linear(mixed.reshape(length, heads * head_dim), "self_attn", "o_proj")
             x = x + (norm(y, f"{at}.post_attention_layernorm") if gemma else y)
             h = norm(x, f"{at}.pre_feedforward_layernorm" if gemma else f"{at}.post_attention_layernorm")
@@ -150,13 +165,16 @@ def plain_logits(config: dict[str, Any], weights: Params, ids: Any, adapter: Par
 
 @functools.cache
 def plain_model(family: str, scale: float = 0.0) -> Callable[..., Any]:
-    """Jitted (ids [N, T], adapter or None) → logits [N, T, V] of a tiny model."""
+    """Jitted (ids [N, T], adapter or None, int8_from [N] or None) → logits [N, T, V] of a tiny model."""
     config = golden_config(family)
     weights = {name: jnp.asarray(array) for name, array in model_tensors(family).items()}
 
     @jax.jit
-    def run(ids: Any, adapter: Params | None = None) -> Any:
-        return jax.vmap(lambda row: plain_logits(config, weights, row, adapter, scale))(ids)
+    def run(ids: Any, adapter: Params | None = None, int8_from: Any = None) -> Any:
+        def one(row: Any, start: Any) -> Any:
+            return plain_logits(config, weights, row, adapter, scale, start)
+
+        return jax.vmap(one, in_axes=(0, None if int8_from is None else 0))(ids, int8_from)
 
     return run
 

@@ -164,12 +164,14 @@ class Running:
         unroll = sampler.model.unroll
         weights = sampler.prepare(variables, unroll=unroll)
         schedule = Schedule.of(sizes, len(self.prompt_ids), self.rollout.num_generations, refill=self.rollout.refill)
-        prompts: Prompts | None = None
+        prompts = self.computed(weights, range(sizes.lanes), int8=int8)
         levels: list[Any] = []
         close = 0
         while not schedule.finished:
-            computed, begun = schedule.admit()
-            prompts = self.hold(weights, prompts, computed, int8=int8)
+            later, begun = schedule.admit()
+            for lane, number in later:
+                new = self.computed(weights, [number], int8=int8)
+                prompts = sampler.place(prompts, new, jax.device_put(np.array([lane], np.int32)))
             slots = self.slots(schedule, begun)
             needed = sizes.levels_for(self.past(slots))
             while len(levels) < needed:
@@ -184,20 +186,12 @@ class Running:
             schedule.end(self.record(schedule, tokens))
         return close
 
-    def hold(self, weights: Params, prompts: Prompts | None, computed: list[tuple[int, int]], *, int8: bool) -> Prompts | None:
-        """Computes prompts that begin: all at once at first, one by one later, so that there are two shapes."""
-
-        def run(numbers: list[int]) -> Prompts:
-            rows = [self.prompt_ids[number] for number in numbers]
-            table = pad_rows(rows, self.sizes.prompt)
-            lengths = np.array([len(row) for row in rows], np.int32)
-            return self.sampler.prefill(weights, jax.device_put(table), jax.device_put(lengths), int8=int8)
-
-        if prompts is None:
-            return run([prompt for _, prompt in computed] + [computed[0][1]] * (self.sizes.lanes - len(computed)))
-        for lane, prompt in computed:
-            prompts = self.sampler.place(prompts, run([prompt]), jax.device_put(np.array([lane], np.int32)))
-        return prompts
+    def computed(self, weights: Params, numbers: Sequence[int], *, int8: bool) -> Prompts:
+        """Prompts, each computed once."""
+        rows = [self.prompt_ids[number] for number in numbers]
+        lengths = np.array([len(row) for row in rows], np.int32)
+        table = jax.device_put(pad_rows(rows, self.sizes.prompt))
+        return self.sampler.prefill(weights, table, jax.device_put(lengths), int8=int8)
 
     def slots(self, schedule: Schedule, begun: list[int]) -> Slots:
         """The schedule as arrays."""

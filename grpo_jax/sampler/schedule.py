@@ -44,14 +44,14 @@ class Schedule:
 
     @staticmethod
     def of(sizes: Sizes, prompts: int, generations: int, *, refill: bool = True) -> Schedule:
-        """Everything still to do."""
+        """Everything still to do; the first prompts have their lanes."""
         return Schedule(
             sizes=sizes,
             generations=generations,
             refill=refill,
             waiting=deque((prompt, completion) for prompt in range(prompts) for completion in range(generations)),
             rows=np.full(sizes.slots, -1, np.int64),
-            lanes=np.full(sizes.lanes, -1, np.int64),
+            lanes=np.arange(sizes.lanes),
             left=np.full(prompts, generations, np.int64),
         )
 
