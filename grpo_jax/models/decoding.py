@@ -59,11 +59,12 @@ def keep(k: Array, v: Array, *, int8: bool) -> Kept:
 
 
 def blank(shape: tuple[int, ...], dtype: Any, *, int8: bool) -> Kept:
-    """Zeros of the shape [..., K, X, Dh]."""
+    """Zeros of the shape [..., K, X, Dh]; arrays of their own, so that they can be donated."""
     if not int8:
         return Kept(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-    numbers, scales = jnp.zeros(shape, jnp.int8), jnp.zeros(shape[:-1], jnp.float32)
-    return Kept(numbers, numbers, scales, scales)
+    k, v = (jnp.zeros(shape, jnp.int8) for _ in range(2))
+    k_scale, v_scale = (jnp.zeros(shape[:-1], jnp.float32) for _ in range(2))
+    return Kept(k, v, k_scale, v_scale)
 
 
 @struct.dataclass
