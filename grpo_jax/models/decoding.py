@@ -196,34 +196,44 @@ def decode_attend(
 
 
 def write_segment(levels: tuple[Any, ...], newest: Any, base: Int[Array, "S"], *, together: bool) -> tuple[Any, ...]:
-    """Puts a segment's keys and values behind each slot's past.
+    """Puts a segment's keys and values behind each slot's past, in place where the levels are donated.
 
     Args:
         levels: each a pytree of `Kept` with arrays [L, S, K, X, ...]; a level starts where the one before ends.
         newest: the same pytree, X the segment's length.
         base: where each slot's segment goes; a multiple of its length. Slots beyond all levels are left out.
-        together: all slots have the same base, which makes it one copy.
+        together: all slots have the same base, which lies in the last level (or behind it, when nothing goes on): one copy.
     """
-    start, written = 0, []
-    for level in levels:
-        leaves, tree = jax.tree.flatten(level)
-        size = leaves[0].shape[3]
-        offset = base - start
-        inside = (offset >= 0) & (offset < size)
+    if not levels:
+        return levels
+    starts = [0]
+    for level in levels[:-1]:
+        starts.append(starts[-1] + jax.tree.leaves(level)[0].shape[3])
+    if together:
+        return *levels[:-1], jax.tree.map(lambda place, x: put(place, x, jnp.int32(0), base[0] - starts[-1]), levels[-1], newest)
 
-        def put(place: Array, x: Array, offset: Array = offset, inside: Array = inside) -> Array:
-            zeros = (jnp.int32(0),) * (place.ndim - 4)
-            if together:
-                row = (jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.clip(offset[0], 0), *zeros)
-                old = jax.lax.dynamic_slice(place, row, x.shape)
-                return jax.lax.dynamic_update_slice(place, jnp.where(inside[0], x, old), row)
-            columns = offset[:, None] + jnp.arange(x.shape[3], dtype=jnp.int32)[None, :]
-            columns = jnp.where(inside[:, None], columns, place.shape[3])
-            slots = jnp.arange(x.shape[1], dtype=jnp.int32)[:, None]
-            # Advanced indices around a slice: their axes come first, [S, X, L, K, ...].
-            moved = jnp.transpose(x, (1, 3, 0, 2, *range(4, x.ndim)))
-            return place.at[:, slots, :, columns].set(moved, mode="drop")
+    def one_slot(slot: Array, levels: tuple[Any, ...]) -> tuple[Any, ...]:
+        def written(place: Array, x: Array, offset: Array) -> Array:
+            x = jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=1)
+            inside = (offset >= 0) & (offset < place.shape[3])
+            column = jnp.clip(offset, 0, place.shape[3] - x.shape[3])
+            old = jax.lax.dynamic_slice(place, start_of(place, slot, column), x.shape)
+            return put(place, jnp.where(inside, x, old), slot, column)
 
-        written.append(jax.tree.unflatten(tree, [put(p, x) for p, x in zip(leaves, jax.tree.leaves(newest), strict=True)]))
-        start += size
-    return tuple(written)
+        return tuple(
+            jax.tree.map(lambda place, x, first=first: written(place, x, base[slot] - first), level, newest)
+            for level, first in zip(levels, starts, strict=True)
+        )
+
+    return jax.lax.fori_loop(0, base.shape[0], one_slot, levels)
+
+
+def start_of(place: Array, slot: Array, column: Array) -> tuple[Array, ...]:
+    """Indices [0, slot, 0, column, 0 ...]."""
+    zero = jnp.int32(0)
+    return (zero, slot.astype(jnp.int32), zero, column.astype(jnp.int32), *(zero,) * (place.ndim - 4))
+
+
+def put(place: Array, x: Array, slot: Array, column: Array) -> Array:
+    """x at [:, slot:, :, column:]."""
+    return jax.lax.dynamic_update_slice(place, x, start_of(place, slot, column))

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from grpo_jax.models.attention import prefill_attend
 from grpo_jax.models.decoding import Places, blank, decode_attend, keep, write_segment
-from grpo_jax.models.layers import precision_of, soft_cap
+from grpo_jax.models.layers import join_linears, precision_of, soft_cap
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.models.transformer import Transformer, forward, head_matrix, split_layers
 from grpo_jax.sampling import Truncation, draw
@@ -119,7 +119,13 @@ def prepare(model: Transformer, variables: Params, *, unroll: bool) -> Params:
     if model.dtype == jnp.float32 and "lora" in variables:
         variables = {"params": add_adapters(variables["params"], variables["lora"], model.lora_scale)}
     variables = jax.tree_util.tree_map_with_path(lambda path, x: cast_once(path, x, model.dtype), variables)
-    return split_layers(variables) if unroll else variables
+    if not unroll:
+        return variables
+    variables = split_layers(variables)
+    if "lora" in variables:
+        return variables
+    params = variables["params"]
+    return {"params": params | {"layers": tuple(join_linears(layer) for layer in params["layers"])}}
 
 
 def add_adapters(params: Params, adapters: Params, scale: float) -> Params:
