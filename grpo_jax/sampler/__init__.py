@@ -45,6 +45,10 @@ Decode = Callable[[list[int]], str]
 """Token ids to text."""
 
 
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+"""What decoders write for bytes that are no character."""
+
+
 @dataclass
 class Row:
     """A completion that is being decoded.
@@ -237,9 +241,7 @@ class Running:
         text_of, strings = self.sampler.text_of, self.rollout.stop
         if not strings or text_of is None:
             return False
-        # A character may take several tokens (bytes), so a string that ends in the new tokens began at most so many before them.
-        start = max(0, before - 4 * max(map(len, strings)))
-        found = first_length(row.ids, start, before, strings, text_of)
+        found = first_length(row.ids, before, strings, text_of)
         if found is None:
             return False
         row.ids, row.logps = row.ids[:found], [np.concatenate(row.logps)[:found]]
@@ -247,16 +249,24 @@ class Running:
         return True
 
 
-def first_length(ids: list[int], start: int, before: int, strings: Sequence[str], text_of: Decode) -> int | None:
-    """The fewest tokens, more than `before`, whose text from token `start` on holds one of the strings; None where none does."""
+def first_length(ids: list[int], before: int, strings: Sequence[str], text_of: Decode) -> int | None:
+    """The fewest tokens, more than `before`, whose text holds one of the strings; None where none does.
 
-    def holds(count: int) -> bool:
-        text = text_of(ids[start:count])
+    Only the end of the text is made: from so far back that a string which ends in the new tokens begins there. Tokens may have no
+    text, or be bytes of a character, which is broken until it is whole and may break the bytes next to it.
+    """
+    start, reach, text = before, 4 * max(map(len, strings)), ""
+    while start > 0 and (len(text) < reach or text.startswith(BROKEN)):
+        start = max(0, start - reach)
+        text = text_of(ids[start:before])
+
+    def holds(text: str) -> bool:
         return any(string in text for string in strings)
 
-    if not holds(len(ids)):
+    text = text_of(ids[start:])
+    if not holds(text) and BROKEN not in text:
         return None
-    return next(count for count in range(before + 1, len(ids) + 1) if holds(count))
+    return next((count for count in range(before + 1, len(ids) + 1) if holds(text_of(ids[start:count]))), None)
 
 
 def controls_of(rollout: RolloutConfig, seed: int, step: int) -> Controls:
