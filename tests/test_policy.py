@@ -19,6 +19,7 @@ from grpo_jax.config import ConfigError, LoraConfig
 from grpo_jax.models import ModelError
 from grpo_jax.policy import Completion, Policy
 from plain_oracles import LORA, STOPS, log_softmax, plain_model, quick_compiling, tiny_policy
+from tiny_runs import tiny_model
 from tiny_tokenizers import CHATML, word_tokenizer
 
 LILY = (
@@ -196,6 +197,45 @@ def test_text_prompts_and_conversations(tmp_path: Path) -> None:
     ((same_text,), (same_talk,)) = policy.generate(as_ids, **settings)
     assert (by_text.ids, by_talk.ids) == (same_text.ids, same_talk.ids)
     assert by_text.text == tokens.decode(by_text.ids)
+
+
+def test_stop_strings_end_a_completion() -> None:
+    """The model's completions are random bytes, so what comes up without stop strings says what must be kept with them."""
+    policy = Policy.from_pretrained(tiny_model())
+    settings: dict[str, Any] = {"num_generations": 4, "max_completion_length": 12, "seed": 1}
+    (free,) = policy.generate([[70, 71]], **settings)
+    texts = [completion.text for completion in free]
+    stop = [
+        next(text[at : at + 2] for at in range(len(text) - 1) if text[at : at + 2].isascii()) for text in texts if len(text) > 6
+    ]
+    assert len(stop) > 1
+    (ended,) = policy.generate([[70, 71]], stop=stop, **settings)
+    decode = policy.need_tokenizer().decode
+    for whole, cut in zip(free, ended, strict=True):
+        lengths = (n for n in range(1, len(whole.ids) + 1) if any(string in decode(whole.ids[:n]) for string in stop))
+        found = next(lengths, None)
+        assert cut.ids == whole.ids[:found]
+        assert cut.finish_reason == ("stop" if found else whole.finish_reason)
+        np.testing.assert_allclose(cut.logprobs, whole.logprobs[:found], rtol=0, atol=1e-6)
+        assert cut.text == decode(cut.ids)
+        assert found is None or any(string in cut.text for string in stop)
+    assert [c.ids for c in ended] != [c.ids for c in free]
+
+
+def test_stop_strings_need_a_tokenizer_and_text() -> None:
+    with pytest.raises(ModelError, match=r"has no tokenizer.*needs text"):
+        generate([[7]], stop=["a"])
+    with pytest.raises(ConfigError, match=r"rollout.stop.*empty text"):
+        generate([[7]], stop=[""])
+
+
+def test_int8_keys_and_values_and_slots_are_settings_of_a_call() -> None:
+    (whole,) = generate([[7, 8, 9]], seed=4)
+    (narrow,) = generate([[7, 8, 9]], seed=4, kv_dtype="int8", slots=2)
+    assert not np.array_equal(narrow[0].logprobs, whole[0].logprobs)
+    np.testing.assert_allclose(narrow[0].logprobs[0], whole[0].logprobs[0], rtol=0, atol=1e-5)
+    with pytest.raises(ConfigError, match=r"rollout.slots is 0"):
+        generate([[7]], slots=0)
 
 
 def test_an_empty_text_without_a_start_token_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from grpo_jax.sampling import Truncation, draw, inverse_distribution, truncate
+from grpo_jax.sampling import NEAR_LOGITS, Truncation, draw, inverse_distribution, truncate
 from plain_oracles import kept_tokens, log_softmax, quick_compiling
 
 OFF = (0, 1.0, 0.0)
@@ -162,3 +162,48 @@ def test_extreme_temperatures_give_numbers(temperature: float) -> None:
 def test_one_token_leaves_no_choice() -> None:
     ids, logps, _ = jit_draw(jnp.array([[-7.0]]), jnp.array([0.3]), jnp.float32(1), truncation(3, 0.5, 0.5))
     assert (int(ids[0]), float(logps[0])) == (0, 0.0)
+
+
+def draws(logits: np.ndarray, uniform: np.ndarray, temperature: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens, and whether each draw was close, of logits [V] for many numbers."""
+    table = jnp.broadcast_to(jnp.asarray(logits, jnp.float32)[None, :], (len(uniform), len(logits)))
+    ids, _, close = jit_draw(table, jnp.asarray(uniform, jnp.float32), jnp.float32(temperature), None)
+    return np.asarray(ids), np.asarray(close)
+
+
+@pytest.mark.parametrize("vocabulary", [2, 5, 60])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_a_draw_near_a_border_is_close_and_others_are_not(vocabulary: int, temperature: float) -> None:
+    """How far a border moves is found by moving the logits: each by a normal number of deviation `NEAR_LOGITS`, many times."""
+    rng = np.random.default_rng(vocabulary)
+    logits = rng.normal(size=vocabulary) * temperature
+    scaled = logits.astype(np.float32).astype(np.float64) / temperature
+    borders = np.cumsum(np.exp(log_softmax(scaled)))[:-1]
+    moved = np.cumsum(np.exp(log_softmax(scaled + NEAR_LOGITS * rng.normal(size=(2000, vocabulary)))), axis=1)[:, :-1]
+    deviation = (moved - borders).std(axis=0)
+    some = np.flatnonzero(deviation > 2e-6)  # below that float32's rounding of a sum near 1 counts
+    assert len(some) >= vocabulary // 2
+    gap = np.diff(np.concatenate([[0], borders, [1]]))
+    for border in some:
+        for side, room in ((-1, gap[border]), (1, gap[border + 1])):
+            numbers = borders[border] + side * deviation[border] * np.array([0.3, 0.8, 6.0])
+            ids, close = draws(logits, numbers, temperature)
+            if room > 20 * deviation.max():  # else another border is near
+                assert close.tolist() == [True, True, False]
+                assert set(ids) == {border + (side > 0)}
+
+
+def test_the_ends_of_the_unit_interval_are_no_borders() -> None:
+    _, close = draws(np.array([0.5, 0.1, 0.3]), np.array([0.0, 1e-7, 1 - 1e-7]))
+    assert not close.any()
+    assert not draws(np.array([0.5]), np.array([0.0, 0.5]))[1].any()
+
+
+def test_two_most_probable_tokens_that_nearly_tie_are_close_when_greedy() -> None:
+    number = np.array([0.4])
+    for gap, near in ((5e-5, True), (0.0, True), (2e-4, False), (1.0, False)):
+        ids, close = draws(np.array([-1.0, 2.0, 0.5, 2.0 - gap]), number, 0.0)
+        assert (ids.tolist(), close.tolist()) == ([1], [near])
+    ids, close = draws(np.array([1.0, 1.0, 3.0, 0.0]), number, 0.0)  # the tie is not among the first
+    assert (ids.tolist(), close.tolist()) == ([2], [False])
+    assert not draws(np.array([1.0, -np.inf, -np.inf]), number, 0.0)[1].any()
