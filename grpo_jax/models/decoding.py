@@ -12,6 +12,7 @@ token and head; then the numbers that enter the attention are the rounded ones f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -96,20 +97,29 @@ class Partial:
     total: Array
 
 
-def partial(q: Float[Array, "N K Q Dh"], kept: Kept, mask: Bool[Array, "..."], softcap: float | None) -> Partial:
-    """Q queries of each of N texts over the texts' kept keys; `mask` broadcasts to [N, K, Q, X]."""
-    wide = kept.k.astype(q.dtype)
-    scores = product("nkqd,nkxd->nkqx", q, wide)
+def scores_of(q: Float[Array, "N K Q Dh"], kept: Kept, mask: Bool[Array, "..."], softcap: float | None) -> Float[Array, "N K Q X"]:
+    """Scores of Q queries of each of N texts over the texts' kept keys; `mask` broadcasts to [N, K, Q, X]."""
+    scores = product("nkqd,nkxd->nkqx", q, kept.k.astype(q.dtype))
     if kept.k_scale is not None:
         scores = scores * kept.k_scale[:, :, None, :]
-    scores = jnp.where(mask, soft_cap(scores, softcap), jnp.float32(LOWEST * 2))
+    return jnp.where(mask, soft_cap(scores, softcap), jnp.float32(LOWEST * 2))
+
+
+def partial(q: Float[Array, "N K Q Dh"], parts: Sequence[tuple[Kept, Bool[Array, "..."]]], softcap: float | None) -> Partial:
+    """Softmax over several kept parts taken together, each with what is seen of it."""
+    scores = jnp.concatenate([scores_of(q, kept, mask, softcap) for kept, mask in parts], axis=-1)
     # Where nothing is seen every score is the lowest, and exp(score - top) would be 1.
     top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.float32(LOWEST))
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    if kept.v_scale is not None:
-        weights = weights * kept.v_scale[:, :, None, :]
-    return Partial(product("nkqx,nkxd->nkqd", weights.astype(q.dtype), kept.v.astype(q.dtype)), top, total)
+    mixed, start = jnp.float32(0), 0
+    for kept, _ in parts:
+        own = jax.lax.slice_in_dim(weights, start, start + kept.k.shape[2], axis=3)
+        start += kept.k.shape[2]
+        if kept.v_scale is not None:
+            own = own * kept.v_scale[:, :, None, :]
+        mixed = mixed + product("nkqx,nkxd->nkqd", own.astype(q.dtype), kept.v.astype(q.dtype))
+    return Partial(mixed, top, total)
 
 
 def merge(parts: list[Partial]) -> Float[Array, "..."]:
@@ -154,7 +164,7 @@ def shared_prefix(
     mask = seen(position[:, :, None], keys[None, None, :], window) & (keys[None, :] < lengths[:, None])[:, None, :]
     mask = jnp.broadcast_to(mask[:, :, None, :], (b, m, r, p)).reshape(b, 1, m * r, p)
     rows = jnp.swapaxes(to_table(q), 1, 2).reshape(b, kv, m * r, dh)
-    part = partial(rows, kept, mask, cap)
+    part = partial(rows, [(kept, mask)], cap)
     return Partial(to_slots(part.mixed), to_slots(part.top), to_slots(part.total))
 
 
@@ -179,18 +189,23 @@ def decode_attend(
         def write(place: Array, x: Array) -> Array:
             return jax.lax.dynamic_update_slice(place, x[None].astype(place.dtype), (layer, zero, zero, step, zero)[: place.ndim])
 
-        cache = jax.tree.map(write, cache, new)
+        # The part is read as it was before this token, which meets itself apart: a read of what was just written would be a copy.
         newest = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cache)
-        parts = [shared_prefix(q, prefix, lengths, at, places, window, spec.attention_softcap)]
+        own: list[tuple[Kept, Any]] = []
         start = 0
         for level in levels:
-            own = start + jnp.arange(level.k.shape[2], dtype=jnp.int32)[None, :]
-            mask = (own < base[:, None]) & (at[:, None] - own < window)
-            parts.append(partial(q, level, mask[:, None, None, :], spec.attention_softcap))
+            places_of = start + jnp.arange(level.k.shape[2], dtype=jnp.int32)[None, :]
+            mask = (places_of < base[:, None]) & (at[:, None] - places_of < window)
+            own.append((level, mask[:, None, None, :]))
             start += level.k.shape[2]
-        own = jnp.arange(newest.k.shape[2], dtype=jnp.int32)
-        parts.append(partial(q, newest, seen(step, own, window)[None, None, None, :], spec.attention_softcap))
-        return merge(parts).astype(q.dtype)[:, None], cache, None
+        places_of = jnp.arange(newest.k.shape[2], dtype=jnp.int32)
+        own.append((newest, ((places_of < step) & (step - places_of < window))[None, None, None, :]))
+        own.append((new, jnp.ones((1, 1, 1, 1), bool)))
+        parts = [
+            shared_prefix(q, prefix, lengths, at, places, window, spec.attention_softcap),
+            partial(q, own, spec.attention_softcap),
+        ]
+        return merge(parts).astype(q.dtype)[:, None], jax.tree.map(write, cache, new), None
 
     return attend
 
