@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from grpo_jax.config import RolloutConfig
-from grpo_jax.models.decoding import Kept, Places, decode_attend, keep, merge, partial, rounded, write_segment
+from grpo_jax.models.decoding import Kept, Places, decode_attend, keep, rounded, write_segment
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.models.transformer import NO_WINDOW
 from plain_oracles import quick_compiling, tiny_policy
@@ -72,30 +72,13 @@ def softmax_over(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, 
     return weights @ v / weights.sum(axis=-1, keepdims=True)
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_parts_are_merged_exactly(softcap: float | None) -> None:
-    """Also where a part is empty of keys that are seen, and where its scores are much larger."""
-    q, k, v = normal(4, 3, K, R, DH) * 3, normal(5, 3, K, 9, DH), normal(6, 3, K, 9, DH)
-    k[0, :, 5:] *= 10
-    mask = np.random.default_rng(7).random((3, 9)) < 0.6
-    mask[1, :4], mask[2, 4:], mask[:2, 8], mask[2, 0] = False, False, True, True
-    parts = []
-    for own in (slice(0, 4), slice(4, 5), slice(5, 9)):
-        kept = Kept(jnp.asarray(k[:, :, own]), jnp.asarray(v[:, :, own]))
-        parts.append(partial(jnp.asarray(q), kept, jnp.asarray(mask[:, None, None, own]), softcap))
-    got = np.asarray(merge(parts))
-    for row in range(3):
-        for head in range(K):
-            expected = softmax_over(q[row, head], k[row, head], v[row, head], mask[row], softcap)
-            np.testing.assert_allclose(got[row, head], expected, rtol=0, atol=2e-6)  # some units in the last place of values near 2
-
-
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize(("window", "softcap"), [(NO_WINDOW, None), (5, 2.0), (2, None)])
 @pytest.mark.parametrize("together", [False, True])
 def test_one_token_sees_its_prompt_its_past_and_this_segment(
     together: bool, window: int, softcap: float | None, int8: bool
 ) -> None:
+    """Parts of which nothing is seen are among them: no past yet, or a prompt that lies behind the window."""
     lanes, spots = ([0, 0, 1, 1, 2, 2], [0, 1] * 3) if together else ([2, 0, 2, 1, 2, 0], [1, 0, 0, 2, 2, 1])
     base = [4] * 6 if together else [4, 0, 8, 0, 4, 12]
     step, slots, lengths = 2, 6, np.array([3, 7, 5])
@@ -104,7 +87,7 @@ def test_one_token_sees_its_prompt_its_past_and_this_segment(
     prefix = [normal(seed, 3, K, 8, DH) for seed in (10, 11)]
     past = [normal(seed, slots, K, 12, DH) for seed in (20, 21)]
     newest = [normal(seed, slots, K, 4, DH) for seed in (30, 31)]
-    q, k, v = normal(40, slots, K, R, DH), normal(41, slots, K, DH), normal(42, slots, K, DH)
+    q, k, v = 3 * normal(40, slots, K, R, DH), normal(41, slots, K, DH), normal(42, slots, K, DH)
 
     def kept(pair: list[np.ndarray], part: slice = slice(None)) -> Kept:
         return keep(*(jnp.asarray(x[:, :, part]) for x in pair), int8=int8)
@@ -133,7 +116,7 @@ def test_one_token_sees_its_prompt_its_past_and_this_segment(
         for head in range(K):
             keys, mixed = (values(x[head]) for x in both)
             expected = softmax_over(q[slot, head], keys, mixed, mask, softcap)
-            np.testing.assert_allclose(out[slot, 0, head], expected, rtol=0, atol=5e-6)
+            np.testing.assert_allclose(out[slot, 0, head], expected, rtol=0, atol=1e-5)  # scores reach 20
     written = np.asarray(cache.k[1, :, :, step], np.float32)
     if int8:
         written = written * np.asarray(cache.k_scale[1, :, :, step])[..., None]
