@@ -1,0 +1,87 @@
+"""Time of a GRPO step here, on the CPU.
+
+Enters: the model's folder and the shape of a step (`step_task.py`). Leaves: one line of JSON, last on standard output; the run's
+folder is a temporary one. The loop is `gx.train` as anyone calls it; the options beside the shape are settings of its own.
+
+    python tests/peers/our_step.py --model runs/random_qwen3 --prompt_length 64
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from step_task import ALPHA, BETA, LEARNING_RATE, RANK, Watch, calls, made_up_prompts, parser, report
+
+import grpo_jax as gx
+from grpo_jax.config import Config, LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, RolloutConfig, TrainConfig
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax")
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    options = parser("a GRPO step's time here")
+    options.add_argument("--remat", choices=["none", "layer"], default="layer")
+    options.add_argument("--micro_batch_prompts", type=int, default=None)
+    options.add_argument("--slots", type=int, default=None)
+    return options.parse_args()
+
+
+def settings(given: argparse.Namespace, folder: str) -> Config:
+    """The step in our names: one update over all its rows."""
+    return Config(
+        model=ModelConfig(path=given.model, remat=given.remat),
+        lora=LoraConfig(rank=RANK, alpha=ALPHA),
+        rollout=RolloutConfig(
+            num_generations=given.num_generations,
+            max_prompt_length=given.prompt_length,
+            max_completion_length=given.completion_length,
+            min_completion_length=given.completion_length,
+            slots=given.slots,
+        ),
+        objective=ObjectiveConfig(beta=BETA),
+        optim=OptimConfig(learning_rate=LEARNING_RATE),
+        train=TrainConfig(
+            steps=calls(given),
+            prompts_per_step=given.prompts,
+            micro_batch_prompts=given.micro_batch_prompts,
+            run_dir=str(Path(folder) / "run"),
+            save_every=0,
+            show_every=0,
+            quiet=True,
+        ),
+    )
+
+
+def run(given: argparse.Namespace, folder: str) -> None:
+    """Trains, and prints the result."""
+    watch = Watch(given)
+
+    def reward(prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+        return watch.reward(prompts, completion_ids)
+
+    rows = [{"prompt": prompt} for prompt in made_up_prompts(given)]
+    with contextlib.redirect_stdout(sys.stderr):
+        result = gx.train(settings(given, folder), dataset=rows, reward_funcs=reward)
+    leaves = jax.tree_util.tree_leaves_with_path(result.policy.adapters)
+    ends = [np.asarray(leaf) for path, leaf in leaves if jax.tree_util.keystr(path).endswith("['b']")]
+    report(
+        watch,
+        rollout_seconds=[step["rollout_seconds"] for step in result.history],
+        losses=[step["loss"] for step in result.history],
+        trained=sum(leaf.size for _, leaf in leaves),
+        change=sum(float(np.square(leaf).sum()) for leaf in ends) ** 0.5,  # zeros at first
+        packages=PACKAGES,
+    )
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as work:
+        run(arguments(), work)

@@ -1,0 +1,184 @@
+"""The time of one GRPO step here, in TRL with PEFT, and in Tunix with Qwix: a random Qwen3, by turns, in one run.
+
+Enters: a Python with torch, transformers, TRL and PEFT, one with google-tunix, and the shape of a step. Leaves: a table on the
+terminal for each prompt length, and everything that was measured in a JSON file.
+
+    python tests/peers/step_comparison.py --trl_python .venv-peers/bin/python --tunix_python .venv-tunix/bin/python
+
+All train the same model with LoRA on all linear layers (the number of trained parameters is compared), β > 0, so that the reference
+is scored, no truncation, exactly `completion_length` tokens a completion, and one update over all rows; on the same CPU cores, in
+float32. Times are taken from outside, between calls of the reward function, after two steps of warm-up: `step_task.py`.
+
+Each trainer runs at its best: in the first round every one of SETTINGS is run, and from then on the fastest of each trainer alone.
+What the others were slower by stands under the table. The medians are over all steps of all rounds with the fastest settings. Left
+out on purpose: waiting for a quiet machine; the table says how many cores other processes kept busy meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from random_qwen3 import add_size_options, sizes_from, write
+from step_task import add_shape_options
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent.parent
+TRAINERS = {"ours": "grpo_jax", "trl": "TRL + PEFT", "tunix": "Tunix + Qwix"}
+SCRIPTS = {"ours": "our_step.py", "trl": "trl_step.py", "tunix": "tunix_step.py"}
+SETTINGS = {
+    "ours": [""],
+    "trl": ["", "rows=8"],
+    "tunix": ["", "train_prompts=1"],
+}
+"""What is tried in the first round. Others were tried once, on 2 cores, and are slower at both prompt lengths."""
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="grpo_jax against TRL and Tunix: the time of a step")
+    parser.add_argument("--trl_python", default=None, help="Python with torch, transformers, TRL and PEFT; without it no TRL")
+    parser.add_argument("--tunix_python", default=None, help="Python with google-tunix; without it no Tunix")
+    parser.add_argument("--prompt_length", type=int, nargs="+", default=[64, 512], help="tokens of every prompt, one table each")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--cores", type=int, default=2, help="CPU cores that all run on")
+    parser.add_argument(
+        "--out", type=Path, default=REPOSITORY / "runs" / "step_comparison", help="folder for the model and the JSON"
+    )
+    for trainer, tried in SETTINGS.items():
+        parser.add_argument(f"--{trainer}_settings", nargs="+", default=tried, help="what is tried: `name=value …` a string")
+    add_shape_options(parser)
+    add_size_options(parser)
+    given = parser.parse_args()
+    given.out = given.out.resolve()
+    return given
+
+
+def environment() -> dict[str, str]:
+    """The subprocesses': on the CPU, no network, nothing compiled beforehand, this repository's package."""
+    paths = [str(REPOSITORY), str(REPOSITORY / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    chosen = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    chosen.pop("JAX_COMPILATION_CACHE_DIR", None)
+    return chosen | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def busy_seconds() -> float:
+    """Seconds of CPU time that all processes of the machine have used; 0 where the system does not say."""
+    path = Path("/proc/stat")
+    if not path.exists():
+        return 0.0
+    user, nice, system, _, _, interrupt, soft = map(int, path.read_text(encoding="ascii").split()[1:8])
+    return (user + nice + system + interrupt + soft) / os.sysconf("SC_CLK_TCK")
+
+
+def run(given: argparse.Namespace, trainer: str, prompt_length: int, options: str) -> dict[str, Any]:
+    """One run of a trainer in its own process.
+
+    Raises:
+        SystemExit: it failed; what it said is on standard error.
+    """
+    pythons = {"ours": sys.executable, "trl": given.trl_python, "tunix": given.tunix_python}
+    shape = {name: vars(given)[name] for name in ("completion_length", "prompts", "num_generations", "steps")}
+    words = [pythons[trainer], str(HERE / SCRIPTS[trainer]), "--model", str(given.out / "model")]
+    words += [f"--{name}={value}" for name, value in (shape | {"prompt_length": prompt_length}).items()]
+    words += [f"--{option}" for option in options.split()]
+    start, used_before, ours_before = time.perf_counter(), busy_seconds(), os.times()
+    done = subprocess.run(words, cwd=given.out, env=environment(), capture_output=True, text=True)
+    wall, used, ours = time.perf_counter() - start, busy_seconds() - used_before, os.times()
+    if done.returncode:
+        sys.exit(f"{done.stderr}\n{' '.join(words)} failed")
+    child = ours.children_user + ours.children_system - ours_before.children_user - ours_before.children_system
+    result = json.loads(done.stdout.splitlines()[-1])
+    median, others = result["median_step_seconds"], max(0.0, used - child) / wall
+    print(f"prompt {prompt_length}  {TRAINERS[trainer]:14}{median:8.2f} s a step  {options}", file=sys.stderr, flush=True)
+    return result | {"options": options, "others_cores": others, "wall_seconds": wall}
+
+
+def measure(given: argparse.Namespace, prompt_length: int) -> dict[str, list[dict[str, Any]]]:
+    """All runs of a prompt length, by turns."""
+    present = {"ours": True, "trl": given.trl_python, "tunix": given.tunix_python}
+    tried = {trainer: vars(given)[f"{trainer}_settings"] for trainer in TRAINERS if present[trainer]}
+    runs: dict[str, list[dict[str, Any]]] = {trainer: [] for trainer in tried}
+    for _ in range(given.rounds):
+        for trainer, settings in tried.items():
+            runs[trainer] += [run(given, trainer, prompt_length, options) for options in settings]
+            tried[trainer] = [fastest(runs[trainer])]
+    counts = {trainer: of_trainer[0]["trained_parameters"] for trainer, of_trainer in runs.items()}
+    assert len(set(counts.values())) == 1, f"they train different numbers of parameters: {counts}"
+    return runs
+
+
+def fastest(runs: list[dict[str, Any]]) -> str:
+    """The settings of a trainer's fastest run."""
+    return min(runs, key=lambda run: run["median_step_seconds"])["options"]
+
+
+def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Over all steps with the fastest settings."""
+    best = fastest(runs)
+    chosen = [run for run in runs if run["options"] == best]
+    steps = [seconds for run in chosen for seconds in run["step_seconds"]]
+    rollouts = [seconds for run in chosen for seconds in run["rollout_seconds"]]
+    return {
+        "options": best,
+        "median_step_seconds": statistics.median(steps),
+        "median_rollout_seconds": statistics.median(rollouts) if rollouts else None,
+        "fastest_step_seconds": min(steps),
+        "slowest_step_seconds": max(steps),
+        "steps": len(steps),
+        "others_cores": statistics.fmean(run["others_cores"] for run in chosen),
+        "also_tried": {run["options"]: run["median_step_seconds"] for run in runs if run["options"] != best},
+        "versions": chosen[0]["versions"],
+    }
+
+
+def show(summary: dict[str, dict[str, Any]], prompt_length: int) -> None:
+    """A prompt length's table, and what it says."""
+    heads = f"{'seconds a step':>16}{'of it rollout':>16}{'from … to':>18}{'steps':>8}{'others, cores':>16}"
+    print(f"\nprompt {prompt_length}\n{'':16}{heads}")
+    for trainer, of_trainer in summary.items():
+        rollout = of_trainer["median_rollout_seconds"]
+        span = f"{of_trainer['fastest_step_seconds']:.2f} … {of_trainer['slowest_step_seconds']:.2f}"
+        cells = f"{of_trainer['median_step_seconds']:16.2f}{'' if rollout is None else f'{rollout:.2f}':>16}{span:>18}"
+        print(f"{TRAINERS[trainer]:16}{cells}{of_trainer['steps']:8}{of_trainer['others_cores']:16.2f}")
+    for trainer, of_trainer in summary.items():
+        others = ", ".join(f"{options or 'defaults'}: {took:.2f} s" for options, took in of_trainer["also_tried"].items())
+        if others:
+            print(f"{TRAINERS[trainer]} ran with {of_trainer['options'] or 'defaults'}; also tried {others}")
+    peers = {trainer: of_trainer["median_step_seconds"] for trainer, of_trainer in summary.items() if trainer != "ours"}
+    if peers:
+        faster = min(peers, key=lambda trainer: peers[trainer])
+        times = peers[faster] / summary["ours"]["median_step_seconds"]
+        print(f"the faster peer, {TRAINERS[faster]}, takes {times:.2f} times as long as grpo_jax")
+
+
+def main() -> None:
+    """Measures, then writes and shows everything."""
+    given = arguments()
+    if sys.platform == "linux":  # children inherit it
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.cores])
+    write(given.out / "model", sizes_from(given))
+    runs = {length: measure(given, length) for length in given.prompt_length}
+    summary = {length: {trainer: summarise(made) for trainer, made in of_length.items()} for length, of_length in runs.items()}
+    settings = {
+        name: value for name, value in vars(given).items() if name not in ("out", "trl_python", "tunix_python", "prompt_length")
+    }
+    machine = {"cores": given.cores, "processor": platform.processor() or platform.machine()}
+    result = {"settings": settings, "machine": machine, "summary": summary, "runs": runs}
+    path = given.out / "comparison.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for length, of_length in summary.items():
+        show(of_length, length)
+    print(f"\nwritten: {path}")
+
+
+if __name__ == "__main__":
+    main()

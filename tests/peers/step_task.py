@@ -1,0 +1,137 @@
+"""What the three trainers of the step comparison share: the shape on the command line, prompts, the reward, and the clock.
+
+A step's time is taken from outside and the same way for all: from one call of the reward function to the next, which holds one
+whole rollout, scoring by the reference, and update, in whatever order a trainer has them. The first WARM_UP steps are left out.
+Enters: the command line. Leaves: one line of JSON, last on standard output. Only the standard library, so that it runs in every
+trainer's environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import random
+import statistics
+import sys
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from random_qwen3 import FIRST_WORD
+
+WARM_UP = 2
+RANK, ALPHA, BETA, LEARNING_RATE = 16, 32.0, 0.04, 1e-4
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that every trainer has."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument("--model", required=True, help="folder that random_qwen3.py wrote")
+    made.add_argument("--prompt_length", type=int, default=64, help="tokens of every prompt")
+    add_shape_options(made)
+    return made
+
+
+def add_shape_options(to: argparse.ArgumentParser) -> None:
+    """The shape of a step but for the prompts' length, and how many are timed."""
+    to.add_argument("--completion_length", type=int, default=128, help="tokens of every completion")
+    to.add_argument("--prompts", type=int, default=4, help="prompts a step")
+    to.add_argument("--num_generations", type=int, default=8, help="completions a prompt")
+    to.add_argument("--steps", type=int, default=4, help=f"steps timed, after {WARM_UP} of warm-up")
+
+
+def calls(given: argparse.Namespace) -> int:
+    """Steps that a trainer has to run: the last one only ends the time of the one before."""
+    return WARM_UP + given.steps + 1
+
+
+def made_up_prompts(given: argparse.Namespace) -> list[str]:
+    """Random words, other ones for every prompt of every step."""
+    vocabulary = json.loads((Path(given.model) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    draws = random.Random(0)
+    count = given.prompts * calls(given)
+    return [" ".join(f"w{draws.randrange(FIRST_WORD, vocabulary)}" for _ in range(given.prompt_length)) for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Stands in the reward function: checks what came, notes the time, and gives a reward that differs within a group.
+
+    Attributes:
+        given: the command line.
+        times: seconds at which the reward was called, one a step.
+        distinct: different completions in each step.
+    """
+
+    given: argparse.Namespace
+    times: list[float] = field(default_factory=list)
+    distinct: list[int] = field(default_factory=list)
+
+    def reward(self, prompts: Sequence[str], completions: Sequence[Sequence[Any]]) -> list[float]:
+        """Rewards of a step's completions, each a list of its tokens, as ids or as words."""
+        self.times.append(time.perf_counter())
+        given = self.given
+        assert len(prompts) == len(completions) == given.prompts * given.num_generations, (len(prompts), len(completions))
+        assert len(set(prompts)) == given.prompts
+        assert {len(prompt.split()) for prompt in prompts} == {given.prompt_length}
+        lengths = {len(row) for row in completions}
+        assert lengths == {given.completion_length}, f"completions of {sorted(lengths)} tokens"
+        texts = [" ".join(map(str, row)) for row in completions]
+        self.distinct.append(len(set(texts)))
+        return [float(zlib.crc32(text.encode()) % 7) for text in texts]
+
+    def step_seconds(self) -> list[float]:
+        """Seconds of every step after the warm-up."""
+        between = [later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False)]
+        return between[WARM_UP:]
+
+
+def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
+    """The function, noting how long every call took."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        seconds.append(time.perf_counter() - start)
+        return result
+
+    return call
+
+
+def report(
+    watch: Watch, *, rollout_seconds: list[float], losses: list[float], trained: int, change: float, packages: Sequence[str]
+) -> None:
+    """Checks that the trainer trained, and prints the result's line.
+
+    Args:
+        watch: what stood in the reward function.
+        rollout_seconds: of every step, those of the warm-up first.
+        losses: one for every step that was finished.
+        trained: number of trained parameters.
+        change: norm of what training added to the adapters.
+        packages: whose versions are told.
+    """
+    steps = watch.step_seconds()
+    assert len(steps) == watch.given.steps, f"{len(steps)} steps were timed"
+    assert len(losses) >= len(steps), losses
+    assert all(math.isfinite(loss) for loss in losses), losses
+    assert 0 < change < math.inf, f"the adapters changed by {change}"
+    rows = watch.given.prompts * watch.given.num_generations
+    assert watch.distinct == [rows] * len(watch.times), f"of {rows} completions {watch.distinct} are different"
+    result = {
+        "step_seconds": steps,
+        "rollout_seconds": rollout_seconds[WARM_UP : WARM_UP + len(steps)],
+        "median_step_seconds": statistics.median(steps),
+        "called_at_seconds": watch.times,
+        "losses": losses,
+        "trained_parameters": trained,
+        "adapter_change": change,
+        "settings": {name: value for name, value in vars(watch.given).items() if name != "model"},
+        "versions": {name: importlib.metadata.version(name) for name in packages} | {"python": sys.version.split()[0]},
+    }
+    print(json.dumps(result), flush=True)
