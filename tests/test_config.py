@@ -307,7 +307,6 @@ def test_every_setting_is_listed_once_with_its_value():
         ("rewards.functions", '["a.py:f"]', ["a.py:f"]),
         ("rewards.weights", "[1, 0.5]", [1.0, 0.5]),
         ("rollout.stop", '["###", "\\n\\n"]', ["###", "\n\n"]),
-        ("rollout.segment", "16", 16),
         ("lora.targets", "[q_proj, v_proj]", ["q_proj", "v_proj"]),
         ("lora.targets", "all-linear", "all-linear"),
         ("data.template_arguments", "{enable_thinking: false}", {"enable_thinking": False}),
