@@ -60,6 +60,11 @@ def variables_of(model: Transformer, device: Any) -> Any:
     return {"params": on(device, abstract_params(model.spec, jnp.bfloat16)), "lora": on(device, adapters)}
 
 
+def compiled_for(program: Any, *arguments: Any) -> Any:
+    """A jitted function, compiled."""
+    return program.lower(*arguments).compile()
+
+
 def bytes_of(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
@@ -79,9 +84,11 @@ def test_the_update_compiles_for_a_tpu(tpu: Any, model: Transformer):
         "rewards": ((B, G), jnp.float32),
         "valid": ((B, G), jnp.bool_),
     }
-    batch = TrainBatch(**{name: jax.ShapeDtypeStruct(*value) for name, value in shapes.items()})
+    fields: dict[str, Any] = {name: jax.ShapeDtypeStruct(*value) for name, value in shapes.items()}
+    batch = TrainBatch(**fields)
     state = on(tpu, jax.eval_shape(learner.init, variables["lora"]))
-    update = jax.jit(learner.train_step, donate_argnums=0).lower(state, on(tpu, batch), Frozen(variables["params"], {})).compile()
+    train_step = jax.jit(learner.train_step, donate_argnums=0)
+    update = compiled_for(train_step, state, on(tpu, batch), Frozen(variables["params"], {}))
     # The new state takes over the old one's memory.
     assert update.memory_analysis().alias_size_in_bytes >= bytes_of(state)
 
@@ -95,16 +102,17 @@ def test_the_rollout_compiles_for_a_tpu(tpu: Any, model: Transformer, refilled: 
         return jax.ShapeDtypeStruct(size, dtype, sharding=tpu)
 
     ready = functools.partial(prepare, model, unroll=False)
-    weights = jax.jit(ready).lower(variables_of(model, tpu)).compile()
+    weights = compiled_for(jax.jit(ready), variables_of(model, tpu))
     assert weights.out_info["params"]["layers"]["q_proj"]["kernel"].shape[0] == model.spec.layers
     weights = on(tpu, weights.out_info)
 
-    prompts = jax.jit(functools.partial(prefill, model, int8=int8)).lower(weights, shape(B, P), shape(B)).compile().out_info
+    computed = functools.partial(prefill, model, int8=int8)
+    prompts = compiled_for(jax.jit(computed), weights, shape(B, P), shape(B)).out_info
     kept = (model.spec.layers, B, model.spec.kv_heads, P, model.spec.head_dim)
     assert (prompts.kept.k.shape, prompts.kept.k.dtype) == (kept, jnp.int8 if int8 else jnp.bfloat16)
     prompts = on(tpu, prompts)
-    one = on(tpu, jax.eval_shape(functools.partial(prefill, model, int8=int8), weights, shape(1, P), shape(1)))
-    placed = jax.jit(place, donate_argnums=0).lower(prompts, one, shape(1)).compile()
+    one = on(tpu, jax.eval_shape(computed, weights, shape(1, P), shape(1)))
+    placed = compiled_for(jax.jit(place, donate_argnums=0), prompts, one, shape(1))
     assert placed.memory_analysis().alias_size_in_bytes >= bytes_of(prompts.kept)
 
     past = [
@@ -116,7 +124,7 @@ def test_the_rollout_compiles_for_a_tpu(tpu: Any, model: Transformer, refilled: 
     table = shape(B, G) if refilled else None
     controls = on(tpu, controls_of(RolloutConfig(num_generations=G, max_completion_length=C, top_p=0.9), seed=0, step=0))
     program = jax.jit(functools.partial(segment, model, STOPS, length=length), donate_argnums=2)
-    compiled = program.lower(weights, prompts, tuple(past), state, table, controls).compile()
+    compiled = compiled_for(program, weights, prompts, tuple(past), state, table, controls)
     tokens, after = compiled.out_info
     assert (tokens.ids.shape, tokens.logps.shape, tokens.ends.shape) == ((slots, length + 1), (slots, length + 1), (slots,))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), tuple(past))
