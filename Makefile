@@ -2,6 +2,7 @@
 # make test         create .venv, install with what tests need, run them      (ARGS="-k loss" picks some)
 # make lint         ruff, pyright, import-linter
 # make test-peers   live comparisons with torch, transformers and PEFT, in an environment of their own (large: torch)
+# make test-gpu-compile   compile for an H200 without one, in an environment of its own (NVIDIA's compiler wheels)
 # make clean        remove the environments and caches
 #
 # PYTHON=python3.12 chooses the Python, VENV=.venv-3.12 the place of the environment.
@@ -9,13 +10,14 @@
 SHELL := /bin/bash
 VENV ?= .venv
 VENV_PEERS ?= .venv-peers
+VENV_GPU ?= .venv-gpu
 NEW_ENOUGH = -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do $$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 PIP_FLAGS = --quiet --disable-pip-version-check --constraint constraints.txt
 NEEDS = pyproject.toml constraints.txt
 ARGS ?=
 
-.PHONY: help quickstart test lint test-peers clean
+.PHONY: help quickstart test lint test-peers test-gpu-compile clean
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
 
@@ -33,8 +35,12 @@ lint: $(VENV)/.installed-lint
 test-peers: $(VENV_PEERS)/.installed
 	JAX_PLATFORMS=cpu $(VENV_PEERS)/bin/pytest tests/peers $(ARGS)
 
+# JAX would refuse the plugin for want of a driver and of CUDA's libraries, which compiling does not need.
+test-gpu-compile: $(VENV_GPU)/.installed
+	JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 $(VENV_GPU)/bin/pytest -s tests/gpu_compile $(ARGS)
+
 clean:
-	rm -rf $(VENV) $(VENV_PEERS) .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VENV_PEERS) $(VENV_GPU) .pytest_cache .ruff_cache .import_linter_cache
 
 # Each stamp is newer than the files that say what to install, so a second run installs nothing.
 $(VENV)/.installed: $(NEEDS) | $(VENV)/bin/python
@@ -56,6 +62,14 @@ $(VENV_PEERS)/.installed: $(NEEDS) | $(VENV_PEERS)/bin/python
 	$(VENV_PEERS)/bin/python -m pip install $(PIP_FLAGS) torch peft trl --editable '.[test]'
 	@touch $@
 
-$(VENV)/bin/python $(VENV_PEERS)/bin/python:
+$(VENV_GPU)/.installed: $(NEEDS) | $(VENV_GPU)/bin/python
+	@echo "Installing grpo-jax and NVIDIA's compilers into $(VENV_GPU); the first time takes some minutes."
+	$(VENV_GPU)/bin/python -m pip install $(PIP_FLAGS) --editable '.[test]'
+	jax=$$($(VENV_GPU)/bin/python -c "import importlib.metadata as m; print(m.version('jaxlib'))"); \
+	  $(VENV_GPU)/bin/python -m pip install $(PIP_FLAGS) --no-deps jax-cuda13-pjrt==$$jax jax-cuda13-plugin==$$jax \
+	  nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt
+	@touch $@
+
+$(VENV)/bin/python $(VENV_PEERS)/bin/python $(VENV_GPU)/bin/python:
 	@$(or $(PYTHON),false) $(NEW_ENOUGH) 2>/dev/null || { echo "grpo-jax needs Python 3.11 or newer$(if $(PYTHON), and $(PYTHON) is older or missing). Name another: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(patsubst %/bin/python,%,$@)

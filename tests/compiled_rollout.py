@@ -1,0 +1,123 @@
+"""What a rollout's segment needs of a chip at the shapes of Llama-3.1-8B, from XLA's own compiler for that chip.
+
+Enters: a device that need not be there. Leaves: bytes, and the sizes that they are compared with.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.config import LoraConfig, RolloutConfig
+from grpo_jax.models import Transformer, init_lora
+from grpo_jax.models.decoding import blank
+from grpo_jax.models.spec import ModelSpec, Rope, abstract_params
+from grpo_jax.sampler import controls_of
+from grpo_jax.sampler.device import Prompts, Slots, blank_level, segment
+
+LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 32, 4096, 32, 8, 128, 128_256
+LLAMA_8B = ModelSpec(
+    family="llama",
+    vocab=VOCAB,
+    layers=LAYERS,
+    width=WIDTH,
+    ffw=14_336,
+    heads=HEADS,
+    kv_heads=KV_HEADS,
+    head_dim=HEAD_DIM,
+    norm_eps=1e-5,
+    tied=False,
+    windows=(None,) * LAYERS,
+    ropes=(Rope(500_000.0),),
+    rope_of_layer=(0,) * LAYERS,
+    query_scale=HEAD_DIM**-0.5,
+)
+PROMPTS, GENERATIONS, PROMPT_TOKENS, SEGMENT_TOKENS, LEVELS = 8, 8, 2048, 32, (64, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a compiled segment.
+
+    Attributes:
+        arguments, temporaries, in_place: as the compiler says; in_place is what the results share with the arguments.
+        weights, prefix, past, newest, logits: of the arrays that are known beforehand. prefix: one copy a prompt.
+    """
+
+    arguments: int
+    temporaries: int
+    in_place: int
+    weights: int
+    prefix: int
+    past: int
+    newest: int
+    logits: int
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of a tree of shapes."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def segment_memory(device: Any, *, refilled: bool, int8: bool = False) -> Memory:
+    """Compiles a segment of 64 slots: 8 prompts of 2,048 tokens, 8 completions each, up to 1,024 tokens held of each.
+
+    Args:
+        device: a sharding on the chip.
+        refilled: slots take completions of any prompt, as they come free.
+    """
+
+    def on(tree: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+
+    model = Transformer(LLAMA_8B, jnp.dtype("bfloat16"), 2.0)
+    lora = jax.eval_shape(lambda: init_lora(LLAMA_8B, LoraConfig(rank=32), jax.random.key(0)))
+    lora = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), lora)
+    weights = on({"params": abstract_params(LLAMA_8B, jnp.bfloat16), "lora": lora})
+    slots = PROMPTS * GENERATIONS
+
+    def prefix() -> Prompts:
+        kept = blank((LAYERS, PROMPTS, KV_HEADS, PROMPT_TOKENS, HEAD_DIM), jnp.bfloat16, int8=int8)
+        return Prompts(kept, jnp.zeros((PROMPTS,), jnp.int32), jnp.zeros((PROMPTS, WIDTH), jnp.bfloat16))
+
+    def past(sizes: tuple[int, ...]) -> tuple[Any, ...]:
+        return tuple(blank_level(LLAMA_8B, jnp.bfloat16, slots, size, int8=int8, unroll=False) for size in sizes)
+
+    held, levels = on(jax.eval_shape(prefix)), on(jax.eval_shape(lambda: past(LEVELS)))
+    number = jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=device)
+    flag = jax.ShapeDtypeStruct((slots,), jnp.bool_, sharding=device)
+    table = jax.ShapeDtypeStruct((PROMPTS, GENERATIONS), jnp.int32, sharding=device) if refilled else None
+    controls = on(jax.eval_shape(lambda: controls_of(RolloutConfig(), 0, 0)))
+    program = jax.jit(functools.partial(segment, model, (1, 2), length=SEGMENT_TOKENS), donate_argnums=(2,))
+    compiled = program.lower(weights, held, levels, Slots(*[number] * 7, flag, flag), table, controls).compile()
+    told: Any = compiled.memory_analysis()
+    return Memory(
+        arguments=told.argument_size_in_bytes,
+        temporaries=told.temp_size_in_bytes,
+        in_place=told.alias_size_in_bytes,
+        weights=size_of(weights),
+        prefix=size_of(held),
+        past=size_of(levels),
+        newest=size_of(jax.eval_shape(lambda: past((SEGMENT_TOKENS,)))),
+        logits=4 * slots * VOCAB,
+    )
+
+
+def assert_nothing_is_there_twice(memory: Memory) -> None:
+    """The prefix is an argument and counted once a prompt; the past is written in place; temporaries hold neither."""
+    assert memory.arguments - (memory.weights + memory.prefix + memory.past) < 2**20
+    assert memory.in_place == memory.past
+    # The segment's own keys and values, and a few layers' or rows' worth; a copy of the prefix for each row would be 8 prefixes.
+    assert memory.temporaries < 2 * memory.newest + 4 * memory.logits
+    assert memory.temporaries < memory.prefix
+
+
+def line(name: str, memory: Memory) -> str:
+    """One row for a person, in MiB."""
+    parts = ("weights", "prefix", "past", "temporaries")
+    return f"{name}: " + ", ".join(f"{part} {getattr(memory, part) / 2**20:,.0f} MiB" for part in parts)

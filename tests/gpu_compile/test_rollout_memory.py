@@ -1,0 +1,27 @@
+"""The rollout's memory on an H200, compiled without one: `make test-gpu-compile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from compiled_rollout import assert_nothing_is_there_twice, line, segment_memory
+
+
+@pytest.fixture(scope="module")
+def h200() -> Any:
+    """One H200 that is not there."""
+    target = (Path(__file__).parent / "h200.txtpb").read_text()
+    topology = topologies.get_topology_desc(platform="cuda", topology_name="h200", target_config=target, topology="1x1x1")
+    return SingleDeviceSharding(topology.devices[0])
+
+
+@pytest.mark.parametrize("refilled", [False, True])
+def test_a_prompt_is_held_once_and_nothing_is_copied(refilled: bool, h200: Any) -> None:
+    memory = segment_memory(h200, refilled=refilled)
+    print(line(f"H200, refilled={refilled}", memory))
+    assert_nothing_is_there_twice(memory)
