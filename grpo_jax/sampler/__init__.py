@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.config import RolloutConfig
+from grpo_jax.config import ConfigError, RolloutConfig
 from grpo_jax.memory import free_bytes
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.programs import Announce, Program, silently
@@ -129,7 +129,12 @@ class Sampler:
 
         Returns:
             B·G rows, the completions of a prompt next to each other.
+
+        Raises:
+            ConfigError: stop strings are asked for, and there is no tokenizer.
         """
+        if rollout.stop and self.text_of is None:
+            raise ConfigError(f"rollout.stop: {rollout.stop}; the model folder has no tokenizer, so no text can be looked for")
         b, g = len(prompt_ids), rollout.num_generations
         width = max(len(ids) for ids in prompt_ids)
         slots = choose_slots(self.model.spec, rollout, b, width, jnp.dtype(self.model.dtype).itemsize, free_bytes())
@@ -176,13 +181,13 @@ class Running:
             for lane, number in later:
                 new = self.computed(weights, [number], int8=int8)
                 prompts = sampler.place(prompts, new, jax.device_put(np.array([lane], np.int32)))
-            slots = self.slots(schedule, begun)
-            needed = sizes.levels_for(self.past(slots))
+            slots, past = self.slots(schedule, begun)
+            needed = sizes.levels_for(past)
             while len(levels) < needed:
                 levels.append(blank_level(spec, dtype, sizes.slots, sizes.levels[len(levels)], int8=int8, unroll=unroll))
             table = None if sizes.fixed else jnp.asarray(schedule.places()[1])
             out, used = sampler.segment(
-                weights, prompts, tuple(levels[:needed]), jax.device_put(slots), table, self.controls, length=sizes.segment
+                weights, prompts, tuple(levels[:needed]), slots, table, self.controls, length=sizes.segment
             )
             levels[:needed] = used
             tokens: Tokens = jax.device_get(out)
@@ -197,8 +202,8 @@ class Running:
         table = jax.device_put(pad_rows(rows, self.sizes.prompt))
         return self.sampler.prefill(weights, table, jax.device_put(lengths), int8=int8)
 
-    def slots(self, schedule: Schedule, begun: list[int]) -> Slots:
-        """The schedule as arrays."""
+    def slots(self, schedule: Schedule, begun: list[int]) -> tuple[Slots, int]:
+        """The schedule as arrays, and the most tokens of the past that any slot has to hold."""
         g, s = self.rollout.num_generations, self.sizes.slots
         rows = np.maximum(schedule.rows, 0)
         live = schedule.rows >= 0
@@ -212,13 +217,10 @@ class Running:
         lanes = np.arange(s) // self.sizes.spots if self.sizes.fixed else schedule.places()[0]
         limits = np.array([self.rows[row].limit for row in rows])
         numbers = (self.numbers[rows // g], rows % g, lanes, schedule.spots, base, last, limits)
-        return Slots(*(x.astype(np.int32) for x in numbers), live, begins)
-
-    def past(self, slots: Slots) -> int:
-        """Tokens of the past that have to be held: those so far, and this segment's where anything goes on after it."""
-        base, limits, live = (np.asarray(x) for x in (slots.base, slots.limits, slots.live))
+        placed: Any = jax.device_put((*(x.astype(np.int32) for x in numbers), live, begins))
+        # What has to be held: the tokens so far, and this segment's where anything goes on after it.
         after = base + self.sizes.segment
-        return int(np.max(np.where(after + 1 < limits, after, base)[live]))
+        return Slots(*placed), int(np.max(np.where(after + 1 < limits, after, base)[live]))
 
     def record(self, schedule: Schedule, tokens: Tokens) -> list[int]:
         """Adds a segment's tokens to the rows; returns the slots whose completion has ended."""
