@@ -14,10 +14,9 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-BLOCK = 128
+from grpo_kernels.head_sample.reference import BLOCK, NEAR_LOGITS, draw_scaled, inverse_distribution
 
-NEAR_LOGITS = 1e-4
-"""Logits this close are a near-tie: other shapes of the same float32 computation may draw another token."""
+__all__ = ["BLOCK", "NEAR_LOGITS", "Truncation", "draw", "inverse_distribution", "truncate"]
 
 
 @struct.dataclass
@@ -71,44 +70,6 @@ def truncate(logits: Float[Array, "N V"], truncation: Truncation) -> Bool[Array,
     return stay & (logits - top >= jnp.log(truncation.min_p))
 
 
-def inverse_distribution(weights: Float[Array, "N V"], uniform: Float[Array, "N"]) -> tuple[Int[Array, "N"], Bool[Array, "N"]]:
-    """The token at which the running sum of the weights passes uniform · total; first among blocks, then within one.
-
-    A token of weight 0 is never taken: where rounding runs past the end, the heaviest token of the block is.
-
-    Returns:
-        The tokens, and whether a draw is close: independent changes of the logits by `NEAR_LOGITS` could have given another
-        token. They move a border at share F of the total by that times √(Σ p²) at most, and by √2 · F · (1 - F) at most.
-    """
-    n, v = weights.shape
-    blocks = -(-v // BLOCK)
-    weights = jnp.pad(weights, ((0, 0), (0, blocks * BLOCK - v))).reshape(n, blocks, BLOCK)
-    sums = jnp.sum(weights, axis=-1)
-    running = jnp.cumsum(sums, axis=-1)
-    total = running[:, -1]
-    target = uniform * total
-    block = jnp.sum(running <= target[:, None], axis=-1, dtype=jnp.int32)
-    heaviest = jnp.argmax(sums, axis=-1).astype(jnp.int32)
-    inside = jnp.take_along_axis(sums, jnp.minimum(block, blocks - 1)[:, None], axis=-1)[:, 0] > 0
-    block = jnp.where((block < blocks) & inside, block, heaviest)
-    before = jnp.take_along_axis(running - sums, block[:, None], axis=-1)[:, 0]
-    own = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
-    within = jnp.cumsum(own, axis=-1)
-    index = jnp.sum(within <= (target - before)[:, None], axis=-1, dtype=jnp.int32)
-    weight = jnp.take_along_axis(own, jnp.minimum(index, BLOCK - 1)[:, None], axis=-1)[:, 0]
-    index = jnp.where((index < BLOCK) & (weight > 0), index, jnp.argmax(own, axis=-1).astype(jnp.int32))
-    end = (before + jnp.take_along_axis(within, index[:, None], axis=-1)[:, 0]) / total
-    start = end - jnp.take_along_axis(own, index[:, None], axis=-1)[:, 0] / total
-    spread = jnp.sqrt(jnp.sum(jnp.square(weights), axis=(1, 2))) / total
-
-    def near(border: Float[Array, "N"]) -> Bool[Array, "N"]:
-        moves = jnp.minimum(spread, jnp.float32(2**0.5) * border * (1 - border))
-        return jnp.abs(uniform - border) < jnp.float32(NEAR_LOGITS) * moves
-
-    close = near(start) | near(end)
-    return block * BLOCK + index, close
-
-
 def draw(
     logits: Float[Array, "N V"], uniform: Float[Array, "N"], temperature: Float[Array, ""], truncation: Truncation | None
 ) -> tuple[Int[Array, "N"], Float[Array, "N"], Bool[Array, "N"]]:
@@ -125,16 +86,5 @@ def draw(
     if truncation is not None:
         stay = truncate(scaled, truncation) | greedy
         scaled = jnp.where(stay, scaled, -jnp.inf)
-    top = jnp.max(scaled, axis=-1, keepdims=True)
-    weights = jnp.exp(scaled - top)
-    total = jnp.sum(weights, axis=-1)
-    # Greedy is the same draw among the most probable alone, at 0: the first of them.
-    best = jnp.where(greedy, (scaled == top).astype(jnp.float32), weights)
-    ids, close = inverse_distribution(best, jnp.where(greedy, jnp.float32(0), uniform))
-
-    def second_is_near() -> Bool[Array, "N"]:
-        return jnp.sum(scaled > top - jnp.float32(NEAR_LOGITS), axis=-1, dtype=jnp.int32) > 1
-
-    close = jax.lax.cond(greedy, second_is_near, lambda: close)
-    chosen = jnp.take_along_axis(scaled, ids[:, None], axis=-1)[:, 0]
-    return ids, chosen - top[:, 0] - jnp.log(total), close
+    drawn = draw_scaled(scaled, uniform, greedy, NEAR_LOGITS)
+    return drawn.ids, drawn.logp, drawn.close
