@@ -64,12 +64,13 @@ def size_of(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def segment_memory(device: Any, *, refilled: bool, int8: bool = False) -> Memory:
+def segment_memory(device: Any, *, refilled: bool, int8: bool = False, implementation: str | None = None) -> Memory:
     """Compiles a segment of 64 slots: 8 prompts of 2,048 tokens, 8 completions each, up to 1,024 tokens held of each.
 
     Args:
         device: a sharding on the chip.
         refilled: slots take completions of any prompt, as they come free.
+        implementation: of `head_sample`; None goes by the device of this process, which is not the one compiled for.
     """
 
     def on(tree: Any) -> Any:
@@ -89,12 +90,14 @@ def segment_memory(device: Any, *, refilled: bool, int8: bool = False) -> Memory
         return tuple(blank_level(LLAMA_8B, jnp.bfloat16, slots, size, int8=int8, unroll=False) for size in sizes)
 
     held, levels = on(jax.eval_shape(prefix)), on(jax.eval_shape(lambda: past(LEVELS)))
-    number = jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=device)
-    flag = jax.ShapeDtypeStruct((slots,), jnp.bool_, sharding=device)
+    number: Any = jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=device)
+    flag: Any = jax.ShapeDtypeStruct((slots,), jnp.bool_, sharding=device)
     table = jax.ShapeDtypeStruct((PROMPTS, GENERATIONS), jnp.int32, sharding=device) if refilled else None
     controls = on(jax.eval_shape(lambda: controls_of(RolloutConfig(), 0, 0)))
-    program = jax.jit(functools.partial(segment, model, (1, 2), length=SEGMENT_TOKENS), donate_argnums=(2,))
-    compiled = program.lower(weights, held, levels, Slots(*[number] * 7, flag, flag), table, controls).compile()
+    program = jax.jit(
+        functools.partial(segment, model, (1, 2), length=SEGMENT_TOKENS, implementation=implementation), donate_argnums=(2,)
+    )
+    compiled = program.lower(weights, held, levels, Slots(*[number] * 7, live=flag, begins=flag), table, controls).compile()
     told: Any = compiled.memory_analysis()
     return Memory(
         arguments=told.argument_size_in_bytes,

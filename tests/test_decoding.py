@@ -123,18 +123,26 @@ def test_one_token_sees_its_prompt_its_past_and_this_segment(
     np.testing.assert_allclose(written, values(k), rtol=0, atol=1e-6)
 
 
+def untwisted(kept: Kept) -> list[np.ndarray]:
+    """Its arrays, all with X as axis 3."""
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(kept)]
+    return [np.swapaxes(leaves[0], -1, -2), *leaves[1:]] if kept.across else leaves
+
+
+@pytest.mark.parametrize("across", [False, True])
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_segment_goes_behind_each_slots_past(int8: bool) -> None:
+def test_a_segment_goes_behind_each_slots_past(int8: bool, across: bool) -> None:
     layers, slots, length, sizes = 2, 7, 4, (8, 8, 16)
     base = [0, 4, 8, 12, 28, 32, 16]  # 32 is behind all levels: that completion ends
 
     def kept(seed: int, size: int) -> Kept:
-        return keep(*(jnp.asarray(normal(seed + n, layers, slots, K, size, DH)) for n in range(2)), int8=int8)
+        arrays = (jnp.asarray(normal(seed + n, layers, slots, K, size, DH)) for n in range(2))
+        return keep(*arrays, int8=int8, across=across)
 
     levels, newest = tuple(kept(10 * n, size) for n, size in enumerate(sizes)), kept(100, length)
     got = jax.jit(lambda *x: write_segment(*x, together=False))(levels, newest, jnp.asarray(base, jnp.int32))
-    joined, result = (jax.tree.map(lambda *parts: np.concatenate(parts, axis=3), *x) for x in (levels, got))
-    for old, new, own in zip(*(jax.tree.leaves(x) for x in (joined, result, newest)), strict=True):
+    joined, result = ([np.concatenate(parts, axis=3) for parts in zip(*map(untwisted, x), strict=True)] for x in (levels, got))
+    for old, new, own in zip(joined, result, untwisted(newest), strict=True):
         expected = old.copy()
         for slot, start in enumerate(base):
             if start < sum(sizes):
@@ -143,12 +151,15 @@ def test_a_segment_goes_behind_each_slots_past(int8: bool) -> None:
 
 
 def test_a_segment_of_slots_that_began_together_goes_into_the_last_level() -> None:
-    levels = tuple(jnp.zeros((1, 3, K, size, DH)) for size in (8, 8))
-    newest = jnp.asarray(normal(0, 1, 3, K, 4, DH))
+    zeros = jnp.zeros((1, 3, K, 8, DH))
+    levels = (Kept(zeros, zeros), Kept(zeros, zeros))
+    own = jnp.asarray(normal(0, 1, 3, K, 4, DH))
+    newest = Kept(own, own)
     first, last = write_segment(levels, newest, jnp.full((3,), 12, jnp.int32), together=True)
-    assert not np.any(first)
-    assert not np.any(last[:, :, :, :4])
-    np.testing.assert_array_equal(last[:, :, :, 4:], newest)
+    assert not np.any(first.k)
+    assert not np.any(last.k[:, :, :, :4])
+    np.testing.assert_array_equal(last.k[:, :, :, 4:], own)
+    np.testing.assert_array_equal(last.v, last.k)
     assert write_segment((), newest, jnp.zeros((3,), jnp.int32), together=True) == ()
 
 

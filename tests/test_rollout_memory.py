@@ -29,6 +29,6 @@ def v6e() -> Iterator[Any]:
 
 
 def test_a_prompt_is_held_once_and_nothing_is_copied(v6e: Any) -> None:
-    memory = segment_memory(v6e, refilled=True)
+    memory = segment_memory(v6e, refilled=True, implementation="tpu")
     print(line("v6e, refilled", memory))
     assert_nothing_is_there_twice(memory)

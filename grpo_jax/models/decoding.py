@@ -12,7 +12,7 @@ token and head; then the numbers that enter the attention are the rounded ones f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -35,12 +35,22 @@ class Kept:
     Attributes:
         k, v: [..., K, X, Dh], in the model's dtype or int8.
         k_scale, v_scale: [..., K, X] float32 where k and v are int8, else None.
+        across: k is [..., K, Dh, X], which a CPU multiplies three times as fast; an accelerator would pad X to whole tiles.
     """
 
     k: Array
     v: Array
     k_scale: Array | None = None
     v_scale: Array | None = None
+    across: bool = struct.field(pytree_node=False, default=False)
+
+    def with_each(self, function: Callable[[Array, Array, int], Array], other: Kept) -> Kept:
+        """`function` of both arrays and the axis of X, counted from the end, for each of the arrays."""
+        scales = (None, None)
+        if self.k_scale is not None and self.v_scale is not None:
+            scales = (function(self.k_scale, other.k_scale, -1), function(self.v_scale, other.v_scale, -1))
+        k = function(self.k, other.k, -1 if self.across else -2)
+        return self.replace(k=k, v=function(self.v, other.v, -2), k_scale=scales[0], v_scale=scales[1])
 
 
 def rounded(x: Float[Array, "... Dh"]) -> tuple[Array, Array]:
@@ -51,21 +61,22 @@ def rounded(x: Float[Array, "... Dh"]) -> tuple[Array, Array]:
     return jnp.round(steps).astype(jnp.int8), scale
 
 
-def keep(k: Array, v: Array, *, int8: bool) -> Kept:
+def keep(k: Array, v: Array, *, int8: bool, across: bool = False) -> Kept:
     """Keys and values [..., K, X, Dh] in the form in which they are kept."""
-    if not int8:
-        return Kept(k, v)
-    (k, k_scale), (v, v_scale) = rounded(k), rounded(v)
-    return Kept(k, v, k_scale, v_scale)
+    scales: tuple[Any, Any] = (None, None)
+    if int8:
+        (k, k_scale), (v, v_scale) = rounded(k), rounded(v)
+        scales = (k_scale, v_scale)
+    return Kept(jnp.swapaxes(k, -1, -2) if across else k, v, *scales, across=across)
 
 
-def blank(shape: tuple[int, ...], dtype: Any, *, int8: bool) -> Kept:
+def blank(shape: tuple[int, ...], dtype: Any, *, int8: bool, across: bool = False) -> Kept:
     """Zeros of the shape [..., K, X, Dh]; arrays of their own, so that they can be donated."""
+    k_shape = (*shape[:-2], shape[-1], shape[-2]) if across else shape
     if not int8:
-        return Kept(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-    k, v = (jnp.zeros(shape, jnp.int8) for _ in range(2))
-    k_scale, v_scale = (jnp.zeros(shape[:-1], jnp.float32) for _ in range(2))
-    return Kept(k, v, k_scale, v_scale)
+        return Kept(jnp.zeros(k_shape, dtype), jnp.zeros(shape, dtype), across=across)
+    scales = (jnp.zeros(shape[:-1], jnp.float32), jnp.zeros(shape[:-1], jnp.float32))
+    return Kept(jnp.zeros(k_shape, jnp.int8), jnp.zeros(shape, jnp.int8), *scales, across=across)
 
 
 @struct.dataclass
@@ -99,7 +110,7 @@ class Partial:
 
 def scores_of(q: Float[Array, "N K Q Dh"], kept: Kept, mask: Bool[Array, "..."], softcap: float | None) -> Float[Array, "N K Q X"]:
     """Scores of Q queries of each of N texts over the texts' kept keys; `mask` broadcasts to [N, K, Q, X]."""
-    scores = product("nkqd,nkxd->nkqx", q, kept.k.astype(q.dtype))
+    scores = product("nkqd,nkdx->nkqx" if kept.across else "nkqd,nkxd->nkqx", q, kept.k.astype(q.dtype))
     if kept.k_scale is not None:
         scores = scores * kept.k_scale[:, :, None, :]
     return jnp.where(mask, soft_cap(scores, softcap), jnp.float32(LOWEST * 2))
@@ -114,8 +125,8 @@ def partial(q: Float[Array, "N K Q Dh"], parts: Sequence[tuple[Kept, Bool[Array,
     total = jnp.sum(weights, axis=-1, keepdims=True)
     mixed, start = jnp.float32(0), 0
     for kept, _ in parts:
-        own = jax.lax.slice_in_dim(weights, start, start + kept.k.shape[2], axis=3)
-        start += kept.k.shape[2]
+        own = jax.lax.slice_in_dim(weights, start, start + kept.v.shape[2], axis=3)
+        start += kept.v.shape[2]
         if kept.v_scale is not None:
             own = own * kept.v_scale[:, :, None, :]
         mixed = mixed + product("nkqx,nkxd->nkqd", own.astype(q.dtype), kept.v.astype(q.dtype))
@@ -149,7 +160,7 @@ def shared_prefix(
         places: None where the slots of prompt b are b·M, ..., b·M + M - 1.
     """
     s, kv, r, dh = q.shape
-    b, p = kept.k.shape[0], kept.k.shape[2]
+    b, p = kept.v.shape[0], kept.v.shape[2]
     m = s // b if places is None else places.table.shape[1]
 
     def to_table(x: Array) -> Array:
@@ -173,6 +184,8 @@ def decode_attend(
 ) -> Attend:
     """Attention of one new token a slot, T = 1. `per_layer` is a layer's (prefix, levels), `cache` the newest part.
 
+    The newest part is that of all layers, or of this layer alone, without an axis in front.
+
     Args:
         lengths: tokens of each prompt.
         base: tokens of each slot's completion before this segment.
@@ -183,29 +196,31 @@ def decode_attend(
     def attend(q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any) -> tuple[Array, Any, Any]:
         prefix, levels = per_layer
         q, k, v = q[:, 0], jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-        new = keep(k, v, int8=cache.k_scale is not None)
-        zero = jnp.int32(0)
+        new = keep(k, v, int8=cache.k_scale is not None, across=cache.across)
+        stacked = cache.v.ndim == 5
 
-        def write(place: Array, x: Array) -> Array:
-            return jax.lax.dynamic_update_slice(place, x[None].astype(place.dtype), (layer, zero, zero, step, zero)[: place.ndim])
+        def write(place: Array, x: Array, axis: int) -> Array:
+            x = (x[None] if stacked else x).astype(place.dtype)
+            start = [jnp.int32(0)] * place.ndim
+            start[axis] = step
+            if stacked:
+                start[0] = layer
+            return jax.lax.dynamic_update_slice(place, x, start)
 
-        # The part is read as it was before this token, which meets itself apart: a read of what was just written would be a copy.
-        newest = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cache)
+        cache = cache.with_each(write, new)
+        newest = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cache) if stacked else cache
         own: list[tuple[Kept, Any]] = []
-        start = 0
+        held = 0
         for level in levels:
-            places_of = start + jnp.arange(level.k.shape[2], dtype=jnp.int32)[None, :]
-            mask = (places_of < base[:, None]) & (at[:, None] - places_of < window)
+            index = held + jnp.arange(level.v.shape[2], dtype=jnp.int32)[None, :]
+            mask = (index < base[:, None]) & (at[:, None] - index < window)
             own.append((level, mask[:, None, None, :]))
-            start += level.k.shape[2]
-        places_of = jnp.arange(newest.k.shape[2], dtype=jnp.int32)
-        own.append((newest, ((places_of < step) & (step - places_of < window))[None, None, None, :]))
-        own.append((new, jnp.ones((1, 1, 1, 1), bool)))
-        parts = [
-            shared_prefix(q, prefix, lengths, at, places, window, spec.attention_softcap),
-            partial(q, own, spec.attention_softcap),
-        ]
-        return merge(parts).astype(q.dtype)[:, None], jax.tree.map(write, cache, new), None
+            held += level.v.shape[2]
+        index = jnp.arange(newest.v.shape[2], dtype=jnp.int32)
+        own.append((newest, seen(step, index, window)[None, None, None, :]))
+        cap = spec.attention_softcap
+        parts = [shared_prefix(q, prefix, lengths, at, places, window, cap), partial(q, own, cap)]
+        return merge(parts).astype(q.dtype)[:, None], cache, None
 
     return attend
 
@@ -223,32 +238,46 @@ def write_segment(levels: tuple[Any, ...], newest: Any, base: Int[Array, "S"], *
         return levels
     starts = [0]
     for level in levels[:-1]:
-        starts.append(starts[-1] + jax.tree.leaves(level)[0].shape[3])
+        starts.append(starts[-1] + kepts(level)[0].v.shape[3])
     if together:
-        return *levels[:-1], jax.tree.map(lambda place, x: put(place, x, jnp.int32(0), base[0] - starts[-1]), levels[-1], newest)
+        column = base[0] - starts[-1]
+        return *levels[:-1], each_kept(lambda place, x, axis: put(place, x, jnp.int32(0), column, axis), levels[-1], newest)
 
     def one_slot(slot: Array, levels: tuple[Any, ...]) -> tuple[Any, ...]:
-        def written(place: Array, x: Array, offset: Array) -> Array:
+        def written(place: Array, x: Array, axis: int, first: int) -> Array:
+            offset = base[slot] - first
             x = jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=1)
-            inside = (offset >= 0) & (offset < place.shape[3])
-            column = jnp.clip(offset, 0, place.shape[3] - x.shape[3])
-            old = jax.lax.dynamic_slice(place, start_of(place, slot, column), x.shape)
-            return put(place, jnp.where(inside, x, old), slot, column)
+            inside = (offset >= 0) & (offset < place.shape[axis])
+            column = jnp.clip(offset, 0, place.shape[axis] - x.shape[axis])
+            old = jax.lax.dynamic_slice(place, start_of(place, slot, column, axis), x.shape)
+            return put(place, jnp.where(inside, x, old), slot, column, axis)
 
         return tuple(
-            jax.tree.map(lambda place, x, first=first: written(place, x, base[slot] - first), level, newest)
+            each_kept(lambda place, x, axis, first=first: written(place, x, axis, first), level, newest)
             for level, first in zip(levels, starts, strict=True)
         )
 
     return jax.lax.fori_loop(0, base.shape[0], one_slot, levels)
 
 
-def start_of(place: Array, slot: Array, column: Array) -> tuple[Array, ...]:
-    """Indices [0, slot, 0, column, 0 ...]."""
-    zero = jnp.int32(0)
-    return (zero, slot.astype(jnp.int32), zero, column.astype(jnp.int32), *(zero,) * (place.ndim - 4))
+def kepts(level: Any) -> tuple[Kept, ...]:
+    """A level's arrays: one `Kept` of all layers, or one a layer."""
+    return (level,) if isinstance(level, Kept) else level
 
 
-def put(place: Array, x: Array, slot: Array, column: Array) -> Array:
-    """x at [:, slot:, :, column:]."""
-    return jax.lax.dynamic_update_slice(place, x, start_of(place, slot, column))
+def each_kept(function: Callable[[Array, Array, int], Array], level: Any, newest: Any) -> Any:
+    """`Kept.with_each` of a level, whose form the result has."""
+    written = tuple(old.with_each(function, new) for old, new in zip(kepts(level), kepts(newest), strict=True))
+    return written[0] if isinstance(level, Kept) else written
+
+
+def start_of(place: Array, slot: Array, column: Array, axis: int) -> list[Array]:
+    """Indices that are 0 but for the slot's, axis 1, and the column's."""
+    start = [jnp.int32(0)] * place.ndim
+    start[1], start[axis] = slot.astype(jnp.int32), column.astype(jnp.int32)
+    return start
+
+
+def put(place: Array, x: Array, slot: Array, column: Array, axis: int) -> Array:
+    """x from [:, slot] and from a column of an axis on."""
+    return jax.lax.dynamic_update_slice(place, x, start_of(place, slot, column, axis))

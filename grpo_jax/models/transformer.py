@@ -92,8 +92,7 @@ def forward(
 ) -> tuple[Float[Array, "B T D"], Any, Any]:
     """`model.apply`, or the same without a loop over the layers: where the model says so, or `split_layers` took them apart.
 
-    In the second case `cache` and `per_layer` are tuples of L, a layer's cache with an axis of 1 in front, and the last result is
-    a tuple too.
+    In the second case `cache` and `per_layer` are tuples of L, and so is the last result.
     """
     split = not isinstance(variables["params"]["layers"], dict)
     if model.unroll and model.remat == "none" and not split and cache is None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from grpo_jax import sampling
 from grpo_jax.models.attention import prefill_attend
 from grpo_jax.models.decoding import Places, blank, decode_attend, keep, write_segment
 from grpo_jax.models.layers import join_linears, precision_of, soft_cap
@@ -20,6 +21,7 @@ from grpo_jax.models.spec import ModelSpec
 from grpo_jax.models.transformer import Transformer, forward, head_matrix, split_layers
 from grpo_jax.sampling import Truncation, draw
 from grpo_jax.types import Params
+from grpo_kernels.head_sample import head_sample
 
 
 @struct.dataclass
@@ -153,7 +155,7 @@ def prefill(model: Transformer, variables: Params, prompts: Int[Array, "B P"], l
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     if isinstance(variables["params"]["layers"], dict):
         return Prompts(keep(*stacked, int8=int8), lengths, last)
-    return Prompts(tuple(keep(k[None], v[None], int8=int8) for k, v in stacked), lengths, last)
+    return Prompts(tuple(keep(k[None], v[None], int8=int8, across=True) for k, v in stacked), lengths, last)
 
 
 def place(held: Prompts, new: Prompts, lanes: Int[Array, "b"]) -> Prompts:
@@ -165,7 +167,7 @@ def place(held: Prompts, new: Prompts, lanes: Int[Array, "b"]) -> Prompts:
 def blank_level(spec: ModelSpec, dtype: Any, slots: int, tokens: int, *, int8: bool, unroll: bool) -> Any:
     """An empty array of keys and values, [L, S, K, X, Dh]; or a tuple of L of them, [1, S, K, X, Dh]."""
     layers = 1 if unroll else spec.layers
-    one = lambda: blank((layers, slots, spec.kv_heads, tokens, spec.head_dim), dtype, int8=int8)  # noqa: E731
+    one = lambda: blank((layers, slots, spec.kv_heads, tokens, spec.head_dim), dtype, int8=int8, across=unroll)  # noqa: E731
     return tuple(one() for _ in range(spec.layers)) if unroll else one()
 
 
@@ -200,12 +202,14 @@ def segment(
     controls: Controls,
     *,
     length: int,
+    implementation: str | None = None,
 ) -> tuple[Tokens, tuple[Any, ...]]:
     """Decodes up to `length` tokens of every slot, and the first one of those that begin; stops early where none is left.
 
     Args:
         levels: the slots' past, as many levels as are in use.
         table: each lane's slots; None where slot = lane · M + spot, and all slots begin together.
+        implementation: of `head_sample`, which draws where nothing is truncated.
 
     Returns:
         The tokens, and the levels with this segment in them.
@@ -222,11 +226,24 @@ def segment(
         per_layer = [(inside(prompts.kept[i]), tuple(inside(level[i]) for level in levels)) for i in range(spec.layers)]
 
     def sample(hidden: Float[Array, "S D"], column: Array) -> tuple[Array, Array, Array]:
+        uniform = jax.lax.dynamic_index_in_dim(uniforms, column, axis=1, keepdims=False)
+        banned = slots.base + column < controls.min_length
+        if controls.truncation is None:
+            drawn = head_sample(
+                hidden,
+                head_matrix(spec, variables["params"]).astype(hidden.dtype),
+                uniform,
+                temperature=controls.temperature,
+                softcap=spec.final_softcap,
+                banned_ids=stop_ids,
+                banned=banned,
+                near=sampling.NEAR_LOGITS,
+                implementation=implementation,
+            )
+            return drawn.ids, drawn.logp, drawn.close
         logits = logits_of(model, variables["params"], hidden)
         if stop_ids:
-            banned = (slots.base + column < controls.min_length)[:, None]
-            logits = logits.at[:, stops].set(jnp.where(banned, -jnp.inf, logits[:, stops]))
-        uniform = jax.lax.dynamic_index_in_dim(uniforms, column, axis=1, keepdims=False)
+            logits = logits.at[:, stops].set(jnp.where(banned[:, None], -jnp.inf, logits[:, stops]))
         return draw(logits, uniform, controls.temperature, controls.truncation)
 
     def record(tokens: Tokens, drawn: tuple[Array, Array, Array], column: Array, live: Array) -> Tokens:
@@ -266,9 +283,12 @@ def segment(
         lambda: tokens,
     )
     newest = blank_level(spec, model.dtype, s, length, int8=first.k_scale is not None, unroll=unroll)
+    # One axis less on a CPU: between a write in place and the product that reads it there must be no reshaping, or it is a copy.
+    newest = jax.tree.map(lambda x: x[0], newest) if unroll else newest
     state = Decoding(zero, newest, tokens)
     state = jax.lax.while_loop(lambda x: (x.step < length) & ~jnp.all(x.tokens.done), body, state)
-    return state.tokens, write_segment(levels, state.newest, slots.base, together=table is None)
+    newest = jax.tree.map(lambda x: x[None], state.newest) if unroll else state.newest
+    return state.tokens, write_segment(levels, newest, slots.base, together=table is None)
 
 
 __all__ = ["Controls", "Prompts", "Slots", "Tokens", "blank_level", "place", "prefill", "prepare", "segment"]
