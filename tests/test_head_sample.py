@@ -166,7 +166,7 @@ def chips() -> Iterator[dict[str, SingleDeviceSharding]]:
     from jax.experimental import topologies
 
     jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_disable_most_optimizations", False)  # without them the TPU's compiler takes minutes
+    jax.config.update("jax_disable_most_optimizations", False)  # memory is to be what users get
     compilation_cache.reset_cache()
     yield {name: SingleDeviceSharding(topologies.get_topology_desc(name, "tpu").devices[0]) for name in CHIPS}
     jax.config.update("jax_enable_compilation_cache", True)
