@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import sys
 import tempfile
 from pathlib import Path
@@ -28,7 +29,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax")
 def arguments() -> argparse.Namespace:
     """The command line."""
     options = parser("a GRPO step's time here")
-    options.add_argument("--remat", choices=["none", "layer"], default="layer")
+    options.add_argument("--remat", choices=["auto", "none", "layer"], default="auto")
     options.add_argument("--micro_batch_prompts", type=int, default=None)
     options.add_argument("--slots", type=int, default=None)
     return options.parse_args()
@@ -43,7 +44,6 @@ def settings(given: argparse.Namespace, folder: str) -> Config:
             num_generations=given.num_generations,
             max_prompt_length=given.prompt_length,
             max_completion_length=given.completion_length,
-            min_completion_length=given.completion_length,
             slots=given.slots,
         ),
         objective=ObjectiveConfig(beta=BETA),
@@ -69,7 +69,10 @@ def run(given: argparse.Namespace, folder: str) -> None:
 
     rows = [{"prompt": prompt} for prompt in made_up_prompts(given)]
     with contextlib.redirect_stdout(sys.stderr):
-        result = gx.train(settings(given, folder), dataset=rows, reward_funcs=reward)
+        config = settings(given, folder)
+        policy = gx.Policy.from_pretrained(given.model, lora=config.lora)
+        policy = dataclasses.replace(policy, stop_ids=())  # stopping off
+        result = gx.train(config, policy=policy, dataset=rows, reward_funcs=reward)
     leaves = jax.tree_util.tree_leaves_with_path(result.policy.adapters)
     ends = [np.asarray(leaf) for path, leaf in leaves if jax.tree_util.keystr(path).endswith("['b']")]
     report(

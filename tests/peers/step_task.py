@@ -110,7 +110,7 @@ def report(
 
     Args:
         watch: what stood in the reward function.
-        rollout_seconds: of every step, those of the warm-up first.
+        rollout_seconds: of every rollout; the one that a timed step holds is the one before the call that ends it.
         losses: one for every step that was finished.
         trained: number of trained parameters.
         change: norm of what training added to the adapters.
@@ -125,7 +125,7 @@ def report(
     assert watch.distinct == [rows] * len(watch.times), f"of {rows} completions {watch.distinct} are different"
     result = {
         "step_seconds": steps,
-        "rollout_seconds": rollout_seconds[WARM_UP : WARM_UP + len(steps)],
+        "rollout_seconds": rollout_seconds[WARM_UP + 1 :][: len(steps)],
         "median_step_seconds": statistics.median(steps),
         "called_at_seconds": watch.times,
         "losses": losses,
