@@ -34,6 +34,7 @@ class Program:
         function: pure; its static settings are closed over.
         donate: numbers of the arguments whose memory the result takes over.
         announce: entered around each compilation.
+        options: for XLA's compiler.
         compile_seconds: spent on compiling so far.
     """
 
@@ -41,6 +42,7 @@ class Program:
     function: Callable[..., Any]
     donate: tuple[int, ...] = ()
     announce: Announce = silently
+    options: dict[str, Any] = field(default_factory=dict)
     compile_seconds: float = 0.0
     _compiled: dict[Any, Any] = field(default_factory=dict)
 
@@ -52,7 +54,7 @@ class Program:
             with self.announce(self.name):
                 start = time.perf_counter()
                 jitted = jax.jit(functools.partial(self.function, **static), donate_argnums=self.donate)
-                self._compiled[key] = jitted.lower(*arguments).compile()
+                self._compiled[key] = jitted.lower(*arguments).compile(compiler_options=self.options)
                 self.compile_seconds += time.perf_counter() - start
         with jax.transfer_guard("disallow"):
             return self._compiled[key](*arguments)

@@ -24,6 +24,7 @@ from grpo_jax.memory import free_bytes
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.programs import Announce, Program, silently
 from grpo_jax.sampler.device import (
+    GPU_OPTIONS,
     Controls,
     Prompts,
     Slots,
@@ -87,6 +88,7 @@ class Sampler:
         model: Transformer, stop_ids: tuple[int, ...], *, text_of: Decode | None = None, announce: Announce = silently
     ) -> Sampler:
         """Nothing is compiled before the first call."""
+        options = GPU_OPTIONS if jax.default_backend() == "gpu" else {}
         return Sampler(
             model,
             stop_ids,
@@ -94,7 +96,7 @@ class Sampler:
             Program("rollout: weights", partial(prepare, model), announce=announce),
             Program("rollout: prompts", partial(prefill, model), announce=announce),
             Program("rollout: prompts", place, donate=(0,), announce=announce),
-            Program("rollout", partial(segment, model, stop_ids), donate=(2,), announce=announce),
+            Program("rollout", partial(segment, model, stop_ids), donate=(2,), announce=announce, options=options),
         )
 
     @property
@@ -186,9 +188,7 @@ class Running:
             while len(levels) < needed:
                 levels.append(blank_level(spec, dtype, sizes.slots, sizes.levels[len(levels)], int8=int8, unroll=unroll))
             table = None if sizes.fixed else jnp.asarray(schedule.places()[1])
-            out, used = sampler.segment(
-                weights, prompts, tuple(levels[:needed]), slots, table, self.controls, length=sizes.segment
-            )
+            out, used = sampler.segment(weights, prompts, tuple(levels[:needed]), slots, table, self.controls, length=sizes.segment)
             levels[:needed] = used
             tokens: Tokens = jax.device_get(out)
             close += int(tokens.close.sum())

@@ -23,6 +23,9 @@ from grpo_jax.sampling import Truncation, draw
 from grpo_jax.types import Params
 from grpo_kernels.head_sample import head_sample
 
+GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
+"""XLA would join products of one input, and at every token copy weights, or keys and values, side by side to do so."""
+
 
 @struct.dataclass
 class Controls:

@@ -10,6 +10,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from compiled_rollout import assert_nothing_is_there_twice, line, segment_memory
+from grpo_jax.sampler.device import GPU_OPTIONS
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,6 @@ def h200() -> Any:
 
 @pytest.mark.parametrize("refilled", [False, True])
 def test_a_prompt_is_held_once_and_nothing_is_copied(refilled: bool, h200: Any) -> None:
-    memory = segment_memory(h200, refilled=refilled)
+    memory = segment_memory(h200, refilled=refilled, options=GPU_OPTIONS)
     print(line(f"H200, refilled={refilled}", memory))
     assert_nothing_is_there_twice(memory)
