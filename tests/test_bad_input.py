@@ -179,7 +179,7 @@ CASES: dict[str, tuple[Callable[[Path], Input], list[str]]] = {
         section("train", micro_batch_completions=3),
         ["train.micro_batch_completions is 3", "a divisor of rollout.num_generations (4)"],
     ),
-    "slots that do not divide": (section("rollout", slots=6), ["rollout.slots is 6", "a multiple of num_generations (4)"]),
+    "no slots": (section("rollout", slots=0), ["rollout.slots is 0", "at least 1, or null"]),
     "more prompts than rows": (
         section("train", prompts_per_step=64),
         ["train.prompts_per_step is 64", "only 12 rows", "use at most"],
@@ -282,7 +282,7 @@ CASES: dict[str, tuple[Callable[[Path], Input], list[str]]] = {
 def no_program_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails where anything is compiled; the hub answers that a repository is gated."""
 
-    def refuse(self: Program, *arguments: Any) -> Any:
+    def refuse(self: Program, *arguments: Any, **static: Any) -> Any:
         raise AssertionError(f"{self.name} was compiled")
 
     def gated(*arguments: Any, **named: Any) -> Any:

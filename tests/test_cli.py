@@ -195,7 +195,7 @@ def test_safe_text_spells_out_what_steers_a_terminal_and_keeps_the_rest():
         ("generate --model m --prompt p --zzz 1", "see grpo-jax generate --help"),
         ("train config.yaml", "'config.yaml' stands alone: write each setting as --section.field VALUE"),
         ("train --train.steps many", "train.steps is 'many': expected a whole number"),
-        ("train --rollout.slots 7", "rollout.slots is 7: use a multiple of num_generations (8)"),
+        ("train --rollout.slots 0", "rollout.slots is 0: use at least 1, or null"),
         ("sft --config nowhere.yaml", "nowhere.yaml: there is no such file"),
         ("generate --model m --prompt p --temperature -1", "rollout.temperature is -1.0"),
     ],

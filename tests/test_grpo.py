@@ -214,7 +214,7 @@ def test_one_fetch_of_the_rollout_and_one_of_the_metrics_bring_a_step_to_the_hos
     monkeypatch.setattr(jax, "device_get", device_get)
     monkeypatch.setattr(grpo, "one_step", one_step)
     gx.train(config_of(tmp_path), dataset=ROWS, reward_funcs=letters)
-    assert fetched == [4, 1] * 2
+    assert fetched == [6, 1] * 2  # arrays of the one segment's tokens, and the packed metrics
 
 
 def test_the_command_trains_from_a_yaml_file_with_rewards_of_the_users_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -20,7 +20,9 @@ from grpo_jax.models.families import read_spec
 from grpo_jax.models.spec import abstract_params, count_parameters, flatten, param_specs
 from grpo_jax.optim import learning_rate_at, make_optimizer
 from grpo_jax.rewards import check_functions, number_match, regex_format, resolve_functions
-from grpo_jax.sampler import Sampler, controls_of, round_up
+from grpo_jax.sampler import controls_of
+from grpo_jax.sampler.device import Slots, blank_level, prefill, segment
+from grpo_jax.sampler.shapes import Sizes, choose_slots, round_up, sizes_of
 from grpo_jax.sft import supervised_step
 from grpo_jax.step import Learner, PackedMetrics
 from grpo_jax.types import Frozen, TrainBatch
@@ -125,19 +127,22 @@ def test_the_model_of_a_recipe_is_built_abstractly_and_its_step_traces(name: str
     assert isinstance(packed, PackedMetrics)
     assert packed.values.shape == (len(packed.names) + (0 if supervised else config.train.prompts_per_step * group),)
 
-    longest = config.rollout.max_completion_length
-    ids, logps, lengths, stopped = rollout_shapes(config, spec, dtype, variables)
-    prompts, group = lengths.shape
-    assert ids.shape == logps.shape == (prompts, group, longest)
-    assert stopped.shape == lengths.shape
-    assert str(logps.dtype) == "float32"
+    sizes, tokens = rollout_shapes(config, spec, dtype, variables)
+    assert tokens.ids.shape == tokens.logps.shape == (sizes.slots, sizes.segment + 1)
+    assert tokens.ends.shape == tokens.stopped.shape == (sizes.slots,)
+    assert str(tokens.logps.dtype) == "float32"
+    # The last segment's keys and values are never read again, and the last token has none.
+    assert sum(sizes.levels) + sizes.segment + 1 >= config.rollout.max_completion_length
 
 
 def learner_of(config: Config, spec: ModelSpec, dtype: str, group: int) -> Learner:
     """As the loop makes it."""
     train, optim, full = config.train, config.optim, config.lora.rank == 0
+    remat = "none" if config.model.remat == "none" else "layer"
     return Learner(
-        model=Transformer(spec, jnp.dtype(dtype), 1.0 if full else config.lora.scale, config.model.remat),
+        model=Transformer(
+            spec, jnp.dtype(dtype), 1.0 if full else config.lora.scale, "none" if config.model.remat == "none" else "layer"
+        ),
         objective=config.objective,
         optimizer=make_optimizer(optim, train.steps),
         learning_rate=functools.partial(learning_rate_at, optim, train.steps),
@@ -167,21 +172,25 @@ def abstract_batch(config: Config, g: int) -> TrainBatch:
     )
 
 
-def rollout_shapes(config: Config, spec: ModelSpec, dtype: str, variables: Any) -> Any:
-    """What the sampler's program returns for the prompts that it decodes at once."""
-    rollout = config.rollout
-    prompts = config.train.prompts_per_step if rollout.slots is None else rollout.slots // rollout.num_generations
-    sampler = Sampler.build(Transformer(spec, jnp.dtype(dtype), 1.0 if config.lora.rank == 0 else config.lora.scale), (1,))
+def rollout_shapes(config: Config, spec: ModelSpec, dtype: str, variables: Any) -> tuple[Sizes, Any]:
+    """The sizes of a rollout where memory does not count, and the tokens of a segment with all of the past in use."""
+    rollout, prompts, longest = config.rollout, config.train.prompts_per_step, config.rollout.max_prompt_length
+    model = Transformer(spec, jnp.dtype(dtype), 1.0 if config.lora.rank == 0 else config.lora.scale)
+    sizes = sizes_of(rollout, prompts, longest, choose_slots(spec, rollout, prompts, longest, model.dtype.itemsize, None))
 
-    def int32(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
+    def shape(*size: int, kind: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(size, kind)
 
-    width = round_up(rollout.max_prompt_length)
+    computed = functools.partial(prefill, model, int8=False)
+    held = jax.eval_shape(computed, variables, shape(sizes.lanes, sizes.prompt), shape(sizes.lanes))
+    past = functools.partial(blank_level, spec, model.dtype, sizes.slots, int8=False, unroll=False)
+    levels = tuple(jax.eval_shape(functools.partial(past, size)) for size in sizes.levels)
+    flag = shape(sizes.slots, kind=jnp.bool_)
+    schedule = Slots(*[shape(sizes.slots)] * 7, live=flag, begins=flag)
+    table = None if sizes.fixed else shape(sizes.lanes, sizes.spots)
     controls = jax.eval_shape(lambda: controls_of(rollout, 0, 0))
-    shape = int32(rollout.num_generations, rollout.max_completion_length)
-    return jax.eval_shape(
-        sampler.program.function, variables, int32(prompts, width), int32(prompts), int32(prompts), controls, shape
-    )
+    program = functools.partial(segment, model, (1,), length=sizes.segment)
+    return sizes, jax.eval_shape(program, variables, held, levels, schedule, table, controls)[0]
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if not name.endswith("_sft.yaml")])

@@ -46,11 +46,11 @@ class Kept:
 
     def with_each(self, function: Callable[[Array, Array, int], Array], other: Kept) -> Kept:
         """`function` of both arrays and the axis of X, counted from the end, for each of the arrays."""
-        scales = (None, None)
-        if self.k_scale is not None and self.v_scale is not None:
-            scales = (function(self.k_scale, other.k_scale, -1), function(self.v_scale, other.v_scale, -1))
-        k = function(self.k, other.k, -1 if self.across else -2)
-        return self.replace(k=k, v=function(self.v, other.v, -2), k_scale=scales[0], v_scale=scales[1])
+        k, v = function(self.k, other.k, -1 if self.across else -2), function(self.v, other.v, -2)
+        if self.k_scale is None or self.v_scale is None or other.k_scale is None or other.v_scale is None:
+            return Kept(k, v, across=self.across)
+        scales = (function(self.k_scale, other.k_scale, -1), function(self.v_scale, other.v_scale, -1))
+        return Kept(k, v, *scales, across=self.across)
 
 
 def rounded(x: Float[Array, "... Dh"]) -> tuple[Array, Array]:

@@ -90,7 +90,8 @@ def read_rope(reader: Reader, parameters: Layout | None, theta: float) -> Rope:
     def number(name: str) -> float:
         if name not in p:
             raise ModelError(f"{reader.where}: rope type {kind!r} needs {name}")
-        return float(p.pop(name))
+        value: Any = p.pop(name)
+        return float(value)
 
     if kind == "default":
         rope = Rope(theta)
