@@ -140,9 +140,7 @@ def learner_of(config: Config, spec: ModelSpec, dtype: str, group: int) -> Learn
     train, optim, full = config.train, config.optim, config.lora.rank == 0
     remat = "none" if config.model.remat == "none" else "layer"
     return Learner(
-        model=Transformer(
-            spec, jnp.dtype(dtype), 1.0 if full else config.lora.scale, "none" if config.model.remat == "none" else "layer"
-        ),
+        model=Transformer(spec, jnp.dtype(dtype), 1.0 if full else config.lora.scale, remat),
         objective=config.objective,
         optimizer=make_optimizer(optim, train.steps),
         learning_rate=functools.partial(learning_rate_at, optim, train.steps),
