@@ -8,13 +8,14 @@ Enters: logits [N, V], one uniform number a row. Leaves: a token and its log-pro
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_kernels.head_sample.reference import BLOCK, NEAR_LOGITS, draw_scaled, inverse_distribution
+from grpo_kernels.head_sample.reference import BLOCK, NEAR_LOGITS, draw_scaled, inverse_distribution, is_near
 
 __all__ = ["BLOCK", "NEAR_LOGITS", "Truncation", "draw", "inverse_distribution", "truncate"]
 
@@ -56,6 +57,25 @@ def largest_threshold(x: Int[Array, "N V"], enough: Callable[[Bool[Array, "N V"]
 
 def truncate(logits: Float[Array, "N V"], truncation: Truncation) -> Bool[Array, "N V"]:
     """Which tokens stay. Top-k first, then top-p of what is left, as in transformers; min-p last."""
+    return truncate_and_borders(logits, truncation)[0]
+
+
+class Borders(NamedTuple):
+    """Where changes of the logits by `NEAR_LOGITS` would let other tokens stay, row by row.
+
+    Attributes:
+        low, high: the smallest logit that stays, the largest that goes.
+        leaves, enters: whether the first might go, the second stay.
+    """
+
+    low: Float[Array, "N"]
+    high: Float[Array, "N"]
+    leaves: Bool[Array, "N"]
+    enters: Bool[Array, "N"]
+
+
+def truncate_and_borders(logits: Float[Array, "N V"], truncation: Truncation) -> tuple[Bool[Array, "N V"], Borders]:
+    """Which tokens stay, and how sure that is."""
     bits = ordered_bits(logits)
     vocabulary = logits.shape[-1]
     wanted = jnp.where(truncation.top_k > 0, jnp.minimum(truncation.top_k, vocabulary), vocabulary)
@@ -66,8 +86,38 @@ def truncate(logits: Float[Array, "N V"], truncation: Truncation) -> Bool[Array,
     reach = jnp.minimum(truncation.top_p, jnp.sum(p, axis=-1))
     threshold = largest_threshold(bits, lambda keep: jnp.sum(jnp.where(keep, p, jnp.float32(0)), axis=-1) >= reach)
     stay = stay & ((bits >= threshold[:, None]) | (truncation.top_p >= 1))
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    return stay & (logits - top >= jnp.log(truncation.min_p))
+    top = jnp.max(logits, axis=-1)
+    stay = stay & (logits - top[:, None] >= jnp.log(truncation.min_p))
+
+    low = jnp.min(jnp.where(stay, logits, jnp.inf), axis=-1)
+    high = jnp.max(jnp.where(stay, -jnp.inf, logits), axis=-1)
+    spread = jnp.sqrt(jnp.sum(jnp.square(p), axis=-1))
+    share = jnp.sum(jnp.where(bits >= threshold[:, None], p, jnp.float32(0)), axis=-1)
+    before = share - jnp.sum(jnp.where(bits == threshold[:, None], p, jnp.float32(0)), axis=-1)
+    cuts, least = truncation.top_p < 1, jnp.log(truncation.min_p)
+    leaves = (cuts & is_near(reach, before, spread, NEAR_LOGITS)) | (jnp.abs(low - top - least) < NEAR_LOGITS)
+    enters = (cuts & is_near(reach, share, spread, NEAR_LOGITS)) | (jnp.abs(high - top - least) < NEAR_LOGITS)
+    tie = low - high < NEAR_LOGITS
+    return stay, Borders(low, high, leaves | tie, enters | tie)
+
+
+def other_sets_differ(
+    scaled: Float[Array, "N V"], stay: Bool[Array, "N V"], borders: Borders, uniform: Float[Array, "N"], ids: Int[Array, "N"]
+) -> Bool[Array, "N"]:
+    """Whether one of the sets that might have stayed as well gives another token for the same number."""
+    near = jnp.float32(NEAR_LOGITS)
+    less = stay & (scaled >= (borders.low + near)[:, None])
+    more = scaled > (borders.high - near)[:, None]
+
+    def other(keep: Bool[Array, "N V"]) -> Bool[Array, "N"]:
+        weights = jnp.where(keep, jnp.exp(scaled - jnp.max(scaled, axis=-1, keepdims=True)), jnp.float32(0))
+        return (inverse_distribution(weights, uniform)[0] != ids) & jnp.any(keep, axis=-1)
+
+    return (
+        (borders.leaves & other(less))
+        | (borders.enters & other(stay | more))
+        | (borders.leaves & borders.enters & other(less | (more & ~stay)))
+    )
 
 
 def draw(
@@ -83,8 +133,15 @@ def draw(
     """
     greedy = temperature <= 0
     scaled = logits / jnp.where(greedy, jnp.float32(1), temperature)
-    if truncation is not None:
-        stay = truncate(scaled, truncation) | greedy
-        scaled = jnp.where(stay, scaled, -jnp.inf)
-    drawn = draw_scaled(scaled, uniform, greedy, NEAR_LOGITS)
-    return drawn.ids, drawn.logp, drawn.close
+    if truncation is None:
+        drawn = draw_scaled(scaled, uniform, greedy, NEAR_LOGITS)
+        return drawn.ids, drawn.logp, drawn.close
+    stay, borders = truncate_and_borders(scaled, truncation)
+    drawn = draw_scaled(jnp.where(stay | greedy, scaled, -jnp.inf), uniform, greedy, NEAR_LOGITS)
+    unsure = jnp.any(borders.leaves | borders.enters) & ~greedy
+    other = jax.lax.cond(
+        unsure,
+        lambda: other_sets_differ(scaled, stay, borders, uniform, drawn.ids),
+        lambda: jnp.zeros(drawn.ids.shape, bool),
+    )
+    return drawn.ids, drawn.logp, drawn.close | other

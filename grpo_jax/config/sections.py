@@ -259,7 +259,7 @@ class TrainConfig:
     Args:
         steps: Number of training steps, one batch of completions each.
         prompts_per_step: B, prompts in a step (rows, in supervised warm-up).
-        micro_batch_prompts: Prompts whose gradient is computed at once; null is all of the step.
+        micro_batch_prompts: Prompts whose gradient is computed at once; null is all of the step, on a CPU what its cache serves.
         micro_batch_completions: Completions of a prompt whose gradient is computed at once; null is the whole group.
         seed: Fixes the order of the data, the adapters' start and every sampled token.
         run_dir: Folder for everything the run writes.

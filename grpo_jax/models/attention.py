@@ -21,7 +21,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.models.layers import Attend, precision_of, soft_cap
+from grpo_jax.models.layers import Attend, Wanted, precision_of, soft_cap
 from grpo_jax.models.spec import ModelSpec
 
 PART_SCORES = 2**20
@@ -171,22 +171,27 @@ def group_attend(spec: ModelSpec, prompt_lengths: Int[Array, "B"], prompt_width:
         prompt_lengths: number of tokens of each prompt; the rest of P is padding.
         prompt_width: P.
         generations: G; 0 runs prompts alone.
+
+    Of a prompt's queries there may be the last one alone, followed by those of the completions: see `last_and_own`.
     """
     lengths = prompt_lengths[:, None, None, None, None, None]
 
     def attend(q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any) -> tuple[Array, Any, Any]:
         p = prompt_width
-        b, t, kv, r, dh = q.shape
+        b, t, kv, _ = k.shape
+        r, dh = q.shape[-2:]
         at = jnp.arange(p, dtype=jnp.int32)
         k_prompt, v_prompt = jnp.swapaxes(k[:, :p], 1, 2), jnp.swapaxes(v[:, :p], 1, 2)
-        q_prompt = jnp.transpose(q[:, :p], (0, 2, 3, 1, 4))[:, :, None]
-        mask = seen(at[:, None], at[None, :], window)[None, None, None, None]
+        asking = p - (t - q.shape[1])  # queries of the prompt: all, or its last one
+        q_prompt = jnp.transpose(q[:, :asking], (0, 2, 3, 1, 4))[:, :, None]
+        places = at[None, :, None] if asking == p else (prompt_lengths - 1)[:, None, None]
+        mask = seen(places, at[None, None, :], window)[:, None, None, None]
         out = attention_in_parts(q_prompt, (Keys(k_prompt, v_prompt, mask),), spec.attention_softcap)
         out_prompt = jnp.transpose(out[:, :, 0], (0, 3, 1, 2, 4))
         if generations == 0:
             return out_prompt, cache, None
         c = (t - p) // generations
-        q_own = jnp.transpose(q[:, p:].reshape(b, generations, c, kv, r, dh), (0, 3, 1, 4, 2, 5))
+        q_own = jnp.transpose(q[:, asking:].reshape(b, generations, c, kv, r, dh), (0, 3, 1, 4, 2, 5))
         k_own, v_own = (jnp.transpose(x[:, p:].reshape(b, generations, c, kv, dh), (0, 3, 1, 2, 4)) for x in (k, v))
         here = jnp.arange(c, dtype=jnp.int32)
         key = at[None, None, None, None, None, :]
@@ -197,6 +202,17 @@ def group_attend(spec: ModelSpec, prompt_lengths: Int[Array, "B"], prompt_width:
         return jnp.concatenate([out_prompt, out_own], axis=1), cache, None
 
     return attend
+
+
+def last_and_own(prompt_lengths: Int[Array, "B"], prompt_width: int) -> Wanted:
+    """Of [P | C_1 ... C_G] the last token of the prompt and all of the completions: those that predict a completion's token."""
+
+    def wanted(x: Array) -> Array:
+        index = (prompt_lengths - 1).reshape(-1, *(1,) * (x.ndim - 1))
+        last = jnp.take_along_axis(x[:, :prompt_width], index, axis=1)
+        return jnp.concatenate([last, x[:, prompt_width:]], axis=1)
+
+    return wanted
 
 
 def prefill_attend(spec: ModelSpec, prompt_lengths: Int[Array, "B"], prompt_width: int) -> Attend:

@@ -8,6 +8,7 @@ Enters: hidden states [B, T, D] and what `attend` needs. Leaves: hidden states o
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import flax.linen as nn
@@ -20,10 +21,14 @@ from grpo_jax.models.spec import ModelSpec
 from grpo_jax.types import Params
 
 
+Wanted = Callable[[Array], Array]
+"""[B, T, ...] → [B, W, ...]: the tokens whose hidden states are wanted after the last layer, in that order."""
+
+
 class Attend(Protocol):
     """Attention of one layer.
 
-    Takes q [B, T, K, R, Dh] (scaled; R = H/K), k and v [B, T, K, Dh], the layer's number and window (int32 scalars), the
+    Takes q [B, T, K, R, Dh] (scaled; R = H/K; in the last layer perhaps only of the `Wanted` tokens), k and v [B, T, K, Dh], the layer's number and window (int32 scalars), the
     layer's slice of what was handed to `Transformer` as `per_layer`, and the cache. Returns [B, T, K, R, Dh], the cache, and
     what the layers stack.
     """
@@ -105,6 +110,7 @@ class Linear(nn.Module):
     """x W + bias, plus scale · (x A) B where the `lora` collection holds adapters for it."""
 
     lora_scale: float
+    implementation: str | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -146,12 +152,16 @@ class Block(nn.Module):
     spec: ModelSpec
     attend: Attend
     lora_scale: float
+    implementation: str | None = None
 
     @nn.compact
-    def __call__(self, carry: tuple[Array, Any], layer: dict[str, Any], rope: tuple[Array, Array]) -> tuple[Any, Any]:
+    def __call__(
+        self, carry: tuple[Array, Any], layer: dict[str, Any], rope: tuple[Array, Array], wanted: Wanted | None = None
+    ) -> tuple[Any, Any]:
         x, cache = carry
         spec = self.spec
-        mixed, cache, stacked = self.attention(self.norm("attn_norm", x), layer, rope, cache)
+        mixed, cache, stacked = self.attention(self.norm("attn_norm", x), layer, rope, cache, wanted)
+        x = x if wanted is None else wanted(x)
         x = x + (self.norm("post_attn_norm", mixed) if spec.sandwich else mixed)
         fed = self.feed_forward(self.norm("ffw_norm", x))
         x = x + (self.norm("post_ffw_norm", fed) if spec.sandwich else fed)
@@ -161,26 +171,32 @@ class Block(nn.Module):
         return RMSNorm(self.spec.norm_eps, self.spec.norm_offset, name=name)(x)
 
     def linear(self, name: str, x: Array) -> Array:
-        return Linear(self.lora_scale, name=name)(x)
+        return Linear(self.lora_scale, self.implementation, name=name)(x)
 
     def linears(self, joined: str, parts: dict[str, int], x: Array) -> list[Array]:
-        """Several linear layers of one input; as one where `join_linears` has joined them."""
+        """Several linear layers of one input, as one where `join_linears` has joined them."""
         if not self.has_variable("params", joined):
             return [self.linear(name, x) for name in parts]
         ends = list(itertools.accumulate(parts.values()))
         return jnp.split(self.linear(joined, x), ends[:-1], axis=-1)
 
-    def attention(self, x: Array, layer: dict[str, Any], rope: tuple[Array, Array], cache: Any) -> tuple[Array, Any, Any]:
+    def attention(
+        self, x: Array, layer: dict[str, Any], rope: tuple[Array, Array], cache: Any, wanted: Wanted | None
+    ) -> tuple[Array, Any, Any]:
         spec = self.spec
-        b, t, _ = x.shape
         heads, kv_heads = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        q, k, v = self.linears("qkv_proj", {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}, x)
-        q = q.reshape(b, t, spec.heads, spec.head_dim)
-        k, v = (y.reshape(b, t, spec.kv_heads, spec.head_dim) for y in (k, v))
+        if wanted is None or self.has_variable("params", "qkv_proj"):
+            q, k, v = self.linears("qkv_proj", {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}, x)
+            q = q if wanted is None else wanted(q)
+        else:
+            q, k, v = self.linear("q_proj", wanted(x)), self.linear("k_proj", x), self.linear("v_proj", x)
+        q = q.reshape(*q.shape[:2], spec.heads, spec.head_dim)
+        k, v = (y.reshape(*y.shape[:2], spec.kv_heads, spec.head_dim) for y in (k, v))
         if spec.qk_norm:
             q, k = self.norm("q_norm", q), self.norm("k_norm", k)
         cos, sin = rope[0][layer["rope"]], rope[1][layer["rope"]]
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, *((cos, sin) if wanted is None else (wanted(cos), wanted(sin)))), rotate(k, cos, sin)
+        b, t = q.shape[:2]
         q = (q * jnp.asarray(spec.query_scale, q.dtype)).reshape(b, t, spec.kv_heads, spec.heads // spec.kv_heads, spec.head_dim)
         mixed, cache, stacked = self.attend(
             q, k, v, layer=layer["number"], window=layer["window"], per_layer=layer["per_layer"], cache=cache

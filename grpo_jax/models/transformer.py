@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.models.layers import Attend, Block, RMSNorm, rope_tables
+from grpo_jax.models.layers import Attend, Block, RMSNorm, Wanted, rope_tables
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.types import Params
 
@@ -35,6 +35,7 @@ class Transformer(nn.Module):
         lora_scale: factor of the adapters' product.
         remat: `layer` keeps only each layer's input for the backward pass and computes its inside again.
         unroll: `forward` runs the layers without a loop over them, unless they are computed again.
+        implementation: of the kernels (`grpo_kernels`), "reference", "tpu" or "gpu"; None goes by the device.
     """
 
     spec: ModelSpec
@@ -42,6 +43,7 @@ class Transformer(nn.Module):
     lora_scale: float = 1.0
     remat: Literal["none", "layer"] = "none"
     unroll: bool = False
+    implementation: str | None = None
 
     @nn.compact
     def __call__(
@@ -70,7 +72,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=per_layer_then_all,
             length=spec.layers,
-        )(spec, attend, self.lora_scale, name="layers")
+        )(spec, attend, self.lora_scale, self.implementation, name="layers")
         layer = {
             "number": jnp.arange(spec.layers, dtype=jnp.int32),
             "window": jnp.array([NO_WINDOW if w is None else w for w in spec.windows], jnp.int32),
@@ -89,17 +91,22 @@ def forward(
     attend: Attend,
     cache: Any = None,
     per_layer: Any = None,
-) -> tuple[Float[Array, "B T D"], Any, Any]:
+    wanted: Wanted | None = None,
+) -> tuple[Float[Array, "B W D"], Any, Any]:
     """`model.apply`, or the same without a loop over the layers: where the model says so, or `split_layers` took them apart.
 
-    In the second case `cache` and `per_layer` are tuples of L, and so is the last result.
+    In the second case `cache` and `per_layer` are tuples of L, and so is the last result; and of tokens that are not wanted the
+    last layer computes keys and values only.
+
+    Args:
+        wanted: picks the tokens whose hidden states are returned; None returns all.
     """
     split = not isinstance(variables["params"]["layers"], dict)
     if model.unroll and model.remat == "none" and not split and cache is None:
         variables, split = split_layers(variables), True
     if not split:
         out: Any = model.apply(variables, ids, positions, attend, cache, per_layer)
-        return out
+        return out if wanted is None else (wanted(out[0]), *out[1:])
     spec, params = model.spec, variables["params"]
     x = jnp.take(params["embed"]["embedding"], ids, axis=0).astype(model.dtype) * jnp.asarray(spec.embed_scale, model.dtype)
     rope = rope_tables(spec, positions)
@@ -114,7 +121,9 @@ def forward(
             "per_layer": None if per_layer is None else per_layer[number],
         }
         before = (x, None if cache is None else cache[number])
-        out = Block(spec, attend, model.lora_scale).apply(own, before, layer, rope)
+        out = Block(spec, attend, model.lora_scale, model.implementation).apply(
+            own, before, layer, rope, wanted if number == spec.layers - 1 else None
+        )
         (x, after), kept = out
         caches.append(after)
         stacked.append(kept)
