@@ -5,6 +5,9 @@ Enters: `TrainState`, a `TrainBatch` of completions with their rewards, and the 
 
 The batch is cut into micro-batches of b prompts and g of their completions; gradients are summed over them by `lax.scan`.
 Weights of the tokens (and with them every denominator) come from the whole batch, so the result does not depend on the cut.
+At β = 0 a group without advantage adds nothing to loss or gradient: prompts are sorted so that such groups share micro-batches,
+and a micro-batch of nothing else is left out of forward and backward. Denominators stay, and means of the metrics (entropy, clipping,
+difference to the sampler) are over the other groups' tokens.
 With one update a batch the old log-probabilities are the new ones without gradient, and cost no forward; with several, those of
 the first are kept. The reference is scored once a batch, and not at all at β = 0.
 Where sampling truncates the distribution or bans tokens, log-probabilities of the policy are those of what is left; in the KL term,
@@ -22,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Shaped
 
 from grpo_jax.advantages import group_advantages
 from grpo_jax.config import ObjectiveConfig
@@ -103,27 +106,42 @@ class Learner:
 
     def train_step(self, state: TrainState, batch: TrainBatch, frozen: Frozen) -> tuple[TrainState, PackedMetrics]:
         """One batch: `objective.num_iterations` updates. Jit it with the state donated."""
-        objective = self.objective
-        split = Split.of(batch, self.micro_batch)
-        ref_logps = self.score(self.reference(frozen), split, None)[0] if objective.needs_reference else None
-        rewards, old_logps = batch.rewards, None
-        if objective.kl_in_reward and ref_logps is not None:
-            old_logps, whole = self.score(self.policy(state.trainable, frozen), split, self.restriction)
-            own = split.join(old_logps if whole is None else whole)
-            penalty = kl_reward_penalty(own, split.join(ref_logps), batch.completion_mask)
-            rewards = rewards - jnp.float32(objective.beta) * penalty.reshape(rewards.shape)
-        advantages = group_advantages(rewards, objective.scale_rewards, objective.advantage_eps, batch.valid)
+        objective, given = self.objective, batch
+        ref_logps = old_logps = used = None
+        if objective.needs_reference:
+            split = Split.of(batch, self.micro_batch)
+            ref_logps = self.score(self.reference(frozen), split, None)[0]
+            rewards = batch.rewards
+            if objective.kl_in_reward:
+                old_logps, whole = self.score(self.policy(state.trainable, frozen), split, self.restriction)
+                own = split.join(old_logps if whole is None else whole)
+                penalty = kl_reward_penalty(own, split.join(ref_logps), batch.completion_mask)
+                rewards = rewards - jnp.float32(objective.beta) * penalty.reshape(rewards.shape)
+            advantages = ordered = self.advantages(rewards, batch.valid)
+        else:
+            advantages = self.advantages(batch.rewards, batch.valid)
+            counts = jnp.any(advantages != 0, axis=1)
+            order = jnp.argsort(~counts)
+            batch, ordered = batch.of_prompts(order), advantages[order]
+            split = Split.of(batch, self.micro_batch)
+            rows = split.rows(jnp.repeat(counts[order], advantages.shape[1]))
+            used, split = jnp.any(rows, axis=1), replace(split, completion_mask=split.completion_mask & rows[:, :, None])
         weights = token_weights(batch.completion_mask, objective, self.max_completion_length)
         known = {
             "ref_logps": ref_logps,
-            "advantages": split.rows(advantages.reshape(-1)),
+            "advantages": split.rows(ordered.reshape(-1)),
             "weights": split.rows(weights),
+            "used": used,
         }
         if objective.num_iterations == 1:
             state, _, metrics = self.update(state, split, known | {"old_logps": old_logps}, frozen)
         else:
             state, metrics = self.iterate(state, split, known, old_logps, frozen)
-        return state, pack(batch_metrics(batch, advantages) | metrics, advantages)
+        return state, pack(batch_metrics(given, advantages) | metrics, advantages)
+
+    def advantages(self, rewards: Float[Array, "B G"], valid: Bool[Array, "B G"]) -> Float[Array, "B G"]:
+        """Of a batch's rewards."""
+        return group_advantages(rewards, self.objective.scale_rewards, self.objective.advantage_eps, valid)
 
     def iterate(
         self, state: TrainState, split: Split, known: dict[str, Any], old_logps: Array | None, frozen: Frozen
@@ -189,8 +207,14 @@ class Learner:
             return loss, (logps, stats)
 
         def accumulate(gradient: Params, part: tuple[Split, dict[str, Any]]) -> tuple[Params, tuple[Array, dict[str, Array]]]:
-            new, (logps, stats) = jax.grad(loss_of, has_aux=True)(state.trainable, part)
-            return jax.tree.map(jnp.add, gradient, new), (logps, stats)
+            def computed() -> tuple[Params, tuple[Array, dict[str, Array]]]:
+                new, (logps, stats) = jax.grad(loss_of, has_aux=True)(state.trainable, part)
+                return jax.tree.map(jnp.add, gradient, new), (logps, stats)
+
+            if part[1]["used"] is None:
+                return computed()
+            blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(computed)[1])
+            return jax.lax.cond(part[1]["used"], computed, lambda: (gradient, blank))
 
         zero = jax.tree.map(jnp.zeros_like, state.trainable)
         gradient, (logps, stacked) = jax.lax.scan(accumulate, zero, (split, known))

@@ -95,6 +95,22 @@ class TrainBatch:
     rewards: Float[AnyArray, "B G"]
     valid: Bool[AnyArray, "B G"]
 
+    def of_prompts(self, order: Int[AnyArray, "B"]) -> TrainBatch:
+        """The same batch with its prompts in another order."""
+
+        def rows(x: Any) -> Any:
+            return x.reshape(*self.rewards.shape, *x.shape[1:])[order].reshape(x.shape)
+
+        return TrainBatch(
+            prompt_ids=self.prompt_ids[order],
+            prompt_lengths=self.prompt_lengths[order],
+            completion_ids=rows(self.completion_ids),
+            completion_mask=rows(self.completion_mask),
+            sampler_logprobs=rows(self.sampler_logprobs),
+            rewards=self.rewards[order],
+            valid=self.valid[order],
+        )
+
 
 @struct.dataclass
 class Frozen:
