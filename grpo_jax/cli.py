@@ -228,7 +228,7 @@ def parser() -> argparse.ArgumentParser:
         "--kv_dtype", choices=("auto", "int8"), default="auto", help="number format of keys and values (default auto)"
     )
     made.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto is the model's own")
-    made.add_argument("--remat", choices=("auto", "none", "layer"), default="auto", help="as model.remat (default auto)")
+    made.add_argument("--remat", choices=("auto", "none", "layer", "offload"), default="auto", help="as model.remat (default auto)")
     made.add_argument("--micro_batch_prompts", type=positive, metavar="B", help="as train.micro_batch_prompts")
     made.add_argument("--ragged", action="store_true", help="lengths from a heavy tail, with a mean of a quarter of the longest")
     made.add_argument("--json", action="store_true", help="one line of JSON, last on standard output")

@@ -123,15 +123,16 @@ def test_values_entropies_and_gradients_are_those_of_the_plain_forward_pass(fami
     np.testing.assert_allclose(entropy, -(np.exp(wide) * wide).sum(axis=-1), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("remat", ["layer", "offload"])
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
-def test_computing_layers_again_in_the_backward_pass_changes_nothing(family: str) -> None:
+def test_computing_layers_again_in_the_backward_pass_changes_nothing(family: str, remat: Any) -> None:
     policy = tiny_policy(family, LORA)
     assert policy.adapters is not None
     prompts, completions, counts = batch(policy.spec.vocab)
     arguments = (policy.params, policy.adapters, prompts, PROMPT_LENGTHS, completions, counts)
     stacked = policy.model.clone(unroll=False)
     kept, gradient = values_and_gradient(stacked, *arguments)
-    again, again_gradient = values_and_gradient(stacked.clone(remat="layer"), *arguments)
+    again, again_gradient = values_and_gradient(stacked.clone(remat=remat), *arguments)
     np.testing.assert_allclose(again, kept, rtol=0, atol=1e-6)
     assert_near_in_norm(again_gradient, gradient)
 

@@ -14,12 +14,16 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.lax import Precision
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.types import Params
 
+
+LAYER_INPUT = "layer_input"
+"""Name of a layer's input for the choice of what a backward pass keeps."""
 
 Wanted = Callable[[Array], Array]
 """[B, T, ...] → [B, W, ...]: the tokens whose hidden states are wanted after the last layer, in that order."""
@@ -159,7 +163,7 @@ class Block(nn.Module):
         self, carry: tuple[Array, Any], layer: dict[str, Any], rope: tuple[Array, Array], wanted: Wanted | None = None
     ) -> tuple[Any, Any]:
         x, cache = carry
-        spec = self.spec
+        x, spec = checkpoint_name(x, LAYER_INPUT), self.spec
         mixed, cache, stacked = self.attention(self.norm("attn_norm", x), layer, rope, cache, wanted)
         x = x if wanted is None else wanted(x)
         x = x + (self.norm("post_attn_norm", mixed) if spec.sandwich else mixed)

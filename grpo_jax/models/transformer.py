@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.models.layers import Attend, Block, RMSNorm, Wanted, rope_tables
+from grpo_jax.models.layers import LAYER_INPUT, Attend, Block, RMSNorm, Wanted, rope_tables
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.types import Params
 
@@ -33,7 +33,8 @@ class Transformer(nn.Module):
         spec: the model.
         dtype: number format of the computation; weights are cast to it where they are used.
         lora_scale: factor of the adapters' product.
-        remat: `layer` keeps only each layer's input for the backward pass and computes its inside again.
+        remat: `layer` keeps only each layer's input for the backward pass and computes its inside again; `offload` keeps it in the
+            host's memory.
         unroll: `forward` runs the layers without a loop over them, unless they are computed again.
         implementation: of the kernels (`grpo_kernels`), "reference", "tpu" or "gpu"; None goes by the device.
     """
@@ -41,7 +42,7 @@ class Transformer(nn.Module):
     spec: ModelSpec
     dtype: Any
     lora_scale: float = 1.0
-    remat: Literal["none", "layer"] = "none"
+    remat: Literal["none", "layer", "offload"] = "none"
     unroll: bool = False
     implementation: str | None = None
 
@@ -64,7 +65,7 @@ class Transformer(nn.Module):
         spec = self.spec
         x = Embedding(name="embed")(ids).astype(self.dtype)
         x = x * jnp.asarray(spec.embed_scale, self.dtype)
-        block = nn.remat(Block, prevent_cse=False) if self.remat == "layer" else Block
+        block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=kept_by(self.remat))
         per_layer_then_all: Any = (0, nn.broadcast)
         layers = nn.scan(
             block,
@@ -144,6 +145,18 @@ def split_layers(variables: Params) -> Params:
         return tuple(jax.tree.unflatten(tree, own) for own in zip(*parts, strict=True))
 
     return {name: tree | {"layers": split(tree["layers"])} for name, tree in variables.items()}
+
+
+def kept_by(remat: str) -> Any:
+    """What `jax.checkpoint` keeps of a layer beside its inputs: nothing, or its input, on the host instead of the device."""
+    if remat != "offload":
+        return None
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 class Embedding(nn.Module):
