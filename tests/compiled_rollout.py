@@ -73,13 +73,13 @@ def segment_memory(
         device: a sharding on the chip.
         refilled: slots take completions of any prompt, as they come free.
         options: for XLA's compiler.
-        implementation: of `head_sample`; None goes by the device of this process, which is not the one compiled for.
+        implementation: of the kernels; None goes by the device of this process, which is not the one compiled for.
     """
 
     def on(tree: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
 
-    model = Transformer(LLAMA_8B, jnp.dtype("bfloat16"), 2.0)
+    model = Transformer(LLAMA_8B, jnp.dtype("bfloat16"), 2.0, implementation=implementation)
     lora = jax.eval_shape(lambda: init_lora(LLAMA_8B, LoraConfig(rank=32), jax.random.key(0)))
     lora = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), lora)
     weights = on({"params": abstract_params(LLAMA_8B, jnp.bfloat16), "lora": lora})
@@ -97,9 +97,7 @@ def segment_memory(
     flag: Any = jax.ShapeDtypeStruct((slots,), jnp.bool_, sharding=device)
     table = jax.ShapeDtypeStruct((PROMPTS, GENERATIONS), jnp.int32, sharding=device) if refilled else None
     controls = on(jax.eval_shape(lambda: controls_of(RolloutConfig(), 0, 0)))
-    program = jax.jit(
-        functools.partial(segment, model, (1, 2), length=SEGMENT_TOKENS, implementation=implementation), donate_argnums=(2,)
-    )
+    program = jax.jit(functools.partial(segment, model, (1, 2), length=SEGMENT_TOKENS), donate_argnums=(2,))
     compiled = program.lower(weights, held, levels, Slots(*[number] * 7, live=flag, begins=flag), table, controls).compile(
         compiler_options=options
     )

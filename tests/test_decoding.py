@@ -78,7 +78,10 @@ def softmax_over(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, 
 def test_one_token_sees_its_prompt_its_past_and_this_segment(
     together: bool, window: int, softcap: float | None, int8: bool
 ) -> None:
-    """Parts of which nothing is seen are among them: no past yet, or a prompt that lies behind the window."""
+    """Parts of which nothing is seen are among them: no past yet, or a prompt that lies behind the window.
+
+    Where slots are refilled, prefix and past are handed over with all layers together, as a kernel wants them.
+    """
     lanes, spots = ([0, 0, 1, 1, 2, 2], [0, 1] * 3) if together else ([2, 0, 2, 1, 2, 0], [1, 0, 0, 2, 2, 1])
     base = [4] * 6 if together else [4, 0, 8, 0, 4, 12]
     step, slots, lengths = 2, 6, np.array([3, 7, 5])
@@ -93,10 +96,12 @@ def test_one_token_sees_its_prompt_its_past_and_this_segment(
         return keep(*(jnp.asarray(x[:, :, part]) for x in pair), int8=int8)
 
     places = None if together else Places(*(jnp.asarray(x, jnp.int32) for x in (lanes, table, spots)))
-    attend = decode_attend(spec_of(softcap), jnp.asarray(lengths, jnp.int32), jnp.asarray(base, jnp.int32), jnp.int32(step), places)
-    cache = jax.tree.map(lambda x: jnp.stack([x + jnp.ones_like(x), x]), kept(newest))  # of two layers, this is the second
     per_layer = (kept(prefix), (kept(past, slice(0, 8)), kept(past, slice(8, 12))))
-    settings = {"layer": jnp.int32(1), "window": jnp.int32(window), "per_layer": per_layer, "cache": cache}
+    whole = None if together else jax.tree.map(lambda x: jnp.stack([x + jnp.ones_like(x), x]), per_layer)
+    numbers = (jnp.asarray(x, jnp.int32) for x in (lengths, base, step))
+    attend = decode_attend(spec_of(softcap), *numbers, places, whole=whole)
+    cache = jax.tree.map(lambda x: jnp.stack([x + jnp.ones_like(x), x]), kept(newest))  # of two layers, this is the second
+    settings = {"layer": jnp.int32(1), "window": jnp.int32(window), "per_layer": per_layer if together else None, "cache": cache}
     out, cache, _ = jax.jit(functools.partial(attend, **settings))(*(jnp.asarray(x[:, None]) for x in (q, k, v)))
 
     def values(x: np.ndarray) -> np.ndarray:

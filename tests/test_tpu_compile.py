@@ -95,7 +95,8 @@ def test_the_update_compiles_for_a_tpu(tpu: Any, model: Transformer):
 
 @pytest.mark.parametrize(("refilled", "levels", "int8"), [(False, 1, False), (True, 2, False), (True, 1, True)])
 def test_the_rollout_compiles_for_a_tpu(tpu: Any, model: Transformer, refilled: bool, levels: int, int8: bool):
-    """In the stacked form, which accelerators use."""
+    """In the stacked form and with the kernels, as on a TPU."""
+    model = model.clone(implementation="tpu")
     slots, length = (6 if refilled else B * G), 8
 
     def shape(*size: int, dtype: Any = jnp.int32) -> Any:

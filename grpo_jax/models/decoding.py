@@ -1,56 +1,27 @@
-"""Attention of decoding: one new token a slot, whose keys lie in three places.
+"""Decoding: one new token a slot, what is kept of it, and how it is kept.
 
-    prefix   one copy a prompt, shared by the slots that continue it; their queries are the rows of one product (Hydragen,
-             https://arxiv.org/abs/2402.05099)
-    levels   each slot's own past, in arrays of growing size; those in use are read, and no others
-    newest   the tokens of the segment that is being decoded, the only part that is written from token to token
+Keys lie in three places, as `grpo_kernels.decode_attention` has them: one prefix a prompt, levels with each slot's own past, and
+the newest part, the tokens of the segment that is being decoded, which alone is written from token to token.
 
-The parts are merged by log-sum-exp, exactly. Enters: q, k, v of one layer and one token a slot. Leaves: the mixed values, and
-the newest part with the token's keys and values in it. Kept keys and values are in the model's dtype, or int8 with one scale a
-token and head; then the numbers that enter the attention are the rounded ones from the first, whenever the segment ends.
+Enters: q, k, v of one layer and one token a slot. Leaves: the mixed values, and the newest part with the token's keys and values in
+it. Kept keys and values are in the model's dtype, or int8 with one scale a token and head; then the numbers that enter the
+attention are the rounded ones from the first, whenever the segment ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from grpo_jax.models.attention import product, seen
-from grpo_jax.models.layers import Attend, soft_cap
+from grpo_jax.models.layers import Attend
 from grpo_jax.models.spec import ModelSpec
+from grpo_kernels.decode_attention import Kept, Places, decode_attention, layer_of
 
-LOWEST = float(jnp.finfo(jnp.float32).min) / 2
-"""Stands for minus infinity in a maximum of nothing."""
-
-
-@struct.dataclass
-class Kept:
-    """Keys and values that are kept, of one layer or, with one more axis in front, of several.
-
-    Attributes:
-        k, v: [..., K, X, Dh], in the model's dtype or int8.
-        k_scale, v_scale: [..., K, X] float32 where k and v are int8, else None.
-        across: k is [..., K, Dh, X], which a CPU multiplies three times as fast; an accelerator would pad X to whole tiles.
-    """
-
-    k: Array
-    v: Array
-    k_scale: Array | None = None
-    v_scale: Array | None = None
-    across: bool = struct.field(pytree_node=False, default=False)
-
-    def with_each(self, function: Callable[[Array, Array, int], Array], other: Kept) -> Kept:
-        """`function` of both arrays and the axis of X, counted from the end, for each of the arrays."""
-        k, v = function(self.k, other.k, -1 if self.across else -2), function(self.v, other.v, -2)
-        if self.k_scale is None or self.v_scale is None or other.k_scale is None or other.v_scale is None:
-            return Kept(k, v, across=self.across)
-        scales = (function(self.k_scale, other.k_scale, -1), function(self.v_scale, other.v_scale, -1))
-        return Kept(k, v, *scales, across=self.across)
+__all__ = ["Kept", "Places", "blank", "decode_attend", "keep", "rounded", "write_segment"]
 
 
 def rounded(x: Float[Array, "... Dh"]) -> tuple[Array, Array]:
@@ -79,108 +50,15 @@ def blank(shape: tuple[int, ...], dtype: Any, *, int8: bool, across: bool = Fals
     return Kept(jnp.zeros(k_shape, jnp.int8), jnp.zeros(shape, jnp.int8), *scales, across=across)
 
 
-@struct.dataclass
-class Places:
-    """Which slots continue which prompt.
-
-    Attributes:
-        lanes: [S] the slot's prompt, an index into the prefixes.
-        table: [B, M] the slots of each prompt; any number where there are fewer than M.
-        spots: [S] the slot's column in `table`.
-    """
-
-    lanes: Int[Array, "S"]
-    table: Int[Array, "B M"]
-    spots: Int[Array, "S"]
-
-
-@struct.dataclass
-class Partial:
-    """A softmax over some of the keys, not yet divided.
-
-    Attributes:
-        mixed: [..., Dh] sum of exp(score - top) · v, float32.
-        top, total: [..., 1] the largest score, and the sum of exp(score - top).
-    """
-
-    mixed: Array
-    top: Array
-    total: Array
-
-
-def scores_of(q: Float[Array, "N K Q Dh"], kept: Kept, mask: Bool[Array, "..."], softcap: float | None) -> Float[Array, "N K Q X"]:
-    """Scores of Q queries of each of N texts over the texts' kept keys; `mask` broadcasts to [N, K, Q, X]."""
-    scores = product("nkqd,nkdx->nkqx" if kept.across else "nkqd,nkxd->nkqx", q, kept.k.astype(q.dtype))
-    if kept.k_scale is not None:
-        scores = scores * kept.k_scale[:, :, None, :]
-    return jnp.where(mask, soft_cap(scores, softcap), jnp.float32(LOWEST * 2))
-
-
-def partial(q: Float[Array, "N K Q Dh"], parts: Sequence[tuple[Kept, Bool[Array, "..."]]], softcap: float | None) -> Partial:
-    """Softmax over several kept parts taken together, each with what is seen of it."""
-    scores = jnp.concatenate([scores_of(q, kept, mask, softcap) for kept, mask in parts], axis=-1)
-    # Where nothing is seen every score is the lowest, and exp(score - top) would be 1.
-    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.float32(LOWEST))
-    weights = jnp.exp(scores - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    mixed, start = jnp.float32(0), 0
-    for kept, _ in parts:
-        own = jax.lax.slice_in_dim(weights, start, start + kept.v.shape[2], axis=3)
-        start += kept.v.shape[2]
-        if kept.v_scale is not None:
-            own = own * kept.v_scale[:, :, None, :]
-        mixed = mixed + product("nkqx,nkxd->nkqd", own.astype(q.dtype), kept.v.astype(q.dtype))
-    return Partial(mixed, top, total)
-
-
-def merge(parts: list[Partial]) -> Float[Array, "..."]:
-    """The softmax over all keys of all parts, float32."""
-    top = parts[0].top
-    for part in parts[1:]:
-        top = jnp.maximum(top, part.top)
-    factors = [jnp.exp(part.top - top) for part in parts]
-    total = sum((part.total * factor for part, factor in zip(parts, factors, strict=True)), jnp.float32(0))
-    mixed = sum((part.mixed * factor for part, factor in zip(parts, factors, strict=True)), jnp.float32(0))
-    return mixed / total
-
-
-def shared_prefix(
-    q: Float[Array, "S K R Dh"],
-    kept: Kept,
-    lengths: Int[Array, "B"],
-    at: Int[Array, "S"],
-    places: Places | None,
-    window: Array,
-    cap: Any,
-) -> Partial:
-    """Every slot over its prompt, the slots of a prompt in one product.
-
-    Args:
-        at: index of the new token in its completion.
-        places: None where the slots of prompt b are b·M, ..., b·M + M - 1.
-    """
-    s, kv, r, dh = q.shape
-    b, p = kept.v.shape[0], kept.v.shape[2]
-    m = s // b if places is None else places.table.shape[1]
-
-    def to_table(x: Array) -> Array:
-        return x.reshape(b, m, *x.shape[1:]) if places is None else x[places.table]
-
-    def to_slots(x: Array) -> Array:
-        x = jnp.swapaxes(x.reshape(b, kv, m, r, x.shape[-1]), 1, 2)
-        return x.reshape(s, kv, r, x.shape[-1]) if places is None else x[places.lanes, places.spots]
-
-    position = lengths[:, None] + to_table(at)
-    keys = jnp.arange(p, dtype=jnp.int32)
-    mask = seen(position[:, :, None], keys[None, None, :], window) & (keys[None, :] < lengths[:, None])[:, None, :]
-    mask = jnp.broadcast_to(mask[:, :, None, :], (b, m, r, p)).reshape(b, 1, m * r, p)
-    rows = jnp.swapaxes(to_table(q), 1, 2).reshape(b, kv, m * r, dh)
-    part = partial(rows, [(kept, mask)], cap)
-    return Partial(to_slots(part.mixed), to_slots(part.top), to_slots(part.total))
-
-
 def decode_attend(
-    spec: ModelSpec, lengths: Int[Array, "B"], base: Int[Array, "S"], step: Int[Array, ""], places: Places | None
+    spec: ModelSpec,
+    lengths: Int[Array, "B"],
+    base: Int[Array, "S"],
+    step: Int[Array, ""],
+    places: Places | None,
+    *,
+    whole: tuple[Kept, tuple[Kept, ...]] | None = None,
+    implementation: str | None = None,
 ) -> Attend:
     """Attention of one new token a slot, T = 1. `per_layer` is a layer's (prefix, levels), `cache` the newest part.
 
@@ -190,11 +68,12 @@ def decode_attend(
         lengths: tokens of each prompt.
         base: tokens of each slot's completion before this segment.
         step: tokens of this segment before the new one; the same for all slots.
+        whole: prefix and levels of all layers, in the place of `per_layer`: a kernel reads its layer where it lies.
+        implementation: of `decode_attention`.
     """
-    at = base + step
 
     def attend(q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any) -> tuple[Array, Any, Any]:
-        prefix, levels = per_layer
+        prefix, levels = per_layer if whole is None else whole
         q, k, v = q[:, 0], jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         new = keep(k, v, int8=cache.k_scale is not None, across=cache.across)
         stacked = cache.v.ndim == 5
@@ -208,19 +87,21 @@ def decode_attend(
             return jax.lax.dynamic_update_slice(place, x, start)
 
         cache = cache.with_each(write, new)
-        newest = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cache) if stacked else cache
-        own: list[tuple[Kept, Any]] = []
-        held = 0
-        for level in levels:
-            index = held + jnp.arange(level.v.shape[2], dtype=jnp.int32)[None, :]
-            mask = (index < base[:, None]) & (at[:, None] - index < window)
-            own.append((level, mask[:, None, None, :]))
-            held += level.v.shape[2]
-        index = jnp.arange(newest.v.shape[2], dtype=jnp.int32)
-        own.append((newest, seen(step, index, window)[None, None, None, :]))
-        cap = spec.attention_softcap
-        parts = [shared_prefix(q, prefix, lengths, at, places, window, cap), partial(q, own, cap)]
-        return merge(parts).astype(q.dtype)[:, None], cache, None
+        mixed = decode_attention(
+            q,
+            prefix,
+            lengths,
+            levels,
+            layer_of(cache, layer) if stacked and whole is None else cache,
+            base,
+            step,
+            places=places,
+            window=window,
+            layer=None if whole is None else layer,
+            softcap=spec.attention_softcap,
+            implementation=implementation,
+        )
+        return mixed[:, None], cache, None
 
     return attend
 

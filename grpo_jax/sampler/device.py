@@ -14,13 +14,14 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from grpo_jax import sampling
-from grpo_jax.models.attention import prefill_attend
+from grpo_jax.models.attention import last_and_own, prefill_attend
 from grpo_jax.models.decoding import Places, blank, decode_attend, keep, write_segment
 from grpo_jax.models.layers import join_linears, precision_of, soft_cap
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.models.transformer import Transformer, forward, head_matrix, split_layers
 from grpo_jax.sampling import Truncation, draw
 from grpo_jax.types import Params
+from grpo_kernels.decode_attention import chosen
 from grpo_kernels.head_sample import head_sample
 
 GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
@@ -154,8 +155,9 @@ def prefill(model: Transformer, variables: Params, prompts: Int[Array, "B P"], l
     """Runs prompts. Their keys and values are kept; of the hidden states only the last one of each."""
     b, p = prompts.shape
     positions = jnp.broadcast_to(jnp.arange(p, dtype=jnp.int32)[None, :], (b, p))
-    hidden, _, stacked = forward(model, variables, prompts, positions, prefill_attend(model.spec, lengths, p), None, None)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    attend = prefill_attend(model.spec, lengths, p)
+    hidden, _, stacked = forward(model, variables, prompts, positions, attend, wanted=last_and_own(lengths, p))
+    last = hidden[:, 0]
     if isinstance(variables["params"]["layers"], dict):
         return Prompts(keep(*stacked, int8=int8), lengths, last)
     return Prompts(tuple(keep(k[None], v[None], int8=int8, across=True) for k, v in stacked), lengths, last)
@@ -205,25 +207,26 @@ def segment(
     controls: Controls,
     *,
     length: int,
-    implementation: str | None = None,
 ) -> tuple[Tokens, tuple[Any, ...]]:
     """Decodes up to `length` tokens of every slot, and the first one of those that begin; stops early where none is left.
 
     Args:
         levels: the slots' past, as many levels as are in use.
         table: each lane's slots; None where slot = lane · M + spot, and all slots begin together.
-        implementation: of `head_sample`, which draws where nothing is truncated.
 
     Returns:
         The tokens, and the levels with this segment in them.
     """
     spec, s = model.spec, slots.base.shape[0]
     unroll = not isinstance(variables["params"]["layers"], dict)
+    implementation = model.implementation
     places = None if table is None else Places(slots.lanes, table, slots.spots)
     uniforms = uniform_numbers(controls, slots, length + 1)
     stops = jnp.array(stop_ids, jnp.int32)
     first = prompts.kept[0] if unroll else prompts.kept
-    per_layer: Any = (prompts.kept, levels)
+    # The kernel takes the layers together: a slice that is handed to it would be a copy.
+    whole = (prompts.kept, levels) if not unroll and chosen(implementation) == "tpu" else None
+    per_layer: Any = (prompts.kept, levels) if whole is None else None
     if unroll:
         inside = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
         per_layer = [(inside(prompts.kept[i]), tuple(inside(level[i]) for level in levels)) for i in range(spec.layers)]
@@ -266,7 +269,7 @@ def segment(
     def body(state: Decoding) -> Decoding:
         ids = jax.lax.dynamic_index_in_dim(state.tokens.ids, state.step, axis=1)
         positions = prompts.lengths[slots.lanes] + slots.base + state.step
-        attend = decode_attend(spec, prompts.lengths, slots.base, state.step, places)
+        attend = decode_attend(spec, prompts.lengths, slots.base, state.step, places, whole=whole, implementation=implementation)
         hidden, newest, _ = forward(model, variables, ids, positions[:, None], attend, state.newest, per_layer)
         column = state.step + 1
         return Decoding(column, newest, record(state.tokens, sample(hidden[:, 0], column), column, ~state.tokens.done))

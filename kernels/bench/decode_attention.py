@@ -1,0 +1,74 @@
+"""Time of `decode_attention` on the device that is there, against the bytes that it has to read.
+
+`python kernels/bench/decode_attention.py [--slots 64] [--filled 512] [--kv int8] [--implementation tpu]`: one layer at the sizes of
+an 8B model, every slot with `filled` tokens behind it. The bandwidth is that of a sum over an array of the same size, measured in
+the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grpo_kernels.decode_attention import Kept, decode_attention
+from grpo_kernels.decode_attention.shapes import EIGHT_B, Shape
+
+
+def seconds_of(program: Callable[..., Any], *arguments: Any, times: int = 20) -> float:
+    """The shortest of several runs."""
+    jax.block_until_ready(program(*arguments))
+    best = float("inf")
+    for _ in range(times):
+        start = time.perf_counter()
+        jax.block_until_ready(program(*arguments))
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def kept(key: jax.Array, texts: int, shape: Shape, size: int, int8: bool) -> Kept:
+    """Random keys and values."""
+    k, v = jax.random.normal(key, (2, texts, shape.kv_heads, size, shape.width), jnp.bfloat16)
+    if not int8:
+        return Kept(k, v)
+    scale = jnp.full(k.shape[:-1], 1 / 40, jnp.float32)
+    return Kept(jnp.round(k * 40).astype(jnp.int8), jnp.round(v * 40).astype(jnp.int8), scale, scale)
+
+
+def main() -> None:
+    """Prints one line an implementation."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--slots", type=int, default=EIGHT_B.slots)
+    parser.add_argument("--filled", type=int, default=512)
+    parser.add_argument("--kv", choices=["bfloat16", "int8"], default="bfloat16")
+    parser.add_argument("--implementation", action="append", help="several times for several; all that run here if left out")
+    args = parser.parse_args()
+    shape, int8 = dataclasses.replace(EIGHT_B, slots=args.slots), args.kv == "int8"
+    keys = iter(jax.random.split(jax.random.key(0), 16))
+    prefix = kept(next(keys), shape.prompts, shape, shape.prompt, int8)
+    levels = [kept(next(keys), shape.slots, shape, size, int8) for size in shape.levels]
+    newest = kept(next(keys), shape.slots, shape, shape.segment, int8)
+    q = jax.random.normal(next(keys), (shape.slots, shape.kv_heads, shape.queries, shape.width), jnp.bfloat16)
+    numbers = (jnp.full((shape.prompts,), shape.prompt, jnp.int32), jnp.full((shape.slots,), args.filled, jnp.int32))
+    column = sum(x.nbytes for x in jax.tree.leaves(newest)) / shape.segment
+    needed = sum(x.nbytes for x in jax.tree.leaves(prefix)) + column * (args.filled + 1)
+
+    array = jnp.zeros((int(needed) // 4,), jnp.float32)
+    bandwidth = needed / seconds_of(jax.jit(jnp.sum), array)
+    print(f"{jax.devices()[0].device_kind}: {needed / 2**20:,.0f} MiB to read, sum over as much at {bandwidth / 1e9:,.0f} GB/s")
+    default = ["reference", "gpu", "tpu"] if jax.default_backend() == "tpu" else ["reference", "gpu"]
+    for name in args.implementation or default:
+        program = jax.jit(functools.partial(decode_attention, implementation=name))
+        seconds = seconds_of(program, q, prefix, numbers[0], levels, newest, numbers[1], jnp.int32(0))
+        share = needed / seconds / bandwidth
+        print(f"{name:>10}: {seconds * 1e6:,.0f} µs, {needed / seconds / 1e9:,.0f} GB/s, {share:.0%} of that")
+
+
+if __name__ == "__main__":
+    main()

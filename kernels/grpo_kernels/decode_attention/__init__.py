@@ -1,0 +1,122 @@
+"""Attention of decoding: one new token a slot, whose keys lie in three places.
+
+    prefix   one copy a prompt, shared by the slots that continue it; their queries are the rows of one product (Hydragen,
+             https://arxiv.org/abs/2402.05099)
+    levels   each slot's own past, in arrays of growing size, one behind the other; each slot has filled `base` columns of them
+    newest   the tokens of the segment that is being decoded, the same number for every slot
+
+The parts are merged by log-sum-exp, exactly. What leaves is the softmax over everything that a slot sees; no array of scores of a
+slot's heads over all keys is stored by the TPU's kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from grpo_kernels.decode_attention.kept import NO_WINDOW, Kept, Places, layer_of
+from grpo_kernels.decode_attention.pallas_tpu import decode_attention_tpu
+from grpo_kernels.decode_attention.reference import decode_attention_reference
+from grpo_kernels.decode_attention.xla import decode_attention_xla
+
+__all__ = ["NO_WINDOW", "Implementation", "Kept", "Places", "chosen", "decode_attention", "layer_of"]
+
+Implementation = Literal["reference", "tpu", "gpu"]
+
+
+def chosen(implementation: str | None) -> str:
+    """The named implementation, or the device's."""
+    return implementation or ("tpu" if jax.default_backend() == "tpu" else "gpu")
+
+
+def decode_attention(
+    q: Float[Array, "S K R Dh"],
+    prefix: Kept,
+    lengths: Int[Array, "B"],
+    levels: Sequence[Kept],
+    newest: Kept,
+    base: Int[Array, "S"],
+    step: Int[Array, ""],
+    *,
+    places: Places | None = None,
+    window: int | Int[Array, ""] = NO_WINDOW,
+    layer: Int[Array, ""] | None = None,
+    softcap: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "S K R Dh"]:
+    """Mixed values of one new token a slot. Nothing has a gradient.
+
+    A slot of prompt b whose token is number base + step of its completion is at position lengths[b] + base + step. It sees the
+    first lengths[b] columns of its prompt, `base` columns of the levels taken together, and columns 0 to `step` of the newest part;
+    of these, positions fewer than `window` back.
+
+    Args:
+        q: float32 or bfloat16 queries, scaled; R heads to each key/value head.
+        prefix: [B, K, P, Dh].
+        lengths: int32, tokens of each prompt.
+        levels: each [S, K, X, Dh], all lengths X; none at the beginning.
+        newest: [S, K, C, Dh]; column `step` is the new token's.
+        base: int32, tokens of each slot's completion before this segment.
+        step: int32, tokens of this segment before the new one.
+        places: which slots continue which prompt; None where the slots of prompt b are b·M, ..., b·M + M - 1, M = S / B.
+        window: positions that are seen, the token's own among them.
+        layer: where all kept arrays have an axis of layers in front, the one to read. A kernel then reads it in place: a slice
+            would be a copy.
+        softcap: c in c·tanh(score / c), before the mask; None is off.
+        implementation: `reference` (plain, builds [S, K, R, P + X + C]), `tpu` (Pallas), `gpu` (XLA; runs everywhere), or None:
+            `tpu` on a TPU, else `gpu`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, or an unknown implementation.
+    """
+    check(q, prefix, lengths, levels, newest, base, places, layer)
+    implementation = chosen(implementation)
+    window = jnp.asarray(window, jnp.int32)
+    if implementation == "tpu":
+        if any(kept.across for kept in (prefix, *levels, newest)):
+            raise ValueError("decode_attention: keys lie across, [K, Dh, X], which is for a CPU; keep them as [K, X, Dh] for 'tpu'")
+        return decode_attention_tpu(q, prefix, lengths, tuple(levels), newest, base, step, places, window, layer, softcap)
+    prefix, newest = layer_of(prefix, layer), layer_of(newest, layer)
+    levels = [layer_of(level, layer) for level in levels]
+    if implementation == "gpu":
+        return decode_attention_xla(q, prefix, lengths, levels, newest, base, step, places, window, softcap)
+    if implementation == "reference":
+        s = q.shape[0]
+        lanes = jnp.arange(s, dtype=jnp.int32) // (s // lengths.shape[0]) if places is None else places.lanes
+        return decode_attention_reference(q, prefix, lengths, levels, newest, base, step, lanes, window, softcap)
+    raise ValueError(f"decode_attention: implementation {implementation!r} is unknown; use 'reference', 'tpu', 'gpu' or None")
+
+
+def check(
+    q: Array,
+    prefix: Kept,
+    lengths: Array,
+    levels: Sequence[Kept],
+    newest: Kept,
+    base: Array,
+    places: Places | None,
+    layer: Array | None,
+) -> None:
+    """Raises ValueError, naming what does not fit."""
+    if q.ndim != 4 or q.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"decode_attention: q is {q.dtype} {q.shape}; make it float32 or bfloat16 [S, K, R, Dh]")
+    s, kv, _, dh = q.shape
+    if base.shape != (s,):
+        raise ValueError(f"decode_attention: base {base.shape} does not fit q {q.shape}; one number per slot")
+    if places is None and s % lengths.shape[0]:
+        raise ValueError(
+            f"decode_attention: {s} slots are no multiple of {lengths.shape[0]} prompts; say with `places` which is whose"
+        )
+    named = [("prefix", prefix, lengths.shape[0]), *((f"levels[{n}]", x, s) for n, x in enumerate(levels)), ("newest", newest, s)]
+    for name, kept, texts in named:
+        shape = kept.v.shape if layer is None else kept.v.shape[1:]
+        if len(shape) != 4 or (*shape[:2], shape[3]) != (texts, kv, dh):
+            axes = "" if layer is None else "L, "
+            raise ValueError(f"decode_attention: {name} {kept.v.shape} does not fit; v is [{axes}{texts}, {kv}, X, {dh}] here")
+        wide = kept.k_scale is None
+        if kept.k.dtype != kept.v.dtype or kept.v.dtype != (q.dtype if wide else jnp.int8):
+            raise ValueError(f"decode_attention: {name} is {kept.v.dtype}; keep it as {q.dtype}, or as int8 with scales")

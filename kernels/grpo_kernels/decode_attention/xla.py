@@ -1,0 +1,142 @@
+"""`decode_attention` in plain XLA, for CPU and GPU: the prefix, the past and the newest part merged by log-sum-exp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from grpo_kernels.decode_attention.kept import Kept, Places
+
+LOWEST = float(jnp.finfo(jnp.float32).min) / 2
+"""Stands for minus infinity in a maximum of nothing."""
+
+
+@struct.dataclass
+class Partial:
+    """A softmax over some of the keys, not yet divided.
+
+    Attributes:
+        mixed: [..., Dh] sum of exp(score - top) · v, float32.
+        top, total: [..., 1] the largest score, and the sum of exp(score - top).
+    """
+
+    mixed: Array
+    top: Array
+    total: Array
+
+
+def product(letters: str, a: Array, b: Array) -> Array:
+    """A matrix product with a float32 result; of float32 numbers in float32, which a TPU and NVIDIA do not do by default."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jnp.einsum(letters, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def seen(query: Int[Array, "..."], key: Int[Array, "..."], window: Int[Array, ""]) -> Bool[Array, "..."]:
+    """Whether a query at one position sees a key at another."""
+    distance = query - key
+    return (distance >= 0) & (distance < window)
+
+
+def scores_of(q: Float[Array, "N K Q Dh"], kept: Kept, mask: Bool[Array, "..."], softcap: float | None) -> Float[Array, "N K Q X"]:
+    """Scores of Q queries of each of N texts over the texts' kept keys; `mask` broadcasts to [N, K, Q, X]."""
+    scores = product("nkqd,nkdx->nkqx" if kept.across else "nkqd,nkxd->nkqx", q, kept.k.astype(q.dtype))
+    if kept.k_scale is not None:
+        scores = scores * kept.k_scale[:, :, None, :]
+    if softcap is not None:
+        scores = jnp.float32(softcap) * jnp.tanh(scores / jnp.float32(softcap))
+    return jnp.where(mask, scores, jnp.float32(LOWEST * 2))
+
+
+def partial(q: Float[Array, "N K Q Dh"], parts: Sequence[tuple[Kept, Bool[Array, "..."]]], softcap: float | None) -> Partial:
+    """Softmax over several kept parts taken together, each with what is seen of it."""
+    scores = jnp.concatenate([scores_of(q, kept, mask, softcap) for kept, mask in parts], axis=-1)
+    # Where nothing is seen every score is the lowest, and exp(score - top) would be 1.
+    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.float32(LOWEST))
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    mixed, start = jnp.float32(0), 0
+    for kept, _ in parts:
+        own = jax.lax.slice_in_dim(weights, start, start + kept.v.shape[2], axis=3)
+        start += kept.v.shape[2]
+        if kept.v_scale is not None:
+            own = own * kept.v_scale[:, :, None, :]
+        mixed = mixed + product("nkqx,nkxd->nkqd", own.astype(q.dtype), kept.v.astype(q.dtype))
+    return Partial(mixed, top, total)
+
+
+def merge(parts: list[Partial]) -> Float[Array, "..."]:
+    """The softmax over all keys of all parts, float32."""
+    top = parts[0].top
+    for part in parts[1:]:
+        top = jnp.maximum(top, part.top)
+    factors = [jnp.exp(part.top - top) for part in parts]
+    total = sum((part.total * factor for part, factor in zip(parts, factors, strict=True)), jnp.float32(0))
+    mixed = sum((part.mixed * factor for part, factor in zip(parts, factors, strict=True)), jnp.float32(0))
+    return mixed / total
+
+
+def shared_prefix(
+    q: Float[Array, "S K R Dh"],
+    kept: Kept,
+    lengths: Int[Array, "B"],
+    at: Int[Array, "S"],
+    places: Places | None,
+    window: Array,
+    cap: Any,
+) -> Partial:
+    """Every slot over its prompt, the slots of a prompt in one product.
+
+    Args:
+        at: index of the new token in its completion.
+        places: None where the slots of prompt b are b·M, ..., b·M + M - 1.
+    """
+    s, kv, r, dh = q.shape
+    b, p = kept.v.shape[0], kept.v.shape[2]
+    m = s // b if places is None else places.table.shape[1]
+
+    def to_table(x: Array) -> Array:
+        return x.reshape(b, m, *x.shape[1:]) if places is None else x[places.table]
+
+    def to_slots(x: Array) -> Array:
+        x = jnp.swapaxes(x.reshape(b, kv, m, r, x.shape[-1]), 1, 2)
+        return x.reshape(s, kv, r, x.shape[-1]) if places is None else x[places.lanes, places.spots]
+
+    position = lengths[:, None] + to_table(at)
+    keys = jnp.arange(p, dtype=jnp.int32)
+    mask = seen(position[:, :, None], keys[None, None, :], window) & (keys[None, :] < lengths[:, None])[:, None, :]
+    mask = jnp.broadcast_to(mask[:, :, None, :], (b, m, r, p)).reshape(b, 1, m * r, p)
+    rows = jnp.swapaxes(to_table(q), 1, 2).reshape(b, kv, m * r, dh)
+    part = partial(rows, [(kept, mask)], cap)
+    return Partial(to_slots(part.mixed), to_slots(part.top), to_slots(part.total))
+
+
+def decode_attention_xla(
+    q: Float[Array, "S K R Dh"],
+    prefix: Kept,
+    lengths: Int[Array, "B"],
+    levels: Sequence[Kept],
+    newest: Kept,
+    base: Int[Array, "S"],
+    step: Int[Array, ""],
+    places: Places | None,
+    window: Int[Array, ""],
+    softcap: float | None,
+) -> Float[Array, "S K R Dh"]:
+    """See `decode_attention`."""
+    at = base + step
+    own: list[tuple[Kept, Any]] = []
+    held = 0
+    for level in levels:
+        index = held + jnp.arange(level.v.shape[2], dtype=jnp.int32)[None, :]
+        mask = (index < base[:, None]) & (at[:, None] - index < window)
+        own.append((level, mask[:, None, None, :]))
+        held += level.v.shape[2]
+    index = jnp.arange(newest.v.shape[2], dtype=jnp.int32)
+    own.append((newest, seen(step, index, window)[None, None, None, :]))
+    parts = [shared_prefix(q, prefix, lengths, at, places, window, softcap), partial(q, own, softcap)]
+    return merge(parts).astype(q.dtype)
