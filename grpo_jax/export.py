@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import LoraConfig
-from grpo_jax.models.hf import INDEX, TensorFiles, tensor_names
+from grpo_jax.models.hf import INDEX, TensorFiles, read_slice, tensor_names
 from grpo_jax.models.spec import ModelError, ModelSpec, flatten
 from grpo_jax.types import Params
+from grpo_kernels.quantized_matmul import QuantizedWeight
 
 # Files of a model folder that are not carried over: weights in whatever format, and what the hub keeps beside them.
 LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md", ".gitattributes", ".index.json")
@@ -27,15 +28,33 @@ ReadTensor = Callable[[tuple[str, ...], int | None], np.ndarray]
 """(path of a parameter, layer or None) → its values, float32, laid out as this model keeps them."""
 
 
-def merged_weights(spec: ModelSpec, params: Params, adapters: Params | None, lora: LoraConfig | None) -> ReadTensor:
-    """Reads one tensor at a time with its adapter added, W + scale · A B, in float32."""
-    leaves = dict(flatten(params))
+def merged_weights(
+    spec: ModelSpec, params: Params, adapters: Params | None, lora: LoraConfig | None, original: Path | None = None
+) -> ReadTensor:
+    """Reads one tensor at a time with its adapter added, W + scale · A B, in float32.
+
+    Args:
+        original: folder that the model was read from; where `params` are quantised, W is that folder's, which is not rounded.
+
+    Raises:
+        ModelError: by what is returned, where the original is gone.
+    """
+    leaves, sources = dict(flatten(params)), tensor_names(spec)
     low = {} if adapters is None else dict(flatten(adapters))
     scale = 0.0 if lora is None else lora.scale
 
+    def read_original(path: tuple[str, ...], layer: int) -> np.ndarray:
+        assert original is not None, path
+        with TensorFiles(original) as files:
+            index = (slice(layer, layer + 1), slice(None), slice(None))
+            return read_slice(files, sources[path], leaves[path].shape, index, np.float32)[0]
+
     def read(path: tuple[str, ...], layer: int | None) -> np.ndarray:
-        leaf = leaves[path] if layer is None else leaves[path][layer]
-        values = np.asarray(jax.device_get(leaf)).astype(np.float32)
+        if isinstance(leaves[path], QuantizedWeight) and layer is not None:
+            values = read_original(path, layer)
+        else:
+            leaf = leaves[path] if layer is None else leaves[path][layer]
+            values = np.asarray(jax.device_get(leaf)).astype(np.float32)
         if (*path[:2], "a") in low and path[-1] == "kernel":
             a, b = (np.asarray(jax.device_get(low[(*path[:2], leaf)][layer]), np.float32) for leaf in ("a", "b"))
             values = values + np.float32(scale) * (a @ b)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import ConfigError, LoraConfig, RolloutConfig
-from grpo_jax.config.checks import require
+from grpo_jax.config.checks import require, require_choice
 from grpo_jax.export import merged_weights, save_merged
 from grpo_jax.logprobs import completion_logprobs
 from grpo_jax.memory import free_bytes
@@ -98,6 +98,7 @@ class Policy:
         lora: LoraConfig | None = None,
         adapter: str | Path | None = None,
         dtype: str = "auto",
+        quantization: str = "none",
         revision: str | None = None,
         seed: int = 0,
     ) -> Policy:
@@ -108,6 +109,7 @@ class Policy:
             lora: adds new adapters, or, where `lora.adapter` is set, that folder's.
             adapter: folder of a PEFT adapter; the same as `lora=LoraConfig(adapter=...)`.
             dtype: `float32`, `bfloat16`, or `auto` for what config.json says.
+            quantization: `int8`, `int4` or `nf4` rounds the layers' matrices while reading; only adapters can then be trained.
             revision: branch, tag or commit on the hub.
             seed: fixes where new adapters start.
 
@@ -116,6 +118,7 @@ class Policy:
         """
         if dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"dtype: {dtype!r} is not supported; use 'auto', 'float32' or 'bfloat16'")
+        require_choice("quantization", quantization, ("none", "int8", "int4", "nf4"))
         folder = find_model(str(path), revision)
         spec = read_folder_spec(folder)
         chosen = jnp.dtype(spec.dtype if dtype == "auto" else dtype)
@@ -130,7 +133,7 @@ class Policy:
         return Policy(
             spec=spec,
             dtype=chosen,
-            params=load_params(folder, spec, chosen),
+            params=load_params(folder, spec, chosen, quantization=quantization),
             adapters=adapters,
             lora=lora,
             tokenizer=Tokenizer.from_folder(folder),
@@ -283,9 +286,11 @@ class Policy:
     def save_merged(self, folder: str | Path) -> Path:
         """Writes the whole model with the adapters multiplied in.
 
-        Tensor names, number formats, shards, config and tokenizer are the original's.
+        Tensor names, number formats, shards, config and tokenizer are the original's. Adapters of a quantised model are added to
+        the original's weights, read again: the merged model is not rounded, so its log-probabilities differ a little.
         """
-        save_merged(Path(folder), self.folder, self.spec, merged_weights(self.spec, self.params, self.adapters, self.lora))
+        read = merged_weights(self.spec, self.params, self.adapters, self.lora, self.folder)
+        save_merged(Path(folder), self.folder, self.spec, read)
         return Path(folder)
 
 

@@ -26,14 +26,17 @@ class ModelConfig:
         revision: Branch, tag or commit on the hub; null is the default branch.
         dtype: Number format of the frozen weights and of the computation; `auto` is what the model's config.json says.
             Trained weights and the optimiser's state are float32 whatever this says.
-        remat: What the backward pass computes again instead of keeping: `none`, `layer` (each layer's inside), or `auto`: none
-            on a CPU whose memory suffices, else layer.
+        quantization: Format of the frozen matrices of the layers, rounded while they are read: `int8`, `int4` or `nf4`
+            (https://arxiv.org/abs/2305.14314), or `none`. Needs adapters (lora.rank above 0); embedding, head and norms keep dtype.
+        remat: What the backward pass computes again instead of keeping: `none`, `layer` (each layer's inside), `offload` (the same,
+            and each layer's input waits in the host's memory), or `auto`: none on a CPU whose memory suffices, else layer.
     """
 
     path: str | None = None
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    remat: Literal["auto", "none", "layer"] = "auto"
+    quantization: Literal["none", "int8", "int4", "nf4"] = "none"
+    remat: Literal["auto", "none", "layer", "offload"] = "auto"
 
     def __post_init__(self) -> None:
         check_types(self, "model")
@@ -318,6 +321,12 @@ class Config:
 
     def __post_init__(self) -> None:
         check_types(self, "")
+        require(
+            self.model.quantization == "none" or self.lora.rank > 0 or self.lora.adapter is not None,
+            "model.quantization",
+            self.model.quantization,
+            "a quantised base stays frozen, and lora.rank 0 trains every weight: set lora.rank to 8, 16, 32, ..., or use none",
+        )
         size = self.train.micro_batch_completions
         if size is not None:
             require(

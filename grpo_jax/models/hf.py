@@ -3,7 +3,7 @@
 Enters: a folder or a hub id. Leaves: the folder, the `ModelSpec`, and parameters on their devices. `tensor_names` is the one
     table of names: reading is the table forwards, exporting (`export.py`) is it backwards. Each device asks for its part of a
     parameter and gets it from the files, so that the host holds one stacked parameter at a time and never a second copy of the
-    model. Only safetensors are read: a pickle never is.
+    model; where a model is quantised, one matrix at a time (`quantize.py`). Only safetensors are read: a pickle never is.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from grpo_jax.models.families import read_spec
+from grpo_jax.models.quantize import quantized_specs, quantized_stack
 from grpo_jax.models.spec import ModelError, ModelSpec, ParamSpec, nest, param_specs
 from grpo_jax.types import Params
 
@@ -223,6 +224,7 @@ def load_params(
     dtype: Any,
     sharding_of: Callable[[tuple[str, ...], ParamSpec], Sharding] | None = None,
     on_tensor: Callable[[int, int], None] | None = None,
+    quantization: str = "none",
 ) -> Params:
     """Reads the weights of a folder onto their devices.
 
@@ -232,12 +234,16 @@ def load_params(
         dtype: number format on the device.
         sharding_of: where each parameter lives; the default device where None.
         on_tensor: called with (parameters read, parameters in all), for a progress bar.
+        quantization: `none`, or the format of the layers' matrices: `int8`, `int4` or `nf4`, rounded from the files' own numbers.
 
     Raises:
-        ModelError: a shard is missing or broken, or the tensors do not fit the config.
+        ModelError: a shard is missing or broken, the tensors do not fit the config, or a matrix does not fit the format.
     """
-    leaves: dict[tuple[str, ...], jax.Array] = {}
+    leaves: dict[tuple[str, ...], Any] = {}
     specs = param_specs(spec)
+    quantized = quantized_specs(specs, quantization)
+    if quantized and sharding_of is not None:
+        raise ModelError(f"model.quantization: {quantization}; a quantised model lives on one device as yet; use none")
     default = SingleDeviceSharding(jax.local_devices()[0])
     with TensorFiles(folder) as files:
         check_tensors(folder, spec, files)
@@ -248,8 +254,16 @@ def load_params(
             def read(index: Any, source: Source = source, shape: tuple[int, ...] = shape) -> np.ndarray:
                 return read_slice(files, source, shape, index, dtype)
 
-            # Waiting for each: reading ahead of the transfers would pile the model up on the host.
-            leaves[path] = jax.make_array_from_callback(shape, sharding, read).block_until_ready()
+            if path in quantized:
+                names = source.names
+
+                def matrix(layer: int, names: tuple[str, ...] = names) -> np.ndarray:
+                    return files.read(names[layer], (slice(None), slice(None)))
+
+                leaves[path] = quantized_stack(quantized[path], quantization, matrix, source.transposed)
+            else:
+                # Waiting for each: reading ahead of the transfers would pile the model up on the host.
+                leaves[path] = jax.make_array_from_callback(shape, sharding, read).block_until_ready()
             if on_tensor is not None:
                 on_tensor(number + 1, len(specs))
     return nest(leaves)

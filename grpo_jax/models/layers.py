@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.types import Params
-
+from grpo_kernels.quantized_matmul import QuantizedWeight, quantized_matmul
 
 LAYER_INPUT = "layer_input"
 """Name of a layer's input for the choice of what a backward pass keeps."""
@@ -111,7 +111,7 @@ merged_product.defvjp(merged_forward, merged_backward)
 
 
 class Linear(nn.Module):
-    """x W + bias, plus scale · (x A) B where the `lora` collection holds adapters for it."""
+    """x W + bias, plus scale · (x A) B where the `lora` collection holds adapters for it. W may be quantised; then it is frozen."""
 
     lora_scale: float
     implementation: str | None = None
@@ -121,17 +121,25 @@ class Linear(nn.Module):
         dtype, precision = x.dtype, precision_of(x.dtype)
         # One row per token: XLA's CPU compiler makes slow loops of a contraction over two dimensions, as in the weights' gradients.
         rows = x.reshape(-1, x.shape[-1])
-        kernel = self.get_variable("params", "kernel").astype(dtype)
+        kernel: Any = self.get_variable("params", "kernel")
+        quantized = isinstance(kernel, QuantizedWeight)
+        kernel = kernel if quantized else kernel.astype(dtype)
+
+        def product() -> Array:
+            if quantized:
+                return quantized_matmul(rows, kernel, implementation=self.implementation)
+            return jnp.dot(rows, kernel, precision=precision)
+
         if not self.has_variable("lora", "a"):
-            y = jnp.dot(rows, kernel, precision=precision)
+            y = product()
         else:
             a, b = self.get_variable("lora", "a").astype(dtype), self.get_variable("lora", "b").astype(dtype)
             b = b * jnp.asarray(self.lora_scale, dtype)
-            if dtype == jnp.float32:
+            if dtype == jnp.float32 and not quantized:
                 y = merged_product(rows, kernel, a, b)
             else:
                 low = jnp.dot(rows, a, precision=precision)
-                y = jnp.dot(rows, kernel, precision=precision) + jnp.dot(low, b, precision=precision)
+                y = product() + jnp.dot(low, b, precision=precision)
         if self.has_variable("params", "bias"):
             y = y + self.get_variable("params", "bias").astype(dtype)[None, :]
         return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -143,10 +151,11 @@ JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 def join_linears(layer: Params) -> Params:
     """A layer's weights with those side by side that meet the same input: one product of few rows is quicker than three."""
     parts = {name for names in JOINED.values() for name in names}
-    joined = {
-        whole: {key: jnp.concatenate([layer[name][key] for name in names], axis=-1) for key in layer[names[0]]}
-        for whole, names in JOINED.items()
-    }
+
+    def beside(*leaves: Array) -> Array:
+        return jnp.concatenate(leaves, axis=-1)
+
+    joined = {whole: jax.tree.map(beside, *(layer[name] for name in names)) for whole, names in JOINED.items()}
     return {name: leaves for name, leaves in layer.items() if name not in parts} | joined
 
 

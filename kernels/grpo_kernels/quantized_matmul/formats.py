@@ -65,6 +65,10 @@ class QuantizedWeight:
         """Inputs that share a scale."""
         return self.values.shape[-2] // self.scale.shape[-2]
 
+    def astype(self, dtype: Any) -> Array:
+        """The dense weight; see `dequantize`."""
+        return dequantize(self, dtype)
+
 
 def group_size(format: str, inputs: int, name: str = "weight") -> int:
     """Inputs that share a scale: all for int8; 128 for int4 and 64 for nf4, or fewer where the width asks.

@@ -1,0 +1,47 @@
+"""`quantized_matmul` on an H200, compiled without one: never a dense bfloat16 copy of the weight. `make test-gpu-compile`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from grpo_kernels.quantized_matmul import quantized_matmul, quantized_shapes, xla
+from grpo_kernels.quantized_matmul.shapes import LLAMA_3_8B_UP, ROWS
+
+
+@pytest.fixture(scope="module")
+def h200() -> Any:
+    """One H200 that is not there."""
+    target = (Path(__file__).parent / "h200.txtpb").read_text()
+    topology = topologies.get_topology_desc(platform="cuda", topology_name="h200", target_config=target, topology="1x1x1")
+    return SingleDeviceSharding(topology.devices[0])
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("form", ["int8", "int4", "nf4"])
+def test_the_weight_is_taken_in_parts(form: str, rows: int, h200: Any) -> None:
+    """Value and gradient in one program.
+
+    Allowed: a part of the weight, for int4 its transposed copy in 4 bits, for int8 the input times the scales, and for few rows
+    the partial sums of a product that is split.
+    """
+    inputs, outputs = LLAMA_3_8B_UP.inputs, LLAMA_3_8B_UP.outputs
+    w = quantized_shapes(form, (inputs, outputs))
+    x, dy = (jax.ShapeDtypeStruct((rows, size), jnp.bfloat16) for size in (inputs, outputs))
+
+    def run(x: Any, w: Any, dy: Any) -> Any:
+        y, back = jax.vjp(lambda x: quantized_matmul(x, w, implementation="gpu"), x)
+        return y, back(dy)
+
+    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=h200), (x, w, dy))
+    told: Any = jax.jit(run).lower(*placed).compile().memory_analysis()
+    print(f"H200 {form} T={rows}: temporaries {told.temp_size_in_bytes / 2**20:.1f} MiB")
+    numbers, split = inputs * outputs, 16 * 2**20
+    copy = {"int8": 2 * rows * outputs, "int4": numbers // 2, "nf4": 0}[form]
+    assert told.temp_size_in_bytes < xla.PART_BYTES + copy + split < 2 * numbers
