@@ -110,7 +110,8 @@ class Learner:
         ref_logps = old_logps = used = None
         if objective.needs_reference:
             split = Split.of(batch, self.micro_batch)
-            ref_logps = self.score(self.reference(frozen), split, None)[0]
+            with jax.named_scope("reference"):
+                ref_logps = self.score(self.reference(frozen), split, None)[0]
             rewards = batch.rewards
             if objective.kl_in_reward:
                 old_logps, whole = self.score(self.policy(state.trainable, frozen), split, self.restriction)
