@@ -236,7 +236,7 @@ def test_a_token_at_the_border_of_min_p_is_close_where_it_matters() -> None:
 
 @pytest.mark.parametrize("cut", [(3, 1.0, 0.0), (0, 0.8, 0.0), (5, 0.9, 0.0)])
 def test_draws_that_small_changes_of_the_logits_alter_are_close(cut: tuple[int, float, float]) -> None:
-    """Rows in which two neighbours in size nearly tie are drawn from again after small moves; where the token changes, it was close."""
+    """Rows in which two neighbours in size nearly tie are drawn from again after small moves: a token that changes was close."""
     rng = np.random.default_rng(3)
     rows, vocabulary = 4000, 8
     logits = np.sort(rng.normal(size=(rows, vocabulary)), axis=1).astype(np.float32)

@@ -541,7 +541,8 @@ def test_groups_without_advantage_are_not_computed_where_there_is_no_kl_term(nam
     iterations = objective.num_iterations
     assert [results[cut][3] for cut in results] == [1 * iterations, 2 * iterations, iterations]
     gradient, metrics, advantages, _ = results[(B, G)]
-    assert (advantages.reshape(B, G)[[0, 2, 3]] == 0).all() and metrics["reward/frac_zero_std"] == 0.75
+    assert (advantages.reshape(B, G)[[0, 2, 3]] == 0).all()
+    assert metrics["reward/frac_zero_std"] == 0.75
     assert (advantages.reshape(B, G)[1] != 0).any()
     for other, own_metrics, own_advantages, _ in results.values():
         assert_near_in_norm(other, gradient, 1e-5)
