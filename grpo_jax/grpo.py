@@ -54,8 +54,8 @@ TRUNCATED_LINE = (
 )
 
 CACHED_BYTES = 2**23
-"""Size up to which an array of hidden states stays near a processor: on two cores, four layers of width 256, updates of 13 MB arrays
-took a fifth longer than those of 3 to 7 MB."""
+"""Size up to which an array of hidden states stays near a processor: on two cores, with four layers of width 256, updates whose
+arrays had 13 MB took a tenth to a fifth longer than with 3 to 7 MB."""
 
 
 def train(

@@ -6,7 +6,7 @@ Enters: `TrainState`, a `TrainBatch` of completions with their rewards, and the 
 The batch is cut into micro-batches of b prompts and g of their completions; gradients are summed over them by `lax.scan`.
 Weights of the tokens (and with them every denominator) come from the whole batch, so the result does not depend on the cut.
 At β = 0 a group without advantage adds nothing to loss or gradient: prompts are sorted so that such groups share micro-batches,
-and a micro-batch of nothing else is left out of forward and backward. Denominators stay, and means of the metrics (entropy, clipping,
+and a micro-batch of nothing else is left out of forward and backward. Denominators stay; means of metrics (entropy, clipping, the
 difference to the sampler) are over the other groups' tokens.
 With one update a batch the old log-probabilities are the new ones without gradient, and cost no forward; with several, those of
 the first are kept. The reference is scored once a batch, and not at all at β = 0.
