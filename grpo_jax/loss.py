@@ -7,6 +7,7 @@ the tokens that are trained. Leaves: a scalar loss and metrics. What is left out
     loss = Σ_it w_it · (m_it + β·KL_it)        w: `token_weights`, m + β·KL: `token_objective`
 
 Every normalisation is in w, computed once from the mask of the WHOLE batch, so the sum may be taken in any pieces of whole rows.
+The sum is taken, and differentiated, by the operation `grpo_kernels.grpo_loss`, whose reference has the terms as code.
 
 ρ = exp(logπ − logπ_old) per token, A = advantage of the row, T_i = trained tokens of row i, T = Σ T_i, N = all rows (empty ones
 too), sg = stop-gradient:
@@ -41,23 +42,18 @@ Deviations and choices:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+import grpo_kernels.grpo_loss as operation
 from grpo_jax.config import ObjectiveConfig
+from grpo_kernels.grpo_loss.reference import Sums, at_least_one, kl_estimate, only, per_token, token_sums, token_terms, tokens_of
+from grpo_kernels.grpo_loss.settings import KL_KINDS
 
-MAX_LOG_RATIO = 80.0
-"""Nats; see the module's list of deviations."""
-
-SAPO_TAU_POSITIVE = 1.0
-SAPO_TAU_NEGATIVE = 1.05
-
-Stats = dict[str, Float[Array, "..."]]
+Stats = Sums
 """Sums over trained tokens (a maximum where the name ends in "_max"), which `finish_stats` turns into metrics."""
 
 
@@ -73,6 +69,7 @@ def grpo_loss(
     whole_logps: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     max_completion_length: int | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Loss of a batch of completions, or of some rows of it; formulas in the module's docstring.
 
@@ -90,6 +87,7 @@ def grpo_loss(
         whole_logps: [N, C], of the policy's whole distribution, for the KL term, where logps are of a truncated one; None = logps.
         weights: [N, C], these rows of the whole batch's `token_weights`; None = this is the whole batch.
         max_completion_length: `dr_grpo`'s constant, in tokens; None = C. Has no effect where weights are given.
+        implementation: of the operation: "reference", "tpu", "gpu", or None, which goes by the device.
 
     Returns:
         The scalar loss, and metrics: `policy_loss` (the loss without the KL term) and those of `finish_stats`.
@@ -102,9 +100,67 @@ def grpo_loss(
     """
     if weights is None:
         weights = token_weights(completion_mask, objective, max_completion_length)
-    rows = (logps, old_logps, ref_logps, advantages, completion_mask)
-    per_token, stats = token_objective(*rows, objective, sampler_logps, weights, whole_logps)
-    return jnp.sum(jnp.asarray(weights, jnp.float32) * per_token), finish_stats(stats)
+    loss, stats = weighted_loss(
+        logps,
+        old_logps,
+        ref_logps,
+        advantages,
+        completion_mask,
+        objective,
+        weights,
+        sampler_logps=sampler_logps,
+        whole_logps=whole_logps,
+        implementation=implementation,
+    )
+    return loss, finish_stats(stats)
+
+
+def weighted_loss(
+    logps: ArrayLike,
+    old_logps: ArrayLike | None,
+    ref_logps: ArrayLike | None,
+    advantages: ArrayLike,
+    completion_mask: ArrayLike,
+    objective: ObjectiveConfig,
+    weights: ArrayLike,
+    *,
+    sampler_logps: ArrayLike | None = None,
+    whole_logps: ArrayLike | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, ""], Stats]:
+    """What some rows of the batch add to its loss, and their sums, for `total_stats` and `finish_stats`.
+
+    Args: as `grpo_loss`; `weights` are these rows of the whole batch's `token_weights`.
+
+    Raises:
+        ValueError: as `grpo_loss`.
+    """
+    return operation.grpo_loss(
+        logps,
+        old_logps,
+        ref_logps,
+        advantages,
+        completion_mask,
+        weights,
+        settings=loss_settings(objective),
+        sampler_logps=sampler_logps,
+        whole_logps=whole_logps,
+        implementation=implementation,
+    )
+
+
+def loss_settings(objective: ObjectiveConfig) -> operation.LossSettings:
+    """What of the objective the operation is compiled for; no KL term under kl_in_reward."""
+    return operation.LossSettings(
+        loss=objective.loss,
+        beta=0.0 if objective.kl_in_reward else objective.beta,
+        kl=objective.kl,
+        epsilon=objective.epsilon,
+        epsilon_high=objective.epsilon_high,
+        epsilon_max=objective.epsilon_max,
+        delta=objective.delta,
+        importance_cap=objective.importance_cap,
+    )
 
 
 def token_weights(
@@ -131,9 +187,9 @@ def token_weights(
     elif objective.loss == "dr_grpo":
         weight = jnp.full((1, 1), 1 / (rows * length), jnp.float32)
     elif objective.loss in ("bnpo", "dapo", "cispo"):
-        weight = 1 / _at_least_one(jnp.sum(mask, keepdims=True))
+        weight = 1 / at_least_one(jnp.sum(mask, keepdims=True))
     else:  # grpo, gspo, sapo
-        weight = 1 / (jnp.float32(rows) * _at_least_one(jnp.sum(mask, axis=1, keepdims=True)))
+        weight = 1 / (jnp.float32(rows) * at_least_one(jnp.sum(mask, axis=1, keepdims=True)))
     return jnp.where(mask, jnp.broadcast_to(weight, mask.shape), jnp.float32(0))
 
 
@@ -148,37 +204,34 @@ def token_objective(
     weights: ArrayLike | None = None,
     whole_logps: ArrayLike | None = None,
 ) -> tuple[Float[Array, "N C"], Stats]:
-    """What every token adds to the loss before its weight, and the sums that metrics are made of.
+    """What every token adds to the loss before its weight, and the sums that metrics are made of; plain, for looking at tokens.
 
     Args: as `grpo_loss`, for any whole rows of the batch. `weights` only adds `policy_loss` to the sums.
 
     Returns:
-        m + β·KL per token (without β·KL under kl_in_reward), 0 where the mask is False; and the sums of `token_stats`.
+        m + β·KL per token (without β·KL under kl_in_reward), 0 where the mask is False; and the sums of `weighted_loss`.
 
     Raises:
         ValueError: as `grpo_loss`.
     """
-    given = _check(logps, old_logps, ref_logps, advantages, completion_mask, sampler_logps, weights, whole_logps)
-    mask, policy, advantage = given.mask, given.logps, given.advantages[:, None]
-    has_kl_term = objective.beta > 0 and not objective.kl_in_reward
-    if has_kl_term and given.ref is None:
-        raise ValueError(f"ref_logps is None, but beta is {objective.beta:g}: give ref_logps, or set beta to 0")
-    if objective.importance_cap is not None and given.sampler is None:
-        raise ValueError(f"sampler_logps is None, but importance_cap is {objective.importance_cap:g}: give them, or set it to None")
-
-    term, clipped_low, clipped_high = _policy_term(policy, given.old, advantage, mask, objective)
-    if objective.importance_cap is not None and given.sampler is not None:
-        importance = jnp.minimum(jnp.exp(_bounded(given.old - given.sampler)), jnp.float32(objective.importance_cap))
-        term = term * stop_gradient(importance)
-    term = _only(mask, term)
-    per_token = term
-    if has_kl_term and given.ref is not None:
-        per_token = per_token + jnp.float32(objective.beta) * _only(mask, kl_per_token(given.whole, given.ref, objective.kl))
-
-    stats = token_stats(given.whole, given.old, given.ref, given.sampler, mask, clipped_low, clipped_high)
-    if given.weights is not None:
-        stats["policy_loss"] = stop_gradient(jnp.sum(given.weights * term))
-    return per_token, stats
+    settings, no_weights = loss_settings(objective), jnp.zeros(jnp.shape(logps), jnp.float32)
+    policy, whole, constants = operation.checked(
+        logps,
+        old_logps,
+        ref_logps,
+        advantages,
+        completion_mask,
+        no_weights if weights is None else weights,
+        settings=settings,
+        sampler_logps=sampler_logps,
+        whole_logps=whole_logps,
+    )
+    tokens = tokens_of(policy, whole, constants)
+    terms = token_terms(tokens, settings)
+    stats = token_sums(tokens, terms)
+    if weights is None:
+        del stats["policy_loss"]
+    return per_token(terms), stats
 
 
 def kl_per_token(logps: ArrayLike, ref_logps: ArrayLike, kind: str) -> Float[Array, "..."]:
@@ -201,15 +254,9 @@ def kl_per_token(logps: ArrayLike, ref_logps: ArrayLike, kind: str) -> Float[Arr
     policy, reference = jnp.asarray(logps, jnp.float32), jnp.asarray(ref_logps, jnp.float32)
     if policy.shape != reference.shape:
         raise ValueError(f"ref_logps has shape {reference.shape}: it must have the shape of logps, {policy.shape}")
-    d = reference - policy
-    if kind == "k1":
-        return -d
-    if kind == "k2":
-        return jnp.float32(0.5) * jnp.square(d)
-    if kind == "k3":
-        d = _bounded(d)
-        return jnp.expm1(d) - d
-    raise ValueError(f"kind is {kind!r}: choose from k1, k2, k3")
+    if kind not in KL_KINDS:
+        raise ValueError(f"kind is {kind!r}: choose from {', '.join(KL_KINDS)}")
+    return kl_estimate(policy, reference, kind)
 
 
 def kl_reward_penalty(logps: ArrayLike, ref_logps: ArrayLike, completion_mask: ArrayLike) -> Float[Array, "N"]:
@@ -222,37 +269,9 @@ def kl_reward_penalty(logps: ArrayLike, ref_logps: ArrayLike, completion_mask: A
     Raises:
         ValueError: shapes do not agree.
     """
-    rows = jnp.shape(logps)[:1]
-    given = _check(logps, None, ref_logps, jnp.zeros(rows, jnp.float32), completion_mask, None, None)
-    assert given.ref is not None
-    return stop_gradient(jnp.sum(_only(given.mask, kl_per_token(given.logps, given.ref, "k1")), axis=1))
-
-
-def token_stats(
-    logps: Float[Array, "N C"],
-    old_logps: Float[Array, "N C"],
-    ref_logps: Float[Array, "N C"] | None,
-    sampler_logps: Float[Array, "N C"] | None,
-    mask: Bool[Array, "N C"],
-    clipped_low: Bool[Array, "N C"],
-    clipped_high: Bool[Array, "N C"],
-) -> Stats:
-    """Sums over trained tokens that add up over micro-batches; `total_stats` adds them, `finish_stats` makes metrics of them.
-
-    The KL sum is always k3, whatever the loss uses. Entries about the reference or the sampler exist only where these are given.
-    """
-
-    def count(of: Bool[Array, "N C"]) -> Float[Array, ""]:
-        return jnp.sum((of & mask).astype(jnp.float32))
-
-    stats = {"tokens": count(mask), "clipped_low": count(clipped_low), "clipped_high": count(clipped_high)}
-    if ref_logps is not None:
-        stats["kl"] = jnp.sum(_only(mask, kl_per_token(logps, ref_logps, "k3")))
-    if sampler_logps is not None:
-        difference = _only(mask, jnp.abs(old_logps - sampler_logps))
-        stats["logp_difference"] = jnp.sum(difference)
-        stats["logp_difference_max"] = jnp.max(difference)
-    return jax.tree.map(stop_gradient, stats)
+    operation.check_shapes(logps, ref_logps=ref_logps, completion_mask=completion_mask)
+    penalty = only(_as_mask(completion_mask), kl_per_token(logps, ref_logps, "k1"))
+    return stop_gradient(jnp.sum(penalty, axis=1))
 
 
 def total_stats(stacked: Mapping[str, Float[Array, "M"]]) -> Stats:
@@ -285,116 +304,8 @@ def finish_stats(sums: Mapping[str, Float[Array, ""]]) -> dict[str, Float[Array,
     return metrics
 
 
-def _policy_term(
-    logps: Float[Array, "N C"],
-    old_logps: Float[Array, "N C"],
-    advantage: Float[Array, "N 1"],
-    mask: Bool[Array, "N C"],
-    objective: ObjectiveConfig,
-) -> tuple[Float[Array, "N C"], Bool[Array, "N C"], Bool[Array, "N C"]]:
-    """The term m of the module's table, and where it is held by a lower and by an upper bound."""
-    nowhere = jnp.zeros_like(mask)
-    if objective.loss == "reinforce":
-        return -advantage * logps, nowhere, nowhere
-    log_ratio = _bounded(logps - old_logps)
-    if objective.loss == "gspo":
-        mean = jnp.sum(log_ratio, axis=1, keepdims=True) / _at_least_one(jnp.sum(mask, axis=1, keepdims=True))
-        log_ratio = jnp.broadcast_to(mean, mask.shape)
-    ratio = jnp.exp(log_ratio)
-    if objective.loss == "cispo":
-        cap = jnp.float32(objective.epsilon_max)
-        return -stop_gradient(jnp.minimum(ratio, cap)) * advantage * logps, nowhere, ratio > cap
-    if objective.loss == "sapo":
-        tau = jnp.where(advantage > 0, jnp.float32(SAPO_TAU_POSITIVE), jnp.float32(SAPO_TAU_NEGATIVE))
-        return -4 / tau * jax.nn.sigmoid(tau * (ratio - 1)) * advantage, nowhere, nowhere
-
-    # The min of the table, by cases, so that the metrics count exactly the tokens whose gradient is cut.
-    low, high = jnp.float32(1 - objective.epsilon), jnp.float32(1 + objective.epsilon_high)
-    cut_low = (advantage < 0) & (ratio < low)
-    cut_high = (advantage > 0) & (ratio > high)
-    held = jnp.where(cut_high, high, jnp.where(cut_low, low, ratio))
-    if objective.delta is not None:
-        delta = jnp.float32(objective.delta)
-        cut_delta = (advantage < 0) & (ratio > delta)
-        held, cut_high = jnp.where(cut_delta, delta, held), cut_high | cut_delta
-    return -held * advantage, cut_low, cut_high
-
-
-class _Given(NamedTuple):
-    """The arguments as float32 arrays of agreeing shapes, 0 at tokens that are not trained; logps and whole carry gradients."""
-
-    logps: Float[Array, "N C"]
-    whole: Float[Array, "N C"]
-    old: Float[Array, "N C"]
-    ref: Float[Array, "N C"] | None
-    sampler: Float[Array, "N C"] | None
-    advantages: Float[Array, "N"]
-    mask: Bool[Array, "N C"]
-    weights: Float[Array, "N C"] | None
-
-
-def _check(
-    logps: ArrayLike,
-    old_logps: ArrayLike | None,
-    ref_logps: ArrayLike | None,
-    advantages: ArrayLike,
-    completion_mask: ArrayLike,
-    sampler_logps: ArrayLike | None,
-    weights: ArrayLike | None,
-    whole_logps: ArrayLike | None = None,
-) -> _Given:
-    shape = jnp.shape(logps)
-    if len(shape) != 2 or 0 in shape:
-        raise ValueError(f"logps has shape {shape}: it must be [N, C], one row a completion, one column a token")
-    others = {
-        "old_logps": old_logps,
-        "ref_logps": ref_logps,
-        "completion_mask": completion_mask,
-        "sampler_logps": sampler_logps,
-        "whole_logps": whole_logps,
-        "weights": weights,
-    }
-    for name, array in others.items():
-        if array is not None and jnp.shape(array) != shape:
-            raise ValueError(f"{name} has shape {jnp.shape(array)}: it must have the shape of logps, [N, C] = {shape}")
-    if jnp.shape(advantages) != shape[:1]:
-        raise ValueError(f"advantages has shape {jnp.shape(advantages)}: it must be [N] = {shape[:1]}, one number a row of logps")
-
-    mask = _as_mask(completion_mask)
-
-    def trained(array: ArrayLike) -> Float[Array, "N C"]:
-        return _only(mask, jnp.asarray(array, jnp.float32))
-
-    def constant(array: ArrayLike | None) -> Float[Array, "N C"] | None:
-        return None if array is None else stop_gradient(trained(array))
-
-    policy = trained(logps)
-    return _Given(
-        logps=policy,
-        whole=policy if whole_logps is None else trained(whole_logps),
-        old=stop_gradient(trained(logps if old_logps is None else old_logps)),
-        ref=constant(ref_logps),
-        sampler=constant(sampler_logps),
-        advantages=stop_gradient(jnp.asarray(advantages, jnp.float32)),
-        mask=mask,
-        weights=constant(weights),
-    )
-
-
 def _as_mask(completion_mask: ArrayLike) -> Bool[Array, "N C"]:
     mask = jnp.asarray(completion_mask).astype(bool)
     if mask.ndim != 2 or mask.size == 0:
         raise ValueError(f"completion_mask has shape {mask.shape}: it must be [N, C], one row a completion, one column a token")
     return mask
-
-
-def _only(mask: Bool[Array, "..."], array: Float[Array, "..."]) -> Float[Array, "..."]:
-    return jnp.where(mask, array, jnp.float32(0))
-
-
-def _bounded(log_ratio: Float[Array, "..."]) -> Float[Array, "..."]:
-    return jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
-
-
-def _at_least_one(count: Array) -> Float[Array, "..."]:
-    return jnp.maximum(count, 1).astype(jnp.float32)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +23,36 @@ from grpo_jax.loss import (
     token_objective,
     token_weights,
     total_stats,
+    weighted_loss,
 )
+from plain_oracles import quick_compiling
 
 LOSSES = ["reinforce", "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    with quick_compiling():
+        yield
+
+
 def objective(**settings: Any) -> ObjectiveConfig:
     return ObjectiveConfig(**{"beta": 0.0, **settings})
+
+
+def as_jax(array: Any) -> jax.Array:
+    return jnp.asarray(array, bool if array.dtype == bool else jnp.float32)
+
+
+@functools.cache
+def program(settings: ObjectiveConfig, length: int | None) -> Any:
+    """((loss, metrics), gradient) of a case, compiled."""
+
+    def loss_of(logps: Any, old: Any, ref: Any, advantages: Any, mask: Any, sampler: Any, weights: Any) -> Any:
+        options = {"sampler_logps": sampler, "weights": weights, "max_completion_length": length}
+        return grpo_loss(logps, old, ref, advantages, mask, settings, **options)
+
+    return jax.jit(jax.value_and_grad(loss_of, has_aux=True))
 
 
 @dataclass
@@ -41,20 +66,15 @@ class Case:
     advantages: np.ndarray
     mask: np.ndarray
 
-    def loss(self, settings: ObjectiveConfig, logps: Any = None, **more: Any) -> tuple[Any, dict[str, Any]]:
-        return grpo_loss(
-            jnp.asarray(self.logps, jnp.float32) if logps is None else logps,
-            jnp.asarray(self.old, jnp.float32),
-            jnp.asarray(self.ref, jnp.float32),
-            jnp.asarray(self.advantages, jnp.float32),
-            jnp.asarray(self.mask),
-            settings,
-            sampler_logps=jnp.asarray(self.sampler, jnp.float32),
-            **more,
-        )
+    def loss(self, settings: ObjectiveConfig, **more: Any) -> tuple[Any, dict[str, Any]]:
+        return self.loss_and_gradient(settings, **more)[0]
 
     def gradient(self, settings: ObjectiveConfig, **more: Any) -> np.ndarray:
-        return np.asarray(jax.grad(lambda logps: self.loss(settings, logps, **more)[0])(jnp.asarray(self.logps, jnp.float32)))
+        return np.asarray(self.loss_and_gradient(settings, **more)[1])
+
+    def loss_and_gradient(self, settings: ObjectiveConfig, weights: Any = None, max_completion_length: int | None = None) -> Any:
+        arrays = (self.logps, self.old, self.ref, self.advantages, self.mask, self.sampler, weights)
+        return program(settings, max_completion_length)(*(array if array is None else as_jax(array) for array in arrays))
 
     def rows(self, chosen: Any) -> Case:
         return Case(*(array[chosen] for array in (self.logps, self.old, self.ref, self.sampler, self.advantages, self.mask)))
@@ -281,14 +301,15 @@ def test_any_split_of_the_rows_gives_the_same_loss_gradient_and_metrics(loss: st
     weights = token_weights(case.mask, settings, max_completion_length=9)
     per_token, _ = token_objective(case.logps, case.old, case.ref, case.advantages, case.mask, settings, sampler_logps=case.sampler)
 
+    of_a_piece = jax.jit(weighted_loss, static_argnums=(5,))
     order = np.random.default_rng(0).permutation(12)
     total, gradient, sums = np.float32(0), np.zeros(case.logps.shape, np.float32), []
     for chosen in np.split(order, np.cumsum(pieces)[:-1]):
         part, piece_weights = case.rows(chosen), weights[chosen]
         total += np.asarray(part.loss(settings, weights=piece_weights)[0])
         gradient[chosen] = part.gradient(settings, weights=piece_weights)
-        arguments = (part.logps, part.old, part.ref, part.advantages, part.mask, settings)
-        sums.append(token_objective(*arguments, sampler_logps=part.sampler, weights=piece_weights)[1])
+        arguments = (part.logps, part.old, part.ref, part.advantages, part.mask, settings, piece_weights)
+        sums.append(of_a_piece(*arguments, sampler_logps=part.sampler)[1])
 
     assert abs(float(total - whole)) <= 1e-6 * float(np.abs(np.asarray(per_token)[case.mask]).mean())
     np.testing.assert_allclose(gradient, case.gradient(settings, max_completion_length=9), rtol=1e-6, atol=1e-9)
