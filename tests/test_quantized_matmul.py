@@ -44,7 +44,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def inputs(t: int, i: int, o: int, form: str, dtype: str) -> tuple[jax.Array, QuantizedWeight, jax.Array]:
     """x [T, I], the weight and dy [T, O]."""
     rng = np.random.default_rng(t + i + o)
-    w = quantize(jnp.asarray(rng.normal(size=(i, o)) * 0.05, jnp.float32), form)
+    w = jax.jit(quantize, static_argnums=1)(jnp.asarray(rng.normal(size=(i, o)) * 0.05, jnp.float32), form)
     return jnp.asarray(rng.normal(size=(t, i)), dtype), w, jnp.asarray(rng.normal(size=(t, o)), dtype)
 
 
