@@ -96,6 +96,7 @@ def restricted_logprobs(
     temperature: float | Float[Array, ""] = 1.0,
     softcap: float | None = None,
     head_trainable: bool = False,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "N C"], Float[Array, "N C"], Float[Array, "N C"]]:
     """Log-probabilities of completion tokens under the restricted and the whole distribution, and the whole one's entropy.
 
@@ -107,6 +108,7 @@ def restricted_logprobs(
         temperature: divides the (capped) logits.
         softcap: c in c·tanh(logit / c); None is off.
         head_trainable: whether `head` needs a gradient.
+        implementation: of `head_logprob`; None goes by the device.
 
     Returns:
         float32 nats. The entropy has no gradient.
@@ -117,6 +119,7 @@ def restricted_logprobs(
     if not head_trainable:
         head = jax.lax.stop_gradient(head)
     common = {"temperature": jnp.asarray(temperature, jnp.float32), "softcap": softcap}
+    kernel = {**common, "head_trainable": head_trainable, "implementation": implementation}
 
     def flat(columns: slice) -> tuple[Array, Array, Array]:
         return hidden[:, columns].reshape(-1, d), head, ids[:, columns].reshape(-1)
@@ -131,9 +134,9 @@ def restricted_logprobs(
     parts = []
     if early > 0:
         first = flat(slice(0, early))
-        parts.append(rows(banned_head(*first, stop_ids, head_trainable=head_trainable, **common)))
+        parts.append(rows(banned_head(*first, stop_ids, **kernel)))
     if early < c:
-        logps, entropy, _ = head_logprob(*flat(slice(early, c)), head_trainable=head_trainable, **common)
+        logps, entropy, _ = head_logprob(*flat(slice(early, c)), **kernel)
         parts.append(rows((logps, logps, entropy)))
     logps, whole, entropy = (jnp.concatenate(columns, axis=1) for columns in zip(*parts, strict=True))
     return logps, whole, entropy
@@ -221,6 +224,7 @@ def banned_head(
     temperature: Float[Array, ""],
     softcap: float | None,
     head_trainable: bool,
+    implementation: str | None,
 ) -> tuple[Float[Array, "T"], Float[Array, "T"], Float[Array, "T"]]:
     """log p̃ with the stop ids banned, log p, and the entropy of p: `head_logprob` and a few logits.
 
@@ -241,7 +245,8 @@ def banned_head(
         raise ValueError(f"all {vocabulary} tokens are stop ids: none is left to draw before the minimum length")
     others = np.resize(np.array(others, np.int32), stops.shape)
     replaced = w.at[stops].set(w[others])
-    logps, entropy, lse = head_logprob(x, replaced, ids, temperature=temperature, softcap=softcap, head_trainable=head_trainable)
+    options = {"softcap": softcap, "head_trainable": head_trainable, "implementation": implementation}
+    logps, entropy, lse = head_logprob(x, replaced, ids, temperature=temperature, **options)
     few = head_logits(x, jnp.concatenate([w[stops], w[others]]), temperature, softcap)
     of_stops, of_copies = few[:, : stops.size], few[:, stops.size :]
 

@@ -1,28 +1,53 @@
-"""`head_logprob` against NumPy in float64: values, gradients, odd sizes, every implementation; no [tokens, vocabulary] array."""
+"""`head_logprob` against NumPy in float64, every implementation; its TPU kernel interpreted here, and compiled for the chips."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import SingleDeviceSharding
 
-from grpo_kernels.head_logprob import head_logprob, xla
+from grpo_kernels.head_logprob import frozen, head_logprob, pallas_tpu, trained, xla
+from grpo_kernels.head_logprob.shapes import GEMMA_2_2B, GEMMA_3_4B, LAPTOP, LLAMA_3_8B, QWEN3_8B, Shape
 from plain_oracles import array_sizes, log_softmax, quick_compiling
 
-T, H, V = 23, 16, 1187  # a prime vocabulary, and tokens that no chunk of 5 divides
+T, H, V = 23, 16, 1187  # a prime vocabulary, and tokens that no tile of 5 divides
 CASES = [(None, 1.0), (None, 0.7), (3.0, 1.0), (3.0, 1.6)]
-IMPLEMENTATIONS = ["reference", "xla"]
+IMPLEMENTATIONS = ["reference", "gpu", "tpu"]
 NAMES: list[str] = ["logp", "entropy", "lse"]
+MIB = 2**20
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick() -> Iterator[None]:
     with quick_compiling():
         yield
+
+
+@pytest.fixture
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles of tokens and chunks of the vocabulary, the last ones ragged."""
+    set_tiles(monkeypatch, 5, 256)
+
+
+def set_tiles(monkeypatch: pytest.MonkeyPatch, tokens: int, vocabulary: int) -> None:
+    monkeypatch.setattr(xla, "tile_tokens", lambda: tokens)
+    monkeypatch.setattr(xla, "VOCABULARY", vocabulary)
+    monkeypatch.setattr(trained, "VOCABULARY", vocabulary)
+    monkeypatch.setattr(pallas_tpu, "tile_and_block", lambda *_: (128, vocabulary))
 
 
 def inputs(tokens: int = T, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -52,9 +77,20 @@ def oracle(x: Any, w: Any, ids: Any, softcap: float | None, temperature: float) 
     }
 
 
-def directions(tokens: int) -> dict[str, np.ndarray]:
+def directions(tokens: int, *names: str) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(6)
-    return {name: rng.normal(size=tokens).astype(np.float32) for name in ("logp", "entropy", "lse")}
+    return {name: rng.normal(size=tokens).astype(np.float32) for name in names or NAMES}
+
+
+def interpreted(implementation: str | None) -> Any:
+    return pltpu.force_tpu_interpret_mode() if implementation == "tpu" else contextlib.nullcontext()
+
+
+def values(x: jax.Array, w: jax.Array, ids: jax.Array, **options: Any) -> dict[str, np.ndarray]:
+    with interpreted(options.get("implementation")):
+        outputs = jax.jit(functools.partial(head_logprob, **options))(x, w, ids)
+    assert all(numbers.dtype == jnp.float32 for numbers in outputs)
+    return dict(zip(NAMES, map(np.asarray, outputs), strict=True))
 
 
 def gradients(
@@ -66,140 +102,280 @@ def gradients(
         outputs: dict[str, jax.Array] = dict(zip(NAMES, head_logprob(x, w, ids, **options), strict=True))
         return sum((jnp.sum(outputs[name] * jnp.asarray(vector)) for name, vector in along.items()), jnp.float32(0))
 
-    dx, dw = jax.jit(jax.grad(scalar, argnums=(0, 1)))(x, w)
+    with interpreted(options.get("implementation")):
+        dx, dw = jax.jit(jax.grad(scalar, argnums=(0, 1)))(x, w)
+    assert dx.dtype == x.dtype
+    assert dw.dtype == w.dtype
     return np.asarray(dx, np.float64), np.asarray(dw, np.float64)
+
+
+def raw_gradient(expected: dict[str, np.ndarray], along: dict[str, np.ndarray]) -> np.ndarray:
+    return np.sum([along[name][:, None] * expected[f"d_{name}"] for name in along], axis=0)
 
 
 def relative(got: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
+@pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("softcap", "temperature"), CASES)
 @pytest.mark.parametrize("tokens", [T, 1])
-def test_values(
-    monkeypatch: pytest.MonkeyPatch, tokens: int, softcap: float | None, temperature: float, implementation: Any
-) -> None:
-    monkeypatch.setattr(xla, "CHUNK_LOGITS", 5 * V)
+def test_values_and_gradients_of_a_frozen_head(tokens: int, softcap: float | None, temperature: float, implementation: str) -> None:
+    """The values without a gradient too, which are another program. Logits up to 20: float32 keeps 2e-6 of them."""
     x, w, ids = inputs(tokens)
     expected = oracle(x, w, ids, softcap, temperature)
-    for trainable in (False, True):
-        got = jax.jit(
-            lambda x, w, trainable=trainable: head_logprob(
-                x, w, ids, temperature=temperature, softcap=softcap, head_trainable=trainable, implementation=implementation
-            )
-        )(x, w)
-        for name, values in zip(("logp", "entropy", "lse"), got, strict=True):
-            assert values.dtype == jnp.float32
-            np.testing.assert_allclose(values, expected[name], rtol=0, atol=1e-5)  # logits up to 20: float32 keeps 2e-6 of them
+    options: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "implementation": implementation}
+    for name, numbers in values(x, w, ids, **options).items():
+        np.testing.assert_allclose(numbers, expected[name], rtol=0, atol=1e-5)
+    for along in (directions(tokens, "logp"), directions(tokens, "logp", "lse", "entropy")):
+        dx, dw = gradients(x, w, ids, along, **options)
+        told = {name: vector for name, vector in along.items() if name != "entropy"}  # which has no gradient
+        assert relative(dx, raw_gradient(expected, told) @ np.asarray(w, np.float64)) < 1e-5
+        assert np.all(dw == 0)
 
 
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("implementation", ["reference", "gpu"])
 @pytest.mark.parametrize(("softcap", "temperature"), CASES)
 @pytest.mark.parametrize("tokens", [T, 1])
-def test_gradients_of_a_frozen_head(
-    monkeypatch: pytest.MonkeyPatch, tokens: int, softcap: float | None, temperature: float
+def test_values_and_gradients_of_a_trained_head(
+    tokens: int, softcap: float | None, temperature: float, implementation: str
 ) -> None:
-    monkeypatch.setattr(xla, "CHUNK_LOGITS", 5 * V)
     x, w, ids = inputs(tokens)
-    along = {name: vector for name, vector in directions(tokens).items() if name != "entropy"}
     expected = oracle(x, w, ids, softcap, temperature)
-    d_raw = along["logp"][:, None] * expected["d_logp"] + along["lse"][:, None] * expected["d_lse"]
-    dx, dw = gradients(x, w, ids, along, temperature=temperature, softcap=softcap)
-    assert relative(dx, d_raw @ np.asarray(w, np.float64)) < 1e-5
-    assert np.all(dw == 0)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("softcap", "temperature"), CASES)
-@pytest.mark.parametrize("tokens", [T, 1])
-def test_gradients_of_a_trained_head(
-    monkeypatch: pytest.MonkeyPatch, tokens: int, softcap: float | None, temperature: float, implementation: Any
-) -> None:
-    monkeypatch.setattr(xla, "CHUNK_LOGITS", 5 * V)
-    x, w, ids = inputs(tokens)
+    options: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "implementation": implementation}
+    options["head_trainable"] = True
+    for name, numbers in values(x, w, ids, **options).items():
+        np.testing.assert_allclose(numbers, expected[name], rtol=0, atol=1e-5)
     along = directions(tokens)
-    expected = oracle(x, w, ids, softcap, temperature)
-    d_raw = np.sum([along[name][:, None] * expected[f"d_{name}"] for name in along], axis=0)
-    options = {"temperature": temperature, "softcap": softcap, "head_trainable": True, "implementation": implementation}
+    d_raw = raw_gradient(expected, along)
     dx, dw = gradients(x, w, ids, along, **options)
     assert relative(dx, d_raw @ np.asarray(w, np.float64)) < 1e-5
     assert relative(dw, d_raw.T @ np.asarray(x, np.float64)) < 1e-5
 
 
-def test_a_frozen_head_gives_the_gradient_of_a_trained_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(xla, "CHUNK_LOGITS", 5 * V)
+def test_on_a_tpu_a_trained_head_is_the_plain_form() -> None:
+    """Not interpreted, so that a Pallas kernel would raise."""
     x, w, ids = inputs()
-    along = {"logp": directions(T)["logp"]}
-    frozen, _ = gradients(x, w, ids, along, temperature=0.7, softcap=3.0)
-    trained, _ = gradients(x, w, ids, along, temperature=0.7, softcap=3.0, head_trainable=True)
-    assert relative(frozen, trained) < 1e-6
+    options: dict[str, Any] = {"head_trainable": True, "softcap": 3.0}
+    along = directions(T)
+    with contextlib.nullcontext():
+        plain = jax.grad(lambda x: jnp.sum(head_logprob(x, w, ids, implementation="tpu", **options)[1]))(x)
+    np.testing.assert_array_equal(plain, gradients(x, w, ids, {"entropy": np.ones_like(along["logp"])}, **options)[0])
 
 
-@pytest.mark.parametrize("trainable", [False, True])
-def test_bfloat16(monkeypatch: pytest.MonkeyPatch, trainable: bool) -> None:
-    """Held to float64 on the same rounded numbers: logits are summed in float32, and only probabilities are rounded, to 8 bits."""
-    monkeypatch.setattr(xla, "CHUNK_LOGITS", 5 * V)
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16(implementation: str, softcap: float | None) -> None:
+    """Held to float64 on the same rounded numbers: products are exact in float32, and only probabilities and results rounded."""
+    x, w, ids = inputs(dtype=jnp.bfloat16)
+    expected = oracle(x.astype(jnp.float32), w.astype(jnp.float32), ids, softcap, 1.0)
+    options: dict[str, Any] = {"softcap": softcap, "implementation": implementation}
+    for name, numbers in values(x, w, ids, **options).items():
+        np.testing.assert_allclose(numbers, expected[name], rtol=0, atol=1e-5)
+    for along in (directions(T, "logp"), directions(T, "lse"), directions(T, "logp", "lse")):
+        dx, _ = gradients(x, w, ids, along, **options)
+        assert relative(dx, raw_gradient(expected, along) @ np.asarray(w, np.float64)) < 3e-3
+
+
+@pytest.mark.usefixtures("_small_tiles")
+def test_bfloat16_where_the_head_trains() -> None:
+    """Gradients of the logits are rounded to 8 bits, then results."""
     x, w, ids = inputs(dtype=jnp.bfloat16)
     expected = oracle(x.astype(jnp.float32), w.astype(jnp.float32), ids, None, 1.0)
-    logp, entropy, lse = head_logprob(x, w, ids, head_trainable=trainable)
-    for got, name in ((logp, "logp"), (entropy, "entropy"), (lse, "lse")):
-        assert got.dtype == jnp.float32
-        np.testing.assert_allclose(got, expected[name], rtol=0, atol=1e-4)
-    along = {"logp": directions(T)["logp"]}
-    dx, dw = gradients(x, w, ids, along, head_trainable=trainable)
-    d_raw = along["logp"][:, None] * expected["d_logp"]
-    assert relative(dx, d_raw @ np.asarray(w, np.float64)) < 0.01
-    if trainable:
-        assert relative(dw, d_raw.T @ np.asarray(x, np.float64)) < 0.01
+    along = directions(T)
+    d_raw = raw_gradient(expected, along)
+    dx, dw = gradients(x, w, ids, along, head_trainable=True)
+    assert relative(dx, d_raw @ np.asarray(w, np.float64)) < 5e-3
+    assert relative(dw, d_raw.T @ np.asarray(x, np.float64)) < 5e-3
 
 
-def test_the_chunk_size_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("implementation", ["gpu", "tpu"])
+def test_a_sure_token_keeps_the_digits_of_its_gradient(implementation: str) -> None:
+    """Each token by itself, in bfloat16, where 1 − p is about 1e-3 and W[y] − E_p[W] would be a difference of near numbers."""
+    x, w, ids = inputs(dtype=jnp.bfloat16)
+    w = w.at[ids].set((x.astype(jnp.float32) * 1.2).astype(jnp.bfloat16))
+    expected = oracle(x.astype(jnp.float32), w.astype(jnp.float32), ids, None, 1.0)
+    dx, _ = gradients(x, w, ids, {"logp": np.ones(T, np.float32)}, implementation=implementation)
+    exact = expected["d_logp"] @ np.asarray(w, np.float64)
+    assert np.sum(expected["logp"] > -2e-3) > 3
+    assert np.max(np.linalg.norm(dx - exact, axis=1) / np.linalg.norm(exact, axis=1)) < 6e-3
+
+
+@pytest.mark.parametrize("implementation", ["gpu", "tpu"])
+def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, implementation: str) -> None:
     x, w, ids = inputs()
     along = directions(T)
 
-    def everything() -> tuple[Any, ...]:
-        values = jax.jit(lambda x, w: head_logprob(x, w, ids, temperature=0.7))(x, w)
-        return values, *gradients(x, w, ids, along, head_trainable=True)
+    def everything() -> Any:
+        trained_too = gradients(x, w, ids, along, head_trainable=True, implementation=implementation)
+        options: dict[str, Any] = {"temperature": 0.7, "implementation": implementation}
+        return values(x, w, ids, **options), gradients(x, w, ids, along, **options), trained_too
 
     whole = everything()
-    for logits in (1, T * V - 1):  # less than one token's logits still takes one token at a time
-        monkeypatch.setattr(xla, "CHUNK_LOGITS", logits)
+    for tokens, vocabulary in ((1, 128), (22, 1152)):
+        set_tiles(monkeypatch, tokens, vocabulary)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), everything(), whole)
 
 
-def test_extreme_logits_neither_overflow_nor_give_nan() -> None:
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_extreme_logits_neither_overflow_nor_give_nan(implementation: str) -> None:
     x, w, ids = inputs()
     x = x * 1e3
     for trainable in (False, True):
-        outputs = jax.jit(lambda x, w, trainable=trainable: head_logprob(x, w, ids, head_trainable=trainable))(x, w)
-        dx, dw = gradients(x, w, ids, directions(T), head_trainable=trainable)
-        assert all(np.all(np.isfinite(a)) for a in (*outputs, dx, dw))
-        assert float(outputs[1].min()) >= 0
+        options: dict[str, Any] = {"head_trainable": trainable, "implementation": implementation}
+        numbers = values(x, w, ids, **options)
+        dx, dw = gradients(x, w, ids, directions(T), **options)
+        assert all(np.all(np.isfinite(a)) for a in (*numbers.values(), dx, dw))
+        assert numbers["entropy"].min() >= 0
+        assert numbers["logp"].max() <= 0
 
 
-def test_temperature_may_be_traced() -> None:
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_token_that_is_no_row_of_the_head_has_no_probability(implementation: str) -> None:
     x, w, ids = inputs()
-    got = jax.jit(lambda t: head_logprob(x, w, ids, temperature=t)[0])(jnp.float32(0.5))
-    np.testing.assert_allclose(got, oracle(x, w, ids, None, 0.5)["logp"], rtol=0, atol=1e-5)
+    ids = ids.at[:3].set(jnp.array([-1, V, V + 300], jnp.int32))
+    expected = oracle(x, w, ids % V, None, 1.0)
+    got = values(x, w, ids, implementation=implementation)
+    assert np.all(np.isneginf(got["logp"][:3]))
+    for name in ("entropy", "lse"):
+        np.testing.assert_allclose(got[name], expected[name], rtol=0, atol=1e-5)
+    dx, _ = gradients(x, w, ids, directions(T, "lse"), implementation=implementation)
+    assert relative(dx, raw_gradient(expected, directions(T, "lse")) @ np.asarray(w, np.float64)) < 1e-5
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_temperature_may_be_traced(implementation: str) -> None:
+    x, w, ids = inputs()
+    got = values(x, w, ids, temperature=jnp.float32(0.5), implementation=implementation)
+    np.testing.assert_allclose(got["logp"], oracle(x, w, ids, None, 0.5)["logp"], rtol=0, atol=1e-5)
+
+
+def test_the_kernel_has_no_race(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two tiles of tokens, three blocks of the vocabulary; the interpreter prints the races that it finds."""
+    monkeypatch.setattr(pallas_tpu, "tile_and_block", lambda *_: (128, 512))
+    x, w, ids = inputs(140)
+    along = jnp.asarray(directions(140)["logp"])
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        dx = jax.jit(jax.grad(lambda x: jnp.sum(along * head_logprob(x, w, ids, implementation="tpu")[0])))(x)
+    exact = along[:, None] * (oracle(x, w, ids, None, 1.0)["d_logp"] @ np.asarray(w, np.float64))
+    assert relative(np.asarray(dx, np.float64), np.asarray(exact)) < 1e-5
+    assert "RACE" not in capsys.readouterr().out.upper()
+
+
+def test_a_head_on_four_devices(repository: Path) -> None:
+    """Every implementation, against the reference on one device."""
+    paths = os.pathsep.join([str(repository / "kernels"), os.environ.get("PYTHONPATH", "")])
+    program = [sys.executable, str(repository / "tests" / "vocabulary_parallel.py")]
+    done = subprocess.run(program, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_backward_pass_of_a_frozen_head_talks_to_no_other_device() -> None:
+    """It runs where there is no axis to talk along."""
+    numbers, vectors = jnp.ones((T,)), jnp.ones((T, H))
+    kept = (vectors, vectors[:0], vectors, jnp.zeros((T,), jnp.int32), numbers, numbers, jnp.float32(1))
+    how = frozen.How("gpu", None, "model")
+    assert frozen.frozen_head_backward(how, kept, (numbers, numbers, numbers))[0].shape == (T, H)
+
+
+@pytest.mark.parametrize("implementation", ["gpu", "tpu"])
 @pytest.mark.parametrize("trainable", [False, True])
-def test_there_is_never_an_array_of_tokens_by_vocabulary(trainable: bool) -> None:
-    tokens, vocabulary, width = 1024, 32768, 8
-    shapes = (
-        jax.ShapeDtypeStruct((tokens, width), jnp.float32),
-        jax.ShapeDtypeStruct((vocabulary, width), jnp.float32),
-        jax.ShapeDtypeStruct((tokens,), jnp.int32),
-    )
+def test_there_is_never_an_array_of_tokens_by_vocabulary(trainable: bool, implementation: str) -> None:
+    tokens, vocabulary, width = 8192, 32768, 8
+    sizes: list[tuple[tuple[int, ...], Any]] = [
+        ((tokens, width), "float32"),
+        ((vocabulary, width), "float32"),
+        ((tokens,), "int32"),
+    ]
+    shapes = [jax.ShapeDtypeStruct(*size) for size in sizes]
 
     def scalar(x: jax.Array, w: jax.Array, ids: jax.Array) -> jax.Array:
-        logp, entropy, lse = head_logprob(x, w, ids, head_trainable=trainable)
-        return jnp.sum(logp) + jnp.sum(entropy) + jnp.sum(lse)
+        outputs = head_logprob(x, w, ids, head_trainable=trainable, implementation=implementation)
+        return sum((jnp.sum(numbers) for numbers in outputs), jnp.float32(0))
 
-    gradient = jax.grad(scalar, argnums=(0, 1))
-    assert array_sizes(jax.make_jaxpr(gradient)(*shapes)) <= 2 * xla.CHUNK_LOGITS < tokens * vocabulary
-    memory: Any = jax.jit(gradient).lower(*shapes).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 4 * tokens * vocabulary
+    traced = jax.make_jaxpr(jax.grad(scalar, argnums=(0, 1)))(*shapes)
+    assert array_sizes(traced) <= trained.CHUNK_LOGITS < tokens * vocabulary / 16
+
+
+def temporary_bytes(program: Any, shape: Shape, dtype: Any, sharding: Any = None) -> int:
+    x = jax.ShapeDtypeStruct((shape.tokens, shape.width), dtype, sharding=sharding)
+    w = jax.ShapeDtypeStruct((shape.vocabulary, shape.width), dtype, sharding=sharding)
+    ids = jax.ShapeDtypeStruct((shape.tokens,), jnp.int32, sharding=sharding)
+    memory: Any = jax.jit(program).lower(x, w, ids).compile().memory_analysis()
+    return memory.temp_size_in_bytes
+
+
+def value_and_gradient(x: Any, w: Any, ids: Any, **options: Any) -> Any:
+    return jax.value_and_grad(lambda x: jnp.sum(head_logprob(x, w, ids, **options)[0]))(x)
+
+
+def values_and_kept(x: Any, w: Any, ids: Any, **options: Any) -> Any:
+    return jax.vjp(lambda x: head_logprob(x, w, ids, **options), x)
+
+
+def test_on_a_cpu_it_takes_a_twentieth_of_the_memory() -> None:
+    own, plain = (
+        temporary_bytes(functools.partial(value_and_gradient, implementation=name), LAPTOP, jnp.float32)
+        for name in (None, "reference")
+    )
+    print(f"{LAPTOP}: temporaries {own / MIB:.0f} MiB, plain {plain / MIB:.0f}")
+    assert own < plain / 20
+
+
+@pytest.fixture(scope="module")
+def chips() -> Iterator[dict[str, SingleDeviceSharding]]:
+    """TPUs that are not there. Programs for them can be written to the cache on disk, but not read without one."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs the libtpu wheel, which is for Linux on x86-64")
+    from jax.experimental import topologies
+
+    jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_disable_most_optimizations", False)  # memory is to be what users get
+    compilation_cache.reset_cache()
+    named = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
+    yield {chip: SingleDeviceSharding(topologies.get_topology_desc(name, "tpu").devices[0]) for chip, name in named.items()}
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize(
+    "shape", [QWEN3_8B, LLAMA_3_8B, GEMMA_3_4B, GEMMA_2_2B], ids=["Qwen3-8B", "Llama-3.1-8B", "Gemma-3-4B", "Gemma-2-2B"]
+)
+def test_on_a_tpu_values_and_what_is_kept_take_no_temporaries(chips: dict[str, Any], chip: str, shape: Shape) -> None:
+    if shape == GEMMA_2_2B and chip == "v5e":
+        pytest.skip("the soft cap once")
+    program = functools.partial(values_and_kept, implementation="tpu", softcap=shape.softcap)
+    assert temporary_bytes(program, shape, jnp.bfloat16, chips[chip]) == 0
+
+
+def test_on_a_tpu_a_gradient_takes_the_kept_vector_and_no_more(chips: dict[str, Any]) -> None:
+    """Beside one [T, H] array in bfloat16 a few numbers a token; and nothing where no gradient is wanted."""
+    gradient = functools.partial(value_and_gradient, implementation="tpu")
+    alone = functools.partial(head_logprob, implementation="tpu")
+    kept = 2 * QWEN3_8B.tokens * QWEN3_8B.width
+    assert temporary_bytes(gradient, QWEN3_8B, jnp.bfloat16, chips["v6e"]) < kept + MIB
+    assert temporary_bytes(alone, QWEN3_8B, jnp.bfloat16, chips["v6e"]) == 0
+
+
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_on_a_tpu_odd_sizes_compile(chips: dict[str, Any], tokens: int) -> None:
+    program = functools.partial(value_and_gradient, implementation="tpu", softcap=3.0)
+    assert temporary_bytes(program, Shape(tokens, 64, 1187), jnp.float32, chips["v5e"]) < MIB
+
+
+def test_an_older_tpu_gets_smaller_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A v4 has 16 MiB of vector memory."""
+    tile, block = pallas_tpu.tile_and_block(8192, 4096, 151_936, 2, True, 12 * MIB)
+    needed = tile * 4096 * (2 * 2 + 4 + 2 * 2) + 2 * 2 * block * 4096
+    assert (tile, block) == (128, 256)
+    assert needed < 12 * MIB
 
 
 @pytest.mark.parametrize(
@@ -207,9 +383,11 @@ def test_there_is_never_an_array_of_tokens_by_vocabulary(trainable: bool) -> Non
     [
         ({"x": jnp.zeros((3, 4, 5))}, r"x \(3, 4, 5\)"),
         ({"w": jnp.zeros((7, 5))}, r"w \(7, 5\)"),
+        ({"x": jnp.zeros((0, 4)), "ids": jnp.zeros((0,), jnp.int32)}, "empty"),
         ({"ids": jnp.zeros((2,), jnp.int32)}, r"ids \(2,\)"),
         ({"w": jnp.zeros((7, 4), jnp.bfloat16)}, "bfloat16"),
-        ({"implementation": "pallas"}, "pallas"),
+        ({"implementation": "xla"}, "xla"),
+        ({"implementation": "tpu"}, "interpret"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:

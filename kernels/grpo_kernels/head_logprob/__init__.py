@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from grpo_kernels.head_logprob.frozen import How, frozen_head
 from grpo_kernels.head_logprob.reference import head_logprob_reference
-from grpo_kernels.head_logprob.xla import frozen_head, trainable_head
+from grpo_kernels.head_logprob.trained import trained_head
 
-Implementation = Literal["reference", "xla"]
+__all__ = ["head_logprob"]
 
 
 def head_logprob(
@@ -22,19 +21,26 @@ def head_logprob(
     temperature: float | Float[Array, ""] = 1.0,
     softcap: float | None = None,
     head_trainable: bool = False,
-    implementation: Implementation | None = None,
+    vocab_axis: str | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "T"], Float[Array, "T"], Float[Array, "T"]]:
     """Log-probability of each token, and the entropy and log-sum-exp of its distribution.
 
     Args:
         x: hidden states, float32 or bfloat16; with `w` in the same dtype.
         w: the head, one row per vocabulary entry.
-        ids: the tokens.
-        temperature: divides the (capped) logits.
+        ids: the tokens. One that is no row of the head has probability 0, logp −∞.
+        temperature: divides the (capped) logits; has no gradient.
         softcap: c in c·tanh(logit / c); None is off.
-        head_trainable: whether `w` needs a gradient. If not, the gradient with respect to x takes one vector per token, and
-            entropy has none.
-        implementation: `reference` (plain, builds [T, V]), `xla` (chunks of tokens), or None for `xla`.
+        head_trainable: whether `w`, or the entropy, needs a gradient. If not, the gradient with respect to x takes one vector per
+            token, found in the forward pass, and entropy has none. If so, every implementation but `reference` computes logits
+            again in the backward pass, in plain XLA, `tpu` too: twice the operations.
+        vocab_axis: within `shard_map`, the mesh axis along which the head lies: `w` is this device's rows, equally many on each,
+            in the order of the axis; ids count through all of them, and x and ids are the same on each. So are the results, and a
+            frozen head's gradient, whose backward pass has no collective. Take gradients outside of `shard_map`, or within one
+            that checks how values vary (its default).
+        implementation: `reference` (plain, builds [T, V]), `tpu` (Pallas, no logits in device memory), `gpu` (plain XLA, at most
+            4,096 × 2,048 logits at once; runs anywhere), or None: `tpu` on a TPU, else `gpu`.
 
     Returns:
         (logp, entropy, lse), float32 nats.
@@ -44,15 +50,23 @@ def head_logprob(
     """
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[1]:
         raise ValueError(f"head_logprob: x {x.shape} and w {w.shape} do not fit; x is [T, H], w is [V, H]")
+    if 0 in x.shape or 0 in w.shape:
+        raise ValueError(f"head_logprob: x {x.shape} or w {w.shape} is empty; give at least one token and one row")
     if ids.shape != x.shape[:1]:
         raise ValueError(f"head_logprob: ids {ids.shape} do not fit x {x.shape}; one id per row")
-    if x.dtype != w.dtype:
-        raise ValueError(f"head_logprob: x is {x.dtype} and w is {w.dtype}; cast one of them")
-    tau = jnp.asarray(temperature, jnp.float32)
+    if x.dtype != w.dtype or x.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(f"head_logprob: x is {x.dtype} and w is {w.dtype}; make both float32 or both bfloat16")
+    if implementation is None:
+        implementation = "tpu" if jax.default_backend() == "tpu" else "gpu"
+    if implementation not in ("reference", "tpu", "gpu"):
+        raise ValueError(
+            f"head_logprob: implementation {implementation!r} is unknown; use 'reference', 'tpu', 'gpu' or None for the device's"
+        )
+    ids, tau = ids.astype(jnp.int32), jnp.asarray(temperature, jnp.float32)
+    w = w if head_trainable else jax.lax.stop_gradient(w)
     if implementation == "reference":
-        return head_logprob_reference(x, w, ids, tau, softcap)
-    if implementation not in (None, "xla"):
-        raise ValueError(f"head_logprob: implementation {implementation!r} is unknown; use 'reference', 'xla' or None")
+        logp, entropy, lse = head_logprob_reference(x, w, ids, tau, softcap, vocab_axis)
+        return logp, entropy if head_trainable else jax.lax.stop_gradient(entropy), lse
     if head_trainable:
-        return trainable_head(x, w, ids, tau, softcap)
-    return frozen_head(x, jax.lax.stop_gradient(w), ids, tau, softcap)
+        return trained_head(x, w, ids, tau, softcap, vocab_axis)
+    return frozen_head(x, w, ids, tau, How(implementation, softcap, vocab_axis))

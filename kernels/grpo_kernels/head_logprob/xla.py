@@ -1,105 +1,113 @@
-"""`head_logprob` in chunks of tokens: never more than a few million logits at once, on any device.
+"""`head_logprob` in plain XLA, for CPU and GPU: tiles of tokens against chunks of the vocabulary, with the sums kept as they go.
 
-With a frozen head the whole gradient of a token is one H-vector, ∂ logp_t / ∂ x_t = (W[y_t] − E_p[W]) / τ with E_p[W] = Σ_v p_v
-W[v]. It is computed in the forward pass, where p is at hand, and kept; the backward pass is a product per element: 4·T·V·H
-operations in all, where computing the logits again takes 6. With a soft cap c, row v counts with 1 − (s_v / c)², s_v its capped
-logit.
+A tile's sums and its H-vector a token (float32) are carried over the chunks, as flash attention carries its output. Never more
+than `tile_tokens` × `VOCABULARY` logits exist. W is read once a tile, neither padded nor copied: the last chunk starts early, and
+what was seen before is masked.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
-CHUNK_LOGITS = 2**22
-"""Logits in flight; 16 MiB in float32."""
+from grpo_kernels.head_logprob.sums import LOWEST, Sums, cap_and_slope, has_row, product_precision, vary_like
 
-Outputs = tuple[Array, Array, Array]
+TOKENS = 4096
+"""Tokens of a tile: a GPU wants large products, each of which costs a launch."""
+
+TOKENS_ON_CPU = 1024
+"""A CPU wants what its caches hold; a tenth faster than 2,048 at H = 1,024."""
+
+VOCABULARY = 2048
+"""Rows of W in a chunk."""
 
 
-def chunked(function: Any, x: Array, ids: Array, vocabulary: int) -> Any:
-    """Maps `function(x chunk, ids chunk)` over chunks of tokens; the last one is padded and cut."""
+def tile_tokens() -> int:
+    """By the device of this process."""
+    return TOKENS_ON_CPU if jax.default_backend() == "cpu" else TOKENS
+
+
+def pieces(size: int, most: int, multiple: int) -> tuple[int, int]:
+    """How many pieces, and of what size; the last may overlap the one before it."""
+    count = -(-size // most)
+    each = min(size, -(-size // (count * multiple)) * multiple)
+    return -(-size // each), each
+
+
+def chunk_logits(
+    x: Array, w: Array, number: Any, size: int, temperature: Array, softcap: float | None
+) -> tuple[Array, Array, Array, Array | None]:
+    """Rows of W, the first one's number, their logits (capped, over temperature; lowest where seen before) and slopes."""
+    vocabulary = w.shape[0]
+    start = jnp.minimum(number * size, vocabulary - size)
+    part = jax.lax.dynamic_slice_in_dim(w, start, size)
+    raw = jnp.einsum("th,vh->tv", x, part, precision=product_precision(x.dtype), preferred_element_type=jnp.float32)
+    logits, slope = cap_and_slope(raw, softcap)
+    logits = logits / temperature
+    if vocabulary % size:
+        new = start + jnp.arange(size, dtype=jnp.int32) >= number * size
+        logits = jnp.where(new[None, :], logits, jnp.float32(LOWEST))
+    return part, start, logits, slope
+
+
+def tile_sums(x: Array, ids: Array, w: Array, temperature: Array, softcap: float | None, with_mean: bool) -> Sums:
+    """One tile of tokens against the vocabulary."""
+    tokens, width = x.shape
+    chunks, size = pieces(w.shape[0], VOCABULARY, 128)
+
+    def step(before: Sums, number: Any) -> tuple[Sums, None]:
+        part, start, logits, slope = chunk_logits(x, w, number, size, temperature, softcap)
+        at = ids - start
+        own = at[:, None] == jnp.arange(size, dtype=jnp.int32)[None, :]
+        top = jnp.maximum(before.top, jnp.max(logits, axis=1))
+        fall = before.top - top
+        keep = jnp.exp(fall)
+        gap = logits - top[:, None]
+        weights = jnp.where(own, jnp.float32(0), jnp.exp(gap))
+        rest = keep * before.rest + jnp.sum(weights, axis=1)
+        gaps = keep * (before.gaps + before.rest * fall) + jnp.sum(weights * gap, axis=1)
+        picked = jnp.take_along_axis(logits, jnp.clip(at, 0, size - 1)[:, None], axis=1)[:, 0]
+        target = jnp.where(has_row(at, size) & (ids >= number * size), picked, before.target)
+        mean = None
+        if before.mean is not None:
+            factors = (weights if slope is None else weights * slope).astype(x.dtype)
+            more = jnp.einsum("tv,vh->th", factors, part, precision=product_precision(x.dtype), preferred_element_type=jnp.float32)
+            mean = keep[:, None] * before.mean + more
+        return Sums(top, rest, gaps, target, mean), None
+
+    lowest, zeros = jnp.full((tokens,), LOWEST, jnp.float32), jnp.zeros((tokens,), jnp.float32)
+    blank = Sums(lowest, zeros, zeros, lowest, jnp.zeros((tokens, width), jnp.float32) if with_mean else None)
+    blank = vary_like(blank, x, w, ids, temperature)
+    sums, _ = jax.lax.scan(step, blank, jnp.arange(chunks, dtype=jnp.int32))
+    if sums.mean is None:
+        return sums
+    total = sums.rest + jnp.exp(sums.target - sums.top)
+    return sums._replace(mean=(sums.mean / jnp.where(total > 0, total, jnp.float32(1))[:, None]).astype(x.dtype))
+
+
+def sums_xla(
+    x: Float[Array, "T H"],
+    w: Float[Array, "V H"],
+    ids: Int[Array, "T"],
+    temperature: Float[Array, ""],
+    softcap: float | None,
+    with_mean: bool,
+) -> Sums:
+    """See `Sums`; the last tile of tokens starts early and computes what the one before it had too."""
     tokens = x.shape[0]
-    size = max(1, min(tokens, CHUNK_LOGITS // vocabulary))
-    chunks = -(-tokens // size)
-    if chunks == 1:
-        return function(x, ids)
-    pad = chunks * size - tokens
-    x = jnp.pad(x, ((0, pad), (0, 0))).reshape(chunks, size, x.shape[1])
-    ids = jnp.pad(ids, (0, pad)).reshape(chunks, size)
-    outputs = jax.lax.map(lambda pair: function(*pair), (x, ids))
-    return jax.tree.map(lambda y: y.reshape(chunks * size, *y.shape[2:])[:tokens], outputs)
+    tiles, size = pieces(tokens, tile_tokens(), 1)
+    if tiles == 1:
+        return tile_sums(x, ids, w, temperature, softcap, with_mean)
 
+    def tile(number: Any, whole: Sums) -> Sums:
+        start = jnp.minimum(number * size, tokens - size)
+        rows, own = (jax.lax.dynamic_slice_in_dim(part, start, size) for part in (x, ids))
+        sums = tile_sums(rows, own, w, temperature, softcap, with_mean)
+        return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, start, 0), whole, sums)
 
-def capped_logits(x: Array, w: Array, temperature: Array, softcap: float | None) -> tuple[Array, Array | None]:
-    """float32 logits over temperature, and ∂ cap / ∂ logit where there is a cap."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    logits = jnp.einsum("th,vh->tv", x, w, precision=precision, preferred_element_type=jnp.float32)
-    if softcap is None:
-        return logits / temperature, None
-    ratio = jnp.tanh(logits / jnp.float32(softcap))
-    return jnp.float32(softcap) * ratio / temperature, 1 - jnp.square(ratio)
-
-
-def statistics(logits: Array, ids: Array) -> tuple[Array, Array, Array, Array]:
-    """logp, entropy, lse, and the probabilities."""
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    p = weights / total
-    lse = (top + jnp.log(total))[:, 0]
-    logp = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0] - lse
-    return logp, lse - jnp.sum(p * logits, axis=-1), lse, p
-
-
-def trainable_head(x: Array, w: Array, ids: Array, temperature: Array, softcap: float | None) -> Outputs:
-    """Logits are computed again in the backward pass, since dW needs them; every output has its gradient."""
-
-    @jax.checkpoint
-    def chunk(x: Array, ids: Array) -> Outputs:
-        return statistics(capped_logits(x, w, temperature, softcap)[0], ids)[:3]
-
-    return chunked(chunk, x, ids, w.shape[0])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def frozen_head(
-    x: Float[Array, "T H"], w: Float[Array, "V H"], ids: Int[Array, "T"], temperature: Float[Array, ""], softcap: float | None
-) -> Outputs:
-    """No gradient is wanted (or only its value): E_p[W] is not computed."""
-    return chunked(lambda x, ids: statistics(capped_logits(x, w, temperature, softcap)[0], ids)[:3], x, ids, w.shape[0])
-
-
-def frozen_head_forward(x: Array, w: Array, ids: Array, temperature: Array, softcap: float | None) -> tuple[Outputs, Any]:
-    """`frozen_head`, and ∂ logp / ∂ x and ∂ lse / ∂ x of every token."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-
-    def chunk(x: Array, ids: Array) -> tuple[Array, ...]:
-        logits, slope = capped_logits(x, w, temperature, softcap)
-        logp, entropy, lse, p = statistics(logits, ids)
-        p = p if slope is None else p * slope
-        mean = jnp.einsum("tv,vh->th", p.astype(x.dtype), w, precision=precision, preferred_element_type=jnp.float32)
-        target = jnp.take(w, ids, axis=0).astype(jnp.float32)
-        if slope is not None:
-            target = target * jnp.take_along_axis(slope, ids[:, None], axis=-1)
-        return logp, entropy, lse, ((target - mean) / temperature), mean / temperature
-
-    logp, entropy, lse, d_logp, d_lse = chunked(chunk, x, ids, w.shape[0])
-    return (logp, entropy, lse), (d_logp.astype(x.dtype), d_lse.astype(x.dtype))
-
-
-def frozen_head_backward(softcap: float | None, kept: Any, cotangents: Outputs) -> tuple[Any, ...]:
-    """A product per element."""
-    d_logp, d_lse = kept
-    from_logp, _, from_lse = cotangents
-    dx = from_logp[:, None] * d_logp.astype(jnp.float32) + from_lse[:, None] * d_lse.astype(jnp.float32)
-    zero_ids = np.zeros(from_logp.shape, jax.dtypes.float0)
-    return dx.astype(d_logp.dtype), None, zero_ids, None
-
-
-frozen_head.defvjp(frozen_head_forward, frozen_head_backward)
+    numbers = jnp.zeros((tokens,), jnp.float32)
+    blank = Sums(numbers, numbers, numbers, numbers, jnp.zeros(x.shape, x.dtype) if with_mean else None)
+    return jax.lax.fori_loop(0, tiles, tile, vary_like(blank, x, w, ids, temperature))
