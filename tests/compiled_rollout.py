@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,7 @@ class Memory:
     Attributes:
         arguments, temporaries, in_place: as the compiler says; in_place is what the results share with the arguments.
         weights, prefix, past, newest, logits: of the arrays that are known beforehand. prefix: one copy a prompt.
+        copied: written at every token to put weights, prefix and past somewhere else, for all layers.
     """
 
     arguments: int
@@ -57,6 +59,7 @@ class Memory:
     past: int
     newest: int
     logits: int
+    copied: int
 
 
 def size_of(tree: Any) -> int:
@@ -111,7 +114,27 @@ def segment_memory(
         past=size_of(levels),
         newest=size_of(jax.eval_shape(lambda: past((SEGMENT_TOKENS,)))),
         logits=4 * slots * VOCAB,
+        copied=LAYERS * copied_bytes(compiled.as_text(), (weights, held, levels)),
     )
+
+
+def copied_bytes(program: str, arrays: Any) -> int:
+    """Bytes that a turn of the compiled loop over the layers writes in the shape of one layer of the arrays, or of all layers."""
+    loops = set(re.findall(r"body=%?([\w.\-]+)", program))
+    found = re.findall(r"^%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", program, re.MULTILINE | re.DOTALL)
+    bodies = {name: body for name, body in found if name in loops}
+    inner = {name for body in bodies.values() for name in re.findall(r"body=%?([\w.\-]+)", body)}
+    shapes = {leaf.shape for leaf in jax.tree.leaves(arrays) if leaf.ndim > 2 and leaf.shape[0] == LAYERS}
+    single = {(1, *shape[1:]) for shape in shapes} | {shape[1:] for shape in shapes}
+    total = 0
+    for name in inner:
+        for kind, operation in re.findall(r" = (\(.*?\)|\S+) ([\w\-]+)\(", bodies[name]):
+            # An array of all layers that another operation gives is written in place.
+            wanted = {"copy": shapes | single, "copy-done": shapes | single, "fusion": single, "fusion-done": single}
+            for number, sizes in re.findall(r"[a-z]+(\d+)\[([\d,]+)\]", kind):
+                shape = tuple(map(int, sizes.split(",")))
+                total += math.prod(shape) * int(number) // 8 * (shape in wanted.get(operation, ()))
+    return total
 
 
 def assert_nothing_is_there_twice(memory: Memory) -> None:
@@ -122,7 +145,12 @@ def assert_nothing_is_there_twice(memory: Memory) -> None:
     assert memory.temporaries < memory.prefix / 2
 
 
+def assert_nothing_is_copied_at_every_token(memory: Memory) -> None:
+    """But for a hundredth of what has to be read: arrays of little size, which XLA may hold in faster memory."""
+    assert memory.copied < (memory.weights + memory.prefix + memory.past) / 100
+
+
 def line(name: str, memory: Memory) -> str:
     """One row for a person, in MiB."""
-    parts = ("weights", "prefix", "past", "temporaries")
+    parts = ("weights", "prefix", "past", "temporaries", "copied")
     return f"{name}: " + ", ".join(f"{part} {getattr(memory, part) / 2**20:,.0f} MiB" for part in parts)

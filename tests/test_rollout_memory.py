@@ -11,7 +11,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
-from compiled_rollout import assert_nothing_is_there_twice, line, segment_memory
+from compiled_rollout import assert_nothing_is_copied_at_every_token, assert_nothing_is_there_twice, line, segment_memory
 
 
 @pytest.fixture(scope="module")
@@ -32,3 +32,4 @@ def test_a_prompt_is_held_once_and_nothing_is_copied(v6e: Any) -> None:
     memory = segment_memory(v6e, refilled=True, implementation="tpu")
     print(line("v6e, refilled", memory))
     assert_nothing_is_there_twice(memory)
+    assert_nothing_is_copied_at_every_token(memory)

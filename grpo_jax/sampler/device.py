@@ -24,8 +24,12 @@ from grpo_jax.types import Params
 from grpo_kernels.decode_attention import chosen
 from grpo_kernels.head_sample import head_sample
 
-GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0}
-"""XLA would join products of one input, and at every token copy weights, or keys and values, side by side to do so."""
+GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0, "xla_gpu_enable_triton_gemm": False}
+"""So that at every token weights, keys and values are read where they lie.
+
+XLA would join products of one input, and for that copy weights, or keys and values, side by side. And it copies a layer's part of
+stacked arrays for its own kernels for products (Triton), while cuBLAS, from jax 0.11.2 on, gets the address. With quantised weights
+it is the other way round: only the former take them as they are."""
 
 
 @struct.dataclass
@@ -155,7 +159,7 @@ def prefill(model: Transformer, variables: Params, prompts: Int[Array, "B P"], l
     """Runs prompts. Their keys and values are kept; of the hidden states only the last one of each."""
     b, p = prompts.shape
     positions = jnp.broadcast_to(jnp.arange(p, dtype=jnp.int32)[None, :], (b, p))
-    attend = prefill_attend(model.spec, lengths, p)
+    attend = prefill_attend(model.spec, lengths, p, model.implementation)
     hidden, _, stacked = forward(model, variables, prompts, positions, attend, wanted=last_and_own(lengths, p))
     last = hidden[:, 0]
     if isinstance(variables["params"]["layers"], dict):

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from compiled_rollout import assert_nothing_is_there_twice, line, segment_memory
+from compiled_rollout import assert_nothing_is_copied_at_every_token, assert_nothing_is_there_twice, line, segment_memory
 from grpo_jax.sampler.device import GPU_OPTIONS
 
 
@@ -26,3 +27,5 @@ def test_a_prompt_is_held_once_and_nothing_is_copied(refilled: bool, h200: Any) 
     memory = segment_memory(h200, refilled=refilled, options=GPU_OPTIONS)
     print(line(f"H200, refilled={refilled}", memory))
     assert_nothing_is_there_twice(memory)
+    if tuple(map(int, jax.__version__.split(".")[:3])) >= (0, 11, 2):  # before, XLA copies each layer's part of all arrays
+        assert_nothing_is_copied_at_every_token(memory)
