@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
 from grpo_kernels.quantized_matmul import quantized_matmul, quantized_shapes, xla
@@ -16,11 +18,15 @@ from grpo_kernels.quantized_matmul.shapes import LLAMA_3_8B_UP, ROWS
 
 
 @pytest.fixture(scope="module")
-def h200() -> Any:
-    """One H200 that is not there."""
+def h200() -> Iterator[Any]:
+    """One H200 that is not there. Programs for it can be written to the cache on disk, but not read without one."""
     target = (Path(__file__).parent / "h200.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", topology_name="h200", target_config=target, topology="1x1x1")
-    return SingleDeviceSharding(topology.devices[0])
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield SingleDeviceSharding(topology.devices[0])
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize("rows", ROWS)
