@@ -25,7 +25,7 @@ from grpo_kernels.head_logprob.shapes import GEMMA_2_2B, GEMMA_3_4B, LAPTOP, LLA
 from plain_oracles import array_sizes, log_softmax, quick_compiling
 
 T, H, V = 23, 16, 1187  # a prime vocabulary, and tokens that no tile of 5 divides
-CASES = [(None, 1.0), (None, 0.7), (3.0, 1.0), (3.0, 1.6)]
+CASES = [(T, None, 0.7), (T, 3.0, 1.6), (1, None, 1.0), (1, 3.0, 1.0)]  # tokens, soft cap, temperature
 IMPLEMENTATIONS = ["reference", "gpu", "tpu"]
 NAMES: list[str] = ["logp", "entropy", "lse"]
 MIB = 2**20
@@ -86,27 +86,36 @@ def interpreted(implementation: str | None) -> Any:
     return pltpu.force_tpu_interpret_mode() if implementation == "tpu" else contextlib.nullcontext()
 
 
-def values(x: jax.Array, w: jax.Array, ids: jax.Array, **options: Any) -> dict[str, np.ndarray]:
+def outcome(
+    x: jax.Array, w: jax.Array, ids: jax.Array, *alongs: dict[str, np.ndarray], **options: Any
+) -> tuple[dict[str, np.ndarray], list[tuple[np.ndarray, np.ndarray]]]:
+    """The outputs, and gradients with respect to x and w of their sums along directions.
+
+    Without a gradient the outputs come from another program, which is held to the same numbers.
+    """
+
+    def program(x: jax.Array, w: jax.Array, ids: jax.Array) -> Any:
+        alone = head_logprob(x, w, ids, **options)
+        if not alongs:
+            return alone, alone, []
+        outputs, back = jax.vjp(lambda x, w: head_logprob(x, w, ids, **options), x, w)
+        vectors = [tuple(jnp.asarray(along.get(name, np.zeros(len(x), np.float32))) for name in NAMES) for along in alongs]
+        return alone, outputs, [back(vector) for vector in vectors]
+
     with interpreted(options.get("implementation")):
-        outputs = jax.jit(functools.partial(head_logprob, **options))(x, w, ids)
-    assert all(numbers.dtype == jnp.float32 for numbers in outputs)
-    return dict(zip(NAMES, map(np.asarray, outputs), strict=True))
+        alone, outputs, pulled = jax.jit(program)(x, w, ids)
+    for one, other in zip(alone, outputs, strict=True):
+        assert one.dtype == other.dtype == jnp.float32
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-5)
+    assert all((dx.dtype, dw.dtype) == (x.dtype, w.dtype) for dx, dw in pulled)
+    named = dict(zip(NAMES, map(np.asarray, outputs), strict=True))
+    return named, [(np.asarray(dx, np.float64), np.asarray(dw, np.float64)) for dx, dw in pulled]
 
 
-def gradients(
-    x: jax.Array, w: jax.Array, ids: jax.Array, along: dict[str, np.ndarray], **options: Any
-) -> tuple[np.ndarray, np.ndarray]:
-    """Gradients with respect to x and w of the sum of the outputs, each times its direction."""
-
-    def scalar(x: jax.Array, w: jax.Array) -> jax.Array:
-        outputs: dict[str, jax.Array] = dict(zip(NAMES, head_logprob(x, w, ids, **options), strict=True))
-        return sum((jnp.sum(outputs[name] * jnp.asarray(vector)) for name, vector in along.items()), jnp.float32(0))
-
-    with interpreted(options.get("implementation")):
-        dx, dw = jax.jit(jax.grad(scalar, argnums=(0, 1)))(x, w)
-    assert dx.dtype == x.dtype
-    assert dw.dtype == w.dtype
-    return np.asarray(dx, np.float64), np.asarray(dw, np.float64)
+def assert_near(got: dict[str, np.ndarray], expected: dict[str, np.ndarray], *names: str) -> None:
+    """Logits up to 20: float32 keeps 2e-6 of them."""
+    for name in names or NAMES:
+        np.testing.assert_allclose(got[name], expected[name], rtol=0, atol=1e-5)
 
 
 def raw_gradient(expected: dict[str, np.ndarray], along: dict[str, np.ndarray]) -> np.ndarray:
@@ -119,17 +128,15 @@ def relative(got: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("softcap", "temperature"), CASES)
-@pytest.mark.parametrize("tokens", [T, 1])
-def test_values_and_gradients_of_a_frozen_head(tokens: int, softcap: float | None, temperature: float, implementation: str) -> None:
-    """The values without a gradient too, which are another program. Logits up to 20: float32 keeps 2e-6 of them."""
+@pytest.mark.parametrize(("tokens", "softcap", "temperature"), CASES)
+def test_a_frozen_head(tokens: int, softcap: float | None, temperature: float, implementation: str) -> None:
     x, w, ids = inputs(tokens)
     expected = oracle(x, w, ids, softcap, temperature)
-    options: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "implementation": implementation}
-    for name, numbers in values(x, w, ids, **options).items():
-        np.testing.assert_allclose(numbers, expected[name], rtol=0, atol=1e-5)
-    for along in (directions(tokens, "logp"), directions(tokens, "logp", "lse", "entropy")):
-        dx, dw = gradients(x, w, ids, along, **options)
+    alongs = [directions(tokens, "logp"), directions(tokens)]
+    options: dict[str, Any] = {"softcap": softcap, "implementation": implementation, "temperature": jnp.float32(temperature)}
+    got, pulled = outcome(x, w, ids, *alongs, **options)
+    assert_near(got, expected)
+    for along, (dx, dw) in zip(alongs, pulled, strict=True):
         told = {name: vector for name, vector in along.items() if name != "entropy"}  # which has no gradient
         assert relative(dx, raw_gradient(expected, told) @ np.asarray(w, np.float64)) < 1e-5
         assert np.all(dw == 0)
@@ -137,32 +144,26 @@ def test_values_and_gradients_of_a_frozen_head(tokens: int, softcap: float | Non
 
 @pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("implementation", ["reference", "gpu"])
-@pytest.mark.parametrize(("softcap", "temperature"), CASES)
-@pytest.mark.parametrize("tokens", [T, 1])
-def test_values_and_gradients_of_a_trained_head(
-    tokens: int, softcap: float | None, temperature: float, implementation: str
-) -> None:
+@pytest.mark.parametrize(("tokens", "softcap", "temperature"), CASES)
+def test_a_trained_head(tokens: int, softcap: float | None, temperature: float, implementation: str) -> None:
     x, w, ids = inputs(tokens)
-    expected = oracle(x, w, ids, softcap, temperature)
-    options: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "implementation": implementation}
-    options["head_trainable"] = True
-    for name, numbers in values(x, w, ids, **options).items():
-        np.testing.assert_allclose(numbers, expected[name], rtol=0, atol=1e-5)
-    along = directions(tokens)
+    expected, along = oracle(x, w, ids, softcap, temperature), directions(tokens)
+    options: dict[str, Any] = {"softcap": softcap, "implementation": implementation, "temperature": temperature}
+    got, [(dx, dw)] = outcome(x, w, ids, along, head_trainable=True, **options)
+    assert_near(got, expected)
     d_raw = raw_gradient(expected, along)
-    dx, dw = gradients(x, w, ids, along, **options)
     assert relative(dx, d_raw @ np.asarray(w, np.float64)) < 1e-5
     assert relative(dw, d_raw.T @ np.asarray(x, np.float64)) < 1e-5
 
 
-def test_on_a_tpu_a_trained_head_is_the_plain_form() -> None:
+def test_for_a_tpu_too_a_trained_head_is_plain() -> None:
     """Not interpreted, so that a Pallas kernel would raise."""
     x, w, ids = inputs()
-    options: dict[str, Any] = {"head_trainable": True, "softcap": 3.0}
-    along = directions(T)
-    with contextlib.nullcontext():
-        plain = jax.grad(lambda x: jnp.sum(head_logprob(x, w, ids, implementation="tpu", **options)[1]))(x)
-    np.testing.assert_array_equal(plain, gradients(x, w, ids, {"entropy": np.ones_like(along["logp"])}, **options)[0])
+
+    def of_entropy(name: str) -> Any:
+        return jax.jit(jax.grad(lambda x: jnp.sum(head_logprob(x, w, ids, head_trainable=True, implementation=name)[1])))(x)
+
+    np.testing.assert_array_equal(of_entropy("tpu"), of_entropy("gpu"))
 
 
 @pytest.mark.usefixtures("_small_tiles")
@@ -172,11 +173,10 @@ def test_bfloat16(implementation: str, softcap: float | None) -> None:
     """Held to float64 on the same rounded numbers: products are exact in float32, and only probabilities and results rounded."""
     x, w, ids = inputs(dtype=jnp.bfloat16)
     expected = oracle(x.astype(jnp.float32), w.astype(jnp.float32), ids, softcap, 1.0)
-    options: dict[str, Any] = {"softcap": softcap, "implementation": implementation}
-    for name, numbers in values(x, w, ids, **options).items():
-        np.testing.assert_allclose(numbers, expected[name], rtol=0, atol=1e-5)
-    for along in (directions(T, "logp"), directions(T, "lse"), directions(T, "logp", "lse")):
-        dx, _ = gradients(x, w, ids, along, **options)
+    alongs = [directions(T, "logp"), directions(T, "lse"), directions(T, "logp", "lse")]
+    got, pulled = outcome(x, w, ids, *alongs, softcap=softcap, implementation=implementation)
+    assert_near(got, expected)
+    for along, (dx, _) in zip(alongs, pulled, strict=True):
         assert relative(dx, raw_gradient(expected, along) @ np.asarray(w, np.float64)) < 3e-3
 
 
@@ -184,10 +184,9 @@ def test_bfloat16(implementation: str, softcap: float | None) -> None:
 def test_bfloat16_where_the_head_trains() -> None:
     """Gradients of the logits are rounded to 8 bits, then results."""
     x, w, ids = inputs(dtype=jnp.bfloat16)
-    expected = oracle(x.astype(jnp.float32), w.astype(jnp.float32), ids, None, 1.0)
-    along = directions(T)
+    expected, along = oracle(x.astype(jnp.float32), w.astype(jnp.float32), ids, None, 1.0), directions(T)
     d_raw = raw_gradient(expected, along)
-    dx, dw = gradients(x, w, ids, along, head_trainable=True)
+    _, [(dx, dw)] = outcome(x, w, ids, along, head_trainable=True)
     assert relative(dx, d_raw @ np.asarray(w, np.float64)) < 5e-3
     assert relative(dw, d_raw.T @ np.asarray(x, np.float64)) < 5e-3
 
@@ -199,40 +198,36 @@ def test_a_sure_token_keeps_the_digits_of_its_gradient(implementation: str) -> N
     x, w, ids = inputs(dtype=jnp.bfloat16)
     w = w.at[ids].set((x.astype(jnp.float32) * 1.2).astype(jnp.bfloat16))
     expected = oracle(x.astype(jnp.float32), w.astype(jnp.float32), ids, None, 1.0)
-    dx, _ = gradients(x, w, ids, {"logp": np.ones(T, np.float32)}, implementation=implementation)
+    _, [(dx, _)] = outcome(x, w, ids, {"logp": np.ones(T, np.float32)}, implementation=implementation)
     exact = expected["d_logp"] @ np.asarray(w, np.float64)
     assert np.sum(expected["logp"] > -2e-3) > 3
     assert np.max(np.linalg.norm(dx - exact, axis=1) / np.linalg.norm(exact, axis=1)) < 6e-3
 
 
-@pytest.mark.parametrize("implementation", ["gpu", "tpu"])
-def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, implementation: str) -> None:
+@pytest.mark.parametrize("trainable", [False, True])
+def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, trainable: bool) -> None:
+    """The kernel's are others in the tests above, in that of races, and where nothing is set."""
     x, w, ids = inputs()
-    along = directions(T)
 
-    def everything() -> Any:
-        trained_too = gradients(x, w, ids, along, head_trainable=True, implementation=implementation)
-        options: dict[str, Any] = {"temperature": 0.7, "implementation": implementation}
-        return values(x, w, ids, **options), gradients(x, w, ids, along, **options), trained_too
+    def everything(implementation: str) -> Any:
+        return outcome(x, w, ids, directions(T), temperature=0.7, head_trainable=trainable, implementation=implementation)
 
-    whole = everything()
-    for tokens, vocabulary in ((1, 128), (22, 1152)):
-        set_tiles(monkeypatch, tokens, vocabulary)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), everything(), whole)
+    whole = everything("gpu")
+    others = [] if trainable else [everything("tpu")]
+    set_tiles(monkeypatch, 22, 1152)
+    others.append(everything("gpu"))
+    for other in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), other, whole)
 
 
 @pytest.mark.usefixtures("_small_tiles")
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_extreme_logits_neither_overflow_nor_give_nan(implementation: str) -> None:
+@pytest.mark.parametrize(("implementation", "trainable"), [("gpu", False), ("gpu", True), ("tpu", False)])
+def test_extreme_logits_neither_overflow_nor_give_nan(implementation: str, trainable: bool) -> None:
     x, w, ids = inputs()
-    x = x * 1e3
-    for trainable in (False, True):
-        options: dict[str, Any] = {"head_trainable": trainable, "implementation": implementation}
-        numbers = values(x, w, ids, **options)
-        dx, dw = gradients(x, w, ids, directions(T), **options)
-        assert all(np.all(np.isfinite(a)) for a in (*numbers.values(), dx, dw))
-        assert numbers["entropy"].min() >= 0
-        assert numbers["logp"].max() <= 0
+    got, pulled = outcome(x * 1e3, w, ids, directions(T), head_trainable=trainable, implementation=implementation)
+    assert all(np.all(np.isfinite(a)) for a in (*got.values(), *pulled[0]))
+    assert got["entropy"].min() >= 0
+    assert got["logp"].max() <= 0
 
 
 @pytest.mark.usefixtures("_small_tiles")
@@ -240,20 +235,11 @@ def test_extreme_logits_neither_overflow_nor_give_nan(implementation: str) -> No
 def test_a_token_that_is_no_row_of_the_head_has_no_probability(implementation: str) -> None:
     x, w, ids = inputs()
     ids = ids.at[:3].set(jnp.array([-1, V, V + 300], jnp.int32))
-    expected = oracle(x, w, ids % V, None, 1.0)
-    got = values(x, w, ids, implementation=implementation)
+    expected, along = oracle(x, w, ids % V, None, 1.0), directions(T, "lse")
+    got, [(dx, _)] = outcome(x, w, ids, along, implementation=implementation)
     assert np.all(np.isneginf(got["logp"][:3]))
-    for name in ("entropy", "lse"):
-        np.testing.assert_allclose(got[name], expected[name], rtol=0, atol=1e-5)
-    dx, _ = gradients(x, w, ids, directions(T, "lse"), implementation=implementation)
-    assert relative(dx, raw_gradient(expected, directions(T, "lse")) @ np.asarray(w, np.float64)) < 1e-5
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_temperature_may_be_traced(implementation: str) -> None:
-    x, w, ids = inputs()
-    got = values(x, w, ids, temperature=jnp.float32(0.5), implementation=implementation)
-    np.testing.assert_allclose(got["logp"], oracle(x, w, ids, None, 0.5)["logp"], rtol=0, atol=1e-5)
+    assert_near(got, expected, "entropy", "lse")
+    assert relative(dx, raw_gradient(expected, along) @ np.asarray(w, np.float64)) < 1e-5
 
 
 def test_the_kernel_has_no_race(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
