@@ -28,9 +28,16 @@ __all__ = ["NO_WINDOW", "Implementation", "Kept", "Places", "chosen", "decode_at
 Implementation = Literal["reference", "tpu", "gpu"]
 
 
-def chosen(implementation: str | None) -> str:
-    """The named implementation, or the device's."""
-    return implementation or ("tpu" if jax.default_backend() == "tpu" else "gpu")
+LANES = 128
+"""Numbers in a row of a TPU's tile."""
+
+
+def chosen(implementation: str | None, width: int) -> str:
+    """The named implementation, or what None stands for with heads of that width.
+
+    Heads that do not fill whole tiles XLA lays out with X inside, and a kernel would be handed a padded copy of everything.
+    """
+    return implementation or ("tpu" if jax.default_backend() == "tpu" and width % LANES == 0 else "gpu")
 
 
 def decode_attention(
@@ -68,13 +75,13 @@ def decode_attention(
             would be a copy.
         softcap: c in c·tanh(score / c), before the mask; None is off.
         implementation: `reference` (plain, builds [S, K, R, P + X + C]), `tpu` (Pallas), `gpu` (XLA; runs everywhere), or None:
-            `tpu` on a TPU, else `gpu`.
+            `tpu` on a TPU where Dh is a multiple of 128, else `gpu`.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or an unknown implementation.
     """
     check(q, prefix, lengths, levels, newest, base, places, layer)
-    implementation = chosen(implementation)
+    implementation = chosen(implementation, q.shape[-1])
     window = jnp.asarray(window, jnp.int32)
     if implementation == "tpu":
         if any(kept.across for kept in (prefix, *levels, newest)):
