@@ -28,8 +28,8 @@ GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0, "xla_gpu_enable_triton_gemm
 """So that at every token weights, keys and values are read where they lie.
 
 XLA would join products of one input, and for that copy weights, or keys and values, side by side. And it copies a layer's part of
-stacked arrays for its own kernels for products (Triton), while cuBLAS, from jax 0.11.2 on, gets the address. With int8 weights it is
-the other way round: those kernels take them as they are, and for cuBLAS they are written out in bfloat16."""
+stacked arrays for its own kernels for products (Triton), while cuBLAS, from jax 0.11.2 on, gets the address. With int8 weights
+it is the other way round: those kernels take them as they are, and for cuBLAS they are written out in bfloat16."""
 
 
 @struct.dataclass
@@ -229,7 +229,7 @@ def segment(
     stops = jnp.array(stop_ids, jnp.int32)
     first = prompts.kept[0] if unroll else prompts.kept
     # The kernel takes the layers together: a slice that is handed to it would be a copy.
-    whole = (prompts.kept, levels) if not unroll and chosen(implementation) == "tpu" else None
+    whole = (prompts.kept, levels) if not unroll and chosen(implementation, spec.head_dim) == "tpu" else None
     per_layer: Any = (prompts.kept, levels) if whole is None else None
     if unroll:
         inside = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
