@@ -173,4 +173,5 @@ def sums_tpu(
         ),
         name="head_logprob",
     )((1 / temperature)[None], ids[None, :], x, w)
-    return Sums(*(numbers[0] for numbers in outs[:4]), outs[4] if with_mean else None)
+    top, rest, gaps, target = (numbers[0] for numbers in outs[:4])
+    return Sums(top, rest, gaps, target, outs[4] if with_mean else None)

@@ -30,7 +30,7 @@ def local_sums(
 
 def local_sums_forward(x: Array, w: Array, ids: Array, temperature: Array, softcap: float | None) -> tuple[Sums, Any]:
     """The sums; of them `top` is kept."""
-    sums = local_sums(x, w, ids, temperature, softcap)
+    sums: Any = local_sums(x, w, ids, temperature, softcap)
     return sums, (x, w, ids, temperature, sums.top)
 
 
@@ -75,5 +75,5 @@ def trained_head(
 ) -> Outputs:
     """See `head_logprob`; with an axis, dx is summed over it in the backward pass."""
     ids = own_ids(ids, w, axis)
-    sums = local_sums(vary_like(x, w), w, ids, temperature, softcap)
+    sums: Any = local_sums(vary_like(x, w), w, ids, temperature, softcap)
     return outputs_of(*across(sums, has_row(ids, w.shape[0]), axis))
