@@ -162,7 +162,7 @@ def chips() -> Iterator[dict[str, SingleDeviceSharding]]:
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(
     ("name", "form", "rows"),
-    [("Llama-3.1-8B up", "nf4", ROWS[0]), ("Llama-3.1-8B up", "int4", ROWS[1]), ("Qwen2.5-1.5B down", "int4", ROWS[0])],
+    [("Llama-3.1-8B up", "nf4", ROWS[0]), ("Llama-3.1-8B up", "int4", ROWS[1]), ("Qwen2.5-1.5B down", "int4", ROWS[1])],
 )
 def test_on_a_tpu_the_weight_is_read_as_it_is(
     chips: dict[str, SingleDeviceSharding], chip: str, name: str, form: str, rows: int
