@@ -91,7 +91,7 @@ def test_a_batch_split_over_devices_has_one_deviation(scale: str) -> None:
     whole = computed("reference", rewards, valid, scale=scale)
     split = functools.partial(group_advantages, scale=scale, axis_name="device", implementation="reference")
     halves = jax.vmap(lambda rewards, valid: split(rewards, valid=valid), axis_name="device")
-    parts = halves(jnp.asarray(rewards).reshape(2, 4, 5), jnp.asarray(valid).reshape(2, 4, 5))
+    parts = jax.jit(halves)(jnp.asarray(rewards).reshape(2, 4, 5), jnp.asarray(valid).reshape(2, 4, 5))
     np.testing.assert_allclose(parts.reshape(8, 5), whole, rtol=1e-6, atol=1e-7)
 
 
@@ -124,7 +124,7 @@ def test_the_kernel_has_no_race(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 def test_nothing_has_a_gradient(implementation: str) -> None:
     rewards = jnp.asarray([[0.0, 1.0, 3.0]], jnp.float32)
     with pltpu.force_tpu_interpret_mode():
-        gradient = jax.grad(lambda r: jnp.sum(jnp.square(group_advantages(r, implementation=implementation))))(rewards)
+        gradient = jax.jit(jax.grad(lambda r: jnp.sum(jnp.square(group_advantages(r, implementation=implementation)))))(rewards)
     assert np.all(np.asarray(gradient) == 0)
 
 

@@ -27,9 +27,10 @@ def groups_in_block(groups: int, size: int) -> int:
     return min(groups, max(8, BLOCK_REWARDS // lanes // 8 * 8))
 
 
-def advantages_kernel(deviation: Any, rewards: Any, valid: Any, advantages: Any, *, scale: str, eps: float) -> None:
-    """A tile of whole groups; what lies past the last group is computed and not stored."""
-    batch = deviation[0] if scale == "batch" else None
+def advantages_kernel(rewards: Any, valid: Any, *refs: Any, scale: str, eps: float) -> None:
+    """A tile of whole groups, with the batch's deviation where that divides; what lies past the last group is not stored."""
+    *deviation, advantages = refs
+    batch = deviation[0][0] if deviation else None
     advantages[...] = advantages_of(rewards[...], valid[...] != 0, batch, scale, eps)
 
 
@@ -40,13 +41,13 @@ def group_advantages_tpu(
     groups, size = rewards.shape
     tile = groups_in_block(groups, size)
     block = pl.BlockSpec((tile, size), lambda i: (i, 0))
-    deviation = jnp.zeros((1,), jnp.float32) if batch is None else batch.reshape(1)
+    deviation = [] if batch is None else [batch.reshape(1)]
     return pl.pallas_call(
         functools.partial(advantages_kernel, scale=scale, eps=eps),
         grid=(pl.cdiv(groups, tile),),
-        in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), block, block],
+        in_specs=[block, block, *[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(deviation)],
         out_specs=block,
         out_shape=jax.ShapeDtypeStruct((groups, size), jnp.float32),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
         name=f"group_advantages_{scale}",
-    )(deviation, rewards, valid.astype(jnp.int32))
+    )(rewards, valid.astype(jnp.int32), *deviation)

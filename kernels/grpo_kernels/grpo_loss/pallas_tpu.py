@@ -69,7 +69,7 @@ class Layout:
         rows, length: N and C; blocks may reach beyond.
         inputs: names of the arrays that enter, among logps, whole, old, ref, sampler, weights, mask, advantage.
         sums: names of the sums, in their order in scalar memory.
-        slopes: arrays of slopes that leave: 0, 1 (logps), or 2 (and whole).
+        slopes: arrays of slopes that leave: 0, 1 (logps), or 2 (and whole, by the KL term).
     """
 
     rows: int
@@ -152,11 +152,9 @@ def loss_kernel(*refs: Any, layout: Layout, settings: LossSettings) -> None:
         for index, name in enumerate(layout.sums):
             sums[index] = jnp.maximum(sums[index], new[name]) if name.endswith("_max") else sums[index] + new[name]
         if layout.slopes == 2:
-            slopes[1][...] = jnp.zeros_like(slope) if kl_slope is None else kl_slope
-        elif kl_slope is not None:
-            slope = slope + kl_slope
-        if layout.slopes:
-            slopes[0][...] = slope
+            slopes[0][...], slopes[1][...] = slope, kl_slope
+        elif layout.slopes == 1:
+            slopes[0][...] = slope if kl_slope is None else slope + kl_slope
 
     if settings.loss != "gspo":
         finish(None)
@@ -177,13 +175,19 @@ def grpo_loss_tpu(
 ) -> tuple[tuple[Float[Array, ""], Sums], Slopes | None]:
     """See `grpo_loss`; no slopes where they are not asked for."""
     (rows, length), (size_rows, size_tokens) = logps.shape, tile(*logps.shape)
-    given = {"logps": logps, "whole": whole, "old": constants.old, "ref": constants.ref, "sampler": constants.sampler}
+    # What does not enter is not handed over: some versions of libtpu return zeros where a kernel leaves an operand unused.
+    uses_whole = whole is not None and constants.ref is not None
+    uses_old = settings.loss != "reinforce" or constants.sampler is not None
+    given = {"logps": logps, "ref": constants.ref, "sampler": constants.sampler}
+    given |= {"whole": whole} if uses_whole else {}
+    given |= {"old": constants.old} if uses_old else {}
     arrays = {name: array for name, array in given.items() if array is not None}
     arrays |= {"weights": constants.weights, "mask": constants.mask.astype(jnp.int8), "advantage": constants.advantages[:, None]}
     names = ["loss", "policy_loss", "tokens", "clipped_low", "clipped_high"]
     names += ["kl"] if constants.ref is not None else []
     names += ["logp_difference", "logp_difference_max"] if constants.sampler is not None else []
-    count = (1 if whole is None else 2) if slopes else 0
+    has_kl_term = settings.beta > 0 and constants.ref is not None
+    count = (2 if uses_whole and has_kl_term else 1) if slopes else 0
     layout = Layout(rows, length, tuple(arrays), tuple(names), count)
 
     twice = settings.loss == "gspo"
@@ -203,4 +207,7 @@ def grpo_loss_tpu(
     )(*arrays.values())
     results = dict(zip(names, sums, strict=True))
     loss = results.pop("loss")
-    return (loss, results), (out[0], out[1] if count == 2 else None) if slopes else None
+    if not slopes:
+        return (loss, results), None
+    of_whole = None if whole is None else out[1] if count == 2 else jnp.zeros_like(whole)
+    return (loss, results), (out[0], of_whole)
