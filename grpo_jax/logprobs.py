@@ -2,8 +2,8 @@
 
 Enters: prompts [B, P] and completions [N, C], N = B·G, padded on the right. Leaves: log-probabilities and entropies [N, C],
     float32 nats; of the model's whole distribution (`completion_logprobs`), or of the one that completions are drawn from
-    (`sampled_logprobs`). Each prompt is computed once for its G completions; the vocabulary is met in chunks of tokens, so no
-    [rows, tokens, vocabulary] array exists.
+    (`sampled_logprobs`). Each prompt is computed once for its G completions; the last layer and its softmax are one
+    pass over the vocabulary, so no [rows, tokens, vocabulary] array exists.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.models.attention import group_attend
+from grpo_jax.models.attention import group_attend, last_and_own
 from grpo_jax.models.transformer import Transformer, forward, head_matrix
 from grpo_jax.truncated import Restriction, restricted_logprobs
 from grpo_jax.types import Params
@@ -37,10 +37,9 @@ def group_hidden(
         [jnp.broadcast_to(at, (b, p)), jnp.broadcast_to(after, (b, g, c - 1)).reshape(b, g * (c - 1))], axis=1
     )
     attend = group_attend(model.spec, prompt_lengths, p, g if c > 1 else 0)
-    hidden = forward(model, variables, ids, positions, attend)[0]
-    last = jnp.take_along_axis(hidden, (prompt_lengths - 1)[:, None, None], axis=1)
-    first = jnp.broadcast_to(last[:, :, None], (b, g, 1, hidden.shape[-1]))
-    rest = hidden[:, p:].reshape(b, g, c - 1, hidden.shape[-1])
+    hidden = forward(model, variables, ids, positions, attend, wanted=last_and_own(prompt_lengths, p))[0]
+    first = jnp.broadcast_to(hidden[:, None, :1], (b, g, 1, hidden.shape[-1]))
+    rest = hidden[:, 1:].reshape(b, g, c - 1, hidden.shape[-1])
     return jnp.concatenate([first, rest], axis=2).reshape(n, c, hidden.shape[-1])
 
 
@@ -72,6 +71,7 @@ def completion_logprobs(
         temperature=temperature,
         softcap=model.spec.final_softcap,
         head_trainable=head_trainable,
+        implementation=model.implementation,
     )
     return logps.reshape(n, c), entropy.reshape(n, c)
 
@@ -101,4 +101,5 @@ def sampled_logprobs(
         temperature=temperature,
         softcap=model.spec.final_softcap,
         head_trainable=head_trainable,
+        implementation=model.implementation,
     )
