@@ -4,7 +4,7 @@ Enters: log-probabilities [N, C] of the policy, of the policy that sampled (old)
 the tokens that are trained. Leaves: a scalar loss and metrics. What is left out: log-probabilities (`logprobs`), advantages
 (`advantages`), and the split into micro-batches (`step`), for which the parts are public:
 
-    loss = Σ_it w_it · (m_it + β·KL_it)        w: `token_weights`, m + β·KL: `token_objective`
+    loss = Σ_it w_it · (m_it + β·KL_it)        w: `token_weights`, m + β·KL: `weighted_loss`
 
 Every normalisation is in w, computed once from the mask of the WHOLE batch, so the sum may be taken in any pieces of whole rows.
 The sum is taken, and differentiated, by the operation `grpo_kernels.grpo_loss`, whose reference has the terms as code.
@@ -50,7 +50,7 @@ from jaxtyping import Array, Bool, Float
 
 import grpo_kernels.grpo_loss as operation
 from grpo_jax.config import ObjectiveConfig
-from grpo_kernels.grpo_loss.reference import Sums, at_least_one, kl_estimate, only, per_token, token_sums, token_terms, tokens_of
+from grpo_kernels.grpo_loss.reference import Sums, at_least_one, kl_estimate, only
 from grpo_kernels.grpo_loss.settings import KL_KINDS
 
 Stats = Sums
@@ -191,47 +191,6 @@ def token_weights(
     else:  # grpo, gspo, sapo
         weight = 1 / (jnp.float32(rows) * at_least_one(jnp.sum(mask, axis=1, keepdims=True)))
     return jnp.where(mask, jnp.broadcast_to(weight, mask.shape), jnp.float32(0))
-
-
-def token_objective(
-    logps: ArrayLike,
-    old_logps: ArrayLike | None,
-    ref_logps: ArrayLike | None,
-    advantages: ArrayLike,
-    completion_mask: ArrayLike,
-    objective: ObjectiveConfig,
-    sampler_logps: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    whole_logps: ArrayLike | None = None,
-) -> tuple[Float[Array, "N C"], Stats]:
-    """What every token adds to the loss before its weight, and the sums that metrics are made of; plain, for looking at tokens.
-
-    Args: as `grpo_loss`, for any whole rows of the batch. `weights` only adds `policy_loss` to the sums.
-
-    Returns:
-        m + β·KL per token (without β·KL under kl_in_reward), 0 where the mask is False; and the sums of `weighted_loss`.
-
-    Raises:
-        ValueError: as `grpo_loss`.
-    """
-    settings, no_weights = loss_settings(objective), jnp.zeros(jnp.shape(logps), jnp.float32)
-    policy, whole, constants = operation.checked(
-        logps,
-        old_logps,
-        ref_logps,
-        advantages,
-        completion_mask,
-        no_weights if weights is None else weights,
-        settings=settings,
-        sampler_logps=sampler_logps,
-        whole_logps=whole_logps,
-    )
-    tokens = tokens_of(policy, whole, constants)
-    terms = token_terms(tokens, settings)
-    stats = token_sums(tokens, terms)
-    if weights is None:
-        del stats["policy_loss"]
-    return per_token(terms), stats
 
 
 def kl_per_token(logps: ArrayLike, ref_logps: ArrayLike, kind: str) -> Float[Array, "..."]:

@@ -30,7 +30,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 from grpo_jax.advantages import group_advantages
 from grpo_jax.config import ObjectiveConfig
 from grpo_jax.logprobs import completion_logprobs, sampled_logprobs
-from grpo_jax.loss import finish_stats, kl_reward_penalty, token_objective, token_weights, total_stats
+from grpo_jax.loss import finish_stats, kl_reward_penalty, token_weights, total_stats, weighted_loss
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.truncated import Restriction
 from grpo_jax.types import AnyArray, Frozen, Params, TrainBatch, TrainState
@@ -142,7 +142,8 @@ class Learner:
 
     def advantages(self, rewards: Float[Array, "B G"], valid: Bool[Array, "B G"]) -> Float[Array, "B G"]:
         """Of a batch's rewards."""
-        return group_advantages(rewards, self.objective.scale_rewards, self.objective.advantage_eps, valid)
+        objective, implementation = self.objective, self.model.implementation
+        return group_advantages(rewards, objective.scale_rewards, objective.advantage_eps, valid, implementation=implementation)
 
     def iterate(
         self, state: TrainState, split: Split, known: dict[str, Any], old_logps: Array | None, frozen: Frozen
@@ -191,20 +192,20 @@ class Learner:
             old = given["old_logps"]
             if "first" in given:
                 old = jnp.where(given["first"], jax.lax.stop_gradient(logps), old)
-            per_token, stats = token_objective(
+            loss, stats = weighted_loss(
                 logps,
                 old,
                 given["ref_logps"],
                 given["advantages"],
                 rows.completion_mask,
                 self.objective,
+                given["weights"],
                 sampler_logps=rows.sampler_logprobs,
-                weights=given["weights"],
                 whole_logps=whole,
+                implementation=self.model.implementation,
             )
-            loss = jnp.sum(given["weights"] * per_token)
             stats["entropy"] = jnp.sum(jnp.where(rows.completion_mask, jax.lax.stop_gradient(entropy), jnp.float32(0)))
-            stats["loss"] = loss
+            stats["loss"] = jax.lax.stop_gradient(loss)
             return loss, (logps, stats)
 
         def accumulate(gradient: Params, part: tuple[Split, dict[str, Any]]) -> tuple[Params, tuple[Array, dict[str, Array]]]:
