@@ -251,7 +251,11 @@ def shapes_of(shape: Shape, device: Any, layers: int, *, int8: bool) -> dict[str
 def test_on_a_tpu_there_are_neither_scores_nor_copies(
     chips: dict[str, SingleDeviceSharding], chip: str, shape: Shape, int8: bool
 ) -> None:
-    """In the compiled program, at the sizes of published models. Of few layers XLA would move small arrays whole to fast memory."""
+    """In the compiled program, at the sizes of published models.
+
+    Scales of the newest part, where they are arguments, are handed over in a layout without padding, and are copied into rows of 128.
+    In a rollout they are made by the program itself, in the right one.
+    """
     program = jax.jit(functools.partial(decode_attention, softcap=50.0, implementation="tpu"))
     compiled = program.lower(**shapes_of(shape, chips[chip], 24, int8=int8)).compile()
     told: Any = compiled.memory_analysis()
@@ -259,7 +263,8 @@ def test_on_a_tpu_there_are_neither_scores_nor_copies(
     heads = shape.kv_heads * shape.queries
     scores = 4 * shape.slots * heads * (shape.prompt + sum(shape.levels) + shape.segment)
     layer = told.argument_size_in_bytes / 24
-    assert told.temp_size_in_bytes < min(scores, layer) / 4
+    scales = 2 * 24 * shape.slots * shape.kv_heads * 128 * 4 if int8 else 0
+    assert told.temp_size_in_bytes < min(scores, layer) / 4 + scales
 
 
 def test_the_traced_program_holds_no_array_of_heads_by_keys() -> None:
