@@ -253,8 +253,8 @@ def test_on_a_tpu_there_are_neither_scores_nor_copies(
 ) -> None:
     """In the compiled program, at the sizes of published models.
 
-    Scales of the newest part, where they are arguments, are handed over in a layout without padding, and are copied into rows of 128.
-    In a rollout they are made by the program itself, in the right one.
+    Where they are arguments, scales of the newest part have a layout without padding, and are copied into rows of 128. In a rollout
+    the program makes them itself, in the right one.
     """
     program = jax.jit(functools.partial(decode_attention, softcap=50.0, implementation="tpu"))
     compiled = program.lower(**shapes_of(shape, chips[chip], 24, int8=int8)).compile()
