@@ -36,7 +36,7 @@ def group_hidden(
     positions = jnp.concatenate(
         [jnp.broadcast_to(at, (b, p)), jnp.broadcast_to(after, (b, g, c - 1)).reshape(b, g * (c - 1))], axis=1
     )
-    attend = group_attend(model.spec, prompt_lengths, p, g if c > 1 else 0)
+    attend = group_attend(model.spec, prompt_lengths, p, g if c > 1 else 0, model.implementation)
     hidden = forward(model, variables, ids, positions, attend, wanted=last_and_own(prompt_lengths, p))[0]
     first = jnp.broadcast_to(hidden[:, None, :1], (b, g, 1, hidden.shape[-1]))
     rest = hidden[:, 1:].reshape(b, g, c - 1, hidden.shape[-1])

@@ -63,7 +63,8 @@ def matmul_operations(text: str, counted: Callable[[str], bool] = lambda op_name
     Args:
         counted: of a product's `op_name` (the scopes that it was traced in), whether it counts.
 
-    A loop counts as often as it runs; XLA must know how often. Of a conditional the dearest branch counts.
+    A loop counts as often as it runs; XLA must know how often, unless the loop itself is not counted. Of a conditional the dearest
+    branch counts.
     """
     found, entry = computations(text)
     known: dict[str, float] = {}
@@ -83,7 +84,8 @@ def matmul_operations(text: str, counted: Callable[[str], bool] = lambda op_name
         called = [total(name.strip().lstrip("%")) for match in CALLED.finditer(line) for name in match[1].split(",")]
         if " while(" in line:
             turns = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', line)
-            if sum(called) == 0:
+            name = re.search(r'op_name="([^"]*)"', line)
+            if sum(called) == 0 or (not turns and name and not counted(name[1])):
                 return 0.0
             assert turns, f"a loop of unknown length holds products: {line[:200]}"
             return int(turns[1]) * sum(called)

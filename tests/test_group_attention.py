@@ -127,7 +127,7 @@ def program(case: Case, implementation: str | None) -> Any:
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Blocks small enough for texts to have several, prompts in several parts, and kernels by JAX's plain interpreter."""
     monkeypatch.setattr(operation, "GPU", Tiles((8,), 8 * 8))
-    monkeypatch.setattr(operation, "CPU", Tiles((16, 8), 2**20))
+    monkeypatch.setattr(operation, "CPU", Tiles((16, 8), 2**10))
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
     with quick_compiling():
         yield

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ import pytest
 
 from goldens.folders import FAMILIES, model_tensors, read_golden
 from grpo_jax.models import ModelSpec, Transformer, init_lora, init_params, param_specs
-from grpo_jax.models.attention import Keys, attention, group_attend, seen
+from grpo_jax.models.attention import group_attend
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.spec import Rope, abstract_params, count_parameters, flatten, nest
 from grpo_jax.types import Params
@@ -108,60 +107,6 @@ def test_rotary_frequencies() -> None:
     assert scaled[63] == pytest.approx(500000.0 ** (-126 / 128) / 8)
     turned = 500000.0 ** (-62 / 128)
     assert scaled[31] == pytest.approx(turned * (0.42115 + (1 - 0.42115) / 8), rel=1e-4)
-
-
-@pytest.mark.parametrize("softcap", [None, 2.0])
-def test_attention_over_shared_and_own_keys_is_one_softmax_with_its_gradients(softcap: float | None) -> None:
-    b, kv, g, r, c, dh, x, y = 2, 2, 3, 2, 4, 5, 6, 4
-    rng = np.random.default_rng(0)
-    q, k_shared, v_shared, k_own, v_own = (
-        jnp.asarray(rng.normal(size=shape), jnp.float32)
-        for shape in ((b, kv, g, r, c, dh), (b, kv, x, dh), (b, kv, x, dh), (b, kv, g, y, dh), (b, kv, g, y, dh))
-    )
-    mask_shared, mask_own = rng.random((b, 1, 1, 1, c, x)) < 0.6, rng.random((1, 1, 1, 1, c, y)) < 0.6
-    mask_shared[:, :, :, :, 2], mask_own[:, :, :, :, 2] = False, False
-    direction = jnp.asarray(rng.normal(size=(b, kv, g, r, c, dh)), jnp.float32)
-
-    def fast(q: jax.Array, ks: jax.Array, vs: jax.Array, ko: jax.Array, vo: jax.Array) -> tuple[jax.Array, jax.Array]:
-        out: Any = attention(q, (Keys(ks, vs, jnp.asarray(mask_shared)), Keys(ko, vo, jnp.asarray(mask_own))), softcap)
-        return jnp.sum(out * direction), out
-
-    def plain(q: jax.Array, ks: jax.Array, vs: jax.Array, ko: jax.Array, vo: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Keys and values repeated for every row and joined."""
-        k, v = (jnp.concatenate([jnp.broadcast_to(s[:, :, None], (b, kv, g, x, dh)), o], axis=3) for s, o in ((ks, ko), (vs, vo)))
-        scores = jnp.einsum("bkgrcd,bkgxd->bkgrcx", q, k, precision="highest")
-        if softcap is not None:
-            scores = softcap * jnp.tanh(scores / softcap)
-        mask = jnp.concatenate([jnp.broadcast_to(m, (b, 1, 1, 1, c, m.shape[-1])) for m in (mask_shared, mask_own)], axis=-1)
-        weights = jax.nn.softmax(jnp.where(mask, scores, -1e30), axis=-1)
-        out = jnp.einsum("bkgrcx,bkgxd->bkgrcd", jnp.where(mask, weights, jnp.float32(0)), v, precision="highest")
-        return jnp.sum(out * direction), out
-
-    arguments = (q, k_shared, v_shared, k_own, v_own)
-    (_, got), got_gradients = jax.jit(jax.value_and_grad(fast, argnums=(0, 1, 2, 3, 4), has_aux=True))(*arguments)
-    (_, expected), gradients = jax.jit(jax.value_and_grad(plain, argnums=(0, 1, 2, 3, 4), has_aux=True))(*arguments)
-    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6)
-    assert np.all(np.asarray(got)[:, :, :, :, 2] == 0)  # sees nothing
-    for ours, theirs in zip(got_gradients, gradients, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
-
-
-def test_the_largest_and_smallest_scores_neither_overflow_nor_vanish() -> None:
-    q = jnp.full((1, 1, 1, 1, 1, 1), 1e4, jnp.float32)
-    k, v = (
-        jnp.array([1e4, 1e4, -1e4], jnp.float32)[None, None, :, None],
-        jnp.array([1.0, 2.0, 3.0], jnp.float32)[None, None, :, None],
-    )
-    keys = (Keys(k, v, jnp.ones((1, 1, 1, 1, 1, 3), bool)),)
-    value, gradient = jax.value_and_grad(lambda q: jnp.sum(attention(q, keys, None)))(q)
-    assert float(value) == 1.5
-    assert np.all(np.isfinite(gradient))
-
-
-def test_a_window_counts_the_position_itself() -> None:
-    at = jnp.arange(5, dtype=jnp.int32)
-    sees = np.asarray(seen(at[:, None], at[None, :], jnp.int32(2)))
-    assert sees.tolist() == [[j in (i - 1, i) for j in range(5)] for i in range(5)]
 
 
 def test_a_sliding_window_reaches_layers_times_its_width_and_no_further() -> None:

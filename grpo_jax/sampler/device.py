@@ -159,7 +159,7 @@ def prefill(model: Transformer, variables: Params, prompts: Int[Array, "B P"], l
     """Runs prompts. Their keys and values are kept; of the hidden states only the last one of each."""
     b, p = prompts.shape
     positions = jnp.broadcast_to(jnp.arange(p, dtype=jnp.int32)[None, :], (b, p))
-    attend = prefill_attend(model.spec, lengths, p)
+    attend = prefill_attend(model.spec, lengths, p, model.implementation)
     hidden, _, stacked = forward(model, variables, prompts, positions, attend, wanted=last_and_own(lengths, p))
     last = hidden[:, 0]
     if isinstance(variables["params"]["layers"], dict):

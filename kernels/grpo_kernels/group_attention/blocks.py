@@ -128,7 +128,8 @@ def candidates(layout: Layout) -> tuple[np.ndarray, np.ndarray]:
 
     def causal(tokens: int) -> tuple[np.ndarray, np.ndarray]:
         ends, starts = (np.arange(tokens // step_q) + 1) * step_q - 1, np.arange(tokens // step_k) * step_k
-        return np.nonzero(ends[:, None] >= starts[None, :])
+        queries, keys = np.nonzero(ends[:, None] >= starts[None, :])
+        return queries, keys
 
     pairs = [causal(prompt)]
     to_prompt = np.nonzero(np.ones((own // step_q, prompt // step_k)))

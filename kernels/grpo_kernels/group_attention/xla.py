@@ -37,27 +37,27 @@ from grpo_kernels.group_attention.tiles import (
 
 @dataclass(frozen=True)
 class Tiles:
-    """How large blocks are.
+    """How large blocks are. They do not depend on the number of prompts, so that micro-batches round alike.
 
     Attributes:
-        sizes: queries, and keys, in a block; the first is taken with which a block's scores stay below `scores`, or the last.
-        scores: scores in flight, of as many prompts as their blocks of the last size allow, at least one.
+        sizes: queries, and keys, in a block; the first is taken with which the scores of one prompt's block stay within
+            `scores`, or the last.
+        scores: scores in flight; of as many prompts as that allows, at least one.
     """
 
     sizes: tuple[int, ...]
     scores: int
 
-    def block(self, q: Float[Array, "B G C K R Dh"]) -> int:
-        """Queries, and keys, in a block."""
-        b, g, _, kv, r, _ = q.shape
-        return next((size for size in self.sizes if b * g * kv * r * size * size <= self.scores), self.sizes[-1])
+    def block(self, rows: int) -> int:
+        """Queries, and keys, in a block, where `rows` = G·H texts and heads of a prompt run at once."""
+        return next((size for size in self.sizes if rows * size * size <= self.scores), self.sizes[-1])
 
 
 GPU = Tiles((512, 256, 128), 2**22)
 """16 MiB of scores, which an H200 keeps in its cache."""
 
-CPU = Tiles((64,), 2**20)
-"""4 MiB of scores, likewise; larger blocks hold more scores that the mask then drops."""
+CPU = Tiles((32,), 2**18)
+"""1 MiB of scores, likewise; larger blocks hold more scores that the mask then drops."""
 
 
 def texts_forward(
@@ -65,7 +65,7 @@ def texts_forward(
 ) -> tuple[Float[Array, "B G C K R Dh"], Float[Array, "B K G R C 1"]]:
     """Attention of all texts, a block of their queries at a time, and the log-sum-exp."""
     b, g, tokens, kv, r, width = q.shape
-    block = tiles.block(q)
+    block = tiles.block(g * kv * r)
     size = min(block, tokens)
 
     def query_block(number: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -104,16 +104,16 @@ def texts_backward(
     softcap: float | None,
     tiles: Tiles,
     kept: tuple[Array, ...],
-    gradients: tuple[tuple[Array, Array], ...],
-) -> tuple[Array, tuple[tuple[Array, Array], ...]]:
+    gradients: tuple[tuple[Array, ...], ...],
+) -> tuple[Array, tuple[tuple[Array, ...], ...]]:
     """Gradients of the queries, and of each source's keys and values.
 
     Args:
         kept: gradient of the result, as q; the log-sum-exp and Σ (result · its gradient), [B, K, G, R, C, 1].
         gradients: what the keys' and values' gradients are added to, float32, heads first.
     """
-    tokens = q.shape[2]
-    block = tiles.block(q)
+    _, g, tokens, kv, r, _ = q.shape
+    block = tiles.block(g * kv * r)
     size = min(block, tokens)
 
     def query_block(number: Array, results: Any) -> Any:
@@ -234,8 +234,8 @@ def group_attention_xla(
 ) -> Float[Array, "B N K R Dh"]:
     """See `group_attention`."""
     b, _, kv, r, _ = q.shape
-    texts = max(generations if k.shape[1] > prompt_width else 1, 1)
-    scores = texts * kv * r * tiles.sizes[-1] ** 2
+    rows = [kv * r, kv * r * max(generations, 1)]
+    scores = max(n * tiles.block(n) ** 2 for n in rows)
     size = max(n for n in range(1, b + 1) if b % n == 0 and (n == 1 or n * scores <= tiles.scores))
     if size == b:
         return attention(q, k, v, prompt_lengths, prompt_width, generations, window, softcap, tiles)
