@@ -1,6 +1,6 @@
 """A whole update at the shapes of real models, lowered and compiled without weights or a chip.
 
-Enters: a spec, sizes, a device that need not be there. Leaves: the compiled `train_step`.
+Enters: a spec, sizes, a device that need not be there. Leaves: the lowered `train_step`, to be compiled.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from grpo_jax.config import LoraConfig, ObjectiveConfig, OptimConfig
 from grpo_jax.models import ModelSpec, Transformer, init_lora
-from grpo_jax.models.spec import abstract_params
+from grpo_jax.models.quantize import quantized_specs
+from grpo_jax.models.spec import abstract_params, flatten, nest, param_specs
 from grpo_jax.optim import learning_rate_at, make_optimizer
 from grpo_jax.step import Learner
 from grpo_jax.types import Frozen, TrainBatch
@@ -42,7 +43,16 @@ def batch_of(prompts: int, generations: int, prompt_tokens: int, completion_toke
     )
 
 
-def compiled_update(
+def base_of(spec: ModelSpec, dtype: Any, quantization: str) -> Any:
+    """Shapes of the frozen weights."""
+    dense = abstract_params(spec, dtype)
+    if quantization == "none":
+        return dense
+    quantized = quantized_specs(param_specs(spec), quantization)
+    return nest({path: quantized.get(path, leaf) for path, leaf in flatten(dense)})
+
+
+def lowered_update(
     spec: ModelSpec,
     batch: TrainBatch,
     device: Any,
@@ -53,13 +63,13 @@ def compiled_update(
     beta: float = 0.04,
     remat: Any = "layer",
     implementation: str | None = None,
-    base: Any = None,
+    quantization: str = "none",
     unroll: bool = False,
 ) -> Any:
     """The update of a LoRA run, the state donated.
 
     Args:
-        base: shapes of the frozen weights; None is all of them in `dtype`.
+        quantization: of the layers' matrices.
     """
     optim = OptimConfig()
     model = Transformer(spec, jnp.dtype(dtype), lora.scale, remat, unroll, implementation)
@@ -75,6 +85,6 @@ def compiled_update(
     )
     adapters = jax.eval_shape(lambda: init_lora(spec, lora, jax.random.key(0)))
     state = jax.eval_shape(learner.init, adapters)
-    frozen = Frozen(abstract_params(spec, dtype) if base is None else base, {})
+    frozen = Frozen(base_of(spec, dtype, quantization), {})
     arguments = tuple(on(device, tree) for tree in (state, batch, frozen))
-    return jax.jit(learner.train_step, donate_argnums=0).lower(*arguments).compile()
+    return jax.jit(learner.train_step, donate_argnums=0).lower(*arguments)

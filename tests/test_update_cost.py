@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from compiled_rollout import LLAMA_8B
-from compiled_update import batch_of, compiled_update
+from compiled_update import batch_of, lowered_update
 from grpo_jax.config import LoraConfig
 from hlo_costs import matmul_operations
 
@@ -49,7 +49,8 @@ def test_an_update_multiplies_with_each_weight_as_often_as_it_must(remat: str, m
     The adapters' own products come on top. The head meets completion tokens alone.
     """
     batch, cpu = batch_of(1, GENERATIONS, TOKENS, TOKENS), SingleDeviceSharding(jax.devices("cpu")[0])
-    text = compiled_update(SPEC, batch, cpu, micro_batch=(1, GENERATIONS), lora=LoraConfig(rank=16), remat=remat).as_text()
+    lowered = lowered_update(SPEC, batch, cpu, micro_batch=(1, GENERATIONS), lora=LoraConfig(rank=16), remat=remat)
+    text = lowered.compile().as_text()
     tokens, completions = TOKENS * (1 + GENERATIONS), TOKENS * GENERATIONS
     layers = LAYERS * sum(rows * columns for rows, columns in SPEC.linear_shapes().values())
     head = SPEC.vocab * SPEC.width
