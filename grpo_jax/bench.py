@@ -28,6 +28,7 @@ from grpo_jax.memory import peak_bytes
 from grpo_jax.metrics import Display, RunFolder
 from grpo_jax.models import find_model, init_lora, init_params, read_folder_spec
 from grpo_jax.models.layers import precision_of
+from grpo_jax.models.quantize import quantize_params
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.policy import Policy
 from grpo_jax.programs import compile_seconds
@@ -207,13 +208,15 @@ def bench_policy(config: Config) -> tuple[Policy, bool]:
     assert config.model.path is not None
     folder = find_model(config.model.path, config.model.revision, weights=False)
     if any(folder.glob("*.safetensors")):
-        policy = Policy.from_pretrained(folder, lora=config.lora, dtype=config.model.dtype)
+        policy = Policy.from_pretrained(folder, lora=config.lora, dtype=config.model.dtype, quantization=config.model.quantization)
         return replace(policy, stop_ids=()), False
     spec = read_folder_spec(folder)
     dtype = jnp.dtype(spec.dtype if config.model.dtype == "auto" else config.model.dtype)
     lora = config.lora if config.lora.rank else None
     adapters = None if lora is None else init_lora(spec, lora, jax.random.key(1))
     params = jax.jit(functools.partial(init_params, spec, dtype=dtype))(jax.random.key(0))
+    if config.model.quantization != "none":
+        params = jax.jit(functools.partial(quantize_params, spec, quantization=config.model.quantization), donate_argnums=0)(params)
     return Policy(spec, dtype, params, adapters, lora, None, (), folder, str(folder)), True
 
 

@@ -131,7 +131,12 @@ def policy_of_config(config: Config) -> Policy:
     """The policy that a config starts from."""
     assert config.model.path is not None
     return Policy.from_pretrained(
-        config.model.path, lora=config.lora, dtype=config.model.dtype, revision=config.model.revision, seed=config.train.seed
+        config.model.path,
+        lora=config.lora,
+        dtype=config.model.dtype,
+        quantization=config.model.quantization,
+        revision=config.model.revision,
+        seed=config.train.seed,
     )
 
 

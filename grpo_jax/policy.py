@@ -32,6 +32,7 @@ from grpo_jax.models import (
     read_folder_spec,
     save_adapter,
 )
+from grpo_jax.models.quantize import quantization_of
 from grpo_jax.models.transformer import UNROLLED_LAYERS
 from grpo_jax.programs import Program
 from grpo_jax.sampler import Sampler, pad_rows, round_up
@@ -296,7 +297,8 @@ class Policy:
 
 def sampler_of(policy: Policy) -> Sampler:
     """A new sampler of a policy's model. Stop strings are looked for with special tokens left out, as rewards see the text."""
-    return Sampler.build(policy.model, policy.stop_ids, text_of=None if policy.tokenizer is None else policy.tokenizer.decode)
+    text_of = None if policy.tokenizer is None else policy.tokenizer.decode
+    return Sampler.build(policy.model, policy.stop_ids, text_of=text_of, quantization=quantization_of(policy.params))
 
 
 REMAT_MEMORY_SHARE = 0.25

@@ -18,6 +18,7 @@ from grpo_jax.config import Config, ConfigError, LoraConfig, TrainConfig
 from grpo_jax.metrics import Display, RunFolder
 from grpo_jax.models import ModelError
 from grpo_jax.models.lora import init_lora
+from grpo_jax.models.quantize import quantization_of
 from grpo_jax.models.spec import abstract_params
 from grpo_jax.optim import make_optimizer
 from grpo_jax.policy import Policy
@@ -63,7 +64,9 @@ def settings_of(config: Config, policy: Policy) -> Config:
     own = policy.lora or LoraConfig(rank=0)
     if config.lora not in (LoraConfig(), own):
         raise ConfigError(f"lora: {config.lora} differs from the handed-over policy's {own}; leave one of them out")
-    return replace(config, model=replace(config.model, path=policy.name, dtype=str(policy.dtype)), lora=own)
+    quantization: Any = quantization_of(policy.params)
+    model = replace(config.model, path=policy.name, dtype=str(policy.dtype), quantization=quantization)
+    return replace(config, model=model, lora=own)
 
 
 def updates_of(config: Config, supervised: bool) -> int:
@@ -87,6 +90,7 @@ def host_values(policy: Policy, supervised: bool) -> dict[str, Any]:
         "model": str(policy.folder.resolve()),
         "name": policy.name,
         "dtype": str(policy.dtype),
+        "quantization": quantization_of(policy.params),
         "lora": None if policy.lora is None else asdict(policy.lora),
         "supervised": supervised,
     }
@@ -140,7 +144,7 @@ def load_run(run_dir: str | Path) -> tuple[Config, Policy]:
         host = checkpoints.host()
         lora = None if host["lora"] is None else LoraConfig(**host["lora"])
         place = host["model"] if Path(host["model"]).is_dir() else host["name"]
-        base = Policy.from_pretrained(place, dtype=host["dtype"])
+        base = Policy.from_pretrained(place, dtype=host["dtype"], quantization=host.get("quantization", "none"))
         policy = replace(base, name=host["name"], lora=lora)
         optimizer = make_optimizer(config.optim, updates_of(config, host["supervised"]))
         if lora is None:

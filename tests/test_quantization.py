@@ -29,6 +29,7 @@ from grpo_jax.models.spec import ModelSpec, Rope, abstract_params, flatten, nest
 from grpo_jax.models.transformer import split_layers
 from grpo_jax.optim import learning_rate_at, make_optimizer
 from grpo_jax.policy import Policy
+from grpo_jax.runs import load_run, settings_of
 from grpo_jax.step import Learner
 from grpo_jax.types import Frozen, Params, TrainBatch
 from grpo_kernels.quantized_matmul import QuantizedWeight, dequantize, quantize, quantized_shapes, weight_bytes
@@ -194,6 +195,18 @@ def test_layers_are_taken_apart_and_joined_as_dense_ones_are() -> None:
     np.testing.assert_array_equal(np.asarray(dequantize(joined)), np.concatenate(parts, axis=1))
 
 
+def test_a_run_is_read_again_as_it_was_trained(tmp_path: Path) -> None:
+    """In bfloat16, where the sampler keeps adapters apart; and a policy without adapters is refused."""
+    model = {"quantization": "nf4", "dtype": "bfloat16"}
+    config = tiny_runs.config_of(tmp_path / "run", model=model, train={"save_every": 1, "steps": 1})
+    result = tiny_runs.run(config).result
+    assert result.history[0]["sampling/logp_difference/max"] < 0.2  # bfloat16 numbers in this model's logits are 0.03 apart
+    again = load_run(tmp_path / "run")[1]
+    tiny_runs.assert_same_arrays(again.variables, result.policy.variables)
+    with pytest.raises(ConfigError, match=r"model.quantization is 'nf4'.*lora.rank"):
+        settings_of(Config(), dataclasses.replace(again, adapters=None, lora=None))
+
+
 def test_merging_adds_the_adapters_to_the_original(tmp_path: Path) -> None:
     """Not to the rounded weights; and the adapter folder is the same as ever."""
     own, dense = policy_of("int4"), policy_of("none")
@@ -223,8 +236,7 @@ def trained(form: str) -> tiny_runs.Finished:
     place = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, place, ignore_errors=True)
     config = tiny_runs.config_of(place / "run", model={"quantization": form}, objective={"beta": 0.1})
-    policy = Policy.from_pretrained(tiny_runs.tiny_model(), lora=config.lora, quantization=form)
-    return tiny_runs.run(config, policy=policy)
+    return tiny_runs.run(config)
 
 
 @pytest.mark.parametrize("form", TRAINED)

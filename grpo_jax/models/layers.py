@@ -32,9 +32,9 @@ Wanted = Callable[[Array], Array]
 class Attend(Protocol):
     """Attention of one layer.
 
-    Takes q [B, T, K, R, Dh] (scaled; R = H/K; in the last layer perhaps only of the `Wanted` tokens), k and v [B, T, K, Dh], the layer's number and window (int32 scalars), the
-    layer's slice of what was handed to `Transformer` as `per_layer`, and the cache. Returns [B, T, K, R, Dh], the cache, and
-    what the layers stack.
+    Takes q [B, T, K, R, Dh] (scaled; R = H/K; in the last layer perhaps only of the `Wanted` tokens), k and v [B, T, K, Dh], the
+    layer's number and window (int32 scalars), the layer's slice of what was handed to `Transformer` as `per_layer`, and the cache.
+    Returns [B, T, K, R, Dh], the cache, and what the layers stack.
     """
 
     def __call__(

@@ -24,12 +24,12 @@ from grpo_jax.memory import free_bytes
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.programs import Announce, Program, silently
 from grpo_jax.sampler.device import (
-    GPU_OPTIONS,
     Controls,
     Prompts,
     Slots,
     Tokens,
     blank_level,
+    gpu_options,
     place,
     prefill,
     prepare,
@@ -85,10 +85,19 @@ class Sampler:
 
     @staticmethod
     def build(
-        model: Transformer, stop_ids: tuple[int, ...], *, text_of: Decode | None = None, announce: Announce = silently
+        model: Transformer,
+        stop_ids: tuple[int, ...],
+        *,
+        text_of: Decode | None = None,
+        announce: Announce = silently,
+        quantization: str = "none",
     ) -> Sampler:
-        """Nothing is compiled before the first call."""
-        options = GPU_OPTIONS if jax.default_backend() == "gpu" else {}
+        """Nothing is compiled before the first call.
+
+        Args:
+            quantization: of the model's weights.
+        """
+        options = gpu_options(quantization) if jax.default_backend() == "gpu" else {}
         return Sampler(
             model,
             stop_ids,
@@ -173,7 +182,8 @@ class Running:
         sampler, sizes = self.sampler, self.sizes
         spec, dtype, int8 = sampler.model.spec, sampler.model.dtype, self.rollout.kv_dtype == "int8"
         unroll = sampler.model.unroll
-        weights = sampler.prepare(variables, unroll=unroll)
+        # A compiled program would copy the weights that it only hands on.
+        weights = sampler.prepare(variables, unroll=True) if unroll else prepare(sampler.model, variables, unroll=False)
         schedule = Schedule.of(sizes, len(self.prompt_ids), self.rollout.num_generations, refill=self.rollout.refill)
         prompts = self.computed(weights, range(sizes.lanes), int8=int8)
         levels: list[Any] = []

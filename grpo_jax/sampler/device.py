@@ -23,13 +23,21 @@ from grpo_jax.sampling import Truncation, draw
 from grpo_jax.types import Params
 from grpo_kernels.decode_attention import chosen
 from grpo_kernels.head_sample import head_sample
+from grpo_kernels.quantized_matmul import QuantizedWeight
 
-GPU_OPTIONS = {"xla_gpu_dot_merger_threshold_mb": 0, "xla_gpu_enable_triton_gemm": False}
-"""So that at every token weights, keys and values are read where they lie.
 
-XLA would join products of one input, and for that copy weights, or keys and values, side by side. And it copies a layer's part of
-stacked arrays for its own kernels for products (Triton), while cuBLAS, from jax 0.11.2 on, gets the address. With int8 weights
-it is the other way round: those kernels take them as they are, and for cuBLAS they are written out in bfloat16."""
+def gpu_options(quantization: str) -> dict[str, Any]:
+    """XLA's, so that at every token weights, keys and values are read where they lie.
+
+    XLA would join products of one input, and for that copy weights, or keys and values, side by side. And it copies a layer's part
+    of stacked arrays for its own kernels for products (Triton), while cuBLAS, from jax 0.11.2 on, gets the address. With int8
+    weights it is the other way round: those kernels take them as they are, and for cuBLAS they are written out in bfloat16.
+
+    Args:
+        quantization: of the model's weights.
+    """
+    options: dict[str, Any] = {"xla_gpu_dot_merger_threshold_mb": 0}
+    return options if quantization == "int8" else options | {"xla_gpu_enable_triton_gemm": False}
 
 
 @struct.dataclass
@@ -128,7 +136,9 @@ def prepare(model: Transformer, variables: Params, *, unroll: bool) -> Params:
     """Weights as decoding wants them: in its dtype, float32 adapters added, and taken apart by layers where that pays."""
     if model.dtype == jnp.float32 and "lora" in variables:
         variables = {"params": add_adapters(variables["params"], variables["lora"], model.lora_scale)}
-    variables = jax.tree_util.tree_map_with_path(lambda path, x: cast_once(path, x, model.dtype), variables)
+    variables = jax.tree_util.tree_map_with_path(
+        lambda path, x: cast_once(path, x, model.dtype, unroll=unroll), variables, is_leaf=lambda x: isinstance(x, QuantizedWeight)
+    )
     if not unroll:
         return variables
     variables = split_layers(variables)
@@ -150,9 +160,14 @@ def add_adapters(params: Params, adapters: Params, scale: float) -> Params:
     return params | {"layers": layers}
 
 
-def cast_once(path: tuple[Any, ...], leaf: Array, dtype: Any) -> Array:
-    """Casts a weight before the loop instead of at every token. Norms compute in float32, as in training."""
-    return leaf if path[-1].key == "scale" else leaf.astype(dtype)
+def cast_once(path: tuple[Any, ...], leaf: Any, dtype: Any, *, unroll: bool) -> Any:
+    """Casts a weight before the loop instead of at every token. Norms compute in float32, as in training.
+
+    A quantised one stays so on an accelerator. On a CPU a 4-bit number takes a byte anyhow, so dense ones are quicker, and jax 0.10
+    refuses int4 results of one compiled program as another's arguments there.
+    """
+    keep = not unroll if isinstance(leaf, QuantizedWeight) else path[-1].key == "scale"
+    return leaf if keep else leaf.astype(dtype)
 
 
 def prefill(model: Transformer, variables: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], *, int8: bool) -> Prompts:

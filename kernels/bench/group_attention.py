@@ -96,9 +96,7 @@ def main() -> None:
         moved = 2 * (2 * q.nbytes + k.nbytes + v.nbytes)
         for name, times in taken.items():
             best = min(times)
-            print(
-                f"{title} {name or 'None':9} {1e3 * best:9.2f} ms, {work / best / limit:4.0%}, {moved / best / 1e9:.1f} GB/s"
-            )
+            print(f"{title} {name or 'None':9} {1e3 * best:9.2f} ms, {work / best / limit:4.0%}, {moved / best / 1e9:.1f} GB/s")
 
 
 if __name__ == "__main__":

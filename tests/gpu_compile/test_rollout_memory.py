@@ -11,7 +11,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from compiled_rollout import assert_nothing_is_copied_at_every_token, assert_nothing_is_there_twice, line, segment_memory
-from grpo_jax.sampler.device import GPU_OPTIONS
+from grpo_jax.sampler.device import gpu_options
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def h200() -> Any:
 
 @pytest.mark.parametrize("refilled", [False, True])
 def test_a_prompt_is_held_once_and_nothing_is_copied(refilled: bool, h200: Any) -> None:
-    memory = segment_memory(h200, refilled=refilled, options=GPU_OPTIONS)
+    memory = segment_memory(h200, refilled=refilled, options=gpu_options("none"))
     print(line(f"H200, refilled={refilled}", memory))
     assert_nothing_is_there_twice(memory)
     if tuple(map(int, jax.__version__.split(".")[:3])) >= (0, 11, 2):  # before, XLA copies each layer's part of all arrays
