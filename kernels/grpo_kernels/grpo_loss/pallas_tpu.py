@@ -42,15 +42,17 @@ from grpo_kernels.grpo_loss.xla import Slopes
 LANES = 128
 BLOCK_TOKENS = 2**15
 """Tokens in a block: 128 KiB of each array, of which up to seven enter and two leave, in two buffers each."""
-BLOCK_LENGTH = 4096
-"""Tokens of one row in a block. A row up to this long, or longer where it is the whole dimension, is one block."""
+BLOCK_LENGTH = 1024
+"""Tokens of one row in a block. A row up to this long is one block."""
+BLOCK_ROWS = 32
+"""Rows in a block are a multiple of this: the mask has one byte a token, of which a tile holds 32 rows."""
 
 
 def tile(rows: int, length: int) -> tuple[int, int]:
-    """Rows and tokens in a block: multiples of 8 and 128, or the whole dimension."""
+    """Rows and tokens in a block: multiples of 32 and 128, or the whole dimension."""
     tokens = min(length, BLOCK_LENGTH)
     lanes = pl.cdiv(tokens, LANES) * LANES
-    return min(rows, max(8, BLOCK_TOKENS // lanes // 8 * 8)), tokens
+    return min(rows, max(BLOCK_ROWS, BLOCK_TOKENS // lanes // BLOCK_ROWS * BLOCK_ROWS)), tokens
 
 
 class RowSums(NamedTuple):
