@@ -519,38 +519,30 @@ def test_equal_rewards_and_no_kl_give_a_gradient_of_exactly_zero() -> None:
 
 
 @pytest.mark.parametrize("name", ["dr_grpo, two updates", "gspo, two updates"])
-def test_groups_without_advantage_are_not_computed_where_there_is_no_kl_term(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of four groups have equal rewards. What stands in them, NaN weights of the sampler included, reaches nothing."""
+def test_groups_without_advantage_are_not_computed_where_there_is_no_kl_term(name: str) -> None:
+    """Three of four groups have equal rewards. Their prompts are ids that no embedding has: computed, they would make all NaN."""
     objective = dataclasses.replace(OBJECTIVES[name], beta=0.0)
     rewards = np.array(batch().rewards)
     rewards[0], rewards[2] = 1.0, -1.0
     equal = dataclasses.replace(batch(), rewards=jnp.asarray(rewards))
-    calls: list[int] = []
-    plain = step_module.Learner.logprobs
+    poisoned = np.array(equal.prompt_ids)
+    poisoned[[0, 2, 3]] = 10**6
 
-    def counting(self: Learner, variables: Params, rows: Any, *rest: Any, **names: Any) -> Any:
-        jax.debug.callback(lambda _: calls.append(1), rows[1])
-        return plain(self, variables, rows, *rest, **names)
-
-    monkeypatch.setattr(step_module.Learner, "logprobs", counting)
-    results = {}
-    for cut in ((1, G), (1, 2), (B, G)):
+    def gradient_of(batch: TrainBatch, cut: tuple[int, int]) -> tuple[np.ndarray, dict[str, float], np.ndarray]:
         trainable, frozen = start()
-        calls.clear()
-        state, packed = jax.jit(learner(objective, cut).train_step)(learner(objective).init(trainable), equal, frozen)
-        metrics, advantages = packed.to_host()
-        jax.effects_barrier()
-        results[cut] = (flat(state.opt_state[1]), metrics, advantages, len(calls))
-    iterations = objective.num_iterations
-    assert [results[cut][3] for cut in results] == [1 * iterations, 2 * iterations, iterations]
-    gradient, metrics, advantages, _ = results[(B, G)]
-    assert (advantages.reshape(B, G)[[0, 2, 3]] == 0).all()
+        state, packed = program(objective, cut)(trainable, batch, frozen)
+        return flat(state.opt_state[1]), *packed.to_host()
+
+    gradient, metrics, advantages = gradient_of(equal, (B, G))
+    assert np.linalg.norm(gradient) > 0
     assert metrics["reward/frac_zero_std"] == 0.75
-    assert (advantages.reshape(B, G)[1] != 0).any()
-    for other, own_metrics, own_advantages, _ in results.values():
-        assert_near_in_norm(other, gradient, 1e-5)
+    unknown = dataclasses.replace(equal, prompt_ids=jnp.asarray(poisoned))
+    assert np.isnan(gradient_of(unknown, (B, G))[0]).any()
+    for cut in ((1, G), (1, 2)):
+        own, own_metrics, own_advantages = gradient_of(unknown, cut)
+        assert np.linalg.norm(own - gradient) <= 1e-5 * np.linalg.norm(gradient)
         assert np.array_equal(advantages, own_advantages)
-        assert {k: pytest.approx(v, rel=1e-4, abs=1e-6) for k, v in metrics.items()} == own_metrics
+        assert own_metrics == {key: pytest.approx(value, rel=1e-4, abs=1e-6) for key, value in metrics.items()}
 
 
 def test_a_batch_without_a_trained_token_changes_nothing() -> None:
