@@ -235,9 +235,9 @@ def special_tokens_around(hf: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         whole = list(hf.encode(probe, add_special_tokens=True))
         if not bare or len(set(bare) & set(hf.all_special_ids)) > 0:
             continue  # a text that is itself a special token does not show where the text begins
-        for start in range(len(whole) - len(bare) + 1):
-            if whole[start : start + len(bare)] == bare:
-                return tuple(whole[:start]), tuple(whole[start + len(bare) :])
+        places = [start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare]
+        if len(places) == 1:  # more where a text is one of the tokens around it
+            return tuple(whole[: places[0]]), tuple(whole[places[0] + len(bare) :])
     return (), ()
 
 
