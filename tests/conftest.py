@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,6 +21,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import SingleDeviceSharding
 from jaxtyping import install_import_hook
 
 # Stays for the whole run: modules of ours are checked against their shapes whenever a test imports them.
@@ -43,3 +47,25 @@ def shared_data() -> Path:
         if folder.is_dir():
             return folder
     pytest.skip("needs the data folder shared/data beside the checkout")
+
+
+@pytest.fixture(scope="module")
+def chips() -> Iterator[dict[str, SingleDeviceSharding]]:
+    """TPUs that are not there, by generation: XLA's compiler for them needs the libtpu wheel alone.
+
+    Programs for them can be written to the cache on disk, but not read without one. All optimisations are on, so that memory is
+    what users get.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs the libtpu wheel, which is for Linux on x86-64")
+    from jax.experimental import topologies
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    named = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
+    yield {chip: SingleDeviceSharding(topologies.get_topology_desc(name, "tpu").devices[0]) for chip, name in named.items()}
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import os
 import subprocess
 import sys
@@ -16,9 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import SingleDeviceSharding
 
 from grpo_kernels.head_logprob import frozen, head_logprob, pallas_tpu, trained, xla
 from grpo_kernels.head_logprob.shapes import GEMMA_2_2B, GEMMA_3_4B, LAPTOP, LLAMA_3_8B, QWEN3_8B, Shape
@@ -312,22 +309,6 @@ def test_on_a_cpu_it_takes_a_twentieth_of_the_memory() -> None:
     )
     print(f"{LAPTOP}: temporaries {own / MIB:.0f} MiB, plain {plain / MIB:.0f}")
     assert own < plain / 20
-
-
-@pytest.fixture(scope="module")
-def chips() -> Iterator[dict[str, SingleDeviceSharding]]:
-    """TPUs that are not there. Programs for them can be written to the cache on disk, but not read without one."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs the libtpu wheel, which is for Linux on x86-64")
-    from jax.experimental import topologies
-
-    jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_disable_most_optimizations", False)  # memory is to be what users get
-    compilation_cache.reset_cache()
-    named = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
-    yield {chip: SingleDeviceSharding(topologies.get_topology_desc(name, "tpu").devices[0]) for chip, name in named.items()}
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])

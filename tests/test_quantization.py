@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import functools
-import importlib.util
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 from safetensors.numpy import load_file
 
@@ -310,27 +308,11 @@ WIDE = ModelSpec(
 """As wide as blocks of the kernels, and little else: few tokens and a small vocabulary."""
 
 
-@pytest.fixture
-def v6e() -> Iterator[SingleDeviceSharding]:
-    """A TPU that is not there. Programs for it can be written to the cache on disk, but not read without one."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs the libtpu wheel, which is for Linux on x86-64")
-    from jax.experimental import topologies
-
-    jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_disable_most_optimizations", False)  # memory is to be what users get
-    compilation_cache.reset_cache()
-    yield SingleDeviceSharding(topologies.get_topology_desc("v6e:2x2", "tpu").devices[0])
-    jax.config.update("jax_enable_compilation_cache", True)
-    jax.config.update("jax_disable_most_optimizations", True)
-    compilation_cache.reset_cache()
-
-
-def test_an_update_keeps_no_dense_weight(v6e: SingleDeviceSharding) -> None:
+def test_an_update_keeps_no_dense_weight(chips: dict[str, SingleDeviceSharding]) -> None:
     """Compiled for a v6e: of eight layers, all temporaries together are less than two layers' matrices in bfloat16."""
 
     def on(tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=v6e), tree)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chips["v6e"]), tree)
 
     b, g, length = 1, 4, 16
     base = dict(flatten(abstract_params(WIDE, jnp.bfloat16))) | quantized_specs(param_specs(WIDE), "int4")

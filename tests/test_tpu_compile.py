@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import SingleDeviceSharding
 
 from goldens.folders import build_model_folder
 from grpo_jax.config import LoraConfig, ObjectiveConfig, OptimConfig, RolloutConfig
@@ -26,20 +22,6 @@ from grpo_jax.types import Frozen, TrainBatch
 B, G, P, C = 2, 4, 16, 24
 LORA = LoraConfig(rank=8)
 STOPS = (1, 2)
-
-
-@pytest.fixture(scope="module")
-def tpu() -> Iterator[Any]:
-    """One v5e core that is not there. Programs for it can be written to the cache on disk, but not read without one."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs the libtpu wheel, which is for Linux on x86-64")
-    from jax.experimental import topologies
-
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield SingleDeviceSharding(topologies.get_topology_desc("v5e:2x2", "tpu").devices[0])
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +51,8 @@ def bytes_of(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def test_the_update_compiles_for_a_tpu(tpu: Any, model: Transformer):
-    variables = variables_of(model, tpu)
+def test_the_update_compiles_for_a_tpu(chips: Any, model: Transformer):
+    variables = variables_of(model, chips["v5e"])
     optim = OptimConfig()
     learner = Learner(
         model, ObjectiveConfig(), make_optimizer(optim, 10), functools.partial(learning_rate_at, optim, 10), False, 1.0, C, STOPS
@@ -86,44 +68,44 @@ def test_the_update_compiles_for_a_tpu(tpu: Any, model: Transformer):
     }
     fields: dict[str, Any] = {name: jax.ShapeDtypeStruct(*value) for name, value in shapes.items()}
     batch = TrainBatch(**fields)
-    state = on(tpu, jax.eval_shape(learner.init, variables["lora"]))
+    state = on(chips["v5e"], jax.eval_shape(learner.init, variables["lora"]))
     train_step = jax.jit(learner.train_step, donate_argnums=0)
-    update = compiled_for(train_step, state, on(tpu, batch), Frozen(variables["params"], {}))
+    update = compiled_for(train_step, state, on(chips["v5e"], batch), Frozen(variables["params"], {}))
     # The new state takes over the old one's memory.
     assert update.memory_analysis().alias_size_in_bytes >= bytes_of(state)
 
 
 @pytest.mark.parametrize(("refilled", "levels", "int8"), [(False, 1, False), (True, 2, False), (True, 1, True)])
-def test_the_rollout_compiles_for_a_tpu(tpu: Any, model: Transformer, refilled: bool, levels: int, int8: bool):
+def test_the_rollout_compiles_for_a_tpu(chips: Any, model: Transformer, refilled: bool, levels: int, int8: bool):
     """In the stacked form and with the kernels, as on a TPU."""
     model = model.clone(implementation="tpu")
     slots, length = (6 if refilled else B * G), 8
 
     def shape(*size: int, dtype: Any = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct(size, dtype, sharding=tpu)
+        return jax.ShapeDtypeStruct(size, dtype, sharding=chips["v5e"])
 
     ready = functools.partial(prepare, model, unroll=False)
-    weights = compiled_for(jax.jit(ready), variables_of(model, tpu))
+    weights = compiled_for(jax.jit(ready), variables_of(model, chips["v5e"]))
     assert weights.out_info["params"]["layers"]["q_proj"]["kernel"].shape[0] == model.spec.layers
-    weights = on(tpu, weights.out_info)
+    weights = on(chips["v5e"], weights.out_info)
 
     computed = functools.partial(prefill, model, int8=int8)
     prompts = compiled_for(jax.jit(computed), weights, shape(B, P), shape(B)).out_info
     kept = (model.spec.layers, B, model.spec.kv_heads, P, model.spec.head_dim)
     assert (prompts.kept.k.shape, prompts.kept.k.dtype) == (kept, jnp.int8 if int8 else jnp.bfloat16)
-    prompts = on(tpu, prompts)
-    one = on(tpu, jax.eval_shape(computed, weights, shape(1, P), shape(1)))
+    prompts = on(chips["v5e"], prompts)
+    one = on(chips["v5e"], jax.eval_shape(computed, weights, shape(1, P), shape(1)))
     placed = compiled_for(jax.jit(place, donate_argnums=0), prompts, one, shape(1))
     assert placed.memory_analysis().alias_size_in_bytes >= bytes_of(prompts.kept)
 
     past = [
-        on(tpu, jax.eval_shape(functools.partial(blank_level, model.spec, model.dtype, slots, 8, int8=int8, unroll=False)))
+        on(chips["v5e"], jax.eval_shape(functools.partial(blank_level, model.spec, model.dtype, slots, 8, int8=int8, unroll=False)))
         for _ in range(levels)
     ]
     numbers = [shape(slots) for _ in range(7)]
     state = Slots(*numbers, live=shape(slots, dtype=jnp.bool_), begins=shape(slots, dtype=jnp.bool_))
     table = shape(B, G) if refilled else None
-    controls = on(tpu, controls_of(RolloutConfig(num_generations=G, max_completion_length=C, top_p=0.9), seed=0, step=0))
+    controls = on(chips["v5e"], controls_of(RolloutConfig(num_generations=G, max_completion_length=C, top_p=0.9), seed=0, step=0))
     program = jax.jit(functools.partial(segment, model, STOPS, length=length), donate_argnums=2)
     compiled = compiled_for(program, weights, prompts, tuple(past), state, table, controls)
     tokens, after = compiled.out_info
