@@ -204,9 +204,9 @@ def kept_specs(kept: Kept, part: Part) -> Kept:
     _, _, kv, _, dh = kept.v.shape
     wide = pl.BlockSpec((None, None, kv, part.block, dh), block_index(part, 5))
     if kept.k_scale is None:
-        return Kept(wide, wide)  # type: ignore[arg-type]
+        return Kept(wide, wide)  # type: ignore[arg-type] - block specs
     scales = pl.BlockSpec((None, None, kv, part.block), block_index(part, 4))
-    return Kept(wide, wide, scales, scales)  # type: ignore[arg-type]
+    return Kept(wide, wide, scales, scales)  # type: ignore[arg-type] - block specs
 
 
 def attend(

@@ -100,8 +100,8 @@ def quantized_shapes(format: str, shape: tuple[int, ...], name: str = "weight") 
     groups = shape[-2] // group_size(format, shape[-2], name)
     scale_dtype = jnp.float32 if format == "int8" else jnp.bfloat16
     return QuantizedWeight(
-        jax.ShapeDtypeStruct(shape, {str(key): value for key, value in DTYPES.items()}[format]),  # type: ignore[arg-type]
-        jax.ShapeDtypeStruct((*shape[:-2], groups, shape[-1]), scale_dtype),  # type: ignore[arg-type]
+        jax.ShapeDtypeStruct(shape, {str(key): value for key, value in DTYPES.items()}[format]),  # type: ignore[arg-type] - shapes
+        jax.ShapeDtypeStruct((*shape[:-2], groups, shape[-1]), scale_dtype),  # type: ignore[arg-type] - shapes
     )
 
 
