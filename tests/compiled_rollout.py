@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from grpo_jax.config import LoraConfig, RolloutConfig
 from grpo_jax.models import Transformer, init_lora
-from grpo_jax.models.decoding import blank
+from grpo_jax.models.decoding import blank, write_segment
 from grpo_jax.models.spec import ModelSpec, Rope, abstract_params
 from grpo_jax.sampler import controls_of
 from grpo_jax.sampler.device import Prompts, Slots, blank_level, segment
@@ -38,15 +38,16 @@ LLAMA_8B = ModelSpec(
     rope_of_layer=(0,) * LAYERS,
     query_scale=HEAD_DIM**-0.5,
 )
-PROMPTS, GENERATIONS, PROMPT_TOKENS, SEGMENT_TOKENS, LEVELS = 8, 8, 2048, 32, (64, 64, 128, 256, 512)
+PROMPTS, GENERATIONS, PROMPT_TOKENS, SEGMENT_TOKENS, LEVELS = 8, 8, 2048, 32, (32, 32, 32, 32, 128, 256, 512)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a compiled segment.
+    """Bytes of a compiled segment, and of its being written behind the past.
 
     Attributes:
-        arguments, temporaries, in_place: as the compiler says; in_place is what the results share with the arguments.
+        arguments, temporaries: of the segment, as the compiler says.
+        in_place, written_temporaries: of the writing; in_place is what the results share with the arguments.
         weights, prefix, past, newest, logits: of the arrays that are known beforehand. prefix: one copy a prompt.
         copied: written at every token to put weights, prefix and past somewhere else, for all layers.
     """
@@ -54,6 +55,7 @@ class Memory:
     arguments: int
     temporaries: int
     in_place: int
+    written_temporaries: int
     weights: int
     prefix: int
     past: int
@@ -100,15 +102,19 @@ def segment_memory(
     flag: Any = jax.ShapeDtypeStruct((slots,), jnp.bool_, sharding=device)
     table = jax.ShapeDtypeStruct((PROMPTS, GENERATIONS), jnp.int32, sharding=device) if refilled else None
     controls = on(jax.eval_shape(lambda: controls_of(RolloutConfig(), 0, 0)))
-    program = jax.jit(functools.partial(segment, model, (1, 2), length=SEGMENT_TOKENS), donate_argnums=(2,))
+    program = jax.jit(functools.partial(segment, model, (1, 2), length=SEGMENT_TOKENS))
     compiled = program.lower(weights, held, levels, Slots(*[number] * 7, live=flag, begins=flag), table, controls).compile(
         compiler_options=options
     )
+    writing = jax.jit(functools.partial(write_segment, together=not refilled), donate_argnums=(0,))
+    newest = on(compiled.out_info[1])
     told: Any = compiled.memory_analysis()
+    written: Any = writing.lower(levels, newest, number).compile().memory_analysis()
     return Memory(
         arguments=told.argument_size_in_bytes,
         temporaries=told.temp_size_in_bytes,
-        in_place=told.alias_size_in_bytes,
+        in_place=written.alias_size_in_bytes,
+        written_temporaries=written.temp_size_in_bytes,
         weights=size_of(weights),
         prefix=size_of(held),
         past=size_of(levels),
@@ -143,6 +149,7 @@ def assert_nothing_is_there_twice(memory: Memory) -> None:
     assert memory.in_place == memory.past
     # The segment's own keys and values, and a few layers' or rows' worth; a copy of the prefix for each row would be 8 prefixes.
     assert memory.temporaries < memory.prefix / 2
+    assert memory.written_temporaries < memory.newest
 
 
 def assert_nothing_is_copied_at_every_token(memory: Memory) -> None:

@@ -180,7 +180,7 @@ def test_rows_are_padded_on_the_right() -> None:
 
 
 @pytest.mark.parametrize("segment", [1, 3, 8, 32, 64, 100])
-def test_levels_hold_what_is_read_again_and_double(segment: int) -> None:
+def test_levels_hold_what_is_read_again_and_are_equal_at_first_and_then_double(segment: int) -> None:
     for longest in (1, 2, segment, segment + 1, segment + 2, 65, 128, 300, 1000, 5000):
         levels = level_sizes(longest, segment)
         # The first segment gives its length and one token more; of the last one no key is read again.
@@ -190,8 +190,8 @@ def test_levels_hold_what_is_read_again_and_double(segment: int) -> None:
         if len(levels) > 1:
             assert FIRST_LEVEL <= levels[0] < FIRST_LEVEL + segment
         for number in range(1, len(levels) - 1):
-            assert levels[number] == sum(levels[:number])
-        assert len(levels) <= 2 + max(0, int(np.ceil(np.log2(max(1, longest / FIRST_LEVEL)))))
+            assert levels[number] == (levels[0] if number < 4 else sum(levels[:number]))
+        assert len(levels) <= 4 + max(0, int(np.ceil(np.log2(max(1, longest / (4 * FIRST_LEVEL))))))
 
 
 def test_as_many_levels_as_the_tokens_need() -> None:

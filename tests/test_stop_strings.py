@@ -56,7 +56,10 @@ def scripted(script: Sequence[Sequence[int]], generations: int, text_of: TextOf)
     def prompts(*_: Any, **__: Any) -> Prompts:
         return Prompts(None, jnp.zeros(1, jnp.int32), jnp.zeros((1, 1)))
 
-    parts: tuple[Any, ...] = (prepare, prompts, prompts, segment)
+    def write(levels: Any, *_: Any, **__: Any) -> Any:
+        return levels
+
+    parts: tuple[Any, ...] = (prepare, prompts, prompts, segment, write)
     return Sampler(tiny_policy("qwen3").model, (STOP_ID,), text_of, *parts)
 
 

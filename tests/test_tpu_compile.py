@@ -12,6 +12,7 @@ import pytest
 from goldens.folders import build_model_folder
 from grpo_jax.config import LoraConfig, ObjectiveConfig, OptimConfig, RolloutConfig
 from grpo_jax.models import Transformer, init_lora, read_folder_spec
+from grpo_jax.models.decoding import write_segment
 from grpo_jax.models.spec import abstract_params
 from grpo_jax.optim import learning_rate_at, make_optimizer
 from grpo_jax.sampler import controls_of
@@ -106,10 +107,12 @@ def test_the_rollout_compiles_for_a_tpu(chips: Any, model: Transformer, refilled
     state = Slots(*numbers, live=shape(slots, dtype=jnp.bool_), begins=shape(slots, dtype=jnp.bool_))
     table = shape(B, G) if refilled else None
     controls = on(chips["v5e"], controls_of(RolloutConfig(num_generations=G, max_completion_length=C, top_p=0.9), seed=0, step=0))
-    program = jax.jit(functools.partial(segment, model, STOPS, length=length), donate_argnums=2)
-    compiled = compiled_for(program, weights, prompts, tuple(past), state, table, controls)
-    tokens, after = compiled.out_info
+    program = jax.jit(functools.partial(segment, model, STOPS, length=length))
+    tokens, newest = compiled_for(program, weights, prompts, tuple(past), state, table, controls).out_info
     assert (tokens.ids.shape, tokens.logps.shape, tokens.ends.shape) == ((slots, length + 1), (slots, length + 1), (slots,))
+    writing = jax.jit(functools.partial(write_segment, together=not refilled), donate_argnums=0)
+    compiled = compiled_for(writing, tuple(past), on(chips["v5e"], newest), shape(slots))
+    after = compiled.out_info
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), tuple(past))
     # The segment is written where the past lies.
     assert compiled.memory_analysis().alias_size_in_bytes >= bytes_of(past)

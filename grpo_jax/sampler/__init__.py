@@ -21,6 +21,7 @@ import numpy as np
 
 from grpo_jax.config import ConfigError, RolloutConfig
 from grpo_jax.memory import free_bytes
+from grpo_jax.models.decoding import write_segment
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.programs import Announce, Program, silently
 from grpo_jax.sampler.device import (
@@ -73,6 +74,7 @@ class Sampler:
         stop_ids: every id that ends a completion.
         text_of: turns ids into text, where stop strings are to be found; else None.
         prepare, prefill, place, segment: the compiled parts; see `device.py`.
+        write: `decoding.write_segment`.
     """
 
     model: Transformer
@@ -82,6 +84,7 @@ class Sampler:
     prefill: Program
     place: Program
     segment: Program
+    write: Program
 
     @staticmethod
     def build(
@@ -105,13 +108,14 @@ class Sampler:
             Program("rollout: weights", partial(prepare, model), announce=announce),
             Program("rollout: prompts", partial(prefill, model), announce=announce),
             Program("rollout: prompts", place, donate=(0,), announce=announce),
-            Program("rollout", partial(segment, model, stop_ids), donate=(2,), announce=announce, options=options),
+            Program("rollout", partial(segment, model, stop_ids), announce=announce, options=options),
+            Program("rollout: past", write_segment, donate=(0,), announce=announce),
         )
 
     @property
     def programs(self) -> tuple[Program, ...]:
         """Everything that is compiled."""
-        return self.prepare, self.prefill, self.place, self.segment
+        return self.prepare, self.prefill, self.place, self.segment, self.write
 
     def announced(self, announce: Announce) -> Sampler:
         """The same sampler, which says when it compiles."""
@@ -193,13 +197,15 @@ class Running:
             for lane, number in later:
                 new = self.computed(weights, [number], int8=int8)
                 prompts = sampler.place(prompts, new, jax.device_put(np.array([lane], np.int32)))
-            slots, past = self.slots(schedule, begun)
-            needed = sizes.levels_for(past)
+            slots, past, later_past = self.slots(schedule, begun)
+            read = tuple(levels[: sizes.levels_for(past)])
+            table = None if sizes.fixed else jnp.asarray(schedule.places()[1])
+            out, newest = sampler.segment(weights, prompts, read, slots, table, self.controls, length=sizes.segment)
+            needed = sizes.levels_for(later_past)
             while len(levels) < needed:
                 levels.append(blank_level(spec, dtype, sizes.slots, sizes.levels[len(levels)], int8=int8, unroll=unroll))
-            table = None if sizes.fixed else jnp.asarray(schedule.places()[1])
-            out, used = sampler.segment(weights, prompts, tuple(levels[:needed]), slots, table, self.controls, length=sizes.segment)
-            levels[:needed] = used
+            if needed:
+                levels[:needed] = sampler.write(tuple(levels[:needed]), newest, slots.base, together=sizes.fixed)
             tokens: Tokens = jax.device_get(out)
             close += int(tokens.close.sum())
             schedule.end(self.record(schedule, tokens))
@@ -212,8 +218,8 @@ class Running:
         table = jax.device_put(pad_rows(rows, self.sizes.prompt))
         return self.sampler.prefill(weights, table, jax.device_put(lengths), int8=int8)
 
-    def slots(self, schedule: Schedule, begun: list[int]) -> tuple[Slots, int]:
-        """The schedule as arrays, and the most tokens of the past that any slot has to hold."""
+    def slots(self, schedule: Schedule, begun: list[int]) -> tuple[Slots, int, int]:
+        """The schedule as arrays, and the most tokens of the past of any slot: before this segment, and of those that go on after."""
         g, s = self.rollout.num_generations, self.sizes.slots
         rows = np.maximum(schedule.rows, 0)
         live = schedule.rows >= 0
@@ -228,9 +234,8 @@ class Running:
         limits = np.array([self.rows[row].limit for row in rows])
         numbers = (self.numbers[rows // g], rows % g, lanes, schedule.spots, base, last, limits)
         placed: Any = jax.device_put((*(x.astype(np.int32) for x in numbers), live, begins))
-        # What has to be held: the tokens so far, and this segment's where anything goes on after it.
         after = base + self.sizes.segment
-        return Slots(*placed), int(np.max(np.where(after + 1 < limits, after, base)[live]))
+        return Slots(*placed), int(np.max(base[live])), int(np.max(np.where(after + 1 < limits, after, 0)[live]))
 
     def record(self, schedule: Schedule, tokens: Tokens) -> list[int]:
         """Adds a segment's tokens to the rows; returns the slots whose completion has ended."""

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from grpo_jax import sampling
 from grpo_jax.models.attention import last_and_own, prefill_attend
-from grpo_jax.models.decoding import Places, blank, decode_attend, keep, write_segment
+from grpo_jax.models.decoding import Places, blank, decode_attend, keep
 from grpo_jax.models.layers import join_linears, precision_of, soft_cap
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.models.transformer import Transformer, forward, head_matrix, split_layers
@@ -226,15 +226,15 @@ def segment(
     controls: Controls,
     *,
     length: int,
-) -> tuple[Tokens, tuple[Any, ...]]:
+) -> tuple[Tokens, Any]:
     """Decodes up to `length` tokens of every slot, and the first one of those that begin; stops early where none is left.
 
     Args:
-        levels: the slots' past, as many levels as are in use.
+        levels: the slots' past, as many levels as hold any of it.
         table: each lane's slots; None where slot = lane · M + spot, and all slots begin together.
 
     Returns:
-        The tokens, and the levels with this segment in them.
+        The tokens, and their keys and values, in the form of a level, for `write_segment`.
     """
     spec, s = model.spec, slots.base.shape[0]
     unroll = not isinstance(variables["params"]["layers"], dict)
@@ -312,8 +312,7 @@ def segment(
     newest = jax.tree.map(lambda x: x[0], newest) if unroll else newest
     state = Decoding(zero, newest, tokens)
     state = jax.lax.while_loop(lambda x: (x.step < length) & ~jnp.all(x.tokens.done), body, state)
-    newest = jax.tree.map(lambda x: x[None], state.newest) if unroll else state.newest
-    return state.tokens, write_segment(levels, newest, slots.base, together=table is None)
+    return state.tokens, jax.tree.map(lambda x: x[None], state.newest) if unroll else state.newest
 
 
 __all__ = ["Controls", "Prompts", "Slots", "Tokens", "blank_level", "place", "prefill", "prepare", "segment"]

@@ -14,8 +14,10 @@ import numpy as np
 from grpo_jax.config import RolloutConfig
 from grpo_jax.models.spec import ModelSpec
 
-FIRST_LEVEL = 64
-"""Tokens of a slot's past in the first array; every next one doubles the whole."""
+FIRST_LEVEL = 32
+"""Tokens of a slot's past in each of the first arrays; after `EQUAL_LEVELS` of them every next one doubles the whole."""
+
+EQUAL_LEVELS = 4
 
 SPARE_LANES = 3
 """Prompts that may be unfinished beside those that fill the slots: their last completions go on while others begin."""
@@ -76,10 +78,11 @@ class Sizes:
 def level_sizes(longest: int, segment: int) -> tuple[int, ...]:
     """Sizes of the levels for completions of up to `longest` tokens; the last segment's are never read again."""
     wanted = max(0, -(-(longest - 1) // segment) - 1) * segment
+    first = -(-FIRST_LEVEL // segment) * segment
     sizes: list[int] = []
     held = 0
     while held < wanted:
-        size = held or -(-FIRST_LEVEL // segment) * segment
+        size = first if len(sizes) < EQUAL_LEVELS else held
         sizes.append(min(size, wanted - held))
         held += sizes[-1]
     return tuple(sizes)
