@@ -37,7 +37,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True, scope="module")
 def _few_programs() -> Iterator[None]:
-    """Lets a file's compiled programs go at its end: of each the process maps a dozen pieces of memory, and the kernel allows 65,530."""
+    """Lets a file's compiled programs go at its end: each is dozens of memory mappings, of which Linux allows a process 65,530."""
     yield
     jax.clear_caches()
     gc.collect()

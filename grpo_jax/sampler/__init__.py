@@ -219,7 +219,7 @@ class Running:
         return self.sampler.prefill(weights, table, jax.device_put(lengths), int8=int8)
 
     def slots(self, schedule: Schedule, begun: list[int]) -> tuple[Slots, int, int]:
-        """The schedule as arrays, and the most tokens of the past of any slot: before this segment, and of those that go on after."""
+        """The schedule as arrays, and any slot's most tokens of the past: before this segment, and after it of those that go on."""
         g, s = self.rollout.num_generations, self.sizes.slots
         rows = np.maximum(schedule.rows, 0)
         live = schedule.rows >= 0
