@@ -19,6 +19,7 @@ from jax.lax import Precision
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.spec import ModelSpec
+from grpo_jax.sharding import Layout
 from grpo_jax.types import Params
 from grpo_kernels.quantized_matmul import QuantizedWeight, quantized_matmul
 
@@ -115,6 +116,7 @@ class Linear(nn.Module):
 
     lora_scale: float
     implementation: str | None = None
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -166,6 +168,7 @@ class Block(nn.Module):
     attend: Attend
     lora_scale: float
     implementation: str | None = None
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(
@@ -184,7 +187,7 @@ class Block(nn.Module):
         return RMSNorm(self.spec.norm_eps, self.spec.norm_offset, name=name)(x)
 
     def linear(self, name: str, x: Array) -> Array:
-        return Linear(self.lora_scale, self.implementation, name=name)(x)
+        return Linear(self.lora_scale, self.implementation, self.layout, name=name)(x)
 
     def linears(self, joined: str, parts: dict[str, int], x: Array) -> list[Array]:
         """Several linear layers of one input, as one where `join_linears` has joined them."""

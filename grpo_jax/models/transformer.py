@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.layers import LAYER_INPUT, Attend, Block, RMSNorm, Wanted, rope_tables
 from grpo_jax.models.spec import ModelSpec
+from grpo_jax.sharding import Layout
 from grpo_jax.types import Params
 
 NO_WINDOW = 2**30
@@ -37,6 +38,7 @@ class Transformer(nn.Module):
             host's memory.
         unroll: `forward` runs the layers without a loop over them, unless they are computed again.
         implementation: of the kernels (`grpo_kernels`), "reference", "tpu" or "gpu"; None goes by the device.
+        layout: where weights and hidden states live; None is one device.
     """
 
     spec: ModelSpec
@@ -45,6 +47,7 @@ class Transformer(nn.Module):
     remat: Literal["none", "layer", "offload"] = "none"
     unroll: bool = False
     implementation: str | None = None
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(
@@ -73,7 +76,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=per_layer_then_all,
             length=spec.layers,
-        )(spec, attend, self.lora_scale, self.implementation, name="layers")
+        )(spec, attend, self.lora_scale, self.implementation, self.layout, name="layers")
         layer = {
             "number": jnp.arange(spec.layers, dtype=jnp.int32),
             "window": jnp.array([NO_WINDOW if w is None else w for w in spec.windows], jnp.int32),
@@ -122,7 +125,7 @@ def forward(
             "per_layer": None if per_layer is None else per_layer[number],
         }
         before = (x, None if cache is None else cache[number])
-        out = Block(spec, attend, model.lora_scale, model.implementation).apply(
+        out = Block(spec, attend, model.lora_scale, model.implementation, model.layout).apply(
             own, before, layer, rope, wanted if number == spec.layers - 1 else None
         )
         (x, after), kept = out
