@@ -30,8 +30,10 @@ from jaxtyping import Array, Bool, Float, Shaped
 from grpo_jax.advantages import group_advantages
 from grpo_jax.config import ObjectiveConfig
 from grpo_jax.logprobs import completion_logprobs, sampled_logprobs
-from grpo_jax.loss import finish_stats, kl_reward_penalty, token_weights, total_stats, weighted_loss
+from grpo_jax.loss import Stats, finish_stats, kl_reward_penalty, token_weights, total_stats, weighted_loss
+from grpo_jax.models.axes import model_axes
 from grpo_jax.models.transformer import Transformer
+from grpo_jax.sharding import ROWS, Layout
 from grpo_jax.truncated import Restriction
 from grpo_jax.types import AnyArray, Frozen, Params, TrainBatch, TrainState
 
@@ -58,10 +60,11 @@ class PackedMetrics:
         return self.to_host()[0]
 
 
-def pack(metrics: dict[str, Array], advantages: Float[Array, "B G"]) -> PackedMetrics:
-    """{name: scalar} and advantages → `PackedMetrics`."""
+def pack(metrics: dict[str, Array], advantages: Float[Array, "B G"], layout: Layout | None = None) -> PackedMetrics:
+    """{name: scalar} and advantages → `PackedMetrics`; on a mesh every device has them all."""
     scalars = jnp.stack([value.astype(jnp.float32) for value in metrics.values()])
-    return PackedMetrics(jnp.concatenate([scalars, advantages.reshape(-1)]), tuple(metrics))
+    values = jnp.concatenate([scalars, advantages.reshape(-1)])
+    return PackedMetrics(values if layout is None else layout.constrain(values, None), tuple(metrics))
 
 
 @dataclass(frozen=True)
@@ -102,14 +105,22 @@ class Learner:
 
     def init(self, trainable: Params) -> TrainState:
         """The state before the first update."""
-        return TrainState(step=jnp.int32(0), trainable=trainable, opt_state=self.optimizer.init(trainable))
+
+        def start(trainable: Params) -> TrainState:
+            return TrainState(step=jnp.int32(0), trainable=trainable, opt_state=self.optimizer.init(trainable))
+
+        layout = self.model.layout
+        if layout is None:
+            return start(trainable)
+        shardings = layout.tree(jax.eval_shape(start, trainable), model_axes(self.model.spec))
+        return jax.jit(start, out_shardings=shardings)(trainable)
 
     def train_step(self, state: TrainState, batch: TrainBatch, frozen: Frozen) -> tuple[TrainState, PackedMetrics]:
         """One batch: `objective.num_iterations` updates. Jit it with the state donated."""
         objective, given = self.objective, batch
         ref_logps = old_logps = used = None
         if objective.needs_reference:
-            split = Split.of(batch, self.micro_batch)
+            split = Split.of(batch, self.micro_batch, self.model.layout)
             with jax.named_scope("reference"):
                 ref_logps = self.score(self.reference(frozen), split, None)[0]
             rewards = batch.rewards
@@ -121,11 +132,9 @@ class Learner:
             advantages = ordered = self.advantages(rewards, batch.valid)
         else:
             advantages = self.advantages(batch.rewards, batch.valid)
-            counts = jnp.any(advantages != 0, axis=1)
-            order = jnp.argsort(~counts)
-            batch, ordered = batch.of_prompts(order), advantages[order]
-            split = Split.of(batch, self.micro_batch)
-            rows = split.rows(jnp.repeat(counts[order], advantages.shape[1]))
+            batch, ordered = self.sorted(batch, advantages)
+            split = Split.of(batch, self.micro_batch, self.model.layout)
+            rows = split.rows(jnp.repeat(jnp.any(ordered != 0, axis=1), advantages.shape[1]))
             used, split = jnp.any(rows, axis=1), replace(split, completion_mask=split.completion_mask & rows[:, :, None])
         weights = token_weights(batch.completion_mask, objective, self.max_completion_length)
         known = {
@@ -138,12 +147,44 @@ class Learner:
             state, _, metrics = self.update(state, split, known | {"old_logps": old_logps}, frozen)
         else:
             state, metrics = self.iterate(state, split, known, old_logps, frozen)
-        return state, pack(batch_metrics(given, advantages) | metrics, advantages)
+        return self.placed(state), pack(batch_metrics(given, advantages) | metrics, advantages, self.model.layout)
+
+    def placed(self, tree: Any) -> Any:
+        """Weights, adapters, or a state of them, where the layout says."""
+        layout = self.model.layout
+        return tree if layout is None else layout.constrain_tree(tree, model_axes(self.model.spec))
 
     def advantages(self, rewards: Float[Array, "B G"], valid: Bool[Array, "B G"]) -> Float[Array, "B G"]:
         """Of a batch's rewards."""
-        objective, implementation = self.objective, self.model.implementation
-        return group_advantages(rewards, objective.scale_rewards, objective.advantage_eps, valid, implementation=implementation)
+        objective, layout = self.objective, self.model.layout
+
+        def of(rewards: Array, valid: Array) -> Array:
+            return group_advantages(
+                rewards,
+                objective.scale_rewards,
+                objective.advantage_eps,
+                valid,
+                implementation=self.model.implementation,
+                axis_name=None if layout is None else ROWS,
+            )
+
+        if layout is None:
+            return of(rewards, valid)
+        rows = layout.spec("prompts")
+        return layout.local(of, (rows, rows), rows)(rewards, valid)
+
+    def sorted(self, batch: TrainBatch, advantages: Float[Array, "B G"]) -> tuple[TrainBatch, Float[Array, "B G"]]:
+        """A batch, and its advantages, with the groups without any last; on a mesh among the prompts of each row shard."""
+        layout = self.model.layout
+
+        def sort(batch: TrainBatch, advantages: Array) -> tuple[TrainBatch, Array]:
+            order = jnp.argsort(~jnp.any(advantages != 0, axis=1))
+            return batch.of_prompts(order), advantages[order]
+
+        if layout is None:
+            return sort(batch, advantages)
+        rows = layout.spec("prompts")
+        return layout.local(sort, (rows, rows), (rows, rows))(batch, advantages)
 
     def iterate(
         self, state: TrainState, split: Split, known: dict[str, Any], old_logps: Array | None, frozen: Frozen
@@ -180,6 +221,26 @@ class Learner:
 
         return jax.lax.stop_gradient(jax.lax.map(one, (split.prompt_ids, split.prompt_lengths, split.completion_ids)))
 
+    def loss(self, tokens: dict[str, Array | None]) -> tuple[Float[Array, ""], Stats]:
+        """`weighted_loss` of some rows; on a mesh the sum of what each device's rows add.
+
+        Args:
+            tokens: its arrays, by argument; one row a completion.
+        """
+        layout, options = self.model.layout, {"objective": self.objective, "implementation": self.model.implementation}
+
+        def local(tokens: dict[str, Array | None]) -> tuple[Array, Stats]:
+            loss, stats = weighted_loss(**tokens, **options)
+            sums = {
+                name: (jax.lax.pmax if name.endswith("_max") else jax.lax.psum)(jax.lax.stop_gradient(value), ROWS)
+                for name, value in stats.items()
+            }
+            return jax.lax.psum(loss, ROWS), sums
+
+        if layout is None:
+            return weighted_loss(**tokens, **options)
+        return layout.local(local, (layout.spec("rows"),), layout.spec())(tokens)
+
     def update(
         self, state: TrainState, split: Split, known: dict[str, Any], frozen: Frozen
     ) -> tuple[TrainState, Float[Array, "M n C"], dict[str, Array]]:
@@ -192,18 +253,17 @@ class Learner:
             old = given["old_logps"]
             if "first" in given:
                 old = jnp.where(given["first"], jax.lax.stop_gradient(logps), old)
-            loss, stats = weighted_loss(
-                logps,
-                old,
-                given["ref_logps"],
-                given["advantages"],
-                rows.completion_mask,
-                self.objective,
-                given["weights"],
-                sampler_logps=rows.sampler_logprobs,
-                whole_logps=whole,
-                implementation=self.model.implementation,
-            )
+            tokens = {
+                "logps": logps,
+                "old_logps": old,
+                "ref_logps": given["ref_logps"],
+                "advantages": given["advantages"],
+                "completion_mask": rows.completion_mask,
+                "weights": given["weights"],
+                "sampler_logps": rows.sampler_logprobs,
+                "whole_logps": whole,
+            }
+            loss, stats = self.loss(tokens)
             stats["entropy"] = jnp.sum(jnp.where(rows.completion_mask, jax.lax.stop_gradient(entropy), jnp.float32(0)))
             stats["loss"] = jax.lax.stop_gradient(loss)
             return loss, (logps, stats)
@@ -211,7 +271,7 @@ class Learner:
         def accumulate(gradient: Params, part: tuple[Split, dict[str, Any]]) -> tuple[Params, tuple[Array, dict[str, Array]]]:
             def computed() -> tuple[Params, tuple[Array, dict[str, Array]]]:
                 new, (logps, stats) = jax.grad(loss_of, has_aux=True)(state.trainable, part)
-                return jax.tree.map(jnp.add, gradient, new), (logps, stats)
+                return self.placed(jax.tree.map(jnp.add, gradient, new)), (logps, stats)
 
             if part[1]["used"] is None:
                 return computed()
@@ -238,9 +298,13 @@ class Learner:
 class Split:
     """A batch cut into M micro-batches of b prompts and g completions of each, n = b·g.
 
+    On a mesh each micro-batch takes its prompts evenly from all row shards, so that no device waits, and no prompt moves to
+    another: micro-batch m has of each shard its prompts m·b/R to (m + 1)·b/R, for R shards.
+
     Attributes:
         completion_ids, completion_mask, sampler_logprobs: rows of a prompt next to each other.
         grid: (B/b, G/g, b, g).
+        layout: None is one device.
     """
 
     prompt_ids: Any
@@ -249,22 +313,24 @@ class Split:
     completion_mask: Any
     sampler_logprobs: Any
     grid: tuple[int, int, int, int] = struct.field(pytree_node=False)
+    layout: Layout | None = struct.field(pytree_node=False, default=None)
 
     @staticmethod
-    def of(batch: TrainBatch, micro_batch: tuple[int, int]) -> Split:
-        """Cuts a batch; the sizes must divide it."""
+    def of(batch: TrainBatch, micro_batch: tuple[int, int], layout: Layout | None = None) -> Split:
+        """Cuts a batch; the sizes must divide it, and the row shards the prompts of a micro-batch."""
         prompts, generations = batch.rewards.shape
         b, g = micro_batch
-        if prompts % b or generations % g:
+        shards = 1 if layout is None else layout.rows
+        if prompts % b or generations % g or b % shards:
             raise ValueError(
-                f"micro-batch of {b} prompts and {g} completions of each does not divide a batch of {prompts} and {generations}"
+                f"micro-batch of {b} prompts and {g} completions of each does not divide a batch of {prompts} and {generations} "
+                f"on {shards} row shards"
             )
-        grid = (prompts // b, generations // g, b, g)
-        ids = jnp.repeat(batch.prompt_ids.reshape(prompts // b, b, -1), generations // g, axis=0)
-        lengths = jnp.repeat(batch.prompt_lengths.reshape(prompts // b, b), generations // g, axis=0)
-        split = Split(ids, lengths, None, None, None, grid)
+        split = Split(None, None, None, None, None, (prompts // b, generations // g, b, g), layout)
         return replace(
             split,
+            prompt_ids=split.prompts(batch.prompt_ids),
+            prompt_lengths=split.prompts(batch.prompt_lengths),
             completion_ids=split.rows(batch.completion_ids),
             completion_mask=split.rows(batch.completion_mask),
             sampler_logprobs=split.rows(batch.sampler_logprobs),
@@ -275,17 +341,34 @@ class Split:
         """M."""
         return self.grid[0] * self.grid[1]
 
+    @property
+    def shards(self) -> int:
+        """R."""
+        return 1 if self.layout is None else self.layout.rows
+
+    def prompts(self, x: Shaped[AnyArray, "B ..."]) -> Shaped[Array, "M b ..."]:
+        """[B, ...] → [M, b, ...], a prompt again for each part of its completions."""
+        outer, inner, b, _ = self.grid
+        x = x.reshape(self.shards, outer, b // self.shards, *x.shape[1:])
+        return self.placed(jnp.repeat(jnp.swapaxes(x, 0, 1).reshape(outer, b, *x.shape[3:]), inner, axis=0))
+
     def rows(self, x: Shaped[AnyArray, "N ..."]) -> Shaped[Array, "M n ..."]:
         """[N, ...] → [M, n, ...]."""
         outer, inner, b, g = self.grid
-        x = x.reshape(outer, b, inner, g, *x.shape[1:])
-        return jnp.swapaxes(x, 1, 2).reshape(outer * inner, b * g, *x.shape[4:])
+        x = x.reshape(self.shards, outer, b // self.shards, inner, g, *x.shape[1:])
+        x = jnp.moveaxis(x, (1, 3), (0, 1))
+        return self.placed(x.reshape(outer * inner, b * g, *x.shape[5:]))
 
     def join(self, x: Shaped[Array, "M n ..."]) -> Shaped[Array, "N ..."]:
         """The inverse of `rows`."""
         outer, inner, b, g = self.grid
-        x = x.reshape(outer, inner, b, g, *x.shape[2:])
-        return jnp.swapaxes(x, 1, 2).reshape(outer * inner * b * g, *x.shape[4:])
+        x = x.reshape(outer, inner, self.shards, b // self.shards, g, *x.shape[2:])
+        x = jnp.moveaxis(x, (0, 1), (1, 3))
+        return x.reshape(outer * inner * b * g, *x.shape[5:])
+
+    def placed(self, x: Array) -> Array:
+        """Micro-batches over all row shards."""
+        return x if self.layout is None else self.layout.constrain(x, None, "rows", *(None,) * (x.ndim - 2))
 
 
 def batch_metrics(batch: TrainBatch, advantages: Float[Array, "B G"]) -> dict[str, Array]:

@@ -66,7 +66,7 @@ class Transformer(nn.Module):
             Hidden states after the final norm, the cache, and what the layers returned, stacked on a leading L axis.
         """
         spec = self.spec
-        x = Embedding(name="embed")(ids).astype(self.dtype)
+        x = Embedding(self.layout, name="embed")(ids).astype(self.dtype)
         x = x * jnp.asarray(spec.embed_scale, self.dtype)
         block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=kept_by(self.remat))
         per_layer_then_all: Any = (0, nn.broadcast)
@@ -84,7 +84,7 @@ class Transformer(nn.Module):
             "per_layer": per_layer,
         }
         (x, cache), stacked = layers((x, cache), layer, rope_tables(spec, positions))
-        return RMSNorm(spec.norm_eps, spec.norm_offset, name="final_norm")(x), cache, stacked
+        return RMSNorm(spec.norm_eps, spec.norm_offset, self.layout, name="final_norm")(x), cache, stacked
 
 
 def forward(
@@ -112,7 +112,7 @@ def forward(
         out: Any = model.apply(variables, ids, positions, attend, cache, per_layer)
         return out if wanted is None else (wanted(out[0]), *out[1:])
     spec, params = model.spec, variables["params"]
-    x = jnp.take(params["embed"]["embedding"], ids, axis=0).astype(model.dtype) * jnp.asarray(spec.embed_scale, model.dtype)
+    x = embed(params["embed"]["embedding"], ids, model.layout).astype(model.dtype) * jnp.asarray(spec.embed_scale, model.dtype)
     rope = rope_tables(spec, positions)
     caches, stacked = [], []
     for number, weights in enumerate(params["layers"]):
@@ -131,7 +131,7 @@ def forward(
         (x, after), kept = out
         caches.append(after)
         stacked.append(kept)
-    norm: Any = RMSNorm(spec.norm_eps, spec.norm_offset).apply({"params": params["final_norm"]}, x)
+    norm: Any = RMSNorm(spec.norm_eps, spec.norm_offset, model.layout).apply({"params": params["final_norm"]}, x)
     return norm, tuple(caches), tuple(stacked)
 
 
@@ -165,9 +165,28 @@ def kept_by(remat: str) -> Any:
 class Embedding(nn.Module):
     """Rows of the embedding matrix."""
 
+    layout: Layout | None = None
+
     @nn.compact
     def __call__(self, ids: Array) -> Array:
-        return jnp.take(self.get_variable("params", "embedding"), ids, axis=0)
+        return embed(self.get_variable("params", "embedding"), ids, self.layout)
+
+
+def embed(table: Float[Array, "V D"], ids: Int[Array, "B T"], layout: Layout | None) -> Float[Array, "B T D"]:
+    """Rows of the embedding matrix; on a mesh each device looks up what it has of the vocabulary, gathered over fsdp."""
+    if layout is None:
+        return jnp.take(table, ids, axis=0)
+
+    def local(table: Array, ids: Array) -> Array:
+        if layout.tensor == 1:
+            return jnp.take(table, ids, axis=0)
+        own = ids - jax.lax.axis_index("tensor") * table.shape[0]
+        here = (own >= 0) & (own < table.shape[0])
+        rows = jnp.take(table, jnp.where(here, own, 0), axis=0)
+        return jax.lax.psum(jnp.where(here[:, :, None], rows, jnp.zeros((), rows.dtype)), "tensor")
+
+    inputs = (layout.decoding.spec("vocab", "embed"), layout.spec("rows", "tokens"))
+    return layout.local(local, inputs, layout.spec("rows", "tokens", None))(table, ids)
 
 
 def head_matrix(spec: ModelSpec, params: Params) -> Float[Array, "V D"]:

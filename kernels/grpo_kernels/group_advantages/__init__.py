@@ -23,7 +23,7 @@ def group_advantages(
     scale: str = "group",
     eps: float | int = 1e-4,
     valid: ArrayLike | None = None,
-    axis_name: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B G"]:
     """Advantage A = (r − mean) / (std + eps) of every completion within its group. Nothing has a gradient.
@@ -37,7 +37,8 @@ def group_advantages(
     A valid reward that is NaN or infinite is not hidden: the advantages of its group (with `batch`, of the whole batch) are NaN.
 
     Under `shard_map` over prompts (with `check_vma=False`, which a Pallas call needs) groups are whole on each device, and only
-    `batch` needs the others: name the mesh axis. A group that is itself split over devices is to be gathered first: G numbers.
+    `batch` needs the others: name the mesh axis, or several. A group that is itself split over devices is to be gathered first:
+    G numbers.
 
     Args:
         rewards: [B, G], B prompts with G completions each. Taken as float32.
@@ -45,7 +46,7 @@ def group_advantages(
             (A = r − mean, Dr. GRPO, section 3.2, https://arxiv.org/abs/2503.20783). The mean is the group's in all three.
         eps: Added to the deviation; 0 is allowed.
         valid: [B, G], True = the completion could be scored; None = all of them.
-        axis_name: mesh axis that the batch is split over, inside `shard_map`; matters to `batch` alone.
+        axis_name: mesh axis, or axes, that the batch is split over, inside `shard_map`; matters to `batch` alone.
         implementation: "reference" or "gpu" (both plain, for XLA to fuse), "tpu" (Pallas), or None: "tpu" on a TPU, else "gpu".
 
     Returns:
