@@ -90,7 +90,7 @@ def stacked_array(files: TensorFiles, source: Source, shape: tuple[int, ...], sh
     stack = zeros(shape, jnp.dtype(dtype), sharding)
     for layer in range(shape[0]):
         part = layer_array(files, source, shape, layer, sharding, dtype)
-        stack = place(stack, part, jnp.int32(layer), sharding).block_until_ready()
+        stack = place(stack, part, np.int32(layer), sharding).block_until_ready()
     return stack
 
 
@@ -149,7 +149,7 @@ def load_quantized(
     stack: Any = jax.tree.map(lambda leaf, sharding: zeros(leaf.shape, leaf.dtype, sharding), shapes, shardings)
     for layer in range(shapes.values.shape[0]):
         part = layer_array(files, source, shapes.values.shape, layer, shardings.values, None)
-        stack = jax.block_until_ready(place_quantized(stack, part, jnp.int32(layer), quantization, shardings))
+        stack = jax.block_until_ready(place_quantized(stack, part, np.int32(layer), quantization, shardings))
     return stack
 
 
