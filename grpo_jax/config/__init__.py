@@ -4,6 +4,7 @@
 """
 
 from grpo_jax.config.checks import ConfigError
+from grpo_jax.config.distributed import DistributedConfig
 from grpo_jax.config.load import (
     Loaded,
     Setting,
@@ -34,6 +35,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "DistributedConfig",
     "Loaded",
     "LoraConfig",
     "MeshConfig",

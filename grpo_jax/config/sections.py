@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grpo_jax.config.checks import check_types, require
+from grpo_jax.config.distributed import DistributedConfig
 from grpo_jax.config.objective import ObjectiveConfig
 
 LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -347,6 +348,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         check_types(self, "")

@@ -46,6 +46,9 @@ FREE_ON_RESUME = (
 )
 """Settings that do not enter what a step computes. `train.steps` does where the learning rate's schedule ends with it."""
 
+FREE_SECTIONS = ("mesh", "distributed")
+"""A run may go on with other devices: they do not enter what a step computes either."""
+
 AVERAGED_STEPS = 10
 """The summary's first and last reward are means over this many steps."""
 
@@ -108,7 +111,8 @@ class RunFolder:
             raise RunFolderError(f"{path / 'config.yaml'} cannot be read, so the run cannot be resumed: {error}") from error
         changed = difference(config_to_dict(stored), config_to_dict(config))
         free = [name for name in FREE_ON_RESUME if name != "train.steps" or config.optim.schedule == "constant"]
-        refused = [line for line in changed if line.partition(":")[0] not in free]
+        named = [(line.partition(":")[0], line) for line in changed]
+        refused = [line for name, line in named if name not in free and name.partition(".")[0] not in FREE_SECTIONS]
         if refused:
             listed = "\n  ".join(refused)
             raise RunFolderError(
