@@ -18,6 +18,11 @@ import jax.numpy as jnp
 from grpo_jax.types import Params
 
 
+def precision_of(dtype: Any) -> jax.lax.Precision:
+    """float32 results are promised to be float32: a TPU's default is one bfloat16 pass, NVIDIA's is TF32."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
 class ModelError(ValueError):
     """A model folder that cannot be read as it is; the message names the file and the mend."""
 
