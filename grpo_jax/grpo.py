@@ -12,7 +12,6 @@ Enters: a `Config`, or a policy, rows and functions from Python. Leaves: a `Trai
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ from grpo_jax.config import Config, check_training, resolved_settings
 from grpo_jax.evaluate import Evaluation, evaluate_held_out, policy_of_config, reward_columns
 from grpo_jax.metrics import Display, RunFolder, step_values
 from grpo_jax.models import find_model, read_folder_spec
-from grpo_jax.optim import learning_rate_at, make_optimizer
 from grpo_jax.policy import Policy, sampler_of, trained_model
 from grpo_jax.programs import Program, compile_seconds
 from grpo_jax.prompts import PromptSource
@@ -45,7 +43,6 @@ from grpo_jax.runs import (
 from grpo_jax.sampler import Sampler, pad_rows, round_up
 from grpo_jax.step import Learner
 from grpo_jax.tokenizer import Tokenizer
-from grpo_jax.truncated import Restriction
 from grpo_jax.types import Frozen, Params, PromptBatch, Rollout, TrainBatch, TrainState
 
 TRUNCATED_LINE = (
@@ -164,27 +161,22 @@ def assemble(config: Config, policy: Policy, source: Source, functions: list[Nam
     """Everything that a step needs, from what has been read and checked. Compiles nothing."""
     full = policy.adapters is None
     micro_batch = micro_batch_of(config, policy)
-    restriction = Restriction.of(config.rollout, policy.stop_ids) if config.objective.match_sampling else None
-    if restriction is not None and restriction.truncates:
-        display.note(TRUNCATED_LINE)
     tokens = micro_batch[0] * (config.rollout.max_prompt_length + micro_batch[1] * config.rollout.max_completion_length)
     model, remat = trained_model(policy, config.model.remat, tokens)
     if remat != config.model.remat:
         display.note(f"model.remat: {config.model.remat} is {remat} here")
     if config.train.micro_batch_prompts is None and micro_batch[0] < config.train.prompts_per_step:
         display.note(f"train.micro_batch_prompts: {micro_batch[0]} at once, as many as a processor's cache serves well")
-    updates = updates_of(config, supervised=False)
-    learner = Learner(
-        model=model,
-        objective=config.objective,
-        optimizer=make_optimizer(config.optim, updates),
-        learning_rate=functools.partial(learning_rate_at, config.optim, updates),
+    learner = Learner.of(
+        config,
+        model,
         full=full,
-        temperature=config.rollout.temperature,
-        max_completion_length=config.rollout.max_completion_length,
         micro_batch=micro_batch,
-        restriction=restriction,
+        updates=updates_of(config, supervised=False),
+        stop_ids=policy.stop_ids,
     )
+    if learner.restriction is not None and learner.restriction.truncates:
+        display.note(TRUNCATED_LINE)
     sampler = sampler_of(policy).announced(display.compiling)
     update = Program("update", learner.train_step, donate=(0,), announce=display.compiling)
     frozen = Frozen(base={} if full else policy.params, reference=reference_of(policy, config))

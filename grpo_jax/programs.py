@@ -48,6 +48,12 @@ class Program:
 
     def __call__(self, *arguments: Any, **static: Hashable) -> Any:
         """Runs the function, compiling it first where these shapes, or these static arguments, are new."""
+        run = self.compiled(*arguments, **static)
+        with jax.transfer_guard("disallow"):
+            return run(*arguments)
+
+    def compiled(self, *arguments: Any, **static: Hashable) -> Any:
+        """The compiled function of arguments of these shapes: arrays, or `jax.ShapeDtypeStruct` with shardings."""
         leaves, tree = jax.tree.flatten(arguments)
         key = (tree, tuple(static.items()), tuple((leaf.shape, leaf.dtype, leaf.weak_type, leaf.sharding) for leaf in leaves))
         if key not in self._compiled:
@@ -56,8 +62,7 @@ class Program:
                 jitted = jax.jit(functools.partial(self.function, **static), donate_argnums=self.donate)
                 self._compiled[key] = jitted.lower(*arguments).compile(compiler_options=self.options)
                 self.compile_seconds += time.perf_counter() - start
-        with jax.transfer_guard("disallow"):
-            return self._compiled[key](*arguments)
+        return self._compiled[key]
 
 
 def compile_seconds(*programs: Program) -> float:

@@ -16,6 +16,7 @@ and of the reference, they are those of the whole distribution.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,7 +29,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Shaped
 
 from grpo_jax.advantages import group_advantages
-from grpo_jax.config import ObjectiveConfig
+from grpo_jax.config import Config, ObjectiveConfig
 from grpo_jax.logprobs import completion_logprobs, sampled_logprobs
 from grpo_jax.loss import Stats, finish_stats, kl_reward_penalty, token_weights, total_stats, weighted_loss
 from grpo_jax.models.axes import model_axes
@@ -92,6 +93,28 @@ class Learner:
     max_completion_length: int
     micro_batch: tuple[int, int]
     restriction: Restriction | None = None
+
+    @staticmethod
+    def of(
+        config: Config, model: Transformer, *, full: bool, micro_batch: tuple[int, int], updates: int, stop_ids: tuple[int, ...]
+    ) -> Learner:
+        """The learner of a run's settings.
+
+        Args:
+            updates: optimiser updates of the whole run.
+            stop_ids: every id that ends a completion.
+        """
+        return Learner(
+            model=model,
+            objective=config.objective,
+            optimizer=make_optimizer(config.optim, updates),
+            learning_rate=functools.partial(learning_rate_at, config.optim, updates),
+            full=full,
+            temperature=config.rollout.temperature,
+            max_completion_length=config.rollout.max_completion_length,
+            micro_batch=micro_batch,
+            restriction=Restriction.of(config.rollout, stop_ids) if config.objective.match_sampling else None,
+        )
 
     def policy(self, trainable: Params, frozen: Frozen) -> Params:
         """Variables of the policy that is trained."""
