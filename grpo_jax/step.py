@@ -34,6 +34,7 @@ from grpo_jax.logprobs import completion_logprobs, sampled_logprobs
 from grpo_jax.loss import Stats, finish_stats, kl_reward_penalty, token_weights, total_stats, weighted_loss
 from grpo_jax.models.axes import model_axes
 from grpo_jax.models.transformer import Transformer
+from grpo_jax.optim import learning_rate_at, make_optimizer
 from grpo_jax.sharding import ROWS, Layout
 from grpo_jax.truncated import Restriction
 from grpo_jax.types import AnyArray, Frozen, Params, TrainBatch, TrainState
