@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from grpo_kernels.group_advantages.pallas_tpu import group_advantages_tpu
 from grpo_kernels.group_advantages.reference import advantages_of, statistics
+from grpo_kernels.target import platform
 
 __all__ = ["Scale", "group_advantages"]
 
@@ -64,7 +65,7 @@ def group_advantages(
     if not eps >= 0:
         raise ValueError(f"eps is {eps}: use 0 or a small positive number such as 1e-4")
     if implementation is None:
-        implementation = "tpu" if jax.default_backend() == "tpu" else "gpu"
+        implementation = "tpu" if platform() == "tpu" else "gpu"
     if implementation not in ("reference", "tpu", "gpu"):
         raise ValueError(f"implementation is {implementation!r}: choose from reference, tpu, gpu, or None")
     rewards_BG = jax.lax.stop_gradient(jnp.asarray(rewards, jnp.float32))

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 from grpo_kernels.head_sample.draws import NEAR_LOGITS, Draws
 from grpo_kernels.head_sample.pallas_tpu import head_sample_tpu
 from grpo_kernels.head_sample.reference import head_sample_reference
+from grpo_kernels.target import platform
 
 __all__ = ["Draws", "Implementation", "head_sample"]
 
@@ -65,7 +66,7 @@ def head_sample(
     if any(token < 0 for token in banned_ids):
         raise ValueError(f"head_sample: banned_ids {banned_ids} are not all tokens; they start at 0")
     if implementation is None:
-        implementation = "tpu" if jax.default_backend() == "tpu" else "reference"
+        implementation = "tpu" if platform() == "tpu" else "reference"
     if implementation not in ("reference", "tpu"):
         raise ValueError(f"head_sample: implementation {implementation!r} is unknown; use 'reference', 'tpu' or None")
     vocabulary = w.shape[0] * (1 if vocab_axis is None else jax.lax.axis_size(vocab_axis))
