@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec, precision_of
 from grpo_jax.sharding import Layout
 from grpo_kernels.quantized_matmul import QuantizedWeight
+from grpo_kernels.target import platform
 
 Form = Literal["every", "ragged", "blocks"]
 Product = Callable[[Array, Any], Array]
@@ -210,7 +211,7 @@ def choose_form(spec: ModelSpec, tokens: int, implementation: str | None, *, qua
     """
     if implementation == "reference" and not quantized:
         return "every"
-    backend = jax.default_backend() if implementation in (None, "reference") else implementation
+    backend = platform() if implementation in (None, "reference") else implementation
     backend = backend if backend in FEW_TOKENS else "cpu"
     if not quantized and tokens <= FEW_TOKENS[backend] and tokens * spec.experts_per_token >= spec.experts:
         return "every"
