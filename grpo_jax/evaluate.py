@@ -137,6 +137,7 @@ def policy_of_config(config: Config) -> Policy:
         quantization=config.model.quantization,
         revision=config.model.revision,
         seed=config.train.seed,
+        mesh=config.mesh,
     )
 
 

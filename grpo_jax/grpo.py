@@ -25,6 +25,7 @@ from grpo_jax.config import Config, check_training, resolved_settings
 from grpo_jax.evaluate import Evaluation, evaluate_held_out, policy_of_config, reward_columns
 from grpo_jax.metrics import Display, RunFolder, step_values
 from grpo_jax.models import find_model, read_folder_spec
+from grpo_jax.models.axes import check_mesh
 from grpo_jax.policy import Policy, sampler_of, trained_model
 from grpo_jax.programs import Program, compile_seconds
 from grpo_jax.prompts import PromptSource
@@ -41,6 +42,7 @@ from grpo_jax.runs import (
     with_trained,
 )
 from grpo_jax.sampler import Sampler, pad_rows, round_up
+from grpo_jax.sharding import BATCH, Layout, check_prompts, make_layout
 from grpo_jax.step import Learner
 from grpo_jax.tokenizer import Tokenizer
 from grpo_jax.types import Frozen, Params, PromptBatch, Rollout, TrainBatch, TrainState
@@ -85,9 +87,13 @@ def train(
     check_training(config, has_policy=policy is not None, has_dataset=dataset is not None, has_rewards=bool(given))
     if policy is not None:
         config = settings_of(config, policy)
+    layout = make_layout(config.mesh)
+    check_prompts(layout, config.train.prompts_per_step, config.train.micro_batch_prompts)
     RunFolder.check(config.train.run_dir, config, resume=resume)
     display = Display(config.train.quiet)
     display.settings(resolved_settings(config, sources or {}))
+    if layout is not None:
+        display.note(mesh_line(layout))
     run = prepare(config, policy, dataset, given, eval_dataset, display)
     with RunFolder.create(config.train.run_dir, config, sources, resume=resume) as folder:
         return loop(run, folder)
@@ -143,7 +149,7 @@ def prepare(
         assert config.model.path is not None
         with display.busy(f"looking for {config.model.path}"):
             folder = find_model(config.model.path, config.model.revision, weights=False)
-            read_folder_spec(folder)
+            check_mesh(make_layout(config.mesh), read_folder_spec(folder))
             tokenizer = Tokenizer.from_folder(folder)
     else:
         tokenizer = policy.need_tokenizer()
@@ -154,6 +160,7 @@ def prepare(
         with display.busy(f"reading {config.model.path}"):
             policy = policy_of_config(config)
     policy.need_tokenizer()
+    policy = policy.placed(make_layout(config.mesh))
     return assemble(config, policy, source, functions, display)
 
 
@@ -188,10 +195,18 @@ def micro_batch_of(config: Config, policy: Policy) -> tuple[int, int]:
     prompts, generations = config.train.prompts_per_step, config.train.micro_batch_completions or config.rollout.num_generations
     if config.train.micro_batch_prompts is not None or jax.default_backend() != "cpu":
         return config.train.micro_batch_prompts or prompts, generations
+    shards = 1 if policy.layout is None else policy.layout.rows
     tokens = config.rollout.max_prompt_length + generations * config.rollout.max_completion_length
     widest = max(policy.spec.width, policy.spec.ffw) * policy.model.dtype.itemsize
-    sizes = [size for size in range(1, prompts + 1) if prompts % size == 0 and size * tokens * widest <= CACHED_BYTES]
-    return max(sizes, default=1), generations
+    each = prompts // shards
+    sizes = [size for size in range(1, each + 1) if each % size == 0 and size * tokens * widest <= CACHED_BYTES]
+    return shards * max(sizes, default=1), generations
+
+
+def mesh_line(layout: Layout) -> str:
+    """What the mesh is, and on what."""
+    sizes = ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
+    return f"mesh: {sizes}; {layout.mesh.size} of {jax.device_count()} devices ({layout.mesh.devices.flat[0].device_kind})"
 
 
 def prompts_line(source: PromptSource, limit_tokens: int) -> str:
@@ -209,7 +224,7 @@ def reference_of(policy: Policy, config: Config) -> Params | None:
     """
     if policy.adapters is None:
         return policy.params if config.objective.needs_reference else None
-    started = any(bool(np.any(np.asarray(jax.device_get(pair["b"])))) for pair in policy.adapters["layers"].values())
+    started = any(bool(np.any(policy.on_host(pair["b"]))) for pair in policy.adapters["layers"].values())
     return policy.adapters if started else {}
 
 
@@ -275,7 +290,7 @@ def one_step(run: Run, state: TrainState, folder: RunFolder, step: int) -> tuple
     for line in failure_lines(scored):
         run.display.warning(line)
     clock.lap("reward_seconds")
-    state, packed = run.update(state, train_batch(prompts, rollout, scored, config), run.frozen)
+    state, packed = run.update(state, train_batch(prompts, rollout, scored, config, run.policy.layout), run.frozen)
     metrics, advantages = packed.to_host()
     clock.lap("update_seconds")
     metrics |= reward_metrics(scored) | length_metrics(rollout) | clock.metrics(prompts, rollout)
@@ -283,7 +298,9 @@ def one_step(run: Run, state: TrainState, folder: RunFolder, step: int) -> tuple
     return state, metrics
 
 
-def train_batch(prompts: PromptBatch, rollout: Rollout, scored: ScoredBatch, config: Config) -> TrainBatch:
+def train_batch(
+    prompts: PromptBatch, rollout: Rollout, scored: ScoredBatch, config: Config, layout: Layout | None = None
+) -> TrainBatch:
     """Lists → padded arrays on the device. Lengths are rounded up to a few sizes, so that a run compiles a handful of times."""
     b = len(prompts.prompt_ids)
     lengths = np.array([len(ids) for ids in rollout.completion_ids])
@@ -302,7 +319,7 @@ def train_batch(prompts: PromptBatch, rollout: Rollout, scored: ScoredBatch, con
         rewards=scored.rewards.reshape(b, -1),
         valid=scored.valid.reshape(b, -1),
     )
-    return jax.device_put(batch)
+    return jax.device_put(batch) if layout is None else layout.put_tree(batch, BATCH)
 
 
 def length_metrics(rollout: Rollout) -> dict[str, float]:

@@ -18,12 +18,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from grpo_jax.config import MeshConfig
 from grpo_jax.config.checks import require
 from grpo_kernels.quantized_matmul import QuantizedWeight
+
+GATHERED = "gathered"
+"""Name of gathered weights for the choice of what a backward pass keeps."""
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -91,6 +95,11 @@ class Layout:
         return replace(self, embed_cut=False)
 
     @property
+    def config(self) -> MeshConfig:
+        """The settings that make this mesh."""
+        return MeshConfig(*(self.mesh.shape[axis] for axis in MESH_AXES))
+
+    @property
     def rows(self) -> int:
         """Shards that prompts and completions are spread over."""
         return math.prod(self.mesh.shape[axis] for axis in ROWS)
@@ -128,7 +137,7 @@ class Layout:
         """Of an array with these logical axes; () is a scalar, or one that every device has whole."""
         return NamedSharding(self.mesh, self.spec(*axes))
 
-    def quantized(self, weight: QuantizedWeight, axes: Axes) -> QuantizedWeight:
+    def quantized(self, weight: QuantizedWeight, axes: Axes) -> Any:
         """Shardings of both parts of a quantised weight, given its shape. One scale for all inputs is not cut along them."""
         groups = axes[-2] if weight.scale.shape[-2] > 1 else None
         shardings = self.sharding(axes), self.sharding((*axes[:-2], groups, axes[-1]))
@@ -161,12 +170,12 @@ class Layout:
     def checked(self, name: str, shape: tuple[int, ...], sharding: Any) -> NamedSharding:
         """The sharding, where every dimension divides by the shards that it is cut into; else ShardingError."""
         for size, cut in zip(shape, sharding.spec, strict=True):
-            axes = () if cut is None else (cut,) if isinstance(cut, str) else cut
+            axes: tuple[str, ...] = () if cut is None else (cut,) if isinstance(cut, str) else tuple(cut)
             shards = math.prod(self.mesh.shape[axis] for axis in axes)
             if size % shards:
                 raise ShardingError(
-                    f"{name} has shape {shape}, and {size} does not divide by the {shards} shards of {' · '.join(axes)}: "
-                    f"make mesh.{axes[-1]} smaller"
+                    f"{name} has shape {shape}, and {size} does not divide by {shards} shards: "
+                    f"make {' or '.join(f'mesh.{axis}' for axis in axes)} smaller"
                 )
         return sharding
 
@@ -179,12 +188,11 @@ class Layout:
         return jax.lax.with_sharding_constraint(tree, self.tree(tree, table))
 
     def gather(self, x: Array, *axes: str | None) -> Array:
-        """Inside a compiled program: a weight whole along fsdp, for a product. Its gradient is cut again as the weight was."""
-        return gathered(x, self, axes)
+        """Inside a compiled program: a weight whole along fsdp, for a product. Its gradient is cut again as the weight was.
 
-    def gather_quantized(self, weight: QuantizedWeight, *axes: str | None) -> QuantizedWeight:
-        """The same of a quantised weight, which has no gradient."""
-        return jax.lax.with_sharding_constraint(weight, self.decoding.quantized(weight, axes))
+        It has the name `GATHERED`, so that a backward pass may gather it again instead of keeping it.
+        """
+        return checkpoint_name(gathered(x, self, axes), GATHERED)
 
     def local(self, function: Callable[..., Any], inputs: Sequence[Any], outputs: Any) -> Callable[..., Any]:
         """A function of each device's part, under `shard_map`; collectives over `MESH_AXES` may be used in it.
@@ -308,8 +316,12 @@ def make_layout(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Layou
     return Layout(jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=present[:count]))
 
 
-def check_prompts(layout: Layout | None, prompts: int, micro_batch: int, name: str = "train.micro_batch_prompts") -> None:
+def check_prompts(layout: Layout | None, prompts: int, micro_batch: int | str | None) -> None:
     """Checks that a step's prompts, and those of a micro-batch, spread evenly.
+
+    Args:
+        prompts: `train.prompts_per_step`.
+        micro_batch: `train.micro_batch_prompts`; only a number is checked.
 
     Raises:
         ConfigError: they do not.
@@ -318,4 +330,4 @@ def check_prompts(layout: Layout | None, prompts: int, micro_batch: int, name: s
         return
     over = f"prompts are spread over data · fsdp = {layout.rows} shards: use a multiple of {layout.rows}, or a smaller mesh"
     require(prompts % layout.rows == 0, "train.prompts_per_step", prompts, over)
-    require(micro_batch % layout.rows == 0, name, micro_batch, over)
+    require(not isinstance(micro_batch, int) or micro_batch % layout.rows == 0, "train.micro_batch_prompts", micro_batch, over)

@@ -15,6 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.moe import mix_experts
@@ -120,14 +121,18 @@ def frozen_product(
     if layout is None:
         return quantized_matmul(rows, weight, implementation=implementation)
     whole = layout.decoding
-    cut_within = whole.spec(axes[0])[0] is not None
+    within, rows_axes = whole.spec(axes[0])[0], whole.spec("rows")[0]
 
     def local(rows: Array, weight: QuantizedWeight) -> Array:
         y = quantized_matmul(rows, weight, implementation=implementation)
-        return jax.lax.psum(y, "tensor") if cut_within else y
+        return y if within is None else y[None]
 
     parts = jax.tree.map(lambda sharding: sharding.spec, whole.quantized(weight, axes))
-    return layout.local(local, (whole.spec("rows", axes[0]), parts), whole.spec("rows", axes[1]))(rows, weight)
+    inputs = (whole.spec("rows", axes[0]), parts)
+    if within is None:
+        return layout.local(local, inputs, whole.spec("rows", axes[1]))(rows, weight)
+    # Each device's part of the sum, added up outside: a sum inside would be one more in the backward pass.
+    return jnp.sum(layout.local(local, inputs, PartitionSpec(within, rows_axes, None))(rows, weight), axis=0)
 
 
 class Linear(nn.Module):

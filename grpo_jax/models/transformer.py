@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.layers import LAYER_INPUT, Attend, Block, RMSNorm, Wanted, rope_tables
 from grpo_jax.models.spec import ModelSpec
-from grpo_jax.sharding import Layout
+from grpo_jax.sharding import GATHERED, Layout
 from grpo_jax.types import Params
 
 NO_WINDOW = 2**30
@@ -68,7 +68,9 @@ class Transformer(nn.Module):
         spec = self.spec
         x = Embedding(self.layout, name="embed")(ids).astype(self.dtype)
         x = x * jnp.asarray(spec.embed_scale, self.dtype)
-        block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=kept_by(self.remat))
+        gathers = self.layout is not None and self.layout.mesh.shape["fsdp"] > 1
+        keeps_all = self.remat == "none" and not gathers
+        block = Block if keeps_all else nn.remat(Block, prevent_cse=False, policy=kept_by(self.remat))
         per_layer_then_all: Any = (0, nn.broadcast)
         layers = nn.scan(
             block,
@@ -151,7 +153,12 @@ def split_layers(variables: Params) -> Params:
 
 
 def kept_by(remat: str) -> Any:
-    """What `jax.checkpoint` keeps of a layer beside its inputs: nothing, or its input, on the host instead of the device."""
+    """What `jax.checkpoint` keeps of a layer beside its inputs: nothing, or its input, on the host instead of the device.
+
+    With `none` all but the gathered weights, which kept would be the whole model on each device.
+    """
+    if remat == "none":
+        return jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
     if remat != "offload":
         return None
     return jax.checkpoint_policies.save_and_offload_only_these_names(
