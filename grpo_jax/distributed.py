@@ -41,22 +41,20 @@ Describe = Callable[[BaseException], tuple[str, int]]
 """An error → what to say of it, and the exit status."""
 
 
-def start(settings: DistributedConfig) -> str | None:
+def start(settings: DistributedConfig) -> bool:
     """Joins the other processes of the run; to be called before anything that asks JAX for devices.
 
     Where nothing is given and no cluster is found, and where this was done before, nothing happens.
 
     Returns:
-        A line for the log, or None with one process.
+        Whether there are others.
 
     Raises:
         ConfigError: the cluster does not say enough.
     """
-    if jax.distributed.is_initialized():
-        return None
     cluster = detected(os.environ) if settings.detect and not settings.explicit else None
-    if not settings.explicit and cluster is None:
-        return None
+    if jax.distributed.is_initialized() or (not settings.explicit and cluster is None):
+        return several()
     place = settings.coordinator_address or f"the address that {cluster} gives"
     print(f"waiting up to {settings.initialization_timeout_seconds} s for all processes at {place}", file=sys.stderr, flush=True)
     # With it SIGTERM would be caught and a cluster's polite stop would go unheard.
@@ -78,13 +76,14 @@ def start(settings: DistributedConfig) -> str | None:
             "distributed.coordinator_address, num_processes and process_id, or set distributed.detect to false to train alone"
         ) from error
     # Makes the devices known now, when all processes are here: this waits for them too.
-    count = jax.process_count()
-    if count == 1:
-        return None
-    return (
-        f"process {jax.process_index()} of {count} ({cluster or 'as given'}): {jax.local_device_count()} of {jax.device_count()} "
-        f"devices; one that is not heard of for {settings.heartbeat_timeout_seconds} s ends the others"
+    own, count = jax.process_index(), jax.process_count()
+    print(
+        f"process {own} of {count} ({cluster or 'as given'}): {jax.local_device_count()} of {jax.device_count()} devices; one that is "
+        f"not heard of for {settings.heartbeat_timeout_seconds} s ends the others",
+        file=sys.stderr,
+        flush=True,
     )
+    return count > 1
 
 
 def detected(environment: Mapping[str, str]) -> str | None:
@@ -114,7 +113,7 @@ def on_tpu_machine(environment: Mapping[str, str]) -> bool:
 
 
 @contextlib.contextmanager
-def joined(settings: DistributedConfig, describe: Describe) -> Iterator[str | None]:
+def joined(settings: DistributedConfig, describe: Describe) -> Iterator[None]:
     """`start`; and where the block fails in one of several processes, says why and ends this one at once, so that all end.
 
     The process's exit handlers do not run then: at JAX's, it would wait for the others.
@@ -126,9 +125,9 @@ def joined(settings: DistributedConfig, describe: Describe) -> Iterator[str | No
         with joined(config.distributed, lambda error: (repr(error), 1)):
             train(config)
     """
-    line = start(settings)
+    start(settings)
     try:
-        yield line
+        yield
     except BaseException as error:
         if not several():
             raise
