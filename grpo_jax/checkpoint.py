@@ -2,9 +2,9 @@
 
 Enters: the train state (any tree of arrays) and a dict of plain values, at a step. Leaves: the same, bit for bit, with the dtypes
 it was saved in and the shardings of the state that it is read into: another mesh, or another number of processes. A checkpoint
-gets its final name only when every file of it is written, so one that was cut short is never taken. Of several processes each writes
-what its devices hold, to storage that all share, and all have to make the same calls. Left out on purpose: the frozen base model,
-which training does not change and which is read from its own folder again; remote storage.
+gets its final name only when every file of it is written, so one that was cut short is never taken. Of several processes each
+writes what its devices hold, to storage that all share, and all have to make the same calls. Left out on purpose: the frozen base
+model, which training does not change and which is read from its own folder again; remote storage.
 """
 
 from __future__ import annotations

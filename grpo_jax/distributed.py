@@ -78,8 +78,8 @@ def start(settings: DistributedConfig) -> bool:
     # Makes the devices known now, when all processes are here: this waits for them too.
     own, count = jax.process_index(), jax.process_count()
     print(
-        f"process {own} of {count} ({cluster or 'as given'}): {jax.local_device_count()} of {jax.device_count()} devices; one that is "
-        f"not heard of for {settings.heartbeat_timeout_seconds} s ends the others",
+        f"process {own} of {count} ({cluster or 'as given'}): {jax.local_device_count()} of {jax.device_count()} devices; "
+        f"one that is not heard of for {settings.heartbeat_timeout_seconds} s ends the others",
         file=sys.stderr,
         flush=True,
     )
