@@ -236,21 +236,15 @@ def qwen3(reader: Reader) -> ModelSpec:
     )
 
 
-def expert_fields(reader: Reader, width: int, *, normalised: bool) -> Layout:
-    """The attributes of mixture-of-experts models.
-
-    Args:
-        width: of one expert.
-        normalised: whether the probabilities of the chosen experts are divided by their sum.
-    """
+def expert_fields(reader: Reader, experts: int, chosen: int) -> Layout:
+    """The attributes of mixture-of-experts models; given are the family's defaults."""
     # Of pretraining only: the loss that balances experts, and noise before the router. Accepted, not used.
     reader.known.update(("router_aux_loss_coef", "output_router_logits", "router_jitter_noise"))
-    experts = int(reader.get("num_experts") or reader.need("num_local_experts"))
-    reader.known.update(("num_experts", "num_local_experts"))
-    chosen = int(reader.need("num_experts_per_tok"))
+    experts = int(reader.get("num_local_experts", reader.get("num_experts", experts)))
+    chosen = int(reader.get("num_experts_per_tok", chosen))
     if not 1 <= chosen <= experts:
         raise ModelError(f"{reader.where}: num_experts_per_tok = {chosen} is not within 1 to the {experts} experts")
-    return {"ffw": width, "experts": experts, "experts_per_token": chosen, "norm_topk_prob": normalised}
+    return {"experts": experts, "experts_per_token": chosen}
 
 
 def mixtral(reader: Reader) -> ModelSpec:
@@ -262,7 +256,7 @@ def mixtral(reader: Reader) -> ModelSpec:
         norm_eps=float(reader.get("rms_norm_eps", 1e-5)),
         tied=bool(reader.get("tie_word_embeddings", False)),
         windows=layer_windows(reader, fields["layers"], reader.get("sliding_window"), None),
-        **fields | expert_fields(reader, fields["ffw"], normalised=True),
+        **fields | expert_fields(reader, 8, 2),
     )
 
 
@@ -284,8 +278,8 @@ def qwen3_moe(reader: Reader) -> ModelSpec:
         qkv_bias=bias,
         output_bias=bias,
         qk_norm=True,
-        **fields
-        | expert_fields(reader, int(reader.need("moe_intermediate_size")), normalised=bool(reader.get("norm_topk_prob", False))),
+        norm_topk_prob=bool(reader.get("norm_topk_prob", False)),
+        **fields | expert_fields(reader, 128, 8) | {"ffw": int(reader.get("moe_intermediate_size", 768))},
     )
 
 
