@@ -7,6 +7,9 @@
         state     = train_step(state, batch)                  one pure, jitted update; the old state's memory is reused
         metrics, completions, checkpoint → the run folder
 
+With several processes every one runs this page, on the same prompts and completions; each scores its own part of them, process 0
+alone writes and shows, and all write checkpoints (`distributed.py`).
+
 Enters: a `Config`, or a policy, rows and functions from Python. Leaves: a `TrainResult`, and the run folder.
 """
 
@@ -21,7 +24,8 @@ import jax
 import numpy as np
 
 from grpo_jax.checkpoint import Checkpointer
-from grpo_jax.config import Config, check_training, resolved_settings
+from grpo_jax.config import Config, check_training
+from grpo_jax.distributed import from_main, is_main
 from grpo_jax.evaluate import Evaluation, evaluate_held_out, policy_of_config, reward_columns
 from grpo_jax.metrics import Display, RunFolder, step_values
 from grpo_jax.models import find_model, read_folder_spec
@@ -29,9 +33,10 @@ from grpo_jax.models.axes import check_mesh
 from grpo_jax.policy import Policy, sampler_of, trained_model
 from grpo_jax.programs import Program, compile_seconds
 from grpo_jax.prompts import PromptSource
-from grpo_jax.rewards import NamedFunction, ScoredBatch, check_functions, failure_lines, resolve_functions, reward_metrics, score
+from grpo_jax.rewards import NamedFunction, ScoredBatch, check_functions, failure_lines, resolve_functions, reward_metrics
 from grpo_jax.runs import (
     TrainResult,
+    begin,
     evaluates_after,
     finish,
     host_values,
@@ -42,7 +47,8 @@ from grpo_jax.runs import (
     with_trained,
 )
 from grpo_jax.sampler import Sampler, pad_rows, round_up
-from grpo_jax.sharding import BATCH, Layout, check_prompts, make_layout
+from grpo_jax.scoring import score_together
+from grpo_jax.sharding import BATCH, Layout, make_layout
 from grpo_jax.step import Learner
 from grpo_jax.tokenizer import Tokenizer
 from grpo_jax.types import Frozen, Params, PromptBatch, Rollout, TrainBatch, TrainState
@@ -87,15 +93,9 @@ def train(
     check_training(config, has_policy=policy is not None, has_dataset=dataset is not None, has_rewards=bool(given))
     if policy is not None:
         config = settings_of(config, policy)
-    layout = make_layout(config.mesh)
-    check_prompts(layout, config.train.prompts_per_step, config.train.micro_batch_prompts)
-    RunFolder.check(config.train.run_dir, config, resume=resume)
-    display = Display(config.train.quiet)
-    display.settings(resolved_settings(config, sources or {}))
-    if layout is not None:
-        display.note(mesh_line(layout))
+    display = begin(config, sources, resume=resume)
     run = prepare(config, policy, dataset, given, eval_dataset, display)
-    with RunFolder.create(config.train.run_dir, config, sources, resume=resume) as folder:
+    with RunFolder.create(config.train.run_dir, config, sources, resume=resume, writes=is_main()) as folder:
         return loop(run, folder)
 
 
@@ -203,12 +203,6 @@ def micro_batch_of(config: Config, policy: Policy) -> tuple[int, int]:
     return shards * max(sizes, default=1), generations
 
 
-def mesh_line(layout: Layout) -> str:
-    """What the mesh is, and on what."""
-    sizes = ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items())
-    return f"mesh: {sizes}; {layout.mesh.size} of {jax.device_count()} devices ({layout.mesh.devices.flat[0].device_kind})"
-
-
 def prompts_line(source: PromptSource, limit_tokens: int) -> str:
     """How many prompts there are, and what became of those that were too long."""
     counts = {"dropped": source.dropped, "held-out ones dropped": source.held_out_dropped, "shortened": source.shortened}
@@ -277,7 +271,7 @@ def one_step(run: Run, state: TrainState, folder: RunFolder, step: int) -> tuple
     texts = [run.policy.text_of(ids) for ids in rollout.completion_ids]
     if step == 0 and rollout.slots < len(texts):
         run.display.note(f"slots: {rollout.slots} of {len(texts)} completions are decoded at once")
-    scored = score(
+    scored = score_together(
         run.functions,
         config.rewards.weights,
         prompts=prompts.prompts,
@@ -388,7 +382,7 @@ def show_completions(
 
 def evaluate(run: Run, state: TrainState, folder: RunFolder, step: int) -> None:
     """Greedy accuracy on the held-out part; one that a resumed run already has is not made again."""
-    if step in folder.evaluations():
+    if from_main(step in folder.evaluations()):
         return
     result = run.evaluate(state)
     if result is not None:

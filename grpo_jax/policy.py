@@ -18,9 +18,10 @@ import numpy as np
 
 from grpo_jax.config import ConfigError, LoraConfig, MeshConfig, RolloutConfig
 from grpo_jax.config.checks import require, require_choice
+from grpo_jax.distributed import is_main
 from grpo_jax.export import merged_weights, save_merged
 from grpo_jax.logprobs import completion_logprobs
-from grpo_jax.memory import free_bytes
+from grpo_jax.memory import least_free_bytes
 from grpo_jax.models import (
     ModelError,
     ModelSpec,
@@ -131,7 +132,7 @@ class Policy:
         layout = None if mesh is None else make_layout(mesh)
         folder = find_model(str(path), revision)
         spec = read_folder_spec(folder)
-        check_mesh(layout, spec)
+        check_mesh(layout, spec, quantization)
         chosen = jnp.dtype(spec.dtype if dtype == "auto" else dtype)
         start = adapter if adapter is not None else (lora.adapter if lora is not None else None)
         adapters: Params | None = None
@@ -164,7 +165,7 @@ class Policy:
         """
         if layout == self.layout:
             return self
-        check_mesh(layout, self.spec)
+        check_mesh(layout, self.spec, quantization_of(self.params))
 
         def move(tree: Any) -> Any:
             host = self.on_host(tree)
@@ -314,24 +315,27 @@ class Policy:
         return results
 
     def save_adapter(self, folder: str | Path) -> Path:
-        """Writes the adapters as a PEFT folder, which transformers, PEFT and vLLM load.
+        """Writes the adapters as a PEFT folder, which transformers, PEFT and vLLM load. Of several processes the first writes.
 
         Raises:
             ModelError: the policy has no adapters.
         """
         if self.adapters is None or self.lora is None:
             raise ModelError("this policy has no adapters (every weight is trained): use save_merged")
-        save_adapter(Path(folder), self.spec, self.on_host(self.adapters), self.lora, self.name)
+        adapters = self.on_host(self.adapters)
+        if is_main():
+            save_adapter(Path(folder), self.spec, adapters, self.lora, self.name)
         return Path(folder)
 
     def save_merged(self, folder: str | Path) -> Path:
         """Writes the whole model with the adapters multiplied in.
 
         Tensor names, number formats, shards, config and tokenizer are the original's. Adapters of a quantised model are added to
-        the original's weights, read again: the merged model is not rounded, so its log-probabilities differ a little.
+        the original's weights, read again: the merged model is not rounded, so its log-probabilities differ a little. Of several
+        processes all have to call this, and the first writes.
         """
-        read = merged_weights(self.spec, self.params, self.adapters, self.lora, self.folder)
-        save_merged(Path(folder), self.folder, self.spec, read)
+        read = merged_weights(self.spec, self.params, self.adapters, self.lora, self.folder, self.on_host)
+        save_merged(Path(folder), self.folder, self.spec, read, writes=is_main())
         return Path(folder)
 
 
@@ -355,7 +359,7 @@ def trained_model(policy: Policy, remat: str, tokens: int) -> tuple[Transformer,
     spec, model = policy.spec, policy.model
     if remat == "auto":
         widths = 4 * (spec.width + spec.heads * spec.head_dim + spec.ffw)
-        kept, free = tokens * spec.layers * widths * model.dtype.itemsize, free_bytes()
+        kept, free = tokens * spec.layers * widths * model.dtype.itemsize, least_free_bytes()
         remat = "none" if model.unroll and (free is None or kept < REMAT_MEMORY_SHARE * free) else "layer"
     return model.clone(remat=remat), remat
 

@@ -6,6 +6,7 @@ Enters: the folder of a run that has saved at least one checkpoint. Leaves: the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +14,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from grpo_jax import distributed
 from grpo_jax.checkpoint import Checkpointer
-from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig, TrainConfig
+from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig, TrainConfig, resolved_settings
 from grpo_jax.metrics import Display, RunFolder
 from grpo_jax.models import ModelError, ModelSpec, find_model, read_folder_spec
 from grpo_jax.models.axes import check_mesh, model_axes
@@ -23,7 +25,7 @@ from grpo_jax.models.quantize import quantization_of
 from grpo_jax.models.spec import abstract_params
 from grpo_jax.optim import make_optimizer
 from grpo_jax.policy import Policy
-from grpo_jax.sharding import make_layout
+from grpo_jax.sharding import check_prompts, make_layout
 from grpo_jax.types import Params, TrainState
 
 
@@ -42,6 +44,27 @@ class TrainResult:
     history: list[dict[str, Any]]
     summary: dict[str, Any]
     run_dir: Path
+
+
+def begin(config: Config, sources: Mapping[str, str] | None, *, resume: bool) -> Display:
+    """Joins the processes that the settings name, checks mesh and run folder, and shows the settings. Compiles nothing.
+
+    Raises:
+        ConfigError, RunFolderError: they do not fit the devices, the processes or the run.
+    """
+    if config.distributed.explicit:
+        distributed.start(config.distributed)
+    layout = make_layout(config.mesh)
+    check_prompts(layout, config.train.prompts_per_step, config.train.micro_batch_prompts)
+    RunFolder.check(config.train.run_dir, config, resume=resume)
+    distributed.check_shared(Path(config.train.run_dir))
+    display = Display(config.train.quiet, silent=not distributed.is_main())
+    display.settings(resolved_settings(config, sources or {}))
+    if layout is not None:
+        sizes, kind = ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items()), jax.devices()[0].device_kind
+        processes = f" in {jax.process_count()} processes" if distributed.several() else ""
+        display.note(f"mesh: {sizes}; {layout.mesh.size} of {jax.device_count()} devices ({kind}){processes}")
+    return display
 
 
 def trainable_of(policy: Policy) -> Params:
@@ -126,6 +149,7 @@ def finish(
         held_out: number of held-out problems.
         seconds: wall-clock time of the run, compiling included.
     """
+    distributed.barrier("last step written")  # the others read what process 0 has written
     steps, evaluations = config.train.steps, folder.evaluations()
     files: dict[str, str] = {}
     if policy.adapters is not None:
@@ -138,6 +162,7 @@ def finish(
         steps=steps,
         compile_seconds=compile_seconds,
     )
+    distributed.barrier("result written")
     display.report(summary, folder.written() | files)
     return TrainResult(policy, folder.history(), summary, folder.path)
 

@@ -20,7 +20,8 @@ import numpy as np
 import optax
 
 from grpo_jax.checkpoint import Checkpointer
-from grpo_jax.config import Config, check_supervised, resolved_settings
+from grpo_jax.config import Config, check_supervised
+from grpo_jax.distributed import from_main, is_main
 from grpo_jax.evaluate import policy_of_config
 from grpo_jax.logprobs import completion_logprobs
 from grpo_jax.metrics import Display, RunFolder, step_values
@@ -32,6 +33,7 @@ from grpo_jax.programs import Program, compile_seconds
 from grpo_jax.prompts import CompletionBatch, CompletionSource, completion_pairs
 from grpo_jax.runs import (
     TrainResult,
+    begin,
     evaluates_after,
     finish,
     host_values,
@@ -42,7 +44,7 @@ from grpo_jax.runs import (
     with_trained,
 )
 from grpo_jax.sampler import Sampler, pad_rows, round_up
-from grpo_jax.sharding import BATCH, Layout, check_prompts, make_layout
+from grpo_jax.sharding import BATCH, Layout, make_layout
 from grpo_jax.split import Split
 from grpo_jax.step import Learner, PackedMetrics, pack
 from grpo_jax.tokenizer import Tokenizer
@@ -68,11 +70,7 @@ def sft(
     check_supervised(config, has_policy=policy is not None, has_dataset=dataset is not None)
     if policy is not None:
         config = settings_of(config, policy)
-    layout = make_layout(config.mesh)
-    check_prompts(layout, config.train.prompts_per_step, config.train.micro_batch_prompts)
-    RunFolder.check(config.train.run_dir, config, resume=resume)
-    display = Display(config.train.quiet)
-    display.settings(resolved_settings(config, sources or {}))
+    display, layout = begin(config, sources, resume=resume), make_layout(config.mesh)
     if policy is None:
         assert config.model.path is not None
         folder = find_model(config.model.path, config.model.revision)
@@ -87,7 +85,7 @@ def sft(
         with display.busy(f"reading {config.model.path}"):
             policy = policy_of_config(config)
     run = Warmup.build(config, policy.placed(layout), source, display)
-    with RunFolder.create(config.train.run_dir, config, sources, resume=resume) as folder:
+    with RunFolder.create(config.train.run_dir, config, sources, resume=resume, writes=is_main()) as folder:
         return loop(run, folder)
 
 
@@ -215,12 +213,11 @@ def loop(run: Warmup, folder: RunFolder) -> TrainResult:
 def evaluate(run: Warmup, state: TrainState, folder: RunFolder, step: int) -> None:
     """Share of held-out rows that are completed as they stand."""
     problems = len(run.source.held_out)
-    if problems == 0 or step in folder.evaluations():
+    if problems == 0 or from_main(step in folder.evaluations()):
         return
     (batch,) = run.source.held_out_batches(problems)
-    settings = replace(
-        run.config.rollout, num_generations=1, temperature=0.0, slots=min(problems, run.config.train.prompts_per_step)
-    )
+    slots = run.sampler.spread(min(problems, run.config.train.prompts_per_step))
+    settings = replace(run.config.rollout, num_generations=1, temperature=0.0, slots=slots)
     variables = run.learner.policy(state.trainable, run.frozen)
     rollout = run.sampler.sample(variables, batch.prompt_ids, settings, seed=0)
     accuracy = float(np.mean([got == own for got, own in zip(rollout.completion_ids, batch.completion_ids, strict=True)]))
