@@ -104,8 +104,13 @@ def test_every_parameter_divides_or_the_mesh_is_refused() -> None:
     odd = dataclasses.replace(LLAMA_8B, vocab=50257)
     with pytest.raises(ConfigError, match=r"mesh\.tensor is 2: the model's vocab are 50257, .* use 1, or another divisor"):
         check_mesh(layout_of(1, 1, 2), odd)
-    with pytest.raises(ConfigError, match=r"mesh\.fsdp is 3: the model's embed are 4096, .* use 2, or another divisor of 4096"):
+    with pytest.raises(ConfigError, match=r"mesh\.fsdp is 3: the model's embed are 4096, .* use 1, or another divisor of 4096"):
         check_mesh(layout_of(1, 3, 1), LLAMA_8B)
+    with pytest.raises(
+        ConfigError, match=r"mesh\.fsdp is 64: layers/q_proj/kernel in int4 has 32 groups .* use 32, .* or model\.quant"
+    ):
+        check_mesh(layout_of(1, 64, 1), LLAMA_8B, "int4")
+    check_mesh(layout_of(1, 64, 1), LLAMA_8B, "int8")
     sizes = {axis for p in param_specs(LLAMA_8B).values() for axis in p.axes}
     assert sizes <= RULES.keys()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from grpo_jax.config.checks import require
+from grpo_jax.models.quantize import quantized_specs
 from grpo_jax.models.spec import ModelSpec, lora_specs, param_specs
 from grpo_jax.sharding import Layout, Table
 
@@ -19,23 +20,36 @@ def model_axes(spec: ModelSpec) -> Table:
     return table | {path: p.axes for path, p in lora_specs(spec, 1, tuple(spec.linear_shapes())).items()}
 
 
-def check_mesh(layout: Layout | None, spec: ModelSpec) -> None:
+def check_mesh(layout: Layout | None, spec: ModelSpec, quantization: str = "none") -> None:
     """Checks that every weight divides by the shards that it is cut into.
+
+    Args:
+        quantization: of the layers' matrices, whose groups of inputs may not be cut.
 
     Raises:
         ConfigError: one does not; the message names the axis of the mesh.
     """
     if layout is None:
         return
-    sizes = {"kv_heads": spec.kv_heads} | {
-        axis: size for p in param_specs(spec).values() for axis, size in zip(p.axes, p.shape, strict=True) if axis is not None
-    }
-    sizes |= {"kv_heads": spec.kv_heads, "heads": spec.heads}
+    specs = param_specs(spec)
+    sizes = {"kv_heads": spec.kv_heads, "heads": spec.heads}
+    for p in specs.values():
+        sizes |= {axis: size for axis, size in zip(p.axes, p.shape, strict=True) if axis is not None and axis not in sizes}
     for axis, size in sizes.items():
-        cut = layout.spec(axis)[0]
-        if cut is None:
-            continue
-        shards = layout.mesh.shape[cut]
-        fitting = max(n for n in range(1, shards + 1) if math.gcd(size, n) == n)
-        mend = f"the model's {axis} are {size}, which {shards} shards do not divide: use {fitting}, or another divisor of {size}"
-        require(size % shards == 0, f"mesh.{cut}", shards, mend)
+        require_divisor(layout, axis, size, f"the model's {axis} are {size}")
+    for path, weight in quantized_specs(specs, quantization).items():
+        axis, groups = specs[path].axes[-2], weight.scale.shape[-2]
+        if axis is not None and groups > 1:
+            what = f"{'/'.join(path)} in {quantization} has {groups} groups of inputs"
+            require_divisor(layout, axis, groups, what, ", or model.quantization int8, which has one group")
+
+
+def require_divisor(layout: Layout, axis: str, size: int, what: str, else_mend: str = "") -> None:
+    """Raises ConfigError where the shards of a logical axis do not divide a size."""
+    cut = layout.spec(axis)[0]
+    if cut is None:
+        return
+    shards = layout.mesh.shape[cut]
+    fitting = math.gcd(size, shards)
+    mend = f"{what}, which {shards} shards do not divide: use {fitting}, or another divisor of {size}{else_mend}"
+    require(size % shards == 0, f"mesh.{cut}", shards, mend)
