@@ -56,7 +56,7 @@ def scripted(script: Sequence[Sequence[int]], generations: int, text_of: TextOf)
     def prompts(*_: Any, **__: Any) -> Prompts:
         return Prompts(None, jnp.zeros(1, jnp.int32), jnp.zeros((1, 1)))
 
-    parts: tuple[Any, ...] = (prepare, prompts, prompts, segment)
+    parts: tuple[Any, ...] = (prepare, prompts, prompts, segment, prompts)
     return Sampler(tiny_policy("qwen3").model, (STOP_ID,), text_of, *parts)
 
 
