@@ -127,6 +127,31 @@ def quickstart(arguments: argparse.Namespace) -> None:
     run(arguments.run_dir)
 
 
+def plan(arguments: argparse.Namespace) -> None:
+    """`grpo-jax plan`."""
+    import json
+    import os
+
+    # A TPU's compiler is loaded beside other processes' and asks no cloud machine what it is; a GPU's needs neither driver nor
+    # CUDA's libraries. A chip that is named is not looked for here.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    if arguments.target is not None:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    loaded = loaded_settings(arguments)
+    from grpo_jax.metrics import Display
+    from grpo_jax.plan import advice_lines, json_of, make_plan, rows_of
+
+    display = Display(quiet=loaded.config.train.quiet or arguments.json)
+    made = make_plan(loaded.config, arguments.target, announce=display.compiling, show=display.note)
+    display.table("plan", rows_of(made), {})
+    for line in advice_lines(made):
+        print(line)
+    if arguments.json:
+        print(json.dumps(json_of(made)))
+
+
 def bench(arguments: argparse.Namespace) -> None:
     """`grpo-jax bench`."""
     import json
@@ -211,6 +236,18 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--format", required=True, choices=("adapter", "merged"), help="a PEFT adapter, or the whole model with it merged in"
     )
+
+    made = command("plan", plan, "what a run needs of a chip, without the chip and without weights")
+    made.usage = "grpo-jax plan --config FILE.yaml [--target v6e-8|v5p-16|h100x8|h200|...] [--json] [--section.field VALUE ...]"
+    made.add_argument("--config", metavar="FILE.yaml", help="settings; the options below win over it")
+    made.add_argument(
+        "--target",
+        metavar="CHIPS",
+        help="a slice of TPUs (v4-8, v5e-16, v5p-64, v6e-8, ...: cores for v4 and v5p, else chips), "
+        "1 to 8 GPUs (a100x8, h100x8, h200, l4), or cpu; default: the machine at hand",
+    )
+    made.add_argument("--json", action="store_true", help="one line of JSON, last on standard output")
+    add_settings(made)
 
     made = command("bench", bench, "time GRPO steps on made-up prompts")
     made.add_argument("--model", required=True, metavar="DIR", help="model folder; random weights where it has only a config.json")
