@@ -37,6 +37,7 @@ from grpo_jax.sampling import NEAR_LOGITS
 from grpo_jax.sharding import Layout, make_layout
 from grpo_jax.types import Params, Rollout
 from grpo_kernels.head_sample import head_sample
+from plain_oracles import tiny_policy
 from rollouts import folded_numbers, nearness
 
 LORA = LoraConfig(rank=2)
@@ -78,17 +79,24 @@ CASES: dict[str, dict[str, Any]] = {
     "2x2x2 waiting": {"mesh": "2x2x2", "slots": 8, "refill": False},
     "2x2x2 int8": {"mesh": "2x2x2", "slots": 8, "kv_dtype": "int8"},
     "2x2x2 top-p": {"mesh": "2x2x2", "slots": 8, "top_p": 0.8},
-    "2x2x2 quantised": {"mesh": "2x2x2", "slots": 8, "quantization": "int8"},
+    "2x2x2 quantised": {"mesh": "2x2x2", "slots": 8, "model": "int8"},
+    "2x2x2 experts": {"mesh": "2x2x2", "slots": 8, "model": "experts"},
 }
 """By name: the mesh, the settings of the rollout, and what else differs."""
 
 
 @functools.cache
-def variables_of(quantization: str) -> Params:
+def spec_of(model: str) -> ModelSpec:
+    return dataclasses.replace(SPEC, experts=4, experts_per_token=2) if model == "experts" else SPEC
+
+
+@functools.cache
+def variables_of(model: str) -> Params:
     """Random weights and adapters, on one device."""
-    params = init_params(SPEC, jax.random.key(0), jnp.float32)
-    params = params if quantization == "none" else quantize_params(SPEC, params, quantization)
-    adapters = init_lora(SPEC, LORA, jax.random.key(1))
+    spec = spec_of(model)
+    params = init_params(spec, jax.random.key(0), jnp.float32)
+    params = quantize_params(spec, params, model) if model == "int8" else params
+    adapters = init_lora(spec, LORA, jax.random.key(1))
     return {"params": params, "lora": jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), adapters)}
 
 
@@ -101,17 +109,23 @@ def layout_of(mesh: str | None) -> Layout | None:
 
 
 @functools.cache
-def placed(mesh: str | None, quantization: str) -> Params:
+def placed(mesh: str | None, model: str) -> Params:
     """The weights as they are trained."""
-    layout, variables = layout_of(mesh), variables_of(quantization)
+    layout, variables = layout_of(mesh), variables_of(model)
     if layout is None:
         return variables
-    return {name: layout.put_tree(tree, model_axes(SPEC)) for name, tree in variables.items()}
+    return {name: layout.put_tree(tree, model_axes(spec_of(model))) for name, tree in variables.items()}
 
 
 @functools.cache
-def sampler_of(mesh: str | None, unroll: bool) -> Sampler:
-    return Sampler.build(Transformer(SPEC, jnp.dtype(jnp.float32), LORA.scale, unroll=unroll, layout=layout_of(mesh)), STOPS)
+def sampler_of(mesh: str | None, model: str, unroll: bool) -> Sampler:
+    return Sampler.build(
+        Transformer(spec_of(model), jnp.dtype(jnp.float32), LORA.scale, unroll=unroll, layout=layout_of(mesh)), STOPS
+    )
+
+
+def sampler_for(mesh: str | None, how: dict[str, Any]) -> Sampler:
+    return sampler_of(mesh, how.get("model", "dense"), how.get("unroll", False))
 
 
 def rollout_of(mesh: str | None, how: dict[str, Any]) -> Rollout:
@@ -119,15 +133,14 @@ def rollout_of(mesh: str | None, how: dict[str, Any]) -> Rollout:
     settings = dataclasses.replace(
         SETTINGS, **{name: value for name, value in how.items() if name in RolloutConfig.__dataclass_fields__}
     )
-    sampler, prompts = sampler_of(mesh, how.get("unroll", False)), how.get("prompts", PROMPTS)
-    variables = placed(mesh, how.get("quantization", "none"))
-    return sampler.sample(variables, prompts, settings, seed=3, step=1, limits=how.get("limits"))
+    sampler, prompts = sampler_for(mesh, how), how.get("prompts", PROMPTS)
+    return sampler.sample(placed(mesh, how.get("model", "dense")), prompts, settings, seed=3, step=1, limits=how.get("limits"))
 
 
-@jax.jit
-def next_logits(variables: Params, ids: jax.Array, length: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=0)
+def next_logits(spec: ModelSpec, variables: Params, ids: jax.Array, length: jax.Array) -> jax.Array:
     """[V] after a text, on one device and without a cache."""
-    model = Transformer(SPEC, jnp.dtype(jnp.float32), LORA.scale)
+    model = Transformer(spec, jnp.dtype(jnp.float32), LORA.scale)
     positions = jnp.arange(ids.shape[0], dtype=jnp.int32)[None, :]
     hidden, _, _ = forward(model, variables, ids[None], positions, group_attend(SPEC, length[None], ids.shape[0], 0))
     logits = jnp.einsum("d,vd->v", hidden[0, length - 1], head_matrix(SPEC, variables["params"]))
@@ -139,7 +152,8 @@ def is_near_tie(how: dict[str, Any], row: int, ids: Sequence[int], near: float) 
     prompt, temperature = PROMPTS[row // G], how.get("temperature", SETTINGS.temperature)
     text = [*prompt, *ids]
     table = jnp.asarray(pad_rows([text], LONGEST + 8)[0])
-    logits = np.asarray(next_logits(variables_of(how.get("quantization", "none")), table, jnp.int32(len(text))), np.float64)
+    model = how.get("model", "dense")
+    logits = np.asarray(next_logits(spec_of(model), variables_of(model), table, jnp.int32(len(text))), np.float64)
     if len(ids) < SETTINGS.min_completion_length:
         logits[list(STOPS)] = -np.inf
     names = np.array([(1, row // G, row % G, len(ids))], np.int32)
@@ -168,9 +182,9 @@ def differences(how: dict[str, Any], got: Rollout, expected: Rollout) -> tuple[l
     return found, ties
 
 
-def misplaced(variables: Params, layout: Layout) -> list[str]:
+def misplaced(spec: ModelSpec, variables: Params, layout: Layout) -> list[str]:
     """Weights for decoding that do not lie whole along fsdp and cut over tensor as their axes say."""
-    table, found = model_axes(SPEC), []
+    table, found = model_axes(spec), []
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
         names = tuple(name for name in names[1:] if not name.isdigit())
@@ -184,20 +198,22 @@ def misplaced(variables: Params, layout: Layout) -> list[str]:
 def run(name: str) -> dict[str, Any]:
     """A case on its mesh against one device with all slots."""
     how = CASES[name]
+    sampler, known = sampler_for(how["mesh"], how), set(sampler_for(how["mesh"], how).segment._compiled)
     got = rollout_of(how["mesh"], how)
     alone = {key: value for key, value in how.items() if key not in ("slots", "refill", "unroll")}
     found, ties = differences(how, got, rollout_of(None, alone))
-    sampler = sampler_of(how["mesh"], how.get("unroll", False))
     layout = layout_of(how["mesh"])
     assert layout is not None
-    segments = [collectives(compiled.as_text()) for compiled in sampler.segment._compiled.values()]
+    compiled = sampler.segment._compiled
+    segments = [collectives(compiled[key].as_text()) for key in set(compiled) - known or compiled]
+    model = how.get("model", "dense")
     return {
         "differences": found,
         "near_ties": ties,
         "slots": got.slots,
         "tokens": sum(map(len, got.completion_ids)),
         "reasons": sorted(set(got.finish_reasons)),
-        "weights": misplaced(sampler.ready(placed(how["mesh"], how.get("quantization", "none"))), layout),
+        "weights": misplaced(spec_of(model), sampler.ready(placed(how["mesh"], model)), layout),
         "collectives": sorted({pair for segment in segments for pair in segment}),
     }
 
@@ -240,10 +256,20 @@ def draws() -> dict[str, Any]:
     return found
 
 
+def generated() -> dict[str, Any]:
+    """`Policy.generate` of three prompts on eight devices, as on one."""
+    policy = tiny_policy("qwen2", LORA)
+    options: dict[str, Any] = {"num_generations": 2, "max_completion_length": 4}
+    alone, spread = (own.generate([[7, 30, 9], [11], [50, 6]], **options) for own in (policy, policy.placed(layout_of("8x1x1"))))
+    ids = [[[one.ids for one in group] for group in groups] for groups in (alone, spread)]
+    return {"same": ids[0] == ids[1]}
+
+
 if __name__ == "__main__":
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_disable_most_optimizations", True)
-    for name in sys.argv[1:] or [*CASES, "draws"]:
+    others = {"draws": draws, "generated": generated}
+    for name in sys.argv[1:] or [*CASES, *others]:
         start = time.perf_counter()
-        result = draws() if name == "draws" else run(name)
+        result = others[name]() if name in others else run(name)
         print(json.dumps({"case": name, "seconds": round(time.perf_counter() - start, 1), **result}), flush=True)

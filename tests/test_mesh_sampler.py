@@ -61,6 +61,7 @@ CASES = {f"{mesh} {how}": 8 for mesh in MESHES for how in ("refill", "refill gre
     "2x2x2 int8": 8,
     "2x2x2 top-p": 8,
     "2x2x2 quantised": 8,
+    "2x2x2 experts": 8,
 }
 """Slots of each case."""
 
@@ -93,9 +94,12 @@ def test_between_devices_pass_tokens_and_sums_alone(results: Results, case: str)
 
 
 def test_weights_are_gathered_over_fsdp_alone_and_before_the_first_token(results: Results) -> None:
-    for case, result in results.items():
-        if case != "draws":
-            assert result["weights"] == [], case
+    for case in CASES:
+        assert results[case]["weights"] == [], case
+
+
+def test_a_policy_generates_the_same(results: Results) -> None:
+    assert results["generated"]["same"]
 
 
 def test_a_token_is_the_same_when_the_vocabulary_lies_on_four_devices(results: Results) -> None:
@@ -114,7 +118,7 @@ def test_a_token_is_the_same_when_the_vocabulary_lies_on_four_devices(results: R
 
 def test_slots_that_do_not_spread_over_the_mesh_are_refused() -> None:
     spec, rollout = tiny_policy("qwen3").spec, RolloutConfig(num_generations=4, slots=12)
-    with pytest.raises(ConfigError, match=r"rollout.slots: 12; .*multiple of 8"):
+    with pytest.raises(ConfigError, match=r"rollout.slots is 12: .*multiple of 8"):
         choose_slots(spec, rollout, 16, 9, 4, None, shards=8)
     assert choose_slots(spec, rollout, 16, 9, 4, None, shards=4) == 12
 
