@@ -15,6 +15,7 @@ import re
 import shlex
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -59,17 +60,21 @@ def main(words: Sequence[str] | None = None) -> int:
 def train(arguments: argparse.Namespace) -> None:
     """`grpo-jax train`."""
     loaded = loaded_settings(arguments)
+    from grpo_jax.distributed import joined
     from grpo_jax.grpo import train as run
 
-    run(loaded.config, resume=arguments.resume, sources=loaded.sources)
+    with joined(loaded.config.distributed, ending):
+        run(loaded.config, resume=arguments.resume, sources=loaded.sources)
 
 
 def sft(arguments: argparse.Namespace) -> None:
     """`grpo-jax sft`."""
     loaded = loaded_settings(arguments)
+    from grpo_jax.distributed import joined
     from grpo_jax.sft import sft as run
 
-    run(loaded.config, resume=arguments.resume, sources=loaded.sources)
+    with joined(loaded.config.distributed, ending):
+        run(loaded.config, resume=arguments.resume, sources=loaded.sources)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -338,6 +343,15 @@ def error_block(error: Exception) -> str:
     """The message, its later lines indented under the first."""
     first, *more = safe_text(str(error)).splitlines() or [type(error).__name__]
     return "\n".join([f"error: {first}", *(f"       {line}" for line in more)])
+
+
+def ending(error: BaseException) -> tuple[str, int]:
+    """What one of several processes says of the error that ends it, and its exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; what was saved last is kept, and the same command with --resume continues from it", INTERRUPTED
+    if isinstance(error, Exception) and is_users(error):
+        return error_block(error), USER_ERROR
+    return "".join(traceback.format_exception(error)), 1
 
 
 def interrupted(words: Sequence[str], command: str) -> str:
