@@ -10,6 +10,8 @@ and a micro-batch of nothing else is left out of forward and backward. Denominat
 difference to the sampler) are over the other groups' tokens.
 With one update a batch the old log-probabilities are the new ones without gradient, and cost no forward; with several, those of
 the first are kept. The reference is scored once a batch, and not at all at β = 0.
+On a mesh (`Transformer.layout`) each device has its share of the prompts, and kernels run on its part; statistics of groups are
+local, since a group is whole on its device, and every sum over the batch is over all devices.
 Where sampling truncates the distribution or bans tokens, log-probabilities of the policy are those of what is left; in the KL term,
 and of the reference, they are those of the whole distribution.
 """
