@@ -258,7 +258,10 @@ def test_every_expert_has_adapters_and_the_router_none(family: str, tmp_path: Pa
     assert not any("gate.lora" in name for name in tensors)
 
 
-def test_half_of_what_peft_fuses_is_refused() -> None:
+def test_what_peft_would_load_as_another_adapter_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"lora.rslora is true.*twice the rank.*use false"):
+        init_lora(SPEC, LoraConfig(rank=2, rslora=True), jax.random.key(0))
+    init_lora(SPEC, LoraConfig(rank=2, rslora=True, targets=["q_proj", "down_proj"]), jax.random.key(0))
     with pytest.raises(ConfigError, match=r"lora.targets is \['q_proj', 'up_proj'\].*name both or neither"):
         init_lora(SPEC, LoraConfig(rank=2, targets=["q_proj", "up_proj"]), jax.random.key(0))
     init_lora(read_spec(golden_config("qwen3")), LoraConfig(rank=2, targets=["q_proj", "up_proj"]), jax.random.key(0))

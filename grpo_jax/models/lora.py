@@ -53,15 +53,21 @@ UNUSED: dict[str, tuple[Any, ...]] = {
 }
 
 
-def check_targets(spec: ModelSpec, targets: tuple[str, ...]) -> None:
-    """Refuses targets that could not be saved for PEFT.
+def check_targets(spec: ModelSpec, lora: LoraConfig) -> None:
+    """Refuses adapters of experts that PEFT would not load as they are.
+
+    It puts the experts' gate_proj and up_proj together, since transformers keeps them in one tensor, at twice the rank and alpha.
 
     Raises:
-        ConfigError: one of gate_proj and up_proj without the other, in a mixture of experts.
+        ConfigError: one of the two without the other; or both with `rslora`, whose scale that changes by √2.
     """
-    pair = [name for name in ("gate_proj", "up_proj") if name in targets]
-    mend = "transformers keeps the experts' gate_proj and up_proj in one tensor, and PEFT adapts both or none: name both or neither"
-    require(not spec.experts or len(pair) != 1, "lora.targets", list(targets), mend)
+    pair = [name for name in ("gate_proj", "up_proj") if name in lora.target_names]
+    if not spec.experts or not pair:
+        return
+    mend = "PEFT adapts the experts' gate_proj and up_proj together, as transformers keeps them in one tensor: name both or neither"
+    require(len(pair) == 2, "lora.targets", lora.targets, mend)
+    mend = "PEFT loads the experts' gate_proj and up_proj at twice the rank, where this scale would be another: use false"
+    require(not lora.rslora, "lora.rslora", lora.rslora, mend)
 
 
 def init_lora(spec: ModelSpec, lora: LoraConfig, key: jax.Array) -> Params:
@@ -70,7 +76,7 @@ def init_lora(spec: ModelSpec, lora: LoraConfig, key: jax.Array) -> Params:
     Raises:
         ConfigError: targets that PEFT could not load; see `check_targets`.
     """
-    check_targets(spec, lora.target_names)
+    check_targets(spec, lora)
     leaves: dict[tuple[str, ...], jax.Array] = {}
     for number, (path, p) in enumerate(lora_specs(spec, lora.rank, lora.target_names).items()):
         if path[-1] == "a":

@@ -42,8 +42,8 @@ FEW_TOKENS = {"cpu": 8, "gpu": 256, "tpu": 256}
 LARGEST_TILE = 256
 """Rows of one expert that are computed together."""
 
-BLOCK_NUMBERS = 2**25
-"""Numbers in the weights of a block of tiles: 64 MiB in bfloat16."""
+BLOCK_NUMBERS = 2**24
+"""Numbers in the weights of a block of tiles: 32 MiB in bfloat16."""
 
 
 def route(
