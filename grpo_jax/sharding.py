@@ -326,7 +326,7 @@ def check_prompts(layout: Layout | None, prompts: int, micro_batch: int | str | 
 
     Args:
         prompts: `train.prompts_per_step`.
-        micro_batch: `train.micro_batch_prompts`; only a number is checked.
+        micro_batch: `train.micro_batch_prompts`; only a number is checked, and see `spread_prompts` for a small one.
 
     Raises:
         ConfigError: they do not.
@@ -335,4 +335,10 @@ def check_prompts(layout: Layout | None, prompts: int, micro_batch: int | str | 
         return
     over = f"prompts are spread over data · fsdp = {layout.rows} shards: use a multiple of {layout.rows}, or a smaller mesh"
     require(prompts % layout.rows == 0, "train.prompts_per_step", prompts, over)
-    require(not isinstance(micro_batch, int) or micro_batch % layout.rows == 0, "train.micro_batch_prompts", micro_batch, over)
+    if isinstance(micro_batch, int):
+        require(spread_prompts(layout, micro_batch) % layout.rows == 0, "train.micro_batch_prompts", micro_batch, over)
+
+
+def spread_prompts(layout: Layout | None, micro_batch: int) -> int:
+    """`train.micro_batch_prompts` on a mesh: at least one prompt on each row shard, so that settings of one device serve many."""
+    return micro_batch if layout is None else max(micro_batch, layout.rows)

@@ -17,7 +17,7 @@ from grpo_jax.models import init_lora
 from grpo_jax.models.axes import check_mesh, model_axes
 from grpo_jax.models.spec import ModelSpec, param_specs
 from grpo_jax.optim import make_optimizer
-from grpo_jax.sharding import BATCH, MESH_AXES, RULES, Layout, ShardingError, check_prompts, make_layout, mesh_sizes
+from grpo_jax.sharding import BATCH, MESH_AXES, RULES, Layout, ShardingError, check_prompts, make_layout, mesh_sizes, spread_prompts
 from grpo_jax.types import Frozen, TrainState
 
 
@@ -142,5 +142,8 @@ def test_prompts_are_spread_evenly_over_the_row_shards() -> None:
     check_prompts(None, 3, 1)
     with pytest.raises(ConfigError, match=r"train\.prompts_per_step is 12: .* data · fsdp = 8 shards: use a multiple of 8"):
         check_prompts(layout, 12, None)
-    with pytest.raises(ConfigError, match=r"train\.micro_batch_prompts is 4: .* use a multiple of 8, or a smaller mesh"):
-        check_prompts(layout, 16, 4)
+    with pytest.raises(ConfigError, match=r"train\.micro_batch_prompts is 12: .* use a multiple of 8, or a smaller mesh"):
+        check_prompts(layout, 24, 12)
+    check_prompts(layout, 16, 2)
+    assert [spread_prompts(layout, size) for size in (2, 8, 16)] == [8, 8, 16]  # one on each shard at least
+    assert spread_prompts(None, 2) == 2

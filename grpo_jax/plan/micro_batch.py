@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from grpo_jax.config import Config
 from grpo_jax.policy import Policy
-from grpo_jax.sharding import Layout
+from grpo_jax.sharding import Layout, spread_prompts
 from grpo_kernels.target import platform
 
 CACHED_BYTES = 2**23
@@ -20,7 +20,7 @@ def micro_batch_of(config: Config, policy: Policy) -> tuple[int, int]:
     prompts, generations = config.train.prompts_per_step, config.train.micro_batch_completions or config.rollout.num_generations
     given = config.train.micro_batch_prompts
     if isinstance(given, int) or platform() != "cpu":
-        return given if isinstance(given, int) else prompts, generations
+        return spread_prompts(policy.layout, given) if isinstance(given, int) else prompts, generations
     shards = 1 if policy.layout is None else policy.layout.rows
     widest = max(policy.spec.width, policy.spec.ffw) * policy.model.dtype.itemsize
     each = prompts // shards
