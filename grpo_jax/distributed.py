@@ -133,9 +133,9 @@ def joined(settings: DistributedConfig, describe: Describe) -> Iterator[None]:
             raise
         text, status = describe(error)
         if is_lost_peer(error):
-            text += (
-                "\nanother process of this run has ended, or cannot be reached: its log says why. What was saved last is kept: "
-                "start all processes again, with --resume"
+            text = (
+                "error: another process of this run has ended, or cannot be reached: its log says why. What was saved last is "
+                f"kept; start all processes again, with --resume\n       ({str(error).splitlines()[0]})"
             )
         print(f"process {jax.process_index()} of {jax.process_count()} ends:\n{text}", file=sys.stderr, flush=True)
         sys.stdout.flush()
