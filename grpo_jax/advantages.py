@@ -25,6 +25,7 @@ def group_advantages(
     eps: float | int = 1e-4,
     valid: ArrayLike | Sequence[Any] | None = None,
     implementation: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, "B G"]:
     """Advantage A = (r − mean) / (std + eps) of every completion within its group; see the operation for all of it.
 
@@ -34,6 +35,7 @@ def group_advantages(
         eps: Added to the deviation; 0 is allowed.
         valid: [B, G], True = the completion could be scored; None = all of them.
         implementation: of the operation: "reference", "tpu", "gpu", or None, which goes by the device.
+        axis_name: inside `shard_map`, the mesh axes that the prompts are spread over; groups are whole on each device.
 
     Returns:
         [B, G] float32.
@@ -50,4 +52,4 @@ def group_advantages(
     except (TypeError, ValueError) as error:
         raise ValueError(f"rewards must be numbers in B groups of the same size G: {error}") from error
     flags = None if valid is None else jnp.asarray(valid).astype(bool)
-    return operation.group_advantages(array, scale=scale, eps=eps, valid=flags, implementation=implementation)
+    return operation.group_advantages(array, scale=scale, eps=eps, valid=flags, axis_name=axis_name, implementation=implementation)

@@ -29,7 +29,7 @@ from grpo_jax.metrics import Display, RunFolder
 from grpo_jax.models import find_model, init_lora, init_params, read_folder_spec
 from grpo_jax.models.layers import precision_of
 from grpo_jax.models.quantize import quantize_params
-from grpo_jax.models.spec import ModelSpec
+from grpo_jax.plan.work import Work
 from grpo_jax.policy import Policy
 from grpo_jax.programs import compile_seconds
 from grpo_jax.rewards import NamedFunction, resolve_functions
@@ -191,7 +191,7 @@ def bench(options: BenchOptions, display: Display) -> dict[str, Any]:
         "memory_bytes_per_second": transfer,
         "mfu": work.update_flops / result["update_seconds"] / flops,
         "mbu": work.rollout_bytes / result["rollout_seconds"] / transfer,
-        "computed_from": asdict(work),
+        "computed_from": asdict(work) | {"rollout_bytes": work.rollout_bytes},
         "steps": [{name: step[name] for name in MEDIANS} for step in measured],
         "near_ties": statistics.fmean(step["sampling/near_ties"] for step in measured),
         "logp_difference_max": max(step["sampling/logp_difference/max"] for step in measured),
@@ -218,55 +218,6 @@ def bench_policy(config: Config) -> tuple[Policy, bool]:
     if config.model.quantization != "none":
         params = jax.jit(functools.partial(quantize_params, spec, quantization=config.model.quantization), donate_argnums=0)(params)
     return Policy(spec, dtype, params, adapters, lora, None, (), folder, str(folder)), True
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a step needs at least, counted from the shapes.
-
-    Attributes:
-        layer_parameters: weights of the layers' matrices.
-        head_parameters: weights of the head.
-        update_tokens: tokens of prompts, counted once, and of completions.
-        update_flops: of the reference (forward) and the policy (forward and backward), the head on completion tokens only;
-            recomputing is not counted. 2 operations a weight and token for a forward, 2 for the gradient of the inputs, 2 more
-            for that of the weights where they are trained; attention over the keys that a query sees.
-        rollout_steps: tokens of the longest completion, or with fewer slots than completions all tokens over the slots.
-        rollout_bytes: the weights at every step, and the keys and values that the step's queries see, a prompt's once a group.
-    """
-
-    layer_parameters: int
-    head_parameters: int
-    update_tokens: int
-    update_flops: float
-    rollout_steps: float
-    rollout_bytes: float
-
-    @staticmethod
-    def of(spec: ModelSpec, options: BenchOptions, lengths: np.ndarray, itemsize: int) -> Work:
-        """Counts."""
-        layers = spec.layers * sum(rows * columns for rows, columns in spec.linear_shapes().values())
-        head = spec.vocab * spec.width
-        completions, prompts = float(lengths.sum()), options.prompts * options.prompt_length
-        seen = options.prompts * options.prompt_length**2 / 2 + float((lengths * options.prompt_length + lengths**2 / 2).sum())
-        attention = 4 * spec.layers * spec.heads * spec.head_dim * seen
-        forward = 2 * layers * (prompts + completions) + 2 * head * completions + attention
-        # dx of the linear layers and the head; dq, dk, dv of attention cost twice its forward.
-        backward = forward + attention + (2 * layers * (prompts + completions) + 2 * head * completions) * (options.lora_rank == 0)
-        slots = min(options.slots or len(lengths), len(lengths))
-        steps = float(max(lengths.max(), completions / slots))
-        key_bytes = 1 if options.kv_dtype == "int8" else itemsize
-        token = 2 * spec.layers * spec.kv_heads * spec.head_dim * key_bytes
-        groups = slots / options.num_generations
-        past = float((lengths**2 / 2).sum()) + steps * groups * options.prompt_length
-        return Work(
-            layers,
-            head,
-            int(prompts + completions),
-            2 * forward + backward,
-            steps,
-            steps * (layers + head) * itemsize + past * token,
-        )
 
 
 def best_seconds(program: Any, *arguments: Any) -> float:

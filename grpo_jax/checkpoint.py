@@ -1,9 +1,10 @@
 """Checkpoints of a run: the train state and a few host values, written by Orbax while training goes on.
 
 Enters: the train state (any tree of arrays) and a dict of plain values, at a step. Leaves: the same, bit for bit, with the dtypes
-it was saved in and the shardings of the state that it is read into. A checkpoint gets its final name only when every file of it is
-written, so one that was cut short is never taken. Left out on purpose: the frozen base model, which training does not change and
-which is read from its own folder again; remote storage and several hosts.
+it was saved in and the shardings of the state that it is read into: another mesh, or another number of processes. A checkpoint
+gets its final name only when every file of it is written, so one that was cut short is never taken. Of several processes each
+writes what its devices hold, to storage that all share, and all have to make the same calls. Left out on purpose: the frozen base
+model, which training does not change and which is read from its own folder again; remote storage.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+
+from grpo_jax.distributed import from_main
 
 HOST, STATE = "host", "state"
 SHOWN_DIFFERENCES = 6
@@ -86,6 +89,9 @@ class Checkpointer:
         self.wait()
         if self._read_only:
             self._manager.reload()
+        return from_main(self._latest())
+
+    def _latest(self) -> int | None:
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 self._content(step)

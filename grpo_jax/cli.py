@@ -15,6 +15,7 @@ import re
 import shlex
 import sys
 import textwrap
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -59,17 +60,21 @@ def main(words: Sequence[str] | None = None) -> int:
 def train(arguments: argparse.Namespace) -> None:
     """`grpo-jax train`."""
     loaded = loaded_settings(arguments)
+    from grpo_jax.distributed import joined
     from grpo_jax.grpo import train as run
 
-    run(loaded.config, resume=arguments.resume, sources=loaded.sources)
+    with joined(loaded.config.distributed, ending):
+        run(loaded.config, resume=arguments.resume, sources=loaded.sources)
 
 
 def sft(arguments: argparse.Namespace) -> None:
     """`grpo-jax sft`."""
     loaded = loaded_settings(arguments)
+    from grpo_jax.distributed import joined
     from grpo_jax.sft import sft as run
 
-    run(loaded.config, resume=arguments.resume, sources=loaded.sources)
+    with joined(loaded.config.distributed, ending):
+        run(loaded.config, resume=arguments.resume, sources=loaded.sources)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -125,6 +130,31 @@ def quickstart(arguments: argparse.Namespace) -> None:
     from grpo_jax.quickstart import quickstart as run
 
     run(arguments.run_dir)
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """`grpo-jax plan`."""
+    import json
+    import os
+
+    # A TPU's compiler is loaded beside other processes' and asks no cloud machine what it is; a GPU's needs neither driver nor
+    # CUDA's libraries. A chip that is named is not looked for here.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    if arguments.target is not None:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    loaded = loaded_settings(arguments)
+    from grpo_jax.metrics import Display
+    from grpo_jax.plan import advice_lines, json_of, make_plan, rows_of
+
+    display = Display(quiet=loaded.config.train.quiet or arguments.json)
+    made = make_plan(loaded.config, arguments.target, announce=display.compiling, show=display.note)
+    display.table("plan", rows_of(made), {})
+    for line in advice_lines(made):
+        print(line)
+    if arguments.json:
+        print(json.dumps(json_of(made)))
 
 
 def bench(arguments: argparse.Namespace) -> None:
@@ -211,6 +241,18 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--format", required=True, choices=("adapter", "merged"), help="a PEFT adapter, or the whole model with it merged in"
     )
+
+    made = command("plan", plan, "what a run needs of a chip, without the chip and without weights")
+    made.usage = "grpo-jax plan --config FILE.yaml [--target v6e-8|v5p-16|h100x8|h200|...] [--json] [--section.field VALUE ...]"
+    made.add_argument("--config", metavar="FILE.yaml", help="settings; the options below win over it")
+    made.add_argument(
+        "--target",
+        metavar="CHIPS",
+        help="a slice of TPUs (v4-8, v5e-16, v5p-64, v6e-8, ...: cores for v4 and v5p, else chips), "
+        "1 to 8 GPUs (a100x8, h100x8, h200, l4), or cpu; default: the machine at hand",
+    )
+    made.add_argument("--json", action="store_true", help="one line of JSON, last on standard output")
+    add_settings(made)
 
     made = command("bench", bench, "time GRPO steps on made-up prompts")
     made.add_argument("--model", required=True, metavar="DIR", help="model folder; random weights where it has only a config.json")
@@ -301,6 +343,15 @@ def error_block(error: Exception) -> str:
     """The message, its later lines indented under the first."""
     first, *more = safe_text(str(error)).splitlines() or [type(error).__name__]
     return "\n".join([f"error: {first}", *(f"       {line}" for line in more)])
+
+
+def ending(error: BaseException) -> tuple[str, int]:
+    """What one of several processes says of the error that ends it, and its exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; what was saved last is kept, and the same command with --resume continues from it", INTERRUPTED
+    if isinstance(error, Exception) and is_users(error):
+        return error_block(error), USER_ERROR
+    return "".join(traceback.format_exception(error)), 1
 
 
 def interrupted(words: Sequence[str], command: str) -> str:

@@ -17,9 +17,10 @@ from grpo_jax.config import Config, ConfigError
 from grpo_jax.metrics import Display
 from grpo_jax.policy import Policy
 from grpo_jax.prompts import PromptSource
-from grpo_jax.rewards import NamedFunction, check_functions, correct, resolve_functions, score
+from grpo_jax.rewards import NamedFunction, check_functions, correct, resolve_functions
 from grpo_jax.runs import load_run
 from grpo_jax.sampler import Sampler
+from grpo_jax.scoring import score_together
 from grpo_jax.tokenizer import Tokenizer
 from grpo_jax.types import Params
 
@@ -65,10 +66,11 @@ def evaluate_held_out(
     k = 1 if samples is None else samples
     temperature = 0.0 if samples is None else config.rollout.temperature
     rows = max(1, config.train.prompts_per_step * config.rollout.num_generations // k)
-    settings = replace(config.rollout, num_generations=k, temperature=temperature, slots=min(rows, problems) * k)
+    slots = sampler.spread(min(rows, problems) * k)
+    settings = replace(config.rollout, num_generations=k, temperature=temperature, slots=slots)
     (batch,) = source.held_out_batches(problems)
     rollout = sampler.sample(variables, batch.prompt_ids, settings, seed=config.train.seed, indices=batch.indices)
-    scored = score(
+    scored = score_together(
         functions,
         config.rewards.weights,
         prompts=batch.prompts,
@@ -137,6 +139,7 @@ def policy_of_config(config: Config) -> Policy:
         quantization=config.model.quantization,
         revision=config.model.revision,
         seed=config.train.seed,
+        mesh=config.mesh,
     )
 
 

@@ -7,12 +7,14 @@
         state     = train_step(state, batch)                  one pure, jitted update; the old state's memory is reused
         metrics, completions, checkpoint → the run folder
 
+With several processes every one runs this page, on the same prompts and completions; each scores its own part of them, process 0
+alone writes and shows, and all write checkpoints (`distributed.py`).
+
 Enters: a `Config`, or a policy, rows and functions from Python. Leaves: a `TrainResult`, and the run folder.
 """
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,17 +24,19 @@ import jax
 import numpy as np
 
 from grpo_jax.checkpoint import Checkpointer
-from grpo_jax.config import Config, check_training, resolved_settings
+from grpo_jax.config import Config, check_training
+from grpo_jax.distributed import from_main, is_main
 from grpo_jax.evaluate import Evaluation, evaluate_held_out, policy_of_config, reward_columns
 from grpo_jax.metrics import Display, RunFolder, step_values
 from grpo_jax.models import find_model, read_folder_spec
-from grpo_jax.optim import learning_rate_at, make_optimizer
+from grpo_jax.models.axes import check_mesh
 from grpo_jax.policy import Policy, sampler_of, trained_model
 from grpo_jax.programs import Program, compile_seconds
 from grpo_jax.prompts import PromptSource
-from grpo_jax.rewards import NamedFunction, ScoredBatch, check_functions, failure_lines, resolve_functions, reward_metrics, score
+from grpo_jax.rewards import NamedFunction, ScoredBatch, check_functions, failure_lines, resolve_functions, reward_metrics
 from grpo_jax.runs import (
     TrainResult,
+    begin,
     evaluates_after,
     finish,
     host_values,
@@ -43,9 +47,10 @@ from grpo_jax.runs import (
     with_trained,
 )
 from grpo_jax.sampler import Sampler, pad_rows, round_up
+from grpo_jax.scoring import score_together
+from grpo_jax.sharding import BATCH, Layout, make_layout
 from grpo_jax.step import Learner
 from grpo_jax.tokenizer import Tokenizer
-from grpo_jax.truncated import Restriction
 from grpo_jax.types import Frozen, Params, PromptBatch, Rollout, TrainBatch, TrainState
 
 TRUNCATED_LINE = (
@@ -88,11 +93,9 @@ def train(
     check_training(config, has_policy=policy is not None, has_dataset=dataset is not None, has_rewards=bool(given))
     if policy is not None:
         config = settings_of(config, policy)
-    RunFolder.check(config.train.run_dir, config, resume=resume)
-    display = Display(config.train.quiet)
-    display.settings(resolved_settings(config, sources or {}))
+    display = begin(config, sources, resume=resume)
     run = prepare(config, policy, dataset, given, eval_dataset, display)
-    with RunFolder.create(config.train.run_dir, config, sources, resume=resume) as folder:
+    with RunFolder.create(config.train.run_dir, config, sources, resume=resume, writes=is_main()) as folder:
         return loop(run, folder)
 
 
@@ -146,7 +149,7 @@ def prepare(
         assert config.model.path is not None
         with display.busy(f"looking for {config.model.path}"):
             folder = find_model(config.model.path, config.model.revision, weights=False)
-            read_folder_spec(folder)
+            check_mesh(make_layout(config.mesh), read_folder_spec(folder))
             tokenizer = Tokenizer.from_folder(folder)
     else:
         tokenizer = policy.need_tokenizer()
@@ -157,6 +160,7 @@ def prepare(
         with display.busy(f"reading {config.model.path}"):
             policy = policy_of_config(config)
     policy.need_tokenizer()
+    policy = policy.placed(make_layout(config.mesh))
     return assemble(config, policy, source, functions, display)
 
 
@@ -164,27 +168,22 @@ def assemble(config: Config, policy: Policy, source: Source, functions: list[Nam
     """Everything that a step needs, from what has been read and checked. Compiles nothing."""
     full = policy.adapters is None
     micro_batch = micro_batch_of(config, policy)
-    restriction = Restriction.of(config.rollout, policy.stop_ids) if config.objective.match_sampling else None
-    if restriction is not None and restriction.truncates:
-        display.note(TRUNCATED_LINE)
     tokens = micro_batch[0] * (config.rollout.max_prompt_length + micro_batch[1] * config.rollout.max_completion_length)
     model, remat = trained_model(policy, config.model.remat, tokens)
     if remat != config.model.remat:
         display.note(f"model.remat: {config.model.remat} is {remat} here")
     if config.train.micro_batch_prompts is None and micro_batch[0] < config.train.prompts_per_step:
         display.note(f"train.micro_batch_prompts: {micro_batch[0]} at once, as many as a processor's cache serves well")
-    updates = updates_of(config, supervised=False)
-    learner = Learner(
-        model=model,
-        objective=config.objective,
-        optimizer=make_optimizer(config.optim, updates),
-        learning_rate=functools.partial(learning_rate_at, config.optim, updates),
+    learner = Learner.of(
+        config,
+        model,
         full=full,
-        temperature=config.rollout.temperature,
-        max_completion_length=config.rollout.max_completion_length,
         micro_batch=micro_batch,
-        restriction=restriction,
+        updates=updates_of(config, supervised=False),
+        stop_ids=policy.stop_ids,
     )
+    if learner.restriction is not None and learner.restriction.truncates:
+        display.note(TRUNCATED_LINE)
     sampler = sampler_of(policy).announced(display.compiling)
     update = Program("update", learner.train_step, donate=(0,), announce=display.compiling)
     frozen = Frozen(base={} if full else policy.params, reference=reference_of(policy, config))
@@ -196,10 +195,12 @@ def micro_batch_of(config: Config, policy: Policy) -> tuple[int, int]:
     prompts, generations = config.train.prompts_per_step, config.train.micro_batch_completions or config.rollout.num_generations
     if config.train.micro_batch_prompts is not None or jax.default_backend() != "cpu":
         return config.train.micro_batch_prompts or prompts, generations
+    shards = 1 if policy.layout is None else policy.layout.rows
     tokens = config.rollout.max_prompt_length + generations * config.rollout.max_completion_length
     widest = max(policy.spec.width, policy.spec.ffw) * policy.model.dtype.itemsize
-    sizes = [size for size in range(1, prompts + 1) if prompts % size == 0 and size * tokens * widest <= CACHED_BYTES]
-    return max(sizes, default=1), generations
+    each = prompts // shards
+    sizes = [size for size in range(1, each + 1) if each % size == 0 and size * tokens * widest <= CACHED_BYTES]
+    return shards * max(sizes, default=1), generations
 
 
 def prompts_line(source: PromptSource, limit_tokens: int) -> str:
@@ -217,7 +218,7 @@ def reference_of(policy: Policy, config: Config) -> Params | None:
     """
     if policy.adapters is None:
         return policy.params if config.objective.needs_reference else None
-    started = any(bool(np.any(np.asarray(jax.device_get(pair["b"])))) for pair in policy.adapters["layers"].values())
+    started = any(bool(np.any(policy.on_host(pair["b"]))) for pair in policy.adapters["layers"].values())
     return policy.adapters if started else {}
 
 
@@ -270,7 +271,7 @@ def one_step(run: Run, state: TrainState, folder: RunFolder, step: int) -> tuple
     texts = [run.policy.text_of(ids) for ids in rollout.completion_ids]
     if step == 0 and rollout.slots < len(texts):
         run.display.note(f"slots: {rollout.slots} of {len(texts)} completions are decoded at once")
-    scored = score(
+    scored = score_together(
         run.functions,
         config.rewards.weights,
         prompts=prompts.prompts,
@@ -283,7 +284,7 @@ def one_step(run: Run, state: TrainState, folder: RunFolder, step: int) -> tuple
     for line in failure_lines(scored):
         run.display.warning(line)
     clock.lap("reward_seconds")
-    state, packed = run.update(state, train_batch(prompts, rollout, scored, config), run.frozen)
+    state, packed = run.update(state, train_batch(prompts, rollout, scored, config, run.policy.layout), run.frozen)
     metrics, advantages = packed.to_host()
     clock.lap("update_seconds")
     metrics |= reward_metrics(scored) | length_metrics(rollout) | clock.metrics(prompts, rollout)
@@ -291,7 +292,9 @@ def one_step(run: Run, state: TrainState, folder: RunFolder, step: int) -> tuple
     return state, metrics
 
 
-def train_batch(prompts: PromptBatch, rollout: Rollout, scored: ScoredBatch, config: Config) -> TrainBatch:
+def train_batch(
+    prompts: PromptBatch, rollout: Rollout, scored: ScoredBatch, config: Config, layout: Layout | None = None
+) -> TrainBatch:
     """Lists → padded arrays on the device. Lengths are rounded up to a few sizes, so that a run compiles a handful of times."""
     b = len(prompts.prompt_ids)
     lengths = np.array([len(ids) for ids in rollout.completion_ids])
@@ -310,7 +313,7 @@ def train_batch(prompts: PromptBatch, rollout: Rollout, scored: ScoredBatch, con
         rewards=scored.rewards.reshape(b, -1),
         valid=scored.valid.reshape(b, -1),
     )
-    return jax.device_put(batch)
+    return jax.device_put(batch) if layout is None else layout.put_tree(batch, BATCH)
 
 
 def length_metrics(rollout: Rollout) -> dict[str, float]:
@@ -379,7 +382,7 @@ def show_completions(
 
 def evaluate(run: Run, state: TrainState, folder: RunFolder, step: int) -> None:
     """Greedy accuracy on the held-out part; one that a resumed run already has is not made again."""
-    if step in folder.evaluations():
+    if from_main(step in folder.evaluations()):
         return
     result = run.evaluate(state)
     if result is not None:

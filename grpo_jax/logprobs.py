@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.attention import group_attend, last_and_own
+from grpo_jax.models.head import head_logprobs
 from grpo_jax.models.transformer import Transformer, forward, head_matrix
 from grpo_jax.truncated import Restriction, restricted_logprobs
 from grpo_jax.types import Params
-from grpo_kernels.head_logprob import head_logprob
 
 
 def group_hidden(
@@ -36,7 +36,7 @@ def group_hidden(
     positions = jnp.concatenate(
         [jnp.broadcast_to(at, (b, p)), jnp.broadcast_to(after, (b, g, c - 1)).reshape(b, g * (c - 1))], axis=1
     )
-    attend = group_attend(model.spec, prompt_lengths, p, g if c > 1 else 0, model.implementation)
+    attend = group_attend(model.spec, prompt_lengths, p, g if c > 1 else 0, model.implementation, model.layout)
     hidden = forward(model, variables, ids, positions, attend, wanted=last_and_own(prompt_lengths, p))[0]
     first = jnp.broadcast_to(hidden[:, None, :1], (b, g, 1, hidden.shape[-1]))
     rest = hidden[:, 1:].reshape(b, g, c - 1, hidden.shape[-1])
@@ -64,11 +64,12 @@ def completion_logprobs(
     hidden = group_hidden(model, variables, prompt_ids, prompt_lengths, completion_ids)
     n, c, d = hidden.shape
     head = head_matrix(model.spec, variables["params"]).astype(hidden.dtype)
-    logps, entropy, _ = head_logprob(
+    logps, entropy, _ = head_logprobs(
         hidden.reshape(n * c, d),
         head,
         completion_ids.reshape(n * c),
-        temperature=temperature,
+        temperature,
+        model.layout,
         softcap=model.spec.final_softcap,
         head_trainable=head_trainable,
         implementation=model.implementation,
@@ -102,4 +103,5 @@ def sampled_logprobs(
         softcap=model.spec.final_softcap,
         head_trainable=head_trainable,
         implementation=model.implementation,
+        layout=model.layout,
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 
 def free_bytes() -> int | None:
@@ -17,6 +19,22 @@ def free_bytes() -> int | None:
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"] - stats["bytes_in_use"])
     return proc_bytes("/proc/meminfo", "MemAvailable:") if device.platform == "cpu" else None
+
+
+def least_free_bytes() -> int | None:
+    """Memory that is free on each device, the least of all processes: they call it together and get the same.
+
+    Devices that a CPU is divided into share the machine's.
+    """
+    free = free_bytes()
+    if free is not None and jax.default_backend() == "cpu":
+        free //= jax.local_device_count()
+    if jax.process_count() == 1:
+        return free
+    # In MiB: JAX has 32 bits, and -1 stands for what cannot be told.
+    every = multihost_utils.process_allgather(np.int32(-1 if free is None else free >> 20))
+    least = int(np.min(every))
+    return None if least < 0 else least << 20
 
 
 def peak_bytes() -> int | None:

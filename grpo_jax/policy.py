@@ -7,7 +7,7 @@ Enters: a Hugging Face folder or hub id, optionally a PEFT adapter. Leaves: comp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.config import ConfigError, LoraConfig, RolloutConfig
+from grpo_jax.config import ConfigError, LoraConfig, MeshConfig, RolloutConfig
 from grpo_jax.config.checks import require, require_choice
+from grpo_jax.distributed import is_main
 from grpo_jax.export import merged_weights, save_merged
 from grpo_jax.logprobs import completion_logprobs
-from grpo_jax.memory import free_bytes
+from grpo_jax.memory import least_free_bytes
 from grpo_jax.models import (
     ModelError,
     ModelSpec,
@@ -32,12 +33,15 @@ from grpo_jax.models import (
     read_folder_spec,
     save_adapter,
 )
+from grpo_jax.models.axes import check_mesh, model_axes
 from grpo_jax.models.quantize import quantization_of
 from grpo_jax.models.transformer import UNROLLED_LAYERS
 from grpo_jax.programs import Program
 from grpo_jax.sampler import Sampler, pad_rows, round_up
+from grpo_jax.sharding import Layout, make_layout
 from grpo_jax.tokenizer import Tokenizer, read_stop_ids
 from grpo_jax.types import FinishReason, Params, Prompt
+from grpo_kernels.target import platform
 
 LOGPROB_TOKENS = 16384
 """Tokens of prompts and completions that `Policy.logprobs` runs at once."""
@@ -74,6 +78,7 @@ class Policy:
         stop_ids: every id that ends a completion.
         folder: where the model was read from.
         name: the path or hub id as the user wrote it.
+        layout: where weights and adapters live; None is one device.
 
     Example:
         policy = Policy.from_pretrained("Qwen/Qwen2.5-0.5B-Instruct", lora=LoraConfig(rank=16))
@@ -89,6 +94,7 @@ class Policy:
     stop_ids: tuple[int, ...]
     folder: Path
     name: str
+    layout: Layout | None = None
     _sampler: list[Sampler] = field(default_factory=list, repr=False, compare=False)
     _scorer: list[Program] = field(default_factory=list, repr=False, compare=False)
 
@@ -102,6 +108,7 @@ class Policy:
         quantization: str = "none",
         revision: str | None = None,
         seed: int = 0,
+        mesh: MeshConfig | None = None,
     ) -> Policy:
         """Reads a model.
 
@@ -113,15 +120,19 @@ class Policy:
             quantization: `int8`, `int4` or `nf4` rounds the layers' matrices while reading; only adapters can then be trained.
             revision: branch, tag or commit on the hub.
             seed: fixes where new adapters start.
+            mesh: devices that the weights are spread over, as the section `mesh` of the settings; None is one device.
 
         Raises:
+            ConfigError: the mesh does not fit the devices or the model.
             ModelError: the folder or the adapter cannot be read as it is.
         """
         if dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"dtype: {dtype!r} is not supported; use 'auto', 'float32' or 'bfloat16'")
         require_choice("quantization", quantization, ("none", "int8", "int4", "nf4"))
+        layout = None if mesh is None else make_layout(mesh)
         folder = find_model(str(path), revision)
         spec = read_folder_spec(folder)
+        check_mesh(layout, spec, quantization)
         chosen = jnp.dtype(spec.dtype if dtype == "auto" else dtype)
         start = adapter if adapter is not None else (lora.adapter if lora is not None else None)
         adapters: Params | None = None
@@ -131,23 +142,48 @@ class Policy:
             adapters = init_lora(spec, lora, jax.random.key(seed))
         else:
             lora = None
+        if layout is not None and adapters is not None:
+            adapters = layout.put_tree(adapters, model_axes(spec))
         return Policy(
             spec=spec,
             dtype=chosen,
-            params=load_params(folder, spec, chosen, quantization=quantization),
+            params=load_params(folder, spec, chosen, quantization=quantization, layout=layout),
             adapters=adapters,
             lora=lora,
             tokenizer=Tokenizer.from_folder(folder),
             stop_ids=read_stop_ids(folder),
             folder=folder,
             name=str(path),
+            layout=layout,
         )
+
+    def placed(self, layout: Layout | None) -> Policy:
+        """The same on another mesh.
+
+        Raises:
+            ConfigError: the mesh does not fit the model.
+        """
+        if layout == self.layout:
+            return self
+        check_mesh(layout, self.spec, quantization_of(self.params))
+
+        def move(tree: Any) -> Any:
+            host = self.on_host(tree)
+            return jax.device_put(host) if layout is None else layout.put_tree(host, model_axes(self.spec))
+
+        adapters = None if self.adapters is None else move(self.adapters)
+        return replace(self, params=move(self.params), adapters=adapters, layout=layout, _sampler=[], _scorer=[])
+
+    def on_host(self, tree: Any) -> Any:
+        """Arrays of this policy on the host, whole; of several processes all have to ask together."""
+        return jax.device_get(tree) if self.layout is None else self.layout.get(tree)
 
     @property
     def model(self) -> Transformer:
         """The decoder as a Flax module, without weights."""
-        unroll = jax.default_backend() == "cpu" and self.spec.layers <= UNROLLED_LAYERS
-        return Transformer(self.spec, self.dtype, 1.0 if self.lora is None else self.lora.scale, unroll=unroll)
+        unroll = platform() == "cpu" and self.spec.layers <= UNROLLED_LAYERS
+        scale = 1.0 if self.lora is None else self.lora.scale
+        return Transformer(self.spec, self.dtype, scale, unroll=unroll, layout=self.layout)
 
     @property
     def variables(self) -> Params:
@@ -259,7 +295,8 @@ class Policy:
         if not self._scorer:
             self._scorer.append(Program("logprobs", partial(completion_logprobs, self.model)))
         p, c = round_up(max(map(len, prompt_ids))), round_up(max(map(len, completion_ids)))
-        size = min(len(prompt_ids), max(1, LOGPROB_TOKENS // (p + c)))
+        shards = 1 if self.layout is None else self.layout.rows
+        size = shards * min(-(-len(prompt_ids) // shards), max(1, LOGPROB_TOKENS // (p + c)))
         results: list[np.ndarray] = []
         for start in range(0, len(prompt_ids), size):
             rows = [list(row) for row in prompt_ids[start : start + size]]
@@ -267,31 +304,38 @@ class Policy:
             real = len(rows)
             rows, own = rows + [rows[-1]] * (size - real), own + [own[-1]] * (size - real)
             lengths = np.array([len(row) for row in rows], np.int32)
-            arguments = (pad_rows(rows, p), lengths, pad_rows(own, c), np.float32(temperature))
-            logps, _ = self._scorer[0](self.variables, *(jax.device_put(x) for x in arguments))
-            table = jax.device_get(logps)
+            texts, divisor = (pad_rows(rows, p), lengths, pad_rows(own, c)), np.float32(temperature)
+            if self.layout is None:
+                arguments = jax.device_put((*texts, divisor))
+            else:
+                arguments = (*(self.layout.put(x, ("rows",)) for x in texts), self.layout.put(divisor))
+            logps, _ = self._scorer[0](self.variables, *arguments)
+            table = self.on_host(logps)
             results += [table[i, : len(own[i])] for i in range(real)]
         return results
 
     def save_adapter(self, folder: str | Path) -> Path:
-        """Writes the adapters as a PEFT folder, which transformers, PEFT and vLLM load.
+        """Writes the adapters as a PEFT folder, which transformers, PEFT and vLLM load. Of several processes the first writes.
 
         Raises:
             ModelError: the policy has no adapters.
         """
         if self.adapters is None or self.lora is None:
             raise ModelError("this policy has no adapters (every weight is trained): use save_merged")
-        save_adapter(Path(folder), self.spec, self.adapters, self.lora, self.name)
+        adapters = self.on_host(self.adapters)
+        if is_main():
+            save_adapter(Path(folder), self.spec, adapters, self.lora, self.name)
         return Path(folder)
 
     def save_merged(self, folder: str | Path) -> Path:
         """Writes the whole model with the adapters multiplied in.
 
         Tensor names, number formats, shards, config and tokenizer are the original's. Adapters of a quantised model are added to
-        the original's weights, read again: the merged model is not rounded, so its log-probabilities differ a little.
+        the original's weights, read again: the merged model is not rounded, so its log-probabilities differ a little. Of several
+        processes all have to call this, and the first writes.
         """
-        read = merged_weights(self.spec, self.params, self.adapters, self.lora, self.folder)
-        save_merged(Path(folder), self.folder, self.spec, read)
+        read = merged_weights(self.spec, self.params, self.adapters, self.lora, self.folder, self.on_host)
+        save_merged(Path(folder), self.folder, self.spec, read, writes=is_main())
         return Path(folder)
 
 
@@ -314,8 +358,8 @@ def trained_model(policy: Policy, remat: str, tokens: int) -> tuple[Transformer,
     """
     spec, model = policy.spec, policy.model
     if remat == "auto":
-        widths = 4 * (spec.width + spec.heads * spec.head_dim + spec.ffw)
-        kept, free = tokens * spec.layers * widths * model.dtype.itemsize, free_bytes()
+        widths = 4 * (spec.width + spec.heads * spec.head_dim + spec.ffw * max(1, spec.experts_per_token))
+        kept, free = tokens * spec.layers * widths * model.dtype.itemsize, least_free_bytes()
         remat = "none" if model.unroll and (free is None or kept < REMAT_MEMORY_SHARE * free) else "layer"
     return model.clone(remat=remat), remat
 

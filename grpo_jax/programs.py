@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 
 Announce = Callable[[str], AbstractContextManager[Any]]
 
@@ -48,16 +49,33 @@ class Program:
 
     def __call__(self, *arguments: Any, **static: Hashable) -> Any:
         """Runs the function, compiling it first where these shapes, or these static arguments, are new."""
+        run = self.compiled(*arguments, **static)
+        with jax.transfer_guard("disallow"):
+            return run(*arguments)
+
+    def compiled(self, *arguments: Any, **static: Hashable) -> Any:
+        """The compiled function of arguments of these shapes: arrays, or `jax.ShapeDtypeStruct` with shardings."""
         leaves, tree = jax.tree.flatten(arguments)
-        key = (tree, tuple(static.items()), tuple((leaf.shape, leaf.dtype, leaf.weak_type, leaf.sharding) for leaf in leaves))
+        key = (tree, tuple(static.items()), tuple((leaf.shape, leaf.dtype, leaf.weak_type, place_of(leaf)) for leaf in leaves))
         if key not in self._compiled:
             with self.announce(self.name):
                 start = time.perf_counter()
                 jitted = jax.jit(functools.partial(self.function, **static), donate_argnums=self.donate)
                 self._compiled[key] = jitted.lower(*arguments).compile(compiler_options=self.options)
                 self.compile_seconds += time.perf_counter() - start
-        with jax.transfer_guard("disallow"):
-            return self._compiled[key](*arguments)
+        return self._compiled[key]
+
+
+def place_of(leaf: Any) -> Any:
+    """Where an array lives, the same for all ways to say it: results of programs come back without mesh axes of one device."""
+    sharding = leaf.sharding
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    sizes = sharding.mesh.shape
+    cut = [tuple(axis for axis in ((part,) if isinstance(part, str) else part or ()) if sizes[axis] > 1) for part in sharding.spec]
+    while cut and not cut[-1]:
+        cut.pop()
+    return sharding.mesh, tuple(cut), sharding.memory_kind
 
 
 def compile_seconds(*programs: Program) -> float:

@@ -147,8 +147,8 @@ def make_model(folder: Path, seed: int = 0) -> None:
     tensors = {
         name: np.ascontiguousarray(values.T if source.transposed else values)
         for path, source in tensor_names(spec).items()
-        for layer, name in enumerate(source.names)
-        for values in [read(path, layer if source.stacked else None)]
+        for name, place in source.places()
+        for values in [read(path, place)]
     }
     folder.mkdir(parents=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

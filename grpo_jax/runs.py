@@ -6,6 +6,7 @@ Enters: the folder of a run that has saved at least one checkpoint. Leaves: the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,15 +14,18 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from grpo_jax import distributed
 from grpo_jax.checkpoint import Checkpointer
-from grpo_jax.config import Config, ConfigError, LoraConfig, TrainConfig
+from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig, TrainConfig, resolved_settings
 from grpo_jax.metrics import Display, RunFolder
-from grpo_jax.models import ModelError
+from grpo_jax.models import ModelError, ModelSpec, find_model, read_folder_spec
+from grpo_jax.models.axes import check_mesh, model_axes
 from grpo_jax.models.lora import init_lora
 from grpo_jax.models.quantize import quantization_of
 from grpo_jax.models.spec import abstract_params
 from grpo_jax.optim import make_optimizer
 from grpo_jax.policy import Policy
+from grpo_jax.sharding import check_prompts, make_layout
 from grpo_jax.types import Params, TrainState
 
 
@@ -42,10 +46,37 @@ class TrainResult:
     run_dir: Path
 
 
+def begin(config: Config, sources: Mapping[str, str] | None, *, resume: bool) -> Display:
+    """Joins the processes that the settings name, checks mesh and run folder, and shows the settings. Compiles nothing.
+
+    Raises:
+        ConfigError, RunFolderError: they do not fit the devices, the processes or the run.
+    """
+    if config.distributed.explicit:
+        distributed.start(config.distributed)
+    layout = make_layout(config.mesh)
+    check_prompts(layout, config.train.prompts_per_step, config.train.micro_batch_prompts)
+    RunFolder.check(config.train.run_dir, config, resume=resume)
+    distributed.check_shared(Path(config.train.run_dir))
+    display = Display(config.train.quiet, silent=not distributed.is_main())
+    display.settings(resolved_settings(config, sources or {}))
+    if layout is not None:
+        sizes, kind = ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items()), jax.devices()[0].device_kind
+        processes = f" in {jax.process_count()} processes" if distributed.several() else ""
+        display.note(f"mesh: {sizes}; {layout.mesh.size} of {jax.device_count()} devices ({kind}){processes}")
+    return display
+
+
 def trainable_of(policy: Policy) -> Params:
     """What training changes, float32: the adapters, or every weight where there are none. A copy: the policy keeps its own."""
     source = policy.params if policy.adapters is None else policy.adapters
-    return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), source)
+
+    def copied(tree: Params) -> Params:
+        return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), tree)
+
+    if policy.layout is None:
+        return copied(source)
+    return jax.jit(copied, out_shardings=jax.tree.map(lambda x: x.sharding, source))(source)
 
 
 def with_trained(policy: Policy, trainable: Params) -> Policy:
@@ -56,17 +87,22 @@ def with_trained(policy: Policy, trainable: Params) -> Policy:
 
 
 def settings_of(config: Config, policy: Policy) -> Config:
-    """The settings with the model and the adapters of a policy that was handed over: what is shown and kept is what is used.
+    """The settings with the model, adapters and mesh of a policy that was handed over: what is shown and kept is what is used.
+
+    A policy on one device is spread over the settings' mesh.
 
     Raises:
-        ConfigError: the settings ask for other adapters.
+        ConfigError: the settings ask for other adapters, or for another mesh than the policy is spread over.
     """
     own = policy.lora or LoraConfig(rank=0)
     if config.lora not in (LoraConfig(), own):
         raise ConfigError(f"lora: {config.lora} differs from the handed-over policy's {own}; leave one of them out")
     quantization: Any = quantization_of(policy.params)
     model = replace(config.model, path=policy.name, dtype=str(policy.dtype), quantization=quantization)
-    return replace(config, model=model, lora=own)
+    mesh = config.mesh if policy.layout is None else policy.layout.config
+    if config.mesh not in (MeshConfig(), mesh):
+        raise ConfigError(f"mesh: {config.mesh} differs from the handed-over policy's {mesh}; leave one of them out")
+    return replace(config, model=model, lora=own, mesh=mesh)
 
 
 def updates_of(config: Config, supervised: bool) -> int:
@@ -113,6 +149,7 @@ def finish(
         held_out: number of held-out problems.
         seconds: wall-clock time of the run, compiling included.
     """
+    distributed.barrier("last step written")  # the others read what process 0 has written
     steps, evaluations = config.train.steps, folder.evaluations()
     files: dict[str, str] = {}
     if policy.adapters is not None:
@@ -125,6 +162,7 @@ def finish(
         steps=steps,
         compile_seconds=compile_seconds,
     )
+    distributed.barrier("result written")
     display.report(summary, folder.written() | files)
     return TrainResult(policy, folder.history(), summary, folder.path)
 
@@ -144,7 +182,8 @@ def load_run(run_dir: str | Path) -> tuple[Config, Policy]:
         host = checkpoints.host()
         lora = None if host["lora"] is None else LoraConfig(**host["lora"])
         place = host["model"] if Path(host["model"]).is_dir() else host["name"]
-        base = Policy.from_pretrained(place, dtype=host["dtype"], quantization=host.get("quantization", "none"))
+        mesh = mesh_here(config, read_folder_spec(find_model(place)))
+        base = Policy.from_pretrained(place, dtype=host["dtype"], quantization=host.get("quantization", "none"), mesh=mesh)
         policy = replace(base, name=host["name"], lora=lora)
         optimizer = make_optimizer(config.optim, updates_of(config, host["supervised"]))
         if lora is None:
@@ -155,8 +194,22 @@ def load_run(run_dir: str | Path) -> tuple[Config, Policy]:
         opt_state = jax.eval_shape(optimizer.init, trainable)
         step: Any = jax.ShapeDtypeStruct((), jnp.int32)
         abstract = TrainState(step, trainable, opt_state)
+        if policy.layout is not None:
+            places = policy.layout.tree(abstract, model_axes(policy.spec))
+            abstract = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract, places)
         state, _ = checkpoints.restore(abstract)
     return config, with_trained(policy, state.trainable)
+
+
+def mesh_here(config: Config, spec: ModelSpec) -> MeshConfig:
+    """The mesh of a run where its devices are here; else all that are here, or one."""
+    for mesh in (config.mesh, MeshConfig()):
+        try:
+            check_mesh(make_layout(mesh), spec)
+        except ConfigError:
+            continue
+        return mesh
+    return MeshConfig(fsdp=1)
 
 
 def export_run(run_dir: str | Path, out: str | Path, format: Literal["adapter", "merged"]) -> Path:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_kernels.head_sample.reference import BLOCK, NEAR_LOGITS, draw_scaled, inverse_distribution, is_near
+from grpo_kernels.head_sample.draws import BLOCK, NEAR_LOGITS, draw_scaled, inverse_distribution, is_near
 
 __all__ = ["BLOCK", "NEAR_LOGITS", "Truncation", "draw", "inverse_distribution", "truncate"]
 

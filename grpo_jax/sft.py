@@ -20,17 +20,20 @@ import numpy as np
 import optax
 
 from grpo_jax.checkpoint import Checkpointer
-from grpo_jax.config import Config, check_supervised, resolved_settings
+from grpo_jax.config import Config, check_supervised
+from grpo_jax.distributed import from_main, is_main
 from grpo_jax.evaluate import policy_of_config
 from grpo_jax.logprobs import completion_logprobs
 from grpo_jax.metrics import Display, RunFolder, step_values
-from grpo_jax.models import find_model
+from grpo_jax.models import find_model, read_folder_spec
+from grpo_jax.models.axes import check_mesh
 from grpo_jax.optim import learning_rate_at, make_optimizer
 from grpo_jax.policy import Policy, sampler_of, trained_model
 from grpo_jax.programs import Program, compile_seconds
 from grpo_jax.prompts import CompletionBatch, CompletionSource, completion_pairs
 from grpo_jax.runs import (
     TrainResult,
+    begin,
     evaluates_after,
     finish,
     host_values,
@@ -41,7 +44,9 @@ from grpo_jax.runs import (
     with_trained,
 )
 from grpo_jax.sampler import Sampler, pad_rows, round_up
-from grpo_jax.step import Learner, PackedMetrics, Split, pack
+from grpo_jax.sharding import BATCH, Layout, make_layout
+from grpo_jax.split import Split
+from grpo_jax.step import Learner, PackedMetrics, pack
 from grpo_jax.tokenizer import Tokenizer
 from grpo_jax.types import Frozen, Params, TrainBatch, TrainState
 
@@ -65,12 +70,12 @@ def sft(
     check_supervised(config, has_policy=policy is not None, has_dataset=dataset is not None)
     if policy is not None:
         config = settings_of(config, policy)
-    RunFolder.check(config.train.run_dir, config, resume=resume)
-    display = Display(config.train.quiet)
-    display.settings(resolved_settings(config, sources or {}))
+    display, layout = begin(config, sources, resume=resume), make_layout(config.mesh)
     if policy is None:
         assert config.model.path is not None
-        tokenizer = Tokenizer.from_folder(find_model(config.model.path, config.model.revision))
+        folder = find_model(config.model.path, config.model.revision)
+        check_mesh(layout, read_folder_spec(folder))
+        tokenizer = Tokenizer.from_folder(folder)
     else:
         tokenizer = policy.need_tokenizer()
     source = completion_pairs(config, tokenizer, dataset, eval_dataset)
@@ -79,8 +84,8 @@ def sft(
     if policy is None:
         with display.busy(f"reading {config.model.path}"):
             policy = policy_of_config(config)
-    run = Warmup.build(config, policy, source, display)
-    with RunFolder.create(config.train.run_dir, config, sources, resume=resume) as folder:
+    run = Warmup.build(config, policy.placed(layout), source, display)
+    with RunFolder.create(config.train.run_dir, config, sources, resume=resume, writes=is_main()) as folder:
         return loop(run, folder)
 
 
@@ -120,7 +125,7 @@ class Warmup:
 
 def supervised_step(learner: Learner, state: TrainState, batch: TrainBatch, frozen: Frozen) -> tuple[TrainState, PackedMetrics]:
     """One update on a batch of rows: the mean over all its completion tokens of −log π; micro-batches add up to the same."""
-    split = Split.of(batch, learner.micro_batch)
+    split = Split.of(batch, learner.micro_batch, learner.model.layout)
     tokens = jnp.maximum(jnp.sum(batch.completion_mask), 1).astype(jnp.float32)
 
     def loss_of(trainable: Params, rows: Split) -> tuple[jax.Array, jax.Array]:
@@ -139,7 +144,7 @@ def supervised_step(learner: Learner, state: TrainState, batch: TrainBatch, froz
 
     def accumulate(gradient: Params, rows: Split) -> tuple[Params, tuple[jax.Array, jax.Array]]:
         (loss, entropy), new = jax.value_and_grad(loss_of, has_aux=True)(state.trainable, rows)
-        return jax.tree.map(jnp.add, gradient, new), (loss, entropy)
+        return learner.placed(jax.tree.map(jnp.add, gradient, new)), (loss, entropy)
 
     gradient, (losses, entropies) = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.trainable), split)
     updates, opt_state = learner.optimizer.update(gradient, state.opt_state, state.trainable)
@@ -150,26 +155,25 @@ def supervised_step(learner: Learner, state: TrainState, batch: TrainBatch, froz
         "learning_rate": learner.learning_rate(state.step),
     }
     trainable: Any = optax.apply_updates(state.trainable, updates)
-    state = TrainState(state.step + 1, trainable, opt_state)
-    return state, pack(metrics, jnp.zeros((1, 0), jnp.float32))
+    state = learner.placed(TrainState(state.step + 1, trainable, opt_state))
+    return state, pack(metrics, jnp.zeros((1, 0), jnp.float32), learner.model.layout)
 
 
-def supervised_batch(batch: CompletionBatch, config: Config) -> TrainBatch:
+def supervised_batch(batch: CompletionBatch, config: Config, layout: Layout | None = None) -> TrainBatch:
     """Lists → padded arrays on the device."""
     lengths = np.array([len(ids) for ids in batch.completion_ids])
     width = min(round_up(int(lengths.max())), config.rollout.max_completion_length)
     rows = len(lengths)
-    return jax.device_put(
-        TrainBatch(
-            prompt_ids=pad_rows(batch.prompt_ids, round_up(max(len(ids) for ids in batch.prompt_ids))),
-            prompt_lengths=np.array([len(ids) for ids in batch.prompt_ids], np.int32),
-            completion_ids=pad_rows(batch.completion_ids, width),
-            completion_mask=np.arange(width)[None, :] < lengths[:, None],
-            sampler_logprobs=np.zeros((rows, width), np.float32),
-            rewards=np.zeros((rows, 1), np.float32),
-            valid=np.ones((rows, 1), bool),
-        )
+    made = TrainBatch(
+        prompt_ids=pad_rows(batch.prompt_ids, round_up(max(len(ids) for ids in batch.prompt_ids))),
+        prompt_lengths=np.array([len(ids) for ids in batch.prompt_ids], np.int32),
+        completion_ids=pad_rows(batch.completion_ids, width),
+        completion_mask=np.arange(width)[None, :] < lengths[:, None],
+        sampler_logprobs=np.zeros((rows, width), np.float32),
+        rewards=np.zeros((rows, 1), np.float32),
+        valid=np.ones((rows, 1), bool),
     )
+    return jax.device_put(made) if layout is None else layout.put_tree(made, BATCH)
 
 
 def loop(run: Warmup, folder: RunFolder) -> TrainResult:
@@ -191,7 +195,7 @@ def loop(run: Warmup, folder: RunFolder) -> TrainResult:
         with display.progress(config.train.steps, done):
             for step in range(done, config.train.steps):
                 begun, compiled = time.perf_counter(), run.update.compile_seconds
-                state, packed = run.update(state, supervised_batch(run.source.batch(step), config), run.frozen)
+                state, packed = run.update(state, supervised_batch(run.source.batch(step), config, run.policy.layout), run.frozen)
                 metrics = packed.to_dict()
                 compiling = run.update.compile_seconds - compiled
                 metrics |= {"step_seconds": time.perf_counter() - begun - compiling, "compile_seconds": compiling}
@@ -209,12 +213,11 @@ def loop(run: Warmup, folder: RunFolder) -> TrainResult:
 def evaluate(run: Warmup, state: TrainState, folder: RunFolder, step: int) -> None:
     """Share of held-out rows that are completed as they stand."""
     problems = len(run.source.held_out)
-    if problems == 0 or step in folder.evaluations():
+    if problems == 0 or from_main(step in folder.evaluations()):
         return
     (batch,) = run.source.held_out_batches(problems)
-    settings = replace(
-        run.config.rollout, num_generations=1, temperature=0.0, slots=min(problems, run.config.train.prompts_per_step)
-    )
+    slots = run.sampler.spread(min(problems, run.config.train.prompts_per_step))
+    settings = replace(run.config.rollout, num_generations=1, temperature=0.0, slots=slots)
     variables = run.learner.policy(state.trainable, run.frozen)
     rollout = run.sampler.sample(variables, batch.prompt_ids, settings, seed=0)
     accuracy = float(np.mean([got == own for got, own in zip(rollout.completion_ids, batch.completion_ids, strict=True)]))

@@ -10,12 +10,15 @@ and a micro-batch of nothing else is left out of forward and backward. Denominat
 difference to the sampler) are over the other groups' tokens.
 With one update a batch the old log-probabilities are the new ones without gradient, and cost no forward; with several, those of
 the first are kept. The reference is scored once a batch, and not at all at β = 0.
+On a mesh (`Transformer.layout`) each device has its share of the prompts, and kernels run on its part; statistics of groups are
+local, since a group is whole on its device, and every sum over the batch is over all devices.
 Where sampling truncates the distribution or bans tokens, log-probabilities of the policy are those of what is left; in the KL term,
 and of the reference, they are those of the whole distribution.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,13 +28,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float
 
 from grpo_jax.advantages import group_advantages
-from grpo_jax.config import ObjectiveConfig
+from grpo_jax.config import Config, ObjectiveConfig
 from grpo_jax.logprobs import completion_logprobs, sampled_logprobs
-from grpo_jax.loss import finish_stats, kl_reward_penalty, token_weights, total_stats, weighted_loss
+from grpo_jax.loss import Stats, finish_stats, kl_reward_penalty, token_weights, total_stats, weighted_loss
+from grpo_jax.models.axes import model_axes
 from grpo_jax.models.transformer import Transformer
+from grpo_jax.optim import learning_rate_at, make_optimizer
+from grpo_jax.sharding import ROWS, Layout
+from grpo_jax.split import Split
 from grpo_jax.truncated import Restriction
 from grpo_jax.types import AnyArray, Frozen, Params, TrainBatch, TrainState
 
@@ -58,10 +65,11 @@ class PackedMetrics:
         return self.to_host()[0]
 
 
-def pack(metrics: dict[str, Array], advantages: Float[Array, "B G"]) -> PackedMetrics:
-    """{name: scalar} and advantages → `PackedMetrics`."""
+def pack(metrics: dict[str, Array], advantages: Float[Array, "B G"], layout: Layout | None = None) -> PackedMetrics:
+    """{name: scalar} and advantages → `PackedMetrics`; on a mesh every device has them all."""
     scalars = jnp.stack([value.astype(jnp.float32) for value in metrics.values()])
-    return PackedMetrics(jnp.concatenate([scalars, advantages.reshape(-1)]), tuple(metrics))
+    values = jnp.concatenate([scalars, advantages.reshape(-1)])
+    return PackedMetrics(values if layout is None else layout.constrain(values, None), tuple(metrics))
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,28 @@ class Learner:
     micro_batch: tuple[int, int]
     restriction: Restriction | None = None
 
+    @staticmethod
+    def of(
+        config: Config, model: Transformer, *, full: bool, micro_batch: tuple[int, int], updates: int, stop_ids: tuple[int, ...]
+    ) -> Learner:
+        """The learner of a run's settings.
+
+        Args:
+            updates: optimiser updates of the whole run.
+            stop_ids: every id that ends a completion.
+        """
+        return Learner(
+            model=model,
+            objective=config.objective,
+            optimizer=make_optimizer(config.optim, updates),
+            learning_rate=functools.partial(learning_rate_at, config.optim, updates),
+            full=full,
+            temperature=config.rollout.temperature,
+            max_completion_length=config.rollout.max_completion_length,
+            micro_batch=micro_batch,
+            restriction=Restriction.of(config.rollout, stop_ids) if config.objective.match_sampling else None,
+        )
+
     def policy(self, trainable: Params, frozen: Frozen) -> Params:
         """Variables of the policy that is trained."""
         return {"params": trainable} if self.full else {"params": frozen.base, "lora": trainable}
@@ -102,14 +132,22 @@ class Learner:
 
     def init(self, trainable: Params) -> TrainState:
         """The state before the first update."""
-        return TrainState(step=jnp.int32(0), trainable=trainable, opt_state=self.optimizer.init(trainable))
+
+        def start(trainable: Params) -> TrainState:
+            return TrainState(step=jnp.int32(0), trainable=trainable, opt_state=self.optimizer.init(trainable))
+
+        layout = self.model.layout
+        if layout is None:
+            return start(trainable)
+        shardings = layout.tree(jax.eval_shape(start, trainable), model_axes(self.model.spec))
+        return jax.jit(start, out_shardings=shardings)(trainable)
 
     def train_step(self, state: TrainState, batch: TrainBatch, frozen: Frozen) -> tuple[TrainState, PackedMetrics]:
         """One batch: `objective.num_iterations` updates. Jit it with the state donated."""
         objective, given = self.objective, batch
         ref_logps = old_logps = used = None
         if objective.needs_reference:
-            split = Split.of(batch, self.micro_batch)
+            split = Split.of(batch, self.micro_batch, self.model.layout)
             with jax.named_scope("reference"):
                 ref_logps = self.score(self.reference(frozen), split, None)[0]
             rewards = batch.rewards
@@ -121,11 +159,9 @@ class Learner:
             advantages = ordered = self.advantages(rewards, batch.valid)
         else:
             advantages = self.advantages(batch.rewards, batch.valid)
-            counts = jnp.any(advantages != 0, axis=1)
-            order = jnp.argsort(~counts)
-            batch, ordered = batch.of_prompts(order), advantages[order]
-            split = Split.of(batch, self.micro_batch)
-            rows = split.rows(jnp.repeat(counts[order], advantages.shape[1]))
+            batch, ordered = self.sorted(batch, advantages)
+            split = Split.of(batch, self.micro_batch, self.model.layout)
+            rows = split.rows(jnp.repeat(jnp.any(ordered != 0, axis=1), advantages.shape[1]))
             used, split = jnp.any(rows, axis=1), replace(split, completion_mask=split.completion_mask & rows[:, :, None])
         weights = token_weights(batch.completion_mask, objective, self.max_completion_length)
         known = {
@@ -138,12 +174,44 @@ class Learner:
             state, _, metrics = self.update(state, split, known | {"old_logps": old_logps}, frozen)
         else:
             state, metrics = self.iterate(state, split, known, old_logps, frozen)
-        return state, pack(batch_metrics(given, advantages) | metrics, advantages)
+        return self.placed(state), pack(batch_metrics(given, advantages) | metrics, advantages, self.model.layout)
 
-    def advantages(self, rewards: Float[Array, "B G"], valid: Bool[Array, "B G"]) -> Float[Array, "B G"]:
+    def placed(self, tree: Any) -> Any:
+        """Weights, adapters, or a state of them, where the layout says."""
+        layout = self.model.layout
+        return tree if layout is None else layout.constrain_tree(tree, model_axes(self.model.spec))
+
+    def advantages(self, rewards: Float[AnyArray, "B G"], valid: Bool[AnyArray, "B G"]) -> Float[Array, "B G"]:
         """Of a batch's rewards."""
-        objective, implementation = self.objective, self.model.implementation
-        return group_advantages(rewards, objective.scale_rewards, objective.advantage_eps, valid, implementation=implementation)
+        objective, layout = self.objective, self.model.layout
+
+        def of(rewards: AnyArray, valid: AnyArray) -> Array:
+            return group_advantages(
+                rewards,
+                objective.scale_rewards,
+                objective.advantage_eps,
+                valid,
+                implementation=self.model.implementation,
+                axis_name=None if layout is None else ROWS,
+            )
+
+        if layout is None:
+            return of(rewards, valid)
+        rows = layout.spec("prompts")
+        return layout.local(of, (rows, rows), rows)(rewards, valid)
+
+    def sorted(self, batch: TrainBatch, advantages: Float[Array, "B G"]) -> tuple[TrainBatch, Float[Array, "B G"]]:
+        """A batch, and its advantages, with the groups without any last; on a mesh among the prompts of each row shard."""
+        layout = self.model.layout
+
+        def sort(batch: TrainBatch, advantages: Array) -> tuple[TrainBatch, Array]:
+            order = jnp.argsort(~jnp.any(advantages != 0, axis=1))
+            return batch.of_prompts(order), advantages[order]
+
+        if layout is None:
+            return sort(batch, advantages)
+        rows = layout.spec("prompts")
+        return layout.local(sort, (rows, rows), (rows, rows))(batch, advantages)
 
     def iterate(
         self, state: TrainState, split: Split, known: dict[str, Any], old_logps: Array | None, frozen: Frozen
@@ -180,6 +248,26 @@ class Learner:
 
         return jax.lax.stop_gradient(jax.lax.map(one, (split.prompt_ids, split.prompt_lengths, split.completion_ids)))
 
+    def loss(self, tokens: dict[str, Array | None]) -> tuple[Float[Array, ""], Stats]:
+        """`weighted_loss` of some rows; on a mesh the sum of what each device's rows add.
+
+        Args:
+            tokens: its arrays, by argument; one row a completion.
+        """
+        layout, options = self.model.layout, {"objective": self.objective, "implementation": self.model.implementation}
+
+        def local(tokens: dict[str, Array | None]) -> tuple[Array, Stats]:
+            loss, stats = weighted_loss(**tokens, **options)
+            sums = {
+                name: (jax.lax.pmax if name.endswith("_max") else jax.lax.psum)(jax.lax.stop_gradient(value), ROWS)
+                for name, value in stats.items()
+            }
+            return jax.lax.psum(loss, ROWS), sums
+
+        if layout is None:
+            return weighted_loss(**tokens, **options)
+        return layout.local(local, (layout.spec("rows"),), layout.spec())(tokens)
+
     def update(
         self, state: TrainState, split: Split, known: dict[str, Any], frozen: Frozen
     ) -> tuple[TrainState, Float[Array, "M n C"], dict[str, Array]]:
@@ -192,18 +280,17 @@ class Learner:
             old = given["old_logps"]
             if "first" in given:
                 old = jnp.where(given["first"], jax.lax.stop_gradient(logps), old)
-            loss, stats = weighted_loss(
-                logps,
-                old,
-                given["ref_logps"],
-                given["advantages"],
-                rows.completion_mask,
-                self.objective,
-                given["weights"],
-                sampler_logps=rows.sampler_logprobs,
-                whole_logps=whole,
-                implementation=self.model.implementation,
-            )
+            tokens = {
+                "logps": logps,
+                "old_logps": old,
+                "ref_logps": given["ref_logps"],
+                "advantages": given["advantages"],
+                "completion_mask": rows.completion_mask,
+                "weights": given["weights"],
+                "sampler_logps": rows.sampler_logprobs,
+                "whole_logps": whole,
+            }
+            loss, stats = self.loss(tokens)
             stats["entropy"] = jnp.sum(jnp.where(rows.completion_mask, jax.lax.stop_gradient(entropy), jnp.float32(0)))
             stats["loss"] = jax.lax.stop_gradient(loss)
             return loss, (logps, stats)
@@ -211,7 +298,7 @@ class Learner:
         def accumulate(gradient: Params, part: tuple[Split, dict[str, Any]]) -> tuple[Params, tuple[Array, dict[str, Array]]]:
             def computed() -> tuple[Params, tuple[Array, dict[str, Array]]]:
                 new, (logps, stats) = jax.grad(loss_of, has_aux=True)(state.trainable, part)
-                return jax.tree.map(jnp.add, gradient, new), (logps, stats)
+                return self.placed(jax.tree.map(jnp.add, gradient, new)), (logps, stats)
 
             if part[1]["used"] is None:
                 return computed()
@@ -232,60 +319,6 @@ class Learner:
         trainable: Any = optax.apply_updates(state.trainable, updates)
         state = TrainState(state.step + 1, trainable, opt_state)
         return state, jax.lax.stop_gradient(logps), metrics
-
-
-@struct.dataclass
-class Split:
-    """A batch cut into M micro-batches of b prompts and g completions of each, n = b·g.
-
-    Attributes:
-        completion_ids, completion_mask, sampler_logprobs: rows of a prompt next to each other.
-        grid: (B/b, G/g, b, g).
-    """
-
-    prompt_ids: Any
-    prompt_lengths: Any
-    completion_ids: Any
-    completion_mask: Any
-    sampler_logprobs: Any
-    grid: tuple[int, int, int, int] = struct.field(pytree_node=False)
-
-    @staticmethod
-    def of(batch: TrainBatch, micro_batch: tuple[int, int]) -> Split:
-        """Cuts a batch; the sizes must divide it."""
-        prompts, generations = batch.rewards.shape
-        b, g = micro_batch
-        if prompts % b or generations % g:
-            raise ValueError(
-                f"micro-batch of {b} prompts and {g} completions of each does not divide a batch of {prompts} and {generations}"
-            )
-        grid = (prompts // b, generations // g, b, g)
-        ids = jnp.repeat(batch.prompt_ids.reshape(prompts // b, b, -1), generations // g, axis=0)
-        lengths = jnp.repeat(batch.prompt_lengths.reshape(prompts // b, b), generations // g, axis=0)
-        split = Split(ids, lengths, None, None, None, grid)
-        return replace(
-            split,
-            completion_ids=split.rows(batch.completion_ids),
-            completion_mask=split.rows(batch.completion_mask),
-            sampler_logprobs=split.rows(batch.sampler_logprobs),
-        )
-
-    @property
-    def count(self) -> int:
-        """M."""
-        return self.grid[0] * self.grid[1]
-
-    def rows(self, x: Shaped[AnyArray, "N ..."]) -> Shaped[Array, "M n ..."]:
-        """[N, ...] → [M, n, ...]."""
-        outer, inner, b, g = self.grid
-        x = x.reshape(outer, b, inner, g, *x.shape[1:])
-        return jnp.swapaxes(x, 1, 2).reshape(outer * inner, b * g, *x.shape[4:])
-
-    def join(self, x: Shaped[Array, "M n ..."]) -> Shaped[Array, "N ..."]:
-        """The inverse of `rows`."""
-        outer, inner, b, g = self.grid
-        x = x.reshape(outer, inner, b, g, *x.shape[2:])
-        return jnp.swapaxes(x, 1, 2).reshape(outer * inner * b * g, *x.shape[4:])
 
 
 def batch_metrics(batch: TrainBatch, advantages: Float[Array, "B G"]) -> dict[str, Array]:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import functools
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.config import RolloutConfig
+from grpo_jax.models.head import head_logprobs, with_whole_head
 from grpo_jax.models.layers import precision_of, soft_cap
 from grpo_jax.sampling import Truncation, truncate
+from grpo_jax.sharding import Layout
 from grpo_kernels.head_logprob import head_logprob
 
 CHUNK_LOGITS = 2**20
@@ -97,6 +100,7 @@ def restricted_logprobs(
     softcap: float | None = None,
     head_trainable: bool = False,
     implementation: str | None = None,
+    layout: Layout | None = None,
 ) -> tuple[Float[Array, "N C"], Float[Array, "N C"], Float[Array, "N C"]]:
     """Log-probabilities of completion tokens under the restricted and the whole distribution, and the whole one's entropy.
 
@@ -109,6 +113,8 @@ def restricted_logprobs(
         softcap: c in c·tanh(logit / c); None is off.
         head_trainable: whether `head` needs a gradient.
         implementation: of `head_logprob`; None goes by the device.
+        layout: None is one device. On a mesh what is more than `head_logprob` takes the head whole on every device, and tokens are
+            shared out.
 
     Returns:
         float32 nats. The entropy has no gradient.
@@ -118,8 +124,8 @@ def restricted_logprobs(
     early = min(restriction.min_length, c) if stop_ids else 0
     if not head_trainable:
         head = jax.lax.stop_gradient(head)
-    common = {"temperature": jnp.asarray(temperature, jnp.float32), "softcap": softcap}
-    kernel = {**common, "head_trainable": head_trainable, "implementation": implementation}
+    temperature = jnp.asarray(temperature, jnp.float32)
+    options: dict[str, Any] = {"softcap": softcap, "head_trainable": head_trainable, "implementation": implementation}
 
     def flat(columns: slice) -> tuple[Array, Array, Array]:
         return hidden[:, columns].reshape(-1, d), head, ids[:, columns].reshape(-1)
@@ -130,13 +136,20 @@ def restricted_logprobs(
 
     if restriction.truncates:
         banned = jnp.broadcast_to(jnp.arange(c, dtype=jnp.int32)[None, :] < early, (n, c)).reshape(-1)
-        return rows(truncated_head(*flat(slice(None)), banned, stop_ids, restriction.truncation, **common))
+
+        def truncated(x: Array, w: Array, ids: Array, banned: Array, temperature: Array) -> Outputs:
+            return truncated_head(x, w, ids, banned, stop_ids, restriction.truncation, temperature=temperature, softcap=softcap)
+
+        return rows(with_whole_head(truncated, layout, *flat(slice(None)), banned, numbers=(temperature,)))
     parts = []
     if early > 0:
-        first = flat(slice(0, early))
-        parts.append(rows(banned_head(*first, stop_ids, **kernel)))
+
+        def banning(x: Array, w: Array, ids: Array, temperature: Array) -> Outputs:
+            return banned_head(x, w, ids, stop_ids, temperature=temperature, **options)
+
+        parts.append(rows(with_whole_head(banning, layout, *flat(slice(0, early)), numbers=(temperature,))))
     if early < c:
-        logps, entropy, _ = head_logprob(*flat(slice(early, c)), **kernel)
+        logps, entropy, _ = head_logprobs(*flat(slice(early, c)), temperature, layout, **options)
         parts.append(rows((logps, logps, entropy)))
     logps, whole, entropy = (jnp.concatenate(columns, axis=1) for columns in zip(*parts, strict=True))
     return logps, whole, entropy

@@ -1,6 +1,6 @@
 """What a rollout's segment needs of a chip at the shapes of Llama-3.1-8B, from XLA's own compiler for that chip.
 
-Enters: a device that need not be there. Leaves: bytes, and the sizes that they are compared with.
+Enters: a device, or a mesh of several, that need not be there. Leaves: bytes on each, and the sizes that they are compared with.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import jax.numpy as jnp
 
 from grpo_jax.config import LoraConfig, RolloutConfig
 from grpo_jax.models import Transformer, init_lora
+from grpo_jax.models.axes import model_axes
 from grpo_jax.models.decoding import blank, write_segment
 from grpo_jax.models.spec import ModelSpec, Rope, abstract_params
 from grpo_jax.sampler import controls_of
 from grpo_jax.sampler.device import Prompts, Slots, blank_level, segment
+from grpo_jax.sharding import Layout
 
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 32, 4096, 32, 8, 128, 128_256
 LLAMA_8B = ModelSpec(
@@ -38,6 +40,7 @@ LLAMA_8B = ModelSpec(
     rope_of_layer=(0,) * LAYERS,
     query_scale=HEAD_DIM**-0.5,
 )
+KEPT_AXES = ("layers", "slots", "kv_heads")
 PROMPTS, GENERATIONS, PROMPT_TOKENS, SEGMENT_TOKENS, LEVELS = 8, 8, 2048, 32, (32, 32, 32, 32, 128, 256, 512)
 
 
@@ -50,6 +53,7 @@ class Memory:
         in_place, written_temporaries: of the writing; in_place is what the results share with the arguments.
         weights, prefix, past, newest, logits: of the arrays that are known beforehand. prefix: one copy a prompt.
         copied: written at every token to put weights, prefix and past somewhere else, for all layers.
+        passed: the largest that one collective gives, but for sums over devices.
     """
 
     arguments: int
@@ -62,11 +66,16 @@ class Memory:
     newest: int
     logits: int
     copied: int
+    passed: int
 
 
 def size_of(tree: Any) -> int:
-    """Bytes of a tree of shapes."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes of a tree of shapes, on each device where they have a sharding."""
+
+    def shape(leaf: Any) -> tuple[int, ...]:
+        return leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+
+    return sum(math.prod(shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def segment_memory(
@@ -75,41 +84,47 @@ def segment_memory(
     """Compiles a segment of 64 slots: 8 prompts of 2,048 tokens, 8 completions each, up to 1,024 tokens held of each.
 
     Args:
-        device: a sharding on the chip.
+        device: a sharding on the chip, or the layout of a mesh of them.
         refilled: slots take completions of any prompt, as they come free.
         options: for XLA's compiler.
         implementation: of the kernels; None goes by the device of this process, which is not the one compiled for.
     """
+    layout = device if isinstance(device, Layout) else None
 
-    def on(tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+    def on(tree: Any, *axes: str | None) -> Any:
+        sharding = device if layout is None else layout.sharding(axes)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
-    model = Transformer(LLAMA_8B, jnp.dtype("bfloat16"), 2.0, implementation=implementation)
+    model = Transformer(LLAMA_8B, jnp.dtype("bfloat16"), 2.0, implementation=implementation, layout=layout)
     lora = jax.eval_shape(lambda: init_lora(LLAMA_8B, LoraConfig(rank=32), jax.random.key(0)))
     lora = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), lora)
     weights = on({"params": abstract_params(LLAMA_8B, jnp.bfloat16), "lora": lora})
+    if layout is not None:
+        lie = layout.decoding.tree(weights, model_axes(LLAMA_8B))
+        weights = jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), weights, lie)
     slots = PROMPTS * GENERATIONS
-
-    def prefix() -> Prompts:
-        kept = blank((LAYERS, PROMPTS, KV_HEADS, PROMPT_TOKENS, HEAD_DIM), jnp.bfloat16, int8=int8)
-        return Prompts(kept, jnp.zeros((PROMPTS,), jnp.int32), jnp.zeros((PROMPTS, WIDTH), jnp.bfloat16))
 
     def past(sizes: tuple[int, ...]) -> tuple[Any, ...]:
         return tuple(blank_level(LLAMA_8B, jnp.bfloat16, slots, size, int8=int8, unroll=False) for size in sizes)
 
-    held, levels = on(jax.eval_shape(prefix)), on(jax.eval_shape(lambda: past(LEVELS)))
-    number: Any = jax.ShapeDtypeStruct((slots,), jnp.int32, sharding=device)
-    flag: Any = jax.ShapeDtypeStruct((slots,), jnp.bool_, sharding=device)
-    table = jax.ShapeDtypeStruct((PROMPTS, GENERATIONS), jnp.int32, sharding=device) if refilled else None
+    kept = on(
+        jax.eval_shape(lambda: blank((LAYERS, PROMPTS, KV_HEADS, PROMPT_TOKENS, HEAD_DIM), jnp.bfloat16, int8=int8)), *KEPT_AXES
+    )
+    hidden: Any = jax.ShapeDtypeStruct((PROMPTS, WIDTH), jnp.bfloat16)
+    lengths: Any = jax.ShapeDtypeStruct((PROMPTS,), jnp.int32)
+    held = Prompts(kept, *on((lengths, hidden), "prompts"))
+    levels, newest = (on(jax.eval_shape(lambda sizes=sizes: past(sizes)), *KEPT_AXES) for sizes in (LEVELS, (SEGMENT_TOKENS,)))
+    number: Any = on(jax.ShapeDtypeStruct((slots,), jnp.int32), "slots")
+    flag: Any = on(jax.ShapeDtypeStruct((slots,), jnp.bool_), "slots")
+    table = on(jax.ShapeDtypeStruct((PROMPTS, GENERATIONS), jnp.int32), "prompts") if refilled else None
     controls = on(jax.eval_shape(lambda: controls_of(RolloutConfig(), 0, 0)))
     program = jax.jit(functools.partial(segment, model, (1, 2), length=SEGMENT_TOKENS))
     compiled = program.lower(weights, held, levels, Slots(*[number] * 7, live=flag, begins=flag), table, controls).compile(
         compiler_options=options
     )
-    writing = jax.jit(functools.partial(write_segment, together=not refilled), donate_argnums=(0,))
-    newest = on(compiled.out_info[1])
+    writing = jax.jit(functools.partial(write_segment, together=not refilled, layout=layout), donate_argnums=(0,))
     told: Any = compiled.memory_analysis()
-    written: Any = writing.lower(levels, newest, number).compile().memory_analysis()
+    written: Any = writing.lower(levels, newest[0], number).compile().memory_analysis()
     return Memory(
         arguments=told.argument_size_in_bytes,
         temporaries=told.temp_size_in_bytes,
@@ -118,9 +133,10 @@ def segment_memory(
         weights=size_of(weights),
         prefix=size_of(held),
         past=size_of(levels),
-        newest=size_of(jax.eval_shape(lambda: past((SEGMENT_TOKENS,)))),
+        newest=size_of(newest),
         logits=4 * slots * VOCAB,
         copied=LAYERS * copied_bytes(compiled.as_text(), (weights, held, levels)),
+        passed=max([0, *(size for kind, size in collectives(compiled.as_text()) if kind != "all-reduce")]),
     )
 
 
@@ -130,7 +146,8 @@ def copied_bytes(program: str, arrays: Any) -> int:
     found = re.findall(r"^%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", program, re.MULTILINE | re.DOTALL)
     bodies = {name: body for name, body in found if name in loops}
     inner = {name for body in bodies.values() for name in re.findall(r"body=%?([\w.\-]+)", body)}
-    shapes = {leaf.shape for leaf in jax.tree.leaves(arrays) if leaf.ndim > 2 and leaf.shape[0] == LAYERS}
+    held = {leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(arrays)}
+    shapes = {shape for shape in held if len(shape) > 2 and shape[0] == LAYERS}
     single = {(1, *shape[1:]) for shape in shapes} | {shape[1:] for shape in shapes}
     total = 0
     for name in inner:
@@ -141,6 +158,18 @@ def copied_bytes(program: str, arrays: Any) -> int:
                 shape = tuple(map(int, sizes.split(",")))
                 total += math.prod(shape) * int(number) // 8 * (shape in wanted.get(operation, ()))
     return total
+
+
+def collectives(program: str) -> list[tuple[str, int]]:
+    """Collectives of a compiled program: their kinds, and the bytes that each gives on a device."""
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    found = []
+    for shapes, kind in re.findall(rf" = (\(.*?\)|\S+) ({kinds})(?:-start)?\(", program):
+        arrays = re.findall(r"([a-z]+)(\d*)\[([\d,]*)\]", shapes)
+        found.append(
+            (kind, sum(int(bits or 8) // 8 * math.prod(map(int, filter(None, sizes.split(",")))) for _, bits, sizes in arrays))
+        )
+    return found
 
 
 def assert_nothing_is_there_twice(memory: Memory) -> None:

@@ -70,7 +70,8 @@ def moved(tree: Params, seed: int, size: float) -> Params:
 def layer_kinds(config: dict[str, Any]) -> list[tuple[int | None, dict[str, Any]]]:
     """(window, rotary parameters) of each layer."""
     layers, window = config["num_hidden_layers"], config.get("sliding_window")
-    default = ["sliding_attention" if config["model_type"] == "mistral" and window else "full_attention"] * layers
+    windowed = window and (config["model_type"] in ("mistral", "mixtral") or config.get("use_sliding_window"))
+    default = ["sliding_attention" if windowed else "full_attention"] * layers
     rope = config["rope_parameters"]
     return [
         (window if kind == "sliding_attention" else None, rope.get(kind, rope)) for kind in config.get("layer_types") or default
@@ -96,6 +97,21 @@ def int8_steps(x: Any) -> Any:
     return jnp.round(x / step) * step
 
 
+def plain_experts(config: dict[str, Any], x: Any, router: Any, expert: Callable[[Any, int], Any]) -> Any:
+    """[T, D]: every expert computes all tokens, and a token takes the sum of the likeliest, by their probabilities.
+
+    Args:
+        router: [E, D].
+        expert: (x, number) → that expert's feed-forward of all tokens.
+    """
+    experts, chosen = router.shape[0], config["num_experts_per_tok"]
+    p = jax.nn.softmax(x @ router.T, axis=-1)
+    share = jnp.where(p >= jnp.sort(p, axis=-1)[:, experts - chosen, None], p, 0.0)
+    if config["model_type"] == "mixtral" or config["norm_topk_prob"]:
+        share = share / share.sum(axis=-1, keepdims=True)
+    return sum(share[:, number, None] * expert(x, number) for number in range(experts))
+
+
 def plain_logits(
     config: dict[str, Any], weights: Params, ids: Any, adapter: Params | None = None, scale: float = 0.0, int8_from: Any = None
 ) -> Any:
@@ -105,7 +121,7 @@ def plain_logits(
         config: config.json, as transformers 5 spells it.
         weights: Hugging Face's tensors by name.
         ids: [T].
-        adapter: the `lora` collection, [L, in, r] and [L, r, out] a target.
+        adapter: the `lora` collection, [L, in, r] and [L, r, out] a target; of experts [L, E, ...].
         scale: factor of the adapters' product.
         int8_from: the first token that sees all keys and values rounded to int8, as decoding from an int8 cache does.
     """
@@ -127,17 +143,22 @@ def plain_logits(
         for number, (window, rope) in enumerate(layer_kinds(config)):
             at = f"model.layers.{number}"
 
-            def linear(x: Any, block: str, name: str, at: str = at, number: int = number) -> Any:
-                y = x @ weights[f"{at}.{block}.{name}.weight"].T + weights.get(f"{at}.{block}.{name}.bias", 0.0)
-                if adapter is None or name not in adapter["layers"]:
+            def linear(x: Any, path: str, target: str, expert: tuple[int, ...] = (), at: str = at, number: int = number) -> Any:
+                y = x @ weights[f"{at}.{path}.weight"].T + weights.get(f"{at}.{path}.bias", 0.0)
+                if adapter is None or target not in adapter["layers"]:
                     return y
-                pair = adapter["layers"][name]
-                return y + scale * (x @ pair["a"][number] @ pair["b"][number])
+                a, b = (adapter["layers"][target][leaf][(number, *expert)] for leaf in ("a", "b"))
+                return y + scale * (x @ a @ b)
+
+            def feed(x: Any, names: list[str], *expert: int, linear: Any = linear) -> Any:
+                gate, up = linear(x, names[0], "gate_proj", expert), linear(x, names[1], "up_proj", expert)
+                act = jax.nn.gelu(gate, approximate=True) if gemma else gate * jax.nn.sigmoid(gate)
+                return linear(act * up, names[2], "down_proj", expert)
 
             h = norm(x, f"{at}.input_layernorm")
-            q = linear(h, "self_attn", "q_proj").reshape(length, heads, head_dim)
-            k = linear(h, "self_attn", "k_proj").reshape(length, kv_heads, head_dim)
-            v = linear(h, "self_attn", "v_proj").reshape(length, kv_heads, head_dim)
+            q = linear(h, "self_attn.q_proj", "q_proj").reshape(length, heads, head_dim)
+            k = linear(h, "self_attn.k_proj", "k_proj").reshape(length, kv_heads, head_dim)
+            v = linear(h, "self_attn.v_proj", "v_proj").reshape(length, kv_heads, head_dim)
             if f"{at}.self_attn.q_norm.weight" in weights:
                 q, k = norm(q, f"{at}.self_attn.q_norm"), norm(k, f"{at}.self_attn.k_norm")
             turn = np.exp(1j * angles(rope, head_dim // 2, length)).astype(np.complex64)[:, None, :]
@@ -153,11 +174,20 @@ def plain_logits(
             mixed = mix(k, v)
             if int8_from is not None:
                 mixed = jnp.where((jnp.arange(length) < int8_from)[:, None, None], mixed, mix(int8_steps(k), int8_steps(v)))
-            y = linear(mixed.reshape(length, heads * head_dim), "self_attn", "o_proj")
+            y = linear(mixed.reshape(length, heads * head_dim), "self_attn.o_proj", "o_proj")
             x = x + (norm(y, f"{at}.post_attention_layernorm") if gemma else y)
             h = norm(x, f"{at}.pre_feedforward_layernorm" if gemma else f"{at}.post_attention_layernorm")
-            gate, up = linear(h, "mlp", "gate_proj"), linear(h, "mlp", "up_proj")
-            y = linear((jax.nn.gelu(gate, approximate=True) if gemma else gate * jax.nn.sigmoid(gate)) * up, "mlp", "down_proj")
+            if "num_experts_per_tok" in config:
+                path, names = "mlp", ["gate_proj", "up_proj", "down_proj"]
+                if config["model_type"] == "mixtral":
+                    path, names = "block_sparse_moe", ["w1", "w3", "w2"]
+
+                def expert(x: Any, e: int, path: str = path, names: Any = names, feed: Any = feed) -> Any:
+                    return feed(x, [f"{path}.experts.{e}.{name}" for name in names], e)
+
+                y = plain_experts(config, h, weights[f"{at}.{path}.gate.weight"], expert)
+            else:
+                y = feed(h, ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"])
             x = x + (norm(y, f"{at}.post_feedforward_layernorm") if gemma else y)
         head = weights["model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"]
         return cap(norm(x, "model.norm") @ head.T, config.get("final_logit_softcapping"))

@@ -82,6 +82,32 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         },
         596_049_920,
     ),
+    "Qwen3-30B-A3B": (
+        {
+            "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643,
+            "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "hidden_size": 2048,
+            "initializer_range": 0.02, "intermediate_size": 6144, "max_position_embeddings": 40960, "max_window_layers": 48,
+            "mlp_only_layers": [], "model_type": "qwen3_moe", "moe_intermediate_size": 768, "norm_topk_prob": True,
+            "num_attention_heads": 32, "num_experts": 128, "num_experts_per_tok": 8, "num_hidden_layers": 48,
+            "num_key_value_heads": 4, "output_router_logits": False, "rms_norm_eps": 1e-06, "rope_scaling": None,
+            "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001, "sliding_window": None, "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False,
+            "vocab_size": 151936,
+        },
+        30_532_122_624,
+    ),
+    "Mixtral-8x7B-v0.1": (
+        {
+            "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+            "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+            "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32, "num_experts_per_tok": 2,
+            "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8, "output_router_logits": False,
+            "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02, "sliding_window": None,
+            "tie_word_embeddings": False, "torch_dtype": "bfloat16", "transformers_version": "4.36.0.dev0", "use_cache": True,
+            "vocab_size": 32000,
+        },
+        46_702_792_704,
+    ),
     "gemma-2-2b": (
         {
             "attn_logit_softcapping": 50.0, "cache_implementation": "hybrid", "final_logit_softcapping": 30.0, "head_dim": 256,
@@ -127,6 +153,11 @@ def test_what_the_published_configs_say_is_what_is_read() -> None:
     qwen = read_spec(PUBLISHED["Qwen2.5-0.5B"][0])
     assert (set(qwen.windows), qwen.qkv_bias, qwen.output_bias, qwen.qk_norm) == ({None}, True, False, False)
     assert read_spec(PUBLISHED["Qwen3-0.6B"][0]).qk_norm
+    qwen_moe = read_spec(PUBLISHED["Qwen3-30B-A3B"][0])
+    assert (qwen_moe.experts, qwen_moe.experts_per_token, qwen_moe.ffw, qwen_moe.norm_topk_prob) == (128, 8, 768, True)
+    assert (qwen_moe.qk_norm, set(qwen_moe.windows)) == (True, {None})
+    mixtral = read_spec(PUBLISHED["Mixtral-8x7B-v0.1"][0])
+    assert (mixtral.experts, mixtral.experts_per_token, mixtral.ffw, mixtral.norm_topk_prob) == (8, 2, 14336, True)
     gemma2 = read_spec(PUBLISHED["gemma-2-2b"][0])
     assert gemma2.windows[:4] == (4096, None, 4096, None)
     assert (gemma2.attention_softcap, gemma2.final_softcap, gemma2.embed_scale, gemma2.tied) == (50.0, 30.0, 48.0, True)
@@ -188,6 +219,20 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"layer_types": ["chunked_attention"] * 4}, "layer_types.*chunked_attention.*not supported"),
     ({"layer_types": ["sliding_attention"] * 4, "sliding_window": None}, "sliding_window is missing"),
 ]
+
+
+REFUSED_OF_EXPERTS: list[tuple[dict[str, Any], str]] = [
+    ({"decoder_sparse_step": 2}, r"decoder_sparse_step = 2 is not supported \(every layer has experts\)"),
+    ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] is not supported \(every layer has experts\)"),
+    ({"num_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok = 5 is not within 1 to the 4 experts"),
+    ({"shared_expert_intermediate_size": 64}, "attribute shared_expert_intermediate_size = 64 is not known"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), REFUSED_OF_EXPERTS)
+def test_layers_without_experts_are_refused_by_name(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        read_spec(SMALL | {"model_type": "qwen3_moe"} | change)
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED)

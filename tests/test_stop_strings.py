@@ -59,7 +59,7 @@ def scripted(script: Sequence[Sequence[int]], generations: int, text_of: TextOf)
     def write(levels: Any, *_: Any, **__: Any) -> Any:
         return levels
 
-    parts: tuple[Any, ...] = (prepare, prompts, prompts, segment, write)
+    parts: tuple[Any, ...] = (prepare, prompts, prompts, segment, write, prompts)
     return Sampler(tiny_policy("qwen3").model, (STOP_ID,), text_of, *parts)
 
 

@@ -16,7 +16,8 @@ from grpo_jax.models.decoding import write_segment
 from grpo_jax.models.spec import abstract_params
 from grpo_jax.optim import learning_rate_at, make_optimizer
 from grpo_jax.sampler import controls_of
-from grpo_jax.sampler.device import Slots, blank_level, place, prefill, prepare, segment
+from grpo_jax.sampler.device import Slots, blank_level, place, prefill, segment
+from grpo_jax.sampler.weights import prepare
 from grpo_jax.step import Learner
 from grpo_jax.types import Frozen, TrainBatch
 

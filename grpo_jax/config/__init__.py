@@ -4,6 +4,7 @@
 """
 
 from grpo_jax.config.checks import ConfigError
+from grpo_jax.config.distributed import DistributedConfig
 from grpo_jax.config.load import (
     Loaded,
     Setting,
@@ -20,6 +21,7 @@ from grpo_jax.config.sections import (
     Config,
     DataConfig,
     LoraConfig,
+    MeshConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -33,8 +35,10 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataConfig",
+    "DistributedConfig",
     "Loaded",
     "LoraConfig",
+    "MeshConfig",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grpo_jax.config.checks import check_types, require
+from grpo_jax.config.distributed import DistributedConfig
 from grpo_jax.config.objective import ObjectiveConfig
 
 LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -307,6 +308,34 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are used; one axis may be -1, which takes all that are left.
+
+    Args:
+        data: Copies of the weights; each works on its own share of a step's prompts.
+        fsdp: Shards that each weight is cut into, and gathered from layer by layer; each works on its own share of the prompts.
+        tensor: Shards of heads, feed-forward, experts and vocabulary; all of them work on the same prompts.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        check_types(self, "mesh")
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for name, size in sizes.items():
+            require(size == -1 or size >= 1, f"mesh.{name}", size, "use a number of devices, or -1 for all that are left")
+        free = [name for name, size in sizes.items() if size == -1]
+        require(
+            len(free) <= 1,
+            f"mesh.{free[-1] if free else 'data'}",
+            -1,
+            f"only one axis may be -1; mesh.{'data' if not free else free[0]} is so too",
+        )
+
+
+@dataclass(frozen=True)
 class Config:
     """All settings of a run. `from_dict` and `from_yaml` in `load.py` build it from outside."""
 
@@ -318,6 +347,8 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         check_types(self, "")

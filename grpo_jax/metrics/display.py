@@ -51,6 +51,7 @@ class Display:
     Args:
         quiet: Plain lines, and no completions, even on a terminal.
         console: Where it goes; None is the standard output, whatever that is at the moment.
+        silent: Nothing at all: for all processes of a run but one.
 
     Example:
         display = Display(quiet=False)
@@ -58,11 +59,11 @@ class Display:
             display.step(1, {"reward": 0.4, "rollout seconds": 1.2})
     """
 
-    def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(self, quiet: bool = False, console: Console | None = None, silent: bool = False) -> None:
         # Legacy options of rich that would read strings as markup, emoji codes or highlights are off for good.
         self._console = console or Console(highlight=False, markup=False, emoji=False)
-        self.quiet = quiet
-        self.plain = quiet or not _can_redraw(self._console)
+        self.quiet, self._silent = quiet or silent, silent
+        self.plain = self.quiet or not _can_redraw(self._console)
         self._live: Live | None = None
         self._busy: list[tuple[str, float]] = []
         self._bar: _Bar | None = None
@@ -201,6 +202,8 @@ class Display:
 
     def _lines(self, lines: Sequence[str]) -> None:
         """Writes plain lines, past rich, so that nothing wraps them or adds codes to them."""
+        if self._silent:
+            return
         file = self._console.file
         encoding = self._console.encoding
         for line in lines:

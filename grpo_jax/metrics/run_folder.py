@@ -12,8 +12,9 @@ Enters: the resolved config, metrics and completions of each step, evaluations. 
     summary.json        the result, and what it was computed with
     curves.png          the same to look at
 
-A step is counted when it is finished: the first one is 1, and 0 is the time before it. Left out on purpose: locking (two processes
-that write to one folder at a time are not noticed).
+A step is counted when it is finished: the first one is 1, and 0 is the time before it. Of several processes that train together
+one writes; the others open the folder with `writes=False` and only read. Left out on purpose: locking (two runs that write to one
+folder at a time are not noticed).
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ FREE_ON_RESUME = (
 )
 """Settings that do not enter what a step computes. `train.steps` does where the learning rate's schedule ends with it."""
 
+FREE_SECTIONS = ("mesh", "distributed")
+"""A run may go on with other devices: they do not enter what a step computes either."""
+
 AVERAGED_STEPS = 10
 """The summary's first and last reward are means over this many steps."""
 
@@ -71,15 +75,17 @@ class RunFolder:
     Args:
         path: The folder.
         resumed: Whether it already held a run when it was opened.
+        writes: False changes nothing on disk, whatever is called.
 
     Example:
         with RunFolder.create("runs/a", config, sources, resume=False) as folder:
             folder.write_step(1, {"reward/mean": 0.4})
     """
 
-    def __init__(self, path: Path, resumed: bool) -> None:
+    def __init__(self, path: Path, resumed: bool, writes: bool = True) -> None:
         self.path = path
         self.resumed = resumed
+        self.writes = writes
         self._metrics = RecordFile(path / "metrics.jsonl")
         self._evaluations = RecordFile(path / "evaluations.jsonl")
         self._completions = RecordFile(path / "completions.jsonl")
@@ -108,7 +114,8 @@ class RunFolder:
             raise RunFolderError(f"{path / 'config.yaml'} cannot be read, so the run cannot be resumed: {error}") from error
         changed = difference(config_to_dict(stored), config_to_dict(config))
         free = [name for name in FREE_ON_RESUME if name != "train.steps" or config.optim.schedule == "constant"]
-        refused = [line for line in changed if line.partition(":")[0] not in free]
+        named = [(line.partition(":")[0], line) for line in changed]
+        refused = [line for name, line in named if name not in free and name.partition(".")[0] not in FREE_SECTIONS]
         if refused:
             listed = "\n  ".join(refused)
             raise RunFolderError(
@@ -117,7 +124,9 @@ class RunFolder:
             )
 
     @staticmethod
-    def create(run_dir: str | Path, config: Config, sources: Mapping[str, str] | None = None, *, resume: bool) -> RunFolder:
+    def create(
+        run_dir: str | Path, config: Config, sources: Mapping[str, str] | None = None, *, resume: bool, writes: bool = True
+    ) -> RunFolder:
         """Opens the folder of a run and writes its settings.
 
         A folder in which no step was finished counts as empty. With resume and nothing to resume, the run starts from the
@@ -128,13 +137,16 @@ class RunFolder:
             config: The settings that will be used.
             sources: Where the given ones came from, as in `resolved_settings`.
             resume: Whether the folder may hold a run, which then goes on.
+            writes: False for a process that only reads what another one writes.
 
         Raises:
             RunFolderError: as in `check`.
         """
         RunFolder.check(run_dir, config, resume=resume)
         path = Path(run_dir)
-        folder = RunFolder(path, resumed=holds_run(path))
+        folder = RunFolder(path, resumed=holds_run(path), writes=writes)
+        if not writes:
+            return folder
         path.mkdir(parents=True, exist_ok=True)
         folder._tracker = open_tracker(config, path)
         if not folder.resumed:
@@ -153,6 +165,8 @@ class RunFolder:
 
     def cut_back(self, step: int) -> None:
         """Drops every record after a step, so that the files read as one uninterrupted run when the next step is written."""
+        if not self.writes:
+            return
         for records in (self._metrics, self._evaluations, self._completions):
             records.cut_back(step)
         self._close_board()
@@ -170,8 +184,9 @@ class RunFolder:
             What `history` will hold for it.
         """
         record = {"step": step, **plain(metrics)}
-        self._metrics.append(record)
-        self._write_board(step, record)
+        if self.writes:
+            self._metrics.append(record)
+            self._write_board(step, record)
         return _with_nan(record)
 
     def write_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
@@ -179,6 +194,8 @@ class RunFolder:
 
         To be called before the checkpoint of the same step is saved, else a resumed run may lack it.
         """
+        if not self.writes:
+            return
         record = {"step": step, **plain(values)}
         self._evaluations.append(record)
         self._write_board(step, {"step": step, **{f"eval/{name}": value for name, value in record.items() if name != "step"}})
@@ -202,6 +219,8 @@ class RunFolder:
             advantages: N values.
             finish_reasons: N of "stop" or "length".
         """
+        if not self.writes:
+            return
         group = len(completions) // len(prompts)
         rows = zip(completions, advantages, finish_reasons, strict=True)
         self._completions.append(
@@ -278,8 +297,9 @@ class RunFolder:
                 "devices": [device.device_kind for device in jax.devices()],
             }
         )
-        _write_json(self.path / "summary.json", summary)
-        draw_curves(self.path / "curves.png", history, list(self.evaluations().values()), title=str(self.path))
+        if self.writes:
+            _write_json(self.path / "summary.json", summary)
+            draw_curves(self.path / "curves.png", history, list(self.evaluations().values()), title=str(self.path))
         return summary
 
     def written(self) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Models: a spec read from config.json, a Flax Linen decoder used as a pure function, weights and adapters in and out."""
 
-from grpo_jax.models.hf import find_model, load_params, read_folder_spec
+from grpo_jax.models.hf import find_model, read_folder_spec
+from grpo_jax.models.loading import load_params
 from grpo_jax.models.lora import init_lora, load_adapter, save_adapter
 from grpo_jax.models.spec import ModelError, ModelSpec, init_params, param_specs
 from grpo_jax.models.transformer import Transformer, head_matrix

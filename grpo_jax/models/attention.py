@@ -17,11 +17,17 @@ from jaxtyping import Array, Int
 
 from grpo_jax.models.layers import Attend, Wanted
 from grpo_jax.models.spec import ModelSpec
+from grpo_jax.sharding import Layout
 from grpo_kernels.group_attention import group_attention
 
 
 def group_attend(
-    spec: ModelSpec, prompt_lengths: Int[Array, "B"], prompt_width: int, generations: int, implementation: str | None = None
+    spec: ModelSpec,
+    prompt_lengths: Int[Array, "B"],
+    prompt_width: int,
+    generations: int,
+    implementation: str | None = None,
+    layout: Layout | None = None,
 ) -> Attend:
     """Training attention over [P | C_1 ... C_G].
 
@@ -30,23 +36,31 @@ def group_attend(
         prompt_width: P.
         generations: G; 0 runs prompts alone.
         implementation: of `group_attention`.
+        layout: None is one device; on a mesh each device has its prompts and its heads.
 
     Of a prompt's queries there may be the last one alone, followed by those of the completions: see `last_and_own`.
     """
 
-    def attend(q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any) -> tuple[Array, Any, Any]:
-        out = group_attention(
+    def mix(q: Array, k: Array, v: Array, lengths: Array, window: Array) -> Array:
+        return group_attention(
             q,
             k,
             v,
-            prompt_lengths,
+            lengths,
             prompt_width=prompt_width,
             generations=generations,
             window=window,
             softcap=spec.attention_softcap,
             implementation=implementation,
         )
-        return out, cache, None
+
+    def attend(q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any) -> tuple[Array, Any, Any]:
+        arguments = (q, k, v, prompt_lengths, jnp.asarray(window, jnp.int32))
+        if layout is None:
+            return mix(*arguments), cache, None
+        queries, keys = layout.spec("prompts", None, "kv_heads", None, None), layout.spec("prompts", None, "kv_heads", None)
+        inputs = (queries, keys, keys, layout.spec("prompts"), layout.spec())
+        return layout.local(mix, inputs, queries)(*arguments), cache, None
 
     return attend
 
@@ -63,10 +77,14 @@ def last_and_own(prompt_lengths: Int[Array, "B"], prompt_width: int) -> Wanted:
 
 
 def prefill_attend(
-    spec: ModelSpec, prompt_lengths: Int[Array, "B"], prompt_width: int, implementation: str | None = None
+    spec: ModelSpec,
+    prompt_lengths: Int[Array, "B"],
+    prompt_width: int,
+    implementation: str | None = None,
+    layout: Layout | None = None,
 ) -> Attend:
     """Attention of the prompts alone, whose keys and values are stacked over the layers: ([L, B, K, P, Dh], the same)."""
-    inside = group_attend(spec, prompt_lengths, prompt_width, 0, implementation)
+    inside = group_attend(spec, prompt_lengths, prompt_width, 0, implementation, layout)
 
     def attend(q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any) -> tuple[Array, Any, Any]:
         out, cache, _ = inside(q, k, v, layer=layer, window=window, per_layer=per_layer, cache=cache)

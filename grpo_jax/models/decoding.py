@@ -6,22 +6,27 @@ the newest part, the tokens of the segment that is being decoded, which alone is
 Enters: q, k, v of one layer and one token a slot. Leaves: the mixed values, and the newest part with the token's keys and values in
 it. Kept keys and values are in the model's dtype, or int8 with one scale a token and head; then the numbers that enter the
 attention are the rounded ones from the first, whenever the segment ends.
+
+On a mesh each device has the lanes and slots of its row shard and its part of the heads, and nothing here passes between devices.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.layers import Attend
 from grpo_jax.models.spec import ModelSpec
+from grpo_jax.sharding import Layout
 from grpo_kernels.decode_attention import Kept, Places, decode_attention, layer_of
 
-__all__ = ["Kept", "Places", "blank", "decode_attend", "keep", "rounded", "write_segment"]
+__all__ = ["Kept", "Places", "blank", "constrain_kept", "decode_attend", "keep", "kept_spec", "rounded", "write_segment"]
 
 
 def rounded(x: Float[Array, "... Dh"]) -> tuple[Array, Array]:
@@ -50,6 +55,73 @@ def blank(shape: tuple[int, ...], dtype: Any, *, int8: bool, across: bool = Fals
     return Kept(jnp.zeros(k_shape, jnp.int8), jnp.zeros(shape, jnp.int8), *scales, across=across)
 
 
+def kept_spec(layout: Layout, *, stacked: bool) -> PartitionSpec:
+    """How kept keys, values and scales are cut: slots or lanes over rows, heads over tensor.
+
+    Args:
+        stacked: whether they have an axis of layers in front.
+    """
+    return layout.spec("layers", "slots", "kv_heads") if stacked else layout.spec("slots", "kv_heads")
+
+
+def constrain_kept(layout: Layout | None, tree: Any) -> Any:
+    """Inside a compiled program: all `Kept` of a tree, with axes of layers in front, lie as `kept_spec` says."""
+    if layout is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(layout.mesh, kept_spec(layout, stacked=True)))
+
+
+def write_and_attend(
+    qkv: tuple[Array, Array, Array],
+    held: tuple[Kept, tuple[Kept, ...]],
+    newest: Kept,
+    rows: tuple[Array, Array, Places | None],
+    numbers: tuple[Array, Array, Array],
+    *,
+    softcap: float | None,
+    implementation: str | None,
+) -> tuple[Array, Kept]:
+    """Writes a token's keys and values into the newest part, and attends; on a mesh of what one device has.
+
+    Args:
+        qkv: [S, 1, K, R, Dh] and twice [S, 1, K, Dh].
+        held: prefix and levels of one layer or, with one more axis in front, of all.
+        newest: the same.
+        rows: lengths, base and places of `decode_attend`.
+        numbers: layer, window and step.
+    """
+    (lengths, base, places), (layer, window, step) = rows, numbers
+    prefix, levels = held
+    q, k, v = qkv[0][:, 0], *(jnp.swapaxes(x, 1, 2) for x in qkv[1:])
+    new = keep(k, v, int8=newest.k_scale is not None, across=newest.across)
+    whole, stacked = prefix.v.ndim == 5, newest.v.ndim == 5
+
+    def write(place: Array, x: Array, axis: int) -> Array:
+        x = (x[None] if stacked else x).astype(place.dtype)
+        start = [jnp.int32(0)] * place.ndim
+        start[axis] = step
+        if stacked:
+            start[0] = layer
+        return jax.lax.dynamic_update_slice(place, x, start)
+
+    newest = newest.with_each(write, new)
+    mixed = decode_attention(
+        q,
+        prefix,
+        lengths,
+        levels,
+        layer_of(newest, layer) if stacked and not whole else newest,
+        base,
+        step,
+        places=places,
+        window=window,
+        layer=layer if whole else None,
+        softcap=softcap,
+        implementation=implementation,
+    )
+    return mixed[:, None], newest
+
+
 def decode_attend(
     spec: ModelSpec,
     lengths: Int[Array, "B"],
@@ -59,6 +131,7 @@ def decode_attend(
     *,
     whole: tuple[Kept, tuple[Kept, ...]] | None = None,
     implementation: str | None = None,
+    layout: Layout | None = None,
 ) -> Attend:
     """Attention of one new token a slot, T = 1. `per_layer` is a layer's (prefix, levels), `cache` the newest part.
 
@@ -68,45 +141,28 @@ def decode_attend(
         lengths: tokens of each prompt.
         base: tokens of each slot's completion before this segment.
         step: tokens of this segment before the new one; the same for all slots.
+        places: lanes and slots counted as each device counts its own.
         whole: prefix and levels of all layers, in the place of `per_layer`: a kernel reads its layer where it lies.
         implementation: of `decode_attention`.
+        layout: None is one device.
     """
+    local = functools.partial(write_and_attend, softcap=spec.attention_softcap, implementation=implementation)
 
     def attend(q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any) -> tuple[Array, Any, Any]:
-        prefix, levels = per_layer if whole is None else whole
-        q, k, v = q[:, 0], jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-        new = keep(k, v, int8=cache.k_scale is not None, across=cache.across)
-        stacked = cache.v.ndim == 5
-
-        def write(place: Array, x: Array, axis: int) -> Array:
-            x = (x[None] if stacked else x).astype(place.dtype)
-            start = [jnp.int32(0)] * place.ndim
-            start[axis] = step
-            if stacked:
-                start[0] = layer
-            return jax.lax.dynamic_update_slice(place, x, start)
-
-        cache = cache.with_each(write, new)
-        mixed = decode_attention(
-            q,
-            prefix,
-            lengths,
-            levels,
-            layer_of(cache, layer) if stacked and whole is None else cache,
-            base,
-            step,
-            places=places,
-            window=window,
-            layer=None if whole is None else layer,
-            softcap=spec.attention_softcap,
-            implementation=implementation,
-        )
-        return mixed[:, None], cache, None
+        held = per_layer if whole is None else whole
+        arguments = ((q, k, v), held, cache, (lengths, base, places), (layer, window, step))
+        if layout is None:
+            return *local(*arguments), None
+        tokens, newest = layout.spec("slots", None, "kv_heads"), kept_spec(layout, stacked=cache.v.ndim == 5)
+        inputs = (tokens, kept_spec(layout, stacked=whole is not None), newest, layout.spec("slots"), layout.spec())
+        return *layout.local(local, inputs, (tokens, newest))(*arguments), None
 
     return attend
 
 
-def write_segment(levels: tuple[Any, ...], newest: Any, base: Int[Array, "S"], *, together: bool) -> tuple[Any, ...]:
+def write_segment(
+    levels: tuple[Any, ...], newest: Any, base: Int[Array, "S"], *, together: bool, layout: Layout | None = None
+) -> tuple[Any, ...]:
     """Puts a segment's keys and values behind each slot's past, in place where the levels are donated.
 
     Args:
@@ -117,6 +173,9 @@ def write_segment(levels: tuple[Any, ...], newest: Any, base: Int[Array, "S"], *
     """
     if not levels:
         return levels
+    if layout is not None:
+        kept, local = kept_spec(layout, stacked=True), functools.partial(write_segment, together=together)
+        return layout.local(local, (kept, kept, layout.spec("slots")), kept)(levels, newest, base)
     starts = [0]
     for level in levels[:-1]:
         starts.append(starts[-1] + kepts(level)[0].v.shape[3])

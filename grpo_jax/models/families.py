@@ -236,6 +236,53 @@ def qwen3(reader: Reader) -> ModelSpec:
     )
 
 
+def expert_fields(reader: Reader, experts: int, chosen: int) -> Layout:
+    """The attributes of mixture-of-experts models; given are the family's defaults."""
+    # Of pretraining only: the loss that balances experts, and noise before the router. Accepted, not used.
+    reader.known.update(("router_aux_loss_coef", "output_router_logits", "router_jitter_noise"))
+    experts = int(reader.get("num_local_experts", reader.get("num_experts", experts)))
+    chosen = int(reader.get("num_experts_per_tok", chosen))
+    if not 1 <= chosen <= experts:
+        raise ModelError(f"{reader.where}: num_experts_per_tok = {chosen} is not within 1 to the {experts} experts")
+    return {"experts": experts, "experts_per_token": chosen}
+
+
+def mixtral(reader: Reader) -> ModelSpec:
+    """Mixtral 8x7B and 8x22B (https://arxiv.org/abs/2401.04088): Mistral with experts, whose probabilities are normalised."""
+    fields = shared_fields(reader) | one_rope(reader, 1e6)
+    reader.only("hidden_act", ("silu",), "the feed-forward is SwiGLU")
+    return ModelSpec(
+        family="mixtral",
+        norm_eps=float(reader.get("rms_norm_eps", 1e-5)),
+        tied=bool(reader.get("tie_word_embeddings", False)),
+        windows=layer_windows(reader, fields["layers"], reader.get("sliding_window"), None),
+        **fields | expert_fields(reader, 8, 2),
+    )
+
+
+def qwen3_moe(reader: Reader) -> ModelSpec:
+    """Qwen3 with experts (https://arxiv.org/abs/2505.09388): `moe_intermediate_size` wide, in every layer."""
+    fields = shared_fields(reader) | one_rope(reader)
+    reader.only("hidden_act", ("silu",), "the feed-forward is SwiGLU")
+    reader.only("decoder_sparse_step", (1,), "every layer has experts")
+    reader.only("mlp_only_layers", ([],), "every layer has experts")
+    used = bool(reader.get("use_sliding_window", False))
+    window = reader.given("sliding_window", 4096)
+    reader.known.add("max_window_layers")  # of Qwen3's dense models; here a window is every layer's
+    bias = bool(reader.get("attention_bias", False))
+    return ModelSpec(
+        family="qwen3_moe",
+        norm_eps=float(reader.get("rms_norm_eps", 1e-6)),
+        tied=bool(reader.get("tie_word_embeddings", False)),
+        windows=(window if used else None,) * fields["layers"],
+        qkv_bias=bias,
+        output_bias=bias,
+        qk_norm=True,
+        norm_topk_prob=bool(reader.get("norm_topk_prob", False)),
+        **fields | expert_fields(reader, 128, 8) | {"ffw": int(reader.get("moe_intermediate_size", 768))},
+    )
+
+
 def gemma_fields(reader: Reader, softcaps: tuple[float | None, float | None]) -> Layout:
     """What Gemma 2 and Gemma 3 share: sandwich norms with offset 1, scaled embedding, GeGLU, soft caps, their own query scale."""
     fields = shared_fields(reader, head_dim=256)
@@ -288,6 +335,8 @@ FAMILIES: dict[str, Callable[[Reader], ModelSpec]] = {
     "mistral": mistral,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
     "gemma2": gemma2,
     "gemma3_text": gemma3,
 }

@@ -1,29 +1,24 @@
 """Hugging Face folders: weights in, weights out.
 
-Enters: a folder or a hub id. Leaves: the folder, the `ModelSpec`, and parameters on their devices. `tensor_names` is the one
-    table of names: reading is the table forwards, exporting (`export.py`) is it backwards. Each device asks for its part of a
-    parameter and gets it from the files, so that the host holds one stacked parameter at a time and never a second copy of the
-    model; where a model is quantised, one matrix at a time (`quantize.py`). Only safetensors are read: a pickle never is.
+Enters: a folder or a hub id. Leaves: the folder, the `ModelSpec`, and any part of any parameter. `tensor_names` is the one
+    table of names: reading is the table forwards, exporting (`export.py`) is it backwards. Only safetensors are read: a pickle
+    never is. How the parts come onto devices is `loading.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding, SingleDeviceSharding
 
 from grpo_jax.models.families import read_spec
-from grpo_jax.models.quantize import quantized_specs, quantized_stack
-from grpo_jax.models.spec import ModelError, ModelSpec, ParamSpec, nest, param_specs
-from grpo_jax.types import Params
+from grpo_jax.models.spec import EXPERT_LINEARS, ModelError, ModelSpec, param_specs
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Tensors that old checkpoints carry beside the weights: constants that are computed from config.json.
@@ -38,12 +33,31 @@ GEMMA_NORMS = {
 }
 
 
-def module_path(spec: ModelSpec, part: str) -> str:
-    """Path of a module inside a layer, as Hugging Face names it: `q_proj` → `self_attn.q_proj`."""
+MIXTRAL_EXPERTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+FUSED_EXPERTS = "experts.gate_up_proj"
+
+
+def module_path(spec: ModelSpec, part: str, expert: int = 0) -> str:
+    """Path of a module inside a layer, as Hugging Face names it: `q_proj` → `self_attn.q_proj`.
+
+    Args:
+        expert: which one, where `part` is a linear layer of experts.
+    """
     norms = GEMMA_NORMS if spec.sandwich else LLAMA_NORMS
     if part in norms:
         return norms[part]
-    return f"mlp.{part}" if part in ("gate_proj", "up_proj", "down_proj") else f"self_attn.{part}"
+    block, names = ("block_sparse_moe", MIXTRAL_EXPERTS) if spec.family == "mixtral" else ("mlp", {})
+    if part == "router":
+        return f"{block}.gate"
+    if part not in EXPERT_LINEARS:
+        return f"self_attn.{part}"
+    return f"{block}.experts.{expert}.{names.get(part, part)}" if spec.experts else f"{block}.{part}"
+
+
+def module_paths(spec: ModelSpec, part: str) -> list[str]:
+    """Paths of all modules of that kind from the model's root, layer by layer and in a layer expert by expert."""
+    experts = spec.experts if part in EXPERT_LINEARS and spec.experts else 1
+    return [f"model.layers.{i}.{module_path(spec, part, expert)}" for i in range(spec.layers) for expert in range(experts)]
 
 
 @dataclass(frozen=True)
@@ -51,13 +65,23 @@ class Source:
     """Where a parameter is in a checkpoint.
 
     Attributes:
-        names: tensor names; one per layer for a stacked parameter, else one.
+        names: tensor names; one per layer for a stacked parameter, else one; one per layer and expert, in that order, for experts.
         transposed: Hugging Face keeps (out, in), this model (in, out).
+        stack: leading dimensions of the parameter over which its tensors are stacked: (), (L,) or (L, E).
     """
 
     names: tuple[str, ...]
     transposed: bool
-    stacked: bool
+    stack: tuple[int, ...]
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the parameter is that of several layers."""
+        return bool(self.stack)
+
+    def places(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Each tensor's name, and where in the parameter it goes."""
+        return zip(self.names, np.ndindex(self.stack), strict=True)
 
 
 def tensor_names(spec: ModelSpec) -> dict[tuple[str, ...], Source]:
@@ -66,11 +90,11 @@ def tensor_names(spec: ModelSpec) -> dict[tuple[str, ...], Source]:
     for path in param_specs(spec):
         if path[0] == "layers":
             leaf = "bias" if path[2] == "bias" else "weight"
-            names = tuple(f"model.layers.{i}.{module_path(spec, path[1])}.{leaf}" for i in range(spec.layers))
-            table[path] = Source(names, path[2] == "kernel", True)
+            names = tuple(f"{module}.{leaf}" for module in module_paths(spec, path[1]))
+            table[path] = Source(names, path[2] == "kernel", spec.stack(path[1])[0])
         else:
             top = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
-            table[path] = Source((top[path[0]],), False, False)
+            table[path] = Source((top[path[0]],), False, ())
     return table
 
 
@@ -199,9 +223,15 @@ class TensorFiles:
 def check_tensors(folder: Path, spec: ModelSpec, files: TensorFiles) -> None:
     """Every parameter has its tensors, in the right shape, and every tensor its parameter."""
     unused = set(files.files)
+    fused = next((name for name in unused if name.endswith(FUSED_EXPERTS)), None)
+    if fused is not None:
+        raise ModelError(
+            f"{folder}: tensor {fused} holds all experts in one; only one tensor an expert is read: load the folder in "
+            "transformers and save it with save_pretrained(..., save_original_format=True)"
+        )
+    specs = param_specs(spec)
     for path, source in tensor_names(spec).items():
-        shape = param_specs(spec)[path].shape
-        want = shape[1:] if source.stacked else shape
+        want = specs[path].shape[len(source.stack) :]
         want = want[::-1] if source.transposed else want
         for name in source.names:
             if name not in unused:
@@ -218,70 +248,28 @@ def check_tensors(folder: Path, spec: ModelSpec, files: TensorFiles) -> None:
         )
 
 
-def load_params(
-    folder: Path,
-    spec: ModelSpec,
-    dtype: Any,
-    sharding_of: Callable[[tuple[str, ...], ParamSpec], Sharding] | None = None,
-    on_tensor: Callable[[int, int], None] | None = None,
-    quantization: str = "none",
-) -> Params:
-    """Reads the weights of a folder onto their devices.
+def read_slice(
+    files: TensorFiles, source: Source, shape: tuple[int, ...], index: tuple[slice, ...], dtype: Any = None
+) -> np.ndarray:
+    """The part of a parameter that one device asks for.
 
     Args:
-        folder: a model folder.
-        spec: the model, from `read_folder_spec`.
-        dtype: number format on the device.
-        sharding_of: where each parameter lives; the default device where None.
-        on_tensor: called with (parameters read, parameters in all), for a progress bar.
-        quantization: `none`, or the format of the layers' matrices: `int8`, `int4` or `nf4`, rounded from the files' own numbers.
-
-    Raises:
-        ModelError: a shard is missing or broken, the tensors do not fit the config, or a matrix does not fit the format.
+        shape: of the parameter.
+        index: of the part, one slice a dimension.
+        dtype: of the result; None is the file's own.
     """
-    leaves: dict[tuple[str, ...], Any] = {}
-    specs = param_specs(spec)
-    quantized = quantized_specs(specs, quantization)
-    if quantized and sharding_of is not None:
-        raise ModelError(f"model.quantization: {quantization}; a quantised model lives on one device as yet; use none")
-    default = SingleDeviceSharding(jax.local_devices()[0])
-    with TensorFiles(folder) as files:
-        check_tensors(folder, spec, files)
-        for number, (path, source) in enumerate(tensor_names(spec).items()):
-            shape = specs[path].shape
-            sharding = default if sharding_of is None else sharding_of(path, specs[path])
-
-            def read(index: Any, source: Source = source, shape: tuple[int, ...] = shape) -> np.ndarray:
-                return read_slice(files, source, shape, index, dtype)
-
-            if path in quantized:
-                names = source.names
-
-                def matrix(layer: int, names: tuple[str, ...] = names) -> np.ndarray:
-                    return files.read(names[layer], (slice(None), slice(None)))
-
-                leaves[path] = quantized_stack(quantized[path], quantization, matrix, source.transposed)
-            else:
-                # Waiting for each: reading ahead of the transfers would pile the model up on the host.
-                leaves[path] = jax.make_array_from_callback(shape, sharding, read).block_until_ready()
-            if on_tensor is not None:
-                on_tensor(number + 1, len(specs))
-    return nest(leaves)
-
-
-def read_slice(files: TensorFiles, source: Source, shape: tuple[int, ...], index: tuple[slice, ...], dtype: Any) -> np.ndarray:
-    """The part of a parameter that one device asks for."""
-    inner = index[1:] if source.stacked else index
-    inner = inner[::-1] if source.transposed else inner
-    if not source.stacked:
-        return np.ascontiguousarray(files.read(source.names[0], inner)).astype(jnp.dtype(dtype), copy=False)
-    names = source.names[index[0]]
+    lead = len(source.stack)
+    inner = index[lead:][::-1] if source.transposed else index[lead:]
+    if not lead:
+        whole = np.ascontiguousarray(files.read(source.names[0], inner))
+        return whole if dtype is None else whole.astype(jnp.dtype(dtype), copy=False)
+    names = np.array(source.names, object).reshape(source.stack)[index[:lead]]
     part = None
-    for number, name in enumerate(names):
-        tensor = files.read(name, inner)
+    for place in np.ndindex(names.shape):
+        tensor = files.read(names[place], inner)
         tensor = tensor.T if source.transposed else tensor
         if part is None:
-            part = np.empty((len(names), *tensor.shape), jnp.dtype(dtype))
-        part[number] = tensor
+            part = np.empty((*names.shape, *tensor.shape), tensor.dtype if dtype is None else jnp.dtype(dtype))
+        part[place] = tensor
     assert part is not None, shape
     return part

@@ -15,10 +15,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.lax import Precision
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.models.spec import ModelSpec
+from grpo_jax.models.moe import mix_experts
+from grpo_jax.models.spec import EXPERT_LINEARS, LINEAR_AXES, ModelSpec, precision_of
+from grpo_jax.sharding import Layout
 from grpo_jax.types import Params
 from grpo_kernels.quantized_matmul import QuantizedWeight, quantized_matmul
 
@@ -40,11 +42,6 @@ class Attend(Protocol):
     def __call__(
         self, q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any
     ) -> tuple[Array, Any, Any]: ...
-
-
-def precision_of(dtype: Any) -> Precision:
-    """float32 results are promised to be float32: a TPU's default is one bfloat16 pass, NVIDIA's is TF32."""
-    return Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else Precision.DEFAULT
 
 
 def soft_cap(x: Array, cap: float | None) -> Array:
@@ -71,10 +68,12 @@ class RMSNorm(nn.Module):
 
     eps: float
     offset: float
+    layout: Layout | None = None
+    axis: str = "embed"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = jnp.asarray(self.get_variable("params", "scale")).astype(jnp.float32)
+        scale = gather(self.layout, jnp.asarray(self.get_variable("params", "scale")).astype(jnp.float32), self.axis)
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + jnp.float32(self.eps))
         factor = scale + jnp.float32(self.offset)
@@ -110,30 +109,63 @@ def merged_backward(kept: Any, dy: Array) -> tuple[Array, ...]:
 merged_product.defvjp(merged_forward, merged_backward)
 
 
+def gather(layout: Layout | None, x: Array, *axes: str | None) -> Array:
+    """A weight for a product: on a mesh it is gathered over fsdp first."""
+    return x if layout is None else layout.gather(x, *axes)
+
+
+def frozen_product(
+    rows: Float[Array, "N I"], weight: QuantizedWeight, axes: tuple[str, str], implementation: str | None, layout: Layout | None
+) -> Float[Array, "N O"]:
+    """`quantized_matmul`; on a mesh of each device's rows and its part of the weight, gathered over fsdp."""
+    if layout is None:
+        return quantized_matmul(rows, weight, implementation=implementation)
+    whole = layout.decoding
+    within, rows_axes = whole.spec(axes[0])[0], whole.spec("rows")[0]
+
+    def local(rows: Array, weight: QuantizedWeight) -> Array:
+        y = quantized_matmul(rows, weight, implementation=implementation)
+        return y if within is None else y[None]
+
+    parts = jax.tree.map(lambda sharding: sharding.spec, whole.quantized(weight, axes))
+    inputs = (whole.spec("rows", axes[0]), parts)
+    if within is None:
+        return layout.local(local, inputs, whole.spec("rows", axes[1]))(rows, weight)
+    # Each device's part of the sum, added up outside: a sum inside would be one more in the backward pass.
+    return jnp.sum(layout.local(local, inputs, PartitionSpec(within, rows_axes, None))(rows, weight), axis=0)
+
+
 class Linear(nn.Module):
-    """x W + bias, plus scale · (x A) B where the `lora` collection holds adapters for it. W may be quantised; then it is frozen."""
+    """x W + bias, plus scale · (x A) B where the `lora` collection holds adapters for it. W may be quantised; then it is frozen.
+
+    Attributes:
+        axes: logical axes of W.
+    """
 
     lora_scale: float
     implementation: str | None = None
+    layout: Layout | None = None
+    axes: tuple[str, str] = ("embed", "ffw")
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        dtype, precision = x.dtype, precision_of(x.dtype)
+        dtype, precision, layout, axes = x.dtype, precision_of(x.dtype), self.layout, self.axes
         # One row per token: XLA's CPU compiler makes slow loops of a contraction over two dimensions, as in the weights' gradients.
         rows = x.reshape(-1, x.shape[-1])
         kernel: Any = self.get_variable("params", "kernel")
         quantized = isinstance(kernel, QuantizedWeight)
-        kernel = kernel if quantized else kernel.astype(dtype)
+        kernel = kernel if quantized else gather(layout, kernel.astype(dtype), *axes)
 
         def product() -> Array:
             if quantized:
-                return quantized_matmul(rows, kernel, implementation=self.implementation)
+                return frozen_product(rows, kernel, axes, self.implementation, layout)
             return jnp.dot(rows, kernel, precision=precision)
 
         if not self.has_variable("lora", "a"):
             y = product()
         else:
             a, b = self.get_variable("lora", "a").astype(dtype), self.get_variable("lora", "b").astype(dtype)
+            a, b = gather(layout, a, axes[0], "rank"), gather(layout, b, "rank", axes[1])
             b = b * jnp.asarray(self.lora_scale, dtype)
             if dtype == jnp.float32 and not quantized:
                 y = merged_product(rows, kernel, a, b)
@@ -141,8 +173,18 @@ class Linear(nn.Module):
                 low = jnp.dot(rows, a, precision=precision)
                 y = product() + jnp.dot(low, b, precision=precision)
         if self.has_variable("params", "bias"):
-            y = y + self.get_variable("params", "bias").astype(dtype)[None, :]
+            y = y + gather(layout, self.get_variable("params", "bias").astype(dtype), axes[1])[None, :]
+        y = y if layout is None else layout.decoding.constrain(y, "rows", axes[1])
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class Weights(nn.Module):
+    """The variables of a linear layer whose product is computed elsewhere: `kernel`, and `a` and `b` where it has adapters."""
+
+    @nn.compact
+    def __call__(self) -> dict[str, Any]:
+        adapters = {leaf: self.get_variable("lora", leaf) for leaf in ("a", "b") if self.has_variable("lora", leaf)}
+        return {"kernel": self.get_variable("params", "kernel")} | adapters
 
 
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -150,12 +192,13 @@ JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 
 def join_linears(layer: Params) -> Params:
     """A layer's weights with those side by side that meet the same input: one product of few rows is quicker than three."""
-    parts = {name for names in JOINED.values() for name in names}
+    groups = {whole: names for whole, names in JOINED.items() if len(layer[names[0]]["kernel"].shape) == 2}  # not of experts
+    parts = {name for names in groups.values() for name in names}
 
     def beside(*leaves: Array) -> Array:
         return jnp.concatenate(leaves, axis=-1)
 
-    joined = {whole: jax.tree.map(beside, *(layer[name] for name in names)) for whole, names in JOINED.items()}
+    joined = {whole: jax.tree.map(beside, *(layer[name] for name in names)) for whole, names in groups.items()}
     return {name: leaves for name, leaves in layer.items() if name not in parts} | joined
 
 
@@ -166,6 +209,7 @@ class Block(nn.Module):
     attend: Attend
     lora_scale: float
     implementation: str | None = None
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(
@@ -180,11 +224,12 @@ class Block(nn.Module):
         x = x + (self.norm("post_ffw_norm", fed) if spec.sandwich else fed)
         return (x, cache), stacked
 
-    def norm(self, name: str, x: Array) -> Array:
-        return RMSNorm(self.spec.norm_eps, self.spec.norm_offset, name=name)(x)
+    def norm(self, name: str, x: Array, axis: str = "embed") -> Array:
+        return RMSNorm(self.spec.norm_eps, self.spec.norm_offset, self.layout, axis, name=name)(x)
 
     def linear(self, name: str, x: Array) -> Array:
-        return Linear(self.lora_scale, self.implementation, name=name)(x)
+        axes = LINEAR_AXES[JOINED[name][0] if name in JOINED else name]
+        return Linear(self.lora_scale, self.implementation, self.layout, axes, name=name)(x)
 
     def linears(self, joined: str, parts: dict[str, int], x: Array) -> list[Array]:
         """Several linear layers of one input, as one where `join_linears` has joined them."""
@@ -206,7 +251,7 @@ class Block(nn.Module):
         q = q.reshape(*q.shape[:2], spec.heads, spec.head_dim)
         k, v = (y.reshape(*y.shape[:2], spec.kv_heads, spec.head_dim) for y in (k, v))
         if spec.qk_norm:
-            q, k = self.norm("q_norm", q), self.norm("k_norm", k)
+            q, k = self.norm("q_norm", q, "head_dim"), self.norm("k_norm", k, "head_dim")
         cos, sin = rope[0][layer["rope"]], rope[1][layer["rope"]]
         q, k = rotate(q, *((cos, sin) if wanted is None else (wanted(cos), wanted(sin)))), rotate(k, cos, sin)
         b, t = q.shape[:2]
@@ -217,6 +262,9 @@ class Block(nn.Module):
         return self.linear("o_proj", mixed.reshape(b, t, spec.heads * spec.head_dim)), cache, stacked
 
     def feed_forward(self, x: Array) -> Array:
+        if self.spec.experts:
+            weights = {name: Weights(name=name)() for name in ("router", *EXPERT_LINEARS)}
+            return mix_experts(self.spec, x, weights, self.lora_scale, self.implementation, self.layout)
         gate, up = self.linears("gate_up_proj", {"gate_proj": self.spec.ffw, "up_proj": self.spec.ffw}, x)
         active = jax.nn.silu(gate) if self.spec.activation == "silu" else jax.nn.gelu(gate, approximate=True)
         return self.linear("down_proj", active * up)

@@ -3,6 +3,11 @@
 Enters: a `LoraConfig` or a PEFT folder (`adapter_config.json` and `adapter_model.safetensors`). Leaves: the `lora` collection,
     float32, a stacked [L, in, r] and [L, r, out] per target. Dropout, biases, other ranks per layer and DoRA are left out, and
     refused where a folder has them.
+
+Of a mixture of experts every expert has its own adapters, [L, E, in, r] and [L, E, r, out], of the same rank; `all-linear` is
+attention and experts. The router is never adapted. On disk there is one pair of tensors an expert, as PEFT wrote them while each
+expert was a module of its own: vLLM and PEFT read these, and PEFT puts them together for today's transformers, where all experts
+are one parameter. What PEFT itself trains there (`target_parameters`) shares one A between gate_proj and up_proj, and is refused.
 """
 
 from __future__ import annotations
@@ -17,8 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import LoraConfig
+from grpo_jax.config.checks import require
 from grpo_jax.config.sections import LINEAR_TARGETS
-from grpo_jax.models.hf import module_path, open_shard, read_json
+from grpo_jax.models.hf import module_path, module_paths, open_shard, read_json
 from grpo_jax.models.spec import ModelError, ModelSpec, flatten, lora_specs, nest
 from grpo_jax.types import Params
 
@@ -47,12 +53,34 @@ UNUSED: dict[str, tuple[Any, ...]] = {
 }
 
 
+def check_targets(spec: ModelSpec, lora: LoraConfig) -> None:
+    """Refuses adapters of experts that PEFT would not load as they are.
+
+    It puts the experts' gate_proj and up_proj together, since transformers keeps them in one tensor, at twice the rank and alpha.
+
+    Raises:
+        ConfigError: one of the two without the other; or both with `rslora`, whose scale that changes by √2.
+    """
+    pair = [name for name in ("gate_proj", "up_proj") if name in lora.target_names]
+    if not spec.experts or not pair:
+        return
+    mend = "PEFT adapts the experts' gate_proj and up_proj together, as transformers keeps them in one tensor: name both or neither"
+    require(len(pair) == 2, "lora.targets", lora.targets, mend)
+    mend = "PEFT loads the experts' gate_proj and up_proj at twice the rank, where this scale would be another: use false"
+    require(not lora.rslora, "lora.rslora", lora.rslora, mend)
+
+
 def init_lora(spec: ModelSpec, lora: LoraConfig, key: jax.Array) -> Params:
-    """New adapters: A uniform within ±1/√in, B zero, so that the policy starts as the base."""
+    """New adapters: A uniform within ±1/√in, B zero, so that the policy starts as the base.
+
+    Raises:
+        ConfigError: targets that PEFT could not load; see `check_targets`.
+    """
+    check_targets(spec, lora)
     leaves: dict[tuple[str, ...], jax.Array] = {}
     for number, (path, p) in enumerate(lora_specs(spec, lora.rank, lora.target_names).items()):
         if path[-1] == "a":
-            bound = p.shape[1] ** -0.5
+            bound = p.shape[-2] ** -0.5
             leaves[path] = jax.random.uniform(jax.random.fold_in(key, number), p.shape, jnp.float32, -bound, bound)
         else:
             leaves[path] = jnp.zeros(p.shape, jnp.float32)
@@ -60,8 +88,13 @@ def init_lora(spec: ModelSpec, lora: LoraConfig, key: jax.Array) -> Params:
 
 
 def adapter_names(spec: ModelSpec, target: str, leaf: str) -> list[str]:
-    """PEFT's tensor names of one adapter matrix, layer by layer."""
-    return [f"base_model.model.model.layers.{i}.{module_path(spec, target)}.lora_{leaf.upper()}.weight" for i in range(spec.layers)]
+    """PEFT's tensor names of one adapter matrix, layer by layer, and in a layer expert by expert."""
+    return [f"base_model.model.{module}.lora_{leaf.upper()}.weight" for module in module_paths(spec, target)]
+
+
+def peft_target(spec: ModelSpec, target: str) -> str:
+    """What PEFT's `target_modules` call a linear layer: `gate_proj` is `w1` in Mixtral."""
+    return module_path(spec, target).rsplit(".", 1)[-1]
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
@@ -101,7 +134,9 @@ def load_adapter(folder: Path, spec: ModelSpec) -> tuple[Params, LoraConfig]:
         raise ModelError(f"{folder / ADAPTER_WEIGHTS} is missing; a PEFT folder needs it")
     with open_shard(folder / ADAPTER_WEIGHTS, safe_open) as shard:
         tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118  (not a dict)
-    targets = [t for t in LINEAR_TARGETS if any(re.search(rf"\.{t}\.lora_[AB]\.weight$", name) for name in tensors)]
+    targets = [
+        t for t in LINEAR_TARGETS if any(re.search(rf"\.{peft_target(spec, t)}\.lora_[AB]\.weight$", name) for name in tensors)
+    ]
     leaves: dict[tuple[str, ...], jax.Array] = {}
     for path, p in lora_specs(spec, lora.rank, tuple(targets)).items():
         parts = []
@@ -111,12 +146,13 @@ def load_adapter(folder: Path, spec: ModelSpec) -> tuple[Params, LoraConfig]:
                     f"{folder}: tensor {name} is missing: the adapter does not cover every layer of this {spec.layers}-layer model"
                 )
             tensor = tensors.pop(name)
-            if tensor.shape != p.shape[:0:-1]:
+            want = (p.shape[-1], p.shape[-2])
+            if tensor.shape != want:
                 raise ModelError(
-                    f"{folder}: tensor {name} has shape {tensor.shape}; this model and rank {lora.rank} ask for {p.shape[:0:-1]}"
+                    f"{folder}: tensor {name} has shape {tensor.shape}; this model and rank {lora.rank} ask for {want}"
                 )
             parts.append(tensor.T.astype(np.float32))
-        leaves[path] = jnp.asarray(np.stack(parts))
+        leaves[path] = jnp.asarray(np.stack(parts).reshape(p.shape))
     if tensors:
         raise ModelError(
             f"{folder}: {len(tensors)} tensors have no place in this {spec.family} model: {', '.join(sorted(tensors)[:3])}"
@@ -138,7 +174,7 @@ def save_adapter(folder: Path, spec: ModelSpec, adapters: Params, lora: LoraConf
 
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in flatten(adapters):
-        stacked = np.asarray(jax.device_get(leaf), np.float32)
+        stacked = np.asarray(jax.device_get(leaf), np.float32).reshape(-1, *leaf.shape[-2:])
         for name, matrix in zip(adapter_names(spec, path[1], path[2]), stacked, strict=True):
             tensors[name] = np.ascontiguousarray(matrix.T)
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +187,7 @@ def save_adapter(folder: Path, spec: ModelSpec, adapters: Params, lora: LoraConf
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "lora_dropout": 0.0,
         "use_rslora": lora.rslora,
-        "target_modules": sorted({path[1] for path, _ in flatten(adapters)}),
+        "target_modules": sorted({peft_target(spec, path[1]) for path, _ in flatten(adapters)}),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

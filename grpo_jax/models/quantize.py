@@ -1,12 +1,14 @@
 """Which weights of a model are quantised, and a stack of them filled matrix by matrix.
 
 Enters: `model.quantization` and dense matrices one at a time. Leaves: `QuantizedWeight` stacks in the place of the layers'
-    kernels. Embedding, head, norms and biases stay as they are. The formats are `grpo_kernels.quantized_matmul`'s.
+    kernels, experts' included. Embedding, head, norms, biases and routers stay as they are. The formats are
+    `grpo_kernels.quantized_matmul`'s.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +24,7 @@ from grpo_kernels.quantized_matmul import QuantizedWeight, quantize, quantized_s
 
 def is_quantized(path: tuple[str, ...], quantization: str) -> bool:
     """Whether a parameter is one of the layers' matrices, and those are quantised."""
-    return quantization != "none" and path[0] == "layers" and path[-1] == "kernel"
+    return quantization != "none" and path[0] == "layers" and path[-1] == "kernel" and path[1] != "router"
 
 
 def quantized_specs(specs: dict[tuple[str, ...], ParamSpec], quantization: str) -> dict[tuple[str, ...], QuantizedWeight]:
@@ -42,28 +44,34 @@ def quantized_specs(specs: dict[tuple[str, ...], ParamSpec], quantization: str) 
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4), donate_argnums=(0,))
-def store(stack: QuantizedWeight, tensor: Array, layer: Int[Array, ""], quantization: str, transposed: bool) -> QuantizedWeight:
-    """Quantises one matrix into its place in the stack, which is overwritten."""
+def store(stack: QuantizedWeight, tensor: Array, number: Int[Array, ""], quantization: str, transposed: bool) -> QuantizedWeight:
+    """Quantises one matrix into its place in the stack, which is overwritten; number counts through [L] or [L, E]."""
     one = quantize(tensor.T if transposed else tensor, quantization)
-    return jax.tree.map(lambda whole, part: jax.lax.dynamic_update_index_in_dim(whole, part, layer, 0), stack, one)
+    place = jnp.unravel_index(number, stack.shape[:-2])
+
+    def write(whole: Array, part: Array) -> Array:
+        start = (*(at.astype(jnp.int32) for at in place), jnp.int32(0), jnp.int32(0))
+        return jax.lax.dynamic_update_slice(whole, part.reshape((1,) * len(place) + part.shape), start)
+
+    return jax.tree.map(write, stack, one)
 
 
 def quantized_stack(
     shapes: QuantizedWeight, quantization: str, read: Callable[[int], np.ndarray], transposed: bool, device: Any = None
 ) -> QuantizedWeight:
-    """A stack [L, I, O] of which one matrix at a time is dense, on the host and on the device.
+    """A stack [L, I, O] or [L, E, I, O] of which one matrix at a time is dense, on the host and on the device.
 
     Args:
         shapes: of the stack.
-        read: layer → its matrix in any float format.
+        read: number of a matrix, expert by expert and layer by layer → it in any float format.
         transposed: `read` gives [O, I].
         device: where the stack lives; the default device where None.
     """
     stack: QuantizedWeight = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=device), shapes)
-    for layer in range(shapes.values.shape[0]):
-        tensor = jax.device_put(np.ascontiguousarray(read(layer)), device)
+    for number in range(math.prod(shapes.values.shape[:-2])):
+        tensor = jax.device_put(np.ascontiguousarray(read(number)), device)
         # Waiting for each: reading ahead would pile dense matrices up.
-        stack = jax.block_until_ready(store(stack, tensor, jax.device_put(np.int32(layer), device), quantization, transposed))
+        stack = jax.block_until_ready(store(stack, tensor, jax.device_put(np.int32(number), device), quantization, transposed))
     return stack
 
 
@@ -75,8 +83,11 @@ def quantize_params(spec: ModelSpec, params: Params, quantization: str) -> Param
     """
     quantized = quantized_specs(param_specs(spec), quantization)
 
+    def each(stack: Array) -> QuantizedWeight:
+        return quantize(stack, quantization) if stack.ndim == 2 else jax.lax.map(each, stack)
+
     def convert(path: tuple[str, ...], leaf: Any) -> Any:
-        return jax.lax.map(lambda matrix: quantize(matrix, quantization), leaf) if path in quantized else leaf
+        return each(leaf) if path in quantized else leaf
 
     return nest({path: convert(path, leaf) for path, leaf in flatten(params)})
 

@@ -18,6 +18,11 @@ import jax.numpy as jnp
 from grpo_jax.types import Params
 
 
+def precision_of(dtype: Any) -> jax.lax.Precision:
+    """float32 results are promised to be float32: a TPU's default is one bfloat16 pass, NVIDIA's is TF32."""
+    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
 class ModelError(ValueError):
     """A model folder that cannot be read as it is; the message names the file and the mend."""
 
@@ -64,6 +69,7 @@ class ModelSpec:
     """Sizes and switches of a decoder-only transformer.
 
     Attributes:
+        ffw: width of the feed-forward; of one expert, where there are experts.
         windows: per layer, the number of positions that a query sees including its own; None sees all.
         ropes: the rotary embeddings in use; `rope_of_layer` says which one each layer takes.
         norm_offset: RMSNorm multiplies by offset + scale (1 in Gemma).
@@ -71,6 +77,8 @@ class ModelSpec:
         query_scale: factor of q before q·k.
         embed_scale: factor of the embedded tokens.
         attention_softcap, final_softcap: c·tanh(x / c) of attention scores and of logits; None is off.
+        experts: feed-forwards of every layer, of which a router chooses `experts_per_token` for a token; 0 is one for all tokens.
+        norm_topk_prob: the chosen experts' probabilities are divided by their sum.
         dtype: the number format that config.json names.
 
     Example:
@@ -102,11 +110,14 @@ class ModelSpec:
     embed_scale: float = 1.0
     attention_softcap: float | None = None
     final_softcap: float | None = None
+    experts: int = 0
+    experts_per_token: int = 0
+    norm_topk_prob: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
     init_std: float = 0.02
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(in, out) of each linear layer inside a block."""
+        """(in, out) of each linear layer inside a block; of those of the feed-forward in one expert."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "q_proj": (self.width, q),
@@ -117,6 +128,19 @@ class ModelSpec:
             "up_proj": (self.width, self.ffw),
             "down_proj": (self.ffw, self.width),
         }
+
+    def stack(self, linear: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Sizes and logical axes of the dimensions in front of a linear layer's (in, out): [L], or [L, E] in an expert."""
+        if self.experts and linear in EXPERT_LINEARS:
+            return (self.layers, self.experts), ("layers", "experts")
+        return (self.layers,), ("layers",)
+
+    def linear_axes(self, linear: str) -> tuple[str | None, str | None]:
+        """Logical axes of a linear layer's (in, out). Where experts are spread over devices, the width of each is not."""
+        rows, columns = LINEAR_AXES[linear]
+        if not self.experts:
+            return rows, columns
+        return None if rows == "ffw" else rows, None if columns == "ffw" else columns
 
     def has_bias(self, linear: str) -> bool:
         """Whether a linear layer adds a bias."""
@@ -130,7 +154,7 @@ class ParamSpec:
     """One parameter: its shape, the logical name of each dimension, and the deviation that it starts with.
 
     Attributes:
-        axes: logical axes, one per dimension: layers, embed, heads, kv_heads, ffw, vocab, head_dim, or None.
+        axes: logical axes, one per dimension: layers, embed, heads, kv_heads, ffw, experts, vocab, head_dim, or None.
         std: deviation of the normal distribution that it starts from; None starts at `constant`.
     """
 
@@ -150,6 +174,9 @@ LINEAR_AXES: dict[str, tuple[str, str]] = {
     "down_proj": ("ffw", "embed"),
 }
 
+EXPERT_LINEARS = ("gate_proj", "up_proj", "down_proj")
+"""Linear layers of which each expert has its own."""
+
 
 def param_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
     """Every parameter of a model, by its path in the tree. Layers are stacked: dimension 0 of theirs is L."""
@@ -161,10 +188,13 @@ def param_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
     if not spec.tied:
         table["head", "embedding"] = ParamSpec((spec.vocab, spec.width), ("vocab", "embed"), spec.init_std)
     for name, shape in spec.linear_shapes().items():
-        axes = LINEAR_AXES[name]
-        table["layers", name, "kernel"] = ParamSpec((spec.layers, *shape), ("layers", *axes), spec.init_std)
+        (stack, stack_axes), axes = spec.stack(name), spec.linear_axes(name)
+        table["layers", name, "kernel"] = ParamSpec((*stack, *shape), (*stack_axes, *axes), spec.init_std)
         if spec.has_bias(name):
-            table["layers", name, "bias"] = ParamSpec((spec.layers, shape[1]), ("layers", axes[1]))
+            table["layers", name, "bias"] = ParamSpec((*stack, shape[1]), (*stack_axes, axes[1]))
+    if spec.experts:
+        router = (spec.layers, spec.width, spec.experts)
+        table["layers", "router", "kernel"] = ParamSpec(router, ("layers", "embed", None), spec.init_std)
     norms = ["attn_norm", "ffw_norm"] + (["post_attn_norm", "post_ffw_norm"] if spec.sandwich else [])
     for name in norms:
         table["layers", name, "scale"] = ParamSpec((spec.layers, spec.width), ("layers", "embed"), constant=one)
@@ -175,13 +205,16 @@ def param_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
 
 
 def lora_specs(spec: ModelSpec, rank: int, targets: tuple[str, ...]) -> dict[tuple[str, ...], ParamSpec]:
-    """Every adapter matrix: `a` is [L, in, r], `b` is [L, r, out]. PEFT's start: A uniform within ±1/√in, B zero."""
+    """Every adapter matrix: `a` is [L, in, r], `b` is [L, r, out]; of experts [L, E, ...], and the router has none.
+
+    PEFT's start: A uniform within ±1/√in, B zero.
+    """
     table: dict[tuple[str, ...], ParamSpec] = {}
     for name in targets:
         rows, columns = spec.linear_shapes()[name]
-        axes = LINEAR_AXES[name]
-        table["layers", name, "a"] = ParamSpec((spec.layers, rows, rank), ("layers", axes[0], None))
-        table["layers", name, "b"] = ParamSpec((spec.layers, rank, columns), ("layers", None, axes[1]))
+        (stack, stack_axes), axes = spec.stack(name), spec.linear_axes(name)
+        table["layers", name, "a"] = ParamSpec((*stack, rows, rank), (*stack_axes, axes[0], None))
+        table["layers", name, "b"] = ParamSpec((*stack, rank, columns), (*stack_axes, None, axes[1]))
     return table
 
 

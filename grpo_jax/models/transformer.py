@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.layers import LAYER_INPUT, Attend, Block, RMSNorm, Wanted, rope_tables
 from grpo_jax.models.spec import ModelSpec
+from grpo_jax.sharding import GATHERED, Layout
 from grpo_jax.types import Params
 
 NO_WINDOW = 2**30
@@ -37,6 +38,7 @@ class Transformer(nn.Module):
             host's memory.
         unroll: `forward` runs the layers without a loop over them, unless they are computed again.
         implementation: of the kernels (`grpo_kernels`), "reference", "tpu" or "gpu"; None goes by the device.
+        layout: where weights and hidden states live; None is one device.
     """
 
     spec: ModelSpec
@@ -45,6 +47,7 @@ class Transformer(nn.Module):
     remat: Literal["none", "layer", "offload"] = "none"
     unroll: bool = False
     implementation: str | None = None
+    layout: Layout | None = None
 
     @nn.compact
     def __call__(
@@ -63,9 +66,11 @@ class Transformer(nn.Module):
             Hidden states after the final norm, the cache, and what the layers returned, stacked on a leading L axis.
         """
         spec = self.spec
-        x = Embedding(name="embed")(ids).astype(self.dtype)
+        x = Embedding(self.layout, name="embed")(ids).astype(self.dtype)
         x = x * jnp.asarray(spec.embed_scale, self.dtype)
-        block = Block if self.remat == "none" else nn.remat(Block, prevent_cse=False, policy=kept_by(self.remat))
+        gathers = self.layout is not None and self.layout.mesh.shape["fsdp"] > 1
+        keeps_all = self.remat == "none" and not gathers
+        block = Block if keeps_all else nn.remat(Block, prevent_cse=False, policy=kept_by(self.remat))
         per_layer_then_all: Any = (0, nn.broadcast)
         layers = nn.scan(
             block,
@@ -73,7 +78,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=per_layer_then_all,
             length=spec.layers,
-        )(spec, attend, self.lora_scale, self.implementation, name="layers")
+        )(spec, attend, self.lora_scale, self.implementation, self.layout, name="layers")
         layer = {
             "number": jnp.arange(spec.layers, dtype=jnp.int32),
             "window": jnp.array([NO_WINDOW if w is None else w for w in spec.windows], jnp.int32),
@@ -81,7 +86,7 @@ class Transformer(nn.Module):
             "per_layer": per_layer,
         }
         (x, cache), stacked = layers((x, cache), layer, rope_tables(spec, positions))
-        return RMSNorm(spec.norm_eps, spec.norm_offset, name="final_norm")(x), cache, stacked
+        return RMSNorm(spec.norm_eps, spec.norm_offset, self.layout, name="final_norm")(x), cache, stacked
 
 
 def forward(
@@ -109,7 +114,7 @@ def forward(
         out: Any = model.apply(variables, ids, positions, attend, cache, per_layer)
         return out if wanted is None else (wanted(out[0]), *out[1:])
     spec, params = model.spec, variables["params"]
-    x = jnp.take(params["embed"]["embedding"], ids, axis=0).astype(model.dtype) * jnp.asarray(spec.embed_scale, model.dtype)
+    x = embed(params["embed"]["embedding"], ids, model.layout).astype(model.dtype) * jnp.asarray(spec.embed_scale, model.dtype)
     rope = rope_tables(spec, positions)
     caches, stacked = [], []
     for number, weights in enumerate(params["layers"]):
@@ -122,13 +127,13 @@ def forward(
             "per_layer": None if per_layer is None else per_layer[number],
         }
         before = (x, None if cache is None else cache[number])
-        out = Block(spec, attend, model.lora_scale, model.implementation).apply(
+        out = Block(spec, attend, model.lora_scale, model.implementation, model.layout).apply(
             own, before, layer, rope, wanted if number == spec.layers - 1 else None
         )
         (x, after), kept = out
         caches.append(after)
         stacked.append(kept)
-    norm: Any = RMSNorm(spec.norm_eps, spec.norm_offset).apply({"params": params["final_norm"]}, x)
+    norm: Any = RMSNorm(spec.norm_eps, spec.norm_offset, model.layout).apply({"params": params["final_norm"]}, x)
     return norm, tuple(caches), tuple(stacked)
 
 
@@ -148,7 +153,12 @@ def split_layers(variables: Params) -> Params:
 
 
 def kept_by(remat: str) -> Any:
-    """What `jax.checkpoint` keeps of a layer beside its inputs: nothing, or its input, on the host instead of the device."""
+    """What `jax.checkpoint` keeps of a layer beside its inputs: nothing, or its input, on the host instead of the device.
+
+    With `none` all but the gathered weights, which kept would be the whole model on each device.
+    """
+    if remat == "none":
+        return jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
     if remat != "offload":
         return None
     return jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -162,9 +172,28 @@ def kept_by(remat: str) -> Any:
 class Embedding(nn.Module):
     """Rows of the embedding matrix."""
 
+    layout: Layout | None = None
+
     @nn.compact
     def __call__(self, ids: Array) -> Array:
-        return jnp.take(self.get_variable("params", "embedding"), ids, axis=0)
+        return embed(self.get_variable("params", "embedding"), ids, self.layout)
+
+
+def embed(table: Float[Array, "V D"], ids: Int[Array, "B T"], layout: Layout | None) -> Float[Array, "B T D"]:
+    """Rows of the embedding matrix; on a mesh each device looks up what it has of the vocabulary, gathered over fsdp."""
+    if layout is None:
+        return jnp.take(table, ids, axis=0)
+
+    def local(table: Array, ids: Array) -> Array:
+        if layout.tensor == 1:
+            return jnp.take(table, ids, axis=0)
+        own = ids - jax.lax.axis_index("tensor") * table.shape[0]
+        here = (own >= 0) & (own < table.shape[0])
+        rows = jnp.take(table, jnp.where(here, own, 0), axis=0)
+        return jax.lax.psum(jnp.where(here[:, :, None], rows, jnp.zeros((), rows.dtype)), "tensor")
+
+    inputs = (layout.decoding.spec("vocab", "embed"), layout.spec("rows", "tokens"))
+    return layout.local(local, inputs, layout.spec("rows", "tokens", None))(table, ids)
 
 
 def head_matrix(spec: ModelSpec, params: Params) -> Float[Array, "V D"]:

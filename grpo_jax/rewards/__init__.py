@@ -16,7 +16,7 @@ from grpo_jax.rewards.builtin import (
 )
 from grpo_jax.rewards.protocol import Failure, NamedFunction, RewardError, RewardFunction, ScoredBatch, check_functions
 from grpo_jax.rewards.resolve import resolve_functions
-from grpo_jax.rewards.scoring import correct, failure_lines, reward_metrics, score
+from grpo_jax.rewards.scoring import check_failed, correct, failure_lines, reward_metrics, score
 
 __all__ = [
     "BUILTINS",
@@ -25,6 +25,7 @@ __all__ = [
     "RewardError",
     "RewardFunction",
     "ScoredBatch",
+    "check_failed",
     "check_functions",
     "correct",
     "exact_match",

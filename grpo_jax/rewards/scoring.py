@@ -85,9 +85,15 @@ def score(
         per_function={name: values[index].astype(np.float32) for index, (name, _) in enumerate(functions)},
         failures=failures,
     )
-    if rows.count and scored.failed_rows / rows.count > max_failed_share:
-        raise RewardError(_too_many(scored, rows.count, max_failed_share))
+    check_failed(scored, max_failed_share)
     return scored
+
+
+def check_failed(scored: ScoredBatch, max_failed_share: float) -> None:
+    """RewardError where more than a share of the rows failed; it names what failed."""
+    count = len(scored.valid)
+    if count and scored.failed_rows / count > max_failed_share:
+        raise RewardError(_too_many(scored, count, max_failed_share))
 
 
 def correct(scored: ScoredBatch, accuracy_name: str | None = None, threshold: float = 1.0) -> np.ndarray:

@@ -6,6 +6,9 @@ Enters: parameters, prompts as lists of ids, and the settings of `RolloutConfig`
 
 A rollout goes segment by segment: `schedule.py` says which completion is in which slot, `device.py` decodes some tokens of every
 slot, and what has stopped makes room for what waits. `shapes.py` chooses the sizes.
+
+On a mesh (`model.layout`) each row shard has lanes, slots and a schedule of its own for its block of the prompts. All run the same
+program in lockstep; one that has nothing left to do waits. Every process sees all tokens, and so runs the same schedules.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import ConfigError, RolloutConfig
-from grpo_jax.memory import free_bytes
+from grpo_jax.memory import least_free_bytes
 from grpo_jax.models.decoding import write_segment
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.programs import Announce, Program, silently
@@ -33,15 +36,17 @@ from grpo_jax.sampler.device import (
     gpu_options,
     place,
     prefill,
-    prepare,
     segment,
 )
-from grpo_jax.sampler.schedule import Schedule
-from grpo_jax.sampler.shapes import Sizes, choose_slots, pad_rows, round_up, sizes_of
+from grpo_jax.sampler.schedule import Shards
+from grpo_jax.sampler.shapes import Sizes, check_slots, choose_slots, pad_rows, round_up, sizes_of, truncates
+from grpo_jax.sampler.weights import gathers, prepare
 from grpo_jax.sampling import Truncation
+from grpo_jax.sharding import Layout
 from grpo_jax.types import FinishReason, Params, Rollout
+from grpo_kernels.target import platform
 
-__all__ = ["Sampler", "controls_of", "pad_rows", "round_up"]
+__all__ = ["Sampler", "check_slots", "controls_of", "pad_rows", "round_up"]
 
 Decode = Callable[[list[int]], str]
 """Token ids to text."""
@@ -73,7 +78,7 @@ class Sampler:
         model: the decoder.
         stop_ids: every id that ends a completion.
         text_of: turns ids into text, where stop strings are to be found; else None.
-        prepare, prefill, place, segment: the compiled parts; see `device.py`.
+        prepare, prefill, place, segment, blank: the compiled parts; see `weights.py` and `device.py`. `blank` is for meshes.
         write: `decoding.write_segment`.
     """
 
@@ -85,6 +90,7 @@ class Sampler:
     place: Program
     segment: Program
     write: Program
+    blank: Program
 
     @staticmethod
     def build(
@@ -100,22 +106,23 @@ class Sampler:
         Args:
             quantization: of the model's weights.
         """
-        options = gpu_options(quantization) if jax.default_backend() == "gpu" else {}
+        options = gpu_options(quantization) if platform() == "gpu" else {}
         return Sampler(
             model,
             stop_ids,
             text_of,
             Program("rollout: weights", partial(prepare, model), announce=announce),
             Program("rollout: prompts", partial(prefill, model), announce=announce),
-            Program("rollout: prompts", place, donate=(0,), announce=announce),
+            Program("rollout: prompts", partial(place, layout=model.layout), donate=(0,), announce=announce),
             Program("rollout", partial(segment, model, stop_ids), announce=announce, options=options),
-            Program("rollout: past", write_segment, donate=(0,), announce=announce),
+            Program("rollout: past", partial(write_segment, layout=model.layout), donate=(0,), announce=announce),
+            Program("rollout", partial(blank_level, model.spec, model.dtype, layout=model.layout), announce=announce),
         )
 
     @property
     def programs(self) -> tuple[Program, ...]:
         """Everything that is compiled."""
-        return self.prepare, self.prefill, self.place, self.segment, self.write
+        return self.prepare, self.prefill, self.place, self.segment, self.write, self.blank
 
     def announced(self, announce: Announce) -> Sampler:
         """The same sampler, which says when it compiles."""
@@ -146,20 +153,23 @@ class Sampler:
             B·G rows, the completions of a prompt next to each other.
 
         Raises:
-            ConfigError: stop strings are asked for, and there is no tokenizer.
+            ConfigError: stop strings are asked for, and there is no tokenizer; or `rollout.slots` do not spread over a mesh.
         """
         if rollout.stop and self.text_of is None:
             raise ConfigError(f"rollout.stop: {rollout.stop}; the model folder has no tokenizer, so no text can be looked for")
-        b, g = len(prompt_ids), rollout.num_generations
+        b, g, layout = len(prompt_ids), rollout.num_generations, self.model.layout
+        shards, tensor = (1, 1) if layout is None else (layout.rows, layout.tensor)
+        check_slots(rollout.slots, shards)
         width = max(len(ids) for ids in prompt_ids)
-        slots = choose_slots(self.model.spec, rollout, b, width, jnp.dtype(self.model.dtype).itemsize, free_bytes())
-        sizes = sizes_of(rollout, b, width, slots)
+        weights = self.ready(variables)
+        free, itemsize = least_free_bytes(), jnp.dtype(self.model.dtype).itemsize
+        slots = choose_slots(self.model.spec, rollout, b, width, itemsize, free, shards=shards, tensor=tensor)
+        sizes = sizes_of(rollout, -(-b // shards), width, slots // shards)
         longest = np.full(b * g, rollout.max_completion_length) if limits is None else np.asarray(limits)
         numbers = np.arange(b) if indices is None else np.asarray(indices)
-        run = Running(
-            self, rollout, sizes, [Row(int(limit)) for limit in longest], prompt_ids, numbers, controls_of(rollout, seed, step)
-        )
-        close = run.all(variables)
+        controls = controls_of(rollout, seed, step, layout)
+        run = Running(self, rollout, sizes, [Row(int(limit)) for limit in longest], prompt_ids, numbers, controls, layout, shards)
+        close = run.all(weights)
         return Rollout(
             completion_ids=[row.ids for row in run.rows],
             logprobs=[np.concatenate(row.logps) for row in run.rows],
@@ -168,10 +178,27 @@ class Sampler:
             slots=slots,
         )
 
+    def spread(self, slots: int) -> int:
+        """The next number of slots of which every row shard of the mesh has as many."""
+        shards = 1 if self.model.layout is None else self.model.layout.rows
+        return -(-slots // shards) * shards
+
+    def ready(self, variables: Params) -> Params:
+        """The weights for decoding."""
+        if self.model.unroll:
+            return self.prepare(variables, unroll=True)
+        # A compiled program would copy the weights that it only hands on.
+        return self.prepare(variables, unroll=False) if gathers(self.model.layout) else prepare(self.model, variables, unroll=False)
+
 
 @dataclass
 class Running:
-    """One rollout under way, on the host's side."""
+    """One rollout under way, on the host's side.
+
+    Attributes:
+        sizes: of each row shard.
+        layout: None is one device, which is one shard.
+    """
 
     sampler: Sampler
     rollout: RolloutConfig
@@ -180,49 +207,64 @@ class Running:
     prompt_ids: Sequence[Sequence[int]]
     numbers: np.ndarray
     controls: Controls
+    layout: Layout | None
+    shards: int
 
-    def all(self, variables: Params) -> int:
+    def all(self, weights: Params) -> int:
         """Decodes every row; returns the number of near-ties."""
-        sampler, sizes = self.sampler, self.sizes
-        spec, dtype, int8 = sampler.model.spec, sampler.model.dtype, self.rollout.kv_dtype == "int8"
-        unroll = sampler.model.unroll
-        # A compiled program would copy the weights that it only hands on.
-        weights = sampler.prepare(variables, unroll=True) if unroll else prepare(sampler.model, variables, unroll=False)
-        schedule = Schedule.of(sizes, len(self.prompt_ids), self.rollout.num_generations, refill=self.rollout.refill)
-        prompts = self.computed(weights, range(sizes.lanes), int8=int8)
+        sampler, sizes, shards = self.sampler, self.sizes, self.shards
+        int8 = self.rollout.kv_dtype == "int8"
+        schedule = Shards.of(sizes, len(self.prompt_ids), self.rollout.num_generations, shards=shards, refill=self.rollout.refill)
+        prompts = self.computed(weights, schedule.held, int8=int8)
         levels: list[Any] = []
         close = 0
         while not schedule.finished:
             later, begun = schedule.admit()
-            for lane, number in later:
-                new = self.computed(weights, [number], int8=int8)
-                prompts = sampler.place(prompts, new, jax.device_put(np.array([lane], np.int32)))
+            for places in later:
+                new = self.computed(weights, [number for _, number in places], int8=int8)
+                prompts = sampler.place(prompts, new, self.put(np.array([lane for lane, _ in places], np.int32), "prompts"))
             slots, past, later_past = self.slots(schedule, begun)
             read = tuple(levels[: sizes.levels_for(past)])
-            table = None if sizes.fixed else jnp.asarray(schedule.places()[1])
+            table = None if sizes.fixed else self.put(schedule.places()[1], "prompts")
             out, newest = sampler.segment(weights, prompts, read, slots, table, self.controls, length=sizes.segment)
             needed = sizes.levels_for(later_past)
             while len(levels) < needed:
-                levels.append(blank_level(spec, dtype, sizes.slots, sizes.levels[len(levels)], int8=int8, unroll=unroll))
+                levels.append(self.level(sizes.levels[len(levels)], int8=int8))
             if needed:
                 levels[:needed] = sampler.write(tuple(levels[:needed]), newest, slots.base, together=sizes.fixed)
-            tokens: Tokens = jax.device_get(out)
+            tokens: Tokens = jax.device_get(out) if self.layout is None else self.layout.get(out)
             close += int(tokens.close.sum())
             schedule.end(self.record(schedule, tokens))
         return close
 
-    def computed(self, weights: Params, numbers: Sequence[int], *, int8: bool) -> Prompts:
-        """Prompts, each computed once."""
-        rows = [self.prompt_ids[number] for number in numbers]
-        lengths = np.array([len(row) for row in rows], np.int32)
-        table = jax.device_put(pad_rows(rows, self.sizes.prompt))
-        return self.sampler.prefill(weights, table, jax.device_put(lengths), int8=int8)
+    def put(self, tree: Any, axis: str) -> Any:
+        """Host arrays onto the devices.
 
-    def slots(self, schedule: Schedule, begun: list[int]) -> tuple[Slots, int, int]:
+        Args:
+            axis: what their first dimension means; see `sharding.RULES`.
+        """
+        layout = self.layout
+        return jax.device_put(tree) if layout is None else jax.tree.map(lambda x: layout.put(x, (axis,)), tree)
+
+    def level(self, tokens: int, *, int8: bool) -> Any:
+        """An empty array for so many tokens of every slot's past."""
+        model, slots = self.sampler.model, self.shards * self.sizes.slots
+        if self.layout is not None:
+            return self.sampler.blank(slots=slots, tokens=tokens, int8=int8, unroll=model.unroll)
+        return blank_level(model.spec, model.dtype, slots, tokens, int8=int8, unroll=model.unroll)
+
+    def computed(self, weights: Params, numbers: Sequence[int | None], *, int8: bool) -> Prompts:
+        """Prompts, each computed once; in the place of one that is not there, a text of one token."""
+        rows = [[0] if number is None else self.prompt_ids[number] for number in numbers]
+        lengths = np.array([len(row) for row in rows], np.int32)
+        table, lengths = self.put((pad_rows(rows, self.sizes.prompt), lengths), "prompts")
+        return self.sampler.prefill(weights, table, lengths, int8=int8)
+
+    def slots(self, schedule: Shards, begun: list[int]) -> tuple[Slots, int, int]:
         """The schedule as arrays, and any slot's most tokens of the past: before this segment, and after it of those that go on."""
-        g, s = self.rollout.num_generations, self.sizes.slots
-        rows = np.maximum(schedule.rows, 0)
-        live = schedule.rows >= 0
+        g, s = self.rollout.num_generations, self.shards * self.sizes.slots
+        decoded = schedule.rows
+        rows, live = np.maximum(decoded, 0), decoded >= 0
         begins = np.zeros(s, bool)
         begins[begun] = True
         ids = [self.rows[row].ids for row in rows]
@@ -230,19 +272,20 @@ class Running:
         last = np.array([own[-1] if own else 0 for own in ids])
         if self.sizes.fixed:
             base[:] = base[live].max()
-        lanes = np.arange(s) // self.sizes.spots if self.sizes.fixed else schedule.places()[0]
+        lanes = np.arange(s) % self.sizes.slots // self.sizes.spots if self.sizes.fixed else schedule.places()[0]
         limits = np.array([self.rows[row].limit for row in rows])
         numbers = (self.numbers[rows // g], rows % g, lanes, schedule.spots, base, last, limits)
-        placed: Any = jax.device_put((*(x.astype(np.int32) for x in numbers), live, begins))
+        placed: Any = self.put((*(x.astype(np.int32) for x in numbers), live, begins), "slots")
         after = base + self.sizes.segment
         return Slots(*placed), int(np.max(base[live])), int(np.max(np.where(after + 1 < limits, after, 0)[live]))
 
-    def record(self, schedule: Schedule, tokens: Tokens) -> list[int]:
+    def record(self, schedule: Shards, tokens: Tokens) -> list[int]:
         """Adds a segment's tokens to the rows; returns the slots whose completion has ended."""
         ended: list[int] = []
         ids, logps, ends, stopped = (np.asarray(x) for x in (tokens.ids, tokens.logps, tokens.ends, tokens.stopped))
-        for slot in np.flatnonzero(schedule.rows >= 0):
-            row = self.rows[schedule.rows[slot]]
+        decoded = schedule.rows
+        for slot in np.flatnonzero(decoded >= 0):
+            row = self.rows[decoded[slot]]
             before = len(row.ids)
             new = slice(0 if before == 0 else 1, int(ends[slot]))
             row.ids += ids[slot, new].tolist()
@@ -286,18 +329,17 @@ def first_length(ids: list[int], before: int, strings: Sequence[str], text_of: D
     return next((count for count in range(before + 1, len(ids) + 1) if holds(text_of(ids[start:count]))), None)
 
 
-def controls_of(rollout: RolloutConfig, seed: int, step: int) -> Controls:
-    """The settings as device arguments."""
-    truncates = rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0
-    truncation = (
-        Truncation(jnp.asarray(rollout.top_k, jnp.int32), jnp.float32(rollout.top_p), jnp.float32(rollout.min_p))
-        if truncates
-        else None
-    )
+def controls_of(rollout: RolloutConfig, seed: int, step: int, layout: Layout | None = None) -> Controls:
+    """The settings as device arguments; on a mesh every device has them."""
+
+    def put(value: int | float, dtype: Any) -> jax.Array:
+        return jnp.asarray(value, dtype) if layout is None else layout.put(np.asarray(value, dtype))
+
+    truncation = Truncation(put(rollout.top_k, np.int32), put(rollout.top_p, np.float32), put(rollout.min_p, np.float32))
     return Controls(
-        temperature=jnp.float32(rollout.temperature),
-        truncation=truncation,
-        min_length=jnp.asarray(rollout.min_completion_length, jnp.int32),
-        seed=jnp.asarray(seed, jnp.uint32),
-        step=jnp.asarray(step, jnp.int32),
+        temperature=put(rollout.temperature, np.float32),
+        truncation=truncation if truncates(rollout) else None,
+        min_length=put(rollout.min_completion_length, np.int32),
+        seed=put(seed, np.uint32),
+        step=put(step, np.int32),
     )

@@ -1,11 +1,15 @@
-"""The compiled parts of a rollout: weights made ready, prompts computed once, and a segment of tokens for all slots.
+"""The compiled parts of a rollout: prompts computed once, and a segment of tokens for all slots.
 
-Enters: parameters, prompts, and what the schedule says of each slot. Leaves: a segment's tokens, and the arrays that the next one
-goes on from. Everything here is pure.
+Enters: weights that are ready (`weights.py`), prompts, and what the schedule says of each slot. Leaves: a segment's tokens, and the
+arrays that the next one goes on from. Everything here is pure.
+
+On a mesh (`model.layout`) lanes and slots are those of all row shards side by side, heads and vocabulary are spread over `tensor`,
+and the weights are whole along `fsdp`. The numbers of lanes, and of the slots in their table, count within a row shard.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -15,15 +19,15 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from grpo_jax import sampling
 from grpo_jax.models.attention import last_and_own, prefill_attend
-from grpo_jax.models.decoding import Places, blank, decode_attend, keep
-from grpo_jax.models.layers import join_linears, precision_of, soft_cap
+from grpo_jax.models.decoding import Places, blank, constrain_kept, decode_attend, keep, kept_spec
+from grpo_jax.models.layers import precision_of, soft_cap
 from grpo_jax.models.spec import ModelSpec
-from grpo_jax.models.transformer import Transformer, forward, head_matrix, split_layers
+from grpo_jax.models.transformer import Transformer, forward, head_matrix
 from grpo_jax.sampling import Truncation, draw
+from grpo_jax.sharding import Layout
 from grpo_jax.types import Params
 from grpo_kernels.decode_attention import chosen
 from grpo_kernels.head_sample import head_sample
-from grpo_kernels.quantized_matmul import QuantizedWeight
 
 
 def gpu_options(quantization: str) -> dict[str, Any]:
@@ -60,7 +64,7 @@ class Controls:
 
 @struct.dataclass
 class Prompts:
-    """Prompts that have been computed, one a lane.
+    """Prompts that have been computed, one a lane; on a mesh n lanes of each row shard.
 
     Attributes:
         kept: keys and values of all layers, [L, B, K, P, Dh]; or a tuple of L, [1, B, K, P, Dh].
@@ -132,71 +136,62 @@ class Decoding:
     tokens: Tokens
 
 
-def prepare(model: Transformer, variables: Params, *, unroll: bool) -> Params:
-    """Weights as decoding wants them: in its dtype, float32 adapters added, and taken apart by layers where that pays."""
-    if model.dtype == jnp.float32 and "lora" in variables:
-        variables = {"params": add_adapters(variables["params"], variables["lora"], model.lora_scale)}
-    variables = jax.tree_util.tree_map_with_path(
-        lambda path, x: cast_once(path, x, model.dtype, unroll=unroll), variables, is_leaf=lambda x: isinstance(x, QuantizedWeight)
-    )
-    if not unroll:
-        return variables
-    variables = split_layers(variables)
-    if "lora" in variables:
-        return variables
-    params = variables["params"]
-    return {"params": params | {"layers": tuple(join_linears(layer) for layer in params["layers"])}}
-
-
-def add_adapters(params: Params, adapters: Params, scale: float) -> Params:
-    """W + scale · A B of every adapted layer, once a rollout instead of x A B at every token.
-
-    Only for float32: in bfloat16 the sum would round small adapters away, and sampler and trainer would disagree.
-    """
-    layers = dict(params["layers"])
-    for name, pair in adapters["layers"].items():
-        low = jnp.einsum("lir,lro->lio", pair["a"], pair["b"], precision=precision_of(jnp.float32))
-        layers[name] = layers[name] | {"kernel": layers[name]["kernel"].astype(jnp.float32) + jnp.float32(scale) * low}
-    return params | {"layers": layers}
-
-
-def cast_once(path: tuple[Any, ...], leaf: Any, dtype: Any, *, unroll: bool) -> Any:
-    """Casts a weight before the loop instead of at every token. Norms compute in float32, as in training.
-
-    A quantised one stays so on an accelerator. On a CPU a 4-bit number takes a byte anyhow, so dense ones are quicker, and jax 0.10
-    refuses int4 results of one compiled program as another's arguments there.
-    """
-    keep = not unroll if isinstance(leaf, QuantizedWeight) else path[-1].key == "scale"
-    return leaf if keep else leaf.astype(dtype)
-
-
 def prefill(model: Transformer, variables: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], *, int8: bool) -> Prompts:
     """Runs prompts. Their keys and values are kept; of the hidden states only the last one of each."""
+    layout = model.layout
     b, p = prompts.shape
     positions = jnp.broadcast_to(jnp.arange(p, dtype=jnp.int32)[None, :], (b, p))
-    attend = prefill_attend(model.spec, lengths, p, model.implementation)
+    attend = prefill_attend(model.spec, lengths, p, model.implementation, layout)
     hidden, _, stacked = forward(model, variables, prompts, positions, attend, wanted=last_and_own(lengths, p))
-    last = hidden[:, 0]
+    last = hidden[:, 0] if layout is None else layout.constrain(hidden[:, 0], "rows", None)
     if isinstance(variables["params"]["layers"], dict):
-        return Prompts(keep(*stacked, int8=int8), lengths, last)
-    return Prompts(tuple(keep(k[None], v[None], int8=int8, across=True) for k, v in stacked), lengths, last)
+        kept: Any = keep(*stacked, int8=int8)
+    else:
+        kept = tuple(keep(k[None], v[None], int8=int8, across=True) for k, v in stacked)
+    return Prompts(constrain_kept(layout, kept), lengths, last)
 
 
-def place(held: Prompts, new: Prompts, lanes: Int[Array, "b"]) -> Prompts:
-    """Puts newly computed prompts into lanes."""
+def place(held: Prompts, new: Prompts, lanes: Int[Array, "b"], *, layout: Layout | None = None) -> Prompts:
+    """Puts newly computed prompts into lanes.
+
+    Args:
+        lanes: of each prompt; on a mesh one of each row shard, and a lane that is not there where the shard has none to put.
+    """
+    if layout is not None:
+        each = prompts_spec(layout)
+        return layout.local(place, (each, each, layout.spec("prompts")), each)(held, new, lanes)
     kept = jax.tree.map(lambda old, x: old.at[:, lanes].set(x), held.kept, new.kept)
     return Prompts(kept, held.lengths.at[lanes].set(new.lengths), held.hidden.at[lanes].set(new.hidden))
 
 
-def blank_level(spec: ModelSpec, dtype: Any, slots: int, tokens: int, *, int8: bool, unroll: bool) -> Any:
+def prompts_spec(layout: Layout) -> Prompts:
+    """How `Prompts` are cut."""
+    rows = layout.spec("prompts")
+    return Prompts(kept_spec(layout, stacked=True), rows, rows)  # type: ignore[arg-type] - specs in the place of arrays
+
+
+def blank_level(
+    spec: ModelSpec, dtype: Any, slots: int, tokens: int, *, int8: bool, unroll: bool, layout: Layout | None = None
+) -> Any:
     """An empty array of keys and values, [L, S, K, X, Dh]; or a tuple of L of them, [1, S, K, X, Dh]."""
     layers = 1 if unroll else spec.layers
     one = lambda: blank((layers, slots, spec.kv_heads, tokens, spec.head_dim), dtype, int8=int8, across=unroll)  # noqa: E731
-    return tuple(one() for _ in range(spec.layers)) if unroll else one()
+    return constrain_kept(layout, tuple(one() for _ in range(spec.layers)) if unroll else one())
 
 
-def uniform_numbers(controls: Controls, slots: Slots, length: int) -> Float[Array, "S T"]:
+def of_lanes(x: Array, lanes: Int[Array, "S"], layout: Layout | None) -> Array:
+    """Each slot's entry of an array with one a lane."""
+    if layout is None:
+        return x[lanes]
+    rows = layout.spec("rows")
+    return layout.local(lambda x, lanes: x[lanes], (rows, rows), rows)(x, lanes)
+
+
+def uniform_numbers(controls: Controls, slots: Slots, length: int, layout: Layout | None = None) -> Float[Array, "S T"]:
     """One number a token, from (seed, step, prompt, completion, position) and nothing else."""
+    if layout is not None:
+        inputs, local = (layout.spec(), layout.spec("slots")), functools.partial(uniform_numbers, length=length)
+        return layout.local(local, inputs, layout.spec("slots"))(controls, slots)
     base = jax.random.fold_in(jax.random.key(controls.seed), controls.step)
 
     def of(prompt: Array, completion: Array, start: Array) -> Array:
@@ -208,11 +203,50 @@ def uniform_numbers(controls: Controls, slots: Slots, length: int) -> Float[Arra
     return jax.vmap(of)(slots.prompts, slots.completions, slots.base)
 
 
-def logits_of(model: Transformer, params: Params, hidden: Float[Array, "N D"]) -> Float[Array, "N V"]:
-    """float32 logits, soft cap applied."""
-    head = head_matrix(model.spec, params).astype(hidden.dtype)
-    logits = jnp.einsum("nd,vd->nv", hidden, head, precision=precision_of(hidden.dtype), preferred_element_type=jnp.float32)
-    return soft_cap(logits, model.spec.final_softcap)
+def sample_token(
+    hidden: Float[Array, "S D"],
+    head: Float[Array, "V D"],
+    uniform: Float[Array, "S"],
+    banned: Bool[Array, "S"],
+    controls: Controls,
+    *,
+    softcap: float | None,
+    stop_ids: tuple[int, ...],
+    implementation: str | None,
+    vocab_axis: str | None,
+) -> tuple[Int[Array, "S"], Float[Array, "S"], Bool[Array, "S"]]:
+    """One token a slot, its log-probability, and whether it was close.
+
+    Where top-k, top-p or min-p are on, and only there, the vocabulary's logits come together on each device, [S, V].
+
+    Args:
+        head: the rows of this device, in the dtype of `hidden`.
+        banned: True = no stop token may be drawn.
+        vocab_axis: the mesh axis along which the head lies; None where it is whole.
+    """
+    if controls.truncation is None:
+        drawn = head_sample(
+            hidden,
+            head,
+            uniform,
+            temperature=controls.temperature,
+            softcap=softcap,
+            banned_ids=stop_ids,
+            banned=banned,
+            near=sampling.NEAR_LOGITS,
+            vocab_axis=vocab_axis,
+            implementation=implementation,
+        )
+        return drawn.ids, drawn.logp, drawn.close
+    precision = precision_of(hidden.dtype)
+    logits = jnp.einsum("nd,vd->nv", hidden, head, precision=precision, preferred_element_type=jnp.float32)
+    logits = soft_cap(logits, softcap)
+    if vocab_axis is not None:
+        logits = jax.lax.all_gather(logits, vocab_axis, axis=1, tiled=True)
+    if stop_ids:
+        stops = jnp.array(stop_ids, jnp.int32)
+        logits = logits.at[:, stops].set(jnp.where(banned[:, None], -jnp.inf, logits[:, stops]))
+    return draw(logits, uniform, controls.temperature, controls.truncation)
 
 
 def segment(
@@ -236,11 +270,11 @@ def segment(
     Returns:
         The tokens, and their keys and values, in the form of a level, for `write_segment`.
     """
-    spec, s = model.spec, slots.base.shape[0]
+    spec, s, layout = model.spec, slots.base.shape[0], model.layout
     unroll = not isinstance(variables["params"]["layers"], dict)
     implementation = model.implementation
     places = None if table is None else Places(slots.lanes, table, slots.spots)
-    uniforms = uniform_numbers(controls, slots, length + 1)
+    uniforms = uniform_numbers(controls, slots, length + 1, layout)
     stops = jnp.array(stop_ids, jnp.int32)
     first = prompts.kept[0] if unroll else prompts.kept
     # The kernel takes the layers together: a slice that is handed to it would be a copy.
@@ -250,26 +284,21 @@ def segment(
         inside = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
         per_layer = [(inside(prompts.kept[i]), tuple(inside(level[i]) for level in levels)) for i in range(spec.layers)]
 
+    draws = functools.partial(
+        sample_token,
+        softcap=spec.final_softcap,
+        stop_ids=stop_ids,
+        implementation=implementation,
+        vocab_axis=None if layout is None else layout.vocab_axis,
+    )
+    if layout is not None:
+        rows = layout.spec("slots")
+        draws = layout.local(draws, (rows, layout.decoding.spec("vocab", "embed"), rows, rows, layout.spec()), rows)
+
     def sample(hidden: Float[Array, "S D"], column: Array) -> tuple[Array, Array, Array]:
         uniform = jax.lax.dynamic_index_in_dim(uniforms, column, axis=1, keepdims=False)
-        banned = slots.base + column < controls.min_length
-        if controls.truncation is None:
-            drawn = head_sample(
-                hidden,
-                head_matrix(spec, variables["params"]).astype(hidden.dtype),
-                uniform,
-                temperature=controls.temperature,
-                softcap=spec.final_softcap,
-                banned_ids=stop_ids,
-                banned=banned,
-                near=sampling.NEAR_LOGITS,
-                implementation=implementation,
-            )
-            return drawn.ids, drawn.logp, drawn.close
-        logits = logits_of(model, variables["params"], hidden)
-        if stop_ids:
-            logits = logits.at[:, stops].set(jnp.where(banned[:, None], -jnp.inf, logits[:, stops]))
-        return draw(logits, uniform, controls.temperature, controls.truncation)
+        head = head_matrix(spec, variables["params"]).astype(hidden.dtype)
+        return draws(hidden, head, uniform, slots.base + column < controls.min_length, controls)
 
     def record(tokens: Tokens, drawn: tuple[Array, Array, Array], column: Array, live: Array) -> Tokens:
         ids, logps, close = drawn
@@ -287,8 +316,9 @@ def segment(
 
     def body(state: Decoding) -> Decoding:
         ids = jax.lax.dynamic_index_in_dim(state.tokens.ids, state.step, axis=1)
-        positions = prompts.lengths[slots.lanes] + slots.base + state.step
-        attend = decode_attend(spec, prompts.lengths, slots.base, state.step, places, whole=whole, implementation=implementation)
+        positions = of_lanes(prompts.lengths, slots.lanes, layout) + slots.base + state.step
+        options: Any = {"whole": whole, "implementation": implementation, "layout": layout}
+        attend = decode_attend(spec, prompts.lengths, slots.base, state.step, places, **options)
         hidden, newest, _ = forward(model, variables, ids, positions[:, None], attend, state.newest, per_layer)
         column = state.step + 1
         return Decoding(column, newest, record(state.tokens, sample(hidden[:, 0], column), column, ~state.tokens.done))
@@ -304,15 +334,18 @@ def segment(
     )
     tokens = jax.lax.cond(
         jnp.any(slots.begins),
-        lambda: record(tokens, sample(prompts.hidden[slots.lanes], zero), zero, slots.begins),
+        lambda: record(tokens, sample(of_lanes(prompts.hidden, slots.lanes, layout), zero), zero, slots.begins),
         lambda: tokens,
     )
-    newest = blank_level(spec, model.dtype, s, length, int8=first.k_scale is not None, unroll=unroll)
+    newest = blank_level(spec, model.dtype, s, length, int8=first.k_scale is not None, unroll=unroll, layout=layout)
     # One axis less on a CPU: between a write in place and the product that reads it there must be no reshaping, or it is a copy.
     newest = jax.tree.map(lambda x: x[0], newest) if unroll else newest
     state = Decoding(zero, newest, tokens)
     state = jax.lax.while_loop(lambda x: (x.step < length) & ~jnp.all(x.tokens.done), body, state)
-    return state.tokens, jax.tree.map(lambda x: x[None], state.newest) if unroll else state.newest
+    newest = jax.tree.map(lambda x: x[None], state.newest) if unroll else state.newest
+    # Every process sees all tokens.
+    tokens = state.tokens if layout is None else jax.tree.map(layout.constrain, state.tokens)
+    return tokens, constrain_kept(layout, newest)
 
 
-__all__ = ["Controls", "Prompts", "Slots", "Tokens", "blank_level", "place", "prefill", "prepare", "segment"]
+__all__ = ["Controls", "Prompts", "Slots", "Tokens", "blank_level", "place", "prefill", "segment"]

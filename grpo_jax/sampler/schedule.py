@@ -2,7 +2,7 @@
 
 Enters: how many prompts and completions there are, and which slots have stopped. Leaves: which prompts to compute and which slots
 to begin. Plain Python; nothing here knows a model. Completions begin in order; a prompt is held in a lane from its first
-completion's beginning to its last one's end.
+completion's beginning to its last one's end. On a mesh each row shard has a schedule of its own, and `Shards` is all of them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Schedule:
             refill=refill,
             waiting=deque((prompt, completion) for prompt in range(prompts) for completion in range(generations)),
             rows=np.full(sizes.slots, -1, np.int64),
-            lanes=np.arange(sizes.lanes),
+            lanes=np.where(np.arange(sizes.lanes) < prompts, np.arange(sizes.lanes), -1),
             left=np.full(prompts, generations, np.int64),
         )
 
@@ -115,3 +115,86 @@ class Schedule:
             lanes[slot] = self.lane_of(int(self.rows[slot]) // self.generations)
             table[lanes[slot], self.spots[slot]] = slot
         return lanes, table
+
+
+@dataclass
+class Shards:
+    """The schedules of a mesh's row shards side by side: each has its own slots and lanes, and its own block of the prompts.
+
+    One device is one shard. Rows, prompts and slots are counted through all shards; lanes, and the slots in their table, in each
+    shard from 0, as each device counts its own.
+
+    Attributes:
+        schedules: one a shard, all of the same sizes.
+        firsts: the number of each one's first prompt.
+
+    Example:
+        Shards.of(sizes, 10, 4, shards=4).firsts  # [0, 3, 6, 8]: blocks of 3, 3, 2 and 2 prompts
+    """
+
+    schedules: list[Schedule]
+    firsts: list[int]
+
+    @staticmethod
+    def of(sizes: Sizes, prompts: int, generations: int, *, shards: int = 1, refill: bool = True) -> Shards:
+        """Everything still to do.
+
+        Args:
+            sizes: of one shard.
+            prompts: of all shards.
+        """
+        blocks = [len(block) for block in np.array_split(np.arange(prompts), shards)]
+        firsts = (np.cumsum(blocks) - blocks).tolist()
+        return Shards([Schedule.of(sizes, block, generations, refill=refill) for block in blocks], firsts)
+
+    @property
+    def held(self) -> list[int | None]:
+        """The prompt of each lane; None where it is free."""
+        return [
+            first + int(lane) if lane >= 0 else None
+            for own, first in zip(self.schedules, self.firsts, strict=True)
+            for lane in own.lanes
+        ]
+
+    @property
+    def rows(self) -> np.ndarray:
+        """What each slot decodes; -1 where it is free."""
+        pairs = zip(self.schedules, self.firsts, strict=True)
+        return np.concatenate([np.where(own.rows >= 0, own.rows + first * own.generations, -1) for own, first in pairs])
+
+    @property
+    def spots(self) -> np.ndarray:
+        """Each slot's column in its lane's row of the table."""
+        return np.concatenate([own.spots for own in self.schedules])
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return all(own.finished for own in self.schedules)
+
+    def admit(self) -> tuple[list[list[tuple[int, int | None]]], list[int]]:
+        """Fills free slots.
+
+        Returns:
+            Rounds of prompts to compute, in each of them one a shard: its lane and number, or None, and a lane that is not there,
+            where the shard needs no more. And the slots that begin.
+        """
+        later, begun = [], []
+        for number, (own, first) in enumerate(zip(self.schedules, self.firsts, strict=True)):
+            computed, slots = own.admit()
+            later.append([(lane, first + prompt) for lane, prompt in computed])
+            begun += [number * own.sizes.slots + slot for slot in slots]
+        nothing = (self.schedules[0].sizes.lanes, None)
+        count = max(len(own) for own in later)
+        return [[own[turn] if turn < len(own) else nothing for own in later] for turn in range(count)], begun
+
+    def end(self, slots: Iterable[int]) -> None:
+        """Frees slots whose completion has ended."""
+        each = self.schedules[0].sizes.slots
+        for slot in slots:
+            self.schedules[slot // each].end([slot % each])
+
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Each slot's lane [S], and each lane's slots [lanes, M], of all shards one behind the other; 0 where there is none."""
+        lanes, tables = zip(*(own.places() for own in self.schedules), strict=True)
+        return np.concatenate(lanes), np.concatenate(tables)

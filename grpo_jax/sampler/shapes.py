@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from grpo_jax.config import RolloutConfig
+from grpo_jax.config.checks import require
 from grpo_jax.models.spec import ModelSpec
 
 FIRST_LEVEL = 32
@@ -46,7 +47,7 @@ def pad_rows(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a rollout is compiled for.
+    """What a rollout is compiled for. On a mesh slots, lanes and prompts are those of one row shard.
 
     Attributes:
         slots: S, completions decoded at once.
@@ -102,9 +103,9 @@ def sizes_of(rollout: RolloutConfig, prompts: int, width: int, slots: int) -> Si
     """The sizes of a step's rollout.
 
     Args:
-        prompts: B.
+        prompts: B; on a mesh the most that a row shard has.
         width: tokens of the longest prompt.
-        slots: completions decoded at once, at most B·G.
+        slots: completions decoded at once, at most B·G; on a mesh those of one row shard.
     """
     g = rollout.num_generations
     rows = prompts * g
@@ -122,26 +123,66 @@ def sizes_of(rollout: RolloutConfig, prompts: int, width: int, slots: int) -> Si
     )
 
 
-def slot_bytes(spec: ModelSpec, rollout: RolloutConfig, width: int, itemsize: int) -> int:
-    """Memory of one slot: its keys and values at full length, its share of the prompt's, and a few rows of logits."""
+def truncates(rollout: RolloutConfig) -> bool:
+    """Whether top-k, top-p or min-p cut something off."""
+    return rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0
+
+
+def slot_bytes(spec: ModelSpec, rollout: RolloutConfig, width: int, itemsize: int, tensor: int = 1) -> int:
+    """Memory of one slot: its keys and values at full length, its share of the prompt's, and a few rows of logits.
+
+    Args:
+        tensor: devices over which heads and vocabulary are spread; the memory is that on each of them.
+    """
     token = 2 * spec.layers * spec.kv_heads * (spec.head_dim + 4 if rollout.kv_dtype == "int8" else spec.head_dim * itemsize)
     shared = round_up(width) / min(rollout.num_generations, 4)
-    return int(token * (rollout.max_completion_length + segment_length(rollout, True) + shared)) + 24 * spec.vocab
+    vocabulary = spec.vocab if truncates(rollout) else spec.vocab // tensor
+    return int(token / tensor * (rollout.max_completion_length + segment_length(rollout, True) + shared)) + 24 * vocabulary
 
 
-def choose_slots(spec: ModelSpec, rollout: RolloutConfig, prompts: int, width: int, itemsize: int, free_bytes: int | None) -> int:
+def check_slots(slots: int | None, shards: int) -> None:
+    """Checks that the slots of a run spread evenly over the row shards of a mesh.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    mend = f"each of the {shards} row shards (mesh.data · mesh.fsdp) has as many: use a multiple of {shards}"
+    require(slots is None or slots % shards == 0, "rollout.slots", slots, mend)
+
+
+def choose_slots(
+    spec: ModelSpec,
+    rollout: RolloutConfig,
+    prompts: int,
+    width: int,
+    itemsize: int,
+    free_bytes: int | None,
+    *,
+    shards: int = 1,
+    tensor: int = 1,
+) -> int:
     """Slots of a rollout: as set, or all completions of the step, or as many whole groups as fit into the memory.
 
     Args:
-        free_bytes: memory that is free; None where it is not known.
+        free_bytes: memory that is free on each device, the weights in place; None where it is not known.
+        shards: row shards, among which prompts and slots are shared out.
+        tensor: devices of each.
+
+    Returns:
+        Slots of all shards together. All completions of the step are those of `shards` equal blocks of prompts, the last ones
+        perhaps with prompts that are not there.
+
+    Raises:
+        ConfigError: see `check_slots`.
     """
-    rows = prompts * rollout.num_generations
-    if rollout.slots is not None:
-        return min(rollout.slots, rows)
-    if free_bytes is None:
-        return rows
-    fit = int(free_bytes * MEMORY_SHARE) // slot_bytes(spec, rollout, width, itemsize)
-    if fit >= rows:
-        return rows
+    check_slots(rollout.slots, shards)
     g = rollout.num_generations
-    return max(1, fit // g * g or fit)
+    rows = -(-prompts // shards) * g
+    if rollout.slots is not None:
+        return min(rollout.slots, shards * rows)
+    if free_bytes is None:
+        return shards * rows
+    fit = int(free_bytes * MEMORY_SHARE) // slot_bytes(spec, rollout, width, itemsize, tensor)
+    if fit >= rows:
+        return shards * rows
+    return shards * max(1, fit // g * g or fit)

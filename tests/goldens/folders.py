@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from goldens.weights import tensor
 
 HERE = Path(__file__).resolve().parent
-FAMILIES = ("llama2", "llama3_scaled", "llama_linear", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
+FAMILIES = ("llama2", "llama3_scaled", "llama_linear", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gemma2", "gemma3")
 ADAPTERS = {"llama3_all_linear": "llama3_scaled", "qwen2_all_linear": "qwen2", "gemma3_rslora": "gemma3"}
 """Name of a PEFT adapter → the model that it adapts."""
 

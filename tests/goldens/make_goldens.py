@@ -1,4 +1,4 @@
-"""Makes the folders beside it with torch, transformers and PEFT; run by hand: `python tests/goldens/make_goldens.py`.
+"""Makes the folders beside it with torch, transformers and PEFT; run by hand: `python tests/goldens/make_goldens.py [NAME ...]`.
 
 For each family: a tiny model with every special feature switched on, its config in both spellings (which must load to the
 same model), and per-token log-probabilities in float32 with eager attention. Each feature is then switched off once, and must
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -101,6 +102,38 @@ NEW: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
             "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
         },
         [{"rms_norm_eps": 1e-1}],
+    ),
+    "mixtral": (
+        "mixtral",
+        {
+            **COMMON,
+            "vocab_size": 109,
+            "intermediate_size": 24,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 9,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        },
+        [{"num_experts_per_tok": 1}, {"num_experts_per_tok": 3}, {"sliding_window": None}],
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            **COMMON,
+            "vocab_size": 107,
+            "head_dim": 16,
+            "moe_intermediate_size": 20,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+        },
+        [
+            {"norm_topk_prob": False},
+            {"num_experts_per_tok": 2},
+            {"rms_norm_eps": 1e-1},
+            {"use_sliding_window": True, "sliding_window": 7},
+        ],
     ),
     "gemma2": (
         "gemma2",
@@ -191,25 +224,37 @@ def hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
     if family in ("qwen2", "qwen3"):
         old["max_window_layers"] = 28
         old["sliding_window"] = 16 if family == "qwen2" else None  # there, and off: use_sliding_window is false
+    if family == "qwen3_moe":
+        old["num_experts"] = old.pop("num_local_experts")
+        old["max_window_layers"] = 28
     if family == "gemma2":
         old["hidden_act"] = "gelu_pytorch_tanh"
         old["cache_implementation"] = "hybrid"
     return old
 
 
-def load_model(config_file: dict[str, Any], family: str, *, strict: bool = True) -> torch.nn.Module:
+def load_model(config_file: dict[str, Any], family: str) -> torch.nn.Module:
     """The transformers model of a config.json with the weights of `weights.py`."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config_file))
-        config = AutoConfig.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
-    weights = {name: torch.from_numpy(array) for name, array in model_tensors(family).items()}
-    missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = ["lm_head.weight"] if config.tie_word_embeddings else []
-    if strict and (unexpected or missing != tied):
-        raise RuntimeError(f"{family}: missing {missing}, unexpected {unexpected}")
-    model.tie_weights()
+        save_file(model_tensors(family), Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        model, told = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+        )
+    wrong = {key: names for key, names in told.items() if names and key != "error_msgs"}
+    if wrong or told["error_msgs"]:
+        raise RuntimeError(f"{family}: {told}")
     return model.eval()
+
+
+def tensor_shapes(model: torch.nn.Module, *, tied: bool) -> dict[str, list[int]]:
+    """The tensors of a model's files. Those of experts have other names in memory, where all are one."""
+    tensors = model.state_dict()
+    if any(".experts." in name for name in tensors):
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            tensors = load_file(f"{folder}/model.safetensors")
+    return {name: list(value.shape) for name, value in tensors.items() if not (tied and name == "lm_head.weight")}
 
 
 @torch.no_grad()
@@ -239,11 +284,7 @@ def make_family(family: str) -> None:
     config.architectures = [type(shell).__name__]
     new = json.loads(config.to_json_string())
     hub = hub_spelling(family, new)
-    shapes = {
-        name: list(value.shape)
-        for name, value in shell.state_dict().items()
-        if not (config.tie_word_embeddings and name == "lm_head.weight")
-    }
+    shapes = tensor_shapes(shell, tied=config.tie_word_embeddings)
     ids = np.random.default_rng(len(shapes)).integers(3, settings["vocab_size"], (2, LENGTH))
     write(folder, shapes, ids, np.zeros((2, LENGTH - 1), np.float32))
     logps = logprobs(load_model(new, family), ids)
@@ -294,7 +335,6 @@ def make_adapter(adapter: str) -> None:
 
 if __name__ == "__main__":
     print("transformers", transformers.__version__, "torch", torch.__version__)
-    for name in NEW:
-        make_family(name)
-    for name in ADAPTERS:
-        make_adapter(name)
+    asked = sys.argv[1:] or [*NEW, *ADAPTERS]
+    for name in asked:
+        make_family(name) if name in NEW else make_adapter(name)

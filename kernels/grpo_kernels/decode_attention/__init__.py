@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -22,6 +21,7 @@ from grpo_kernels.decode_attention.kept import NO_WINDOW, Kept, Places, layer_of
 from grpo_kernels.decode_attention.pallas_tpu import decode_attention_tpu
 from grpo_kernels.decode_attention.reference import decode_attention_reference
 from grpo_kernels.decode_attention.xla import decode_attention_xla
+from grpo_kernels.target import platform
 
 __all__ = ["NO_WINDOW", "Implementation", "Kept", "Places", "chosen", "decode_attention", "layer_of"]
 
@@ -37,7 +37,7 @@ def chosen(implementation: str | None, width: int) -> str:
 
     Heads that do not fill whole tiles XLA lays out with X inside, and a kernel would be handed a padded copy of everything.
     """
-    return implementation or ("tpu" if jax.default_backend() == "tpu" and width % LANES == 0 else "gpu")
+    return implementation or ("tpu" if platform() == "tpu" and width % LANES == 0 else "gpu")
 
 
 def decode_attention(

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from grpo_kernels.group_advantages.pallas_tpu import group_advantages_tpu
 from grpo_kernels.group_advantages.reference import advantages_of, statistics
+from grpo_kernels.target import platform
 
 __all__ = ["Scale", "group_advantages"]
 
@@ -23,7 +24,7 @@ def group_advantages(
     scale: str = "group",
     eps: float | int = 1e-4,
     valid: ArrayLike | None = None,
-    axis_name: str | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B G"]:
     """Advantage A = (r − mean) / (std + eps) of every completion within its group. Nothing has a gradient.
@@ -37,7 +38,8 @@ def group_advantages(
     A valid reward that is NaN or infinite is not hidden: the advantages of its group (with `batch`, of the whole batch) are NaN.
 
     Under `shard_map` over prompts (with `check_vma=False`, which a Pallas call needs) groups are whole on each device, and only
-    `batch` needs the others: name the mesh axis. A group that is itself split over devices is to be gathered first: G numbers.
+    `batch` needs the others: name the mesh axis, or several. A group that is itself split over devices is to be gathered first:
+    G numbers.
 
     Args:
         rewards: [B, G], B prompts with G completions each. Taken as float32.
@@ -45,7 +47,7 @@ def group_advantages(
             (A = r − mean, Dr. GRPO, section 3.2, https://arxiv.org/abs/2503.20783). The mean is the group's in all three.
         eps: Added to the deviation; 0 is allowed.
         valid: [B, G], True = the completion could be scored; None = all of them.
-        axis_name: mesh axis that the batch is split over, inside `shard_map`; matters to `batch` alone.
+        axis_name: mesh axis, or axes, that the batch is split over, inside `shard_map`; matters to `batch` alone.
         implementation: "reference" or "gpu" (both plain, for XLA to fuse), "tpu" (Pallas), or None: "tpu" on a TPU, else "gpu".
 
     Returns:
@@ -63,7 +65,7 @@ def group_advantages(
     if not eps >= 0:
         raise ValueError(f"eps is {eps}: use 0 or a small positive number such as 1e-4")
     if implementation is None:
-        implementation = "tpu" if jax.default_backend() == "tpu" else "gpu"
+        implementation = "tpu" if platform() == "tpu" else "gpu"
     if implementation not in ("reference", "tpu", "gpu"):
         raise ValueError(f"implementation is {implementation!r}: choose from reference, tpu, gpu, or None")
     rewards_BG = jax.lax.stop_gradient(jnp.asarray(rewards, jnp.float32))

@@ -18,7 +18,7 @@ class Statistics(NamedTuple):
 
 
 def statistics(
-    rewards: Float[Array, "B G"], valid: Bool[Array, "B G"], axis: int | None, axis_name: str | None = None
+    rewards: Float[Array, "B G"], valid: Bool[Array, "B G"], axis: int | None, axis_name: str | tuple[str, ...] | None = None
 ) -> Statistics:
     """Differences from the mean, deviation (ddof 1), and whether there are two different rewards at all.
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grpo_kernels.group_attention.pallas_tpu import group_attention_tpu
 from grpo_kernels.group_attention.reference import group_attention_reference
 from grpo_kernels.group_attention.xla import CPU, GPU, group_attention_xla
+from grpo_kernels.target import platform
 
 __all__ = ["Implementation", "group_attention"]
 
@@ -61,7 +61,7 @@ def group_attention(
     check(q, k, v, prompt_lengths, prompt_width, generations, softcap)
     if implementation not in (None, "reference", "tpu", "gpu"):
         raise ValueError(f"group_attention: implementation {implementation!r} is unknown; use 'reference', 'tpu', 'gpu' or None")
-    device = jax.default_backend()
+    device = platform()
     window = jnp.asarray(window, jnp.int32)
     rest = (prompt_lengths, prompt_width, generations, window, softcap)
     if implementation == "reference" or implementation == "tpu" or (implementation is None and device == "tpu"):

@@ -17,6 +17,7 @@ from grpo_kernels.grpo_loss.pallas_tpu import grpo_loss_tpu
 from grpo_kernels.grpo_loss.reference import Constants, Sums, grpo_loss_reference
 from grpo_kernels.grpo_loss.settings import LossSettings
 from grpo_kernels.grpo_loss.xla import Slopes, grpo_loss_and_slopes
+from grpo_kernels.target import platform
 
 __all__ = ["LossSettings", "check_shapes", "checked", "grpo_loss"]
 
@@ -63,7 +64,7 @@ def grpo_loss(
         ValueError: shapes do not agree, the settings need log-probabilities that are not given, or an unknown implementation.
     """
     if implementation is None:
-        implementation = "tpu" if jax.default_backend() == "tpu" else "gpu"
+        implementation = "tpu" if platform() == "tpu" else "gpu"
     if implementation not in ("reference", "tpu", "gpu"):
         raise ValueError(f"implementation is {implementation!r}: choose from reference, tpu, gpu, or None")
     policy, whole, constants = checked(

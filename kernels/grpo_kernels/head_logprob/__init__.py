@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from grpo_kernels.head_logprob.frozen import How, frozen_head
 from grpo_kernels.head_logprob.reference import head_logprob_reference
 from grpo_kernels.head_logprob.trained import trained_head
+from grpo_kernels.target import platform
 
 __all__ = ["head_logprob"]
 
@@ -57,7 +58,7 @@ def head_logprob(
     if x.dtype != w.dtype or x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"head_logprob: x is {x.dtype} and w is {w.dtype}; make both float32 or both bfloat16")
     if implementation is None:
-        implementation = "tpu" if jax.default_backend() == "tpu" else "gpu"
+        implementation = "tpu" if platform() == "tpu" else "gpu"
     if implementation not in ("reference", "tpu", "gpu"):
         raise ValueError(
             f"head_logprob: implementation {implementation!r} is unknown; use 'reference', 'tpu', 'gpu' or None for the device's"

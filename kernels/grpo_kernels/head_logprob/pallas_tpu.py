@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from grpo_kernels.head_logprob.sums import LOWEST, Sums, cap_and_slope, has_row, product_precision, vary_like
+from grpo_kernels.target import platform, target
 
 LANES = 128
 ROWS = 256
@@ -32,7 +33,10 @@ def vector_memory() -> int:
     That is 16 MiB up to v4, 64 on v5p and v7x, 128 on v5e and v6e. Where the chip is not there to ask, and for those with more, 64.
     """
     whole = 64 * 2**20
-    if jax.default_backend() == "tpu":
+    chip = target()
+    if chip is not None and chip.vector_memory_bytes:
+        whole = min(whole, chip.vector_memory_bytes)
+    elif platform() == "tpu":
         whole = min(whole, pltpu.get_tpu_info().vmem_capacity_bytes)
     return whole * 3 // 4
 

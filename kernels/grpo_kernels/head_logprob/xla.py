@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grpo_kernels.head_logprob.sums import LOWEST, Sums, cap_and_slope, has_row, product_precision, vary_like
+from grpo_kernels.target import platform
 
 TOKENS = 4096
 """Tokens of a tile: a GPU wants large products, each of which costs a launch."""
@@ -27,7 +28,7 @@ VOCABULARY = 2048
 
 def tile_tokens() -> int:
     """By the device of this process."""
-    return TOKENS_ON_CPU if jax.default_backend() == "cpu" else TOKENS
+    return TOKENS_ON_CPU if platform() == "cpu" else TOKENS
 
 
 def pieces(size: int, most: int, multiple: int) -> tuple[int, int]:

@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from grpo_kernels.head_sample.draws import NEAR_LOGITS, Draws
 from grpo_kernels.head_sample.pallas_tpu import head_sample_tpu
-from grpo_kernels.head_sample.reference import NEAR_LOGITS, Draws, head_sample_reference
+from grpo_kernels.head_sample.reference import head_sample_reference
+from grpo_kernels.target import platform
 
 __all__ = ["Draws", "Implementation", "head_sample"]
 
@@ -31,13 +33,14 @@ def head_sample(
     banned_ids: tuple[int, ...] = (),
     banned: Bool[Array, "S"] | None = None,
     near: float = NEAR_LOGITS,
+    vocab_axis: str | None = None,
     implementation: str | None = None,
 ) -> Draws:
     """One token a row from softmax(cap(x Wᵀ) / temperature), its log-probability and the entropy. Nothing has a gradient.
 
     Args:
         x: hidden states, float32 or bfloat16; with `w` in the same dtype.
-        w: the head, one row per vocabulary entry; on one device.
+        w: the head, one row per vocabulary entry.
         uniform: float32 numbers in [0, 1).
         temperature: float32; divides the (capped) logits. 0 takes the most probable token, the first of them where they tie, and
             log-probability and entropy are then those at temperature 1.
@@ -45,6 +48,10 @@ def head_sample(
         banned_ids: tokens that some rows may not draw; not all of the vocabulary. Numbers past its end are no tokens anyhow.
         banned: True = the row may not draw `banned_ids`; None where no row is so.
         near: logits this close are a near-tie.
+        vocab_axis: within `shard_map(check_vma=False)`, the mesh axis along which the head lies: `w` is this device's rows, equally
+            many on each, in the order of the axis; all else is the same on each, and so are the results, whose ids count through
+            all rows. A row's token is the one that a single device draws, near-ties aside; ten numbers of it pass between
+            the devices.
         implementation: `reference` (plain, builds [S, V]), `tpu` (Pallas, [S, V/128]), or None: `tpu` on a TPU, else `reference`.
 
     Raises:
@@ -59,9 +66,10 @@ def head_sample(
     if any(token < 0 for token in banned_ids):
         raise ValueError(f"head_sample: banned_ids {banned_ids} are not all tokens; they start at 0")
     if implementation is None:
-        implementation = "tpu" if jax.default_backend() == "tpu" else "reference"
+        implementation = "tpu" if platform() == "tpu" else "reference"
     if implementation not in ("reference", "tpu"):
         raise ValueError(f"head_sample: implementation {implementation!r} is unknown; use 'reference', 'tpu' or None")
-    banned_ids = () if banned is None else tuple(token for token in banned_ids if token < w.shape[0])
+    vocabulary = w.shape[0] * (1 if vocab_axis is None else jax.lax.axis_size(vocab_axis))
+    banned_ids = () if banned is None else tuple(token for token in banned_ids if token < vocabulary)
     function = head_sample_tpu if implementation == "tpu" else head_sample_reference
-    return function(x, w, uniform, temperature, softcap, banned_ids, banned if banned_ids else None, near)
+    return function(x, w, uniform, temperature, softcap, banned_ids, banned if banned_ids else None, near, vocab_axis)

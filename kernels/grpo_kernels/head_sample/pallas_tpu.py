@@ -20,7 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_kernels.head_sample.reference import BLOCK, Draws, is_near, pick_block, pick_within, take
+from grpo_kernels.head_sample.across import Own, Whole, from_holder, whole_of
+from grpo_kernels.head_sample.draws import BLOCK, Draws, is_near, passes, pick_block, pick_within, take
 
 LANES = 128
 VMEM_BYTES = 12 * 2**20
@@ -54,12 +55,21 @@ def capped(logits: Array, softcap: float | None) -> Array:
 
 
 def statistics_kernel(
-    scale: Any, x: Any, banned: Any, w: Any, *sums: Any, vocabulary: int, softcap: float | None, banned_ids: tuple[int, ...]
+    scale: Any,
+    first: Any,
+    x: Any,
+    banned: Any,
+    w: Any,
+    *sums: Any,
+    vocabulary: int,
+    softcap: float | None,
+    banned_ids: tuple[int, ...],
 ) -> None:
     """One block of W against one tile of rows.
 
     Args:
         scale: 1 / temperature, a scalar.
+        first: number of W's first token, a scalar.
         x: hidden states, [H, rows].
         banned: [1, rows], not 0 where `banned_ids` may not be drawn.
         w: [block, H].
@@ -72,7 +82,7 @@ def statistics_kernel(
     drop = token >= vocabulary
     if banned_ids:
         forbidden = jnp.broadcast_to(banned[...], (size, rows)) != 0
-        drop = drop | (functools.reduce(jnp.logical_or, [token == number for number in banned_ids]) & forbidden)
+        drop = drop | (functools.reduce(jnp.logical_or, [token == number - first[0] for number in banned_ids]) & forbidden)
     grouped = jnp.where(drop, -jnp.inf, logits).reshape(size // BLOCK, BLOCK, rows)
     top = jnp.max(grouped, axis=1)
     gap = grouped - jnp.where(top > -jnp.inf, top, jnp.float32(0))[:, None, :]
@@ -90,6 +100,7 @@ def group_statistics(
     softcap: float | None,
     banned_ids: tuple[int, ...],
     banned: Bool[Array, "S"] | None,
+    first: Int[Array, ""],
 ) -> tuple[Float[Array, "S B"], ...]:
     """m, Σ exp(l − m), Σ exp(l − m)·(l − m) and Σ exp(2(l − m)) of each group; B covers V, groups past its end are empty."""
     (rows, width), vocabulary = x.shape, w.shape[0]
@@ -102,6 +113,7 @@ def group_statistics(
         grid=(pl.cdiv(rows, tile), blocks),
         in_specs=[
             pl.BlockSpec(memory_space=pltpu.SMEM),
+            pl.BlockSpec(memory_space=pltpu.SMEM),
             pl.BlockSpec((width, tile), lambda i, j: (0, i)),
             pl.BlockSpec((1, tile), lambda i, j: (0, i)),
             pl.BlockSpec((size, width), lambda i, j: (j, 0)),
@@ -110,7 +122,7 @@ def group_statistics(
         out_shape=[jax.ShapeDtypeStruct((blocks, groups, rows), jnp.float32)] * 4,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
         name="head_sample_statistics",
-    )(scale[None], x.T, flags, w)
+    )(scale[None], first[None], x.T, flags, w)
     return tuple(part.reshape(blocks * groups, rows).T for part in sums)
 
 
@@ -138,6 +150,29 @@ def own_logits(x: Float[Array, "S H"], w: Float[Array, "V H"], group: Int[Array,
     )(group, x[:, None, :], w)[:, 0]
 
 
+def drawn_group(
+    weights: Float[Array, "S B"], own: Own, uniform: Float[Array, "S"], greedy: Bool[Array, ""], near: float, axis: str | None
+) -> tuple[Float[Array, "S B"], Int[Array, "S"], Float[Array, "S"], Whole]:
+    """The group that each row draws.
+
+    Returns:
+        (weights of the groups in the whole vocabulary's unit, the group, the sum before it, the whole vocabulary's numbers).
+    """
+    if axis is None:
+        group, before, target, drawn = pick_block(weights, uniform)
+        log_total = jnp.log(own.total)
+        entropy = jnp.maximum(log_total - own.gaps / own.total, jnp.float32(0))
+        spread = jnp.sqrt(own.squares) / own.total
+        one, nothing = jnp.ones_like(drawn), jnp.zeros_like(drawn)
+        whole = Whole(one > 0, one, nothing, target, drawn, own.top, log_total, entropy, spread, own.near)
+        return weights, group, before, whole
+    running = jnp.cumsum(weights, axis=-1)
+    whole = whole_of(own._replace(drawn=running[:, -1]), uniform, greedy, near, axis)
+    weights = weights * whole.factor[:, None]
+    group, before = passes(weights, running * whole.factor[:, None], whole.target - whole.before)
+    return weights, group, whole.before + before, whole
+
+
 def head_sample_tpu(
     x: Float[Array, "S H"],
     w: Float[Array, "V H"],
@@ -147,39 +182,45 @@ def head_sample_tpu(
     banned_ids: tuple[int, ...],
     banned: Bool[Array, "S"] | None,
     near: float,
+    axis: str | None,
 ) -> Draws:
     """See `head_sample`."""
-    greedy = temperature <= 0
+    greedy, vocabulary = temperature <= 0, w.shape[0]
     scale = 1 / jnp.where(greedy, jnp.float32(1), temperature)
-    tops, sums, gaps, squares = group_statistics(x, w, scale, softcap, banned_ids, banned)
+    first = jnp.int32(0) if axis is None else jax.lax.axis_index(axis) * vocabulary
+    tops, sums, gaps, squares = group_statistics(x, w, scale, softcap, banned_ids, banned, first)
     top = jnp.max(tops, axis=-1)
     below = jnp.where(sums > 0, tops - top[:, None], jnp.float32(0))
     share = jnp.where(sums > 0, jnp.exp(below), jnp.float32(0))
     weights = sums * share
-    total = jnp.sum(weights, axis=-1)
-    entropy = jnp.log(total) - jnp.sum(share * (gaps + sums * below), axis=-1) / total
-
+    own = Own(
+        top=top,
+        total=jnp.sum(weights, axis=-1),
+        gaps=jnp.sum(share * (gaps + sums * below), axis=-1),
+        squares=jnp.sum(squares * jnp.square(share), axis=-1),
+        drawn=top,
+        near=jnp.sum(tops > (top - jnp.float32(near))[:, None], axis=-1, dtype=jnp.float32),
+    )
     # Greedy is the same draw among the groups of the most probable alone, at 0: the first of them.
-    weights = jnp.where(greedy, (tops == top[:, None]).astype(jnp.float32), weights)
+    weights = jnp.where(greedy, ((tops == top[:, None]) & (sums > 0)).astype(jnp.float32), weights)
     uniform = jnp.where(greedy, jnp.float32(0), uniform)
-    group, before, target, whole = pick_block(weights, uniform)
+    weights, group, before, whole = drawn_group(weights, own, uniform, greedy, near, axis)
 
-    own = capped(own_logits(x, w, group), softcap) * scale
+    logits = capped(own_logits(x, w, group), softcap) * scale
     tokens = group[:, None] * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)[None, :]
-    drop = tokens >= w.shape[0]
+    drop = tokens >= vocabulary
     if banned is not None:
-        drop = drop | (jnp.isin(tokens, jnp.array(banned_ids, jnp.int32)) & banned[:, None])
-    own = jnp.where(drop, -jnp.inf, own)
-    own_top = jnp.max(own, axis=-1, keepdims=True)
-    own_weights = jnp.where(greedy, (own == own_top).astype(jnp.float32), jnp.exp(own - own_top))
+        drop = drop | (jnp.isin(tokens + first, jnp.array(banned_ids, jnp.int32)) & banned[:, None])
+    logits = jnp.where(drop, -jnp.inf, logits)
+    highest = jnp.max(logits, axis=-1, keepdims=True)
+    within = jnp.where(greedy, (logits == highest).astype(jnp.float32), jnp.exp(logits - highest))
     # The two kernels round differently: within the group shares count, and its sum stays the one that it was drawn by.
-    own_weights = own_weights * (take(weights, group) / jnp.sum(own_weights, axis=-1))[:, None]
-    index, start, end = pick_within(own_weights, before, target, whole)
+    within = within * (take(weights, group) / jnp.sum(within, axis=-1))[:, None]
+    index, start, end = pick_within(within, before, whole.target, whole.drawn)
 
-    spread = jnp.sqrt(jnp.sum(squares * jnp.square(share), axis=-1)) / total
-    border = is_near(uniform, start, spread, near) | is_near(uniform, end, spread, near)
-    other_group = jnp.sum(tops > (top - jnp.float32(near))[:, None], axis=-1, dtype=jnp.int32) > 1
-    same_group = jnp.sum(own > own_top - jnp.float32(near), axis=-1, dtype=jnp.int32) > 1
-    close = jnp.where(greedy, other_group | same_group, border)
-    logp = jnp.minimum(take(own, index) - top - jnp.log(total), jnp.float32(0))
-    return Draws(group * BLOCK + index, logp, jnp.maximum(entropy, jnp.float32(0)), close)
+    border = is_near(uniform, start, whole.spread, near) | is_near(uniform, end, whole.spread, near)
+    same_group = jnp.sum(logits > highest - jnp.float32(near), axis=-1, dtype=jnp.int32) > 1
+    close = jnp.where(greedy, (whole.near > 1) | same_group, border)
+    logp = jnp.minimum(take(logits, index) - whole.top - whole.log_total, jnp.float32(0))
+    draws = Draws(group * BLOCK + index, logp, whole.entropy, close)
+    return draws if axis is None else from_holder(draws, whole.here, vocabulary, axis)

@@ -1,124 +1,13 @@
-"""The plain form of `head_sample`: all logits, and the inverse distribution function. The oracle of the others, and fast on a CPU.
-
-Its parts serve elsewhere too: `draw_scaled` where logits are at hand, `pick_block` and `pick_within` where only sums are.
-"""
+"""The plain form of `head_sample`: all logits, and the inverse distribution function. It is the oracle, and fast on a CPU."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-BLOCK = 128
-
-NEAR_LOGITS = 1e-4
-"""Logits this close are a near-tie: other shapes of the same float32 computation may draw another token."""
-
-
-class Draws(NamedTuple):
-    """One token a row.
-
-    Attributes:
-        ids: the tokens, int32.
-        logp: nats, of the distribution drawn from (greedy: at temperature 1).
-        entropy: nats, of the same distribution.
-        close: whether another token might have been drawn with other shapes; see `inverse_distribution`.
-    """
-
-    ids: Int[Array, "S"]
-    logp: Float[Array, "S"]
-    entropy: Float[Array, "S"]
-    close: Bool[Array, "S"]
-
-
-def take(x: Array, column: Int[Array, "N"]) -> Array:
-    """x[n, column[n]] of every row."""
-    return jnp.take_along_axis(x, column[:, None], axis=-1)[:, 0]
-
-
-def pick_block(
-    sums: Float[Array, "N B"], uniform: Float[Array, "N"]
-) -> tuple[Int[Array, "N"], Float[Array, "N"], Float[Array, "N"], Float[Array, "N"]]:
-    """The block in which the running sum passes uniform · total; the heaviest one where rounding runs past the end.
-
-    Returns:
-        (block, sum before it, uniform · total, total).
-    """
-    running = jnp.cumsum(sums, axis=-1)
-    total = running[:, -1]
-    target = uniform * total
-    block = jnp.sum(running <= target[:, None], axis=-1, dtype=jnp.int32)
-    blocks = sums.shape[-1]
-    heaviest = jnp.argmax(sums, axis=-1).astype(jnp.int32)
-    inside = take(sums, jnp.minimum(block, blocks - 1)) > 0
-    block = jnp.where((block < blocks) & inside, block, heaviest)
-    return block, take(running - sums, block), target, total
-
-
-def pick_within(
-    own: Float[Array, "N W"], before: Float[Array, "N"], target: Float[Array, "N"], total: Float[Array, "N"]
-) -> tuple[Int[Array, "N"], Float[Array, "N"], Float[Array, "N"]]:
-    """The token of a block, by its weights, and the shares of the total at which it starts and ends."""
-    within = jnp.cumsum(own, axis=-1)
-    index = jnp.sum(within <= (target - before)[:, None], axis=-1, dtype=jnp.int32)
-    last = own.shape[-1] - 1
-    weight = take(own, jnp.minimum(index, last))
-    index = jnp.where((index <= last) & (weight > 0), index, jnp.argmax(own, axis=-1).astype(jnp.int32))
-    end = (before + take(within, index)) / total
-    return index, end - take(own, index) / total, end
-
-
-def is_near(uniform: Float[Array, "N"], border: Float[Array, "N"], spread: Float[Array, "N"], near: float) -> Bool[Array, "N"]:
-    """Whether changes of the logits by `near` move the border as far as the number; spread is √(Σ p²)."""
-    moves = jnp.minimum(spread, jnp.float32(2**0.5) * border * (1 - border))
-    return jnp.abs(uniform - border) < jnp.float32(near) * moves
-
-
-def inverse_distribution(
-    weights: Float[Array, "N V"], uniform: Float[Array, "N"], near: float = NEAR_LOGITS
-) -> tuple[Int[Array, "N"], Bool[Array, "N"]]:
-    """The token at which the running sum of the weights passes uniform · total; first among blocks, then within one.
-
-    A token of weight 0 is never taken: where rounding runs past the end, the heaviest token of the block is.
-
-    Returns:
-        The tokens, and whether a draw is close: independent changes of the logits by `near` could have given another
-        token. They move a border at share F of the total by that times √(Σ p²) at most, and by √2 · F · (1 - F) at most.
-    """
-    n, v = weights.shape
-    blocks = -(-v // BLOCK)
-    weights = jnp.pad(weights, ((0, 0), (0, blocks * BLOCK - v))).reshape(n, blocks, BLOCK)
-    block, before, target, total = pick_block(jnp.sum(weights, axis=-1), uniform)
-    own = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
-    index, start, end = pick_within(own, before, target, total)
-    spread = jnp.sqrt(jnp.sum(jnp.square(weights), axis=(1, 2))) / total
-    close = is_near(uniform, start, spread, near) | is_near(uniform, end, spread, near)
-    return block * BLOCK + index, close
-
-
-def draw_scaled(scaled: Float[Array, "N V"], uniform: Float[Array, "N"], greedy: Bool[Array, ""], near: float) -> Draws:
-    """Draws from softmax(scaled), or takes the largest where greedy.
-
-    Args:
-        scaled: logits over temperature, float32 (greedy: over 1); -inf is never drawn.
-    """
-    top = jnp.max(scaled, axis=-1, keepdims=True)
-    weights = jnp.exp(scaled - top)
-    total = jnp.sum(weights, axis=-1)
-    # Greedy is the same draw among the most probable alone, at 0: the first of them.
-    best = jnp.where(greedy, (scaled == top).astype(jnp.float32), weights)
-    ids, close = inverse_distribution(best, jnp.where(greedy, jnp.float32(0), uniform), near)
-
-    def second_is_near() -> Bool[Array, "N"]:
-        return jnp.sum(scaled > top - jnp.float32(near), axis=-1, dtype=jnp.int32) > 1
-
-    close = jax.lax.cond(greedy, second_is_near, lambda: close)
-    logp = take(scaled, ids) - top[:, 0] - jnp.log(total)
-    gap = jnp.where(weights > 0, scaled - top, jnp.float32(0))
-    entropy = jnp.log(total) - jnp.sum(weights * gap, axis=-1) / total
-    return Draws(ids, logp, jnp.maximum(entropy, jnp.float32(0)), close)
+from grpo_kernels.head_sample.across import draw_scaled_across
+from grpo_kernels.head_sample.draws import Draws, draw_scaled
 
 
 def head_sample_reference(
@@ -130,6 +19,7 @@ def head_sample_reference(
     banned_ids: tuple[int, ...],
     banned: Bool[Array, "S"] | None,
     near: float,
+    axis: str | None,
 ) -> Draws:
     """See `head_sample`."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
@@ -138,6 +28,12 @@ def head_sample_reference(
         logits = jnp.float32(softcap) * jnp.tanh(logits / jnp.float32(softcap))
     if banned is not None:
         ids = jnp.array(banned_ids, jnp.int32)
+        if axis is not None:  # Counted from this device's first token; other devices' are past the end, where nothing is written.
+            ids = ids - jax.lax.axis_index(axis) * w.shape[0]
+            ids = jnp.where((ids >= 0) & (ids < w.shape[0]), ids, w.shape[0])
         logits = logits.at[:, ids].set(jnp.where(banned[:, None], -jnp.inf, logits[:, ids]))
     greedy = temperature <= 0
-    return draw_scaled(logits / jnp.where(greedy, jnp.float32(1), temperature), uniform, greedy, near)
+    scaled = logits / jnp.where(greedy, jnp.float32(1), temperature)
+    if axis is not None:
+        return draw_scaled_across(scaled, uniform, greedy, near, axis)
+    return draw_scaled(scaled, uniform, greedy, near)

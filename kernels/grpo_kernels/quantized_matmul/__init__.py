@@ -13,6 +13,7 @@ from grpo_kernels.quantized_matmul.formats import Format, QuantizedWeight, dequa
 from grpo_kernels.quantized_matmul.pallas_tpu import quantized_matmul_tpu, refusal
 from grpo_kernels.quantized_matmul.reference import quantized_matmul_reference
 from grpo_kernels.quantized_matmul.xla import quantized_matmul_xla
+from grpo_kernels.target import platform
 
 __all__ = ["Format", "QuantizedWeight", "dequantize", "quantize", "quantized_matmul", "quantized_shapes", "weight_bytes"]
 
@@ -49,7 +50,7 @@ def quantized_matmul(
         raise ValueError(f"quantized_matmul: x is {x.dtype}; make it float32 or bfloat16")
     why = refusal(w)
     if implementation is None:
-        implementation = "tpu" if jax.default_backend() == "tpu" and why is None else "gpu"
+        implementation = "tpu" if platform() == "tpu" and why is None else "gpu"
     if implementation not in FUNCTIONS:
         raise ValueError(f"quantized_matmul: implementation {implementation!r} is unknown; use 'reference', 'tpu', 'gpu' or None")
     if implementation == "tpu" and why is not None:

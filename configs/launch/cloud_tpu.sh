@@ -1,0 +1,23 @@
+#!/bin/bash
+# Trains on a Cloud TPU slice, one process on each of its hosts; JAX asks the cloud's metadata for the others. Run it on a machine
+# with gcloud, from the checkout:
+#     ZONE=us-east5-b BUCKET=my-bucket bash configs/launch/cloud_tpu.sh configs/gsm8k_llama3.1_8b.yaml
+# Settings behind the YAML file win over it. Given again it goes on from the last checkpoint. The slice is paid for until
+#     gcloud compute tpus tpu-vm delete grpo --zone "$ZONE"
+set -euo pipefail
+ZONE=${ZONE:?the zone, such as us-east5-b}
+BUCKET=${BUCKET:?the bucket that all hosts keep the run in}
+NAME=${NAME:-grpo} TYPE=${TYPE:-v6e-16} VERSION=${VERSION:-v2-alpha-tpuv6e}
+config=${1:?a YAML file}
+shift
+
+on_all_hosts() { gcloud compute tpus tpu-vm ssh "$NAME" --zone "$ZONE" --worker=all --command "$1"; }
+
+gcloud compute tpus tpu-vm describe "$NAME" --zone "$ZONE" >/dev/null 2>&1 ||
+    gcloud compute tpus tpu-vm create "$NAME" --zone "$ZONE" --accelerator-type "$TYPE" --version "$VERSION"
+git archive --format=tar.gz --output=grpo-source.tar.gz HEAD
+gcloud compute tpus tpu-vm scp grpo-source.tar.gz "$NAME":source.tar.gz --zone "$ZONE" --worker=all
+on_all_hosts "mkdir -p grpo && tar -xzf source.tar.gz -C grpo && pip install -q -e 'grpo[tpu]'"
+# Storage that all hosts share: the run folder needs it.
+on_all_hosts "mkdir -p shared && (mountpoint -q shared || gcsfuse --implicit-dirs $BUCKET shared)"
+on_all_hosts "cd grpo && python3 -m grpo_jax train --config $config --train.run_dir ../shared/runs/$NAME --train.quiet true --resume $*"

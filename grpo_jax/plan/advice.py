@@ -1,0 +1,248 @@
+"""What would make a run fit: changes of its settings, the cheapest first, each tried by compiling.
+
+Enters: a run that does not fit. Leaves: the settings to change, as soon as one set of them fits. Cheap is what costs a step little
+time and nothing else: smaller micro-batches, computing again, fewer slots; then rounding keys and values, moving activations to the
+host, rounding the base, another mesh, and more chips at last.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from grpo_jax.config import Config, ConfigError
+from grpo_jax.config.load import config_from_dict, config_to_dict
+from grpo_jax.models import ModelError, ModelSpec
+from grpo_jax.plan.micro_batch import micro_batch_that_fits, smaller_micro_batches
+from grpo_jax.plan.targets import GPU_COUNTS, TPUS, Machine, machine_of
+from grpo_jax.plan.verdict import Planner, Verdict
+from grpo_jax.sharding import ShardingError, make_layout
+
+Changes = dict[str, Any]
+"""{"section.field": value}."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A set of changes that was compiled.
+
+    Attributes:
+        target: another machine, or None.
+        peak_bytes: None where the settings were refused.
+    """
+
+    changes: Changes
+    target: str | None
+    fits: bool
+    peak_bytes: int | None
+    says: str
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to change.
+
+    Attributes:
+        fits: whether these changes were found to fit.
+        changes: settings; none where the run fits as it is, or nothing helps.
+        target: a larger machine, where only that helps.
+        attempts: everything that was tried, in order.
+    """
+
+    fits: bool
+    changes: Changes
+    target: str | None
+    attempts: tuple[Attempt, ...]
+
+
+def with_changes(config: Config, changes: Changes) -> Config:
+    """The settings with some of them changed.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    values = config_to_dict(config)
+    for name, value in changes.items():
+        section, _, key = name.partition(".")
+        values[section] = values[section] | {key: value}
+    return config_from_dict(values)
+
+
+def for_mesh(config: Config, spec: ModelSpec, machine: Machine) -> Changes:
+    """What has to be changed so that prompts, micro-batch and slots spread evenly over the machine's devices.
+
+    The number of prompts stays, as it changes what is learnt: where it does not spread, heads are spread instead.
+    """
+    changes: Changes = {}
+    count = len(machine.devices)
+    for tensor in (1, 2, 4, 8, 16):
+        trial = config if tensor == 1 else with_changes(config, {"mesh.fsdp": -1, "mesh.tensor": tensor})
+        try:
+            layout = make_layout(trial.mesh, machine.devices)
+        except ConfigError:
+            continue
+        rows = 1 if layout is None else layout.rows
+        if config.train.prompts_per_step % rows or (tensor > 1 and (count % tensor or spec.kv_heads % tensor)):
+            continue
+        if tensor > 1:
+            changes |= {"mesh.fsdp": -1, "mesh.tensor": tensor}
+        micro, slots = config.train.micro_batch_prompts, config.rollout.slots
+        if isinstance(micro, int) and micro % rows:
+            changes["train.micro_batch_prompts"] = rows
+        if slots is not None and slots % rows:
+            changes["rollout.slots"] = -(-slots // rows) * rows
+        return changes
+    return {}
+
+
+@dataclass
+class Search:
+    """The search for changes that fit.
+
+    Attributes:
+        changes: those that are kept so far.
+        show: told of each attempt.
+    """
+
+    planner: Planner
+    config: Config
+    machine: Machine
+    verdict: Verdict
+    changes: Changes
+    show: Callable[[str], None]
+    attempts: list[Attempt]
+
+    def run(self) -> Advice:
+        """Tries one kind of change after the other; what lowers the peak of a phase that does not fit is kept."""
+        for kind in (self.smaller, self.remat, self.fewer_slots, self.kept_int8, self.offload, self.quantized, self.meshes):
+            for changes in kind():
+                if self.try_changes(changes) and self.verdict.all_fits:
+                    return self.advice(None)
+        for name in larger_than(self.machine):
+            larger = machine_of(name)
+            own = for_mesh(self.config, self.planner.spec, larger)
+            found = self.compiled(own, larger)
+            if found is not None and found.all_fits:
+                self.changes = own
+                return self.advice(name)
+        return Advice(False, {}, None, tuple(self.attempts))
+
+    def advice(self, target: str | None) -> Advice:
+        """The changes that fit."""
+        return Advice(True, self.changes, target, tuple(self.attempts))
+
+    def compiled(self, changes: Changes, machine: Machine) -> Verdict | None:
+        """The verdict with changes; None where the settings do not allow them."""
+        target = None if machine is self.machine else machine.name
+        said = ", ".join([f"{name}: {value}" for name, value in changes.items()] + ([target] if target else []))
+        self.show(f"trying {said}")
+        try:
+            found = self.planner.verdict(with_changes(self.config, changes), machine)
+        except (ConfigError, ModelError, ShardingError) as error:
+            self.attempts.append(Attempt(changes, target, False, None, str(error)))
+            self.show(f"  not possible: {error}")
+            return None
+        self.attempts.append(Attempt(changes, target, found.all_fits, found.peak_bytes, ""))
+        self.show(f"  {'fits' if found.all_fits else 'does not fit'}: {found.peak_bytes / 2**30:.2f} GiB")
+        return found
+
+    def try_changes(self, changes: Changes) -> bool:
+        """Keeps changes that lower what a phase that does not fit needs."""
+        before, wanted = self.verdict, self.changes | changes
+        found = self.compiled(wanted, self.machine)
+        if found is None:
+            return False
+        pairs = ((before.update, found.update), (before.rollout.needs, found.rollout.needs))
+        better = any(not before.fits(old) and (found.fits(new) or new.peak_bytes < old.peak_bytes) for old, new in pairs)
+        worse = any(before.fits(old) and not found.fits(new) for old, new in pairs)
+        if better and not worse:
+            self.verdict, self.changes = found, wanted
+            return True
+        return False
+
+    def smaller(self) -> Iterator[Changes]:
+        """Smaller micro-batches."""
+        update, limit = self.verdict.update, self.machine.limit_bytes
+        if self.verdict.fits(update) or limit is None:
+            return
+        config = self.verdict.config
+        layout = make_layout(config.mesh, self.machine.devices)
+        varying = update.memory["activations"] + update.memory["temporaries"]
+        tried = self.verdict.micro_batch
+        sizes = smaller_micro_batches(config, tried, layout)
+        fixed = sum(update.memory.values()) - varying
+        for prompts, completions in micro_batch_that_fits(config, sizes, tried, fixed, varying, limit):
+            yield {"train.micro_batch_prompts": prompts, "train.micro_batch_completions": completions}
+            if self.verdict.fits(self.verdict.update):
+                return
+
+    def remat(self) -> Iterator[Changes]:
+        """Each layer's inside is computed again."""
+        if not self.verdict.fits(self.verdict.update) and self.verdict.remat == "none":
+            yield {"model.remat": "layer"}
+
+    def fewer_slots(self) -> Iterator[Changes]:
+        """Fewer completions at once: half, and half again."""
+        rows = (make_layout(self.verdict.config.mesh, self.machine.devices) or Rows(1)).rows
+        slots = self.verdict.rollout.slots
+        while not self.verdict.fits(self.verdict.rollout.needs) and slots > rows:
+            slots = max(rows, slots // 2 // rows * rows)
+            yield {"rollout.slots": slots}
+
+    def kept_int8(self) -> Iterator[Changes]:
+        """Keys and values in int8."""
+        if not self.verdict.fits(self.verdict.rollout.needs) and self.verdict.config.rollout.kv_dtype != "int8":
+            yield {"rollout.kv_dtype": "int8"}
+
+    def offload(self) -> Iterator[Changes]:
+        """Layer inputs wait in the host's memory."""
+        if not self.verdict.fits(self.verdict.update) and self.verdict.remat != "offload":
+            yield {"model.remat": "offload"}
+
+    def quantized(self) -> Iterator[Changes]:
+        """The frozen base in fewer bits."""
+        config = self.config
+        if config.lora.rank == 0 and config.lora.adapter is None:
+            return
+        order = ["none", "int8", "int4"]
+        held = config.model.quantization
+        for form in order[order.index(held) + 1 :] if held in order else []:
+            if not self.verdict.all_fits:
+                yield {"model.quantization": form}
+
+    def meshes(self) -> Iterator[Changes]:
+        """More shards of heads and vocabulary: decoding then holds a smaller part of the weights on each device."""
+        count = len(self.machine.devices)
+        tensor = self.verdict.config.mesh.tensor
+        for size in (2, 4, 8, 16):
+            if not self.verdict.all_fits and tensor < size <= count and count % size == 0:
+                base = with_changes(self.config, {"mesh.fsdp": -1, "mesh.tensor": size})
+                yield {"mesh.fsdp": -1, "mesh.tensor": size} | for_mesh(base, self.planner.spec, self.machine)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Row shards of one device."""
+
+    rows: int
+
+
+def larger_than(machine: Machine) -> list[str]:
+    """The next larger machines of a kind, two at most."""
+    tpu, gpu = re.fullmatch(r"(v\d+[a-z]?)-(\d+)", machine.name), re.fullmatch(r"([a-z]+\d+(?:[-_]80)?)(?:x(\d+))?", machine.name)
+    if tpu and tpu[1] in TPUS:
+        return [f"{tpu[1]}-{size}" for size in TPUS[tpu[1]].slices if size > int(tpu[2])][:2]
+    if gpu and machine.name != "cpu":
+        return [f"{gpu[1]}x{size}" for size in GPU_COUNTS if size > int(gpu[2] or 1) and size in (2, 4, 8)][:2]
+    return []
+
+
+def find_advice(planner: Planner, config: Config, machine: Machine, verdict: Verdict, show: Callable[[str], None]) -> Advice:
+    """Changes with which the run fits.
+
+    Raises:
+        PlanError: a larger machine of the kind cannot be compiled for.
+    """
+    return Search(planner, config, machine, verdict, {}, show, []).run()

@@ -1,0 +1,321 @@
+"""What the update and the rollout need of each device, found by compiling exactly what training runs.
+
+Enters: settings, a spec, a machine. Leaves: per phase the bytes of each component at its peak, with everything that is resident.
+
+Two programs decide: the update at the longest prompts and completions, and the rollout's segment with all levels of the past
+(prefill, and the gathering of weights on a mesh, come before it with fewer arrays, and are compiled too). Arrays that a program
+takes or hands on are counted as the shapes say; what a compiler needs beside them is `temporaries`: scratch memory, its padding,
+its code, results. Of an update's scratch memory what the backward pass keeps is `activations`, read from the traced gradient.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.errors import JaxRuntimeError
+from jax.extend.core import Literal
+
+from grpo_jax.config import Config
+from grpo_jax.models import ModelSpec
+from grpo_jax.models.quantize import quantization_of
+from grpo_jax.plan.abstract import (
+    Places,
+    abstract_frozen,
+    abstract_state,
+    device_bytes,
+    longest_batch,
+    shaped,
+)
+from grpo_jax.policy import Policy
+from grpo_jax.programs import Announce, Program, silently
+from grpo_jax.runs import updates_of
+from grpo_jax.sampler import Sampler, controls_of
+from grpo_jax.sampler.device import Slots, blank_level, prefill
+from grpo_jax.sampler.shapes import Sizes, choose_slots, round_up, sizes_of
+from grpo_jax.sampler.weights import gathers, prepare
+from grpo_jax.step import Learner, Split
+from grpo_jax.types import TrainState
+
+COMPONENTS = ("base", "adapters", "optimizer", "reference", "prefix_kv", "suffix_kv", "activations", "temporaries")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a phase needs of each device at its peak.
+
+    Attributes:
+        memory: bytes by component; their sum is the peak.
+        compile_seconds: spent on its programs.
+        refused: what the compiler said where it found that a program alone is too large; `memory` then holds what it told.
+    """
+
+    memory: dict[str, int]
+    compile_seconds: float
+    refused: str = ""
+
+    @property
+    def peak_bytes(self) -> int:
+        """All components together."""
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A run that is planned.
+
+    Attributes:
+        policy: without weights.
+        micro_batch: (prompts, completions of each).
+        announce: entered around each compilation.
+    """
+
+    config: Config
+    spec: ModelSpec
+    places: Places
+    policy: Policy
+    learner: Learner
+    state: TrainState
+    announce: Announce = silently
+
+    @staticmethod
+    def of(config: Config, policy: Policy, places: Places, model: Any, micro_batch: tuple[int, int], announce: Announce) -> Subject:
+        """Everything but the programs."""
+        full = policy.adapters is None
+        learner = Learner.of(
+            config, model, full=full, micro_batch=micro_batch, updates=updates_of(config, False), stop_ids=policy.stop_ids
+        )
+        state = abstract_state(learner, policy, places)
+        return Subject(config, policy.spec, places, policy, learner, state, announce)
+
+    @property
+    def resident(self) -> dict[str, int]:
+        """Bytes of what is there from the first step to the last, each array once.
+
+        The policy's own adapters, or in full training its weights, stay beside those that are trained, which begin as a copy.
+        """
+        own, trained = device_bytes(self.policy.params), device_bytes(self.state.trainable)
+        memory = dict.fromkeys(COMPONENTS, 0) | {"optimizer": device_bytes((self.state.step, self.state.opt_state))}
+        if self.policy.adapters is None:
+            return memory | {"base": trained, "reference": own}
+        start = device_bytes(self.policy.adapters)
+        return memory | {"base": own, "adapters": trained, "reference": start}
+
+
+@dataclass
+class Told:
+    """What compilers said of a phase's programs: the largest sum decides.
+
+    Attributes:
+        seconds: of compiling.
+    """
+
+    resident: dict[str, int]
+    worst: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    refused: str = ""
+
+    def add(self, program: Program, arguments: Any, static: dict[str, Any], held: dict[str, int], activations: int = 0) -> Any:
+        """Compiles a program beside the arrays that are there.
+
+        Args:
+            held: bytes by component, its arguments among them.
+            activations: of its scratch memory what a backward pass keeps.
+
+        Returns:
+            Shapes of its results; None where the compiler found it too large.
+        """
+        start = time.perf_counter()
+        try:
+            compiled = program.compiled(*arguments, **static)
+        except JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            self.seconds += time.perf_counter() - start
+            self.refuse(str(error), device_bytes(arguments), held)
+            return None
+        self.seconds += time.perf_counter() - start
+        told = compiled.memory_analysis()
+        results = jax.tree.map(shaped, compiled.out_info, compiled.output_shardings)
+        beside = 0 if told is None else told.argument_size_in_bytes - device_bytes(arguments)
+        if told is not None:
+            beside += told.temp_size_in_bytes + told.generated_code_size_in_bytes
+            beside += told.output_size_in_bytes - told.alias_size_in_bytes
+        kept = min(activations, max(0, beside))
+        self.keep(held | {"activations": kept, "temporaries": max(0, beside - kept)})
+        return results
+
+    def keep(self, memory: dict[str, int]) -> None:
+        """Remembers the largest."""
+        if sum(memory.values()) > sum(self.worst.values()):
+            self.worst = memory
+
+    def refuse(self, message: str, taken: int, held: dict[str, int]) -> None:
+        """The compiler's own sum is of the program alone: arguments, results and scratch memory."""
+        self.refused = message.splitlines()[0]
+        found = re.search(r"\(([\d.]+)([KMG])\) exceeds", message) or re.search(r"Used ([\d.]+)([KMG])", message)
+        whole = float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]] if found else 0
+        self.keep(held | {"temporaries": max(0, int(whole) - taken)})
+
+    @property
+    def needs(self) -> Needs:
+        """The result."""
+        return Needs(self.worst or self.resident, self.seconds, self.refused)
+
+
+def update_needs(subject: Subject, program: Program | None = None) -> Needs:
+    """Of one update at the longest lengths.
+
+    Args:
+        program: compiled instead of a new one, and kept for the run.
+    """
+    learner, state = subject.learner, subject.state
+    batch, frozen = longest_batch(subject.config, subject.places), abstract_frozen(subject.config, subject.policy)
+    program = program or Program("update", learner.train_step, donate=(0,), announce=subject.announce)
+    told = Told(subject.resident)
+    held = subject.resident | {"temporaries": 0}
+    kept = activation_bytes(subject)
+    told.add(program, (state, batch, frozen), {}, held, kept)
+    # The batch is an argument, and nobody's component.
+    worst = told.worst | {"temporaries": told.worst["temporaries"] + device_bytes(batch)}
+    return replace(told.needs, memory=worst)
+
+
+def activation_bytes(subject: Subject) -> int:
+    """What the backward pass of a micro-batch keeps on each device: results of the traced forward pass that are not its arguments.
+
+    On a mesh each row shard has its part of them; what of it is cut over `tensor` too is left to the compiler's sum.
+    """
+    learner, layout = subject.learner, subject.places.layout
+    batch, frozen = longest_batch(subject.config, subject.places), abstract_frozen(subject.config, subject.policy)
+    plain = replace(learner, model=learner.model.clone(layout=None))
+    split = jax.eval_shape(lambda batch: Split.of(batch, learner.micro_batch), batch)
+    first = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)  # noqa: E731
+    texts = tuple(jax.tree.map(first, (split.prompt_ids, split.prompt_lengths, split.completion_ids)))
+
+    def backward(trainable: Any, texts: Any, frozen: Any) -> Any:
+        def logps(trainable: Any) -> Any:
+            variables = plain.policy(trainable, frozen)
+            return plain.logprobs(variables, texts, plain.restriction, head_trainable=plain.full)[0]
+
+        return jax.vjp(logps, trainable)[1]
+
+    bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (subject.state.trainable, texts, frozen))
+    traced = jax.make_jaxpr(backward)(*bare).jaxpr
+    given = {id(variable) for variable in (*traced.invars, *traced.constvars)}
+    kept = {id(x): x.aval for x in traced.outvars if id(x) not in given and not isinstance(x, Literal)}
+    total = sum(aval.size * aval.dtype.itemsize for aval in kept.values() if aval.memory_space != jax.memory.Space.Host)
+    return total // (1 if layout is None else layout.rows)
+
+
+def decoding_weights(subject: Subject, sampler: Sampler, told: Told) -> tuple[Any, dict[str, int]]:
+    """The weights of a rollout, and what is held of them beside the resident ones."""
+    model, resident = sampler.model, subject.resident
+    variables = subject.learner.policy(subject.state.trainable, abstract_frozen(subject.config, subject.policy))
+    if model.unroll or gathers(model.layout):
+        made = told.add(sampler.prepare, (variables,), {"unroll": model.unroll}, resident)
+        if made is None:
+            made = jax.eval_shape(lambda x: prepare(model.clone(layout=None), x, unroll=model.unroll), variables)
+            made = subject.places.put_model(subject.spec, made)
+        return made, added(resident, made["params"], made.get("lora", {}))
+    made = jax.eval_shape(lambda x: prepare(model.clone(layout=None), x, unroll=False), variables)
+    made = subject.places.put_model(subject.spec, made)
+    # Without a program an array of the right format is handed on as it is.
+    before = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
+    adapted = set(variables.get("lora", {}).get("layers", {})) if "lora" not in made else set()
+
+    def new(tree: Any, name: str) -> list[Any]:
+        found = []
+        for path, leaf in jax.tree_util.tree_leaves_with_path({name: tree}):
+            merged = any(str(getattr(key, "key", "")) in adapted for key in path) and path[-1] == jax.tree_util.DictKey("kernel")
+            if merged or before[jax.tree_util.keystr(path)].dtype != leaf.dtype:
+                found.append(leaf)
+        return found
+
+    return made, added(resident, new(made["params"], "params"), new(made.get("lora", {}), "lora"))
+
+
+def added(memory: dict[str, int], base: Any, adapters: Any) -> dict[str, int]:
+    """Bytes with more weights and adapters."""
+    return memory | {
+        "base": memory["base"] + device_bytes(base),
+        "adapters": memory["adapters"] + device_bytes(adapters),
+    }
+
+
+@dataclass(frozen=True)
+class RolloutNeeds:
+    """A rollout's needs, and the slots that they are for.
+
+    Attributes:
+        slots: of all row shards together.
+    """
+
+    needs: Needs
+    slots: int
+    sizes: Sizes
+
+
+def rollout_needs(subject: Subject, limit_bytes: int | None, sampler: Sampler | None = None) -> RolloutNeeds:
+    """Of a rollout at the longest lengths.
+
+    Args:
+        limit_bytes: of each device; chooses the slots where the settings do not.
+        sampler: its programs are compiled instead of new ones, and kept for the run.
+    """
+    config, spec, places = subject.config, subject.spec, subject.places
+    rollout, layout = config.rollout, places.layout
+    sampler = sampler or Sampler.build(
+        subject.policy.model,
+        subject.policy.stop_ids,
+        announce=subject.announce,
+        quantization=quantization_of(subject.policy.params),
+    )
+    told = Told(subject.resident)
+    weights, held = decoding_weights(subject, sampler, told)
+    shards, tensor = (1, 1) if layout is None else (layout.rows, layout.tensor)
+    prompts, width = config.train.prompts_per_step, config.rollout.max_prompt_length
+    free = None if limit_bytes is None else max(0, limit_bytes - sum(held.values()))
+    itemsize = jnp.dtype(subject.policy.dtype).itemsize
+    slots = choose_slots(spec, rollout, prompts, width, itemsize, free, shards=shards, tensor=tensor)
+    sizes = sizes_of(rollout, -(-prompts // shards), width, slots // shards)
+    int8, unroll = rollout.kv_dtype == "int8", sampler.model.unroll
+
+    def texts(count: int) -> tuple[Any, Any]:
+        ids, lengths = jax.ShapeDtypeStruct((count, round_up(width)), jnp.int32), jax.ShapeDtypeStruct((count,), jnp.int32)
+        return places.put((ids, lengths), "prompts")
+
+    computed = told.add(sampler.prefill, (weights, *texts(shards * sizes.lanes)), {"int8": int8}, held | {"prefix_kv": 0})
+    if computed is None:
+        plain = sampler.model.clone(layout=None)
+        computed = jax.eval_shape(lambda *x: prefill(plain, *x, int8=int8), weights, *texts(shards * sizes.lanes))
+        computed = computed.replace(
+            kept=places.put(computed.kept, "layers", "slots", "kv_heads"),
+            lengths=places.put(computed.lengths, "prompts"),
+            hidden=places.put(computed.hidden, "prompts"),
+        )
+    levels = tuple(
+        places.put(
+            jax.eval_shape(
+                lambda size=size: blank_level(spec, sampler.model.dtype, shards * sizes.slots, size, int8=int8, unroll=unroll)
+            ),
+            "layers",
+            "slots",
+            "kv_heads",
+        )
+        for size in sizes.levels
+    )
+    held |= {"prefix_kv": device_bytes(computed), "suffix_kv": device_bytes(levels)}
+    if not sizes.fixed and computed is not None:
+        told.add(sampler.prefill, (weights, *texts(shards)), {"int8": int8}, held)
+    count = shards * sizes.slots
+    number, flag = (places.put(jax.ShapeDtypeStruct((count,), dtype), "slots") for dtype in (jnp.int32, jnp.bool_))
+    table = None if sizes.fixed else places.put(jax.ShapeDtypeStruct((shards * sizes.lanes, sizes.spots), jnp.int32), "prompts")
+    controls = places.put(jax.eval_shape(lambda: controls_of(rollout, 0, 0)))
+    arguments = (weights, computed, levels, Slots(*[number] * 7, live=flag, begins=flag), table, controls)
+    told.add(sampler.segment, arguments, {"length": sizes.segment}, held)
+    return RolloutNeeds(told.needs, slots, sizes)

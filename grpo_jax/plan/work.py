@@ -1,0 +1,112 @@
+"""Operations and bytes of a step, counted from the shapes, and the time that they take at least.
+
+Enters: a spec and sizes. Leaves: `Work`. A compiler's own count takes a loop's body once, so it does not serve. Collectives between
+chips are left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec
+
+
+class Shapes(Protocol):
+    """The sizes that a count needs; `bench.BenchOptions` has them."""
+
+    @property
+    def prompts(self) -> int: ...
+    @property
+    def num_generations(self) -> int: ...
+    @property
+    def prompt_length(self) -> int: ...
+    @property
+    def slots(self) -> int | None: ...
+    @property
+    def lora_rank(self) -> int: ...
+    @property
+    def kv_dtype(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step needs at least, counted from the shapes.
+
+    Attributes:
+        layer_parameters: weights of the layers' matrices.
+        active_parameters: of these, those that one token meets: all of them, unless a router chooses among experts.
+        head_parameters: weights of the head.
+        update_tokens: tokens of prompts, counted once, and of completions.
+        update_flops: of the reference (forward) and the policy (forward and backward), the head on completion tokens only;
+            recomputing is not counted. 2 operations a weight and token for a forward, 2 for the gradient of the inputs, 2 more
+            for that of the weights where they are trained; attention over the keys that a query sees.
+        rollout_flops: of prompts, and of every token of a completion.
+        rollout_steps: tokens of the longest completion, or with fewer slots than completions all tokens over the slots.
+        weight_bytes: of all weights, read at every step of a rollout.
+        past_bytes: the keys and values that the steps' queries see, a prompt's once a group.
+    """
+
+    layer_parameters: int
+    active_parameters: int
+    head_parameters: int
+    update_tokens: int
+    update_flops: float
+    rollout_flops: float
+    rollout_steps: float
+    weight_bytes: float
+    past_bytes: float
+
+    @property
+    def rollout_bytes(self) -> float:
+        """Of all steps, on one device."""
+        return self.rollout_steps * self.weight_bytes + self.past_bytes
+
+    @staticmethod
+    def of(
+        spec: ModelSpec,
+        shapes: Shapes,
+        lengths: np.ndarray,
+        itemsize: int,
+        *,
+        reference: bool = True,
+        layer_itemsize: float | None = None,
+    ) -> Work:
+        """Counts.
+
+        Args:
+            lengths: tokens of each completion.
+            itemsize: bytes of a weight.
+            reference: whether it is scored.
+            layer_itemsize: bytes of a weight of the layers, where they are quantised.
+        """
+        parts = {name: spec.layers * rows * columns for name, (rows, columns) in spec.linear_shapes().items()}
+        experts = {name: spec.experts if spec.experts and name in EXPERT_LINEARS else 1 for name in parts}
+        layers = sum(size * experts[name] for name, size in parts.items())
+        active = sum(size * min(experts[name], max(1, spec.experts_per_token)) for name, size in parts.items())
+        head = spec.vocab * spec.width
+        completions, prompts = float(lengths.sum()), shapes.prompts * shapes.prompt_length
+        seen = shapes.prompts * shapes.prompt_length**2 / 2 + float((lengths * shapes.prompt_length + lengths**2 / 2).sum())
+        attention = 4 * spec.layers * spec.heads * spec.head_dim * seen
+        forward = 2 * active * (prompts + completions) + 2 * head * completions + attention
+        # dx of the linear layers and the head; dq, dk, dv of attention cost twice its forward.
+        backward = forward + attention + (2 * active * (prompts + completions) + 2 * head * completions) * (shapes.lora_rank == 0)
+        slots = min(shapes.slots or len(lengths), len(lengths))
+        steps = float(max(lengths.max(), completions / slots))
+        key_bytes = 1 if shapes.kv_dtype == "int8" else itemsize
+        token = 2 * spec.layers * spec.kv_heads * spec.head_dim * key_bytes
+        groups = slots / shapes.num_generations
+        past = float((lengths**2 / 2).sum()) + steps * groups * shapes.prompt_length
+        return Work(
+            layer_parameters=layers,
+            active_parameters=active,
+            head_parameters=head,
+            update_tokens=int(prompts + completions),
+            update_flops=(2 if reference else 1) * forward + backward,
+            rollout_flops=forward,
+            rollout_steps=steps,
+            weight_bytes=layers * (layer_itemsize or itemsize) + head * itemsize,
+            past_bytes=past * token,
+        )
