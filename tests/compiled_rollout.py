@@ -77,7 +77,13 @@ def size_of(tree: Any) -> int:
 
 
 def segment_memory(
-    device: Any, *, refilled: bool, int8: bool = False, options: dict[str, Any] | None = None, implementation: str | None = None
+    device: Any,
+    *,
+    refilled: bool,
+    int8: bool = False,
+    options: dict[str, Any] | None = None,
+    implementation: str | None = None,
+    rank: int = 32,
 ) -> Memory:
     """Compiles a segment of 64 slots: 8 prompts of 2,048 tokens, 8 completions each, up to 1,024 tokens held of each.
 
@@ -86,6 +92,7 @@ def segment_memory(
         refilled: slots take completions of any prompt, as they come free.
         options: for XLA's compiler.
         implementation: of the kernels; None goes by the device of this process, which is not the one compiled for.
+        rank: of the adapters; where it is the number of a device's slots, what a layer computes passes for copies of them.
     """
     layout = device if isinstance(device, Layout) else None
 
@@ -94,7 +101,7 @@ def segment_memory(
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
     model = Transformer(LLAMA_8B, jnp.dtype("bfloat16"), 2.0, implementation=implementation, layout=layout)
-    lora = jax.eval_shape(lambda: init_lora(LLAMA_8B, LoraConfig(rank=32), jax.random.key(0)))
+    lora = jax.eval_shape(lambda: init_lora(LLAMA_8B, LoraConfig(rank=rank), jax.random.key(0)))
     lora = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), lora)
     weights = on({"params": abstract_params(LLAMA_8B, jnp.bfloat16), "lora": lora})
     if layout is not None:
