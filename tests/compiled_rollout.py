@@ -128,6 +128,7 @@ def segment_memory(
         compiler_options=options
     )
     told: Any = compiled.memory_analysis()
+    program_text = compiled.as_text() or ""
     return Memory(
         arguments=told.argument_size_in_bytes,
         temporaries=told.temp_size_in_bytes,
@@ -137,8 +138,8 @@ def segment_memory(
         past=size_of(levels),
         newest=size_of(newest),
         logits=4 * slots * VOCAB,
-        copied=LAYERS * copied_bytes(compiled.as_text(), (weights, held, levels)),
-        passed=max([0, *(size for kind, size in collectives(compiled.as_text()) if kind != "all-reduce")]),
+        copied=LAYERS * copied_bytes(program_text, (weights, held, levels)),
+        passed=max([0, *(size for kind, size in collectives(program_text) if kind != "all-reduce")]),
     )
 
 
