@@ -30,6 +30,8 @@ from grpo_jax.evaluate import Evaluation, evaluate_held_out, policy_of_config, r
 from grpo_jax.metrics import Display, RunFolder, step_values
 from grpo_jax.models import find_model, read_folder_spec
 from grpo_jax.models.axes import check_mesh
+from grpo_jax.plan.auto import fit_run
+from grpo_jax.plan.micro_batch import micro_batch_of, tokens_of
 from grpo_jax.policy import Policy, sampler_of, trained_model
 from grpo_jax.programs import Program, compile_seconds
 from grpo_jax.prompts import PromptSource
@@ -57,10 +59,6 @@ TRUNCATED_LINE = (
     "log-probabilities: truncated as sampling is (top_p, top_k, min_p), so the update computes logits again in its backward pass "
     "instead of keeping one vector a token; objective.match_sampling false takes the whole distribution's, without that cost"
 )
-
-CACHED_BYTES = 2**23
-"""Size up to which an array of hidden states stays near a processor: on two cores, with four layers of width 256, updates whose
-arrays had 13 MB took a tenth to a fifth longer than with 3 to 7 MB."""
 
 
 def train(
@@ -165,11 +163,14 @@ def prepare(
 
 
 def assemble(config: Config, policy: Policy, source: Source, functions: list[NamedFunction], display: Display) -> Run:
-    """Everything that a step needs, from what has been read and checked. Compiles nothing."""
+    """Everything that a step needs, from what has been read and checked. Compiles nothing, but for `micro_batch_prompts: auto`."""
     full = policy.adapters is None
+    frozen = Frozen(base={} if full else policy.params, reference=reference_of(policy, config))
+    if config.train.micro_batch_prompts == "auto":
+        fit = fit_run(config, policy, frozen, display)
+        return Run(fit.config, policy, source, functions, fit.sampler, fit.learner, fit.update, frozen, display)
     micro_batch = micro_batch_of(config, policy)
-    tokens = micro_batch[0] * (config.rollout.max_prompt_length + micro_batch[1] * config.rollout.max_completion_length)
-    model, remat = trained_model(policy, config.model.remat, tokens)
+    model, remat = trained_model(policy, config.model.remat, tokens_of(config, micro_batch))
     if remat != config.model.remat:
         display.note(f"model.remat: {config.model.remat} is {remat} here")
     if config.train.micro_batch_prompts is None and micro_batch[0] < config.train.prompts_per_step:
@@ -186,21 +187,7 @@ def assemble(config: Config, policy: Policy, source: Source, functions: list[Nam
         display.note(TRUNCATED_LINE)
     sampler = sampler_of(policy).announced(display.compiling)
     update = Program("update", learner.train_step, donate=(0,), announce=display.compiling)
-    frozen = Frozen(base={} if full else policy.params, reference=reference_of(policy, config))
     return Run(config, policy, source, functions, sampler, learner, update, frozen, display)
-
-
-def micro_batch_of(config: Config, policy: Policy) -> tuple[int, int]:
-    """Prompts, and completions of each, whose gradient is computed at once. The result does not depend on it."""
-    prompts, generations = config.train.prompts_per_step, config.train.micro_batch_completions or config.rollout.num_generations
-    if config.train.micro_batch_prompts is not None or jax.default_backend() != "cpu":
-        return config.train.micro_batch_prompts or prompts, generations
-    shards = 1 if policy.layout is None else policy.layout.rows
-    tokens = config.rollout.max_prompt_length + generations * config.rollout.max_completion_length
-    widest = max(policy.spec.width, policy.spec.ffw) * policy.model.dtype.itemsize
-    each = prompts // shards
-    sizes = [size for size in range(1, each + 1) if each % size == 0 and size * tokens * widest <= CACHED_BYTES]
-    return shards * max(sizes, default=1), generations
 
 
 def prompts_line(source: PromptSource, limit_tokens: int) -> str:

@@ -21,6 +21,7 @@ import optax
 
 from grpo_jax.checkpoint import Checkpointer
 from grpo_jax.config import Config, check_supervised
+from grpo_jax.config.checks import require
 from grpo_jax.distributed import from_main, is_main
 from grpo_jax.evaluate import policy_of_config
 from grpo_jax.logprobs import completion_logprobs
@@ -44,7 +45,7 @@ from grpo_jax.runs import (
     with_trained,
 )
 from grpo_jax.sampler import Sampler, pad_rows, round_up
-from grpo_jax.sharding import BATCH, Layout, make_layout
+from grpo_jax.sharding import BATCH, Layout, make_layout, spread_prompts
 from grpo_jax.split import Split
 from grpo_jax.step import Learner, PackedMetrics, pack
 from grpo_jax.tokenizer import Tokenizer
@@ -106,7 +107,9 @@ class Warmup:
     def build(config: Config, policy: Policy, source: CompletionSource, display: Display) -> Warmup:
         """Compiles nothing."""
         full, updates, limits = policy.adapters is None, updates_of(config, supervised=True), config.rollout
-        rows = config.train.micro_batch_prompts or config.train.prompts_per_step
+        micro = config.train.micro_batch_prompts
+        require(micro != "auto", "train.micro_batch_prompts", micro, "use a number of rows, or null; auto is for GRPO")
+        rows = spread_prompts(policy.layout, micro) if isinstance(micro, int) else config.train.prompts_per_step
         learner = Learner(
             model=trained_model(policy, config.model.remat, rows * (limits.max_prompt_length + limits.max_completion_length))[0],
             objective=config.objective,

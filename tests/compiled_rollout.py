@@ -79,7 +79,13 @@ def size_of(tree: Any) -> int:
 
 
 def segment_memory(
-    device: Any, *, refilled: bool, int8: bool = False, options: dict[str, Any] | None = None, implementation: str | None = None
+    device: Any,
+    *,
+    refilled: bool,
+    int8: bool = False,
+    options: dict[str, Any] | None = None,
+    implementation: str | None = None,
+    rank: int = 32,
 ) -> Memory:
     """Compiles a segment of 64 slots: 8 prompts of 2,048 tokens, 8 completions each, up to 1,024 tokens held of each.
 
@@ -88,6 +94,7 @@ def segment_memory(
         refilled: slots take completions of any prompt, as they come free.
         options: for XLA's compiler.
         implementation: of the kernels; None goes by the device of this process, which is not the one compiled for.
+        rank: of the adapters; where it is the number of a device's slots, what a layer computes passes for copies of them.
     """
     layout = device if isinstance(device, Layout) else None
 
@@ -96,7 +103,7 @@ def segment_memory(
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
     model = Transformer(LLAMA_8B, jnp.dtype("bfloat16"), 2.0, implementation=implementation, layout=layout)
-    lora = jax.eval_shape(lambda: init_lora(LLAMA_8B, LoraConfig(rank=32), jax.random.key(0)))
+    lora = jax.eval_shape(lambda: init_lora(LLAMA_8B, LoraConfig(rank=rank), jax.random.key(0)))
     lora = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), lora)
     weights = on({"params": abstract_params(LLAMA_8B, jnp.bfloat16), "lora": lora})
     if layout is not None:
@@ -125,6 +132,7 @@ def segment_memory(
     writing = jax.jit(functools.partial(write_segment, together=not refilled, layout=layout), donate_argnums=(0,))
     told: Any = compiled.memory_analysis()
     written: Any = writing.lower(levels, newest[0], number).compile().memory_analysis()
+    program_text = compiled.as_text() or ""
     return Memory(
         arguments=told.argument_size_in_bytes,
         temporaries=told.temp_size_in_bytes,
@@ -135,8 +143,8 @@ def segment_memory(
         past=size_of(levels),
         newest=size_of(newest),
         logits=4 * slots * VOCAB,
-        copied=LAYERS * copied_bytes(compiled.as_text(), (weights, held, levels)),
-        passed=max([0, *(size for kind, size in collectives(compiled.as_text()) if kind != "all-reduce")]),
+        copied=LAYERS * copied_bytes(program_text, (weights, held, levels)),
+        passed=max([0, *(size for kind, size in collectives(program_text) if kind != "all-reduce")]),
     )
 
 

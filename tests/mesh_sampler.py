@@ -29,6 +29,7 @@ from grpo_jax.config import LoraConfig, MeshConfig, RolloutConfig
 from grpo_jax.models import ModelSpec, Transformer, init_lora
 from grpo_jax.models.attention import group_attend
 from grpo_jax.models.axes import model_axes
+from grpo_jax.models.layers import soft_cap
 from grpo_jax.models.quantize import quantize_params
 from grpo_jax.models.spec import Rope, init_params
 from grpo_jax.models.transformer import forward, head_matrix
@@ -144,7 +145,7 @@ def next_logits(spec: ModelSpec, variables: Params, ids: jax.Array, length: jax.
     positions = jnp.arange(ids.shape[0], dtype=jnp.int32)[None, :]
     hidden, _, _ = forward(model, variables, ids[None], positions, group_attend(SPEC, length[None], ids.shape[0], 0))
     logits = jnp.einsum("d,vd->v", hidden[0, length - 1], head_matrix(SPEC, variables["params"]))
-    return SPEC.final_softcap * jnp.tanh(logits / SPEC.final_softcap)
+    return soft_cap(logits, spec.final_softcap)
 
 
 def is_near_tie(how: dict[str, Any], row: int, ids: Sequence[int], near: float) -> bool:

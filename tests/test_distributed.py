@@ -21,7 +21,9 @@ from grpo_jax.cli import parser
 from grpo_jax.config import Config, ConfigError, DistributedConfig
 from grpo_jax.config.load import setting_types
 from grpo_jax.distributed import detected, gather_rows, gather_values, own_block, start
-from tiny_runs import additions, records, run, settings, write_rows
+from grpo_jax.metrics import Display, RunFolder
+from plain_oracles import quick_compiling
+from tiny_runs import additions, config_of, records, run, settings, write_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,6 +47,7 @@ SECTIONS: dict[str, Any] = {
     "train": {"prompts_per_step": 4, "save_every": 1, "eval_every": 2, "micro_batch_prompts": 4},
     "data": {"eval_size": 4},
     "rewards": {"accuracy_threshold": 0.25},
+    "lora": {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "down_proj"]},
 }
 
 
@@ -79,6 +82,7 @@ def together(folder: Path, count: int, devices: int, *options: str, dies: tuple[
         environment = os.environ | {
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as `quick_compiling`
             "NUMBER": str(number),
             "DIES_AFTER": str(dies[1]) if dies is not None and dies[0] == number else "",
         }
@@ -139,19 +143,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     values = config_folder(folder)
     config = Config.from_dict(values | {"train": values["train"] | {"steps": 5}})
-    run(config, dataset=None, reward_funcs=None)
+    with quick_compiling():
+        run(config, dataset=None, reward_funcs=None)
     return folder / "run"
 
 
 def test_a_run_goes_on_with_other_processes_after_one_was_killed(whole: Path, tmp_path: Path) -> None:
-    """Two processes, one killed in step 3; four go on to step 4 and end well; one alone makes the last step."""
+    """Two processes, one killed in step 4; four make that step and end well; one alone makes the last one."""
     values = config_folder(tmp_path)
-    killed = together(tmp_path, 2, 2, "--train.steps", "4", "--distributed.heartbeat_timeout_seconds", "15", dies=(1, 2))
+    killed = together(tmp_path, 2, 2, "--train.steps", "4", "--distributed.heartbeat_timeout_seconds", "15", dies=(1, 3))
     assert killed[1].status == -9
     assert killed[0].status not in (0, -9), killed[0].err
     assert killed[0].seconds < 60
     assert "another process of this run has ended" in killed[0].err or "another task died" in killed[0].err, killed[0].err
-    assert_same_curve(tmp_path / "run", whole, 2)
+    assert_same_curve(tmp_path / "run", whole, 3)
 
     grown = together(tmp_path, 4, 1, "--train.steps", "4", "--resume")
     assert [process.status for process in grown] == [0, 0, 0, 0], "\n".join(process.err for process in grown)
@@ -164,7 +169,8 @@ def test_a_run_goes_on_with_other_processes_after_one_was_killed(whole: Path, tm
     # Each of the four scored its own prompt: a group of four a step, one completion of each held-out prompt.
     assert {size for number in (2, 3) for size in records(tmp_path / f"calls-{number}.jsonl")} == {4, 1}
 
-    run(Config.from_dict(values | {"train": values["train"] | {"steps": 5}}), dataset=None, reward_funcs=None, resume=True)
+    with quick_compiling():
+        run(Config.from_dict(values | {"train": values["train"] | {"steps": 5}}), dataset=None, reward_funcs=None, resume=True)
     assert_same_curve(tmp_path / "run", whole, 5)
 
 
@@ -214,6 +220,26 @@ def test_one_process_needs_nobody() -> None:
     rows = np.array([[1, np.nan]], np.float32)
     np.testing.assert_array_equal(gather_rows(rows, [1]), rows)
     assert gather_values({"a": (1, 2)}) == [{"a": [1, 2]}]
+
+
+def test_a_process_that_does_not_write_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its run folder takes everything and leaves the disk alone; its display says nothing."""
+    folder = RunFolder.create(tmp_path / "run", config_of(tmp_path / "run"), resume=False, writes=False)
+    with folder:
+        folder.cut_back(0)
+        folder.write_step(1, {"reward/mean": 0.5})
+        folder.write_evaluation(1, {"accuracy": 0.5})
+        folder.write_completions(1, ["a"], ["b"], {"letters": [1.0]}, [0.0], ["stop"])
+        summary = folder.write_summary(accuracy_before=None, accuracy_after=None, held_out_problems=0, seconds=1, steps=1)
+    assert summary["steps"] == 1
+    assert list(tmp_path.iterdir()) == []
+    display = Display(silent=True)
+    display.note("x")
+    display.warning("x")
+    with display.progress(1), display.busy("x"):
+        display.step(1, {"reward": 0.5})
+    display.completions(1, ["a"], ["b"], {"letters": [1.0]}, [0.0], ["stop"])
+    assert capsys.readouterr().out == ""
 
 
 def launched(repository: Path) -> dict[str, str]:

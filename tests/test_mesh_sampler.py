@@ -172,7 +172,7 @@ def test_a_chip_of_four_holds_its_share(chips: dict[str, SingleDeviceSharding]) 
 
     layout = make_layout(MeshConfig(data=1, fsdp=2, tensor=2), topologies.get_topology_desc("v6e:2x2", "tpu").devices)
     assert layout is not None
-    memory = segment_memory(layout, refilled=True, implementation="tpu")
+    memory = segment_memory(layout, refilled=True, implementation="tpu", rank=16)
     print(line("four v6e, 1x2x2", memory))
     assert_nothing_is_there_twice(memory)
     assert_nothing_is_copied_at_every_token(memory)

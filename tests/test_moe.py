@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,7 @@ from grpo_jax.models.quantize import quantize_params
 from grpo_jax.models.spec import EXPERT_LINEARS
 from grpo_jax.policy import Policy
 from grpo_kernels.quantized_matmul import QuantizedWeight, dequantize, quantize
-from plain_oracles import LORA, golden_config, log_softmax, moved, quick_compiling, with_random_adapters
+from plain_oracles import LORA, array_sizes, golden_config, log_softmax, moved, quick_compiling, with_random_adapters
 
 MOE = ("mixtral", "qwen3_moe")
 SPEC = read_spec(golden_config("qwen3_moe"))
@@ -184,6 +187,20 @@ def test_gradients_are_those_of_float64(form: str, routing: str) -> None:
         assert np.linalg.norm(np.asarray(one, np.float64) - other) < 2e-6 * scale + 1e-12, (jax.tree_util.keystr(path), scale)
 
 
+@pytest.mark.parametrize("form", ["blocks"], indirect=True)
+def test_rows_are_not_multiplied_by_the_number_of_experts(form: str) -> None:
+    """Forward and backward over 64 experts: nothing larger than the padded rows, which are twice the pairs here."""
+    spec = dataclasses.replace(SPEC, experts=64)
+    x, layer = tokens(512), random_layer(spec, 2)
+    pairs = 512 * spec.experts_per_token
+
+    def loss(x: Any, layer: Leaves) -> Any:
+        return jnp.sum(moe.mix_experts(spec, x[None], layer, 2.0))
+
+    largest = array_sizes(jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(x, layer).jaxpr)
+    assert largest <= max(pairs + 64 * 32, 3 * pairs) * spec.width < 64 * pairs * spec.width / 10
+
+
 @pytest.mark.parametrize("quantization", ["int8", "int4", "nf4"])
 def test_quantised_experts_compute_with_the_rounded_numbers(quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values, and the gradients of x and of the adapters; blocks of two tiles."""
@@ -289,3 +306,48 @@ def test_experts_in_one_tensor_are_refused_with_the_way_out(tmp_path: Path) -> N
     save_file(tensors | {fused: np.zeros((8, 40, 32), np.float32)}, folder / "model.safetensors")
     with pytest.raises(ModelError, match=rf"{fused} holds all experts.*save_original_format=True"):
         load_params(folder, read_folder_spec(folder), jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def on_eight_devices(repository: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """What `expert_mesh.py` found, by case and mesh."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(repository / part) for part in ("", "kernels", "tests"))}
+    program = [sys.executable, str(repository / "tests" / "expert_mesh.py")]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    print("\n".join(map(str, found)))
+    return {(row["case"], row["mesh"]): row for row in found}
+
+
+MEAN_TERM = 0.3
+"""Below the mean size of a term of the loss, as in `test_mesh_update.py`."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [("lora", "8x1x1"), ("lora", "1x8x1"), ("lora", "1x1x4"), ("lora", "2x2x2")]
+    + [(name, "2x2x2") for name in ("again", "full", "int8")],
+)
+def test_experts_on_a_mesh_give_the_loss_and_the_gradients_of_one_device(
+    on_eight_devices: dict[tuple[str, str], Any], case: tuple[str, str]
+) -> None:
+    """To 1e-6 of the mean term and 1e-5 of the norm: sums in another order, in float32."""
+    found = on_eight_devices[case]
+    assert found["loss"] <= 1e-6 * MEAN_TERM
+    assert found["gradient"] <= 1e-5
+
+
+@pytest.mark.parametrize("mesh", ["1x1x4", "2x2x2"])
+@pytest.mark.parametrize("choice", ["many", "one choice"])
+@pytest.mark.parametrize("weights", ["none", "int8"])
+def test_a_decoding_step_on_a_mesh_is_that_of_one_device(
+    on_eight_devices: dict[tuple[str, str], Any], weights: str, choice: str, mesh: str
+) -> None:
+    """Also where all slots choose experts of one device. Float32 keeps seven digits."""
+    assert on_eight_devices[f"step, {weights}, {choice}", mesh]["hidden"] < 1e-6
+
+
+def test_experts_have_to_divide_by_the_devices(on_eight_devices: dict[tuple[str, str], Any]) -> None:
+    message = on_eight_devices["refused", "1x1x4"]["error"]
+    assert message.startswith("mesh.tensor is 4: the model's experts are 6")

@@ -50,7 +50,8 @@ class LoraConfig:
     Args:
         rank: Rank r of the adapters; 0 trains every weight of the model instead (full fine-tuning).
         alpha: The scale is alpha / rank, or alpha / sqrt(rank) with rslora.
-        targets: Names of the linear layers that get adapters, or `all-linear`.
+        targets: Names of the linear layers that get adapters, or `all-linear`. In a mixture of experts gate_proj, up_proj and
+            down_proj are those of every expert; attention's alone are far fewer. The router never gets one.
         rslora: Rank-stabilised scale (https://arxiv.org/abs/2312.03732).
         adapter: Folder of a PEFT adapter to start from; its frozen state is then the reference. rank, alpha, targets
             and rslora are then the adapter's own.
@@ -263,7 +264,9 @@ class TrainConfig:
     Args:
         steps: Number of training steps, one batch of completions each.
         prompts_per_step: B, prompts in a step (rows, in supervised warm-up).
-        micro_batch_prompts: Prompts whose gradient is computed at once; null is all of the step, on a CPU what its cache serves.
+        micro_batch_prompts: Prompts whose gradient is computed at once, on a mesh at least one on each of its data · fsdp shards;
+            null is all of the step, on a CPU what its cache serves.
+            `auto` is the most that fits into the memory, found by compiling before the first step; micro_batch_completions too.
         micro_batch_completions: Completions of a prompt whose gradient is computed at once; null is the whole group.
         seed: Fixes the order of the data, the adapters' start and every sampled token.
         run_dir: Folder for everything the run writes.
@@ -277,7 +280,7 @@ class TrainConfig:
 
     steps: int = 100
     prompts_per_step: int = 8
-    micro_batch_prompts: int | None = None
+    micro_batch_prompts: int | Literal["auto"] | None = None
     micro_batch_completions: int | None = None
     seed: int = 0
     run_dir: str = "runs/grpo"
@@ -298,7 +301,7 @@ class TrainConfig:
         require(self.eval_every >= 0, "train.eval_every", self.eval_every, "use 0 (before and after only) or a number of steps")
         require(self.show_every >= 0, "train.show_every", self.show_every, "use 0 (never) or a number of steps")
         size = self.micro_batch_prompts
-        if size is not None:
+        if isinstance(size, int):
             require(
                 size >= 1 and self.prompts_per_step % size == 0,
                 "train.micro_batch_prompts",

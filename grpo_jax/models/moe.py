@@ -96,11 +96,12 @@ def arrange(pairs: Int[Array, "M"], experts: int, tile: int, block: int) -> Grou
     tiles = m if tile == 1 else m // tile + min(experts, m)
     block = min(block, tiles)
     tiles = -(-tiles // block) * block
-    counts = jnp.sum(pairs[None, :] == jnp.arange(experts, dtype=jnp.int32)[:, None], axis=1, dtype=jnp.int32)
-    sizes = -(-counts // tile) * tile
-    ends, padded_ends = jnp.cumsum(counts), jnp.cumsum(sizes)
     order = jnp.argsort(pairs, stable=True).astype(jnp.int32)
     owner = pairs[order]
+    ends = jnp.searchsorted(owner, jnp.arange(experts, dtype=jnp.int32), side="right").astype(jnp.int32)
+    counts = jnp.diff(ends, prepend=jnp.int32(0))
+    sizes = -(-counts // tile) * tile
+    padded_ends = jnp.cumsum(sizes)
     known = jnp.minimum(owner, experts - 1)
     within = jnp.arange(m, dtype=jnp.int32) - (ends - counts)[known]
     row = jnp.where(owner < experts, (padded_ends - sizes)[known] + within, tiles * tile)

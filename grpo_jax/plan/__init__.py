@@ -61,7 +61,7 @@ def make_plan(
 @contextmanager
 def uncached(machine: Machine) -> Iterator[None]:
     """Programs for a chip that is not here can be written to JAX's cache on disk, but not read from it."""
-    enabled = jax.config.jax_enable_compilation_cache
+    enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined] - flags are made when JAX is imported
     if machine.target is None or not enabled:
         yield
         return

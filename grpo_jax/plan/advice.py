@@ -1,8 +1,8 @@
 """What would make a run fit: changes of its settings, the cheapest first, each tried by compiling.
 
 Enters: a run that does not fit. Leaves: the settings to change, as soon as one set of them fits. Cheap is what costs a step little
-time and nothing else: smaller micro-batches, computing again, fewer slots; then rounding keys and values, moving activations to the
-host, rounding the base, another mesh, and more chips at last.
+time and nothing else: smaller micro-batches, computing again, fewer slots, another mesh; then moving activations to the host,
+rounding keys and values, rounding the base, and more chips at last. What cannot be enough by the numbers at hand is not compiled.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from grpo_jax.config import Config, ConfigError
 from grpo_jax.config.load import config_from_dict, config_to_dict
 from grpo_jax.models import ModelError, ModelSpec
 from grpo_jax.plan.micro_batch import micro_batch_that_fits, smaller_micro_batches
+from grpo_jax.plan.phases import Needs
 from grpo_jax.plan.targets import GPU_COUNTS, TPUS, Machine, machine_of
 from grpo_jax.plan.verdict import Planner, Verdict
-from grpo_jax.sharding import ShardingError, make_layout
+from grpo_jax.sharding import ShardingError, make_layout, spread_prompts
+
+PER_SLOT = ("prefix_kv", "suffix_kv", "temporaries")
+"""Components of a rollout that grow with its slots."""
 
 Changes = dict[str, Any]
 """{"section.field": value}."""
@@ -89,7 +93,7 @@ def for_mesh(config: Config, spec: ModelSpec, machine: Machine) -> Changes:
         if tensor > 1:
             changes |= {"mesh.fsdp": -1, "mesh.tensor": tensor}
         micro, slots = config.train.micro_batch_prompts, config.rollout.slots
-        if isinstance(micro, int) and micro % rows:
+        if isinstance(micro, int) and spread_prompts(layout, micro) % rows:
             changes["train.micro_batch_prompts"] = rows
         if slots is not None and slots % rows:
             changes["rollout.slots"] = -(-slots // rows) * rows
@@ -116,7 +120,7 @@ class Search:
 
     def run(self) -> Advice:
         """Tries one kind of change after the other; what lowers the peak of a phase that does not fit is kept."""
-        for kind in (self.smaller, self.remat, self.fewer_slots, self.kept_int8, self.offload, self.quantized, self.meshes):
+        for kind in (self.smaller, self.remat, self.fewer_slots, self.meshes, self.offload, self.kept_int8, self.quantized):
             for changes in kind():
                 if self.try_changes(changes) and self.verdict.all_fits:
                     return self.advice(None)
@@ -162,18 +166,21 @@ class Search:
             return True
         return False
 
+    def beside(self, needs: Needs, *varying: str) -> int:
+        """What a phase needs without some components; too much if that alone is above the limit."""
+        return needs.peak_bytes - sum(needs.memory[name] for name in varying)
+
     def smaller(self) -> Iterator[Changes]:
         """Smaller micro-batches."""
-        update, limit = self.verdict.update, self.machine.limit_bytes
+        update, limit, tried = self.verdict.update, self.machine.limit_bytes, self.verdict.micro_batch
         if self.verdict.fits(update) or limit is None:
             return
         config = self.verdict.config
-        layout = make_layout(config.mesh, self.machine.devices)
-        varying = update.memory["activations"] + update.memory["temporaries"]
-        tried = self.verdict.micro_batch
-        sizes = smaller_micro_batches(config, tried, layout)
-        fixed = sum(update.memory.values()) - varying
-        for prompts, completions in micro_batch_that_fits(config, sizes, tried, fixed, varying, limit):
+        fixed = self.beside(update, "activations", "temporaries")
+        sizes = smaller_micro_batches(config, tried, make_layout(config.mesh, self.machine.devices))
+        if fixed > limit or not sizes:
+            return
+        for prompts, completions in micro_batch_that_fits(config, sizes, tried, fixed, update.peak_bytes - fixed, limit):
             yield {"train.micro_batch_prompts": prompts, "train.micro_batch_completions": completions}
             if self.verdict.fits(self.verdict.update):
                 return
@@ -184,21 +191,32 @@ class Search:
             yield {"model.remat": "layer"}
 
     def fewer_slots(self) -> Iterator[Changes]:
-        """Fewer completions at once: half, and half again."""
-        rows = (make_layout(self.verdict.config.mesh, self.machine.devices) or Rows(1)).rows
+        """Fewer completions at once: as many as fit if memory grows with them, and then half, and half again."""
+        needs, limit = self.verdict.rollout.needs, self.machine.limit_bytes
+        layout = make_layout(self.verdict.config.mesh, self.machine.devices)
+        rows = 1 if layout is None else layout.rows
+        fixed = self.beside(needs, *PER_SLOT)
+        if limit is None or self.verdict.fits(needs) or fixed > limit:
+            return
         slots = self.verdict.rollout.slots
-        while not self.verdict.fits(self.verdict.rollout.needs) and slots > rows:
-            slots = max(rows, slots // 2 // rows * rows)
+        fewer = int(slots * (limit - fixed) / max(1, needs.peak_bytes - fixed))
+        while slots > rows and not self.verdict.fits(self.verdict.rollout.needs):
+            slots = max(rows, min(fewer, slots - 1) // rows * rows)
+            fewer = slots // 2
             yield {"rollout.slots": slots}
 
     def kept_int8(self) -> Iterator[Changes]:
         """Keys and values in int8."""
-        if not self.verdict.fits(self.verdict.rollout.needs) and self.verdict.config.rollout.kv_dtype != "int8":
+        needs, limit = self.verdict.rollout.needs, self.machine.limit_bytes
+        hopeless = limit is not None and self.beside(needs, *PER_SLOT) > limit
+        if not self.verdict.fits(needs) and self.verdict.config.rollout.kv_dtype != "int8" and not hopeless:
             yield {"rollout.kv_dtype": "int8"}
 
     def offload(self) -> Iterator[Changes]:
         """Layer inputs wait in the host's memory."""
-        if not self.verdict.fits(self.verdict.update) and self.verdict.remat != "offload":
+        update, limit = self.verdict.update, self.machine.limit_bytes
+        hopeless = limit is not None and self.beside(update, "activations", "temporaries") > limit
+        if not self.verdict.fits(update) and self.verdict.remat != "offload" and not hopeless:
             yield {"model.remat": "offload"}
 
     def quantized(self) -> Iterator[Changes]:
@@ -220,13 +238,6 @@ class Search:
             if not self.verdict.all_fits and tensor < size <= count and count % size == 0:
                 base = with_changes(self.config, {"mesh.fsdp": -1, "mesh.tensor": size})
                 yield {"mesh.fsdp": -1, "mesh.tensor": size} | for_mesh(base, self.planner.spec, self.machine)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Row shards of one device."""
-
-    rows: int
 
 
 def larger_than(machine: Machine) -> list[str]:

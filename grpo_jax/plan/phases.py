@@ -10,6 +10,7 @@ its code, results. Of an update's scratch memory what the backward pass keeps is
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from dataclasses import dataclass, field, replace
@@ -39,7 +40,7 @@ from grpo_jax.sampler.device import Slots, blank_level, prefill
 from grpo_jax.sampler.shapes import Sizes, choose_slots, round_up, sizes_of
 from grpo_jax.sampler.weights import gathers, prepare
 from grpo_jax.step import Learner, Split
-from grpo_jax.types import TrainState
+from grpo_jax.types import Frozen, TrainState
 
 COMPONENTS = ("base", "adapters", "optimizer", "reference", "prefix_kv", "suffix_kv", "activations", "temporaries")
 
@@ -70,7 +71,6 @@ class Subject:
 
     Attributes:
         policy: without weights.
-        micro_batch: (prompts, completions of each).
         announce: entered around each compilation.
     """
 
@@ -80,17 +80,31 @@ class Subject:
     policy: Policy
     learner: Learner
     state: TrainState
+    frozen: Frozen
     announce: Announce = silently
 
     @staticmethod
-    def of(config: Config, policy: Policy, places: Places, model: Any, micro_batch: tuple[int, int], announce: Announce) -> Subject:
-        """Everything but the programs."""
+    def of(
+        config: Config,
+        policy: Policy,
+        places: Places,
+        model: Any,
+        micro_batch: tuple[int, int],
+        announce: Announce,
+        frozen: Frozen | None = None,
+    ) -> Subject:
+        """Everything but the programs.
+
+        Args:
+            model: the decoder as it is trained.
+            frozen: what an update reads, where it is there.
+        """
         full = policy.adapters is None
         learner = Learner.of(
             config, model, full=full, micro_batch=micro_batch, updates=updates_of(config, False), stop_ids=policy.stop_ids
         )
         state = abstract_state(learner, policy, places)
-        return Subject(config, policy.spec, places, policy, learner, state, announce)
+        return Subject(config, policy.spec, places, policy, learner, state, frozen or abstract_frozen(config, policy), announce)
 
     @property
     def resident(self) -> dict[str, int]:
@@ -119,12 +133,22 @@ class Told:
     seconds: float = 0.0
     refused: str = ""
 
-    def add(self, program: Program, arguments: Any, static: dict[str, Any], held: dict[str, int], activations: int = 0) -> Any:
+    def add(
+        self,
+        program: Program,
+        arguments: Any,
+        static: dict[str, Any],
+        held: dict[str, int],
+        *,
+        activations: int = 0,
+        results: str = "temporaries",
+    ) -> Any:
         """Compiles a program beside the arrays that are there.
 
         Args:
             held: bytes by component, its arguments among them.
             activations: of its scratch memory what a backward pass keeps.
+            results: the component of its results.
 
         Returns:
             Shapes of its results; None where the compiler found it too large.
@@ -140,14 +164,14 @@ class Told:
             return None
         self.seconds += time.perf_counter() - start
         told = compiled.memory_analysis()
-        results = jax.tree.map(shaped, compiled.out_info, compiled.output_shardings)
-        beside = 0 if told is None else told.argument_size_in_bytes - device_bytes(arguments)
-        if told is not None:
-            beside += told.temp_size_in_bytes + told.generated_code_size_in_bytes
-            beside += told.output_size_in_bytes - told.alias_size_in_bytes
-        kept = min(activations, max(0, beside))
-        self.keep(held | {"activations": kept, "temporaries": max(0, beside - kept)})
-        return results
+        # Arguments that are not used are not counted by the compiler, and are there all the same; padding it counts.
+        padding = max(0, told.argument_size_in_bytes - device_bytes(arguments))
+        scratch = padding + told.temp_size_in_bytes + told.generated_code_size_in_bytes
+        kept = min(activations, scratch)
+        memory = held | {"activations": kept, "temporaries": held["temporaries"] + scratch - kept}
+        made = max(0, told.output_size_in_bytes - told.alias_size_in_bytes)
+        self.keep(memory | {results: memory[results] + made})
+        return jax.tree.map(shaped, compiled.out_info, compiled.output_shardings)
 
     def keep(self, memory: dict[str, int]) -> None:
         """Remembers the largest."""
@@ -159,7 +183,7 @@ class Told:
         self.refused = message.splitlines()[0]
         found = re.search(r"\(([\d.]+)([KMG])\) exceeds", message) or re.search(r"Used ([\d.]+)([KMG])", message)
         whole = float(found[1]) * 2 ** {"K": 10, "M": 20, "G": 30}[found[2]] if found else 0
-        self.keep(held | {"temporaries": max(0, int(whole) - taken)})
+        self.keep(held | {"temporaries": held["temporaries"] + max(0, int(whole) - taken)})
 
     @property
     def needs(self) -> Needs:
@@ -174,15 +198,13 @@ def update_needs(subject: Subject, program: Program | None = None) -> Needs:
         program: compiled instead of a new one, and kept for the run.
     """
     learner, state = subject.learner, subject.state
-    batch, frozen = longest_batch(subject.config, subject.places), abstract_frozen(subject.config, subject.policy)
+    batch, frozen = longest_batch(subject.config, subject.places), subject.frozen
     program = program or Program("update", learner.train_step, donate=(0,), announce=subject.announce)
     told = Told(subject.resident)
-    held = subject.resident | {"temporaries": 0}
-    kept = activation_bytes(subject)
-    told.add(program, (state, batch, frozen), {}, held, kept)
-    # The batch is an argument, and nobody's component.
-    worst = told.worst | {"temporaries": told.worst["temporaries"] + device_bytes(batch)}
-    return replace(told.needs, memory=worst)
+    # The batch is an argument, and no component of its own.
+    held = subject.resident | {"temporaries": device_bytes(batch)}
+    told.add(program, (state, batch, frozen), {}, held, activations=activation_bytes(subject))
+    return told.needs
 
 
 def activation_bytes(subject: Subject) -> int:
@@ -191,7 +213,7 @@ def activation_bytes(subject: Subject) -> int:
     On a mesh each row shard has its part of them; what of it is cut over `tensor` too is left to the compiler's sum.
     """
     learner, layout = subject.learner, subject.places.layout
-    batch, frozen = longest_batch(subject.config, subject.places), abstract_frozen(subject.config, subject.policy)
+    batch, frozen = longest_batch(subject.config, subject.places), subject.frozen
     plain = replace(learner, model=learner.model.clone(layout=None))
     split = jax.eval_shape(lambda batch: Split.of(batch, learner.micro_batch), batch)
     first = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)  # noqa: E731
@@ -215,9 +237,9 @@ def activation_bytes(subject: Subject) -> int:
 def decoding_weights(subject: Subject, sampler: Sampler, told: Told) -> tuple[Any, dict[str, int]]:
     """The weights of a rollout, and what is held of them beside the resident ones."""
     model, resident = sampler.model, subject.resident
-    variables = subject.learner.policy(subject.state.trainable, abstract_frozen(subject.config, subject.policy))
+    variables = subject.learner.policy(subject.state.trainable, subject.frozen)
     if model.unroll or gathers(model.layout):
-        made = told.add(sampler.prepare, (variables,), {"unroll": model.unroll}, resident)
+        made = told.add(sampler.prepare, (variables,), {"unroll": model.unroll}, resident, results="base")
         if made is None:
             made = jax.eval_shape(lambda x: prepare(model.clone(layout=None), x, unroll=model.unroll), variables)
             made = subject.places.put_model(subject.spec, made)
@@ -267,55 +289,66 @@ def rollout_needs(subject: Subject, limit_bytes: int | None, sampler: Sampler | 
         limit_bytes: of each device; chooses the slots where the settings do not.
         sampler: its programs are compiled instead of new ones, and kept for the run.
     """
-    config, spec, places = subject.config, subject.spec, subject.places
-    rollout, layout = config.rollout, places.layout
-    sampler = sampler or Sampler.build(
-        subject.policy.model,
-        subject.policy.stop_ids,
-        announce=subject.announce,
-        quantization=quantization_of(subject.policy.params),
-    )
+    policy, rollout = subject.policy, subject.config.rollout
+    quantization = quantization_of(policy.params)
+    sampler = sampler or Sampler.build(policy.model, policy.stop_ids, announce=subject.announce, quantization=quantization)
     told = Told(subject.resident)
     weights, held = decoding_weights(subject, sampler, told)
-    shards, tensor = (1, 1) if layout is None else (layout.rows, layout.tensor)
-    prompts, width = config.train.prompts_per_step, config.rollout.max_prompt_length
-    free = None if limit_bytes is None else max(0, limit_bytes - sum(held.values()))
-    itemsize = jnp.dtype(subject.policy.dtype).itemsize
-    slots = choose_slots(spec, rollout, prompts, width, itemsize, free, shards=shards, tensor=tensor)
-    sizes = sizes_of(rollout, -(-prompts // shards), width, slots // shards)
-    int8, unroll = rollout.kv_dtype == "int8", sampler.model.unroll
-
-    def texts(count: int) -> tuple[Any, Any]:
-        ids, lengths = jax.ShapeDtypeStruct((count, round_up(width)), jnp.int32), jax.ShapeDtypeStruct((count,), jnp.int32)
-        return places.put((ids, lengths), "prompts")
-
-    computed = told.add(sampler.prefill, (weights, *texts(shards * sizes.lanes)), {"int8": int8}, held | {"prefix_kv": 0})
-    if computed is None:
-        plain = sampler.model.clone(layout=None)
-        computed = jax.eval_shape(lambda *x: prefill(plain, *x, int8=int8), weights, *texts(shards * sizes.lanes))
-        computed = computed.replace(
-            kept=places.put(computed.kept, "layers", "slots", "kv_heads"),
-            lengths=places.put(computed.lengths, "prompts"),
-            hidden=places.put(computed.hidden, "prompts"),
-        )
-    levels = tuple(
-        places.put(
-            jax.eval_shape(
-                lambda size=size: blank_level(spec, sampler.model.dtype, shards * sizes.slots, size, int8=int8, unroll=unroll)
-            ),
-            "layers",
-            "slots",
-            "kv_heads",
-        )
-        for size in sizes.levels
-    )
-    held |= {"prefix_kv": device_bytes(computed), "suffix_kv": device_bytes(levels)}
-    if not sizes.fixed and computed is not None:
-        told.add(sampler.prefill, (weights, *texts(shards)), {"int8": int8}, held)
-    count = shards * sizes.slots
-    number, flag = (places.put(jax.ShapeDtypeStruct((count,), dtype), "slots") for dtype in (jnp.int32, jnp.bool_))
-    table = None if sizes.fixed else places.put(jax.ShapeDtypeStruct((shards * sizes.lanes, sizes.spots), jnp.int32), "prompts")
-    controls = places.put(jax.eval_shape(lambda: controls_of(rollout, 0, 0)))
-    arguments = (weights, computed, levels, Slots(*[number] * 7, live=flag, begins=flag), table, controls)
+    slots, sizes, shards = sizes_for(subject, None if limit_bytes is None else max(0, limit_bytes - sum(held.values())))
+    static = {"int8": rollout.kv_dtype == "int8"}
+    texts = prompts_of(subject, shards * sizes.lanes)
+    prompts = told.add(sampler.prefill, (weights, *texts), static, held, results="prefix_kv")
+    if prompts is None:
+        prompts = computed_prompts(subject, sampler, weights, texts)
+    levels = levels_of(subject, sampler, shards * sizes.slots, sizes)
+    held |= {"prefix_kv": device_bytes(prompts), "suffix_kv": device_bytes(levels)}
+    if not sizes.fixed:
+        told.add(sampler.prefill, (weights, *prompts_of(subject, shards)), static, held, results="prefix_kv")
+    arguments = (weights, prompts, levels, *schedule_of(subject, sizes, shards))
     told.add(sampler.segment, arguments, {"length": sizes.segment}, held)
     return RolloutNeeds(told.needs, slots, sizes)
+
+
+def sizes_for(subject: Subject, free_bytes: int | None) -> tuple[int, Sizes, int]:
+    """Slots, the sizes of a row shard, and row shards, as `Sampler.sample` has them with the longest prompts."""
+    config, layout = subject.config, subject.places.layout
+    shards, tensor = (1, 1) if layout is None else (layout.rows, layout.tensor)
+    prompts, width = config.train.prompts_per_step, config.rollout.max_prompt_length
+    itemsize = jnp.dtype(subject.policy.dtype).itemsize
+    slots = choose_slots(subject.spec, config.rollout, prompts, width, itemsize, free_bytes, shards=shards, tensor=tensor)
+    return slots, sizes_of(config.rollout, -(-prompts // shards), width, slots // shards), shards
+
+
+def prompts_of(subject: Subject, count: int) -> tuple[Any, Any]:
+    """Ids and lengths of prompts."""
+    width = round_up(subject.config.rollout.max_prompt_length)
+    shapes = jax.ShapeDtypeStruct((count, width), jnp.int32), jax.ShapeDtypeStruct((count,), jnp.int32)
+    return subject.places.put(shapes, "prompts")
+
+
+def computed_prompts(subject: Subject, sampler: Sampler, weights: Any, texts: tuple[Any, Any]) -> Any:
+    """What prefill gives, where it could not be compiled."""
+    plain, places = sampler.model.clone(layout=None), subject.places
+    made: Any = jax.eval_shape(lambda *x: prefill(plain, *x, int8=subject.config.rollout.kv_dtype == "int8"), weights, *texts)
+    kept = places.put(made.kept, "layers", "slots", "kv_heads")
+    return made.replace(kept=kept, lengths=places.put(made.lengths, "prompts"), hidden=places.put(made.hidden, "prompts"))
+
+
+def levels_of(subject: Subject, sampler: Sampler, slots: int, sizes: Sizes) -> tuple[Any, ...]:
+    """All arrays of the slots' past."""
+    model, int8 = sampler.model, subject.config.rollout.kv_dtype == "int8"
+
+    def level(tokens: int) -> Any:
+        return blank_level(subject.spec, model.dtype, slots, tokens, int8=int8, unroll=model.unroll)
+
+    made = (jax.eval_shape(functools.partial(level, tokens)) for tokens in sizes.levels)
+    return tuple(subject.places.put(one, "layers", "slots", "kv_heads") for one in made)
+
+
+def schedule_of(subject: Subject, sizes: Sizes, shards: int) -> tuple[Slots, Any, Any]:
+    """Slots, the table of lanes, and controls."""
+    places, count = subject.places, shards * sizes.slots
+    number, flag = (places.put(jax.ShapeDtypeStruct((count,), dtype), "slots") for dtype in (jnp.int32, jnp.bool_))
+    table = None if sizes.fixed else places.put(jax.ShapeDtypeStruct((shards * sizes.lanes, sizes.spots), jnp.int32), "prompts")
+    controls = places.put(jax.eval_shape(lambda: controls_of(subject.config.rollout, 0, 0)))
+    return Slots(*[number] * 7, live=flag, begins=flag), table, controls

@@ -1,0 +1,66 @@
+"""Whole runs on a mesh are the runs of one device: tokens, curves, evaluations, checkpoints; and what is refused.
+
+Meshes are of eight CPU devices, in a program of their own: `mesh_run.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="module")
+def found(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the program printed."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(repository / part) for part in ("", "kernels", "tests"))}
+    program = [sys.executable, str(repository / "tests" / "mesh_run.py"), str(tmp_path_factory.mktemp("runs"))]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_run_on_a_mesh_is_the_run_of_one_device(found: dict[str, Any]) -> None:
+    """The same tokens; numbers to what float32 sums in another order leave, after two updates."""
+    one, spread = found["one"], found["spread"]
+    assert spread["completions"] == one["completions"]
+    assert spread["evaluations"] == one["evaluations"]
+    np.testing.assert_allclose(spread["curve"], one["curve"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(spread["adapter"], one["adapter"], rtol=1e-4)
+    assert one["adapter"] > 0
+    for got, expected in zip(spread["logprobs"], one["logprobs"], strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_mesh_is_shown_and_its_programs_serve_all_steps(found: dict[str, Any]) -> None:
+    printed = "\n".join(found["spread"]["printed"])
+    assert "mesh: fsdp -1" in printed  # the setting, a default
+    assert "mesh: data 2, fsdp 4, tensor 1; 8 of 8 devices" in printed
+    assert found["spread"]["compile_seconds"][1] == found["one"]["compile_seconds"][1] == 0
+
+
+def test_a_run_goes_on_with_another_mesh(found: dict[str, Any]) -> None:
+    np.testing.assert_allclose(found["resumed"], found["one"]["curve"], rtol=1e-4, atol=1e-6)
+
+
+def test_a_warm_up_of_every_weight_is_that_of_one_device(found: dict[str, Any]) -> None:
+    one, spread = found["supervised"]
+    np.testing.assert_allclose(spread, one, rtol=1e-4, atol=1e-6)
+
+
+def test_a_mesh_that_does_not_fit_is_refused(found: dict[str, Any]) -> None:
+    expected = (
+        r"train\.prompts_per_step is 4: .* use a multiple of 8",
+        r"mesh\.tensor is 4: the model's kv_heads are 2, .* use 2",
+        r"mesh is .*: these sizes ask for 16 devices and there are 8",
+        r"mesh: .*fsdp=4.* differs from the handed-over policy's .*fsdp=2.*; leave one of them out",
+    )
+    for said, pattern in zip(found["refusals"], expected, strict=True):
+        assert re.search(pattern, said), said
