@@ -126,9 +126,11 @@ class Told:
 
     Attributes:
         seconds: of compiling.
+        scratch: of the last program.
     """
 
     resident: dict[str, int]
+    scratch: int = 0
     worst: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     refused: str = ""
@@ -166,7 +168,7 @@ class Told:
         told = compiled.memory_analysis()
         # Arguments that are not used are not counted by the compiler, and are there all the same; padding it counts.
         padding = max(0, told.argument_size_in_bytes - device_bytes(arguments))
-        scratch = padding + told.temp_size_in_bytes + told.generated_code_size_in_bytes
+        scratch = self.scratch = padding + told.temp_size_in_bytes + told.generated_code_size_in_bytes
         kept = min(activations, scratch)
         memory = held | {"activations": kept, "temporaries": held["temporaries"] + scratch - kept}
         made = max(0, told.output_size_in_bytes - told.alias_size_in_bytes)
@@ -303,7 +305,9 @@ def rollout_needs(subject: Subject, limit_bytes: int | None, sampler: Sampler | 
     levels = levels_of(subject, sampler, shards * sizes.slots, sizes)
     held |= {"prefix_kv": device_bytes(prompts), "suffix_kv": device_bytes(levels)}
     if not sizes.fixed:
-        told.add(sampler.prefill, (weights, *prompts_of(subject, shards)), static, held, results="prefix_kv")
+        # A prompt that is computed later, beside everything: its part of what all took. Another compilation would tell little more.
+        own = {"prefix_kv": held["prefix_kv"] + held["prefix_kv"] // sizes.lanes, "temporaries": told.scratch // sizes.lanes}
+        told.keep(held | own)
     arguments = (weights, prompts, levels, *schedule_of(subject, sizes, shards))
     told.add(sampler.segment, arguments, {"length": sizes.segment}, held)
     return RolloutNeeds(told.needs, slots, sizes)
