@@ -244,7 +244,8 @@ def decoding_weights(subject: Subject, sampler: Sampler, told: Told) -> tuple[An
         made = told.add(sampler.prepare, (variables,), {"unroll": model.unroll}, resident, results="base")
         if made is None:
             made = jax.eval_shape(lambda x: prepare(model.clone(layout=None), x, unroll=model.unroll), variables)
-            made = subject.places.put_model(subject.spec, made)
+            layout = None if model.layout is None else model.layout.decoding
+            made = replace(subject.places, layout=layout).put_model(subject.spec, made)
         return made, added(resident, made["params"], made.get("lora", {}))
     made = jax.eval_shape(lambda x: prepare(model.clone(layout=None), x, unroll=False), variables)
     made = subject.places.put_model(subject.spec, made)
