@@ -310,7 +310,10 @@ def rollout_needs(subject: Subject, limit_bytes: int | None, sampler: Sampler | 
         own = {"prefix_kv": held["prefix_kv"] + held["prefix_kv"] // sizes.lanes, "temporaries": told.scratch // sizes.lanes}
         told.keep(held | own)
     arguments = (weights, prompts, levels, *schedule_of(subject, sizes, shards))
-    told.add(sampler.segment, arguments, {"length": sizes.segment}, held)
+    made = told.add(sampler.segment, arguments, {"length": sizes.segment}, held)
+    if made is not None and levels:
+        beside = held | {"temporaries": held["temporaries"] + device_bytes(made[1])}
+        told.add(sampler.write, (levels, made[1], arguments[3].base), {"together": sizes.fixed}, beside)
     return RolloutNeeds(told.needs, slots, sizes)
 
 
