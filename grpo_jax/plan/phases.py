@@ -240,7 +240,7 @@ def decoding_weights(subject: Subject, sampler: Sampler, told: Told) -> tuple[An
     """The weights of a rollout, and what is held of them beside the resident ones."""
     model, resident = sampler.model, subject.resident
     variables = subject.learner.policy(subject.state.trainable, subject.frozen)
-    if model.unroll or gathers(model.layout):
+    if model.unroll:
         made = told.add(sampler.prepare, (variables,), {"unroll": model.unroll}, resident, results="base")
         if made is None:
             made = jax.eval_shape(lambda x: prepare(model.clone(layout=None), x, unroll=model.unroll), variables)
@@ -248,8 +248,9 @@ def decoding_weights(subject: Subject, sampler: Sampler, told: Told) -> tuple[An
             made = replace(subject.places, layout=layout).put_model(subject.spec, made)
         return made, added(resident, made["params"], made.get("lora", {}))
     made = jax.eval_shape(lambda x: prepare(model.clone(layout=None), x, unroll=False), variables)
-    made = subject.places.put_model(subject.spec, made)
-    # Without a program an array of the right format is handed on as it is.
+    places = subject.places if model.layout is None else replace(subject.places, layout=model.layout.decoding)
+    made = places.put_model(subject.spec, made)
+    # Without a program an array of the right format that lies where it should is handed on as it is.
     before = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
     adapted = set(variables.get("lora", {}).get("layers", {})) if "lora" not in made else set()
 
@@ -257,11 +258,17 @@ def decoding_weights(subject: Subject, sampler: Sampler, told: Told) -> tuple[An
         found = []
         for path, leaf in jax.tree_util.tree_leaves_with_path({name: tree}):
             merged = any(str(getattr(key, "key", "")) in adapted for key in path) and path[-1] == jax.tree_util.DictKey("kernel")
-            if merged or before[jax.tree_util.keystr(path)].dtype != leaf.dtype:
+            old = before[jax.tree_util.keystr(path)]
+            if merged or old.dtype != leaf.dtype or device_bytes(old) != device_bytes(leaf):
                 found.append(leaf)
         return found
 
-    return made, added(resident, new(made["params"], "params"), new(made.get("lora", {}), "lora"))
+    held = added(resident, new(made["params"], "params"), new(made.get("lora", {}), "lora"))
+    if gathers(model.layout):
+        # The largest is there twice while it is gathered.
+        largest = max(map(device_bytes, jax.tree.leaves(made)))
+        told.keep(held | {"temporaries": held["temporaries"] + largest})
+    return made, held
 
 
 def added(memory: dict[str, int], base: Any, adapters: Any) -> dict[str, int]:

@@ -40,7 +40,7 @@ from grpo_jax.sampler.device import (
 )
 from grpo_jax.sampler.schedule import Shards
 from grpo_jax.sampler.shapes import Sizes, check_slots, choose_slots, pad_rows, round_up, sizes_of, truncates
-from grpo_jax.sampler.weights import gathers, prepare
+from grpo_jax.sampler.weights import gathered, prepare
 from grpo_jax.sampling import Truncation
 from grpo_jax.sharding import Layout
 from grpo_jax.types import FinishReason, Params, Rollout
@@ -188,7 +188,7 @@ class Sampler:
         if self.model.unroll:
             return self.prepare(variables, unroll=True)
         # A compiled program would copy the weights that it only hands on.
-        return self.prepare(variables, unroll=False) if gathers(self.model.layout) else prepare(self.model, variables, unroll=False)
+        return gathered(self.model.layout, self.model.spec, prepare(self.model, variables, unroll=False))
 
 
 @dataclass

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from grpo_jax.models.axes import model_axes
 from grpo_jax.models.layers import join_linears, precision_of
+from grpo_jax.models.spec import ModelSpec
 from grpo_jax.models.transformer import Transformer, split_layers
 from grpo_jax.sharding import Layout
 from grpo_jax.types import Params
@@ -21,8 +22,8 @@ from grpo_kernels.quantized_matmul import QuantizedWeight
 def prepare(model: Transformer, variables: Params, *, unroll: bool) -> Params:
     """Weights as decoding wants them: in its dtype, float32 adapters added, and taken apart by layers where that pays.
 
-    On a mesh they are gathered over `fsdp`, once a rollout instead of at every token. Where nothing is cut over it they stay as
-    they are, so that they need not be copied.
+    On a mesh they are gathered over `fsdp`, once a rollout instead of at every token: inside the program where the layers are taken
+    apart, else by `gathered`.
     """
     layout = model.layout
     if model.dtype == jnp.float32 and "lora" in variables:
@@ -30,7 +31,7 @@ def prepare(model: Transformer, variables: Params, *, unroll: bool) -> Params:
     variables = jax.tree_util.tree_map_with_path(
         lambda path, x: cast_once(path, x, model.dtype, unroll=unroll), variables, is_leaf=lambda x: isinstance(x, QuantizedWeight)
     )
-    if layout is not None and (unroll or gathers(layout)):
+    if layout is not None and unroll:
         variables = {name: layout.decoding.constrain_tree(tree, model_axes(model.spec)) for name, tree in variables.items()}
     if not unroll:
         return variables
@@ -40,6 +41,16 @@ def prepare(model: Transformer, variables: Params, *, unroll: bool) -> Params:
         return variables
     params = variables["params"]
     return {"params": params | {"layers": tuple(join_linears(layer) for layer in params["layers"])}}
+
+
+def gathered(layout: Layout | None, spec: ModelSpec, variables: Params) -> Params:
+    """Weights that `prepare` has left stacked, in the decoding layout.
+
+    One array goes after the other: a program of all would hold all of them twice. What is not cut over `fsdp` stays where it is.
+    """
+    if layout is None or not gathers(layout):
+        return variables
+    return jax.tree.map(jax.device_put, variables, layout.decoding.tree(variables, model_axes(spec)))
 
 
 def gathers(layout: Layout | None) -> bool:
