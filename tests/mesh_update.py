@@ -35,6 +35,8 @@ COLLECTIVE = re.compile(
     r" = (\(?.*?\)?) (all-gather|all-reduce|reduce-scatter|all-to-all|ragged-all-to-all|collective-permute|collective-broadcast)"
     r"(?:-start)?\("
 )
+ALONE = re.compile(r"replica_groups=(?:\[\d+,1\]<=|\{\{\d+\}[,}]|mesh\[[^\]]*'tensor'=1\] \{'tensor'\})")
+"""Groups of one device, as XLA writes them in its versions."""
 B, G, P, C = 16, 2, 5, 6
 LORA = LoraConfig(rank=2)
 SPEC = ModelSpec(
@@ -170,7 +172,7 @@ def collectives(text: str) -> list[tuple[str, list[int]]]:
     found = []
     for line in text.splitlines():
         match = COLLECTIVE.search(line)
-        if match is not None and not re.search(r"replica_groups=(?:\[\d+,1\]<=|\{\{\d+\}[,}])", line):
+        if match is not None and ALONE.search(line) is None:
             for shape in re.finditer(r"\w+\[([\d,]*)\]", match[1]):
                 found.append((match[2], [int(number) for number in shape[1].split(",") if number]))
     return found
