@@ -26,7 +26,7 @@ from grpo_jax.config import Config, ConfigError, LoraConfig, ModelConfig, Object
 from grpo_jax.grpo import assemble, one_step
 from grpo_jax.memory import peak_bytes
 from grpo_jax.metrics import Display, RunFolder
-from grpo_jax.models import find_model, init_lora, init_params, read_folder_spec
+from grpo_jax.models import ModelSpec, find_model, init_lora, init_params, read_folder_spec
 from grpo_jax.models.layers import precision_of
 from grpo_jax.models.quantize import quantize_params
 from grpo_jax.plan.work import Work

@@ -262,7 +262,8 @@ def mixtral(reader: Reader) -> ModelSpec:
 
 def qwen3_moe(reader: Reader) -> ModelSpec:
     """Qwen3 with experts (https://arxiv.org/abs/2505.09388): `moe_intermediate_size` wide, in every layer."""
-    fields = shared_fields(reader) | one_rope(reader)
+    fields: Layout = shared_fields(reader) | one_rope(reader) | expert_fields(reader, 128, 8)
+    fields["ffw"] = int(reader.get("moe_intermediate_size", 768))
     reader.only("hidden_act", ("silu",), "the feed-forward is SwiGLU")
     reader.only("decoder_sparse_step", (1,), "every layer has experts")
     reader.only("mlp_only_layers", ([],), "every layer has experts")
@@ -279,7 +280,7 @@ def qwen3_moe(reader: Reader) -> ModelSpec:
         output_bias=bias,
         qk_norm=True,
         norm_topk_prob=bool(reader.get("norm_topk_prob", False)),
-        **fields | expert_fields(reader, 128, 8) | {"ffw": int(reader.get("moe_intermediate_size", 768))},
+        **fields,
     )
 
 

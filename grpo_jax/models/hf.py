@@ -266,7 +266,7 @@ def read_slice(
     names = np.array(source.names, object).reshape(source.stack)[index[:lead]]
     part = None
     for place in np.ndindex(names.shape):
-        tensor = files.read(names[place], inner)
+        tensor = files.read(str(names[place]), inner)
         tensor = tensor.T if source.transposed else tensor
         if part is None:
             part = np.empty((*names.shape, *tensor.shape), tensor.dtype if dtype is None else jnp.dtype(dtype))
