@@ -229,7 +229,10 @@ def tpu_slice(name: str, tpu: Tpu, topology: str) -> Machine:
     if importlib.util.find_spec("libtpu") is None:
         raise PlanError(f"target {name}: compiling for a TPU needs its compiler, a wheel for Linux on x86-64: pip install libtpu")
     options = {} if tpu.chip_config is None else {"chip_config_name": tpu.chip_config}
-    devices = tuple(topologies.get_topology_desc(topology, "tpu", **options).devices)
+    # libtpu 0.0.42 has no v6e of one chip, whose programs are those of one chip of a host.
+    alone = topology.endswith(":1x1")
+    asked = topology.replace(":1x1", ":2x2")
+    devices = tuple(topologies.get_topology_desc(asked, "tpu", **options).devices)[: 1 if alone else None]
     return Machine(name, devices, tpu.chip, tpu.chip.usable_bytes, Target("tpu", tpu.vector_memory_bytes))
 
 
