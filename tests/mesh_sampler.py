@@ -158,7 +158,7 @@ def is_near_tie(how: dict[str, Any], row: int, ids: Sequence[int], near: float) 
     if len(ids) < SETTINGS.min_completion_length:
         logits[list(STOPS)] = -np.inf
     names = np.array([(1, row // G, row % G, len(ids))], np.int32)
-    number = float(folded_numbers(np.uint32(3), names)[0])  # type: ignore[arg-type]
+    number = float(folded_numbers(np.uint32(3), names)[0])  # type: ignore[arg-type] - NumPy serves as well
     return nearness(logits / (temperature or 1.0), number, temperature, near)[1]
 
 
