@@ -35,12 +35,28 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _few_programs() -> Iterator[None]:
-    """Lets a file's compiled programs go at its end: each is dozens of memory mappings, of which Linux allows a process 65,530."""
+MANY_MAPPINGS = 20_000
+"""Memory mappings above which compiled programs are let go: Linux allows a process 65,530, and XLA's compiler dies where it gets none."""
+
+
+def mappings() -> int:
+    """How many memory mappings this process has; 0 where the system does not say."""
+    try:
+        return Path("/proc/self/maps").read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Lets compiled programs go once they are many: those that JAX keeps, and those in the file's own `functools.cache`."""
     yield
-    jax.clear_caches()
-    gc.collect()
+    if mappings() > MANY_MAPPINGS:
+        for value in vars(request.module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
