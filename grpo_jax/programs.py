@@ -53,15 +53,19 @@ class Program:
         with jax.transfer_guard("disallow"):
             return run(*arguments)
 
-    def compiled(self, *arguments: Any, **static: Hashable) -> Any:
-        """The compiled function of arguments of these shapes: arrays, or `jax.ShapeDtypeStruct` with shardings."""
+    def compiled(self, *arguments: Any, options: dict[str, Any] | None = None, **static: Hashable) -> Any:
+        """The compiled function of arguments of these shapes: arrays, or `jax.ShapeDtypeStruct` with shardings.
+
+        Args:
+            options: for XLA's compiler, beside the program's own; they do not change what is computed.
+        """
         leaves, tree = jax.tree.flatten(arguments)
         key = (tree, tuple(static.items()), tuple((leaf.shape, leaf.dtype, leaf.weak_type, place_of(leaf)) for leaf in leaves))
         if key not in self._compiled:
             with self.announce(self.name):
                 start = time.perf_counter()
                 jitted = jax.jit(functools.partial(self.function, **static), donate_argnums=self.donate)
-                self._compiled[key] = jitted.lower(*arguments).compile(compiler_options=self.options)
+                self._compiled[key] = jitted.lower(*arguments).compile(compiler_options=self.options | (options or {}))
                 self.compile_seconds += time.perf_counter() - start
         return self._compiled[key]
 

@@ -32,6 +32,7 @@ from grpo_jax.plan.abstract import (
     longest_batch,
     shaped,
 )
+from grpo_jax.plan.scratch import scratch_counted
 from grpo_jax.policy import Policy
 from grpo_jax.programs import Announce, Program, silently
 from grpo_jax.runs import updates_of
@@ -157,7 +158,9 @@ class Told:
         """
         start = time.perf_counter()
         try:
-            compiled = program.compiled(*arguments, **static)
+            with scratch_counted() as (options, scratch_of):
+                compiled = program.compiled(*arguments, options=options, **static)
+                scratch_bytes = scratch_of(compiled)
         except JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -168,7 +171,7 @@ class Told:
         told = compiled.memory_analysis()
         # Arguments that are not used are not counted by the compiler, and are there all the same; padding it counts.
         padding = max(0, told.argument_size_in_bytes - device_bytes(arguments))
-        scratch = self.scratch = padding + told.temp_size_in_bytes + told.generated_code_size_in_bytes
+        scratch = self.scratch = padding + scratch_bytes + told.generated_code_size_in_bytes
         kept = min(activations, scratch)
         memory = held | {"activations": kept, "temporaries": held["temporaries"] + scratch - kept}
         made = max(0, told.output_size_in_bytes - told.alias_size_in_bytes)

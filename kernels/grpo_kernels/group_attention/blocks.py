@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
@@ -161,30 +162,36 @@ def list_work(layout: Layout, lengths: Int[Array, "B"], window: Int[Array, ""], 
     prompts = lengths.shape[0]
     q_index, q_own = starts(layout, layout.q_block)
     k_index, k_own = starts(layout, layout.k_block)
-    zero, all_lengths = jnp.int32(0), lengths[:, None]
-    q_start = jnp.asarray(q_index)[None, :] + jnp.where(jnp.asarray(q_own)[None, :], all_lengths, zero)
-    k_start = jnp.asarray(k_index)[None, :] + jnp.where(jnp.asarray(k_own)[None, :], all_lengths, zero)
-    k_end = jnp.where(jnp.asarray(k_own)[None, :], jnp.int32(EVERYWHERE), all_lengths)
+    all_lengths = lengths[:, None]
+
+    def position(index: np.ndarray, own: np.ndarray) -> Array:
+        return jnp.asarray(index)[None, :] + jnp.where(jnp.asarray(own)[None, :], all_lengths, jnp.int32(0))
+
+    def end(own: np.ndarray) -> Array:
+        return jnp.where(jnp.asarray(own)[None, :], jnp.int32(EVERYWHERE), all_lengths)
 
     queries, keys = candidates(layout)
     if by_key:
         order = np.lexsort((queries, keys))
         queries, keys = queries[order], keys[order]
-    nearest = q_start[:, queries] - (k_start[:, keys] + (layout.k_block - 1))
+    # Pairs are chosen from constants, and sorted with what is sorted by: neither takes a gather, with which XLA's compiler for
+    # TPUs (libtpu 0.0.50) fails where the list is long.
+    q_at, k_at = position(q_index[queries], q_own[queries]), position(k_index[keys], k_own[keys])
     # Blocks on the diagonal are worked off in any case: each block of queries, and of keys, is to be met once.
     diagonal = np.maximum(queries * layout.q_block, keys * layout.k_block) < np.minimum(
         (queries + 1) * layout.q_block, (keys + 1) * layout.k_block
     )
-    seen = ((nearest < window) & (k_start[:, keys] < k_end[:, keys])) | jnp.asarray(diagonal)[None, :]
+    near = q_at - (k_at + (layout.k_block - 1)) < window
+    seen = (near & (k_at < end(k_own[keys]))) | jnp.asarray(diagonal)[None, :]
 
     prompt = np.arange(prompts, dtype=np.int32)[:, None]
     all_queries, all_keys = prompt * layout.q_blocks + queries[None, :], prompt * layout.k_blocks + keys[None, :]
     outer, inner = (all_keys, all_queries) if by_key else (all_queries, all_keys)
     pairs = jnp.asarray((outer << PAIR_BITS) + inner).reshape(-1)
     seen = seen.reshape(-1)
-    first = jnp.argsort((~seen).astype(jnp.int32), stable=True)
+    _, ordered = jax.lax.sort(((~seen).astype(jnp.int32), pairs), num_keys=1, is_stable=True)
     count = jnp.sum(seen, dtype=jnp.int32)
-    at = jnp.arange(seen.shape[0], dtype=jnp.int32)
-    listed = jnp.where(at < count, pairs[first], jnp.int32(-1))
-    end = jnp.full((1,), -1, jnp.int32)
-    return Work(jnp.concatenate([listed, end]), count, q_start.reshape(-1), k_start.reshape(-1), k_end.reshape(-1))
+    listed = jnp.where(jnp.arange(seen.shape[0], dtype=jnp.int32) < count, ordered, jnp.int32(-1))
+    last = jnp.full((1,), -1, jnp.int32)
+    q_start, k_start, k_end = position(q_index, q_own), position(k_index, k_own), end(k_own)
+    return Work(jnp.concatenate([listed, last]), count, q_start.reshape(-1), k_start.reshape(-1), k_end.reshape(-1))
