@@ -20,6 +20,7 @@ from grpo_jax.prompts import PromptSource
 from grpo_jax.rewards import NamedFunction, check_functions, correct, resolve_functions
 from grpo_jax.runs import load_run
 from grpo_jax.sampler import Sampler
+from grpo_jax.sampler.shapes import evaluation_slots
 from grpo_jax.scoring import score_together
 from grpo_jax.tokenizer import Tokenizer
 from grpo_jax.types import Params
@@ -65,8 +66,7 @@ def evaluate_held_out(
         return None
     k = 1 if samples is None else samples
     temperature = 0.0 if samples is None else config.rollout.temperature
-    rows = max(1, config.train.prompts_per_step * config.rollout.num_generations // k)
-    slots = sampler.spread(min(rows, problems) * k)
+    slots = sampler.spread(evaluation_slots(config, problems, k))
     settings = replace(config.rollout, num_generations=k, temperature=temperature, slots=slots)
     (batch,) = source.held_out_batches(problems)
     rollout = sampler.sample(variables, batch.prompt_ids, settings, seed=config.train.seed, indices=batch.indices)

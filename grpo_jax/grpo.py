@@ -167,7 +167,7 @@ def assemble(config: Config, policy: Policy, source: Source, functions: list[Nam
     full = policy.adapters is None
     frozen = Frozen(base={} if full else policy.params, reference=reference_of(policy, config))
     if config.train.micro_batch_prompts == "auto":
-        fit = fit_run(config, policy, frozen, display)
+        fit = fit_run(config, policy, frozen, display, problems_of(source))
         return Run(fit.config, policy, source, functions, fit.sampler, fit.learner, fit.update, frozen, display)
     micro_batch = micro_batch_of(config, policy)
     model, remat = trained_model(policy, config.model.remat, tokens_of(config, micro_batch))
@@ -188,6 +188,11 @@ def assemble(config: Config, policy: Policy, source: Source, functions: list[Nam
     sampler = sampler_of(policy).announced(display.compiling)
     update = Program("update", learner.train_step, donate=(0,), announce=display.compiling)
     return Run(config, policy, source, functions, sampler, learner, update, frozen, display)
+
+
+def problems_of(source: Source) -> int:
+    """How many problems are held out."""
+    return len(source.held_out) if isinstance(source, PromptSource) else 0
 
 
 def prompts_line(source: PromptSource, limit_tokens: int) -> str:
@@ -236,8 +241,7 @@ def loop(run: Run, folder: RunFolder) -> TrainResult:
                     checkpoints.save(step + 1, state, host | {"seconds": time.perf_counter() - started})
     seconds, compiling = time.perf_counter() - started, compile_seconds(run.update, *run.sampler.programs)
     policy = with_trained(run.policy, state.trainable)
-    held_out = len(run.source.held_out) if isinstance(run.source, PromptSource) else 0
-    return finish(policy, config, folder, display, held_out=held_out, seconds=seconds, compile_seconds=compiling)
+    return finish(policy, config, folder, display, held_out=problems_of(run.source), seconds=seconds, compile_seconds=compiling)
 
 
 def one_step(run: Run, state: TrainState, folder: RunFolder, step: int) -> tuple[TrainState, dict[str, float]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,13 +47,13 @@ class Program:
     compile_seconds: float = 0.0
     _compiled: dict[Any, Any] = field(default_factory=dict)
 
-    def __call__(self, *arguments: Any, **static: Hashable) -> Any:
+    def __call__(self, *arguments: Any, **static: Any) -> Any:
         """Runs the function, compiling it first where these shapes, or these static arguments, are new."""
         run = self.compiled(*arguments, **static)
         with jax.transfer_guard("disallow"):
             return run(*arguments)
 
-    def compiled(self, *arguments: Any, options: dict[str, Any] | None = None, **static: Hashable) -> Any:
+    def compiled(self, *arguments: Any, options: dict[str, Any] | None = None, **static: Any) -> Any:
         """The compiled function of arguments of these shapes: arrays, or `jax.ShapeDtypeStruct` with shardings.
 
         Args:

@@ -36,7 +36,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 MANY_MAPPINGS = 20_000
-"""Memory mappings above which compiled programs are let go: Linux allows a process 65,530, and XLA's compiler dies where it gets none."""
+"""Memory mappings above which compiled programs are let go: Linux allows a process 65,530, and without more XLA's compiler dies."""
 
 
 def mappings() -> int:

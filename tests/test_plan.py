@@ -24,7 +24,7 @@ from grpo_jax.plan.micro_batch import micro_batch_that_fits, smaller_micro_batch
 from grpo_jax.plan.phases import COMPONENTS, Needs, RolloutNeeds
 from grpo_jax.plan.targets import GPUS, Machine
 from grpo_jax.plan.verdict import Planner
-from grpo_jax.sampler.shapes import sizes_of
+from grpo_jax.sampler.shapes import evaluation_slots, sizes_of
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -273,6 +273,41 @@ def test_auto_takes_less_where_memory_is_short(fixed_share: float, tmp_path: Pat
     monkeypatch.setattr(auto, "fit_rollout", lambda subject, limit, display: rollout_anyhow(subject, display))
     short = tiny_runs.run(replace(config, train=replace(config.train, run_dir=str(tmp_path / "short"))))
     assert "micro-batch: 2 prompts, 4 completions" not in short.printed
+
+
+def test_auto_evaluates_in_as_many_slots_as_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every slot of an evaluation has a prompt of its own: one byte less than it was found to need halves them."""
+    fit: Callable[..., RolloutNeeds] = auto.fit_evaluation
+    seen: list[RolloutNeeds] = []
+
+    def noted(subject: Any, slots: int, problems: int, limit: Any, sampler: Any) -> RolloutNeeds:
+        whole = fit(subject, slots, problems, None, sampler)
+        short = fit(subject, slots, problems, whole.needs.peak_bytes - 1, sampler)
+        seen.extend([whole, short])
+        fixed = replace(subject, config=replace(subject.config, train=replace(subject.config.train, eval_slots=whole.slots)))
+        with pytest.raises(ConfigError, match=rf"train\.eval_slots is {whole.slots}: the evaluation needs"):
+            fit(fixed, slots, problems, whole.needs.peak_bytes - 1, sampler)
+        return short
+
+    monkeypatch.setattr(auto, "fit_evaluation", noted)
+    config = tiny_runs.config_of(tmp_path / "run", train={"micro_batch_prompts": "auto"})
+    done = tiny_runs.run(config, eval_dataset=tiny_runs.additions(6))
+    whole, short = seen
+    assert (whole.slots, short.slots) == (6, 3)
+    assert short.needs.peak_bytes < whole.needs.peak_bytes
+    assert "slots of an evaluation: 3" in done.printed
+    assert done.result.summary["accuracy_after"] is not None
+
+
+def test_an_evaluation_takes_the_slots_that_are_set() -> None:
+    config = Config.from_dict({"train": {"prompts_per_step": 4}, "rollout": {"num_generations": 8}})
+    assert evaluation_slots(config, 100) == 32
+    assert evaluation_slots(config, 20) == 20
+    assert evaluation_slots(config, 100, 5) == 30, "whole groups"
+    assert evaluation_slots(config, 100, 64) == 32, "a part of a group, where one is too many"
+    few = replace(config, rollout=replace(config.rollout, slots=6))
+    assert evaluation_slots(few, 100) == 6
+    assert evaluation_slots(replace(few, train=replace(few.train, eval_slots=3)), 100) == 3
 
 
 def rollout_anyhow(subject: Any, display: Any) -> Any:

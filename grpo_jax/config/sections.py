@@ -273,6 +273,8 @@ class TrainConfig:
         save_every: Steps between checkpoints; 0 saves only the last state.
         keep_checkpoints: Number of checkpoints that are kept.
         eval_every: Steps between evaluations; 0 evaluates before and after only.
+        eval_slots: Completions that are decoded at once in evaluation, each with a prompt of its own; null is `rollout.slots`, or
+            as many as a step has.
         show_every: Steps between tables of sampled completions on the terminal; 0 shows none.
         quiet: Plain lines instead of a live bar and tables, for logs.
         track: Where metrics go beside the run folder: `none`, or `wandb` (needs the extra `track`).
@@ -287,6 +289,7 @@ class TrainConfig:
     save_every: int = 50
     keep_checkpoints: int = 2
     eval_every: int = 0
+    eval_slots: int | None = None
     show_every: int = 10
     quiet: bool = False
     track: Literal["none", "wandb"] = "none"
@@ -299,6 +302,7 @@ class TrainConfig:
         require(self.save_every >= 0, "train.save_every", self.save_every, "use 0 (only at the end) or a number of steps")
         require(self.keep_checkpoints >= 1, "train.keep_checkpoints", self.keep_checkpoints, "keep at least 1")
         require(self.eval_every >= 0, "train.eval_every", self.eval_every, "use 0 (before and after only) or a number of steps")
+        require(self.eval_slots is None or self.eval_slots >= 1, "train.eval_slots", self.eval_slots, "use at least 1, or null")
         require(self.show_every >= 0, "train.show_every", self.show_every, "use 0 (never) or a number of steps")
         size = self.micro_batch_prompts
         if isinstance(size, int):

@@ -21,6 +21,7 @@ from grpo_jax.plan.report import phase_rows
 from grpo_jax.policy import Policy, sampler_of, trained_model
 from grpo_jax.programs import Program
 from grpo_jax.sampler import Sampler
+from grpo_jax.sampler.shapes import evaluation_slots
 from grpo_jax.step import Learner
 from grpo_jax.types import Frozen
 
@@ -44,8 +45,11 @@ class Fitted:
     remat: str
 
 
-def fit_run(config: Config, policy: Policy, frozen: Frozen, display: Display) -> Fitted:
+def fit_run(config: Config, policy: Policy, frozen: Frozen, display: Display, problems: int = 0) -> Fitted:
     """Chooses the largest micro-batch that fits, and the slots, where they are not set.
+
+    Args:
+        problems: that are held out; their evaluation is fitted too.
 
     Raises:
         ConfigError: nothing fits.
@@ -55,18 +59,26 @@ def fit_run(config: Config, policy: Policy, frozen: Frozen, display: Display) ->
     places = Places(policy.layout, jax.local_devices()[0])
     subject, update, needs, remat = fit_update(config, policy, frozen, places, limit, display)
     sampler, rollout = fit_rollout(subject, limit, display)
+    evaluation = fit_evaluation(subject, rollout.slots, problems, limit, sampler) if problems else None
     prompts, completions = subject.learner.micro_batch
     chosen = replace(
         config,
-        train=replace(config.train, micro_batch_prompts=prompts, micro_batch_completions=completions),
+        train=replace(
+            config.train,
+            micro_batch_prompts=prompts,
+            micro_batch_completions=completions,
+            eval_slots=config.train.eval_slots if evaluation is None else evaluation.slots,
+        ),
         rollout=replace(config.rollout, slots=rollout.slots),
     )
     rows = [
         *phase_rows("rollout", rollout.needs, None),
+        *([] if evaluation is None else phase_rows("evaluation", evaluation.needs, None)),
         *phase_rows("update", needs, None),
         ("memory", "not known" if limit is None else f"{limit / GIB:.2f} GiB of each device"),
         ("micro-batch", f"{prompts} prompts, {completions} completions of each"),
         ("slots", str(rollout.slots)),
+        *([] if evaluation is None else [("slots of an evaluation", str(evaluation.slots))]),
         ("model.remat", remat),
     ]
     display.table("plan", rows, {})
@@ -121,6 +133,27 @@ def fit_rollout(subject: Subject, limit: int | None, display: Display) -> tuple[
         if subject.config.rollout.slots is not None or fewer == found.slots:
             raise too_large(f"rollout.slots is {found.slots}: the rollout", found.needs, limit)
         config = replace(config, rollout=replace(config.rollout, slots=fewer))
+
+
+def fit_evaluation(subject: Subject, slots: int, problems: int, limit: int | None, sampler: Sampler) -> RolloutNeeds:
+    """An evaluation that fits, compiled: every slot has a prompt of its own, so that fewer may fit than in a rollout.
+
+    Args:
+        slots: of the rollout.
+    """
+    config, layout = subject.config, subject.places.layout
+    shards = 1 if layout is None else layout.rows
+    asked = evaluation_slots(replace(config, rollout=replace(config.rollout, slots=slots)), problems)
+    while True:
+        asked = -(-asked // shards) * shards
+        greedy = replace(config.rollout, num_generations=1, temperature=0.0, slots=asked)
+        step = replace(config, rollout=greedy, train=replace(config.train, prompts_per_step=problems))
+        found = rollout_needs(replace(subject, config=step), limit, sampler)
+        if not found.needs.refused and (limit is None or found.needs.peak_bytes <= limit):
+            return found
+        if config.train.eval_slots is not None or asked == shards:
+            raise too_large(f"train.eval_slots is {asked}: the evaluation", found.needs, limit)
+        asked = max(shards, asked // 2)
 
 
 def too_large(what: str, needs: Needs, limit: int | None) -> ConfigError:

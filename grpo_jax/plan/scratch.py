@@ -2,9 +2,10 @@
 
 Enters: nothing but the chip that is traced for. Leaves: options to compile with, and a function of the compiled program → bytes.
 
-libtpu before 0.0.52 says in `memory_analysis()` more than the program is given: 17.4 GB where its buffer assignment, its check of the
-chip's memory, and newer versions of it have 11.7 GB (the update of an 8B model at 20,480 tokens). The buffer assignment is what the
-program runs with; XLA writes it to a folder (`xla_dump_to`, https://openxla.org/xla/hlo_dumps).
+libtpu before 0.0.52 says in `memory_analysis()` more than a program is given: of the update of an 8B model at 20,480 tokens 17.4 GB
+where its buffer assignment has 11.7 (0.0.52 says 11.3, and has them). Its own check of the chip's memory goes by the assignment: a
+program of 33.4 GiB by the sum was compiled for a chip with 31.25. XLA writes it to a folder (`xla_dump_to`,
+https://openxla.org/xla/hlo_dumps).
 """
 
 from __future__ import annotations

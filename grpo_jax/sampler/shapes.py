@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from grpo_jax.config import RolloutConfig
+from grpo_jax.config import Config, RolloutConfig
 from grpo_jax.config.checks import require
 from grpo_jax.models.spec import ModelSpec
 
@@ -186,3 +186,10 @@ def choose_slots(
     if fit >= rows:
         return shards * rows
     return shards * max(1, fit // g * g or fit)
+
+
+def evaluation_slots(config: Config, problems: int, samples: int = 1) -> int:
+    """Completions decoded at once where `samples` are drawn of each problem: whole groups, where there is room for one."""
+    step = config.train.prompts_per_step * config.rollout.num_generations
+    most = min(problems * samples, config.train.eval_slots or config.rollout.slots or step)
+    return max(most // samples * samples, min(most, samples))
