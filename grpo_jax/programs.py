@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 Announce = Callable[[str], AbstractContextManager[Any]]
@@ -46,10 +47,13 @@ class Program:
     options: dict[str, Any] = field(default_factory=dict)
     compile_seconds: float = 0.0
     _compiled: dict[Any, Any] = field(default_factory=dict)
+    _jitted: dict[int, Any] = field(default_factory=dict)
 
     def __call__(self, *arguments: Any, **static: Any) -> Any:
         """Runs the function, compiling it first where these shapes, or these static arguments, are new."""
         run = self.compiled(*arguments, **static)
+        if any(map(layout_misread, jax.tree.leaves(arguments))):
+            run = self._jitted[id(run)]  # compiled already: JAX keeps one program for both
         with jax.transfer_guard("disallow"):
             return run(*arguments)
 
@@ -66,8 +70,19 @@ class Program:
                 start = time.perf_counter()
                 jitted = jax.jit(functools.partial(self.function, **static), donate_argnums=self.donate)
                 self._compiled[key] = jitted.lower(*arguments).compile(compiler_options=self.options | (options or {}))
+                self._jitted[id(self._compiled[key])] = jitted
                 self.compile_seconds += time.perf_counter() - start
         return self._compiled[key]
+
+
+def layout_misread(leaf: Any) -> bool:
+    """Whether a compiled program may refuse the array: jax 0.10 names 4-bit arrays on CPUs otherwise than programs that take them.
+
+    Arrays that are not bound to devices are not looked at, nor are arguments of jitted functions.
+    """
+    if not isinstance(leaf, jax.Array) or leaf.dtype not in (jnp.int4, jnp.uint4):
+        return False
+    return leaf.committed and next(iter(leaf.sharding.device_set)).platform == "cpu"
 
 
 def place_of(leaf: Any) -> Any:

@@ -21,9 +21,10 @@ from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig
 from grpo_jax.policy import Policy
 from grpo_jax.runs import load_run
 from grpo_jax.sft import sft
-from tiny_runs import additions, records, run, settings, tiny_model
+from tiny_runs import additions, build_model, records, run, settings, tiny_model
 
 ONE, SPREAD, OTHER = {"data": 1, "fsdp": 1}, {"data": 2, "fsdp": -1}, {"data": -1, "fsdp": 2}
+ALL_AXES = {"data": 2, "fsdp": 2, "tensor": 2}
 IDS = [[5, 6, 7], [8, 9], [10]]
 
 
@@ -60,6 +61,16 @@ def resumed(folder: Path) -> list[list[float]]:
     return curve(run(config_of(folder, OTHER, data=held_out), resume=True).result.history)
 
 
+def four_bits(folder: Path, mesh: dict[str, int]) -> dict[str, Any]:
+    """A run on an int4 base."""
+    model = {"path": str(build_model(folder / "model", vocab_size=264)), "quantization": "int4"}
+    finished = run(config_of(folder / "run", mesh, model=model))
+    return {
+        "curve": curve(finished.result.history),
+        "completions": [row["completion"] for row in records(folder / "run" / "completions.jsonl")],
+    }
+
+
 def supervised(folder: Path, mesh: dict[str, int]) -> list[list[float]]:
     """A warm-up of every weight."""
     rows = [{"prompt": row["prompt"], "completion": row["answer"]} for row in additions()]
@@ -93,6 +104,7 @@ if __name__ == "__main__":
         "one": trained(place / "one", ONE),
         "spread": trained(place / "spread", SPREAD),
         "resumed": resumed(place / "resumed"),
+        "four_bits": [four_bits(place / name, mesh) for name, mesh in (("int4-one", ONE), ("int4-spread", ALL_AXES))],
         "supervised": [supervised(place / name, mesh) for name, mesh in (("sft-one", ONE), ("sft-spread", SPREAD))],
     }
     print(json.dumps(found))

@@ -50,6 +50,12 @@ def test_a_run_goes_on_with_another_mesh(found: dict[str, Any]) -> None:
     np.testing.assert_allclose(found["resumed"], found["one"]["curve"], rtol=1e-4, atol=1e-6)
 
 
+def test_a_quantised_run_over_all_axes_is_that_of_one_device(found: dict[str, Any]) -> None:
+    one, spread = found["four_bits"]
+    assert spread["completions"] == one["completions"]
+    np.testing.assert_allclose(spread["curve"], one["curve"], rtol=1e-4, atol=1e-6)
+
+
 def test_a_warm_up_of_every_weight_is_that_of_one_device(found: dict[str, Any]) -> None:
     one, spread = found["supervised"]
     np.testing.assert_allclose(spread, one, rtol=1e-4, atol=1e-6)

@@ -45,7 +45,7 @@ B, G, C = 2, 4, 8
 """Prompts of a step, completions of each, their longest length. With prompts of at most 8 tokens nearly all runs have one shape."""
 
 
-def tensors() -> dict[str, np.ndarray]:
+def tensors(vocab: int = 261) -> dict[str, np.ndarray]:
     """The weights, by Hugging Face's names."""
     d, f, q, kv = 32, 48, 32, 16
     layer = {
@@ -60,14 +60,14 @@ def tensors() -> dict[str, np.ndarray]:
         "post_attention_layernorm": (d,),
     }
     shapes = {f"model.layers.{i}.{name}.weight": shape for i in range(2) for name, shape in layer.items()}
-    shapes |= {"model.embed_tokens.weight": (261, d), "model.norm.weight": (d,)}
+    shapes |= {"model.embed_tokens.weight": (vocab, d), "model.norm.weight": (d,)}
     return {name: tensor(name, shape) for name, shape in shapes.items()}
 
 
 def build_model(folder: Path, chat_template: str | None = CHATML, **changes: Any) -> Path:
     """Writes the model's folder; `changes` are attributes of config.json."""
     save_folder(byte_tokenizer(chat_template), folder, config=CONFIG | changes, generation_config={"eos_token_id": STOPS})
-    save_file(tensors(), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors((CONFIG | changes)["vocab_size"]), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
