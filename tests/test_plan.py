@@ -19,7 +19,7 @@ import grpo_jax.plan.auto as auto
 import tiny_runs
 from grpo_jax.config import Config, ConfigError
 from grpo_jax.plan import PlanError, json_of, machine_of, make_plan
-from grpo_jax.plan.advice import for_mesh, with_changes
+from grpo_jax.plan.advice import Search, for_mesh, with_changes
 from grpo_jax.plan.micro_batch import micro_batch_that_fits, smaller_micro_batches, tokens_of
 from grpo_jax.plan.phases import COMPONENTS, Needs, RolloutNeeds
 from grpo_jax.plan.targets import GPUS, Machine
@@ -170,6 +170,46 @@ def test_nothing_fits_where_the_weights_alone_do_not(folder: Path, monkeypatch: 
     assert (made["fits"], made["advice"], made["peak_memory_bytes"]) == (False, None, 5100)
     # Fewer slots and smaller micro-batches cannot be enough where the weights are too large; rounding the weights may be.
     assert [config.model.quantization for config in tried] == ["none", "int8", "int4"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "advice"),
+    [
+        (900, {"model.quantization": "int8"}),  # 500 + 32 · 10: fewer slots and int8 were tried before, and are taken back
+        (700, {"rollout.kv_dtype": "int8", "model.quantization": "int8"}),  # 500 + 32 · 5
+        (330, {"rollout.slots": 8, "model.quantization": "int4"}),  # 250 + 8 · 10: as many slots as fit then
+    ],
+)
+def test_changes_that_are_not_needed_are_taken_back(
+    limit: int, advice: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With made-up needs: weights of 1000 bytes that rounding halves, and 10 bytes a slot, which int8 halves."""
+
+    def rollout(subject: Any, _: int) -> RolloutNeeds:
+        config = subject.config
+        weights = {"none": 1000, "int8": 500, "int4": 250}[config.model.quantization]
+        slots = config.rollout.slots or 32
+        past = slots * (5 if config.rollout.kv_dtype == "int8" else 10)
+        memory = dict.fromkeys(COMPONENTS, 0) | {"base": weights, "suffix_kv": past}
+        return RolloutNeeds(Needs(memory, 0.0), slots, sizes_of(config.rollout, 8, 16, slots))
+
+    def always(search: Search) -> Any:
+        yield {"rollout.slots": 1}
+
+    def int8(search: Search) -> Any:
+        yield {"rollout.kv_dtype": "int8"}
+
+    # Tried where nothing says beforehand that they cannot be enough.
+    monkeypatch.setattr(Search, "fewer_slots", always)
+    monkeypatch.setattr(Search, "kept_int8", int8)
+    monkeypatch.setattr("grpo_jax.plan.verdict.update_needs", lambda subject: Needs(dict.fromkeys(COMPONENTS, 0), 0.0))
+    monkeypatch.setattr("grpo_jax.plan.verdict.rollout_needs", rollout)
+    here = with_limit(machine_of("cpu"), limit)
+    monkeypatch.setattr("grpo_jax.plan.machine_of", lambda name: here)
+    config = settings(folder)
+    made = json_of(make_plan(config, "cpu"))
+    assert made["advice"] == advice
+    assert json_of(make_plan(with_changes(config, made["advice"]), "cpu"))["fits"]
 
 
 @pytest.mark.parametrize("name", ["v7-8", "v5p-12", "h100x9", "b200", "tpu"])

@@ -3,13 +3,14 @@
 Enters: a run that does not fit. Leaves: the settings to change, as soon as one set of them fits. Cheap is what costs a step little
 time and nothing else: smaller micro-batches, computing again, fewer slots, another mesh; then moving activations to the host,
 rounding keys and values, rounding the base, and more chips at last. What cannot be enough by the numbers at hand is not compiled.
+Once something fits, changes before the last that are not needed beside it are taken back.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_jax.config import Config, ConfigError
@@ -107,6 +108,7 @@ class Search:
 
     Attributes:
         changes: those that are kept so far.
+        kept: the same by kind, which is the settings that it changes.
         show: told of each attempt.
     """
 
@@ -117,12 +119,14 @@ class Search:
     changes: Changes
     show: Callable[[str], None]
     attempts: list[Attempt]
+    kept: dict[tuple[str, ...], Changes] = field(default_factory=dict)
 
     def run(self) -> Advice:
         """Tries one kind of change after the other; what lowers the peak of a phase that does not fit is kept."""
         for kind in (self.smaller, self.remat, self.fewer_slots, self.meshes, self.offload, self.kept_int8, self.quantized):
             for changes in kind():
                 if self.try_changes(changes) and self.verdict.all_fits:
+                    self.take_back()
                     return self.advice(None)
         for name in larger_than(self.machine):
             larger = machine_of(name)
@@ -163,8 +167,48 @@ class Search:
         worse = any(before.fits(old) and not found.fits(new) for old, new in pairs)
         if better and not worse:
             self.verdict, self.changes = found, wanted
+            self.kept[tuple(changes)] = changes
             return True
         return False
+
+    def take_back(self) -> None:
+        """Takes back what is not needed beside the last change: all of it at once, or else one kind after the other."""
+        *earlier, _ = self.kept
+        if not earlier or self.fits_without(earlier):
+            return
+        for kind in earlier if len(earlier) > 1 else []:
+            self.fits_without([kind])
+        if ("rollout.slots",) in self.kept:
+            self.more_slots()
+
+    def more_slots(self) -> None:
+        """As many as fit beside the later changes: at most what their memory allows, or else half of what is between."""
+        needs, limit, slots = self.verdict.rollout.needs, self.machine.limit_bytes, self.verdict.rollout.slots
+        layout = make_layout(self.verdict.config.mesh, self.machine.devices)
+        rows = 1 if layout is None else layout.rows
+        fixed = self.beside(needs, *PER_SLOT)
+        room = 0 if limit is None else int(slots * (limit - fixed) / max(1, needs.peak_bytes - fixed))
+        for wanted in (room, (room + slots) // 2):
+            wanted = wanted // rows * rows
+            if wanted > slots and self.fits_with({"rollout.slots": wanted}):
+                return
+
+    def fits_without(self, kinds: list[tuple[str, ...]]) -> bool:
+        """Drops some kinds of changes where the run fits without them."""
+        return self.fits_as({kind: changes for kind, changes in self.kept.items() if kind not in kinds})
+
+    def fits_with(self, changes: Changes) -> bool:
+        """Puts a kind of changes in the place of what was kept of it, where the run fits with them."""
+        return self.fits_as(self.kept | {tuple(changes): changes})
+
+    def fits_as(self, left: dict[tuple[str, ...], Changes]) -> bool:
+        """Keeps these changes alone, where the run fits with them."""
+        wanted = {name: value for changes in left.values() for name, value in changes.items()}
+        found = self.compiled(wanted, self.machine)
+        if found is None or not found.all_fits:
+            return False
+        self.verdict, self.changes, self.kept = found, wanted, left
+        return True
 
     def beside(self, needs: Needs, *varying: str) -> int:
         """What a phase needs without some components; too much if that alone is above the limit."""
