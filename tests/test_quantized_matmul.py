@@ -17,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from grpo_kernels.quantized_matmul import QuantizedWeight, pallas_tpu, quantize, quantized_matmul, quantized_shapes, xla
 from grpo_kernels.quantized_matmul.formats import NF4
 from grpo_kernels.quantized_matmul.shapes import PUBLISHED, ROWS
+from grpo_kernels.target import Target, tracing_for
 from plain_oracles import array_sizes, quick_compiling
 
 FORMATS = ["int8", "int4", "nf4"]
@@ -127,6 +128,24 @@ def test_the_kernel_has_no_race(form: str, capsys: pytest.CaptureFixture[str]) -
         given = np.asarray(dy if transpose else x, np.float64)
         assert_close(got, given @ (dense(w).T if transpose else dense(w)), "float32")
     assert "RACE" not in capsys.readouterr().out.upper()
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("shape", [(1024, 640), (256, 64)])  # in parts, and whole
+def test_four_bits_cut_as_bytes_are_the_same_numbers(
+    shape: tuple[int, int], transpose: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU does it, on this machine."""
+    monkeypatch.setattr(xla, "PART_BYTES", 2**19)
+    rng = np.random.default_rng(3)
+    w = quantize(jnp.asarray(rng.normal(size=shape), jnp.float32), "int4")
+    x = jnp.asarray(rng.normal(size=(5, shape[1 if transpose else 0])), jnp.float32)
+    here = xla.quantized_matmul_xla(x, w, transpose)
+    with tracing_for(Target("gpu")):
+        traced = jax.make_jaxpr(lambda x, w: xla.quantized_matmul_xla(x, w, transpose))(x, w)
+        there = xla.quantized_matmul_xla(x, w, transpose)
+    assert "bitcast_convert_type" in str(traced)
+    np.testing.assert_array_equal(there, here)
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
-from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import SingleDeviceSharding
 
 from grpo_kernels.group_attention import group_attention
 from grpo_kernels.group_attention.shapes import EVEN, GEMMA_3_12B, LONG_ALONE, QWEN3_8B, Lengths, Shape
 from grpo_kernels.group_attention.xla import GPU
-
-
-@pytest.fixture(scope="module")
-def h200() -> Iterator[Any]:
-    """One H200 that is not there. Programs for it can be written to the cache on disk, but not read without one."""
-    target = (Path(__file__).parent / "h200.txtpb").read_text()
-    topology = topologies.get_topology_desc(platform="cuda", topology_name="h200", target_config=target, topology="1x1x1")
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield SingleDeviceSharding(topology.devices[0])
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize(("shape", "lengths"), [(QWEN3_8B, EVEN), (GEMMA_3_12B, EVEN), (QWEN3_8B, LONG_ALONE)], ids=str)

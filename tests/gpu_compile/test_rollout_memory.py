@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import jax
 import pytest
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 
 from compiled_rollout import assert_nothing_is_copied_at_every_token, assert_nothing_is_there_twice, line, segment_memory
 from grpo_jax.sampler.device import gpu_options
-
-
-@pytest.fixture(scope="module")
-def h200() -> Any:
-    """One H200 that is not there."""
-    target = (Path(__file__).parent / "h200.txtpb").read_text()
-    topology = topologies.get_topology_desc(platform="cuda", topology_name="h200", target_config=target, topology="1x1x1")
-    return SingleDeviceSharding(topology.devices[0])
 
 
 @pytest.mark.parametrize("refilled", [False, True])

@@ -2,19 +2,21 @@
 
 int8: a scale per output channel goes onto the product (or, transposed, onto the input), so that the compiler converts numbers
 as it reads them. Groups: a loop over parts of the output, each with its own part of the weight, dequantised, of at most
-`PART_BYTES`. Parts of the input would need an accumulator of the output's size. Of int4 values XLA on GPU makes a transposed copy
-first, in 4 bits too (28 MiB for 4096 x 14336); no way round that was found.
+`PART_BYTES`. Parts of the input would need an accumulator of the output's size. On a GPU int4 values are cut as bytes: of 4-bit
+operands of a product XLA makes there a transposed copy first, and of layers stacked for a loop one of the whole stack.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grpo_kernels.quantized_matmul.formats import QuantizedWeight, dequantize
+from grpo_kernels.target import platform
 
 PART_BYTES = 16 * 2**20
 """Of a part of the weight after dequantising."""
@@ -41,6 +43,16 @@ def part_size(w: QuantizedWeight, transpose: bool, itemsize: int) -> int:
     return -(-along // parts // step) * step  # parts of about one size
 
 
+def in_bytes(values: Array) -> Array:
+    """[I, O] numbers of 4 bits as bytes [I, O / 2], the first of two in the lower half."""
+    return jax.lax.bitcast_convert_type(values.reshape(values.shape[0], -1, 2), jnp.uint8)
+
+
+def from_bytes(held: Array, dtype: Any) -> Array:
+    """The inverse of `in_bytes`."""
+    return jax.lax.bitcast_convert_type(held, dtype).reshape(held.shape[0], -1)
+
+
 def quantized_matmul_xla(x: Float[Array, "T I"], w: QuantizedWeight, transpose: bool) -> Float[Array, "T O"]:
     """See `quantized_matmul`."""
     if w.scale.shape[0] == 1:
@@ -52,15 +64,20 @@ def quantized_matmul_xla(x: Float[Array, "T I"], w: QuantizedWeight, transpose: 
         return (product(x, values.astype(x.dtype), False) * scale).astype(x.dtype)
     along = w.shape[0 if transpose else 1]
     size = part_size(w, transpose, x.dtype.itemsize)
+    packed = w.format == "int4" and w.shape[1] % 2 == 0 and platform() == "gpu"
+    values = jax.lax.optimization_barrier(in_bytes(w.values)) if packed else w.values
 
     def part(start: Array | int, size: int) -> Array:
         if transpose:
             at, count = start // w.group, size // w.group
-            own = QuantizedWeight(
-                jax.lax.dynamic_slice_in_dim(w.values, start, size, 0), jax.lax.dynamic_slice_in_dim(w.scale, at, count, 0)
-            )
+            own = jax.lax.dynamic_slice_in_dim(values, start, size, 0), jax.lax.dynamic_slice_in_dim(w.scale, at, count, 0)
         else:
-            own = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, start, size, 1), w)
+            step = 2 if packed else 1
+            own = (
+                jax.lax.dynamic_slice_in_dim(values, start // step, size // step, 1),
+                jax.lax.dynamic_slice_in_dim(w.scale, start, size, 1),
+            )
+        own = QuantizedWeight(from_bytes(own[0], w.values.dtype) if packed else own[0], own[1])
         return product(x, dequantize(own, x.dtype), transpose).astype(x.dtype)
 
     if size == along:

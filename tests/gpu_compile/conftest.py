@@ -1,0 +1,25 @@
+"""What tests for GPUs that are not here share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import SingleDeviceSharding
+
+from grpo_jax.plan.targets import machine_of
+from grpo_kernels.target import tracing_for
+
+
+@pytest.fixture(scope="module")
+def h200() -> Iterator[SingleDeviceSharding]:
+    """One H200 that is not there. Programs for it can be written to the cache on disk, but not read without one."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    machine = machine_of("h200")
+    with tracing_for(machine.target):
+        yield SingleDeviceSharding(machine.devices[0])
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
