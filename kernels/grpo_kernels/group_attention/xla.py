@@ -43,21 +43,29 @@ class Tiles:
         sizes: queries, and keys, in a block; the first is taken with which the scores of one prompt's block stay within
             `scores`, or the last.
         scores: scores in flight; of as many prompts as that allows, at least one.
+        before: keys in a block where no key comes after a query: nothing there is dropped. None is as elsewhere.
     """
 
     sizes: tuple[int, ...]
     scores: int
+    before: int | None = None
 
     def block(self, rows: int) -> int:
         """Queries, and keys, in a block, where `rows` = G·H texts and heads of a prompt run at once."""
         return next((size for size in self.sizes if rows * size * size <= self.scores), self.sizes[-1])
 
+    def keys(self, rows: int, *, before: bool) -> int:
+        """Keys in a block; `before` says that they all come before the queries."""
+        block = self.block(rows)
+        wide = min(self.before or block, self.scores // (rows * block))
+        return max(block, wide // block * block) if before else block
+
 
 GPU = Tiles((512, 256, 128), 2**22)
 """16 MiB of scores, which an H200 keeps in its cache."""
 
-CPU = Tiles((32,), 2**18)
-"""1 MiB of scores, likewise; larger blocks hold more scores that the mask then drops."""
+CPU = Tiles((64, 32), 2**18, before=128)
+"""1 MiB of scores, likewise; larger blocks hold more scores that the mask then drops, but for a prompt's under its completions."""
 
 
 def texts_forward(
@@ -73,8 +81,8 @@ def texts_forward(
         tile, q_at = query_tile(q, first, size), first + jnp.arange(size, dtype=jnp.int32)
         rows = (b, kv, g, r, size, 1)
         state = (jnp.full(rows, LOW / 2, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros((*rows[:-1], width), jnp.float32))
-        for source in sources:
-            keys = min(block, source.k.shape[-3])
+        for at, source in enumerate(sources):
+            keys = min(tiles.keys(g * kv * r, before=at < len(sources) - 1), source.k.shape[-3])
 
             def key_block(number: Array, state: Any, source: Source = source, keys: int = keys) -> Any:
                 top, total, mixed = state
@@ -125,7 +133,7 @@ def texts_backward(
         fresh = (q_at >= number * size)[None, None, None, None, :, None]
         dq_tile, results = jnp.zeros(tile.shape, jnp.float32), list(results)
         for at, source in enumerate(sources):
-            keys = min(block, source.k.shape[-3])
+            keys = min(tiles.keys(g * kv * r, before=at < len(sources) - 1), source.k.shape[-3])
 
             def key_block(number: Array, state: Any, source: Source = source, keys: int = keys) -> Any:
                 dq_tile, dk, dv = state
