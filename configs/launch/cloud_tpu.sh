@@ -2,6 +2,7 @@
 # Trains on a Cloud TPU slice, one process on each of its hosts; JAX asks the cloud's metadata for the others. Run it on a machine
 # with gcloud, from the checkout:
 #     ZONE=us-east5-b BUCKET=my-bucket bash configs/launch/cloud_tpu.sh configs/gsm8k_llama3.1_8b.yaml
+# HF_TOKEN=... before it reads gated models. What is sent is the last commit: commit your YAML file first.
 # Settings behind the YAML file win over it. Given again it goes on from the last checkpoint. The slice is paid for until
 #     gcloud compute tpus tpu-vm delete grpo --zone "$ZONE"
 set -euo pipefail
@@ -17,7 +18,11 @@ gcloud compute tpus tpu-vm describe "$NAME" --zone "$ZONE" >/dev/null 2>&1 ||
     gcloud compute tpus tpu-vm create "$NAME" --zone "$ZONE" --accelerator-type "$TYPE" --version "$VERSION"
 git archive --format=tar.gz --output=grpo-source.tar.gz HEAD
 gcloud compute tpus tpu-vm scp grpo-source.tar.gz "$NAME":source.tar.gz --zone "$ZONE" --worker=all
-on_all_hosts "mkdir -p grpo && tar -xzf source.tar.gz -C grpo && pip install -q -e 'grpo[tpu]'"
+on_all_hosts "mkdir -p grpo && tar -xzf source.tar.gz -C grpo"
+# The image's Python may be 3.10, which is too old.
+on_all_hosts "python3 -m pip install -q uv && (test -d venv || python3 -m uv venv --python 3.12 venv)"
+on_all_hosts "python3 -m uv pip install -q --python venv/bin/python -e 'grpo[tpu]'"
 # Storage that all hosts share: the run folder needs it.
 on_all_hosts "mkdir -p shared && (mountpoint -q shared || gcsfuse --implicit-dirs $BUCKET shared)"
-on_all_hosts "cd grpo && python3 -m grpo_jax train --config $config --train.run_dir ../shared/runs/$NAME --train.quiet true --resume $*"
+train="../venv/bin/python -m grpo_jax train --config $config --train.run_dir ../shared/runs/$NAME --train.quiet true --resume $*"
+on_all_hosts "cd grpo && HF_TOKEN=${HF_TOKEN:-} $train"
