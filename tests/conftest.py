@@ -7,6 +7,7 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # libtpu is installed for compiling only: no lock against a second process, no question to a cloud machine's metadata server.
@@ -47,16 +48,29 @@ def mappings() -> int:
         return 0
 
 
+def let_programs_go(module: ModuleType) -> None:
+    """Compiled programs that JAX keeps, and those in a file's own `functools.cache`."""
+    for value in vars(module).values():
+        if hasattr(value, "cache_clear"):
+            value.cache_clear()
+    jax.clear_caches()
+    gc.collect()
+
+
 @pytest.fixture(autouse=True)
 def _few_programs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Lets compiled programs go once they are many: those that JAX keeps, and those in the file's own `functools.cache`."""
+    """Lets compiled programs go once they are many."""
     yield
     if mappings() > MANY_MAPPINGS:
-        for value in vars(request.module).values():
-            if hasattr(value, "cache_clear"):
-                value.cache_clear()
-        jax.clear_caches()
-        gc.collect()
+        let_programs_go(request.module)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _own_programs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No file runs another's programs: JAX keeps them whatever the settings of the compiler were, which round in their own ways."""
+    jax.clear_caches()
+    yield
+    let_programs_go(request.module)
 
 
 @pytest.fixture(scope="session")
