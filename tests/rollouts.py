@@ -53,7 +53,7 @@ class Task:
 
     def but(self, **settings: object) -> Task:
         """The same with other settings of the rollout."""
-        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **settings))  # type: ignore[arg-type]
+        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **settings))  # type: ignore[arg-type] - fields by name
 
     @property
     def policy(self) -> Policy:
@@ -100,7 +100,7 @@ def uniform_numbers(task: Task) -> np.ndarray:
     g, c = task.settings.num_generations, task.settings.max_completion_length
     indices = task.indices or range(len(task.prompts))
     names = [(task.step, index, generation, at) for index in indices for generation in range(g) for at in range(c)]
-    numbers = folded_numbers(np.uint32(task.seed), np.array(names, np.int32))  # type: ignore[arg-type]
+    numbers = folded_numbers(np.uint32(task.seed), np.array(names, np.int32))  # type: ignore[arg-type] - NumPy serves as well
     return np.asarray(numbers, np.float64).reshape(-1, c)
 
 

@@ -95,7 +95,7 @@ def test_host_values_are_those_of_the_call(tmp_path: Path) -> None:
     with Checkpointer(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, make_state(), host)
         host["next_row"] = 2
-        host["list"].append(2)  # type: ignore[attr-defined]
+        host["list"].append(2)  # type: ignore[attr-defined] - a list, typed as an object
         assert checkpoints.host() == {"next_row": 1, "list": [1]}
 
 

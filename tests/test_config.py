@@ -137,9 +137,9 @@ def test_sections_made_in_python_are_checked_alike():
 def test_lossless_conversions_leave_plain_values():
     assert type(LoraConfig(alpha=32).alpha) is float
     assert type(TrainConfig(steps=np.int64(5)).steps) is int  # pyright: ignore[reportArgumentType] - NumPy's int
-    assert type(OptimConfig(learning_rate=np.float32(0.5)).learning_rate) is float  # pyright: ignore[reportArgumentType]
-    assert LoraConfig(targets=("q_proj", "v_proj")).targets == ["q_proj", "v_proj"]  # pyright: ignore[reportArgumentType]
-    assert ModelConfig(path=Path("a") / "b").path == str(Path("a") / "b")  # pyright: ignore[reportArgumentType]
+    assert type(OptimConfig(learning_rate=np.float32(0.5)).learning_rate) is float  # pyright: ignore[reportArgumentType] - converted
+    assert LoraConfig(targets=("q_proj", "v_proj")).targets == ["q_proj", "v_proj"]  # pyright: ignore[reportArgumentType] - converted
+    assert ModelConfig(path=Path("a") / "b").path == str(Path("a") / "b")  # pyright: ignore[reportArgumentType] - converted
 
 
 def test_a_section_does_not_share_a_list_with_its_maker():

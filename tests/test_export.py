@@ -61,7 +61,7 @@ def test_merging_adds_the_scaled_product_and_nothing_else(tmp_path: Path) -> Non
         if target not in lora.target_names or name.endswith("bias"):
             assert np.array_equal(after[name], array), name
             continue
-        pair, layer = policy.adapters["layers"][target], int(name.split(".")[2])  # type: ignore[index]
+        pair, layer = policy.adapters["layers"][target], int(name.split(".")[2])  # type: ignore[index] - there are some
         a, b = (np.asarray(pair[leaf][layer], np.float64) for leaf in "ab")
         np.testing.assert_allclose(after[name], array + 4.0 / 3**0.5 * (a @ b).T, rtol=0, atol=1e-6)
 
@@ -95,7 +95,7 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     policy = adapted(original)
     after = tensors_of(policy.save_merged(tmp_path / "merged"))
     assert {name: array.dtype for name, array in after.items()} == {name: array.dtype for name, array in mixed.items()}
-    name, pair = "model.layers.1.mlp.up_proj.weight", policy.adapters["layers"]["up_proj"]  # type: ignore[index]
+    name, pair = "model.layers.1.mlp.up_proj.weight", policy.adapters["layers"]["up_proj"]  # type: ignore[index] - there are some
     whole = mixed[name].astype(np.float64) + LORA.scale * (np.asarray(pair["a"][1], np.float64) @ np.asarray(pair["b"][1])).T
     np.testing.assert_allclose(after[name].astype(np.float64), whole, rtol=2**-8, atol=1e-6)  # one rounding to 8 bits
 

@@ -42,7 +42,7 @@ def read_board(folder: Path) -> list[tuple[str, int, float]]:
         data = path.read_bytes()
         while data:
             length = int.from_bytes(data[:8], "little")
-            event = event_pb2.Event.FromString(data[12 : 12 + length])  # pyright: ignore[reportAttributeAccessIssue]
+            event = event_pb2.Event.FromString(data[12 : 12 + length])  # pyright: ignore[reportAttributeAccessIssue] - made at import
             data = data[16 + length :]
             if event.HasField("session_log") and event.session_log.status == event.session_log.START:
                 scalars = [entry for entry in scalars if entry[1] < event.step]

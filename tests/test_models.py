@@ -38,7 +38,7 @@ def hidden_states(model: Transformer, variables: Params, ids: np.ndarray) -> np.
     @jax.jit
     def run(variables: Params, ids: jax.Array, positions: jax.Array) -> jax.Array:
         attend = group_attend(model.spec, jnp.full((b,), t, jnp.int32), t, 0)
-        hidden, _, _ = model.apply(variables, ids, positions, attend)  # type: ignore[misc]
+        hidden, _, _ = model.apply(variables, ids, positions, attend)  # type: ignore[misc] - Flax returns a union
         return hidden
 
     return np.asarray(run(variables, jnp.asarray(ids, jnp.int32), jnp.asarray(positions)).astype(jnp.float32))
@@ -151,7 +151,7 @@ def test_bfloat16_computes_in_bfloat16_and_stays_near() -> None:
     def run(variables: Params) -> jax.Array:
         ids = jnp.arange(6, 20, dtype=jnp.int32)[None]
         attend = group_attend(model.spec, jnp.array([14], jnp.int32), 14, 0)
-        return model.apply(variables, ids, jnp.arange(14, dtype=jnp.int32)[None], attend)[0]  # type: ignore[index]
+        return model.apply(variables, ids, jnp.arange(14, dtype=jnp.int32)[None], attend)[0]  # type: ignore[index] - Flax returns a union
 
     narrow = jax.jit(run)(policy.variables)
     assert narrow.dtype == jnp.bfloat16

@@ -125,7 +125,7 @@ def test_other_prompts_and_settings_compile_nothing_and_only_levels_in_use_are_r
     def refuse(name: str) -> Iterator[None]:
         yield pytest.fail(f"compiles: {name}")
 
-    watched = dataclasses.replace(sampler.announced(refuse), segment=Watched(sampler.segment))  # type: ignore[arg-type]
+    watched = dataclasses.replace(sampler.announced(refuse), segment=Watched(sampler.segment))  # type: ignore[arg-type] - a stand-in
     rng = np.random.default_rng(0)
     for number in range(3):
         prompts = [rng.integers(6, 100, size).tolist() for size in (12, 1, number + 1)]

@@ -48,7 +48,7 @@ def scripted(script: Sequence[Sequence[int]], generations: int, text_of: TextOf)
                     break
         logps = -ids.astype(np.float32) - np.arange(length + 1) / 64 - np.asarray(slots.base)[:, None] / 64
         none = np.zeros(count, np.int32)
-        return Tokens(ids, logps.astype(np.float32), ends, stopped, none, none > 0), levels  # type: ignore[arg-type]
+        return Tokens(ids, logps.astype(np.float32), ends, stopped, none, none > 0), levels  # type: ignore[arg-type] - NumPy
 
     def prepare(variables: Any, *, unroll: bool) -> Any:
         return variables
