@@ -14,7 +14,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grpo_jax.advantages import group_advantages
     from grpo_jax.config import (
         Config,
         ConfigError,
@@ -28,10 +27,11 @@ if TYPE_CHECKING:
         RolloutConfig,
         TrainConfig,
     )
-    from grpo_jax.grpo import train
-    from grpo_jax.loss import grpo_loss
+    from grpo_jax.data.tokenizer import Tokenizer
+    from grpo_jax.learner.advantages import group_advantages
+    from grpo_jax.learner.loss import grpo_loss
     from grpo_jax.policy import Policy
-    from grpo_jax.tokenizer import Tokenizer
+    from grpo_jax.trainer import train
 
 __version__ = "0.1.0"
 
@@ -53,7 +53,7 @@ HOMES = {
     "grpo_loss": "loss",
     "train": "grpo",
 }
-"""The module that each name lives in. Supervised warm-up is not here: `grpo_jax.sft` is its module, and the function is in it."""
+"""The module that each name lives in. Supervised warm-up is not here: `grpo_jax.supervised` is its module, and the function is in it."""
 
 __all__ = [
     "Config",

@@ -25,7 +25,7 @@ from grpo_jax.config import Config, ConfigError, Loaded, RolloutConfig, load
 from grpo_jax.config.checks import describe, field_types, nearest, show
 from grpo_jax.config.load import nearest_setting, setting_types
 from grpo_jax.config.presets import OBJECTIVE_DEFAULTS
-from grpo_jax.text import safe_text
+from grpo_jax.runtime.text import safe_text
 
 USER_ERROR, INTERRUPTED = 2, 130
 RESUMABLE = ("train", "sft")
@@ -60,8 +60,8 @@ def main(words: Sequence[str] | None = None) -> int:
 def train(arguments: argparse.Namespace) -> None:
     """`grpo-jax train`."""
     loaded = loaded_settings(arguments)
-    from grpo_jax.distributed import joined
-    from grpo_jax.grpo import train as run
+    from grpo_jax.runtime.distributed import joined
+    from grpo_jax.trainer import train as run
 
     with joined(loaded.config.distributed, ending):
         run(loaded.config, resume=arguments.resume, sources=loaded.sources)
@@ -70,8 +70,8 @@ def train(arguments: argparse.Namespace) -> None:
 def sft(arguments: argparse.Namespace) -> None:
     """`grpo-jax sft`."""
     loaded = loaded_settings(arguments)
-    from grpo_jax.distributed import joined
-    from grpo_jax.sft import sft as run
+    from grpo_jax.runtime.distributed import joined
+    from grpo_jax.supervised import sft as run
 
     with joined(loaded.config.distributed, ending):
         run(loaded.config, resume=arguments.resume, sources=loaded.sources)
@@ -84,7 +84,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         name = next(iter(given))
         raise ConfigError(f"{name} is {show(given[name])}: a run is evaluated with its own settings; use --config to choose others")
     config = None if arguments.run is not None else loaded_settings(arguments).config
-    from grpo_jax.evaluate import evaluate_run
+    from grpo_jax.evaluation import evaluate_run
 
     evaluate_run(config, run_dir=arguments.run, pass_k=arguments.pass_k)
 
@@ -119,7 +119,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
 def export(arguments: argparse.Namespace) -> None:
     """`grpo-jax export`."""
-    from grpo_jax.runs import export_run
+    from grpo_jax.run.saved import export_run
 
     export_run(arguments.run, arguments.out, arguments.format)
     print(f"wrote {arguments.format} to {safe_text(arguments.out, one_line=True)}")
@@ -127,7 +127,7 @@ def export(arguments: argparse.Namespace) -> None:
 
 def quickstart(arguments: argparse.Namespace) -> None:
     """`grpo-jax quickstart`."""
-    from grpo_jax.quickstart import quickstart as run
+    from grpo_jax.tools.quickstart import quickstart as run
 
     run(arguments.run_dir)
 
@@ -145,8 +145,8 @@ def plan(arguments: argparse.Namespace) -> None:
     if arguments.target is not None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     loaded = loaded_settings(arguments)
-    from grpo_jax.metrics import Display
-    from grpo_jax.plan import advice_lines, json_of, make_plan, rows_of
+    from grpo_jax.run import Display
+    from grpo_jax.tools.plan import advice_lines, json_of, make_plan, rows_of
 
     display = Display(quiet=loaded.config.train.quiet or arguments.json)
     made = make_plan(loaded.config, arguments.target, announce=display.compiling, show=display.note)
@@ -161,9 +161,9 @@ def bench(arguments: argparse.Namespace) -> None:
     """`grpo-jax bench`."""
     import json
 
-    from grpo_jax.bench import BenchOptions, rows_of
-    from grpo_jax.bench import bench as run
-    from grpo_jax.metrics import Display
+    from grpo_jax.run import Display
+    from grpo_jax.tools.bench import BenchOptions, rows_of
+    from grpo_jax.tools.bench import bench as run
 
     options = BenchOptions(**{key: value for key, value in vars(arguments).items() if key in BENCH_OPTIONS})
     display = Display(quiet=arguments.json)

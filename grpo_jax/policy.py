@@ -18,29 +18,23 @@ import numpy as np
 
 from grpo_jax.config import ConfigError, LoraConfig, MeshConfig, RolloutConfig
 from grpo_jax.config.checks import require, require_choice
-from grpo_jax.distributed import is_main
-from grpo_jax.export import merged_weights, save_merged
-from grpo_jax.logprobs import completion_logprobs
-from grpo_jax.memory import least_free_bytes
-from grpo_jax.models import (
-    ModelError,
-    ModelSpec,
-    Transformer,
-    find_model,
-    init_lora,
-    load_adapter,
-    load_params,
-    read_folder_spec,
-    save_adapter,
-)
-from grpo_jax.models.axes import check_mesh, model_axes
-from grpo_jax.models.quantize import quantization_of
-from grpo_jax.models.transformer import UNROLLED_LAYERS
-from grpo_jax.programs import Program
-from grpo_jax.sampler import Sampler, pad_rows, round_up
-from grpo_jax.sharding import Layout, make_layout
-from grpo_jax.tokenizer import Tokenizer, read_stop_ids
+from grpo_jax.data.tokenizer import Tokenizer, read_stop_ids
+from grpo_jax.learner.logprobs import completion_logprobs
+from grpo_jax.models.spec import ModelError, ModelSpec
+from grpo_jax.models.transformer import UNROLLED_LAYERS, Transformer
+from grpo_jax.rollout.sampler import Sampler
+from grpo_jax.rollout.shapes import pad_rows, round_up
+from grpo_jax.runtime.distributed import is_main
+from grpo_jax.runtime.memory import least_free_bytes
+from grpo_jax.runtime.programs import Program
+from grpo_jax.runtime.sharding import Layout, make_layout
 from grpo_jax.types import FinishReason, Params, Prompt
+from grpo_jax.weights.axes import check_mesh, model_axes
+from grpo_jax.weights.export import merged_weights, save_merged
+from grpo_jax.weights.hf import find_model, read_folder_spec
+from grpo_jax.weights.loading import load_params
+from grpo_jax.weights.lora import init_lora, load_adapter, save_adapter
+from grpo_jax.weights.quantize import quantization_of
 from grpo_kernels.target import platform
 
 LOGPROB_TOKENS = 16384

@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.numpy import load_file, save_file
+from tiny_runs import additions, build_model, config_of, letters, settings, tensors, tiny_model, words_of
 
 import grpo_jax as gx
 from grpo_jax import cli
 from grpo_jax.config import Config
-from grpo_jax.metrics import RunFolder
-from grpo_jax.models import ModelError, init_lora, read_folder_spec, save_adapter
-from grpo_jax.programs import Program
-from tiny_runs import additions, build_model, config_of, letters, settings, tensors, tiny_model, words_of
+from grpo_jax.models.spec import ModelError
+from grpo_jax.run import RunFolder
+from grpo_jax.runtime.programs import Program
+from grpo_jax.weights.hf import read_folder_spec
+from grpo_jax.weights.lora import init_lora, save_adapter
 
 ROWS = additions(12)
 RESPONSE: Any = types.SimpleNamespace(headers={}, request=None)

@@ -14,7 +14,7 @@ import pytest
 from grpo_jax import cli
 from grpo_jax.config import Config, ConfigError
 from grpo_jax.config.load import setting_types
-from grpo_jax.text import safe_text
+from grpo_jax.runtime.text import safe_text
 
 
 class Calls:

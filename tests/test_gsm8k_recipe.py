@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 
 import pytest
+from plain_oracles import quick_compiling
 from safetensors.numpy import load_file, save_file
+from tiny_runs import build_model, records
 
 from grpo_jax import cli
-from plain_oracles import quick_compiling
-from tiny_runs import build_model, records
 
 
 def final(answer: str) -> str:

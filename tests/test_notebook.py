@@ -20,10 +20,10 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 from safetensors.numpy import save_file
+from tiny_tokenizers import CHATML, byte_tokenizer, save_folder
 
 from goldens.folders import HERE, read_shapes
 from goldens.weights import tensor
-from tiny_tokenizers import CHATML, byte_tokenizer, save_folder
 
 STEPS, PROMPTS, GENERATIONS, HELD_OUT = 2, 2, 2, 2
 

@@ -12,15 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from plain_oracles import LORA, STOPS, log_softmax, plain_model, quick_compiling, tiny_policy
+from tiny_runs import tiny_model
+from tiny_tokenizers import CHATML, word_tokenizer
 
 from goldens.folders import build_adapter_folder, build_model_folder
 from grpo_jax import policy as policy_module
 from grpo_jax.config import ConfigError, LoraConfig
-from grpo_jax.models import ModelError
+from grpo_jax.models.spec import ModelError
 from grpo_jax.policy import Completion, Policy
-from plain_oracles import LORA, STOPS, log_softmax, plain_model, quick_compiling, tiny_policy
-from tiny_runs import tiny_model
-from tiny_tokenizers import CHATML, word_tokenizer
 
 LILY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball."

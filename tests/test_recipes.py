@@ -13,20 +13,21 @@ import jax
 import jax.numpy as jnp
 import pytest
 import yaml
+from public_models import CONFIGS, PARAMETERS
 
 from grpo_jax.config import Config, LoraConfig
-from grpo_jax.models import ModelSpec, Transformer, init_lora
+from grpo_jax.learner.optim import learning_rate_at, make_optimizer
+from grpo_jax.learner.step import Learner, PackedMetrics
 from grpo_jax.models.families import read_spec
-from grpo_jax.models.spec import abstract_params, count_parameters, flatten, param_specs
-from grpo_jax.optim import learning_rate_at, make_optimizer
+from grpo_jax.models.spec import ModelSpec, abstract_params, count_parameters, flatten, param_specs
+from grpo_jax.models.transformer import Transformer
 from grpo_jax.rewards import check_functions, number_match, regex_format, resolve_functions
-from grpo_jax.sampler import controls_of
-from grpo_jax.sampler.device import Slots, blank_level, prefill, segment
-from grpo_jax.sampler.shapes import Sizes, choose_slots, round_up, sizes_of
-from grpo_jax.sft import supervised_step
-from grpo_jax.step import Learner, PackedMetrics
+from grpo_jax.rollout.device import Slots, blank_level, prefill, segment
+from grpo_jax.rollout.sampler import controls_of
+from grpo_jax.rollout.shapes import Sizes, choose_slots, round_up, sizes_of
+from grpo_jax.supervised import supervised_step
 from grpo_jax.types import Frozen, TrainBatch
-from public_models import CONFIGS, PARAMETERS
+from grpo_jax.weights.lora import init_lora
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
 RECIPES = sorted(path.name for path in FOLDER.glob("*.yaml"))
@@ -37,7 +38,7 @@ def model_config(config: Config, request: pytest.FixtureRequest) -> dict[str, An
     """config.json of the recipe's model: the hub's, the quickstart's own, or a folder's."""
     path = config.model.path
     if path is None:
-        from grpo_jax.quickstart import MODEL
+        from grpo_jax.tools.quickstart import MODEL
 
         return MODEL
     if path in CONFIGS:

@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from plain_oracles import quick_compiling
+from tiny_runs import additions, assert_same_arrays, config_of, letters, records, settings, tiny_model, words_of, write_rows
 
 import grpo_jax as gx
 from grpo_jax import cli
-from grpo_jax.checkpoint import Checkpointer
-from grpo_jax.metrics import RunFolderError
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import RewardError
-from grpo_jax.runs import TrainResult
-from plain_oracles import quick_compiling
-from tiny_runs import additions, assert_same_arrays, config_of, letters, records, settings, tiny_model, words_of, write_rows
+from grpo_jax.run import RunFolderError
+from grpo_jax.run.checkpoint import Checkpointer
+from grpo_jax.run.saved import TrainResult
 
 ROWS = additions()
 LORA: dict[str, Any] = {
@@ -224,7 +224,7 @@ def test_ctrl_c_ends_the_command_with_the_line_that_continues_the_run(tmp_path: 
 
 def make_run(folder: Path, **sections: Any) -> None:
     """A folder that looks like a run: its settings and a finished step."""
-    from grpo_jax.metrics import RunFolder
+    from grpo_jax.run import RunFolder
 
     with RunFolder.create(folder, config_of(folder, **sections), resume=False) as made:
         made.write_step(1, {"reward/mean": np.float32(0.5)})
@@ -233,7 +233,7 @@ def make_run(folder: Path, **sections: Any) -> None:
 @pytest.fixture
 def no_program(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails where anything is compiled."""
-    from grpo_jax.programs import Program
+    from grpo_jax.runtime.programs import Program
 
     def refuse(self: Program, *arguments: Any) -> Any:
         raise AssertionError(f"{self.name} was compiled")

@@ -2,7 +2,7 @@
 
 Enters: q, k, v of one layer. Leaves: the mixed values, and in prefill the keys and values to keep. A query sees a key of its own
     text at or before its position, and, in a layer with a window w, fewer than w positions back. Softmax is float32; the soft cap
-    comes before the mask. How it is computed is `grpo_kernels.group_attention`.
+    comes before the mask. How it is computed is `grpo_kernels.ops.group_attention`.
 
 The tokens of prompt b are [P | C_1 ... C_G], T = P + G·C; a completion sees the prompt and itself, so the prompt is computed once
 (PrefixGrouper, https://arxiv.org/abs/2506.05433).
@@ -17,8 +17,8 @@ from jaxtyping import Array, Int
 
 from grpo_jax.models.layers import Attend, Wanted
 from grpo_jax.models.spec import ModelSpec
-from grpo_jax.sharding import Layout
-from grpo_kernels.group_attention import group_attention
+from grpo_jax.runtime.sharding import Layout
+from grpo_kernels.ops.group_attention import group_attention
 
 
 def group_attend(

@@ -1,6 +1,6 @@
 """The last layer on a mesh: log-probabilities of tokens from hidden states, the vocabulary cut over `tensor`.
 
-Enters: hidden states, the head and the tokens, one row a token. Leaves: float32 nats, as `grpo_kernels.head_logprob` gives them.
+Enters: hidden states, the head and the tokens, one row a token. Leaves: float32 nats, as `grpo_kernels.ops.head_logprob` gives them.
     Logits are never gathered: each device has its tokens, and either its rows of the head or, for what needs all logits of a
     token (`with_whole_head`), the whole head and a smaller share of the tokens.
 """
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.sharding import Layout
-from grpo_kernels.head_logprob import head_logprob
+from grpo_jax.runtime.sharding import Layout
+from grpo_kernels.ops.head_logprob import head_logprob
 
 
 def head_logprobs(

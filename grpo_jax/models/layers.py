@@ -20,9 +20,9 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.moe import mix_experts
 from grpo_jax.models.spec import EXPERT_LINEARS, LINEAR_AXES, ModelSpec, precision_of
-from grpo_jax.sharding import Layout
+from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params
-from grpo_kernels.quantized_matmul import QuantizedWeight, quantized_matmul
+from grpo_kernels.ops.quantized_matmul import QuantizedWeight, quantized_matmul
 
 LAYER_INPUT = "layer_input"
 """Name of a layer's input for the choice of what a backward pass keeps."""

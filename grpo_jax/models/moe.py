@@ -28,8 +28,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec, precision_of
-from grpo_jax.sharding import Layout
-from grpo_kernels.quantized_matmul import QuantizedWeight
+from grpo_jax.runtime.sharding import Layout
+from grpo_kernels.ops.quantized_matmul import QuantizedWeight
 from grpo_kernels.target import platform
 
 Form = Literal["every", "ragged", "blocks"]

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.layers import LAYER_INPUT, Attend, Block, RMSNorm, Wanted, rope_tables
 from grpo_jax.models.spec import ModelSpec
-from grpo_jax.sharding import GATHERED, Layout
+from grpo_jax.runtime.sharding import GATHERED, Layout
 from grpo_jax.types import Params
 
 NO_WINDOW = 2**30

@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_kernels.decode_attention import Kept, decode_attention
-from grpo_kernels.decode_attention.shapes import EIGHT_B, Shape
+from grpo_kernels.ops.decode_attention import KVCache, decode_attention
+from grpo_kernels.ops.decode_attention.shapes import EIGHT_B, Shape
 
 
 def seconds_of(program: Callable[..., Any], *arguments: Any, times: int = 20) -> float:
@@ -32,13 +32,13 @@ def seconds_of(program: Callable[..., Any], *arguments: Any, times: int = 20) ->
     return best
 
 
-def kept(key: jax.Array, texts: int, shape: Shape, size: int, int8: bool) -> Kept:
+def cache(key: jax.Array, texts: int, shape: Shape, size: int, int8: bool) -> KVCache:
     """Random keys and values."""
     k, v = jax.random.normal(key, (2, texts, shape.kv_heads, size, shape.width), jnp.bfloat16)
     if not int8:
-        return Kept(k, v)
+        return KVCache(k, v)
     scale = jnp.full(k.shape[:-1], 1 / 40, jnp.float32)
-    return Kept(jnp.round(k * 40).astype(jnp.int8), jnp.round(v * 40).astype(jnp.int8), scale, scale)
+    return KVCache(jnp.round(k * 40).astype(jnp.int8), jnp.round(v * 40).astype(jnp.int8), scale, scale)
 
 
 def main() -> None:
@@ -51,12 +51,12 @@ def main() -> None:
     args = parser.parse_args()
     shape, int8 = dataclasses.replace(EIGHT_B, slots=args.slots), args.kv == "int8"
     keys = iter(jax.random.split(jax.random.key(0), 16))
-    prefix = kept(next(keys), shape.prompts, shape, shape.prompt, int8)
-    levels = [kept(next(keys), shape.slots, shape, size, int8) for size in shape.levels]
-    newest = kept(next(keys), shape.slots, shape, shape.segment, int8)
+    prefix = cache(next(keys), shape.prompts, shape, shape.prompt, int8)
+    past_blocks = [cache(next(keys), shape.slots, shape, size, int8) for size in shape.past_blocks]
+    segment_cache = cache(next(keys), shape.slots, shape, shape.segment, int8)
     q = jax.random.normal(next(keys), (shape.slots, shape.kv_heads, shape.queries, shape.width), jnp.bfloat16)
     numbers = (jnp.full((shape.prompts,), shape.prompt, jnp.int32), jnp.full((shape.slots,), args.filled, jnp.int32))
-    column = sum(x.nbytes for x in jax.tree.leaves(newest)) / shape.segment
+    column = sum(x.nbytes for x in jax.tree.leaves(segment_cache)) / shape.segment
     needed = sum(x.nbytes for x in jax.tree.leaves(prefix)) + column * (args.filled + 1)
 
     array = jnp.zeros((int(needed) // 4,), jnp.float32)
@@ -65,7 +65,7 @@ def main() -> None:
     default = ["reference", "gpu", "tpu"] if jax.default_backend() == "tpu" else ["reference", "gpu"]
     for name in args.implementation or default:
         program = jax.jit(functools.partial(decode_attention, implementation=name))
-        seconds = seconds_of(program, q, prefix, numbers[0], levels, newest, numbers[1], jnp.int32(0))
+        seconds = seconds_of(program, q, prefix, numbers[0], past_blocks, segment_cache, numbers[1], jnp.int32(0))
         share = needed / seconds / bandwidth
         print(f"{name:>10}: {seconds * 1e6:,.0f} µs, {needed / seconds / 1e9:,.0f} GB/s, {share:.0%} of that")
 

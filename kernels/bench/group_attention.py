@@ -17,8 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_kernels.group_attention import group_attention
-from grpo_kernels.group_attention.shapes import EVEN, PUBLISHED, SMALL, Lengths, Shape
+from grpo_kernels.ops.group_attention import group_attention
+from grpo_kernels.ops.group_attention.shapes import EVEN, PUBLISHED, SMALL, Lengths, Shape
 
 REPEATS = 7
 PRODUCT = 2048

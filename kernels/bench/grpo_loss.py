@@ -14,10 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_kernels.group_advantages import group_advantages
-from grpo_kernels.group_advantages.shapes import PUBLISHED as GROUPS
-from grpo_kernels.grpo_loss import LossSettings, grpo_loss
-from grpo_kernels.grpo_loss.shapes import PUBLISHED as TOKENS
+from grpo_kernels.ops.group_advantages import group_advantages
+from grpo_kernels.ops.group_advantages.shapes import PUBLISHED as GROUPS
+from grpo_kernels.ops.grpo_loss import LossSettings, grpo_loss
+from grpo_kernels.ops.grpo_loss.shapes import PUBLISHED as TOKENS
 
 REPEATS = 20
 TOKEN_BYTES = 4 * 5 + 1

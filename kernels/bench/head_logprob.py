@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from timing import seconds_by_turns
 
-from grpo_kernels.head_logprob import head_logprob
-from grpo_kernels.head_logprob.shapes import LAPTOP
+from grpo_kernels.ops.head_logprob import head_logprob
+from grpo_kernels.ops.head_logprob.shapes import LAPTOP
 
 PART = 8192
 """Rows of the head in the product that gives the device's speed."""

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_kernels.quantized_matmul import quantize, quantized_matmul, weight_bytes
-from grpo_kernels.quantized_matmul.shapes import LLAMA_3_8B_UP, ROWS
+from grpo_kernels.ops.quantized_matmul import quantize, quantized_matmul, weight_bytes
+from grpo_kernels.ops.quantized_matmul.shapes import LLAMA_3_8B_UP, ROWS
 
 
 def seconds_of(program: Callable[..., Any], *arguments: Any, times: int) -> float:

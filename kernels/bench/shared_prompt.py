@@ -19,7 +19,7 @@ import numpy as np
 
 import grpo_jax as gx
 from grpo_jax.config import LoraConfig
-from grpo_jax.logprobs import completion_logprobs
+from grpo_jax.learner.logprobs import completion_logprobs
 
 
 def arguments() -> argparse.Namespace:

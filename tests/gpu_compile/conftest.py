@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
-from grpo_jax.plan.targets import machine_of
+from grpo_jax.fit.targets import machine_of
 from grpo_kernels.target import tracing_for
 
 

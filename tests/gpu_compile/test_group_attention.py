@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from grpo_kernels.group_attention import group_attention
-from grpo_kernels.group_attention.shapes import EVEN, GEMMA_3_12B, LONG_ALONE, QWEN3_8B, Lengths, Shape
-from grpo_kernels.group_attention.xla import GPU
+from grpo_kernels.ops.group_attention import group_attention
+from grpo_kernels.ops.group_attention.shapes import EVEN, GEMMA_3_12B, LONG_ALONE, QWEN3_8B, Lengths, Shape
+from grpo_kernels.ops.group_attention.xla import GPU
 
 
 @pytest.mark.parametrize(("shape", "lengths"), [(QWEN3_8B, EVEN), (GEMMA_3_12B, EVEN), (QWEN3_8B, LONG_ALONE)], ids=str)

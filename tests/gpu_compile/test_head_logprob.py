@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from grpo_kernels.head_logprob import head_logprob, xla
-from grpo_kernels.head_logprob.shapes import QWEN3_8B
+from grpo_kernels.ops.head_logprob import head_logprob, xla
+from grpo_kernels.ops.head_logprob.shapes import QWEN3_8B
 
 MIB = 2**20
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from grpo_jax.config import Config
-from grpo_jax.plan import json_of, make_plan
-from grpo_jax.plan.targets import GPUS
+from grpo_jax.fit.targets import GPUS
+from grpo_jax.tools.plan import json_of, make_plan
 
 MODEL: dict[str, Any] = {
     "model_type": "llama",

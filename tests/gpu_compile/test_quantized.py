@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from grpo_kernels.quantized_matmul import quantized_matmul, quantized_shapes, xla
-from grpo_kernels.quantized_matmul.shapes import LLAMA_3_8B_UP, ROWS
+from grpo_kernels.ops.quantized_matmul import quantized_matmul, quantized_shapes, xla
+from grpo_kernels.ops.quantized_matmul.shapes import LLAMA_3_8B_UP, ROWS
 
 
 @pytest.mark.parametrize("rows", ROWS)

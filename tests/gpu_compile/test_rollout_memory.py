@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import pytest
-
 from compiled_rollout import assert_nothing_is_copied_at_every_token, assert_nothing_is_there_twice, line, segment_memory
-from grpo_jax.sampler.device import gpu_options
+
+from grpo_jax.rollout.device import gpu_options
 
 
 @pytest.mark.parametrize("refilled", [False, True])

@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.config import load
-from grpo_jax.prompts import PromptSource
-from grpo_jax.tokenizer import Tokenizer
+from grpo_jax.data import PromptSource
+from grpo_jax.data.tokenizer import Tokenizer
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parent.parent
@@ -155,7 +155,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    from grpo_jax.metrics.curves import COLOURS, STYLE
+    from grpo_jax.run.curves import COLOURS, STYLE
 
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.2), dpi=110, layout="constrained")

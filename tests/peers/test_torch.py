@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 
 from goldens.folders import FAMILIES, build_model_folder, read_golden
 from grpo_jax.config import Config, LoraConfig
-from grpo_jax.grpo import train
 from grpo_jax.policy import Policy
+from grpo_jax.trainer import train
 
 TOLERANCE_NATS = 1e-4
 PROMPT = 5

@@ -1,0 +1,163 @@
+"""A run's arrays as shapes with shardings, from a model's config.json alone.
+
+Enters: settings, a spec, a machine that need not be here. Leaves: a `Policy` without weights, and what the update and the rollout
+    take. Which program takes what is `phases.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from grpo_jax.config import Config
+from grpo_jax.data.tokenizer import read_model_stop_ids
+from grpo_jax.fit.targets import Machine
+from grpo_jax.learner.step import Learner
+from grpo_jax.models.spec import ModelSpec, abstract_params, flatten, nest, param_specs
+from grpo_jax.policy import Policy
+from grpo_jax.rollout.shapes import round_up
+from grpo_jax.runtime.sharding import BATCH, Axes, Layout, check_prompts, make_layout
+from grpo_jax.types import Frozen, Params, TrainBatch, TrainState
+from grpo_jax.weights.axes import check_mesh, model_axes
+from grpo_jax.weights.lora import init_lora, load_adapter
+from grpo_jax.weights.quantize import quantized_specs
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where arrays are put on a machine's devices.
+
+    Attributes:
+        layout: None is one device.
+    """
+
+    layout: Layout | None
+    device: Any
+
+    def put(self, tree: Any, *axes: str | None) -> Any:
+        """Arrays that all have the same logical axes in front; no axes are those of scalars, or of what every device has whole."""
+
+        def one(x: Any) -> Any:
+            if self.layout is None:
+                return shaped(x, SingleDeviceSharding(self.device))
+            own: Axes = (*axes, *(None,) * (x.ndim - len(axes)))
+            return shaped(x, self.layout.checked("an array", x.shape, self.layout.sharding(own)))
+
+        return jax.tree.map(one, tree)
+
+    def put_model(self, spec: ModelSpec, tree: Any) -> Any:
+        """Weights, adapters, or a state of them."""
+        if self.layout is None:
+            return self.put(tree)
+        return jax.tree.map(shaped, tree, self.layout.tree(tree, model_axes(spec)))
+
+    def put_batch(self, batch: TrainBatch) -> Any:
+        """An update's batch."""
+        return self.put(batch) if self.layout is None else jax.tree.map(shaped, batch, self.layout.tree(batch, BATCH))
+
+
+def shaped(x: Any, sharding: Any) -> Any:
+    """A shape with a sharding."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+def placement_of(config: Config, spec: ModelSpec, machine: Machine) -> Placement:
+    """The mesh of the settings on the machine.
+
+    Raises:
+        ConfigError: it does not fit the devices, the model or the prompts.
+    """
+    layout = make_layout(config.mesh, machine.devices)
+    check_mesh(layout, spec)
+    micro = config.train.micro_batch_prompts
+    check_prompts(layout, config.train.prompts_per_step, micro if isinstance(micro, int) else None)
+    return Placement(layout, machine.devices[0])
+
+
+def abstract_policy(config: Config, folder: Path, spec: ModelSpec, placement: Placement) -> Policy:
+    """What `Policy.from_pretrained` gives, without weights, and without a tokenizer."""
+    dtype = jnp.dtype(spec.dtype if config.model.dtype == "auto" else config.model.dtype)
+    params = abstract_params(spec, dtype)
+    if config.model.quantization != "none":
+        quantized = quantized_specs(param_specs(spec), config.model.quantization)
+        params = nest({path: quantized.get(path, leaf) for path, leaf in flatten(params)})
+    adapters: Params | None = None
+    lora = config.lora if config.lora.rank or config.lora.adapter else None
+    if lora is not None and lora.adapter is not None:
+        held, lora = load_adapter(Path(lora.adapter).expanduser(), spec)
+        adapters = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), held)
+    elif lora is not None:
+        chosen = lora
+        adapters = jax.eval_shape(lambda: init_lora(spec, chosen, jax.random.key(0)))
+    return Policy(
+        spec=spec,
+        dtype=dtype,
+        params=placement.put_model(spec, params),
+        adapters=None if adapters is None else placement.put_model(spec, adapters),
+        lora=lora,
+        tokenizer=None,
+        stop_ids=read_model_stop_ids(folder),
+        folder=folder,
+        name=str(config.model.path),
+        layout=placement.layout,
+    )
+
+
+def abstract_state(learner: Learner, policy: Policy, placement: Placement) -> TrainState:
+    """What `learner.init` gives."""
+    source = policy.params if policy.adapters is None else policy.adapters
+    trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), source)
+    plain = replace(learner, model=learner.model.clone(layout=None))
+    return placement.put_model(policy.spec, jax.eval_shape(plain.init, trainable))
+
+
+def abstract_frozen(config: Config, policy: Policy) -> Frozen:
+    """What an update reads and never changes."""
+    if policy.adapters is None:
+        return Frozen({}, policy.params if config.objective.needs_reference else None)
+    return Frozen(policy.params, policy.adapters if config.lora.adapter is not None else {})
+
+
+def longest_batch(config: Config, placement: Placement) -> TrainBatch:
+    """A batch of the longest prompts and completions that the settings allow, in the sizes that a run rounds them up to."""
+    prompts, generations = config.train.prompts_per_step, config.rollout.num_generations
+    rows, longest = prompts * generations, config.rollout.max_completion_length
+    p, c = round_up(config.rollout.max_prompt_length), min(round_up(longest), longest)
+
+    def array(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    return placement.put_batch(
+        TrainBatch(
+            prompt_ids=array(jnp.int32, prompts, p),
+            prompt_lengths=array(jnp.int32, prompts),
+            completion_ids=array(jnp.int32, rows, c),
+            completion_mask=array(jnp.bool_, rows, c),
+            sampler_logprobs=array(jnp.float32, rows, c),
+            rewards=array(jnp.float32, prompts, generations),
+            valid=array(jnp.bool_, prompts, generations),
+        )
+    )
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of a tree of shapes on one device; on accelerators two 4-bit numbers share a byte."""
+    return sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def leaf_bytes(leaf: Any) -> int:
+    """Of one array."""
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    count = 1
+    for size in shape:
+        count *= size
+    platform = next(iter(leaf.sharding.device_set)).platform
+    bits = 8 * leaf.dtype.itemsize
+    if jnp.issubdtype(leaf.dtype, jnp.integer) and platform != "cpu":
+        bits = jnp.iinfo(leaf.dtype).bits
+    return -(-count * bits // 8)

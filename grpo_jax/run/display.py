@@ -1,0 +1,287 @@
+"""What a person sees while a run goes on: settings, compile times, a live bar, sampled completions, the result.
+
+Enters: the same calls whatever the output is. Leaves, on a terminal or in a notebook: tables and one live bar below them. In quiet
+mode, and wherever the output is not a terminal, plain lines without control codes, one a step, made for logs. Left out on purpose:
+anything that a run computes; nothing here touches a device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from grpo_jax.config import Setting
+from grpo_jax.run import tables
+from grpo_jax.run.records import Column, Number
+from grpo_jax.runtime.text import safe_text
+
+SHOWN_METRICS = {
+    "reward/mean": "reward",
+    "loss": "loss",
+    "token_accuracy": "token accuracy",
+    "kl_divergence": "KL",
+    "completions/mean_length": "length",
+    "rollout_seconds": "rollout seconds",
+    "reward_seconds": "scoring seconds",
+    "update_seconds": "update seconds",
+}
+"""What the bar shows of a step's metrics, under which name; a name that ends in "seconds" is shown as a time."""
+
+
+def step_values(metrics: Mapping[str, Any]) -> dict[str, Number]:
+    """Picks what the bar shows out of a step's metrics, in the order it is shown."""
+    return {label: metrics[name] for name, label in SHOWN_METRICS.items() if name in metrics}
+
+
+class Display:
+    """Talks to whoever watches a run.
+
+    Args:
+        quiet: Plain lines, and no completions, even on a terminal.
+        console: Where it goes; None is the standard output, whatever that is at the moment.
+        silent: Nothing at all: for all processes of a run but one.
+
+    Example:
+        display = Display(quiet=False)
+        with display.progress(100):
+            display.step(1, {"reward": 0.4, "rollout seconds": 1.2})
+    """
+
+    def __init__(self, quiet: bool = False, console: Console | None = None, silent: bool = False) -> None:
+        # Legacy options of rich that would read strings as markup, emoji codes or highlights are off for good.
+        self._console = console or Console(highlight=False, markup=False, emoji=False)
+        self.quiet, self._silent = quiet or silent, silent
+        self.plain = self.quiet or not _can_redraw(self._console)
+        self._live: Live | None = None
+        self._busy: list[tuple[str, float]] = []
+        self._bar: _Bar | None = None
+
+    def note(self, text: str) -> None:
+        """Shows one line."""
+        self._print(Text(safe_text(text)), text)
+
+    def warning(self, text: str) -> None:
+        """Shows one line that should not be missed."""
+        self._print(Text(f"warning: {safe_text(text)}", style="yellow"), f"warning: {text}")
+
+    def settings(self, settings: Sequence[Setting]) -> None:
+        """Shows the resolved settings, those that somebody chose first."""
+        if self.plain:
+            self._lines(tables.settings_lines(settings))
+        else:
+            self._console.print(tables.settings_table(settings))
+
+    @contextmanager
+    def busy(self, doing: str, done: str | None = None) -> Iterator[None]:
+        """Shows that something is going on, and for how long; afterwards a line with its seconds.
+
+        Args:
+            doing: Such as "reading the model".
+            done: What the line afterwards says; the same, if None.
+        """
+        started = time.perf_counter()
+        if self.plain:
+            self._lines([f"{doing} ..."])
+        self._busy.append((doing, started))
+        try:
+            with self._shown():
+                yield
+        finally:
+            self._busy.remove((doing, started))
+        line = f"{done or doing}: {tables.duration(time.perf_counter() - started)}"
+        self._print(Text(safe_text(line), style="dim"), line)
+
+    @contextmanager
+    def compiling(self, what: str) -> Iterator[None]:
+        """Shows that a program is compiled, such as "rollout", and how long that took."""
+        with self.busy(f"compiling {what}", f"compiled {what}"):
+            yield
+
+    @contextmanager
+    def progress(self, total: int, done: int = 0, noun: str = "step") -> Iterator[None]:
+        """Shows a bar while steps are made, each reported by `step`.
+
+        Args:
+            total: Number of steps.
+            done: Steps that were finished before, by the run that is resumed.
+            noun: What is counted.
+        """
+        outer, self._bar = self._bar, _Bar(total, done, noun)
+        try:
+            with self._shown():
+                yield
+        finally:
+            self._bar = outer
+
+    def step(self, step: int, values: Mapping[str, Number]) -> None:
+        """Reports a finished step inside `progress`.
+
+        Args:
+            step: Its number, of the total.
+            values: What to show, by name; a name that ends in "seconds" is shown as a time. See `step_values`.
+        """
+        if self._bar is None:
+            raise RuntimeError("Display.step is called outside of Display.progress")
+        self._bar.finish(step, values)
+        if self.plain:
+            self._lines([f"{self._bar.noun} {step}/{self._bar.total}  {spell_values(values)}".rstrip()])
+
+    def completions(
+        self,
+        step: int,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        rewards: Mapping[str, Column],
+        advantages: Column,
+        finish_reasons: Sequence[str],
+        count: int = 4,
+    ) -> None:
+        """Shows some completions of a step with a column for each reward; nothing in quiet mode.
+
+        Args:
+            step: Its number.
+            prompts: B prompts, each of N/B completions in a row.
+            completions: N texts or conversations.
+            rewards: N values by function.
+            advantages: N values.
+            finish_reasons: N of "stop" or "length".
+            count: The most that are shown.
+        """
+        if self.quiet or not completions:
+            return
+        samples = tables.choose_samples(prompts, completions, rewards, advantages, finish_reasons, count)
+        if self.plain:
+            self._lines(tables.completions_lines(step, samples))
+        else:
+            self._console.print(tables.completions_table(step, samples))
+
+    def evaluation(self, step: int, accuracy: Number, problems: int) -> None:
+        """Shows the held-out accuracy (0 to 1) after a step; step 0 is before the first."""
+        when = "before training" if step == 0 else f"after step {step}"
+        line = f"held-out accuracy {when}: {100 * accuracy:.1f} %  ({problems} problems, greedy)"
+        self._print(Text(line, style="bold"), line)
+
+    def report(self, summary: Mapping[str, Any], files: Mapping[str, str], title: str = "Result") -> None:
+        """Shows the result.
+
+        Args:
+            summary: As `RunFolder.write_summary` returns it.
+            files: Paths that were written, each with what it holds; `RunFolder.written`.
+            title: Above it.
+        """
+        self.table(title, tables.report_rows(summary), files)
+
+    def table(self, title: str, rows: Sequence[tuple[str, str]], files: Mapping[str, str]) -> None:
+        """Shows names with what belongs to them.
+
+        Args:
+            files: Paths below them, each with what it holds; may be none.
+        """
+        if self.plain:
+            self._lines(tables.report_lines(rows, files))
+        else:
+            self._console.print(tables.report_panel(title, rows, files))
+
+    def _print(self, rich: RenderableType, line: str) -> None:
+        if self.plain:
+            self._lines([line])
+        else:
+            self._console.print(rich)
+
+    def _lines(self, lines: Sequence[str]) -> None:
+        """Writes plain lines, past rich, so that nothing wraps them or adds codes to them."""
+        if self._silent:
+            return
+        file = self._console.file
+        encoding = self._console.encoding
+        for line in lines:
+            safe = safe_text(line).encode(encoding, "backslashreplace").decode(encoding)
+            file.write(f"{safe}\n")
+        file.flush()
+
+    @contextmanager
+    def _shown(self) -> Iterator[None]:
+        """Keeps the live part on screen while the block runs; a nested block shares the one that is there."""
+        if self.plain or self._live is not None:
+            yield
+            return
+        with Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True) as live:
+            self._live = live
+            try:
+                yield
+            finally:
+                self._live = None
+
+    def _render(self) -> RenderableType:
+        parts: list[RenderableType] = [] if self._bar is None else self._bar.render()
+        for doing, started in tuple(self._busy):
+            parts.append(Spinner("dots", Text(f"{safe_text(doing)}  {time.perf_counter() - started:.0f} s")))
+        return Group(*parts)
+
+
+class _Bar:
+    """The state of a bar: written by the loop, read by rich's drawing thread."""
+
+    def __init__(self, total: int, done: int, noun: str) -> None:
+        self.total, self.done, self.noun = total, done, noun
+        self.values: Mapping[str, Number] = {}
+        self.started = time.perf_counter()
+        self.first: tuple[int, float] | None = None
+
+    def finish(self, step: int, values: Mapping[str, Number]) -> None:
+        self.done, self.values = step, values
+        if self.first is None:  # it holds the compiling, so the time left is reckoned from the steps after it
+            self.first = (step, time.perf_counter())
+
+    def render(self) -> list[RenderableType]:
+        now = time.perf_counter()
+        times = tables.clock(now - self.started)
+        if self.first is not None and self.done > self.first[0]:
+            left = (now - self.first[1]) / (self.done - self.first[0]) * (self.total - self.done)
+            times += f", {tables.clock(left)} left"
+        line = Table.grid(padding=(0, 1))
+        bar = ProgressBar(self.total, self.done, width=40)
+        line.add_row(Text(f"{self.noun} {self.done}/{self.total}"), bar, Text(times, style="dim"))
+        values = Text()
+        for name, value in self.values.items():
+            values.append(f"{_label(name)} ", style="dim").append(f"{_spell(name, value)}  ", style="bold")
+        return [line, values] if self.values else [line]
+
+
+def spell_values(values: Mapping[str, Number]) -> str:
+    """Values on one line: "reward 0.412  KL 0.0031  rollout 1.20 s"."""
+    return "  ".join(f"{_label(name)} {_spell(name, value)}" for name, value in values.items())
+
+
+def _label(name: str) -> str:
+    return safe_text(name, one_line=True).removesuffix(" seconds")
+
+
+def _spell(name: str, value: Number) -> str:
+    value = float(value)
+    if name.endswith("seconds") and math.isfinite(value):
+        return tables.duration(value)
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:#.3g}"
+
+
+def _can_redraw(console: Console) -> bool:
+    """Whether a live bar can be drawn: a terminal that can move its cursor and show the bar, or a notebook with widgets."""
+    if console.is_jupyter:
+        return importlib.util.find_spec("ipywidgets") is not None
+    # rich also believes FORCE_COLOR, which build servers set: colours in a log may be wanted, redrawing is not.
+    terminal = console.is_terminal and (console.file is not sys.stdout or sys.stdout.isatty())
+    return terminal and not console.is_dumb_terminal and console.encoding.lower().startswith("utf")

@@ -1,0 +1,1 @@
+"""Commands that use the trainer and that the trainer does not use: plan, bench, quickstart."""

@@ -1,0 +1,173 @@
+"""The quickstart: a small model and a task made on the spot, warmed up, then improved by GRPO alone.
+
+Enters: a folder to work in, and the two recipes `quickstart_sft.yaml` and `quickstart.yaml`. Leaves: in that folder the task's
+    data, a random Llama-shaped model with its tokenizer, the warmed-up model, and the GRPO run. Nothing is downloaded.
+
+The task is addition of two numbers below 100, one token per character. The warm-up imitates a pupil who forgets to carry two
+times out of three, so the warmed-up model is mostly wrong where there is something to carry. GRPO sees no right answer written
+out: only whether a sampled one is right.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.config import ConfigError, load
+from grpo_jax.models.families import read_spec
+from grpo_jax.run.saved import TrainResult
+from grpo_jax.supervised import sft
+from grpo_jax.trainer import train
+
+SYMBOLS = ("<pad>", "<s>", "</s>", *"0123456789+=")
+HELD_OUT, PLAIN_SHARE, FORGETS = 512, 0.5, 2 / 3
+"""Problems that are never trained on; share of the problems without a carry that are used; how often the pupil forgets."""
+
+MODEL: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": len(SYMBOLS),
+    "hidden_size": 96,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "initializer_range": 0.05,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "torch_dtype": "float32",
+}
+
+
+def quickstart(run_dir: str | Path = "runs/quickstart", configs: str | Path = "configs") -> TrainResult:
+    """Makes the model and the task, warms up, trains, and shows the result.
+
+    Args:
+        run_dir: where everything goes; where it is taken, a number is put behind it.
+        configs: folder with the two recipes.
+
+    Raises:
+        ConfigError: the recipes are not there.
+    """
+    recipes = [Path(configs) / name for name in ("quickstart_sft.yaml", "quickstart.yaml")]
+    for recipe in recipes:
+        if not recipe.is_file():
+            raise ConfigError(f"configs: {recipe} is missing; run this in a checkout of the repository")
+    folder = free_folder(Path(run_dir))
+    make_task(folder / "task")
+    make_model(folder / "model")
+    print(
+        f"made a random model and {HELD_OUT} held-out additions in {folder}; now a pupil who forgets to carry is imitated",
+        flush=True,
+    )
+    settings = [load(recipe, overrides(folder, step)) for recipe, step in zip(recipes, ("warmup", "grpo"), strict=True)]
+    warm = sft(settings[0].config, sources=settings[0].sources)
+    warm.policy.save_merged(folder / "warm")
+    print("now GRPO alone, on whether its own answers are right", flush=True)
+    return train(settings[1].config, sources=settings[1].sources)
+
+
+def overrides(folder: Path, run: str) -> dict[str, str]:
+    """Paths inside the folder."""
+    rows, model = ("warmup", "model") if run == "warmup" else ("train", "warm")
+    return {
+        "model.path": str(folder / model),
+        "data.path": str(folder / "task" / f"{rows}.jsonl"),
+        "data.eval_path": str(folder / "task" / ("held_out_rows.jsonl" if run == "warmup" else "held_out.jsonl")),
+        "train.run_dir": str(folder / run),
+    }
+
+
+def free_folder(folder: Path) -> Path:
+    """The folder, or the first of folder-2, folder-3, ... that is not there."""
+    number, chosen = 1, folder
+    while chosen.exists():
+        number += 1
+        chosen = folder.with_name(f"{folder.name}-{number}")
+    return chosen
+
+
+def make_task(folder: Path, seed: int = 0) -> None:
+    """Writes the rows: demonstrations for the warm-up, problems for GRPO, problems held out of both."""
+    rng = np.random.default_rng(seed)
+    pairs = [(a, b) for a in range(100) for b in range(100) if carries(a, b) or rng.random() < PLAIN_SHARE]
+    order = rng.permutation(len(pairs))
+    held_out = [pairs[i] for i in order[:HELD_OUT]]
+    seen = [pairs[i] for i in order[HELD_OUT:]]
+    folder.mkdir(parents=True)
+    shown = [{"prompt": question(a, b), "completion": pupil(a, b, rng)} for a, b in seen for _ in range(2)]
+    write_rows(folder / "warmup.jsonl", shown)
+    write_rows(folder / "train.jsonl", [{"prompt": question(a, b), "answer": str(a + b)} for a, b in seen])
+    write_rows(folder / "held_out.jsonl", [{"prompt": question(a, b), "answer": str(a + b)} for a, b in held_out])
+    write_rows(folder / "held_out_rows.jsonl", [{"prompt": question(a, b), "completion": str(a + b)} for a, b in held_out])
+
+
+def question(a: int, b: int) -> str:
+    """47 and 8 → "47+08="."""
+    return f"{a:02d}+{b:02d}="
+
+
+def carries(a: int, b: int) -> bool:
+    """Whether the units carry into the tens."""
+    return a % 10 + b % 10 >= 10
+
+
+def pupil(a: int, b: int, rng: np.random.Generator) -> str:
+    """The sum as the pupil writes it, who forgets the carry of the units more often than not."""
+    forgotten = carries(a, b) and rng.random() < FORGETS
+    return str(a + b - 10 * forgotten)
+
+
+def write_rows(file: Path, rows: list[dict[str, str]]) -> None:
+    """One JSON object a line."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def make_model(folder: Path, seed: int = 0) -> None:
+    """Writes a Hugging Face folder: random weights, config, and a tokenizer with one token per character."""
+    import jax
+    import jax.numpy as jnp
+    from safetensors.numpy import save_file
+
+    from grpo_jax.models.spec import init_params
+    from grpo_jax.weights.export import merged_weights
+    from grpo_jax.weights.hf import WEIGHTS, tensor_names
+
+    spec = read_spec(MODEL)
+    read = merged_weights(spec, init_params(spec, jax.random.key(seed), jnp.float32), None, None)
+    tensors = {
+        name: np.ascontiguousarray(values.T if source.transposed else values)
+        for path, source in tensor_names(spec).items()
+        for name, place in source.places()
+        for values in [read(path, place)]
+    }
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(MODEL, indent=2), encoding="utf-8")
+    (folder / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}), encoding="utf-8"
+    )
+    make_tokenizer(folder)
+
+
+def make_tokenizer(folder: Path) -> None:
+    """One token per character, `<s>` in front."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(models.WordLevel({symbol: number for number, symbol in enumerate(SYMBOLS)}, unk_token="<pad>"))
+    tokenizer.add_special_tokens(list(SYMBOLS[:3]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")

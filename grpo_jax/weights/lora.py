@@ -1,0 +1,196 @@
+"""Adapters: their start, and PEFT's folders in and out.
+
+Enters: a `LoraConfig` or a PEFT folder (`adapter_config.json` and `adapter_model.safetensors`). Leaves: the `lora` collection,
+    float32, a stacked [L, in, r] and [L, r, out] per target. Dropout, biases, other ranks per layer and DoRA are left out, and
+    refused where a folder has them.
+
+Of a mixture of experts every expert has its own adapters, [L, E, in, r] and [L, E, r, out], of the same rank; `all-linear` is
+attention and experts. The router is never adapted. On disk there is one pair of tensors an expert, as PEFT wrote them while each
+expert was a module of its own: vLLM and PEFT read these, and PEFT puts them together for today's transformers, where all experts
+are one parameter. What PEFT itself trains there (`target_parameters`) shares one A between gate_proj and up_proj, and is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.config import LoraConfig
+from grpo_jax.config.checks import require
+from grpo_jax.config.sections import LINEAR_TARGETS
+from grpo_jax.models.spec import ModelError, ModelSpec, flatten, lora_specs, nest
+from grpo_jax.types import Params
+from grpo_jax.weights.hf import module_path, module_paths, open_shard, read_json
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# What a PEFT config may hold beside rank, alpha, targets and scale, with the values that mean "not used".
+UNUSED: dict[str, tuple[Any, ...]] = {
+    "bias": ("none", None),
+    "use_dora": (False, None),
+    "use_qalora": (False, None),
+    "fan_in_fan_out": (False, None),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "layers_to_transform": (None, []),
+    "layers_pattern": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "layer_replication": (None, []),
+    "trainable_token_indices": (None, []),
+    "target_parameters": (None, []),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
+    "megatron_config": (None,),
+}
+
+
+def check_targets(spec: ModelSpec, lora: LoraConfig) -> None:
+    """Refuses adapters of experts that PEFT would not load as they are.
+
+    It puts the experts' gate_proj and up_proj together, since transformers keeps them in one tensor, at twice the rank and alpha.
+
+    Raises:
+        ConfigError: one of the two without the other; or both with `rslora`, whose scale that changes by √2.
+    """
+    pair = [name for name in ("gate_proj", "up_proj") if name in lora.target_names]
+    if not spec.experts or not pair:
+        return
+    mend = "PEFT adapts the experts' gate_proj and up_proj together, as transformers keeps them in one tensor: name both or neither"
+    require(len(pair) == 2, "lora.targets", lora.targets, mend)
+    mend = "PEFT loads the experts' gate_proj and up_proj at twice the rank, where this scale would be another: use false"
+    require(not lora.rslora, "lora.rslora", lora.rslora, mend)
+
+
+def init_lora(spec: ModelSpec, lora: LoraConfig, key: jax.Array) -> Params:
+    """New adapters: A uniform within ±1/√in, B zero, so that the policy starts as the base.
+
+    Raises:
+        ConfigError: targets that PEFT could not load; see `check_targets`.
+    """
+    check_targets(spec, lora)
+    leaves: dict[tuple[str, ...], jax.Array] = {}
+    for number, (path, p) in enumerate(lora_specs(spec, lora.rank, lora.target_names).items()):
+        if path[-1] == "a":
+            bound = p.shape[-2] ** -0.5
+            leaves[path] = jax.random.uniform(jax.random.fold_in(key, number), p.shape, jnp.float32, -bound, bound)
+        else:
+            leaves[path] = jnp.zeros(p.shape, jnp.float32)
+    return nest(leaves)
+
+
+def adapter_names(spec: ModelSpec, target: str, leaf: str) -> list[str]:
+    """PEFT's tensor names of one adapter matrix, layer by layer, and in a layer expert by expert."""
+    return [f"base_model.model.{module}.lora_{leaf.upper()}.weight" for module in module_paths(spec, target)]
+
+
+def peft_target(spec: ModelSpec, target: str) -> str:
+    """What PEFT's `target_modules` call a linear layer: `gate_proj` is `w1` in Mixtral."""
+    return module_path(spec, target).rsplit(".", 1)[-1]
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """The settings of a PEFT folder, without its targets (they follow from its tensors)."""
+    config = read_json(folder / ADAPTER_CONFIG)
+    where = folder / ADAPTER_CONFIG
+    if config.get("peft_type") != "LORA":
+        raise ModelError(f"{where}: peft_type {config.get('peft_type')!r} is not supported; supported: 'LORA'")
+    for name, allowed in UNUSED.items():
+        if config.get(name) not in allowed:
+            raise ModelError(f"{where}: {name} = {config[name]!r} is not supported; train or merge that adapter with PEFT")
+    # These starts change the weights of the base as well, so the adapter fits a base that is not at hand.
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        raise ModelError(f"{where}: init_lora_weights = {start!r} changed the base too; convert or merge that adapter with PEFT")
+    for name in ("r", "lora_alpha"):
+        if not isinstance(config.get(name), (int, float)):
+            raise ModelError(f"{where}: {name} is {config.get(name)!r}; it must be a number")
+    return LoraConfig(
+        rank=int(config["r"]), alpha=float(config["lora_alpha"]), rslora=bool(config.get("use_rslora", False)), adapter=str(folder)
+    )
+
+
+def load_adapter(folder: Path, spec: ModelSpec) -> tuple[Params, LoraConfig]:
+    """Reads a PEFT adapter.
+
+    Returns:
+        The `lora` collection in float32 and the settings that it was made with, `adapter` naming the folder.
+
+    Raises:
+        ModelError: it was made in a way that is not built here, or for another model.
+    """
+    from safetensors import safe_open
+
+    lora = read_adapter_config(folder)
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(f"{folder / ADAPTER_WEIGHTS} is missing; a PEFT folder needs it")
+    with open_shard(folder / ADAPTER_WEIGHTS, safe_open) as shard:
+        tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118  (not a dict)
+    targets = [
+        t for t in LINEAR_TARGETS if any(re.search(rf"\.{peft_target(spec, t)}\.lora_[AB]\.weight$", name) for name in tensors)
+    ]
+    leaves: dict[tuple[str, ...], jax.Array] = {}
+    for path, p in lora_specs(spec, lora.rank, tuple(targets)).items():
+        parts = []
+        for name in adapter_names(spec, path[1], path[2]):
+            if name not in tensors:
+                raise ModelError(
+                    f"{folder}: tensor {name} is missing: the adapter does not cover every layer of this {spec.layers}-layer model"
+                )
+            tensor = tensors.pop(name)
+            want = (p.shape[-1], p.shape[-2])
+            if tensor.shape != want:
+                raise ModelError(
+                    f"{folder}: tensor {name} has shape {tensor.shape}; this model and rank {lora.rank} ask for {want}"
+                )
+            parts.append(tensor.T.astype(np.float32))
+        leaves[path] = jnp.asarray(np.stack(parts).reshape(p.shape))
+    if tensors:
+        raise ModelError(
+            f"{folder}: {len(tensors)} tensors have no place in this {spec.family} model: {', '.join(sorted(tensors)[:3])}"
+        )
+    if not leaves:
+        raise ModelError(f"{folder / ADAPTER_WEIGHTS} holds no adapter")
+    return nest(leaves), LoraConfig(rank=lora.rank, alpha=lora.alpha, rslora=lora.rslora, targets=targets, adapter=str(folder))
+
+
+def save_adapter(folder: Path, spec: ModelSpec, adapters: Params, lora: LoraConfig, base_name: str) -> None:
+    """Writes a folder that PEFT, transformers and vLLM load.
+
+    Args:
+        folder: made where it is not there.
+        adapters: the `lora` collection.
+        base_name: what PEFT shows as the base model: the path or hub id that the run started from.
+    """
+    from safetensors.numpy import save_file
+
+    tensors: dict[str, np.ndarray] = {}
+    for path, leaf in flatten(adapters):
+        stacked = np.asarray(jax.device_get(leaf), np.float32).reshape(-1, *leaf.shape[-2:])
+        for name, matrix in zip(adapter_names(spec, path[1], path[2]), stacked, strict=True):
+            tensors[name] = np.ascontiguousarray(matrix.T)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": lora.rank,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_dropout": 0.0,
+        "use_rslora": lora.rslora,
+        "target_modules": sorted({peft_target(spec, path[1]) for path, _ in flatten(adapters)}),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+    }
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,144 @@
+"""`decode_attention` in plain XLA, for CPU and GPU: the prefix, the past and the segment_cache part merged by log-sum-exp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from grpo_kernels.ops.decode_attention.kv_cache import KVCache, SlotMap
+
+LOWEST = float(jnp.finfo(jnp.float32).min) / 2
+"""Stands for minus infinity in a maximum of nothing."""
+
+
+@struct.dataclass
+class Partial:
+    """A softmax over some of the keys, not yet divided.
+
+    Attributes:
+        mixed: [..., Dh] sum of exp(score - top) · v, float32.
+        top, total: [..., 1] the largest score, and the sum of exp(score - top).
+    """
+
+    mixed: Array
+    top: Array
+    total: Array
+
+
+def product(letters: str, a: Array, b: Array) -> Array:
+    """A matrix product with a float32 result; of float32 numbers in float32, which a TPU and NVIDIA do not do by default."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return jnp.einsum(letters, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def seen(query: Int[Array, "..."], key: Int[Array, "..."], window: Int[Array, ""]) -> Bool[Array, "..."]:
+    """Whether a query at one position sees a key at another."""
+    distance = query - key
+    return (distance >= 0) & (distance < window)
+
+
+def scores_of(
+    q: Float[Array, "N K Q Dh"], cache: KVCache, mask: Bool[Array, "..."], softcap: float | None
+) -> Float[Array, "N K Q X"]:
+    """Scores of Q queries of each of N texts over the texts' cache keys; `mask` broadcasts to [N, K, Q, X]."""
+    scores = product("nkqd,nkdx->nkqx" if cache.transposed else "nkqd,nkxd->nkqx", q, cache.k.astype(q.dtype))
+    if cache.k_scale is not None:
+        scores = scores * cache.k_scale[:, :, None, :]
+    if softcap is not None:
+        scores = jnp.float32(softcap) * jnp.tanh(scores / jnp.float32(softcap))
+    return jnp.where(mask, scores, jnp.float32(LOWEST * 2))
+
+
+def partial(q: Float[Array, "N K Q Dh"], parts: Sequence[tuple[KVCache, Bool[Array, "..."]]], softcap: float | None) -> Partial:
+    """Softmax over several cache parts taken together, each with what is seen of it."""
+    scores = jnp.concatenate([scores_of(q, cache, mask, softcap) for cache, mask in parts], axis=-1)
+    # Where nothing is seen every score is the lowest, and exp(score - top) would be 1.
+    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.float32(LOWEST))
+    weights = jnp.exp(scores - top)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    mixed, start = jnp.float32(0), 0
+    for cache, _ in parts:
+        own = jax.lax.slice_in_dim(weights, start, start + cache.v.shape[2], axis=3)
+        start += cache.v.shape[2]
+        if cache.v_scale is not None:
+            own = own * cache.v_scale[:, :, None, :]
+        mixed = mixed + product("nkqx,nkxd->nkqd", own.astype(q.dtype), cache.v.astype(q.dtype))
+    return Partial(mixed, top, total)
+
+
+def merge(parts: list[Partial]) -> Float[Array, "..."]:
+    """The softmax over all keys of all parts, float32."""
+    top = parts[0].top
+    for part in parts[1:]:
+        top = jnp.maximum(top, part.top)
+    factors = [jnp.exp(part.top - top) for part in parts]
+    total = sum((part.total * factor for part, factor in zip(parts, factors, strict=True)), jnp.float32(0))
+    mixed = sum((part.mixed * factor for part, factor in zip(parts, factors, strict=True)), jnp.float32(0))
+    return mixed / total
+
+
+def shared_prefix(
+    q: Float[Array, "S K R Dh"],
+    cache: KVCache,
+    lengths: Int[Array, "B"],
+    at: Int[Array, "S"],
+    slot_map: SlotMap | None,
+    window: Array,
+    cap: Any,
+) -> Partial:
+    """Every slot over its prompt, the slots of a prompt in one product.
+
+    Args:
+        at: index of the new token in its completion.
+        slot_map: None where the slots of prompt b are b·M, ..., b·M + M - 1.
+    """
+    s, kv, r, dh = q.shape
+    b, p = cache.v.shape[0], cache.v.shape[2]
+    m = s // b if slot_map is None else slot_map.table.shape[1]
+
+    def to_table(x: Array) -> Array:
+        return x.reshape(b, m, *x.shape[1:]) if slot_map is None else x[slot_map.table]
+
+    def to_slots(x: Array) -> Array:
+        x = jnp.swapaxes(x.reshape(b, kv, m, r, x.shape[-1]), 1, 2)
+        return x.reshape(s, kv, r, x.shape[-1]) if slot_map is None else x[slot_map.prompt_slots, slot_map.slot_indices]
+
+    position = lengths[:, None] + to_table(at)
+    keys = jnp.arange(p, dtype=jnp.int32)
+    mask = seen(position[:, :, None], keys[None, None, :], window) & (keys[None, :] < lengths[:, None])[:, None, :]
+    mask = jnp.broadcast_to(mask[:, :, None, :], (b, m, r, p)).reshape(b, 1, m * r, p)
+    rows = jnp.swapaxes(to_table(q), 1, 2).reshape(b, kv, m * r, dh)
+    part = partial(rows, [(cache, mask)], cap)
+    return Partial(to_slots(part.mixed), to_slots(part.top), to_slots(part.total))
+
+
+def decode_attention_xla(
+    q: Float[Array, "S K R Dh"],
+    prefix: KVCache,
+    lengths: Int[Array, "B"],
+    past_blocks: Sequence[KVCache],
+    segment_cache: KVCache,
+    base: Int[Array, "S"],
+    step: Int[Array, ""],
+    slot_map: SlotMap | None,
+    window: Int[Array, ""],
+    softcap: float | None,
+) -> Float[Array, "S K R Dh"]:
+    """See `decode_attention`."""
+    at = base + step
+    own: list[tuple[KVCache, Any]] = []
+    held = 0
+    for past_block in past_blocks:
+        index = held + jnp.arange(past_block.v.shape[2], dtype=jnp.int32)[None, :]
+        mask = (index < base[:, None]) & (at[:, None] - index < window)
+        own.append((past_block, mask[:, None, None, :]))
+        held += past_block.v.shape[2]
+    index = jnp.arange(segment_cache.v.shape[2], dtype=jnp.int32)
+    own.append((segment_cache, seen(step, index, window)[None, None, None, :]))
+    parts = [shared_prefix(q, prefix, lengths, at, slot_map, window, softcap), partial(q, own, softcap)]
+    return merge(parts).astype(q.dtype)

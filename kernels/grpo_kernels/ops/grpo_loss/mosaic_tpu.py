@@ -1,0 +1,215 @@
+"""`grpo_loss` on a TPU: one kernel over tiles of rows and tokens, which reads each array once and writes the slopes.
+
+The formulas are the reference's own functions, traced in the kernel; their slopes are the forward-mode derivatives of these, since
+one token's term depends on that token alone. `gspo` is the exception: its ratio is of the row. So it sweeps a tile of rows twice,
+first for the row's sums and then as the others do. Where a row fits one block the second sweep finds it in vector memory, and
+nothing is read twice.
+
+Sums over tokens add up in scalar memory, block after block, so the grid runs in order. Tails are masked in the kernel: nothing is
+padded. Only the mask is copied, to one byte a token.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float
+
+from grpo_kernels.ops.grpo_loss.reference import (
+    Constants,
+    Sums,
+    Terms,
+    Tokens,
+    at_least_one,
+    bounded,
+    importance,
+    kl_estimate,
+    masked,
+    only,
+    per_token,
+    policy_term,
+    token_sums,
+)
+from grpo_kernels.ops.grpo_loss.settings import LossSettings
+from grpo_kernels.ops.grpo_loss.xla import Slopes
+
+LANES = 128
+BLOCK_TOKENS = 2**15
+"""Tokens in a block: 128 KiB of each array, of which up to seven enter and two leave, in two buffers each."""
+BLOCK_LENGTH = 1024
+"""Tokens of one row in a block. A row up to this long is one block."""
+BLOCK_ROWS = 32
+"""Rows in a block are a multiple of this: the mask has one byte a token, of which a tile holds 32 rows."""
+
+
+def tile(rows: int, length: int) -> tuple[int, int]:
+    """Rows and tokens in a block: multiples of 32 and 128, or the whole dimension."""
+    tokens = min(length, BLOCK_LENGTH)
+    lanes = pl.cdiv(tokens, LANES) * LANES
+    return min(rows, max(BLOCK_ROWS, BLOCK_TOKENS // lanes // BLOCK_ROWS * BLOCK_ROWS)), tokens
+
+
+class RowSums(NamedTuple):
+    """`gspo`: of each row, Σ log-ratio, the number of tokens, and Σ weight · importance."""
+
+    log_ratio: Any
+    count: Any
+    mass: Any
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the kernel's references are.
+
+    Attributes:
+        rows, length: N and C; blocks may reach beyond.
+        inputs: names of the arrays that enter, among logps, whole, old, ref, sampler, weights, mask, advantage.
+        sums: names of the sums, in their order in scalar memory.
+        slopes: arrays of slopes that leave: 0, 1 (logps), or 2 (and whole, by the KL term).
+    """
+
+    rows: int
+    length: int
+    inputs: tuple[str, ...]
+    sums: tuple[str, ...]
+    slopes: int
+
+
+def load(inputs: dict[str, Any], layout: Layout, row_block: Any, token_block: Any) -> Tokens:
+    """A block, with 0 where nothing is trained and past the arrays' ends."""
+    blocks: dict[str, Any] = dict.fromkeys(("whole", "old", "ref", "sampler")) | {name: ref[...] for name, ref in inputs.items()}
+    mask = blocks.pop("mask").astype(jnp.int32) != 0
+    size = mask.shape
+    row = row_block * size[0] + jax.lax.broadcasted_iota(jnp.int32, size, 0)
+    token = token_block * size[1] + jax.lax.broadcasted_iota(jnp.int32, size, 1)
+    return masked(**blocks, mask=mask & (row < layout.rows) & (token < layout.length))
+
+
+def row_sums(tokens: Tokens, settings: LossSettings) -> RowSums:
+    """Of this block's tokens."""
+    factor = importance(tokens, settings)
+    mass = tokens.weights if factor is None else tokens.weights * factor
+    parts = (bounded(tokens.logps - tokens.old), tokens.mask.astype(jnp.float32), mass)
+    return RowSums(*(jnp.sum(part, axis=1, keepdims=True) for part in parts))
+
+
+def terms_and_slopes(tokens: Tokens, settings: LossSettings, row: RowSums | None) -> tuple[Terms, Array, Array | None]:
+    """The terms, and the slopes of the loss by the policy term and by the KL term; `row` is for `gspo`, of whole rows."""
+    mask, one = tokens.mask, jnp.ones_like(tokens.logps)
+
+    if row is None:
+
+        def term_of(logps: Array) -> Any:
+            return policy_term(logps, bounded(logps - tokens.old), tokens.advantage, settings)
+
+        policy, slope, held = jax.jvp(term_of, (tokens.logps,), (one,), has_aux=True)
+    else:
+
+        def term_of_row(mean: Array) -> Any:
+            return policy_term(tokens.logps, mean, tokens.advantage, settings)
+
+        count = at_least_one(row.count)
+        mean = row.log_ratio / count
+        policy, slope, held = jax.jvp(term_of_row, (mean,), (jnp.ones_like(mean),), has_aux=True)
+        slope = slope * row.mass / count * jax.jvp(bounded, (tokens.logps - tokens.old,), (one,))[1]
+    low, high = (jnp.broadcast_to(where, mask.shape) for where in held)
+
+    factor = importance(tokens, settings)
+    policy = jnp.broadcast_to(policy, mask.shape)
+    if row is None:
+        slope = tokens.weights * (slope if factor is None else slope * factor)
+    if factor is not None:
+        policy = policy * factor
+
+    ref, kl, kl_slope = tokens.ref, None, None
+    if settings.beta > 0 and ref is not None:
+        kl, kl_slope = jax.jvp(lambda whole: kl_estimate(whole, ref, settings.kl), (tokens.whole,), (one,))
+        beta = jnp.float32(settings.beta)
+        kl, kl_slope = beta * only(mask, kl), tokens.weights * beta * kl_slope
+    return Terms(only(mask, policy), kl, low, high), only(mask, slope), kl_slope
+
+
+def loss_kernel(*refs: Any, layout: Layout, settings: LossSettings) -> None:
+    """One block of tokens: refs are the layout's inputs [rows, tokens], the sums in scalar memory, slopes, and gspo's row sums."""
+    inputs = dict(zip(layout.inputs, refs, strict=False))
+    sums, *rest = refs[len(inputs) :]
+    slopes, scratch = rest[: layout.slopes], rest[layout.slopes :]
+    row_block, sweep, token_block = (pl.program_id(axis) for axis in range(3))
+    tokens = load(inputs, layout, row_block, token_block)
+
+    @pl.when((row_block == 0) & (sweep == 0) & (token_block == 0))
+    def _() -> None:
+        for index in range(len(layout.sums)):
+            sums[index] = jnp.float32(0)
+
+    def finish(row: RowSums | None) -> None:
+        terms, slope, kl_slope = terms_and_slopes(tokens, settings, row)
+        new = {"loss": jnp.sum(tokens.weights * per_token(terms)), **token_sums(tokens, terms)}
+        for index, name in enumerate(layout.sums):
+            sums[index] = jnp.maximum(sums[index], new[name]) if name.endswith("_max") else sums[index] + new[name]
+        if layout.slopes == 2:
+            slopes[0][...], slopes[1][...] = slope, kl_slope
+        elif layout.slopes == 1:
+            slopes[0][...] = slope if kl_slope is None else slope + kl_slope
+
+    if settings.loss != "gspo":
+        finish(None)
+        return
+
+    @pl.when(sweep == 0)
+    def _() -> None:
+        for total, part in zip(scratch, row_sums(tokens, settings), strict=True):
+            total[...] = part + jnp.where(token_block == 0, jnp.float32(0), total[...])
+
+    @pl.when(sweep == 1)
+    def _() -> None:
+        finish(RowSums(*(total[...] for total in scratch)))
+
+
+def grpo_loss_tpu(
+    logps: Float[Array, "N C"], whole: Float[Array, "N C"] | None, constants: Constants, settings: LossSettings, slopes: bool
+) -> tuple[tuple[Float[Array, ""], Sums], Slopes | None]:
+    """See `grpo_loss`; no slopes where they are not asked for."""
+    (rows, length), (size_rows, size_tokens) = logps.shape, tile(*logps.shape)
+    # What does not enter is not handed over: some versions of libtpu return zeros where a kernel leaves an operand unused.
+    uses_whole = whole is not None and constants.ref is not None
+    uses_old = settings.loss != "reinforce" or constants.sampler is not None
+    given = {"logps": logps, "ref": constants.ref, "sampler": constants.sampler}
+    given |= {"whole": whole} if uses_whole else {}
+    given |= {"old": constants.old} if uses_old else {}
+    arrays = {name: array for name, array in given.items() if array is not None}
+    arrays |= {"weights": constants.weights, "mask": constants.mask.astype(jnp.int8), "advantage": constants.advantages[:, None]}
+    names = ["loss", "policy_loss", "tokens", "clipped_low", "clipped_high"]
+    names += ["kl"] if constants.ref is not None else []
+    names += ["logp_difference", "logp_difference_max"] if constants.sampler is not None else []
+    has_kl_term = settings.beta > 0 and constants.ref is not None
+    count = (2 if uses_whole and has_kl_term else 1) if slopes else 0
+    layout = Layout(rows, length, tuple(arrays), tuple(names), count)
+
+    twice = settings.loss == "gspo"
+    block = pl.BlockSpec((size_rows, size_tokens), lambda i, sweep, j: (i, j))
+    # In the first of two sweeps nothing is written: the block stays the first, which the second sweep then begins with.
+    written = pl.BlockSpec((size_rows, size_tokens), lambda i, sweep, j: (i, sweep * j if twice else j))
+    column = pl.BlockSpec((size_rows, 1), lambda i, sweep, j: (i, 0))
+    sums, *out = pl.pallas_call(
+        functools.partial(loss_kernel, layout=layout, settings=settings),
+        grid=(pl.cdiv(rows, size_rows), 2 if twice else 1, pl.cdiv(length, size_tokens)),
+        in_specs=[column if name == "advantage" else block for name in arrays],
+        out_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), *[written] * count],
+        out_shape=[jax.ShapeDtypeStruct((len(names),), jnp.float32), *[jax.ShapeDtypeStruct((rows, length), jnp.float32)] * count],
+        scratch_shapes=[pltpu.VMEM((size_rows, 1), jnp.float32)] * (3 if twice else 0),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * 3),
+        name=f"grpo_loss_{settings.loss}",
+    )(*arrays.values())
+    results = dict(zip(names, sums, strict=True))
+    loss = results.pop("loss")
+    if not slopes:
+        return (loss, results), None
+    of_whole = None if whole is None else out[1] if count == 2 else jnp.zeros_like(whole)
+    return (loss, results), (out[0], of_whole)

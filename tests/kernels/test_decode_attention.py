@@ -1,0 +1,287 @@
+"""`decode_attention` against one softmax in NumPy in float64, every implementation; its TPU kernel interpreted, and compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import SingleDeviceSharding
+from plain_oracles import array_sizes, quick_compiling
+
+from grpo_kernels.ops.decode_attention import NO_WINDOW, KVCache, SlotMap, decode_attention, pallas_tpu
+from grpo_kernels.ops.decode_attention.shapes import EIGHT_B, GEMMA_3_12B, Shape
+
+K, DH, SEGMENT = 2, 16, 4
+CHIPS = ["v5e", "v6e"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    with quick_compiling():
+        yield
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is asked for. Blocks are of 8 columns here, so that arrays have several, the last of them not always whole.
+
+    Attributes:
+        prompt_slots: each slot's prompt; None where they lie in order.
+        base: tokens of each slot's past.
+    """
+
+    queries: int = 4
+    lengths: tuple[int, ...] = (12, 3)
+    prompt: int = 12
+    prompt_slots: tuple[int, ...] | None = None
+    base: tuple[int, ...] = (8, 8, 8, 8)
+    past_blocks: tuple[int, ...] = (4, 4, 8)
+    step: int = 2
+    window: int = NO_WINDOW
+    softcap: float | None = None
+    int8: bool = False
+    dtype: str = "float32"
+
+
+ANYWHERE = Case(
+    prompt_slots=(2, 0, 2, 0), lengths=(12, 3, 1), base=(0, 16, 4, 12), past_blocks=(4, 12), window=11, softcap=2.0, int8=True
+)
+CASES = {
+    "in order": Case(base=(4, 4, 4, 4), past_blocks=(8,), dtype="bfloat16"),
+    "no past": Case(base=(0, 0), past_blocks=(), step=0, queries=9),
+    "one query": Case(prompt_slots=(1, 0), base=(12, 4), past_blocks=(12,), queries=1, window=15),
+    "anywhere": ANYWHERE,
+    "only itself": Case(window=1),
+}
+
+
+ACROSS = KVCache(jnp.zeros((4, K, DH, SEGMENT)), jnp.zeros((4, K, SEGMENT, DH)), transposed=True)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def cache(seed: int, case: Case, texts: int, size: int, *, transposed: bool = False) -> tuple[KVCache, list[np.ndarray]]:
+    """Random keys and values, and the numbers that they stand for in float64, [texts, K, size, Dh]."""
+    arrays = [normal(seed + n, texts, K, size, DH) for n in range(2)]
+    if not case.int8:
+        rounded = [jnp.asarray(x, case.dtype) for x in arrays]
+        k = jnp.swapaxes(rounded[0], -1, -2) if transposed else rounded[0]
+        return KVCache(k, rounded[1], transposed=transposed), [np.asarray(x, np.float64) for x in rounded]
+    numbers = [np.clip(np.round(x * 40), -127, 127).astype(np.int8) for x in arrays]
+    scales = [np.exp(normal(seed + n, texts, K, size) / 4) / 40 for n in range(2, 4)]
+    k = np.swapaxes(numbers[0], -1, -2) if transposed else numbers[0]
+    held = KVCache(*(jnp.asarray(x) for x in (k, numbers[1], *scales)), transposed=transposed)
+    return held, [x.astype(np.float64) * scale[..., None] for x, scale in zip(numbers, scales, strict=True)]
+
+
+def places_of(prompt_slots: tuple[int, ...], prompts: int) -> SlotMap:
+    """Spots are given out from the last, and no slot is at slot_index 0 of the last prompt."""
+    slot_indices = [
+        len([x for x in prompt_slots[n + 1 :] if x == prompt_slot]) + (prompt_slot == prompts - 1)
+        for n, prompt_slot in enumerate(prompt_slots)
+    ]
+    table = np.full((prompts, max(slot_indices) + 1), len(prompt_slots) - 1)
+    table[prompt_slots, slot_indices] = np.arange(len(prompt_slots))
+    return SlotMap(*(jnp.asarray(x, jnp.int32) for x in (prompt_slots, table, slot_indices)))
+
+
+def problem(case: Case, *, transposed: bool = False) -> tuple[dict[str, Any], np.ndarray]:
+    """Arguments, and the result in float64."""
+    slots, prompts = len(case.base), len(case.lengths)
+    prompt_slots = case.prompt_slots or tuple(np.arange(slots) // (slots // prompts))
+    q = jnp.asarray(2 * normal(0, slots, K, case.queries, DH), case.dtype)
+    prefix, prefix_numbers = cache(10, case, prompts, case.prompt, transposed=transposed)
+    past_blocks = [cache(20 + 10 * n, case, slots, size, transposed=transposed) for n, size in enumerate(case.past_blocks)]
+    segment_cache, newest_numbers = cache(90, case, slots, SEGMENT, transposed=transposed)
+    arguments: dict[str, Any] = {
+        "q": q,
+        "prefix": prefix,
+        "lengths": jnp.asarray(case.lengths, jnp.int32),
+        "past_blocks": [past_block for past_block, _ in past_blocks],
+        "segment_cache": segment_cache,
+        "base": jnp.asarray(case.base, jnp.int32),
+        "step": jnp.int32(case.step),
+        "window": jnp.int32(case.window),
+        "slot_map": None if case.prompt_slots is None else places_of(case.prompt_slots, prompts),
+    }
+    out = np.zeros(q.shape)
+    for slot, (prompt_slot, base) in enumerate(zip(prompt_slots, case.base, strict=True)):
+        past = [
+            np.concatenate([numbers[n][slot] for _, numbers in past_blocks], axis=1)[:, :base] if past_blocks else None
+            for n in range(2)
+        ]
+        k, v = (
+            np.concatenate(
+                [x for x in (prefix_numbers[n][prompt_slot, :, : case.lengths[prompt_slot]], past[n], newest_numbers[n][slot, :, : case.step + 1])
+                 if x is not None],
+                axis=1,
+            )[:, -case.window :]
+            for n in range(2)
+        )  # fmt: skip
+        scores = np.einsum("krd,kxd->krx", np.asarray(q[slot], np.float64), k)
+        scores = scores if case.softcap is None else case.softcap * np.tanh(scores / case.softcap)
+        weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+        out[slot] = np.einsum("krx,kxd->krd", weights / weights.sum(axis=-1, keepdims=True), v)
+    return arguments, out
+
+
+def stacked(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The cache arrays as those of the second of two layers."""
+    names = ("prefix", "past_blocks", "segment_cache")
+    layers = jax.tree.map(lambda x: jnp.stack([x[::-1], x]), {name: arguments[name] for name in names})
+    return arguments | layers | {"layer": jnp.int32(1)}
+
+
+def mixed(implementation: str, case: Case, arguments: dict[str, Any], params: Any = None) -> np.ndarray:
+    """Compiled; the Pallas kernel is interpreted."""
+    program = jax.jit(functools.partial(decode_attention, softcap=case.softcap, implementation=implementation))
+    interpreted = pltpu.force_tpu_interpret_mode(*[] if params is None else [params])
+    with interpreted if implementation == "tpu" else contextlib.nullcontext():
+        return np.asarray(program(**arguments).astype(jnp.float32))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pallas_tpu, "BLOCKS", (8,))
+
+
+def tolerance(case: Case) -> float:
+    """Float32: scores reach 30. bfloat16: weights and the result are rounded to 8 bits, values reach 3."""
+    return 2e-2 if case.dtype == "bfloat16" else 2e-5
+
+
+@pytest.mark.parametrize("implementation", ["reference", "gpu"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("case", list(CASES.values()), ids=list(CASES))
+def test_one_token_sees_its_prompt_its_past_and_this_segment(case: Case, transposed: bool, implementation: str) -> None:
+    arguments, expected = problem(case, transposed=transposed)
+    np.testing.assert_allclose(mixed(implementation, case, arguments), expected, rtol=0, atol=tolerance(case))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("name", ["in order", "no past", "one query", "anywhere"])
+def test_the_kernel_gives_the_same_and_has_no_race(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """And reads no memory that nothing was written to: the interpreter fills that with numbers that are none."""
+    case = CASES[name]
+    arguments, expected = problem(case)
+    got = mixed("tpu", case, stacked(arguments), pltpu.InterpretParams(detect_races=True))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance(case))
+    assert "RACE" not in capsys.readouterr().out.upper()
+
+
+def test_one_layer_of_several_is_read() -> None:
+    arguments, expected = problem(ANYWHERE)
+    np.testing.assert_allclose(mixed("gpu", ANYWHERE, stacked(arguments)), expected, rtol=0, atol=tolerance(ANYWHERE))
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_only_filled_blocks_are_fetched() -> None:
+    """Those where the index changes. A grid begins with some block, here of slot 0, which is empty."""
+    base, past_blocks = np.array([0, 28, 4, 0, 20, 8]), (8, 20)
+    ends = np.stack([np.clip(base - start, 0, size) for start, size in zip((0, 8), past_blocks, strict=True)])
+    spans = pallas_tpu.spans_of(jnp.zeros_like(ends, jnp.int32), jnp.asarray(ends, jnp.int32))
+    parts, steps = pallas_tpu.plan(past_blocks, 1, 1)
+    found = []
+    for part in parts:
+        index = functools.partial(pallas_tpu.block_index(part, 5), layer=np.zeros(1, np.int32), spans=spans)
+        numbers = [jnp.asarray(x.ravel(), jnp.int32) for x in np.mgrid[: len(base), :steps]]
+        where = jax.jit(jax.vmap(index))(*numbers)
+        pairs = [(int(text), int(block)) for text, block in zip(where[1], where[3], strict=True)]
+        found.append([pair for n, pair in enumerate(pairs) if n == 0 or pair != pairs[n - 1]])
+    assert found[0] == [(0, 0), (1, 0), (2, 0), (4, 0), (5, 0)]
+    assert found[1] == [(0, 0), (1, 0), (1, 1), (1, 2), (4, 0), (4, 1)]
+
+
+def test_small_arrays_share_a_grid_step_and_large_ones_take_several() -> None:
+    parts, steps = pallas_tpu.plan((64, 64, 128, 256, 512, 1024, 32), 1, 1)
+    assert [(part.block, part.start, part.blocks) for part in parts] == [
+        (64, 0, 1), (64, 0, 1), (128, 0, 1), (256, 0, 1), (512, 1, 1), (512, 2, 2), (32, 4, 1),
+    ]  # fmt: skip
+    assert steps == 5
+
+
+def shapes_of(shape: Shape, device: Any, layers: int, *, int8: bool) -> dict[str, Any]:
+    """Arguments of one layer of several."""
+
+    def array(*size: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(size, dtype, sharding=device)
+
+    def blank(texts: int, size: int) -> KVCache:
+        wide = array(layers, texts, shape.kv_heads, size, shape.width, dtype=jnp.int8 if int8 else jnp.bfloat16)
+        scales = [array(layers, texts, shape.kv_heads, size, dtype=jnp.float32)] * 2 if int8 else []
+        return KVCache(wide, wide, *scales)
+
+    return {
+        "q": array(shape.slots, shape.kv_heads, shape.queries, shape.width, dtype=jnp.bfloat16),
+        "prefix": blank(shape.prompts, shape.prompt),
+        "lengths": array(shape.prompts),
+        "past_blocks": [blank(shape.slots, size) for size in shape.past_blocks],
+        "segment_cache": blank(shape.slots, shape.segment),
+        "base": array(shape.slots),
+        "step": array(),
+        "window": array(),
+        "layer": array(),
+        "slot_map": SlotMap(array(shape.slots), array(shape.prompts, shape.slots // shape.prompts), array(shape.slots)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("chip", "shape", "int8"),
+    [(CHIPS[0], EIGHT_B, False), (CHIPS[1], EIGHT_B, True), (CHIPS[0], GEMMA_3_12B, True), (CHIPS[1], GEMMA_3_12B, False)],
+)
+def test_on_a_tpu_there_are_neither_scores_nor_copies(
+    chips: dict[str, SingleDeviceSharding], chip: str, shape: Shape, int8: bool
+) -> None:
+    """In the compiled program, at the sizes of published models.
+
+    Where they are arguments, scales of the segment_cache part have a layout without padding, and are copied into rows of 128. In a rollout
+    the program makes them itself, in the right one.
+    """
+    program = jax.jit(functools.partial(decode_attention, softcap=50.0, implementation="tpu"))
+    compiled = program.lower(**shapes_of(shape, chips[chip], 24, int8=int8)).compile()
+    told: Any = compiled.memory_analysis()
+    print(f"{chip} {shape} int8={int8}: temporaries {told.temp_size_in_bytes / 2**20:.2f} MiB")
+    heads = shape.kv_heads * shape.queries
+    scores = 4 * shape.slots * heads * (shape.prompt + sum(shape.past_blocks) + shape.segment)
+    layer = told.argument_size_in_bytes / 24
+    scales = 2 * 24 * shape.slots * shape.kv_heads * 128 * 4 if int8 else 0
+    assert told.temp_size_in_bytes < min(scores, layer) / 4 + scales
+
+
+def test_the_traced_program_holds_no_array_of_heads_by_keys() -> None:
+    given = shapes_of(GEMMA_3_12B, None, 2, int8=False)
+    arguments = jax.tree.leaves(given)
+    largest = array_sizes(jax.make_jaxpr(functools.partial(decode_attention, implementation="tpu"))(**given))
+    assert largest <= max(x.size for x in arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"q": jnp.zeros((4, K, DH))}, r"q is float32 \(4, 2, 16\)"),
+        ({"q": jnp.zeros((4, K, 4, DH), jnp.int8)}, "q is int8"),
+        ({"base": jnp.zeros((5,), jnp.int32)}, r"base \(5,\)"),
+        ({"lengths": jnp.zeros((3,), jnp.int32)}, "4 slots are no multiple of 3"),
+        ({"segment_cache": KVCache(jnp.zeros((4, K, 4, 8)), jnp.zeros((4, K, 4, 8)))}, "segment_cache"),
+        ({"prefix": KVCache(jnp.zeros((4, K, 4, DH)), jnp.zeros((4, K, 4, DH)))}, "prefix"),
+        ({"past_blocks": [KVCache(*[jnp.zeros((4, K, 4, DH), jnp.int8)] * 2)]}, r"past_blocks\[0\] is int8"),
+        ({"layer": jnp.int32(0)}, "prefix"),
+        ({"segment_cache": ACROSS, "implementation": "tpu"}, "transposed"),
+        ({"implementation": "xla"}, "xla"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    arguments, _ = problem(Case())
+    undecorated = decode_attention.__wrapped__  # type: ignore[attr-defined]  # without the tests' own check of shapes
+    with pytest.raises(ValueError, match=message):
+        undecorated(**(arguments | change))

@@ -1,0 +1,341 @@
+"""`grpo_loss`, every implementation, against NumPy in float64 with slopes by hand; its TPU kernel interpreted and compiled."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import SingleDeviceSharding
+from plain_oracles import quick_compiling
+
+from grpo_kernels.ops.grpo_loss import LossSettings, grpo_loss, pallas_tpu
+from grpo_kernels.ops.grpo_loss.shapes import LONG, SHORT, Shape
+
+IMPLEMENTATIONS = ["reference", "gpu", "tpu"]
+CHIPS = ["v5e", "v6e"]
+RAGGED = (13, 300)  # two tiles of rows and three of tokens, both with a tail, where tiles are (8, 128)
+Case = dict[str, Any]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    with quick_compiling():
+        yield
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pallas_tpu, "tile", lambda rows, length: (min(rows, 8), min(length, 128)))
+
+
+@functools.cache
+def case(rows: int, length: int, seed: int = 0) -> Case:
+    """Arguments of `grpo_loss`, in float32; NaN or infinity where the mask is False; row 0 is whole, the last but one empty."""
+    rng = np.random.default_rng(seed + rows + length)
+    logps = -rng.exponential(size=(rows, length))
+    arrays = {name: logps + rng.normal(scale=0.4, size=logps.shape) for name in ("old", "ref", "sampler", "whole")}
+    arrays |= {"logps": logps, "weights": rng.uniform(0.1, 1, size=logps.shape) / logps.size}
+    mask = np.arange(length) < rng.integers(0, length + 1, size=rows)[:, None]
+    mask[0] = True
+    mask[:, length // 2] &= rng.random(rows) < 0.5  # holes
+    if rows > 1:
+        mask[-2] = False
+    arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
+    for number, array in enumerate(arrays.values()):
+        array[~mask] = (np.nan, np.inf, -np.inf)[number % 3]
+    advantages = rng.normal(size=rows).astype(np.float32)
+    advantages[~mask.any(1)] = np.nan
+    return {**arrays, "mask": mask, "advantages": advantages}
+
+
+@functools.cache
+def program(implementation: str, settings: LossSettings) -> Any:
+    """(logps, whole, the rest, factor) → factor times the loss with (loss, sums), and slopes by the first two."""
+
+    def loss_of(logps: Any, whole: Any, given: Case, factor: Any) -> Any:
+        arrays = (logps, given["old"], given["ref"], given["advantages"], given["mask"], given["weights"])
+        options = {"sampler_logps": given["sampler"], "whole_logps": whole, "implementation": implementation}
+        loss, sums = grpo_loss(*arrays, settings=settings, **options)
+        return factor * loss, (loss, sums)
+
+    return jax.jit(jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True))
+
+
+def computed(implementation: str, x: Case, settings: LossSettings, leave_out: tuple[str, ...] = (), factor: float = 1.0) -> Any:
+    """(loss, sums, slope by logps, slope by whole), compiled; the kernel interpreted. `factor` times the loss is differentiated."""
+    given = {name: None if name in leave_out else jnp.asarray(array) for name, array in x.items()}
+    arguments = (given.pop("logps"), given.pop("whole"), given, jnp.float32(factor))
+    with pltpu.force_tpu_interpret_mode() if implementation == "tpu" else contextlib.nullcontext():
+        (_, (loss, sums)), slopes = jax.tree.map(np.asarray, program(implementation, settings)(*arguments))
+    return loss, sums, *slopes
+
+
+def clipped(ratio: np.ndarray, a: np.ndarray, s: LossSettings) -> tuple[np.ndarray, np.ndarray]:
+    """-min(min(ρ,δ)·A, clip(ρ)·A) and its derivative by log ρ."""
+    free = np.minimum(ratio, np.inf if s.delta is None else s.delta) * a
+    held = np.clip(ratio, 1 - s.epsilon, 1 + s.epsilon_high) * a
+    moves = np.where(free <= held, free == ratio * a, held == ratio * a)
+    return -np.minimum(free, held), np.where(moves, -ratio * a, 0)
+
+
+def expected(x: Case, s: LossSettings, leave_out: tuple[str, ...] = ()) -> Any:
+    """By the formulas, slopes worked out by hand; as `computed` returns it."""
+    mask, zero = x["mask"], np.zeros(x["mask"].shape)
+    given = {name: None if name in leave_out else np.where(mask, x[name], 0.0).astype(np.float64) for name in x if name in NAMES}
+    logps, weights = given["logps"], given["weights"]
+    old = logps if given["old"] is None else given["old"]
+    whole = logps if given["whole"] is None else given["whole"]
+    a = np.where(mask.any(1), x["advantages"], 0.0).astype(np.float64)[:, None]
+    log_ratio = np.clip(logps - old, -80, 80)
+    factor = np.ones(mask.shape)
+    if s.importance_cap is not None:
+        factor = np.minimum(np.exp(np.clip(old - given["sampler"], -80, 80)), s.importance_cap)
+    tokens = np.maximum(mask.sum(1, keepdims=True), 1)
+    ratio = np.exp(log_ratio.sum(1, keepdims=True) / tokens + zero if s.loss == "gspo" else log_ratio)
+    inside = np.abs(logps - old) < 80
+    low, high = zero > 0, zero > 0
+    if s.loss == "reinforce":
+        term, slope = -a * logps, -a + zero
+    elif s.loss == "cispo":
+        slope = -np.minimum(ratio, s.epsilon_max) * a
+        term, high = slope * logps, ratio > s.epsilon_max
+    elif s.loss == "sapo":
+        tau = np.where(a > 0, 1.0, 1.05)
+        gate = 1 / (1 + np.exp(-tau * (ratio - 1)))
+        term, slope = -4 / tau * gate * a, -4 * ratio * gate * (1 - gate) * a * inside
+    else:
+        term, slope = clipped(ratio, a, s)
+        slope = slope * inside
+        low = (a < 0) & (ratio < 1 - s.epsilon)
+        high = ((a > 0) & (ratio > 1 + s.epsilon_high)) | ((a < 0) & (ratio > (s.delta or np.inf)))
+    slope = slope * ((weights * factor).sum(1, keepdims=True) / tokens if s.loss == "gspo" else weights * factor)
+    policy_loss = (weights * factor * term).sum()
+    sums = {
+        "tokens": mask.sum(),
+        "clipped_low": (low & mask).sum(),
+        "clipped_high": (high & mask).sum(),
+        "policy_loss": policy_loss,
+    }
+    loss, d_logps, d_whole = policy_loss, np.where(mask, slope, 0), zero
+    if given["ref"] is not None:
+        d = given["ref"] - whole
+        bounded = np.clip(d, -80, 80)
+        k3 = np.exp(bounded) - bounded - 1
+        sums["kl"] = (k3 * mask).sum()
+        value = {"k1": -d, "k2": d * d / 2, "k3": k3}[s.kl]
+        by_whole = {"k1": np.ones(d.shape), "k2": -d, "k3": (1 - np.exp(bounded)) * (np.abs(d) < 80)}[s.kl]
+        loss = loss + s.beta * (weights * value).sum()
+        d_whole = s.beta * weights * by_whole
+    if given["sampler"] is not None:
+        difference = np.abs(old - given["sampler"]) * mask
+        sums |= {"logp_difference": difference.sum(), "logp_difference_max": difference.max()}
+    return (loss, sums, d_logps + d_whole, None) if given["whole"] is None else (loss, sums, d_logps, d_whole)
+
+
+NAMES = ("logps", "old", "ref", "sampler", "whole", "weights")
+
+
+def assert_equal(got: Any, right: Any, x: Case) -> None:
+    """Float32 against float64: sums of n terms to a few roundings of their absolute sum, slopes to a few of their own size."""
+    loss, sums, *slopes = got
+    right_loss, right_sums, *right_slopes = right
+    assert set(sums) == set(right_sums)
+    size = max(abs(right_loss), np.abs(right_slopes[0]).sum())
+    np.testing.assert_allclose(loss, right_loss, rtol=0, atol=5e-6 * size)
+    for name, value in right_sums.items():
+        np.testing.assert_allclose(sums[name], value, rtol=5e-6, atol=5e-6 * size if name == "policy_loss" else 1e-6, err_msg=name)
+    for slope, right_slope in zip(slopes, right_slopes, strict=True):
+        assert (slope is None) == (right_slope is None)
+        if slope is not None:
+            assert np.all(slope[~x["mask"]] == 0)
+            np.testing.assert_allclose(slope, right_slope, rtol=2e-5, atol=1e-6 * np.abs(right_slope).max(initial=1e-9))
+
+
+SETTINGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"loss": "bnpo", "delta": 1.5, "beta": 0.3, "kl": "k1"}, ("sampler", "whole")),
+    ({"loss": "dr_grpo", "importance_cap": 1.2, "beta": 0.3, "kl": "k2"}, ()),
+    ({"loss": "grpo", "delta": 1.4, "importance_cap": 0.9, "beta": 0.3, "kl": "k3"}, ()),
+    ({"loss": "gspo", "delta": 1.3, "importance_cap": 1.2, "beta": 0.3, "epsilon": 0.02, "epsilon_high": 0.03}, ("whole",)),
+    ({"loss": "gspo"}, ("ref", "sampler", "whole")),
+    ({"loss": "cispo", "importance_cap": 1.2, "beta": 0.3, "kl": "k1"}, ("whole",)),
+    ({"loss": "cispo"}, ("ref", "sampler")),
+    ({"loss": "sapo", "importance_cap": 1.2, "beta": 0.3}, ()),
+    ({"loss": "reinforce", "importance_cap": 1.2, "beta": 0.3, "kl": "k2"}, ("old", "whole")),
+    ({"loss": "reinforce"}, ("sampler",)),
+    ({"loss": "dapo", "epsilon_high": 0.28}, ("old", "ref", "sampler", "whole")),
+]
+
+
+def named(value: Any) -> str:
+    return (
+        "-".join(f"{choice:g}" if isinstance(choice, float) else str(choice) for choice in value.values())
+        if isinstance(value, dict)
+        else ""
+    )
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("settings", "leave_out"), SETTINGS, ids=named)
+def test_loss_sums_and_slopes(settings: dict[str, Any], leave_out: tuple[str, ...], implementation: str) -> None:
+    s = LossSettings(**{"epsilon": 0.15, "epsilon_high": 0.25, "epsilon_max": 1.3, **settings})
+    x = case(*RAGGED)
+    assert_equal(computed(implementation, x, s, leave_out), expected(x, s, leave_out), x)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("size", [(1, 1), (16, 1), (2, 131)], ids=str)
+def test_odd_sizes(size: tuple[int, int], implementation: str) -> None:
+    x, s = case(*size), LossSettings(loss="gspo", beta=0.2)
+    assert_equal(computed(implementation, x, s, ("sampler", "whole")), expected(x, s, ("sampler", "whole")), x)
+
+
+def test_the_tiles_are_what_the_chip_takes() -> None:
+    for rows, length in [(64, 1024), (64, 20_480), (7, 5), (13, 1187), (300, 1), (5, 5000)]:
+        size_rows, size_tokens = pallas_tpu.tile(rows, length)
+        assert size_rows % 8 == 0 or size_rows == rows
+        assert size_tokens % 128 == 0 or size_tokens == length
+        assert size_rows * size_tokens <= pallas_tpu.BLOCK_TOKENS
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("loss", ["reinforce", "grpo", "gspo", "cispo", "sapo"])
+def test_nothing_trained_is_zero_and_policies_far_apart_give_numbers(loss: str, implementation: str) -> None:
+    s = LossSettings(loss=loss, beta=0.1, delta=3.0, importance_cap=2.0)
+    empty = case(4, 7) | {"mask": np.zeros((4, 7), bool)}
+    value, sums, slope, _ = computed(implementation, empty, s, ("whole",))
+    assert value == 0
+    assert all(total == 0 for total in sums.values())
+    assert not slope.any()
+    for shift in (-300.0, 300.0):
+        near = case(4, 7)
+        far = near | {"old": near["old"] + np.float32(shift), "ref": near["ref"] - np.float32(shift)}
+        value, sums, slope, _ = computed(implementation, far, s, ("whole",))
+        assert np.isfinite([value, *sums.values()]).all()
+        assert np.isfinite(slope).all()
+        right = expected(far, s, ("whole",))
+        # e⁸⁰ of a float32 argument: 80 roundings of 4e-6 each.
+        np.testing.assert_allclose(value, right[0], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(slope, right[2], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_old_left_out_is_the_policy_itself_and_the_cotangent_counts(implementation: str) -> None:
+    x, s = case(4, 7), LossSettings(loss="gspo", beta=0.1)
+    left_out = computed(implementation, x, s, ("old", "sampler", "whole"))
+    given = computed(implementation, x | {"old": x["logps"]}, s, ("sampler", "whole"), factor=-3.0)
+    assert left_out[0] == given[0]
+    np.testing.assert_allclose(-3 * left_out[2], given[2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
+def test_slopes_are_all_that_the_backward_pass_keeps_and_only_the_policy_has_them(implementation: str) -> None:
+    x = {name: jnp.asarray(array) for name, array in case(4, 7).items()}
+    s = LossSettings(loss="grpo", beta=0.1, importance_cap=2.0)
+
+    def loss_of(x: Case) -> Any:
+        arrays = (x["logps"], x["old"], x["ref"], x["advantages"], case(4, 7)["mask"], x["weights"])
+        return grpo_loss(*arrays, settings=s, sampler_logps=x["sampler"], whole_logps=x["whole"], implementation=implementation)
+
+    del x["mask"]
+    with pltpu.force_tpu_interpret_mode():
+        (again, pull, _), (value, _) = jax.jit(lambda x: (jax.vjp(loss_of, x, has_aux=True), loss_of(x)))(x)
+        (gradient,) = jax.jit(pull)(jnp.float32(1))
+    assert sorted(leaf.shape for leaf in jax.tree.leaves(pull) if leaf.size > 1) == [(4, 7), (4, 7)]
+    assert float(value) == pytest.approx(float(again), rel=1e-6)
+    for name, slope in gradient.items():  # the value alone is computed without slopes
+        assert np.any(np.asarray(slope)) == (name in ("logps", "whole")), name
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("loss", ["grpo", "gspo"])
+def test_the_kernel_has_no_race(loss: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two tiles of rows, three of tokens; the interpreter prints the races that it finds."""
+    x, s = case(*RAGGED), LossSettings(loss=loss, beta=0.2)
+    arrays = [jnp.asarray(x[name]) for name in ("logps", "old", "ref", "advantages", "mask", "weights")]
+
+    def loss_of(logps: Any) -> Any:
+        return grpo_loss(logps, *arrays[1:], settings=s, implementation="tpu")[0]
+
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        slope = jax.jit(jax.grad(loss_of))(arrays[0])
+        jax.block_until_ready(slope)
+    right = expected(x, s, ("sampler", "whole"))[2]
+    np.testing.assert_allclose(slope, right, rtol=2e-5, atol=1e-6 * np.abs(right).max())
+    assert "RACE" not in capsys.readouterr().out.upper()
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(
+    ("shape", "losses"),
+    [(SHORT, ("reinforce", "dapo", "gspo", "cispo", "sapo")), (LONG, ("dapo", "gspo")), (Shape(13, 1187), ("gspo",))],
+    ids=str,
+)
+def test_on_a_tpu_no_array_is_stored_but_the_slopes(
+    chips: dict[str, SingleDeviceSharding], chip: str, shape: Shape, losses: tuple[str, ...]
+) -> None:
+    """In the compiled program, of losses with everything that can be on; the mask's copy is the one temporary array."""
+
+    def array(*size: int, dtype: Any = jnp.float32) -> Any:
+        return jax.ShapeDtypeStruct(size, dtype, sharding=chips[chip])
+
+    def slopes_of(logps: Any, whole: Any, old: Any, ref: Any, sampler: Any, advantages: Any, mask: Any, weights: Any) -> Any:
+        def loss_of(logps: Any, whole: Any, loss: str) -> Any:
+            s = LossSettings(loss=loss, beta=0.1, delta=3.0, importance_cap=2.0)
+            arrays = (logps, old, ref, advantages, mask, weights)
+            return grpo_loss(*arrays, settings=s, sampler_logps=sampler, whole_logps=whole, implementation="tpu")
+
+        of = functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+        return [of(functools.partial(loss_of, loss=loss))(logps, whole) for loss in losses]
+
+    tokens, flags = array(shape.rows, shape.length), array(shape.rows, shape.length, dtype=jnp.bool_)
+    program = jax.jit(slopes_of).lower(*[tokens] * 5, array(shape.rows), flags, tokens)
+    told: Any = program.compile().memory_analysis()
+    print(f"{chip} {shape} {losses}: temporaries {told.temp_size_in_bytes / 2**20:.2f} MiB")
+    assert told.temp_size_in_bytes <= 2 * shape.rows * shape.length
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logps": np.zeros(3)}, r"logps has shape \(3,\): it must be \[N, C\]"),
+        ({"weights": np.zeros((3, 2))}, r"weights has shape \(3, 2\)"),
+        ({"advantages": np.zeros(3)}, r"advantages has shape \(3,\): it must be \[N\]"),
+        ({"sampler_logps": None}, "sampler_logps is None, but importance_cap is 2"),
+        ({"ref_logps": None}, "ref_logps is None, but beta is 0.1"),
+        ({"implementation": "cuda"}, "implementation is 'cuda'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
+    arrays: Case = {name: np.zeros((2, 3)) for name in ("logps", "old_logps", "ref_logps", "sampler_logps", "weights")}
+    arrays |= {"advantages": np.zeros(2), "completion_mask": np.ones((2, 3), bool)}
+    with pytest.raises(ValueError, match=message):
+        grpo_loss(**(arrays | change), settings=LossSettings(beta=0.1, importance_cap=2.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": "ppo"}, "loss is 'ppo': choose from reinforce"),
+        ({"kl": "k4"}, "kl is 'k4': choose from k1"),
+        ({"beta": -1.0}, "beta is -1"),
+        ({"epsilon": 1.0}, "epsilon is 1"),
+        ({"epsilon_high": -0.1}, "epsilon_high is -0.1"),
+        ({"epsilon_max": 0.0}, "epsilon_max is 0"),
+        ({"delta": 1.1}, r"delta is 1.1: use more than 1 \+ epsilon_high = 1.2"),
+        ({"importance_cap": 0.0}, "importance_cap is 0"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_cannot_be_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LossSettings(**change)

@@ -1,0 +1,120 @@
+"""The update on a mesh is the update on one device: losses, gradients, collectives; and it compiles for four TPU chips.
+
+Meshes are of eight CPU devices, in a program of their own: `mesh_update.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from compiled_rollout import LLAMA_8B
+from compiled_update import base_of, batch_of
+
+from grpo_jax.config import LoraConfig, MeshConfig, ObjectiveConfig, OptimConfig
+from grpo_jax.learner.optim import make_optimizer
+from grpo_jax.learner.step import Learner
+from grpo_jax.models.transformer import Transformer
+from grpo_jax.runtime.sharding import BATCH, make_layout
+from grpo_jax.types import Frozen
+from grpo_jax.weights.axes import model_axes
+from grpo_jax.weights.lora import init_lora
+
+MEAN_TERM = 0.3
+"""Below the mean size of a term of the loss: with rewards from a normal distribution, half of the advantages of a pair are 0.7, and
+few groups have none."""
+
+ROWS = 32
+"""Completions of a step of the program."""
+
+CASES = [("lora", "8x1x1"), ("lora", "1x8x1"), ("lora", "1x1x4"), ("lora", "2x2x2")] + [
+    (name, "2x2x2") for name in ("micro", "full", "beta0", "experts")
+]
+
+
+@pytest.fixture(scope="module")
+def results(repository: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """What the program found, by case and mesh."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(repository / part) for part in ("", "kernels", "tests"))}
+    program = [sys.executable, str(repository / "tests" / "mesh_update.py")]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    print("\n".join(f"{row['case']} {row['mesh']}: {row['loss']:.1e} {row['gradient']:.1e} {row['seconds']}" for row in found))
+    return {(row["case"], row["mesh"]): row for row in found}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mesh_gives_the_loss_and_the_gradients_of_one_device(results: dict[tuple[str, str], Any], case: tuple[str, str]) -> None:
+    """To 1e-6 of the mean term and 1e-5 of the norm: sums in another order, in float32."""
+    found = results[case]
+    assert found["loss"] <= 1e-6 * MEAN_TERM
+    assert found["gradient"] <= 1e-5
+    for name, (got, expected) in found["metrics"].items():
+        assert math.isclose(got, expected, rel_tol=1e-5, abs_tol=1e-6), name
+
+
+def test_an_update_over_fsdp_gathers_weights_and_adds_up_gradients(results: dict[tuple[str, str], Any]) -> None:
+    """And nothing else but scalars and the step's N advantages: no logits, no hidden states, no batch."""
+    found = results["lora", "1x8x1"]
+    weights, adapters = ({tuple(shape) for shape in found[name]} for name in ("weights", "adapters"))
+    one_layer = {shape[1:] for shape in weights | adapters}
+
+    def is_one_of(dims: list[int], shapes: set[tuple[int, ...]]) -> bool:
+        return tuple(dims) in shapes or (dims[:1] == [1] and tuple(dims[1:]) in shapes)
+
+    moved = found["collectives"]
+    gathered = [dims for name, dims in moved if name == "all-gather"]
+    reduced = [dims for name, dims in moved if name in ("all-reduce", "reduce-scatter")]
+    assert len(gathered) + len(reduced) == len(moved)
+    assert len(gathered) >= 2 * 7  # of each of the seven matrices, forward and backward
+    for dims in gathered:
+        assert is_one_of(dims, weights | one_layer) or dims == [ROWS], dims
+    of_adapters = {shape[1:] for shape in adapters}
+    assert sum(is_one_of(dims, of_adapters) for dims in reduced) >= 2 * 7
+    for dims in reduced:
+        assert dims == [] or is_one_of(dims, of_adapters | adapters), dims
+
+
+def test_an_update_compiles_for_four_tpu_chips(chips: Any) -> None:
+    """With Pallas kernels, each on its chip's part; the base in int4, whose groups are cut over both axes."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc("v6e:2x2", "tpu").devices
+    layout = make_layout(MeshConfig(1, 2, 2), devices)
+    assert layout is not None
+    spec = dataclasses.replace(
+        LLAMA_8B,
+        layers=2,
+        width=256,
+        ffw=512,
+        heads=4,
+        kv_heads=2,
+        head_dim=128,
+        vocab=1024,
+        windows=(None, 64),
+        rope_of_layer=(0, 0),
+    )
+    model = Transformer(spec, jnp.dtype(jnp.bfloat16), 1.0, "layer", implementation="tpu", layout=layout)
+    optimizer = make_optimizer(OptimConfig(), 10)
+    learner = Learner(model, ObjectiveConfig(beta=0.04), optimizer, lambda _: jnp.float32(1), False, 1.0, 128, (2, 2))
+    adapters = jax.eval_shape(lambda: init_lora(spec, LoraConfig(rank=8), jax.random.key(0)))
+    axes = model_axes(spec)
+
+    def on(tree: Any, table: Any) -> Any:
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, layout.tree(tree, table))
+
+    state = on(jax.eval_shape(learner.init, adapters), axes)
+    frozen = on(Frozen(base_of(spec, jnp.bfloat16, "int4"), {}), axes)
+    lowered = jax.jit(learner.train_step, donate_argnums=0).lower(state, on(batch_of(4, 2, 128, 128), BATCH), frozen)
+    text = lowered.compile().as_text()
+    assert text.count("tpu_custom_call") >= 4  # attention, head, loss, advantages

@@ -1,0 +1,184 @@
+"""Sampling on meshes: the same tokens as on one device, and nothing large between devices. See `mesh_sampler.py`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from compiled_rollout import (
+    GENERATIONS,
+    HEAD_DIM,
+    KV_HEADS,
+    LAYERS,
+    PAST_BLOCKS,
+    PROMPT_TOKENS,
+    PROMPTS,
+    assert_nothing_is_copied_at_every_token,
+    assert_nothing_is_there_twice,
+    line,
+    segment_memory,
+)
+from jax.sharding import SingleDeviceSharding
+from plain_oracles import tiny_policy
+from rollouts import MOST_TIES
+
+from grpo_jax.config import ConfigError, MeshConfig, RolloutConfig
+from grpo_jax.rollout.schedule import Shards
+from grpo_jax.rollout.shapes import Sizes, choose_slots
+from grpo_jax.runtime.sharding import make_layout
+
+Results = dict[str, dict[str, Any]]
+
+WIDTH, VOCAB, SEGMENT = 32, 288, 4
+"""Of the program's model and settings."""
+
+
+@pytest.fixture(scope="module")
+def results(repository: Path) -> Results:
+    """What the program says of each case."""
+    paths = os.pathsep.join(str(repository / name) for name in (".", "kernels", "tests"))
+    command = [sys.executable, str(repository / "tests" / "mesh_sampler.py")]
+    run = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    print(run.stdout)
+    return {result["case"]: result for result in map(json.loads, run.stdout.splitlines())}
+
+
+MESHES = {"8x1x1": (8, 1), "1x8x1": (8, 1), "1x1x4": (1, 4), "2x2x2": (4, 2)}
+"""Row shards, and devices of each."""
+
+CASES = {f"{mesh} {how}": 8 for mesh in MESHES for how in ("refill", "refill greedy")} | {
+    "1x8x1 all at once": 48,  # ten prompts are two for each of eight shards
+    "2x2x2 all at once, unrolled": 36,
+    "8x1x1 three prompts": 24,
+    "2x2x2 waiting": 8,
+    "2x2x2 int8": 8,
+    "2x2x2 top-p": 8,
+    "2x2x2 quantised": 8,
+    "2x2x2 experts": 8,
+}
+"""Slots of each case."""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_are_those_of_one_device(results: Results, case: str) -> None:
+    """With fewer slots than rows and with all, with rows of various lengths, and with shards that have nothing to do."""
+    result = results[case]
+    assert result["differences"] == []
+    assert result["near_ties"] <= MOST_TIES
+    assert result["slots"] == CASES[case]
+    assert result["tokens"] > 40
+    assert result["reasons"] == ["length", "stop"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_between_devices_pass_tokens_and_sums_alone(results: Results, case: str) -> None:
+    """Of the compiled segments: no cache, no weight, no logits but where they are truncated."""
+    shards, tensor = MESHES[case.split()[0]]
+    slots = CASES[case]
+    own = slots // shards
+    found = results[case]["collectives"]
+    assert {kind for kind, _ in found} <= {"all-gather", "all-reduce"}
+    tokens = 4 * slots * (SEGMENT + 1)  # bytes
+    sums = 4 * 6 * tensor * own if tensor > 1 else 0
+    logits = 4 * own * VOCAB if "top-p" in case else 0
+    assert max(size for kind, size in found if kind == "all-gather") <= max(tokens, sums, logits)
+    # Of hidden states, and whether all is done.
+    assert max(size for kind, size in found if kind == "all-reduce") <= (4 * own * WIDTH if tensor > 1 else 1)
+
+
+def test_weights_are_gathered_over_fsdp_alone_and_before_the_first_token(results: Results) -> None:
+    for case in CASES:
+        assert results[case]["weights"] == [], case
+
+
+def test_a_policy_generates_the_same(results: Results) -> None:
+    assert results["generated"]["same"]
+
+
+def test_a_token_is_the_same_when_the_vocabulary_lies_on_four_devices(results: Results) -> None:
+    """Both implementations of `head_sample`, 32 rows; 297 tokens a device are no whole blocks."""
+    for name, found in results["draws"].items():
+        if not isinstance(found, dict):
+            continue
+        assert found["differ"] == 0, name
+        assert found["close"][1] <= 1, name
+        assert found["logp"] < 1e-5, name
+        assert found["entropy"] < 1e-5, name
+        assert found["devices"] == 4
+        if name.endswith("0.0"):
+            assert found["tied"] == 7  # the first of two, on two devices
+
+
+def test_slots_that_do_not_spread_over_the_mesh_are_refused() -> None:
+    spec, rollout = tiny_policy("qwen3").spec, RolloutConfig(num_generations=4, slots=12)
+    with pytest.raises(ConfigError, match=r"rollout.slots is 12: .*multiple of 8"):
+        choose_slots(spec, rollout, 16, 9, 4, None, shards=8)
+    assert choose_slots(spec, rollout, 16, 9, 4, None, shards=4) == 12
+
+
+def test_memory_counts_on_each_device() -> None:
+    spec, rollout = tiny_policy("qwen3").spec, RolloutConfig(num_generations=4, max_completion_length=1000)
+    alone = choose_slots(spec, rollout, 64, 9, 4, 2**22)
+    assert 4 <= alone < 64 * 4 / 8
+    assert choose_slots(spec, rollout, 64, 9, 4, 2**22, shards=8) == 8 * alone
+    assert choose_slots(spec, rollout, 64, 9, 4, 2**22, tensor=2) >= 2 * alone - 4
+    assert choose_slots(spec, rollout, 3, 9, 4, 2**40, shards=8) == 32
+
+
+def sizes_of_shard(slots: int, prompt_slots: int) -> Sizes:
+    return Sizes(
+        slots=slots, prompt_slots=prompt_slots, slot_indices=min(2, slots), prompt=8, segment=4, past_blocks=(8,), fixed=False
+    )
+
+
+@pytest.mark.parametrize(("prompts", "shards"), [(10, 4), (3, 4), (8, 2)])
+def test_every_row_is_decoded_once_by_the_shard_that_has_its_prompt(prompts: int, shards: int) -> None:
+    schedule = Shards.of(sizes_of_shard(2, 2), prompts, 2, shards=shards)
+    lengths = np.random.default_rng(0).integers(1, 5, prompts * 2)
+    held, done, left = list(schedule.held), [], lengths.copy()
+    assert len(held) == 2 * shards
+    while not schedule.finished:
+        rounds, begun = schedule.admit()
+        for places in rounds:
+            assert len(places) == shards
+            for shard, (prompt_slot, prompt) in enumerate(places):
+                if prompt is not None:
+                    held[2 * shard + prompt_slot] = prompt
+        rows, (prompt_slots, table) = schedule.rows, schedule.places()
+        assert all(rows[slot] >= 0 for slot in begun)
+        for slot in np.flatnonzero(rows >= 0):
+            shard, own = divmod(int(slot), 2)
+            assert held[2 * shard + prompt_slots[slot]] == rows[slot] // 2
+            assert table[2 * shard + prompt_slots[slot], schedule.slot_indices[slot]] == own
+            left[rows[slot]] -= 1
+        ended = [int(slot) for slot in np.flatnonzero(rows >= 0) if left[rows[slot]] == 0]
+        done += rows[ended].tolist()
+        schedule.end(ended)
+    assert sorted(done) == list(range(prompts * 2))
+    assert np.all(left == 0)
+
+
+def test_a_chip_of_four_holds_its_share(chips: dict[str, SingleDeviceSharding]) -> None:
+    """Llama-3.1-8B on a v6e 2x2, two row shards and two chips of each for the heads: each has a quarter of all keys and values.
+
+    What passes between them is small, but for sums of hidden states.
+    """
+    from jax.experimental import topologies
+
+    layout = make_layout(MeshConfig(data=1, fsdp=2, tensor=2), topologies.get_topology_desc("v6e:2x2", "tpu").devices)
+    assert layout is not None
+    memory = segment_memory(layout, refilled=True, implementation="tpu", rank=16)
+    print(line("four v6e, 1x2x2", memory))
+    assert_nothing_is_there_twice(memory)
+    assert_nothing_is_copied_at_every_token(memory)
+    assert memory.passed < 2**16
+    prefix = 2 * 2 * LAYERS * PROMPTS * KV_HEADS * PROMPT_TOKENS * HEAD_DIM  # keys and values of two bytes
+    assert prefix / 4 < memory.prefix < prefix / 4 + 2**20  # and a few hidden states
+    assert memory.past == prefix / 4 * GENERATIONS * sum(PAST_BLOCKS) / PROMPT_TOKENS

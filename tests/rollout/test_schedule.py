@@ -1,0 +1,256 @@
+"""Which completion is decoded where, and the sizes of a rollout; no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from plain_oracles import tiny_policy
+
+from grpo_jax.config import RolloutConfig
+from grpo_jax.models.spec import ModelSpec
+from grpo_jax.rollout.schedule import Schedule
+from grpo_jax.rollout.shapes import (
+    FIRST_PAST_BLOCK,
+    MEMORY_SHARE,
+    SPARE_PROMPT_SLOTS,
+    Sizes,
+    choose_slots,
+    pad_rows,
+    past_block_sizes,
+    round_up,
+    segment_length,
+    sizes_of,
+    slot_bytes,
+)
+
+
+def sizes(slots: int, prompt_slots: int, slot_indices: int) -> Sizes:
+    return Sizes(
+        slots=slots, prompt_slots=prompt_slots, slot_indices=slot_indices, prompt=8, segment=4, past_blocks=(8,), fixed=False
+    )
+
+
+def begun_rows(schedule: Schedule, begun: list[int]) -> list[int]:
+    return schedule.rows[begun].tolist()
+
+
+def test_completions_begin_in_order_and_take_the_first_free_slots() -> None:
+    schedule = Schedule.of(sizes(slots=4, prompt_slots=3, slot_indices=3), prompts=4, generations=3)
+    assert schedule.admit() == ([], [0, 1, 2, 3])  # the first prompts have been computed
+    assert schedule.rows.tolist() == [0, 1, 2, 3]
+    assert schedule.admit() == ([], [])
+    schedule.end([1, 3])
+    assert schedule.rows.tolist() == [0, -1, 2, -1]
+    assert schedule.admit() == ([], [1, 3])
+    assert schedule.rows.tolist() == [0, 4, 2, 5]
+    schedule.end([0])
+    assert schedule.admit() == ([], [0])
+    assert schedule.rows.tolist() == [6, 4, 2, 5]
+    schedule.end([2])  # prompt 0 is done: its prompt_slot is free
+    assert schedule.prompt_slots.tolist() == [-1, 1, 2]
+    assert begun_rows(schedule, schedule.admit()[1]) == [7]
+    schedule.end([0, 1])
+    assert schedule.admit() == ([(0, 3)], [0, 1])  # prompt 3 goes where prompt 0 was
+    assert schedule.rows.tolist() == [8, 9, 7, 5]
+    assert schedule.prompt_slots.tolist() == [3, 1, 2]
+
+
+def test_a_prompt_waits_for_a_lane() -> None:
+    schedule = Schedule.of(sizes(slots=3, prompt_slots=2, slot_indices=2), prompts=3, generations=2)
+    schedule.admit()
+    assert schedule.rows.tolist() == [0, 1, 2]
+    schedule.end([1])
+    assert schedule.admit() == ([], [1])
+    schedule.end([1, 2])  # both of prompt 1; prompt 0 still has a completion
+    assert schedule.admit() == ([(1, 2)], [1, 2])
+    assert schedule.rows.tolist() == [0, 4, 5]
+    one = Schedule.of(sizes(slots=3, prompt_slots=1, slot_indices=2), prompts=3, generations=2)
+    assert one.admit() == ([], [0, 1])  # the third slot has nothing to do: there is one prompt_slot
+    one.end([0])
+    assert one.admit() == ([], [])
+    one.end([1])
+    assert one.admit() == ([(0, 1)], [0, 1])
+    assert one.rows.tolist() == [2, 3, -1]
+
+
+def test_without_refilling_all_wait_for_the_last() -> None:
+    schedule = Schedule.of(sizes(slots=3, prompt_slots=3, slot_indices=2), prompts=3, generations=2, refill=False)
+    assert schedule.admit() == ([], [0, 1, 2])
+    schedule.end([0, 2])
+    assert schedule.admit() == ([], [])
+    schedule.end([1])
+    assert schedule.admit() == ([], [0, 1, 2])
+    assert schedule.rows.tolist() == [3, 4, 5]
+    schedule.end([0, 1, 2])
+    assert schedule.finished
+
+
+def test_places_say_where_each_slots_prompt_is_and_who_continues_it() -> None:
+    schedule = Schedule.of(sizes(slots=5, prompt_slots=3, slot_indices=3), prompts=4, generations=3)
+    schedule.admit()
+    schedule.end([0, 4])
+    schedule.admit()
+    assert schedule.rows.tolist() == [5, 1, 2, 3, 6]
+    prompt_slots, table = schedule.slot_map()
+    assert prompt_slots.tolist() == [1, 0, 0, 1, 2]
+    assert [[int(table[prompt_slots[slot], schedule.slot_indices[slot]])] for slot in range(5)] == [[0], [1], [2], [3], [4]]
+
+
+@dataclass
+class Decoded:
+    """What a simulated rollout did."""
+
+    tokens: list[int]
+    begun: list[int] = field(default_factory=list)
+    segments: int = 0
+    busy: int = 0
+
+
+def simulate(lengths: np.ndarray, sizes: Sizes, generations: int, refill: bool) -> Decoded:
+    """Runs a schedule on rows of given lengths, and checks at every segment what must hold."""
+    schedule = Schedule.of(sizes, len(lengths) // generations, generations, refill=refill)
+    done = Decoded([0] * len(lengths))
+    held = list(range(sizes.prompt_slots))  # the prompt in each prompt_slot
+    while not schedule.finished:
+        before = schedule.rows.copy()
+        computed, begun = schedule.admit()
+        for prompt_slot, prompt in computed:
+            held[prompt_slot] = prompt
+        live = schedule.rows >= 0
+        assert live.any()
+        assert refill or not begun or not np.any(before >= 0)
+        assert set(begun) == set(np.flatnonzero(live & (before < 0)))
+        done.begun += begun_rows(schedule, begun)
+        prompt_slots, table = schedule.slot_map()
+        assert prompt_slots.max() < sizes.prompt_slots
+        slot_indices = [(int(prompt_slots[slot]), int(schedule.slot_indices[slot])) for slot in np.flatnonzero(live)]
+        assert len(set(slot_indices)) == len(slot_indices)
+        for slot, (prompt_slot, slot_index) in zip(np.flatnonzero(live), slot_indices, strict=True):
+            assert held[prompt_slot] == schedule.rows[slot] // generations
+            assert slot_index < sizes.slots_per_prompt
+            assert table[prompt_slot, slot_index] == slot
+        rows = schedule.rows.copy()
+        for row in rows[live]:
+            done.tokens[row] += sizes.segment
+        schedule.end(int(slot) for slot in np.flatnonzero(live) if done.tokens[rows[slot]] >= lengths[rows[slot]])
+        done.segments += 1
+        done.busy += int(live.sum())
+    return done
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_everything_is_decoded_once_whatever_the_lengths(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    prompts, generations = (int(x) for x in rng.integers(1, 9, 2))
+    slots = int(rng.integers(1, prompts * generations + 1))
+    prompt_slots = min(prompts, -(-slots // generations) + int(rng.integers(0, 3)))
+    lengths = np.minimum(rng.geometric(0.1, prompts * generations), 64)
+    shape = Sizes(slots, prompt_slots, min(generations, slots), 8, 4, (64,), False)
+    needed = 4 * -(-lengths // 4)
+    for refill in (True, False):
+        done = simulate(lengths, shape, generations, refill)
+        assert done.tokens == needed.tolist()  # nothing goes on after its end, nothing is left out
+        assert done.begun == list(range(len(lengths)))
+    # With refilling a slot is free only while no prompt can begin: never, where prompt_slots suffice.
+    whole = Sizes(slots, prompts, min(generations, slots), 8, 4, (64,), False)
+    done = simulate(lengths, whole, generations, True)
+    longest, total = max(needed) // 4, needed.sum() // 4
+    assert done.segments <= longest + (total - longest) / slots  # Graham 1969, https://doi.org/10.1137/0117039
+
+
+def test_refilling_decodes_a_heavy_tail_in_fewer_segments() -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(rng.geometric(1 / 32, 128), 128)
+    shape = Sizes(32, 7, 8, 8, 4, (64,), False)
+    refilled, waiting = (simulate(lengths, shape, 8, refill).segments for refill in (True, False))
+    assert waiting > 1.8 * refilled
+
+
+def test_lengths_are_rounded_to_few_sizes() -> None:
+    assert [round_up(n) for n in (0, 1, 8, 9, 12, 13, 16, 17, 24, 25, 33, 48, 49, 65, 97)] == [
+        8, 8, 8, 12, 12, 16, 16, 24, 24, 32, 48, 48, 64, 96, 128,
+    ]  # fmt: skip
+    for n in range(1, 3000):
+        assert n <= round_up(n) <= max(8, 1.5 * n)
+
+
+def test_rows_are_padded_on_the_right() -> None:
+    table = pad_rows([[3], [1, 2]], 3)
+    assert (table.tolist(), table.dtype) == ([[3, 0, 0], [1, 2, 0]], np.int32)
+
+
+@pytest.mark.parametrize("segment", [1, 3, 8, 32, 64, 100])
+def test_levels_hold_what_is_read_again_and_are_equal_at_first_and_then_double(segment: int) -> None:
+    for longest in (1, 2, segment, segment + 1, segment + 2, 65, 128, 300, 1000, 5000):
+        past_blocks = past_block_sizes(longest, segment)
+        # The first segment gives its length and one token more; of the last one no key is read again.
+        segments = max(1, -(-(longest - 1) // segment))
+        assert sum(past_blocks) == (segments - 1) * segment
+        assert all(size % segment == 0 for size in past_blocks)
+        if len(past_blocks) > 1:
+            assert FIRST_PAST_BLOCK <= past_blocks[0] < FIRST_PAST_BLOCK + segment
+        for number in range(1, len(past_blocks) - 1):
+            assert past_blocks[number] == (past_blocks[0] if number < 4 else sum(past_blocks[:number]))
+        assert len(past_blocks) <= 4 + max(0, int(np.ceil(np.log2(max(1, longest / (4 * FIRST_PAST_BLOCK))))))
+
+
+def test_as_many_levels_as_the_tokens_need() -> None:
+    shape = Sizes(slots=1, prompt_slots=1, slot_indices=1, prompt=8, segment=8, past_blocks=(16, 16, 32), fixed=True)
+    assert [shape.past_blocks_for(n) for n in (0, 1, 16, 17, 32, 33, 64)] == [0, 1, 1, 2, 2, 3, 3]
+
+
+def test_a_segment_is_as_set_and_never_longer_than_a_completion() -> None:
+    def length(longest: int, refills: bool, segment: int | None = None) -> int:
+        return segment_length(RolloutConfig(max_completion_length=longest, segment=segment), refills)
+
+    assert [length(64, refills, 7) for refills in (False, True)] == [7, 7]
+    assert length(5, True, 40) == 5
+    assert [length(n, False) for n in (1, 20, 32, 1000)] == [1, 20, 32, 32]
+    # A sixteenth of the longest, as a power of two from 8 to 64.
+    assert [length(n, True) for n in (1, 7, 8, 64, 256, 300, 512, 1024, 4096)] == [1, 7, 8, 8, 16, 16, 32, 64, 64]
+
+
+def test_slots_below_all_rows_hold_a_few_prompts_more_than_they_fill() -> None:
+    rollout = RolloutConfig(num_generations=4, max_completion_length=64)
+    whole = sizes_of(rollout, prompts=5, width=9, slots=20)
+    assert (whole.fixed, whole.prompt_slots, whole.slot_indices, whole.prompt) == (True, 5, 4, 12)
+    some = sizes_of(rollout, prompts=50, width=9, slots=10)
+    assert (some.fixed, some.prompt_slots, some.slot_indices) == (False, 3 + SPARE_PROMPT_SLOTS, 4)
+    few = sizes_of(rollout, prompts=5, width=9, slots=3)
+    assert (few.fixed, few.prompt_slots, few.slot_indices) == (False, 1 + SPARE_PROMPT_SLOTS, 3)
+    assert sizes_of(rollout, prompts=2, width=9, slots=3).prompt_slots == 2
+    assert sum(some.past_blocks) == sum(past_block_sizes(64, some.segment))
+
+
+SPEC: ModelSpec = tiny_policy("qwen3").spec
+
+
+def test_slots_are_as_set_or_all_of_the_step() -> None:
+    rollout = RolloutConfig(num_generations=4, slots=6)
+    assert choose_slots(SPEC, rollout, 5, 9, 4, free_bytes=0) == 6
+    assert choose_slots(SPEC, rollout, 1, 9, 4, free_bytes=None) == 4
+    free = RolloutConfig(num_generations=4)
+    assert choose_slots(SPEC, free, 5, 9, 4, free_bytes=None) == 20
+    assert choose_slots(SPEC, free, 5, 9, 4, free_bytes=2**40) == 20
+
+
+def test_where_not_all_fit_there_are_whole_groups() -> None:
+    rollout = RolloutConfig(num_generations=4, max_completion_length=100)
+    one = slot_bytes(SPEC, rollout, 9, 4)
+    # Keys and values of the completion, float32, are most of it.
+    own = 2 * SPEC.layers * SPEC.kv_heads * SPEC.head_dim * 4 * 100
+    assert own < one < 2 * own + 100 * SPEC.vocab
+
+    def slots(fit: float) -> int:
+        return choose_slots(SPEC, rollout, 5, 9, 4, free_bytes=int(fit * one / MEMORY_SHARE) + 1)
+
+    assert [slots(fit) for fit in (19.5, 13, 8.5, 4, 3.5, 1, 0.1)] == [16, 12, 8, 4, 3, 1, 1]
+
+
+def test_more_slots_fit_where_keys_and_values_are_int8() -> None:
+    wide = RolloutConfig(max_completion_length=1000)
+    narrow = RolloutConfig(max_completion_length=1000, kv_dtype="int8")
+    assert slot_bytes(SPEC, narrow, 9, 4) < 0.6 * slot_bytes(SPEC, wide, 9, 4)
+    assert slot_bytes(SPEC, wide, 9, 2) < slot_bytes(SPEC, wide, 9, 4)

@@ -1,0 +1,203 @@
+"""Texts that end a completion: the kept tokens are the fewest whose text holds one, whatever the segments."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from plain_oracles import quick_compiling, tiny_policy
+from rollouts import Task, assert_same, engine, plain
+from tiny_tokenizers import byte_tokenizer
+
+from grpo_jax.config import RolloutConfig
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.rollout.device import Prompts, Slots, Tokens
+from grpo_jax.rollout.sampler import Sampler
+from grpo_jax.types import Rollout
+
+TextOf = Callable[[list[int]], str]
+STOP_ID = 4
+TOKENIZER = Tokenizer.wrap(byte_tokenizer(merges=(("l", "o"), ("w", "o"), ("wo", "r"))))
+decode, encode = TOKENIZER.decode, TOKENIZER.encode_text
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    with quick_compiling():
+        yield
+
+
+def scripted(script: Sequence[Sequence[int]], generations: int, text_of: TextOf) -> Sampler:
+    """A sampler that does not draw: row n says what `script[n]` holds, in segments as the compiled one does."""
+
+    def segment(_: Any, prompts: Any, past_blocks: Any, slots: Slots, table: Any, controls: Any, *, length: int) -> Any:
+        count = len(slots.base)
+        ids, ends, stopped = np.zeros((count, length + 1), np.int32), np.ones(count, np.int32), np.zeros(count, bool)
+        for slot in np.flatnonzero(np.asarray(slots.live)):
+            own = script[int(slots.prompts[slot]) * generations + int(slots.completions[slot])]
+            base, limit = int(slots.base[slot]), int(slots.limits[slot])
+            assert bool(slots.begins[slot]) or int(slots.last[slot]) == own[base]
+            for column in range(0 if slots.begins[slot] else 1, min(length + 1, limit - base)):
+                ids[slot, column], ends[slot] = own[base + column], column + 1
+                stopped[slot] = own[base + column] == STOP_ID
+                if stopped[slot]:
+                    break
+        logps = -ids.astype(np.float32) - np.arange(length + 1) / 64 - np.asarray(slots.base)[:, None] / 64
+        none = np.zeros(count, np.int32)
+        return Tokens(ids, logps.astype(np.float32), ends, stopped, none, none > 0), past_blocks  # type: ignore[arg-type] - NumPy
+
+    def prepare(variables: Any, *, unroll: bool) -> Any:
+        return variables
+
+    def prompts(*_: Any, **__: Any) -> Prompts:
+        return Prompts(None, jnp.zeros(1, jnp.int32), jnp.zeros((1, 1)))
+
+    def write(past_blocks: Any, *_: Any, **__: Any) -> Any:
+        return past_blocks
+
+    parts: tuple[Any, ...] = (prepare, prompts, prompts, segment, write, prompts)
+    return Sampler(tiny_policy("qwen3").model, (STOP_ID,), text_of, *parts)
+
+
+def expected_row(ids: Sequence[int], strings: Sequence[str], text_of: TextOf) -> tuple[list[int], str]:
+    """What is kept of a row, found by asking about every length."""
+    for count in range(1, len(ids) + 1):
+        if ids[count - 1] == STOP_ID or any(string in text_of(list(ids[:count])) for string in strings):
+            return list(ids[:count]), "stop"
+    return list(ids), "length"
+
+
+def check(script: Sequence[Sequence[int]], strings: Sequence[str], text_of: TextOf, generations: int = 1) -> Rollout:
+    """Holds every way of going through the script to `expected_row`; returns what is kept."""
+    longest = max(map(len, script))
+    script = [[*row, *[STOP_ID] * (longest - len(row))] for row in script]
+    prompts = [[7]] * (len(script) // generations)
+    for segment, slots in ((None, None), (1, None), (2, 2), (3, 1), (8, 3), (8, None), (40, 2)):
+        settings = RolloutConfig(
+            num_generations=generations, max_completion_length=longest, stop=list(strings), segment=segment, slots=slots
+        )
+        got = scripted(script, generations, text_of).sample({}, prompts, settings, seed=0)
+        for row, ids in enumerate(script):
+            kept, reason = expected_row(ids, strings, text_of)
+            assert (got.completion_ids[row], got.finish_reasons[row]) == (kept, reason), f"segment {segment}, slots {slots}"
+            # The log-probabilities are made from token and place, so that each is seen to be its own token's.
+            np.testing.assert_array_equal(got.logprobs[row], -np.array(kept) - np.arange(len(kept)) / 64)
+    return got
+
+
+TEXT = "Hello world ### more"
+
+
+@pytest.mark.parametrize(
+    ("strings", "kept"),
+    [
+        (["###"], "Hello world ###"),  # three tokens
+        (["d #"], "Hello world #"),
+        (["o wor"], "Hello wor"),  # ends inside no token, begins inside one
+        (["w"], "Hello wor"),  # the token that holds it is kept whole
+        (["H"], "H"),  # the very first token
+        (["# m", "ld", "zzz"], "Hello world"),  # the first of several
+        (["world", "worl"], "Hello worl"),
+        (["e", "Hello world ### more"], "He"),
+        ([TEXT], TEXT),
+        (["?", "hello"], TEXT),  # none
+    ],
+)
+def test_the_fewest_tokens_whose_text_holds_the_string_are_kept(strings: list[str], kept: str) -> None:
+    got = check([encode(TEXT)], strings, decode)
+    assert decode(got.completion_ids[0]) == kept
+    assert len(got.completion_ids[0]) == len(got.logprobs[0]) == len(encode(kept))
+
+
+def test_characters_of_several_tokens() -> None:
+    text = "naïve 😀😁 – ok"
+    assert len(encode("😀")) == 4
+    for string in ("ï", "😀", "😁", "😀😁", "😁 –", "ok", "n", "?"):
+        check([encode(text)], [string], decode)
+
+
+def test_tokens_without_text_lie_between() -> None:
+    """Special tokens, and ids of a padded embedding, are left out of the text, however many there are."""
+    pad = [0, 300]
+    a, b = encode("a"), encode("b")
+    assert decode([*a, *pad, *b]) == "ab"
+    check([[*a, *pad * 20, *b, *a], [*pad * 20, *a, *b, *a], [*a, *pad, *b, *b]], ["ab"], decode)
+
+
+def by_runs(ids: list[int]) -> str:
+    """Text of ids as tokenizers with byte fallback make it: the bytes 0 to 255 join their neighbours, and a broken run is all �."""
+    out, run = "", b""
+    for token in [*ids, -1]:
+        if 0 <= token < 256:
+            run += bytes([token])
+            continue
+        try:
+            out += run.decode()
+        except UnicodeDecodeError:
+            out += "�" * len(run)
+        out, run = out + (chr(token) if token > 0 else ""), b""
+    return out
+
+
+def test_a_string_that_later_bytes_hide_for_a_while() -> None:
+    """Llama 2 spells a line break as a byte; a character of four bytes behind it is broken until it is whole."""
+    letters = [ord(c) + 256 for c in "ab"]
+    face = list("😀".encode())
+    assert by_runs([*letters, 10, *face]).endswith("\n😀")
+    assert by_runs([10, *face[:2]]) == "���"
+    check([[*letters, 10, *face, *letters], [10, *face, 10, *face], [*face, *letters, 10]], ["\n"], by_runs)
+    check([[*letters, *face, *face, 10, *letters], [*face * 5, 10, *face], [*face * 3, 10, *face[:2], *letters]], ["\n"], by_runs)
+    check([[*letters, 10, *face, *face, *letters]], ["😀😀"], by_runs)
+    check([[*letters, *face[1:], *face[:1], 10, *face * 2, 300, 10]], ["😀,", "\n"], by_runs)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_texts(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    pieces = [encode(c)[0] for c in "aab "] + encode("é") + encode("lo") + [0, 1]
+    script = [[*rng.choice(pieces, 24).tolist()] for _ in range(6)]
+    strings = ["".join(rng.choice(list("ab élo"), rng.integers(1, 5))) for _ in range(3)]
+    check(script, strings, decode, generations=2)
+    pieces = [10, 10, *"é".encode(), *"😀".encode(), ord("a") + 256, ord("b") + 256]
+    script = [[*rng.choice(pieces, 24).tolist()] for _ in range(6)]
+    strings = ["".join(rng.choice(list("\nabé"), rng.integers(1, 4))) for _ in range(2)]
+    check(script, strings, by_runs, generations=2)
+
+
+def test_a_stop_token_and_a_string_in_one_segment() -> None:
+    check([[*encode("ab"), STOP_ID, *encode("cd")], [*encode("abcd"), STOP_ID]], ["cd"], decode)
+
+
+def letters(ids: list[int]) -> str:
+    """Eight letters, and nothing for every ninth id."""
+    return "".join("abcdefgh "[i % 9].strip() for i in ids)
+
+
+def test_the_engine_cuts_tokens_and_log_probabilities() -> None:
+    settings = RolloutConfig(num_generations=3, max_completion_length=20, temperature=0.7, stop=["ab", "fh", "hd", "ea"])
+    task = Task("llama2", settings, stops=(2, 5, 60), text_of=letters)
+    expected = plain(task)
+    assert set(expected.finish_reasons) == {"stop", "length"}
+    ends = [letters(ids)[-2:] in settings.stop for ids in expected.completion_ids]
+    assert 3 <= sum(ends) < 9
+    for segment, slots in ((3, 4), (None, None)):
+        other = task.but(segment=segment, slots=slots)
+        assert_same(other, engine(other, stacked=True), expected)
+        assert_same(other, engine(other.but(refill=False), stacked=True), expected)
+
+
+def test_without_strings_nothing_is_decoded() -> None:
+    def refuse(_: list[int]) -> str:
+        raise AssertionError
+
+    script = [encode(TEXT)]
+    got = scripted(script, 1, refuse).sample(
+        {}, [[7]], RolloutConfig(num_generations=1, max_completion_length=len(script[0])), seed=0
+    )
+    assert got.completion_ids == script
+    assert got.finish_reasons == ["length"]
+    assert dataclasses.asdict(got)["near_ties"] == 0

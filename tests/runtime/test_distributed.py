@@ -1,0 +1,280 @@
+"""Several processes that train as one: the same curve as one process, whatever their number, and an end together when one dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from plain_oracles import quick_compiling
+from tiny_runs import additions, config_of, records, run, settings, write_rows
+
+from grpo_jax.cli import parser
+from grpo_jax.config import Config, ConfigError, DistributedConfig
+from grpo_jax.config.load import setting_types
+from grpo_jax.run import Display, RunFolder
+from grpo_jax.runtime.distributed import detected, gather_rows, gather_values, own_block, start
+
+ROOT = Path(__file__).resolve().parent.parent
+
+REWARD = """\
+import json, os, signal
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def letters(completions, **columns):
+    metrics = HERE / "run" / "metrics.jsonl"
+    if os.environ.get("DIES_AFTER") and metrics.exists() and len(metrics.read_text().splitlines()) == int(os.environ["DIES_AFTER"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    with (HERE / f"calls-{os.environ.get('NUMBER', 'x')}.jsonl").open("a") as file:
+        file.write(json.dumps(len(completions)) + "\\n")
+    return [sum(c.isascii() and c.isalpha() for c in text) / 8 for text in completions]
+"""
+
+SECTIONS: dict[str, Any] = {
+    "train": {"prompts_per_step": 4, "save_every": 1, "eval_every": 2, "micro_batch_prompts": 4},
+    "data": {"eval_size": 4},
+    "rewards": {"accuracy_threshold": 0.25},
+    "lora": {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "down_proj"]},
+}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """One process that is over."""
+
+    status: int
+    out: str
+    err: str
+    seconds: float
+
+
+def free_port() -> int:
+    """One that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def together(folder: Path, count: int, devices: int, *options: str, dies: tuple[int, int] | None = None) -> list[Ended]:
+    """`grpo-jax train` in `count` processes over loopback.
+
+    Args:
+        folder: with config.yaml.
+        devices: CPU devices of each process.
+        dies: the number of a process, and the steps after which it kills itself.
+    """
+    address = f"127.0.0.1:{free_port()}"
+    processes = []
+    for number in range(count):
+        environment = os.environ | {
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as `quick_compiling`
+            "NUMBER": str(number),
+            "DIES_AFTER": str(dies[1]) if dies is not None and dies[0] == number else "",
+        }
+        place = ["--distributed.coordinator_address", address, "--distributed.num_processes", str(count)]
+        words = ["train", "--config", str(folder / "config.yaml"), *place, "--distributed.process_id", str(number), *options]
+        out, err = (folder / f"{name}-{number}" for name in ("out", "err"))
+        with out.open("w") as written, err.open("w") as complained:
+            made = subprocess.Popen([sys.executable, "-m", "grpo_jax", *words], env=environment, stdout=written, stderr=complained)
+        processes.append((made, out, err))
+    first: float | None = None
+    ended: dict[int, Ended] = {}
+    try:
+        while len(ended) < count:
+            for number, (process, out, err) in enumerate(processes):
+                if number not in ended and process.poll() is not None:
+                    first = first or time.monotonic()
+                    ended[number] = Ended(process.returncode, out.read_text(), err.read_text(), time.monotonic() - first)
+            time.sleep(0.05)
+    finally:
+        for process, _, _ in processes:
+            process.kill()
+    return [ended[number] for number in range(count)]
+
+
+def config_folder(folder: Path) -> dict[str, dict[str, Any]]:
+    """Writes config.yaml, the rows and the reward; the settings."""
+    write_rows(folder / "rows.jsonl", additions())
+    (folder / "mine.py").write_text(REWARD)
+    given = SECTIONS | {
+        "data": SECTIONS["data"] | {"path": str(folder / "rows.jsonl")},
+        "rewards": SECTIONS["rewards"] | {"functions": [f"{folder}/mine.py:letters"]},
+    }
+    values = settings(folder / "run", **given)
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    return values
+
+
+def assert_same_curve(folder: Path, whole: Path, steps: int) -> None:
+    """Completions and rewards are the same; numbers of the update differ by the order of sums.
+
+    The sampler's difference to the update is such an error itself: a few units of float32's last place at log-probabilities near 6.
+    """
+    for name in ("completions.jsonl", "metrics.jsonl", "evaluations.jsonl"):
+        own, want = ([r for r in records(place / name) if r["step"] <= steps] for place in (folder, whole))
+        assert [record["step"] for record in own] == [record["step"] for record in want]
+        for one, other in zip(own, want, strict=True):
+            for key, value in other.items():
+                if isinstance(value, float) and "second" not in key:
+                    near = pytest.approx(value, rel=1e-4, abs=1e-5 if "logp_difference" in key else 1e-6)
+                    assert one[key] == near, (name, one["step"], key)
+                elif "second" not in key:
+                    assert one[key] == value, (name, one["step"], key)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of one process's uninterrupted run of five steps."""
+    folder = tmp_path_factory.mktemp("whole")
+    values = config_folder(folder)
+    config = Config.from_dict(values | {"train": values["train"] | {"steps": 5}})
+    with quick_compiling():
+        run(config, dataset=None, reward_funcs=None)
+    return folder / "run"
+
+
+def test_a_run_goes_on_with_other_processes_after_one_was_killed(whole: Path, tmp_path: Path) -> None:
+    """Two processes, one killed in step 4; four make that step and end well; one alone makes the last one."""
+    values = config_folder(tmp_path)
+    killed = together(tmp_path, 2, 2, "--train.steps", "4", "--distributed.heartbeat_timeout_seconds", "15", dies=(1, 3))
+    assert killed[1].status == -9
+    assert killed[0].status not in (0, -9), killed[0].err
+    assert killed[0].seconds < 60
+    assert "another process of this run has ended" in killed[0].err or "another task died" in killed[0].err, killed[0].err
+    assert_same_curve(tmp_path / "run", whole, 3)
+
+    grown = together(tmp_path, 4, 1, "--train.steps", "4", "--resume")
+    assert [process.status for process in grown] == [0, 0, 0, 0], "\n".join(process.err for process in grown)
+    assert "step 4/4" in grown[0].out
+    assert not any("step" in process.out for process in grown[1:])  # one shows
+    assert "resuming after step" in grown[0].out
+    assert_same_curve(tmp_path / "run", whole, 4)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert len(summary["devices"]) == 4
+    # Each of the four scored its own prompt: a group of four a step, one completion of each held-out prompt.
+    assert {size for number in (2, 3) for size in records(tmp_path / f"calls-{number}.jsonl")} == {4, 1}
+
+    with quick_compiling():
+        run(Config.from_dict(values | {"train": values["train"] | {"steps": 5}}), dataset=None, reward_funcs=None, resume=True)
+    assert_same_curve(tmp_path / "run", whole, 5)
+
+
+def test_a_mistake_is_told_by_every_process_and_ends_all(tmp_path: Path) -> None:
+    """The prompts do not spread over the devices: before anything is compiled, with the status of a user's mistake."""
+    config_folder(tmp_path)
+    ended = together(tmp_path, 2, 2, "--train.prompts_per_step", "3", "--train.micro_batch_prompts", "null")
+    assert [process.status for process in ended] == [2, 2]
+    for number, process in enumerate(ended):
+        assert f"process {number} of 2 ends" in process.err
+        assert "train.prompts_per_step is 3" in process.err
+        assert "Traceback" not in process.err
+
+
+def test_a_cluster_is_found_by_what_it_sets() -> None:
+    """Alone, in SLURM, under Open MPI, in Kubernetes, on slices of Cloud TPU; one task of SLURM is alone."""
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    none = {"JAX_PLATFORMS": "cpu"}
+    assert detected(none) is None
+    assert detected(none | slurm) == "SLURM"
+    assert detected(none | slurm | {"SLURM_NTASKS": "1"}) is None
+    assert detected(none | {"OMPI_COMM_WORLD_SIZE": "4"}) == "Open MPI"
+    assert detected(none | {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}) == "Kubernetes"
+    assert detected(none | {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}) is None
+    assert detected(none | {"TPU_WORKER_HOSTNAMES": "a,b"}) == "Cloud TPU on Kubernetes"
+    assert detected(none | {"TPU_WORKER_HOSTNAMES": "a"}) is None
+
+
+def test_settings_of_processes_are_checked() -> None:
+    given = {"coordinator_address": "10.0.0.1:8476", "num_processes": 2, "process_id": 1}
+    assert DistributedConfig(**given).explicit
+    for changes, message in (
+        ({"process_id": None}, "distributed.process_id is null: give all of"),
+        ({"process_id": 2}, r"distributed.process_id is 2: use 0 to num_processes - 1 \(1\)"),
+        ({"coordinator_address": "10.0.0.1"}, "write HOST:PORT"),
+        ({"heartbeat_timeout_seconds": 1}, "distributed.heartbeat_timeout_seconds is 1"),
+        ({"local_device_ids": []}, "distributed.local_device_ids"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            DistributedConfig(**given | changes)
+
+
+def test_one_process_needs_nobody() -> None:
+    """Nothing is started, and every exchange gives back what it got."""
+    assert not start(DistributedConfig(detect=False))
+    assert own_block(5) == ([5], slice(0, 5))
+    rows = np.array([[1, np.nan]], np.float32)
+    np.testing.assert_array_equal(gather_rows(rows, [1]), rows)
+    assert gather_values({"a": (1, 2)}) == [{"a": [1, 2]}]
+
+
+def test_a_process_that_does_not_write_changes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its run folder takes everything and leaves the disk alone; its display says nothing."""
+    folder = RunFolder.create(tmp_path / "run", config_of(tmp_path / "run"), resume=False, writes=False)
+    with folder:
+        folder.cut_back(0)
+        folder.write_step(1, {"reward/mean": 0.5})
+        folder.write_evaluation(1, {"accuracy": 0.5})
+        folder.write_completions(1, ["a"], ["b"], {"letters": [1.0]}, [0.0], ["stop"])
+        summary = folder.write_summary(accuracy_before=None, accuracy_after=None, held_out_problems=0, seconds=1, steps=1)
+    assert summary["steps"] == 1
+    assert list(tmp_path.iterdir()) == []
+    display = Display(silent=True)
+    display.note("x")
+    display.warning("x")
+    with display.progress(1), display.busy("x"):
+        display.step(1, {"reward": 0.5})
+    display.completions(1, ["a"], ["b"], {"letters": [1.0]}, [0.0], ["stop"])
+    assert capsys.readouterr().out == ""
+
+
+def launched(repository: Path) -> dict[str, str]:
+    """The files that start a run on a cluster."""
+    return {path.name: path.read_text() for path in sorted((repository / "configs" / "launch").iterdir())}
+
+
+def test_launch_files_name_what_there_is(repository: Path) -> None:
+    """They parse, and every option, section and file that they name exists."""
+    files = launched(repository)
+    assert files.keys() == {"slurm.sh", "jobset.yaml", "cloud_tpu.sh"}
+    for name, text in files.items():
+        if name.endswith(".sh"):
+            subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        for option in re.findall(r"--((?:train|distributed|mesh)\.\w+)", text):
+            assert option in setting_types(), (name, option)
+        for path in re.findall(r"\bconfigs/[\w./]+", text):
+            assert (repository / path).is_file(), (name, path)
+    (job,) = yaml.safe_load(files["jobset.yaml"])["spec"]["replicatedJobs"]
+    (container,) = job["template"]["spec"]["template"]["spec"]["containers"]
+    arguments, rest = parser().parse_known_args(container["args"])
+    assert (arguments.command, arguments.resume, rest) == ("train", True, [])
+    assert job["template"]["spec"]["parallelism"] == job["template"]["spec"]["completions"]
+
+
+def test_the_slurm_script_hands_over_what_it_was_given(repository: Path, tmp_path: Path) -> None:
+    """Run with an `srun` that prints its words: they are a command of ours."""
+    (tmp_path / "srun").write_text('#!/bin/bash\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "srun").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    script = repository / "configs" / "launch" / "slurm.sh"
+    done = subprocess.run(
+        ["bash", script, "a b.yaml", "--train.run_dir", "runs/x"], env=environment, capture_output=True, text=True, check=True
+    )
+    words = done.stdout.splitlines()
+    arguments, rest = parser().parse_known_args(words[words.index("grpo-jax") + 1 :])
+    assert (arguments.command, arguments.config, arguments.resume, rest) == ("train", "a b.yaml", True, [])
+    assert vars(arguments)["train.run_dir"] == "runs/x"

@@ -1,0 +1,91 @@
+"""A whole update at the shapes of real models, lowered and compiled without weights or a chip.
+
+Enters: a spec, sizes, a device that need not be there. Leaves: the lowered `train_step`, to be compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.config import LoraConfig, ObjectiveConfig, OptimConfig
+from grpo_jax.learner.optim import learning_rate_at, make_optimizer
+from grpo_jax.learner.step import Learner
+from grpo_jax.models.spec import ModelSpec, abstract_params, flatten, nest, param_specs
+from grpo_jax.models.transformer import Transformer
+from grpo_jax.types import Frozen, TrainBatch
+from grpo_jax.weights.lora import init_lora
+from grpo_jax.weights.quantize import quantized_specs
+
+
+def on(device: Any, tree: Any) -> Any:
+    """The shapes of a tree, on the device."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+
+
+def batch_of(prompts: int, generations: int, prompt_tokens: int, completion_tokens: int) -> TrainBatch:
+    """Shapes of a batch."""
+    rows = prompts * generations
+
+    def array(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    return TrainBatch(
+        prompt_ids=array(jnp.int32, prompts, prompt_tokens),
+        prompt_lengths=array(jnp.int32, prompts),
+        completion_ids=array(jnp.int32, rows, completion_tokens),
+        completion_mask=array(jnp.bool_, rows, completion_tokens),
+        sampler_logprobs=array(jnp.float32, rows, completion_tokens),
+        rewards=array(jnp.float32, prompts, generations),
+        valid=array(jnp.bool_, prompts, generations),
+    )
+
+
+def base_of(spec: ModelSpec, dtype: Any, quantization: str) -> Any:
+    """Shapes of the frozen weights."""
+    dense = abstract_params(spec, dtype)
+    if quantization == "none":
+        return dense
+    quantized = quantized_specs(param_specs(spec), quantization)
+    return nest({path: quantized.get(path, leaf) for path, leaf in flatten(dense)})
+
+
+def lowered_update(
+    spec: ModelSpec,
+    batch: TrainBatch,
+    device: Any,
+    *,
+    micro_batch: tuple[int, int],
+    lora: LoraConfig,
+    dtype: Any = jnp.bfloat16,
+    beta: float = 0.04,
+    remat: Any = "layer",
+    implementation: str | None = None,
+    quantization: str = "none",
+    unroll: bool = False,
+) -> Any:
+    """The update of a LoRA run, the state donated.
+
+    Args:
+        quantization: of the layers' matrices.
+    """
+    optim = OptimConfig()
+    model = Transformer(spec, jnp.dtype(dtype), lora.scale, remat, unroll, implementation)
+    learner = Learner(
+        model=model,
+        objective=ObjectiveConfig(beta=beta),
+        optimizer=make_optimizer(optim, 10),
+        learning_rate=functools.partial(learning_rate_at, optim, 10),
+        full=False,
+        temperature=1.0,
+        max_completion_length=batch.completion_ids.shape[1],
+        micro_batch=micro_batch,
+    )
+    adapters = jax.eval_shape(lambda: init_lora(spec, lora, jax.random.key(0)))
+    state = jax.eval_shape(learner.init, adapters)
+    frozen = Frozen(base_of(spec, dtype, quantization), {})
+    arguments = tuple(on(device, tree) for tree in (state, batch, frozen))
+    return jax.jit(learner.train_step, donate_argnums=0).lower(*arguments)

@@ -1,0 +1,83 @@
+"""Experts on meshes of eight CPU devices, held to one device's. A program: devices are made at the start.
+
+`python tests/expert_mesh.py`: prints one JSON object a line: the case, and how far an update's loss and gradients, or a decoding
+step's hidden states, are from one device's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+from mesh_update import MESHES, SPEC, distance, update  # isort: skip - makes the devices, before JAX starts
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.config import ConfigError, MeshConfig
+from grpo_jax.models import moe
+from grpo_jax.models.spec import ModelSpec, init_params
+from grpo_jax.runtime.sharding import Layout, make_layout
+from grpo_jax.weights.axes import check_mesh
+from grpo_jax.weights.quantize import quantize_params
+
+EXPERTS = dataclasses.replace(SPEC, family="qwen3_moe", sandwich=False, ffw=24, experts=8, experts_per_token=3)
+MIXTRAL = dataclasses.replace(EXPERTS, family="mixtral", tied=False, experts=4, experts_per_token=2, ffw=32)
+CASES: dict[str, tuple[tuple[str, ...], ModelSpec, dict[str, Any]]] = {
+    "lora": (tuple(MESHES), EXPERTS, {}),
+    "again": (("2x2x2",), MIXTRAL, {"micro": 8, "remat": "layer"}),
+    "full": (("2x2x2",), MIXTRAL, {"full": True}),
+    "int8": (("2x2x2",), MIXTRAL, {"quantization": "int8"}),
+}
+
+
+def layout_of(mesh: str) -> Layout | None:
+    """By name."""
+    return make_layout(MeshConfig(*MESHES[mesh]))
+
+
+def decoding_step(layout: Layout | None, quantization: str, shared: bool) -> np.ndarray:
+    """[16, 1, D] of one layer's experts for a token of each of 16 slots, which choose as they like or all the same."""
+    params = init_params(EXPERTS, jax.random.key(0), jnp.float32)
+    params = params if quantization == "none" else quantize_params(EXPERTS, params, quantization)
+    names = ("router", "gate_proj", "up_proj", "down_proj")
+    layer = jax.tree.map(lambda leaf: np.asarray(leaf[1]), {name: params["layers"][name] for name in names})
+    x = np.random.default_rng(0).normal(size=(16, 1, EXPERTS.width)).astype(np.float32)
+    if shared:
+        x = np.repeat(x[:1], 16, axis=0)
+    whole = None if layout is None else layout.decoding
+    return np.asarray(jax.jit(lambda x, layer: moe.mix_experts(EXPERTS, x, layer, 1.0, None, whole))(x, layer))
+
+
+def print_updates() -> None:
+    """Every case on its meshes."""
+    for name, (meshes, spec, how) in CASES.items():
+        metrics, gradient, _ = update(spec, None, how)
+        for mesh in meshes:
+            own, gradients = update(spec, layout_of(mesh), how)[:2]
+            found = {"case": name, "mesh": mesh, "loss": abs(own["loss"] - metrics["loss"])}
+            print(json.dumps(found | {"gradient": distance(gradients, gradient)}), flush=True)
+
+
+def print_steps() -> None:
+    """Slots that spread over the experts, and slots that all choose those of one device."""
+    for quantization in ("none", "int8"):
+        for shared in (False, True):
+            alone = decoding_step(None, quantization, shared)
+            for mesh in ("1x1x4", "2x2x2"):
+                case = f"step, {quantization}, {'one choice' if shared else 'many'}"
+                got = decoding_step(layout_of(mesh), quantization, shared)
+                print(json.dumps({"case": case, "mesh": mesh, "hidden": distance(got, alone)}), flush=True)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    try:
+        check_mesh(layout_of("1x1x4"), dataclasses.replace(EXPERTS, experts=6))
+    except ConfigError as error:
+        print(json.dumps({"case": "refused", "mesh": "1x1x4", "error": str(error)}), flush=True)
+    print_steps()
+    print_updates()

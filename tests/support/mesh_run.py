@@ -1,0 +1,110 @@
+"""Runs on eight CPU devices: `train`, `sft`, `Policy` and a resumed run with a mesh. A program: devices are made at the start.
+
+`python tests/mesh_run.py FOLDER`: prints one JSON object: curves, completions and log-probabilities, of one device and of meshes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+from tiny_runs import additions, build_model, records, run, settings, tiny_model
+
+from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig
+from grpo_jax.policy import Policy
+from grpo_jax.run.saved import load_run
+from grpo_jax.supervised import sft
+
+ONE, SPREAD, OTHER = {"data": 1, "fsdp": 1}, {"data": 2, "fsdp": -1}, {"data": -1, "fsdp": 2}
+ALL_AXES = {"data": 2, "fsdp": 2, "tensor": 2}
+IDS = [[5, 6, 7], [8, 9], [10]]
+
+
+def config_of(folder: Path, mesh: dict[str, int], **sections: dict[str, Any]) -> Config:
+    """Two steps of eight prompts, a checkpoint after each."""
+    train = {"prompts_per_step": 8, "save_every": 1, "keep_checkpoints": 3} | sections.pop("train", {})
+    return Config.from_dict(settings(folder, train=train, mesh=mesh, **sections))
+
+
+def curve(history: list[dict[str, Any]]) -> list[list[float]]:
+    """Loss, entropy and gradient norm of each step."""
+    return [[step[name] for name in ("loss", "entropy", "grad_norm")] for step in history]
+
+
+def trained(folder: Path, mesh: dict[str, int]) -> dict[str, Any]:
+    """A run with adapters: its curve, tokens and what it printed; and its policy, read back."""
+    finished = run(config_of(folder, mesh, data={"eval_size": 3}))
+    _, policy = load_run(folder)
+    return {
+        "curve": curve(finished.result.history),
+        "compile_seconds": [step["compile_seconds"] for step in finished.result.history],
+        "completions": [row["completion"] for row in records(folder / "completions.jsonl")],
+        "printed": [line for line in finished.printed.splitlines() if "mesh" in line],
+        "logprobs": [row.tolist() for row in policy.logprobs(IDS, IDS)],
+        "evaluations": [line["accuracy"] for line in records(folder / "evaluations.jsonl")],
+        "adapter": float(np.abs(np.asarray(jax.device_get(policy.adapters["layers"]["q_proj"]["b"]))).sum()),
+    }
+
+
+def resumed(folder: Path) -> list[list[float]]:
+    """One step on one mesh, the second on another."""
+    held_out = {"eval_size": 3}
+    run(config_of(folder, SPREAD, train={"steps": 1}, data=held_out))
+    return curve(run(config_of(folder, OTHER, data=held_out), resume=True).result.history)
+
+
+def four_bits(folder: Path, mesh: dict[str, int]) -> dict[str, Any]:
+    """A run on an int4 base."""
+    model = {"path": str(build_model(folder / "model", vocab_size=264)), "quantization": "int4"}
+    finished = run(config_of(folder / "run", mesh, model=model))
+    return {
+        "curve": curve(finished.result.history),
+        "completions": [row["completion"] for row in records(folder / "run" / "completions.jsonl")],
+    }
+
+
+def supervised(folder: Path, mesh: dict[str, int]) -> list[list[float]]:
+    """A warm-up of every weight."""
+    rows = [{"prompt": row["prompt"], "completion": row["answer"]} for row in additions()]
+    return curve(sft(config_of(folder, mesh, lora={"rank": 0}), dataset=rows).history)
+
+
+def refusals(folder: Path) -> list[str]:
+    """What is said of a mesh that does not fit."""
+    said = []
+    policy = Policy.from_pretrained(tiny_model(), lora=LoraConfig(rank=4, alpha=8.0), mesh=MeshConfig(fsdp=2))
+    for mesh, train, given in (
+        ({"fsdp": 8}, {"prompts_per_step": 4}, {}),
+        ({"tensor": 4, "fsdp": 2}, {}, {}),
+        ({"fsdp": 16}, {}, {}),
+        ({"fsdp": 4}, {}, {"policy": policy}),
+    ):
+        try:
+            run(config_of(folder, mesh, train=train), **given)
+        except ConfigError as error:
+            said.append(str(error))
+    return said
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_disable_most_optimizations", True)
+    place = Path(sys.argv[1])
+    found = {
+        "refusals": refusals(place / "refused"),
+        "one": trained(place / "one", ONE),
+        "spread": trained(place / "spread", SPREAD),
+        "resumed": resumed(place / "resumed"),
+        "four_bits": [four_bits(place / name, mesh) for name, mesh in (("int4-one", ONE), ("int4-spread", ALL_AXES))],
+        "supervised": [supervised(place / name, mesh) for name, mesh in (("sft-one", ONE), ("sft-spread", SPREAD))],
+    }
+    print(json.dumps(found))

@@ -1,0 +1,147 @@
+"""Accuracy on the held-out part: hand-made completions in, shares of problems out; and the command's own checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_runs import G, additions, config_of, tiny_model
+
+import grpo_jax as gx
+from grpo_jax import cli
+from grpo_jax.config import Config, RolloutConfig
+from grpo_jax.data import PromptSource
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.evaluation import Evaluation, evaluate_held_out, evaluate_run, reward_columns
+from grpo_jax.rewards import RewardError, resolve_functions
+from grpo_jax.rollout.sampler import Sampler
+from grpo_jax.types import Rollout
+
+EVAL = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(4)]
+
+
+@dataclass(frozen=True)
+class Canned(Sampler):
+    """A sampler that says what it was told to, and remembers what it was asked for."""
+
+    texts: list[str] = field(default_factory=list)
+    asked: list[tuple[RolloutConfig, int, list[int]]] = field(default_factory=list)
+
+    def sample(
+        self,
+        variables: Any,
+        prompt_ids: Any,
+        rollout: RolloutConfig,
+        *,
+        seed: int,
+        step: int = 0,
+        indices: Any = None,
+        limits: Any = None,
+    ) -> Rollout:
+        self.asked.append((rollout, seed, list(indices)))
+        assert len(self.texts) == len(prompt_ids) * rollout.num_generations
+        ids = [tokenizer().encode_text(text) for text in self.texts]
+        return Rollout(ids, [np.zeros(len(row), np.float32) for row in ids], ["length"] * len(ids))
+
+
+def tokenizer() -> Tokenizer:
+    known = Tokenizer.from_folder(tiny_model())
+    assert known is not None
+    return known
+
+
+def evaluate(
+    texts: list[str], config: Config, samples: int | None = None, functions: Any = ("exact_match",)
+) -> tuple[Evaluation, Canned]:
+    sampler = Canned(**vars(gx.Policy.from_pretrained(tiny_model()).sampler), texts=texts)
+    source = PromptSource.build(config, tokenizer(), additions(), EVAL)
+    found = evaluate_held_out(sampler, {}, source, resolve_functions(functions), tokenizer(), config, samples=samples)
+    assert found is not None
+    return found, sampler
+
+
+def test_greedy_accuracy_is_the_share_of_right_answers(tmp_path: Path):
+    config = config_of(tmp_path)
+    found, sampler = evaluate(["1", "2", "7", "4 "], config)
+    assert found == Evaluation(accuracy=0.75, problems=4, reward_mean=0.75, pass_at_k=None)
+    ((rollout, seed, indices),) = sampler.asked
+    assert (rollout.num_generations, rollout.temperature, seed) == (1, 0.0, config.train.seed)
+    assert rollout.max_completion_length == config.rollout.max_completion_length
+    assert indices == [0, 1, 2, 3]
+
+
+def test_pass_at_k_is_the_share_of_problems_with_a_right_sample(tmp_path: Path):
+    texts = ["1", "x", "1", "x", "x", "x", "x", "x", "3", "x", "4", "4"]  # right: 2 of 3, 0 of 3, 1 of 3, 2 of 3
+    found, sampler = evaluate(texts, config_of(tmp_path, rollout={"temperature": 0.7, "top_k": 9}), samples=3)
+    assert found.pass_at_k == pytest.approx(3 / 4)
+    assert found.accuracy == pytest.approx(5 / 12)
+    ((rollout, _, _),) = sampler.asked
+    assert (rollout.num_generations, rollout.temperature, rollout.top_k) == (3, 0.7, 9)
+    assert rollout.slots is not None
+    assert rollout.slots % 3 == 0
+
+
+def test_no_more_completions_are_decoded_at_once_than_in_training(tmp_path: Path):
+    config = config_of(tmp_path, train={"prompts_per_step": 1})
+    _, greedy = evaluate(["1"] * 4, config)
+    _, sampled = evaluate(["1"] * 8, config, samples=2)
+    assert [sampler.asked[0][0].slots for sampler in (greedy, sampled)] == [4, 4]  # one prompt of G = 4 in training
+    assert G == 4
+
+
+def test_the_named_function_and_its_threshold_say_what_is_right(tmp_path: Path):
+    def half(completions: list[str]) -> list[float]:
+        return [0.5 if text == "ok" else 0.25 for text in completions]
+
+    config = config_of(tmp_path, rewards={"accuracy": "half", "accuracy_threshold": 0.5, "weights": [1.0, 2.0]})
+    found, _ = evaluate(["ok", "2", "ok", "ok"], config, functions=["exact_match", half])
+    assert found.accuracy == 0.75
+    assert found.reward_mean == pytest.approx((1.0 + 1.5 + 1.0 + 1.0) / 4)
+
+
+def test_an_answer_that_cannot_be_scored_is_not_right_and_too_many_stop_the_run(tmp_path: Path):
+    def picky(completions: list[str]) -> list[float]:
+        if "?" in completions:
+            raise ValueError("what?")
+        return [1.0] * len(completions)
+
+    found, _ = evaluate(["1", "?", "3", "4"], config_of(tmp_path), functions=picky)
+    assert (found.accuracy, found.reward_mean) == (0.75, 1.0)
+    with pytest.raises(RewardError, match="2 of 4 rows could not be scored"):
+        evaluate(["1", "?", "?", "4"], config_of(tmp_path), functions=picky)
+
+
+def test_where_nothing_is_held_out_there_is_no_accuracy(tmp_path: Path):
+    config = config_of(tmp_path)
+    source = PromptSource.build(config, tokenizer(), additions())
+    sampler = gx.Policy.from_pretrained(tiny_model()).sampler
+    assert evaluate_held_out(sampler, {}, source, resolve_functions(["exact_match"]), tokenizer(), config) is None
+
+
+def test_columns_without_the_prompts_reach_the_rewards(tmp_path: Path):
+    config = config_of(tmp_path)
+    rows = [row | {"unit": "eggs"} for row in additions()]
+    assert reward_columns(PromptSource.build(config, tokenizer(), rows), config) == ["answer", "unit"]
+
+
+def test_a_run_of_python_rows_or_functions_says_what_is_missing(tmp_path: Path):
+    config = config_of(tmp_path, data={"path": None})
+    with pytest.raises(gx.ConfigError, match=r"rewards\.functions is empty"):
+        evaluate_run(config)
+    with pytest.raises(gx.ConfigError, match=r"data\.path is null"):
+        evaluate_run(replace(config, rewards=gx.RewardsConfig(functions=["exact_match"])))
+
+
+def test_an_evaluation_without_held_out_rows_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    (tmp_path / "eval.yaml").write_text(
+        f"model: {{path: {tiny_model()}}}\ndata: {{path: {tmp_path}/rows.jsonl}}\nrewards: {{functions: [exact_match]}}\n"
+    )
+    assert cli.main(["eval", "--config", str(tmp_path / "eval.yaml")]) == 2
+    assert "data.eval_size: 0; nothing is held out: set it, or data.eval_split or data.eval_path" in capsys.readouterr().err
+    (tmp_path / "eval.yaml").write_text("rewards: {functions: [exact_match]}\n")
+    assert cli.main(["eval", "--config", str(tmp_path / "eval.yaml")]) == 2
+    assert "model.path: null; give a model folder or a hub id, or a run" in capsys.readouterr().err

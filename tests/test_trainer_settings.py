@@ -1,0 +1,184 @@
+"""What settings do to a run: rewards and their failures, masking, several updates, KL in the reward, presets, micro-batches."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from plain_oracles import quick_compiling
+from tiny_runs import (
+    C,
+    Finished,
+    G,
+    additions,
+    arrays,
+    assert_same_arrays,
+    config_of,
+    expected_advantages,
+    letters,
+    run,
+    tiny_model,
+)
+
+import grpo_jax as gx
+from grpo_jax import trainer as grpo
+from grpo_jax.config.presets import PRESETS
+from grpo_jax.policy import Policy
+from grpo_jax.rewards import RewardError
+from grpo_jax.types import PromptBatch, Rollout
+
+ROWS = additions()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly():
+    with quick_compiling():
+        yield
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """Two steps with LoRA, that others are compared with."""
+    return run(config_of(tmp_path_factory.mktemp("lora")))
+
+
+def test_sync_and_async_rewards_with_weights_and_none_add_up(tmp_path: Path):
+    async def shortness(completion_ids: list[list[int]]) -> list[float | None]:
+        return [None if len(ids) == C else 1 - len(ids) / C for ids in completion_ids]
+
+    def parity(answer: list[str], **columns: Any) -> list[bool]:
+        return [int(text) % 2 == 0 for text in answer]
+
+    config = config_of(tmp_path, rewards={"weights": [1.0, 0.5, 2.0]})
+    done = run(config, reward_funcs=[letters, shortness, parity])
+    answers = {row["prompt"]: int(row["answer"]) for row in ROWS}
+    seen: set[bool] = set()
+    for step, rows in done.completions.items():
+        rewards = []
+        for row in rows:
+            text, short, even = (row["rewards"][name] for name in ("letters", "shortness", "parity"))
+            assert even == (answers[row["prompt"]] % 2 == 0)
+            seen.add(short is None)
+            rewards.append(text + 0.5 * (short or 0.0) + 2 * even)
+        np.testing.assert_allclose([row["advantage"] for row in rows], expected_advantages(np.array(rewards)), atol=1e-4)
+        metrics = done.result.history[step - 1]
+        assert metrics["reward/mean"] == pytest.approx(np.mean(rewards), abs=1e-6)
+        given = [row["rewards"]["shortness"] for row in rows if row["rewards"]["shortness"] is not None]
+        assert metrics["rewards/shortness/mean"] == pytest.approx(np.mean(given), abs=1e-6)
+        assert metrics["rewards/failed"] == 0
+    assert seen == {True, False}
+
+
+def test_a_row_that_a_reward_fails_on_is_left_out_counted_and_named(lora_run: Finished, tmp_path: Path):
+    texts = [row["completion"] for row in lora_run.completions[1]]
+    row = next(i for i, text in enumerate(texts) if texts.count(text) == 1)
+    poison = texts[row]
+
+    def judge(completions: list[str]) -> list[float]:
+        if poison in completions:
+            raise KeyError("no verdict")
+        return letters(completions)
+
+    done = run(config_of(tmp_path, train={"steps": 1}), reward_funcs=judge)
+    rows = done.completions[1]
+    assert [other["completion"] for other in rows] == texts
+    assert done.result.history[0]["rewards/failed"] == 1
+    warnings = [line for line in done.printed.splitlines() if line.startswith("warning: ")]
+    assert len(warnings) == 1
+    assert warnings[0].startswith("warning: judge raised KeyError: 'no verdict'")
+    assert warnings[0].endswith(f"row {row}")
+    assert rows[row]["rewards"]["judge"] is None
+    assert rows[row]["advantage"] == 0
+    group = [i for i in range(row // G * G, row // G * G + G) if i != row]
+    rest = np.array(letters([texts[i] for i in group]))
+    std = rest.std(ddof=1)
+    expected = (rest - rest.mean()) / (std + 1e-4) if std > 0 else np.zeros(G - 1)
+    np.testing.assert_allclose([rows[i]["advantage"] for i in group], expected, atol=1e-5)
+    others = letters([text for i, text in enumerate(texts) if i != row])
+    assert done.result.history[0]["reward/mean"] == pytest.approx(np.mean(others), abs=1e-6)
+
+
+def test_too_many_failures_stop_the_run(tmp_path: Path):
+    def judge(completions: list[str]) -> list[float]:
+        raise TimeoutError("the judge sleeps")
+
+    with pytest.raises(
+        RewardError, match=r"(?s)8 of 8 rows could not be scored.*judge raised TimeoutError: the judge sleeps.*8 rows"
+    ):
+        gx.train(config_of(tmp_path), dataset=ROWS, reward_funcs=judge)
+    assert not (tmp_path / "summary.json").exists()
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_masked_truncated_completion_is_in_no_loss():
+    def batch_for(masked: bool) -> Any:
+        ids = [[7, 8, 4], [9, 9, 9]]
+        rollout = Rollout(ids, [np.zeros(3, np.float32)] * 2, ["stop", "length"])
+        prompts = PromptBatch(0, np.array([0]), ["x"], [[5, 6]], {})
+        scored = grpo.ScoredBatch(np.ones(2, np.float32), np.ones(2, bool), {}, [])
+        config = replace(gx.Config(), objective=gx.ObjectiveConfig(mask_truncated=masked))
+        return grpo.train_batch(prompts, rollout, scored, config)
+
+    np.testing.assert_array_equal(np.asarray(batch_for(False).completion_mask).sum(axis=1), [3, 3])
+    np.testing.assert_array_equal(np.asarray(batch_for(True).completion_mask).sum(axis=1), [3, 0])
+    assert np.asarray(batch_for(True).valid).all()
+
+
+def test_where_all_are_truncated_and_masked_nothing_is_learnt(tmp_path: Path):
+    sections = {"objective": {"mask_truncated": True}, "rollout": {"min_completion_length": C}}
+    done = run(config_of(tmp_path, **sections))
+    assert {row["finish_reason"] for step in done.completions.values() for row in step} == {"length"}
+    assert [record["grad_norm"] for record in done.result.history] == [0, 0]
+    start = Policy.from_pretrained(tiny_model(), lora=gx.LoraConfig(rank=4, alpha=8.0))
+    assert_same_arrays(done.result.policy.adapters, start.adapters)
+
+
+def test_several_updates_a_batch_follow_the_schedule_and_end_elsewhere(lora_run: Finished, tmp_path: Path):
+    config = config_of(tmp_path, objective={"num_iterations": 2}, optim={"learning_rate": 1e-2, "schedule": "linear"})
+    done = run(config)
+    # Four updates at 1, 3/4, 1/2 and 1/4 of the peak; a step reports its last.
+    rates = [record["learning_rate"] for record in done.result.history]
+    np.testing.assert_allclose(rates, [0.75e-2, 0.25e-2], rtol=1e-6)
+    assert [row["completion"] for row in done.completions[1]] == [row["completion"] for row in lora_run.completions[1]]
+    # The second update sees a policy that has moved off the old log-probabilities.
+    first = done.result.history[0]
+    assert first["kl_divergence"] > 1e-7
+    assert lora_run.result.history[0]["kl_divergence"] < 1e-9
+
+
+def test_kl_in_the_reward_is_taken_off_before_advantages_are_formed(lora_run: Finished, tmp_path: Path):
+    done = run(config_of(tmp_path, objective={"kl_in_reward": True, "beta": 0.5}))
+    first, second = (done.completions[step] for step in (1, 2))
+    plain = expected_advantages(np.array([row["rewards"]["letters"] for row in first]))
+    np.testing.assert_allclose([row["advantage"] for row in first], plain, atol=1e-4)  # the policy is still the reference
+    plain = expected_advantages(np.array([row["rewards"]["letters"] for row in second]))
+    assert np.abs(np.array([row["advantage"] for row in second]) - plain).max() > 1e-3
+    assert done.result.history[1]["reward/mean"] == pytest.approx(np.mean([row["rewards"]["letters"] for row in second]), abs=1e-6)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_trains(preset: str, tmp_path: Path):
+    done = run(config_of(tmp_path, objective={"preset": preset}, train={"steps": 1}))
+    (metrics,) = done.result.history
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["grad_norm"] > 0
+    assert f"(preset {preset})" in done.printed
+    trained = done.result.policy.adapters
+    assert trained is not None
+    assert max(np.abs(leaf["b"]).max() for leaf in trained["layers"].values()) > 0
+
+
+def test_micro_batches_train_the_same_policy(lora_run: Finished, tmp_path: Path):
+    done = run(config_of(tmp_path, train={"micro_batch_prompts": 1, "micro_batch_completions": 2}))
+    assert [row["completion"] for row in done.completions[1]] == [row["completion"] for row in lora_run.completions[1]]
+    for name in ("loss", "policy_loss", "kl_divergence", "entropy", "grad_norm", "clip_ratio/region"):
+        one, other = done.result.history[0][name], lora_run.result.history[0][name]
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-6), name
+    # Adam divides a gradient by its own size, so rounding in a gradient that is nearly nothing shows in full.
+    old, new = arrays(lora_run.result.policy.adapters), arrays(done.result.policy.adapters)
+    for name in old:
+        np.testing.assert_allclose(new[name], old[name], atol=2e-4, err_msg=name)

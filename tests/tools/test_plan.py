@@ -1,0 +1,386 @@
+"""`grpo-jax plan`: what a run needs of a chip, and what to change where it does not fit; and `micro_batch_prompts: auto`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_runs
+
+import grpo_jax.fit.auto as auto
+from grpo_jax.config import Config, ConfigError
+from grpo_jax.fit.micro_batch import micro_batch_that_fits, smaller_micro_batches, tokens_of
+from grpo_jax.fit.phases import COMPONENTS, Needs, RolloutNeeds
+from grpo_jax.fit.targets import GPUS, Machine
+from grpo_jax.rollout.shapes import evaluation_slots, sizes_of
+from grpo_jax.tools.plan import PlanError, json_of, machine_of, make_plan
+from grpo_jax.tools.plan.advice import Search, for_mesh, with_changes
+from grpo_jax.tools.plan.verdict import Planner
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 2,
+}
+PARAMETERS = 512 * 64 + 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64)
+"""By hand: the tied embedding, the last norm; per layer q and o, k and v, three matrices of the feed-forward, two norms."""
+RANK = 4
+ADAPTERS = 2 * RANK * (2 * (64 + 64) + 2 * (64 + 32) + 2 * (64 + 128) + (128 + 64))
+"""Per layer (in + out) · rank of each of the seven matrices."""
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the libtpu wheel")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a config.json and nothing else: no weights, no tokenizer."""
+    place = tmp_path_factory.mktemp("model")
+    (place / "config.json").write_text(json.dumps(LLAMA))
+    return place
+
+
+def settings(folder: Path, **sections: dict[str, Any]) -> Config:
+    """A run of 8 prompts with 4 completions of 24 tokens."""
+    values: dict[str, dict[str, Any]] = {
+        "model": {"path": str(folder)},
+        "lora": {"rank": RANK},
+        "rollout": {"num_generations": 4, "max_prompt_length": 16, "max_completion_length": 24},
+        "train": {"prompts_per_step": 8},
+    }
+    return Config.from_dict({name: values.get(name, {}) | sections.get(name, {}) for name in values | sections})
+
+
+def check_sums(plan: dict[str, Any]) -> None:
+    """Components sum to the peak, of each phase and of the larger."""
+    for phase in (plan["rollout"], plan["update"]):
+        assert set(phase["memory"]) == set(COMPONENTS)
+        assert sum(phase["memory"].values()) == phase["peak_memory_bytes"]
+    assert sum(plan["memory"].values()) == plan["peak_memory_bytes"]
+    assert plan["peak_memory_bytes"] == max(plan["rollout"]["peak_memory_bytes"], plan["update"]["peak_memory_bytes"])
+
+
+def test_the_command_ends_with_one_line_of_json(folder: Path, tmp_path: Path) -> None:
+    """As a user runs it, in a process of its own; the keys are those that the issue names."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {{path: {folder}}}\nlora: {{rank: {RANK}}}\ntrain: {{prompts_per_step: 2}}\n"
+        "rollout: {num_generations: 4, max_prompt_length: 16, max_completion_length: 24}\n"
+    )
+    words = [sys.executable, "-m", "grpo_jax", "plan", "--config", str(file), "--target", "cpu", "--json"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    plan = json.loads(done.stdout.splitlines()[-1])
+    named = {
+        "fits",
+        "peak_memory_bytes",
+        "memory",
+        "rollout",
+        "update",
+        "slots",
+        "micro_batch_completions",
+        "compile_seconds",
+        "advice",
+    }
+    assert named <= set(plan)
+    assert plan["fits"] is True
+    assert plan["advice"] == {}
+    assert (plan["slots"], plan["micro_batch_prompts"], plan["micro_batch_completions"]) == (8, 2, 4)
+    check_sums(plan)
+    resident = {"base": 2 * PARAMETERS, "adapters": 4 * ADAPTERS, "reference": 4 * ADAPTERS}
+    assert {name: plan["update"]["memory"][name] for name in resident} == resident
+    # Two moments in float32, and a few counters.
+    assert 0 <= plan["update"]["memory"]["optimizer"] - 8 * ADAPTERS <= 64
+    # Keys and values of both layers in bfloat16: prompts of 16 tokens, and of a completion's 24 the last 24-token segment's not.
+    heads = 2 * 2 * 2 * 16 * 2
+    assert plan["rollout"]["memory"]["prefix_kv"] == 2 * 16 * heads + 2 * (4 + 64 * 2)
+    assert "tokenizer" not in done.stderr
+
+
+@needs_libtpu
+def test_eight_chips_hold_an_eighth_of_the_weights(folder: Path) -> None:
+    made = json_of(make_plan(settings(folder, train={"micro_batch_prompts": 1}), "v6e-8"))
+    check_sums(made)
+    assert made["fits"]
+    assert made["devices"] == 8
+    # Norms and embeddings are cut over `embed` too, so an eighth of everything; adapters where one side is `embed`.
+    assert made["update"]["memory"]["base"] == 2 * PARAMETERS // 8
+    # One prompt on each shard is the least that a mesh takes.
+    assert (made["micro_batch_prompts"], made["advice"]) == (8, {})
+    assert made["limit_bytes"] == int(31.24 * 2**30)
+    assert made["rollout"]["seconds_at_least"] > 0
+
+
+def with_limit(machine: Machine, limit: int) -> Machine:
+    """A chip with less memory."""
+    return replace(machine, limit_bytes=limit)
+
+
+def test_advice_that_is_followed_fits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine at hand, with as much memory as half of what the update needs beside what is resident."""
+    config = settings(folder, model={"remat": "layer"}, train={"micro_batch_prompts": 8})
+    whole = make_plan(config, "cpu")
+    update = whole.verdict.update
+    scratch = update.memory["activations"] + update.memory["temporaries"]
+    limit = update.peak_bytes - scratch // 2
+    here = machine_of("cpu")
+    monkeypatch.setattr("grpo_jax.plan.machine_of", lambda name: with_limit(here, limit))
+    shown: list[str] = []
+    short = make_plan(config, "cpu", show=shown.append)
+    said = json_of(short)
+    assert not said["fits"]
+    assert said["advice"]["train.micro_batch_prompts"] < 8
+    assert any(line.startswith("trying train.micro_batch_prompts") for line in shown)
+    again = json_of(make_plan(with_changes(config, said["advice"]), "cpu"))
+    assert again["fits"]
+    assert again["peak_memory_bytes"] <= limit
+
+
+def test_nothing_fits_where_the_weights_alone_do_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without compiling: both phases need the same, whatever is changed."""
+    memory = dict.fromkeys(COMPONENTS, 0) | {"base": 5000, "temporaries": 100}
+    tried: list[Config] = []
+
+    def rollout(subject: Any, limit: int) -> RolloutNeeds:
+        tried.append(subject.config)
+        return RolloutNeeds(Needs(memory, 0.0), 32, sizes_of(subject.config.rollout, 8, 16, 32))
+
+    monkeypatch.setattr("grpo_jax.tools.plan.verdict.update_needs", lambda subject: Needs(memory, 0.0))
+    monkeypatch.setattr("grpo_jax.tools.plan.verdict.rollout_needs", rollout)
+    here = with_limit(machine_of("cpu"), 1000)
+    monkeypatch.setattr("grpo_jax.plan.machine_of", lambda name: here)
+    made = json_of(make_plan(settings(folder), "cpu"))
+    assert (made["fits"], made["advice"], made["peak_memory_bytes"]) == (False, None, 5100)
+    # Fewer slots and smaller micro-batches cannot be enough where the weights are too large; rounding the weights may be.
+    assert [config.model.quantization for config in tried] == ["none", "int8", "int4"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "advice"),
+    [
+        (900, {"model.quantization": "int8"}),  # 500 + 32 · 10: fewer slots and int8 were tried before, and are taken back
+        (700, {"rollout.kv_dtype": "int8", "model.quantization": "int8"}),  # 500 + 32 · 5
+        (330, {"rollout.slots": 8, "model.quantization": "int4"}),  # 250 + 8 · 10: as many slots as fit then
+    ],
+)
+def test_changes_that_are_not_needed_are_taken_back(
+    limit: int, advice: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With made-up needs: weights of 1000 bytes that rounding halves, and 10 bytes a slot, which int8 halves."""
+
+    def rollout(subject: Any, _: int) -> RolloutNeeds:
+        config = subject.config
+        weights = {"none": 1000, "int8": 500, "int4": 250}[config.model.quantization]
+        slots = config.rollout.slots or 32
+        past = slots * (5 if config.rollout.kv_dtype == "int8" else 10)
+        memory = dict.fromkeys(COMPONENTS, 0) | {"base": weights, "suffix_kv": past}
+        return RolloutNeeds(Needs(memory, 0.0), slots, sizes_of(config.rollout, 8, 16, slots))
+
+    def always(search: Search) -> Any:
+        yield {"rollout.slots": 1}
+
+    def int8(search: Search) -> Any:
+        yield {"rollout.kv_dtype": "int8"}
+
+    # Tried where nothing says beforehand that they cannot be enough.
+    monkeypatch.setattr(Search, "fewer_slots", always)
+    monkeypatch.setattr(Search, "kept_int8", int8)
+    monkeypatch.setattr("grpo_jax.tools.plan.verdict.update_needs", lambda subject: Needs(dict.fromkeys(COMPONENTS, 0), 0.0))
+    monkeypatch.setattr("grpo_jax.tools.plan.verdict.rollout_needs", rollout)
+    here = with_limit(machine_of("cpu"), limit)
+    monkeypatch.setattr("grpo_jax.plan.machine_of", lambda name: here)
+    config = settings(folder)
+    made = json_of(make_plan(config, "cpu"))
+    assert made["advice"] == advice
+    assert json_of(make_plan(with_changes(config, made["advice"]), "cpu"))["fits"]
+
+
+@pytest.mark.parametrize("name", ["v7-8", "v5p-12", "h100x9", "b200", "tpu"])
+def test_an_unknown_target_names_the_known_ones(name: str) -> None:
+    with pytest.raises(PlanError, match=r"known are v4-8.*v6e-.*h100.*cpu"):
+        machine_of(name)
+
+
+@pytest.mark.parametrize(
+    ("target", "install"), [("v6e-8", "pip install libtpu"), ("h100x8", "pip install --no-deps jax-cuda13-pjrt")]
+)
+def test_a_missing_compiler_says_what_to_install(target: str, install: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PlanError, match=install):
+        machine_of(target)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "devices", "kind"),
+    [("v4-8", 4, "TPU v4"), ("v5e-16", 16, "TPU v5 lite"), ("v5p-64", 32, "TPU v5"), ("v6e-1", 1, "TPU v6 lite")],
+)
+def test_slices_have_their_chips(name: str, devices: int, kind: str) -> None:
+    """The number counts cores for v4 and v5p, two a chip."""
+    machine = machine_of(name)
+    assert (len(machine.devices), machine.devices[0].device_kind) == (devices, kind)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_gpu_descriptions_are_whole(gpu: str) -> None:
+    """Braces are closed, and every field has a number."""
+    text = GPUS[gpu].text
+    assert text.count("{") == text.count("}") == 3
+    assert f"device_memory_size: {GPUS[gpu].memory_bytes}" in text
+
+
+@needs_libtpu
+def test_what_does_not_spread_over_the_devices_is_mended(folder: Path) -> None:
+    from grpo_jax.weights.hf import read_folder_spec
+
+    spec, eight = read_folder_spec(folder), machine_of("v6e-8")
+    config = settings(folder, rollout={"slots": 12}, train={"prompts_per_step": 24, "micro_batch_prompts": 12})
+    assert for_mesh(config, spec, eight) == {"train.micro_batch_prompts": 8, "rollout.slots": 16}
+    assert for_mesh(settings(folder, train={"micro_batch_prompts": 2}), spec, eight) == {}
+    # Four prompts do not spread over eight shards: two heads do.
+    assert for_mesh(settings(folder, train={"prompts_per_step": 4}), spec, eight) == {"mesh.fsdp": -1, "mesh.tensor": 2}
+
+
+def test_smaller_micro_batches_and_which_of_them_to_try(folder: Path) -> None:
+    config = settings(folder)
+    sizes = smaller_micro_batches(config, (8, 4), None)
+    assert sizes == [(4, 4), (2, 4), (1, 4), (1, 2), (1, 1)]
+    assert [tokens_of(config, size) for size in sizes] == [448, 224, 112, 64, 40]
+    # 896 tokens took 896 bytes beside 100: 324 remain for 224 tokens; half of them, and the smallest, come after.
+    assert micro_batch_that_fits(config, sizes, (8, 4), 100, 896, 424) == [(2, 4), (1, 4), (1, 1)]
+    assert micro_batch_that_fits(config, sizes, (8, 4), 100, 896, 50) == [(1, 1)]
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory: pytest.TempPathFactory) -> tiny_runs.Finished:
+    """A run whose prompts and completions are as long as may be, so that it uses the programs of the plan."""
+    config = tiny_runs.config_of(tmp_path_factory.mktemp("auto") / "run", train={"micro_batch_prompts": "auto"})
+    return tiny_runs.run(config)
+
+
+def test_auto_prints_its_plan_and_compiles_the_longest_first(chosen: tiny_runs.Finished) -> None:
+    assert "micro-batch: 2 prompts, 4 completions of each" in chosen.printed
+    plan, step = chosen.printed.index("micro-batch:"), chosen.printed.index("step 1")
+    assert plan < step
+    assert chosen.printed.index("compiling update") < plan
+    assert chosen.printed.count("compiling update") == 1
+
+
+def test_auto_trains_as_numbers_do(chosen: tiny_runs.Finished, tmp_path: Path) -> None:
+    given = tiny_runs.run(tiny_runs.config_of(tmp_path / "run", train={"micro_batch_prompts": 2}))
+    for ours, theirs in zip(chosen.result.history, given.result.history, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("fixed_share", [0.6, 0.0])
+def test_auto_takes_less_where_memory_is_short(fixed_share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit below what the first choice was found to need; and one that nothing meets."""
+    seen: list[int] = []
+    needs: Callable[..., Any] = auto.update_needs
+
+    def noted(*arguments: Any) -> Any:
+        found = needs(*arguments)
+        seen.append(found.peak_bytes)
+        return found
+
+    monkeypatch.setattr(auto, "update_needs", noted)
+    config = tiny_runs.config_of(tmp_path / "run", train={"micro_batch_prompts": "auto"}, model={"remat": "layer"})
+    policy_bytes = 4 * 30_000
+    if fixed_share == 0.0:
+        monkeypatch.setattr(auto, "least_free_bytes", lambda: 1000)
+        with pytest.raises(ConfigError, match="micro_batch_prompts is auto: the smallest update needs"):
+            tiny_runs.run(config)
+        return
+    tiny_runs.run(config)
+    monkeypatch.setattr(auto, "least_free_bytes", lambda: seen[0] - policy_bytes)
+    monkeypatch.setattr(auto, "fit_rollout", lambda subject, limit, display: rollout_anyhow(subject, display))
+    short = tiny_runs.run(replace(config, train=replace(config.train, run_dir=str(tmp_path / "short"))))
+    assert "micro-batch: 2 prompts, 4 completions" not in short.printed
+
+
+def test_auto_evaluates_in_as_many_slots_as_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every slot of an evaluation has a prompt of its own: one byte less than it was found to need halves them."""
+    fit: Callable[..., RolloutNeeds] = auto.fit_evaluation
+    seen: list[RolloutNeeds] = []
+
+    def noted(subject: Any, slots: int, problems: int, limit: Any, sampler: Any) -> RolloutNeeds:
+        whole = fit(subject, slots, problems, None, sampler)
+        short = fit(subject, slots, problems, whole.needs.peak_bytes - 1, sampler)
+        seen.extend([whole, short])
+        fixed = replace(subject, config=replace(subject.config, train=replace(subject.config.train, eval_slots=whole.slots)))
+        with pytest.raises(ConfigError, match=rf"train\.eval_slots is {whole.slots}: the evaluation needs"):
+            fit(fixed, slots, problems, whole.needs.peak_bytes - 1, sampler)
+        return short
+
+    monkeypatch.setattr(auto, "fit_evaluation", noted)
+    config = tiny_runs.config_of(tmp_path / "run", train={"micro_batch_prompts": "auto"})
+    done = tiny_runs.run(config, eval_dataset=tiny_runs.additions(6))
+    whole, short = seen
+    assert (whole.slots, short.slots) == (6, 3)
+    assert short.needs.peak_bytes < whole.needs.peak_bytes
+    assert "slots of an evaluation: 3" in done.printed
+    assert done.result.summary["accuracy_after"] is not None
+
+
+def test_an_evaluation_takes_the_slots_that_are_set() -> None:
+    config = Config.from_dict({"train": {"prompts_per_step": 4}, "rollout": {"num_generations": 8}})
+    assert evaluation_slots(config, 100) == 32
+    assert evaluation_slots(config, 20) == 20
+    assert evaluation_slots(config, 100, 5) == 30, "whole groups"
+    assert evaluation_slots(config, 100, 64) == 32, "a part of a group, where one is too many"
+    few = replace(config, rollout=replace(config.rollout, slots=6))
+    assert evaluation_slots(few, 100) == 6
+    assert evaluation_slots(replace(few, train=replace(few.train, eval_slots=3)), 100) == 3
+
+
+def rollout_anyhow(subject: Any, display: Any) -> Any:
+    """The rollout without a limit."""
+    sampler = auto.sampler_of(subject.policy)
+    return sampler, auto.rollout_needs(subject, None, sampler)
+
+
+def test_sft_refuses_auto(tmp_path: Path) -> None:
+    from grpo_jax.supervised import sft
+
+    rows = tiny_runs.write_rows(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "completion": "2"}] * 4)
+    config = tiny_runs.config_of(tmp_path / "run", train={"micro_batch_prompts": "auto"}, data={"path": str(rows)})
+    with pytest.raises(ConfigError, match=r"train\.micro_batch_prompts is"):
+        sft(config)
+
+
+def test_planning_allocates_nothing_large(folder: Path) -> None:
+    """A planner's policy holds shapes alone."""
+    from grpo_jax.fit.abstract import abstract_policy, placement_of
+    from grpo_jax.weights.hf import read_folder_spec
+
+    spec, machine = read_folder_spec(folder), machine_of("cpu")
+    config = settings(folder)
+    policy = abstract_policy(config, folder, spec, placement_of(config, spec, machine))
+    assert not any(isinstance(leaf, (np.ndarray, jnp.ndarray)) for leaf in policy.params["layers"]["q_proj"].values())
+    assert Planner(folder, spec).compile_seconds == 0
+
+
+def test_a_cpu_plan_is_what_the_process_grows_by() -> None:
+    """Of an update of some 400 MB, in a process of its own; a tenth, as the runtime takes memory of its own beside the arrays."""
+    script = Path(__file__).parent / "plan_memory.py"
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["planned"] > 300e6
+    assert abs(told["planned"] / told["grown"] - 1) < 0.1, told
