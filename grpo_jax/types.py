@@ -1,10 +1,10 @@
-"""What flows from one part to the next.
+"""Data types that several packages share: batches of prompts, sampled completions, and the state of training.
 
 The axis legend, used in every signature: B prompts, G completions per prompt, N = B·G rows (row b·G + g is completion g
 of prompt b), P prompt length, C completion length, D width, H query heads, K key/value heads, F feed-forward,
 V vocabulary, L layers.
 
-Host side, plain Python and NumPy: `PromptBatch`, `Rollout`. Device side, pytrees of arrays: `TrainBatch`, `Frozen`, `TrainState`.
+`PromptBatch` and `Rollout` hold Python and NumPy values on the host. `TrainBatch`, `Frozen` and `TrainState` are pytrees of arrays.
 Prompts and completions are padded on the right; a completion's first token has position = its prompt's length.
 """
 
@@ -24,21 +24,22 @@ Prompt: TypeAlias = str | list[dict[str, Any]]
 """A plain text, or a conversation of {"role", "content"} messages."""
 
 AnyArray: TypeAlias = Array | np.ndarray
-"""An array on the device, or still on the host."""
+"""An array on the device or on the host."""
 
 FinishReason: TypeAlias = Literal["stop", "length"]
+"""Why a completion ended: a stop token or stop string, or the maximal length."""
 
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """The prompts of one step.
+    """The B prompts of one training step.
 
     Attributes:
-        step: the training step that they belong to.
-        indices: [B] row numbers in the dataset; they enter the random numbers of the completions.
-        prompts: B prompts as rewards get them.
-        prompt_ids: B lists of token ids, template included.
-        columns: every other column of the dataset, B values each.
+        step: The training step.
+        indices: [B] row numbers in the dataset. The random numbers of the completions depend on them.
+        prompts: B prompts as reward functions get them.
+        prompt_ids: B lists of token ids, chat template included.
+        columns: Every other column of the dataset, B values each.
 
     Example:
         PromptBatch(step=0, indices=np.array([7]), prompts=["2+2="], prompt_ids=[[1, 15]], columns={"answer": ["4"]})
@@ -53,14 +54,14 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Sampled completions, N rows in order.
+    """N sampled completions, in the order of the rows.
 
     Attributes:
-        completion_ids: token ids, the stop token included where there is one.
-        logprobs: float32 nats per token, of the distribution that the token was drawn from.
-        finish_reasons: "stop" (a stop token or a stop string ended the row) or "length".
-        near_ties: tokens of which another might have been drawn with other shapes (`sampling.NEAR_LOGITS`).
-        slots: completions that were decoded at once.
+        completion_ids: N lists of token ids, the stop token included where there is one.
+        logprobs: N float32 arrays of nats per token, under the distribution that the token was drawn from.
+        finish_reasons: N times "stop" (a stop token or a stop string ended the row) or "length".
+        near_ties: Number of tokens that other array shapes might have drawn differently (`sampling.NEAR_LOGITS`).
+        slots: Number of completions that were decoded at once.
 
     Example:
         Rollout(completion_ids=[[4, 2]], logprobs=[np.array([-0.1, -0.7], np.float32)], finish_reasons=["stop"])
@@ -75,16 +76,16 @@ class Rollout:
 
 @struct.dataclass
 class TrainBatch:
-    """What an update needs of a batch of completions, on the device.
+    """The input of an update: padded prompts and completions with their rewards, on the device.
 
     Attributes:
-        prompt_ids: padded on the right with 0.
-        prompt_lengths: number of tokens of each prompt, at least 1.
-        completion_ids: padded on the right with 0.
-        completion_mask: True = the token is trained (and counted in denominators).
-        sampler_logprobs: what the sampler returned, 0 where there is no token.
-        rewards: weighted sum over the reward functions; any number where not valid.
-        valid: True = the row could be scored and enters its group's statistics.
+        prompt_ids: [B, P] token ids, padded on the right with 0.
+        prompt_lengths: [B] number of tokens of each prompt, at least 1.
+        completion_ids: [N, C] token ids, padded on the right with 0.
+        completion_mask: [N, C], True = the token is trained (and counted in denominators).
+        sampler_logprobs: [N, C] log-probabilities in nats that the sampler returned, 0 where there is no token.
+        rewards: [B, G] weighted sums over the reward functions; any value where not valid.
+        valid: [B, G], True = the row was scored and enters its group's statistics.
     """
 
     prompt_ids: Int[AnyArray, "B P"]
@@ -95,8 +96,8 @@ class TrainBatch:
     rewards: Float[AnyArray, "B G"]
     valid: Bool[AnyArray, "B G"]
 
-    def of_prompts(self, order: Int[AnyArray, "B"]) -> TrainBatch:
-        """The same batch with its prompts in another order."""
+    def reorder_prompts(self, order: Int[AnyArray, "B"]) -> TrainBatch:
+        """Returns the batch with its prompts, and their groups of rows, reordered by `order`."""
 
         def rows(x: Any) -> Any:
             return x.reshape(*self.rewards.shape, *x.shape[1:])[order].reshape(x.shape)
@@ -117,9 +118,9 @@ class Frozen:
     """Arrays that an update reads and never changes.
 
     Attributes:
-        base: the model's weights; empty in full fine-tuning, where they are trained.
-        reference: what turns the base into the reference policy: the adapter that training started from, empty for
-            the plain base; in full fine-tuning a copy of the weights, None where there is no KL term.
+        base: The model's weights; empty in full fine-tuning, where the weights are trained.
+        reference: What makes the reference policy out of the base. With LoRA: the adapter that training started from, or an empty
+            dict for the plain base. In full fine-tuning: a copy of the weights. None where there is no KL term.
     """
 
     base: Params
@@ -128,12 +129,12 @@ class Frozen:
 
 @struct.dataclass
 class TrainState:
-    """What an update changes; donated to it.
+    """Arrays that an update changes; they are donated to it.
 
     Attributes:
-        step: updates made so far.
-        trainable: the adapters, or in full fine-tuning the weights; float32.
-        opt_state: Optax's state of them.
+        step: [] number of updates made so far.
+        trainable: The adapters, or in full fine-tuning the weights; float32.
+        opt_state: Optax's state for `trainable`.
     """
 
     step: Int[Array, ""]

@@ -1,6 +1,6 @@
-"""What can be chosen: settings as frozen dataclasses, from Python, YAML or the command line. Imports neither JAX nor NumPy.
+"""Settings of a run as frozen dataclasses, read from Python, YAML or the command line. Imports neither JAX nor NumPy.
 
-`sections` holds the settings, `checks` their validation, `presets` the named objectives, `load` the way in from outside.
+`sections` defines the settings, `checks` validates them, `presets` holds the named objectives, `load` reads them from outside.
 """
 
 from grpo_jax.config.checks import ConfigError
@@ -17,18 +17,16 @@ from grpo_jax.config.load import (
     resolved_settings,
     write_yaml,
 )
+from grpo_jax.config.objective import ObjectiveConfig
 from grpo_jax.config.sections import (
     Config,
     DataConfig,
     LoraConfig,
-    MeshConfig,
     ModelConfig,
-    ObjectiveConfig,
-    OptimConfig,
     RewardsConfig,
     RolloutConfig,
-    TrainConfig,
 )
+from grpo_jax.config.training import MeshConfig, OptimConfig, TrainConfig
 from grpo_jax.config.yaml_files import read_yaml
 
 __all__ = [

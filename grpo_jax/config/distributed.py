@@ -1,4 +1,4 @@
-"""The section `distributed`: how the processes of one run find each other."""
+"""The settings section `distributed`: how the processes of one run find each other."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from grpo_jax.config.checks import check_types, require
 
 @dataclass(frozen=True)
 class DistributedConfig:
-    """Several processes that train together, usually one a host. With the defaults JAX asks the cluster that it runs in.
+    """Joins several processes to one run, usually one per host. With the defaults JAX asks the cluster that it runs in.
 
     Args:
         detect: Look for a cluster (SLURM, Open MPI, Kubernetes, Cloud TPU) and join its processes; false trains alone, unless the
             three settings below are given.
-        coordinator_address: HOST:PORT of process 0, the same for all; given together with num_processes and process_id.
+        coordinator_address: HOST:PORT of process 0, the same for all processes; set num_processes and process_id too.
         num_processes: Number of processes.
         process_id: Number of this process, from 0.
-        local_device_ids: Devices of this host that this process takes; null is what the cluster says, or all of them.
-        heartbeat_timeout_seconds: A process that has not been heard of for so long is dead, and all others end.
+        local_device_ids: Devices of this host that this process uses; null takes what the cluster says, or all of them.
+        heartbeat_timeout_seconds: A process without a heartbeat for this long counts as dead, and all others end.
         initialization_timeout_seconds: How long the processes wait for each other at the start.
     """
 
@@ -48,10 +48,8 @@ class DistributedConfig:
             require(self.num_processes >= 1, "distributed.num_processes", self.num_processes, "use at least 1")
             last = self.num_processes - 1
             require(0 <= self.process_id <= last, "distributed.process_id", self.process_id, f"use 0 to num_processes - 1 ({last})")
-        for name, seconds in (
-            ("heartbeat_timeout_seconds", self.heartbeat_timeout_seconds),
-            ("initialization_timeout_seconds", self.initialization_timeout_seconds),
-        ):
+        for name in ("heartbeat_timeout_seconds", "initialization_timeout_seconds"):
+            seconds = self.__dict__[name]
             require(seconds >= 5, f"distributed.{name}", seconds, "use at least 5 seconds")
         ids = self.local_device_ids
         require(
@@ -60,5 +58,5 @@ class DistributedConfig:
 
     @property
     def explicit(self) -> bool:
-        """Whether everything that JAX needs is given."""
+        """Whether the processes are named in the settings instead of by a cluster."""
         return self.coordinator_address is not None

@@ -1,8 +1,7 @@
-"""The way in for settings from outside, and where each value came from.
+"""Reads settings from YAML, dicts and the command line, and records where each value came from.
 
-Enters: nested dicts, a YAML file, `section.field` overrides from the command line. Leaves: a validated `Config`, and the source of
-every value that was given. Precedence, lowest first: default, preset, YAML file, command line. What a setting may be is said in
-`sections.py` alone; this module only finds the field and, where the value is text, reads it as the field's type.
+Precedence, lowest first: default, preset, YAML file, command line. `sections.py` alone defines what a setting may be; this module
+only finds the field and, where the value is text, reads it as the field's type.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.config.checks import ConfigError, MismatchError, field_types, fit, ill_typed, nearest, require, show
+from grpo_jax.config.checks import ConfigError, MismatchError, convert, field_types, nearest, require, show, wrong_type
 from grpo_jax.config.presets import OBJECTIVE_DEFAULTS, PRESETS
 from grpo_jax.config.sections import Config
 from grpo_jax.config.yaml_files import dump_yaml, parse_yaml, read_yaml
@@ -24,11 +23,11 @@ IN_PYTHON = "set in Python"
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of a run, as `resolved_settings` lists it.
+    """One setting of a run with its value and its source.
 
     Attributes:
         name: `section.field`.
-        value: what will be used.
+        value: The value in use.
         source: "default", "preset NAME", the YAML file's name, "command line" or "set in Python".
 
     Example:
@@ -42,7 +41,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A config with the sources of the values that were given; what `sources` leaves out is a default or the preset's.
+    """A config with the sources of its values; a value that `sources` does not name is a default or the preset's.
 
     Example:
         Loaded(config=Config(...), sources={"train.steps": "command line"})
@@ -53,14 +52,15 @@ class Loaded:
 
 
 def load(yaml_path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> Loaded:
-    """Builds a config from a YAML file and overrides of it.
+    """Builds a config from a YAML file and overrides from the command line.
 
     Args:
         yaml_path: File of {section: {field: value}}; None starts from the defaults.
-        overrides: {"section.field": value}; text is read as the field's type, so "1e-6", "null" and "[a, b]" are what they seem.
+        overrides: {"section.field": value}; text is read as the field's type, so "1e-6" is a number and "[a, b]" a list.
 
     Raises:
-        ConfigError: an unreadable file, an unknown name (the nearest one is suggested), a value of the wrong type or out of range.
+        ConfigError: The file cannot be read, a name is unknown (the nearest one is suggested), or a value has the wrong type or is
+            out of range.
     """
     from_file = typed_settings(read_yaml(yaml_path)) if yaml_path is not None else {}
     from_line = typed_settings(overrides or {}, text=True)
@@ -76,7 +76,7 @@ def config_from_dict(values: Mapping[str, Any]) -> Config:
 
 
 def build(values: Mapping[str, Any]) -> Config:
-    """A config from {"section.field": value}."""
+    """Builds a config from {"section.field": value}."""
     given: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         section, _, key = name.partition(".")
@@ -86,7 +86,7 @@ def build(values: Mapping[str, Any]) -> Config:
 
 @functools.cache
 def setting_types() -> dict[str, Any]:
-    """The annotation of every setting, by its full name, in order."""
+    """Returns the annotation of every setting by its full name, in the order of the sections."""
     return {
         f"{section}.{key}": kind for section, holder in field_types(Config).items() for key, kind in field_types(holder).items()
     }
@@ -96,11 +96,11 @@ def typed_settings(values: Mapping[str, Any], text: bool = False) -> dict[str, A
     """Flattens nested settings and reads each value as its field's type.
 
     Args:
-        values: {section: {field: value}} or {"section.field": value}, mixed at will.
-        text: The values are words of a command line: "null" and "[a, b]" are null and a list even where text is allowed.
+        values: {section: {field: value}} or {"section.field": value}, or both mixed.
+        text: The values are text from the command line: "null" and "[a, b]" are null and a list even where text is allowed.
 
     Raises:
-        ConfigError: an unknown name, or a value of the wrong type.
+        ConfigError: A name is unknown, or a value has the wrong type.
     """
     flat: dict[str, Any] = {}
     sections = field_types(Config)
@@ -121,10 +121,10 @@ def typed_settings(values: Mapping[str, Any], text: bool = False) -> dict[str, A
 
 
 def typed_value(name: str, value: Any, text: bool = False) -> Any:
-    """One value as its field's type; text that is not what the field wants is read as YAML, so that '1e-6' is a number.
+    """Converts one value to its field's type; text that does not fit the field is read as YAML, so that '1e-6' is a number.
 
     Raises:
-        ConfigError: it is not of that type in any reading.
+        ConfigError: Neither the value nor its reading as YAML has that type.
     """
     if left_to_preset(name, value):
         return None
@@ -140,30 +140,30 @@ def typed_value(name: str, value: Any, text: bool = False) -> Any:
         if left_to_preset(name, reading):
             return None
         try:
-            return fit(reading, setting_types()[name])
+            return convert(reading, setting_types()[name])
         except MismatchError:
             continue
-    raise ill_typed(name, value, setting_types()[name])
+    raise wrong_type(name, value, setting_types()[name])
 
 
 def left_to_preset(name: str, value: Any) -> bool:
-    """Whether a null says "as the preset has it", which it does for the settings that a preset may choose."""
+    """Whether a null means "use the preset's value", which it does for the settings that a preset may choose."""
     section, _, key = name.partition(".")
     return value is None and section == "objective" and key in OBJECTIVE_DEFAULTS
 
 
 def unknown_setting(name: str) -> ConfigError:
-    """The error for a name that is no setting, with the nearest one that is."""
+    """Makes the error for a name that is not a setting; the nearest setting is suggested."""
     guess = nearest_setting(name)
     hint = f"did you mean {guess}?" if guess else f"the sections are {', '.join(field_types(Config))}"
     return ConfigError(f"{name} is not a setting; {hint}")
 
 
 def nearest_setting(name: str) -> str | None:
-    """The setting, or section, that `name` may have been meant for.
+    """Returns the setting or section that `name` is probably a misspelling of; None where nothing is similar.
 
-    Looked for in turn: a near name in the same section, the same name in another section, a near section, a near full name, a
-    near name in any section.
+    Searches, in this order: a similar name in the same section, the same name in another section, a similar section, a similar
+    full name, a similar name in any section.
     """
     sections, settings = field_types(Config), list(setting_types())
     by_key = {known.partition(".")[2]: known for known in reversed(settings)}
@@ -176,17 +176,16 @@ def nearest_setting(name: str) -> str | None:
         (name, {known: known for known in settings}),
         (key, by_key),
     ]
-    found = ((choices, nearest(wanted, choices)) for wanted, choices in searches)
-    return next((choices[near] for choices, near in found if near is not None), None)
+    found = ((choices, nearest(word, choices)) for word, choices in searches)
+    return next((choices[match] for choices, match in found if match is not None), None)
 
 
 def resolved_settings(config: Config, sources: Mapping[str, str] | None = None) -> list[Setting]:
-    """Every setting with its value and where it came from, in the order of the sections.
+    """Lists every setting with its value and source, in the order of the sections.
 
     Args:
-        config: The settings that will be used.
-        sources: Where the given ones came from (`Loaded.sources`); a value that it does not name is the preset's or the default,
-            else it was set in Python.
+        config: The settings in use.
+        sources: `Loaded.sources`. A value that it does not name is the preset's or the default, or else was set in Python.
     """
     known = sources or {}
     default = asdict(Config())
@@ -209,7 +208,7 @@ def resolved_settings(config: Config, sources: Mapping[str, str] | None = None) 
 
 
 def config_to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """{section: {field: value}} of every setting; `config_from_dict` makes the same config of it."""
+    """Returns every setting as {section: {field: value}}; `config_from_dict` makes the same config from it."""
     return asdict(config)
 
 
@@ -217,19 +216,19 @@ def write_yaml(config: Config, path: str | Path) -> None:
     """Writes every setting as YAML; `Config.from_yaml` reads the same config back.
 
     Raises:
-        ConfigError: a setting holds something that is no plain data.
+        ConfigError: A setting is not plain data.
     """
     Path(path).write_text(dump_yaml(config_to_dict(config)), encoding="utf-8")
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changed between two configs as `config_to_dict` gives them.
+    """Lists the settings that differ between two configs as `config_to_dict` gives them.
 
     Returns:
-        One line a setting, such as "optim.learning_rate: 1e-05 -> 2e-05"; "(none)" is a setting that one side does not have.
+        One line per setting, such as "optim.learning_rate: 1e-05 -> 2e-05"; "(none)" where one side lacks the setting.
     """
     before, after = (
-        {f"{section}.{key}": item for section, held in side.items() for key, item in held.items()} for side in (old, new)
+        {f"{section}.{key}": item for section, inner in side.items() for key, item in inner.items()} for side in (old, new)
     )
     missing = object()
     lines = []
@@ -242,16 +241,16 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def check_training(config: Config, *, has_policy: bool = False, has_dataset: bool = False, has_rewards: bool = False) -> None:
-    """Checks what a GRPO run needs beyond settings that are each in range.
+    """Checks what a GRPO run needs in addition to settings that are each in range.
 
     Args:
         config: The settings.
-        has_policy: A policy was handed over, so that `model.path` is not needed.
-        has_dataset: Rows were handed over, so that `data.path` is not needed.
-        has_rewards: Functions were handed over, so that `rewards.functions` is not needed.
+        has_policy: A policy was passed, so `model.path` is not needed.
+        has_dataset: Rows were passed, so `data.path` is not needed.
+        has_rewards: Functions were passed, so `rewards.functions` is not needed.
 
     Raises:
-        ConfigError: as said.
+        ConfigError: A needed setting is missing or does not allow training.
     """
     check_supervised(config, has_policy=has_policy, has_dataset=has_dataset)
     group = config.rollout.num_generations
@@ -263,17 +262,17 @@ def check_training(config: Config, *, has_policy: bool = False, has_dataset: boo
         temperature > 0,
         "rollout.temperature",
         temperature,
-        "use 1.0; greedy completions of a prompt are all alike, so nothing is learnt",
+        "use 1.0; greedy completions of a prompt are all alike, so nothing is learned",
     )
     functions = config.rewards.functions
     require(has_rewards or bool(functions), "rewards.functions", functions, "name at least one reward, such as [number_match]")
 
 
 def check_supervised(config: Config, *, has_policy: bool = False, has_dataset: bool = False) -> None:
-    """Checks what any training run needs beyond settings that are each in range; see `check_training`."""
+    """Checks what any training run needs in addition to settings that are each in range; see `check_training`."""
     require(has_policy or bool(config.model.path), "model.path", config.model.path, "give a model folder or a hub id")
     require(has_dataset or bool(config.data.path), "data.path", config.data.path, "give a file of prompts or a dataset on the hub")
     warmup, steps = config.optim.warmup_steps, config.train.steps
     require(
-        warmup < steps, "optim.warmup_steps", warmup, f"use fewer than train.steps ({steps}), or the rate never gets to its peak"
+        warmup < steps, "optim.warmup_steps", warmup, f"use fewer than train.steps ({steps}), or the rate never reaches its peak"
     )

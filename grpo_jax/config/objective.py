@@ -1,4 +1,4 @@
-"""What the objective is made of; see `sections.py` for the other sections and `presets.py` for the named sets."""
+"""The settings section `objective`: policy loss, advantages and KL term. `presets.py` holds the named sets of them."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from grpo_jax.config.checks import check_types, require, require_choice
 from grpo_jax.config.presets import OBJECTIVE_DEFAULTS, PRESETS, PresetName
 
 FROM_PRESET: Any = None
-"""Marks a setting whose default is taken from the preset when the section is made."""
+"""Default of a setting that `ObjectiveConfig` fills in from the preset."""
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """The objective: advantages, policy loss and KL term. A setting that is left out is the preset's, else the default.
+    """The training objective: advantages, policy loss and KL term. A setting that is left out is the preset's, else the default.
 
     Args:
         preset: Named set of the settings below; see `grpo_jax.config.presets`.
         loss: reinforce, grpo, bnpo, dr_grpo, dapo, gspo, cispo or sapo. Default dapo.
-        beta: Weight of the KL term; 0 computes no reference. Default 0.04.
-        kl: Estimator in the loss: k1, k2 or k3 (http://joschu.net/blog/kl-approx.html). Default k3.
-        kl_in_reward: Take beta times the completion's summed k1 off its reward, instead of a KL term in the loss. Default false.
-        epsilon: Clip range below 1. Default 0.2.
-        epsilon_high: Clip range above 1. Default: the same as epsilon.
-        epsilon_max: cispo's cap on the ratio, an absolute number. Default 5.
-        delta: Upper bound on the ratio where the advantage is negative (two-sided clipping); null is off.
-        advantage_eps: Added to the deviation that advantages are divided by. Default 1e-4.
-        scale_rewards: Deviation of the `group`, of the whole `batch`, or `none`. Default group.
+        beta: Weight of the KL term; 0 computes no reference log-probabilities. Default 0.04.
+        kl: Estimator of the KL term in the loss: k1, k2 or k3 (http://joschu.net/blog/kl-approx.html). Default k3.
+        kl_in_reward: Subtract beta times the completion's summed k1 from its reward; the loss has no KL term. Default false.
+        epsilon: Clip range of the ratio below 1. Default 0.2.
+        epsilon_high: Clip range of the ratio above 1. Default: the same as epsilon.
+        epsilon_max: Upper bound on the ratio in cispo, an absolute number. Default 5.
+        delta: Upper bound on the ratio where the advantage is negative (two-sided clipping); null applies none.
+        advantage_eps: Added to the standard deviation that advantages are divided by. Default 1e-4.
+        scale_rewards: Standard deviation that advantages are divided by: of the `group`, of the `batch`, or `none`. Default group.
         num_iterations: Optimiser updates on each batch of completions. Default 1.
-        importance_cap: Cap of the truncated importance weight, trainer against sampler; null applies none.
-        match_sampling: Log-probabilities of the policy are those of the distribution that completions are drawn from: after top_p,
-            top_k, min_p and the ban on stop tokens before rollout.min_completion_length. False takes the whole distribution's, as
-            TRL does, and the ratio is then only approximate. The KL term compares whole distributions in either case.
+        importance_cap: Upper bound on the importance weight, trainer against sampler; null applies no weight.
+        match_sampling: Compute the policy's log-probabilities under the distribution that completions are drawn from: after top_p,
+            top_k, min_p and the ban on stop tokens before rollout.min_completion_length. False uses the untruncated distribution,
+            as TRL does, and the ratio is then only approximate. The KL term always compares untruncated distributions.
         mask_truncated: Leave completions without a stop token out of the loss. Default false.
     """
 
@@ -79,5 +79,5 @@ class ObjectiveConfig:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether reference log-probabilities enter the objective."""
+        """Whether the objective uses reference log-probabilities."""
         return self.beta > 0

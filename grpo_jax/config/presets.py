@@ -1,8 +1,7 @@
-"""Named sets of objective settings: what a paper or another trainer uses.
+"""Named sets of objective settings, as a paper or another trainer uses them.
 
-Enters: nothing. Leaves: `OBJECTIVE_DEFAULTS`, the value of every objective setting that a preset may choose, and `PRESETS`, the
-differences from it. A preset holds what its source says of the objective only; learning rate, lengths and group size stay the
-user's, and a setting that the user gives wins over the preset.
+A preset holds only what its source says about the objective. Learning rate, lengths and group size stay the user's, and a setting
+that the user gives wins over the preset.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ OBJECTIVE_DEFAULTS: dict[str, Any] = {
     "num_iterations": 1,
     "mask_truncated": False,
 }
-"""Used where neither the user nor the preset says anything; `epsilon_high` None is the same as epsilon."""
+"""Value of each objective setting that neither the user nor the preset gives; `epsilon_high` None means the same as epsilon."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Shao et al. 2024, DeepSeekMath, https://arxiv.org/abs/2402.03300: equation 3 (mean over each output's tokens, then over
@@ -52,7 +51,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_iterations": 1,
         "mask_truncated": False,
     },
-    # Defaults of the GRPOConfig that Unsloth puts in the place of TRL's (its generated trainer, https://github.com/unslothai/unsloth).
+    # Defaults of the GRPOConfig that Unsloth puts instead of TRL's (its generated trainer, https://github.com/unslothai/unsloth).
     "unsloth": {
         "loss": "bnpo",
         "beta": 0.001,
@@ -63,7 +62,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_iterations": 1,
         "mask_truncated": False,
     },
-    # The formulas in their plainest form: advantage (r - mean) / (std + 1e-8) with ddof 1, loss -mean(A·logπ) + β·KL, where KL is
+    # The simplest form of the formulas: advantage (r - mean) / (std + 1e-8) with ddof 1, loss -mean(A·logπ) + β·KL, where KL is
     # the sum over a completion's tokens of logπ - logπ_ref (k1, http://joschu.net/blog/kl-approx.html).
     "plain": {"loss": "reinforce", "kl": "k1", "beta": 0.04, "advantage_eps": 1e-8, "scale_rewards": "group", "num_iterations": 1},
 }
+"""Preset name → the objective settings in which it differs from `OBJECTIVE_DEFAULTS`, or that its source names."""

@@ -1,8 +1,8 @@
-"""YAML as it is read and written here: plain data, with the number syntax of YAML 1.2.
+"""Reads and writes YAML as plain data: dicts, lists, text, numbers, true/false and null.
 
-Enters: a file or a text. Leaves: dicts, lists, text, numbers, true/false and null. PyYAML follows YAML 1.1, where `1e-6` is text,
-`010` is eight, `1:30` is ninety and `2024-01-01` is a date object; here the first is a number and the others are text. A key that
-stands twice in one mapping is an error. What is written is quoted so that it reads back as the same value.
+PyYAML follows YAML 1.1, where `1e-6` is text, `010` is eight, `1:30` is ninety and `2024-01-01` is a date. Here the first is a
+number, as in YAML 1.2, and the others are text. A key that occurs twice in one mapping is an error. Text is quoted where it is
+written so that it reads back as the same text.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ FLOAT = re.compile(
 
 
 def yaml_1_2_resolvers() -> dict[Any, Any]:
-    """PyYAML's table from a value's first character to its possible kinds, with other numbers and without dates."""
-    kept = {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"}
+    """Returns PyYAML's table of value types by first character, with the numbers above and without dates."""
+    unchanged = {"tag:yaml.org,2002:bool", "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"}
     table = {
-        first: [(tag, pattern) for tag, pattern in entries if tag in kept]
+        first: [(tag, pattern) for tag, pattern in entries if tag in unchanged]
         for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     for first in "-+0123456789.":
@@ -35,12 +35,12 @@ def yaml_1_2_resolvers() -> dict[Any, Any]:
 
 
 class Loader(yaml.SafeLoader):
-    """Reads; see the module's docstring."""
+    """PyYAML's loader of plain data with other numbers, no dates and no duplicate keys."""
 
     yaml_implicit_resolvers = yaml_1_2_resolvers()
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """PyYAML's, which keeps the last of two equal keys, behind a check that there are none."""
+        """Builds a dict, after a check for duplicate keys: PyYAML would use the last one."""
         seen: set[Any] = set()
         for key_node, _ in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
@@ -53,12 +53,12 @@ class Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes; text that `Loader` would take for a number is quoted."""
+    """PyYAML's writer of plain data; text that `Loader` would read as a number is quoted."""
 
     yaml_implicit_resolvers = yaml_1_2_resolvers()
 
     def ignore_aliases(self, data: Any) -> bool:
-        """Write a list that occurs twice twice, rather than as an anchor and a reference to it."""
+        """Writes a list that occurs twice in full both times, instead of an anchor and a reference."""
         return True
 
 
@@ -67,17 +67,17 @@ def parse_yaml(text: str, name: str = "text") -> Any:
 
     Args:
         text: The document.
-        name: What to call it in an error.
+        name: Name of the document in error messages.
 
     Raises:
-        ConfigError: it is not YAML; the message gives line and column.
+        ConfigError: The text is not YAML; the message gives line and column.
     """
     try:
         return yaml.load(text, Loader=Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise ConfigError(f"{name}{place}: {error.problem or error.context}; mend the YAML there") from None
+        position = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{name}{position}: {error.problem or error.context}; correct the YAML there") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{name} cannot be read as YAML: {error}") from None
 
@@ -86,7 +86,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Reads a YAML file of settings: {section: {field: value}}. An empty file is an empty dict.
 
     Raises:
-        ConfigError: no such file, not text, not YAML (line and column are named), or not a mapping.
+        ConfigError: The file is missing, not text, not YAML (the message gives line and column), or not a mapping.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -107,10 +107,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def dump_yaml(values: dict[str, Any]) -> str:
-    """Writes plain data as YAML, keys in their order.
+    """Formats plain data as YAML, keys in their order.
 
     Raises:
-        ConfigError: there is something in it that is no plain data, such as a function.
+        ConfigError: A value is not plain data, such as a function.
     """
     try:
         return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)

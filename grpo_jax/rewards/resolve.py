@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from grpo_jax.config.checks import ConfigError, MismatchError, fit, ill_typed, nearest
+from grpo_jax.config.checks import ConfigError, MismatchError, convert, nearest, wrong_type
 from grpo_jax.rewards.builtin import BUILTINS
 from grpo_jax.rewards.protocol import SAMPLED, ColumnReward, NamedFunction, RewardFunction, TextReward, accepted
 
@@ -98,9 +98,9 @@ def _built_in(field: str, name: str, arguments: Mapping[str, Any], max_completio
         if key not in parameters:
             raise ConfigError(f"{field}: {name} has no argument {key}; {_choices(key, list(parameters))}")
         try:
-            values[key] = fit(value, kinds[key])
+            values[key] = convert(value, kinds[key])
         except MismatchError:
-            raise ill_typed(f"{field}.{key}", value, kinds[key]) from None
+            raise wrong_type(f"{field}.{key}", value, kinds[key]) from None
     if "max_completion_length" in parameters and max_completion_length is not None:
         values.setdefault("max_completion_length", max_completion_length)
     missing = [key for key, item in parameters.items() if item.default is item.empty and key not in values]

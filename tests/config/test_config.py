@@ -98,7 +98,7 @@ def test_an_ill_typed_value_is_refused_with_field_value_and_expected_type(values
 
 
 @pytest.mark.parametrize(
-    ("values", "field", "mend"),
+    ("values", "field", "fix"),
     [
         ({"rollout": {"num_generations": 0}}, "rollout.num_generations is 0", "4 to 16"),
         ({"rollout": {"top_p": 0.0}}, "rollout.top_p is 0.0", "above 0"),
@@ -120,8 +120,8 @@ def test_an_ill_typed_value_is_refused_with_field_value_and_expected_type(values
         ({"optim": {"learning_rate": 0}}, "optim.learning_rate is 0.0", "positive"),
     ],
 )
-def test_a_value_out_of_range_is_refused_with_its_mend(values: dict[str, Any], field: str, mend: str):
-    with pytest.raises(ConfigError, match=f"{field}: .*{mend}"):
+def test_a_value_out_of_range_is_refused_with_its_mend(values: dict[str, Any], field: str, fix: str):
+    with pytest.raises(ConfigError, match=f"{field}: .*{fix}"):
         config_from_dict(values)
 
 

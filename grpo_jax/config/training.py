@@ -1,0 +1,129 @@
+"""The settings sections `optim`, `train` and `mesh`: optimiser, training loop and devices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from grpo_jax.config.checks import check_types, require
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimiser: AdamW (https://arxiv.org/abs/1711.05101) with clipping by global norm, from Optax.
+
+    Args:
+        learning_rate: Peak learning rate; 1e-6 to 5e-6 is usual for full fine-tuning, 5e-6 to 5e-5 for LoRA.
+        schedule: Learning rate after the warm-up: constant, or linear or cosine decay to 0 at the last step.
+        warmup_steps: Steps in which the learning rate rises from 0 to its peak.
+        max_grad_norm: Gradients with a larger global norm are scaled down to this one; null clips nothing.
+        weight_decay: Decoupled weight decay, applied to matrices only.
+        b1: Decay of the first moment.
+        b2: Decay of the second moment.
+        eps: Added to the square root of the second moment.
+    """
+
+    learning_rate: float = 1e-5
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = 0
+    max_grad_norm: float | None = 1.0
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        check_types(self, "optim")
+        require(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "use a positive rate such as 1e-5")
+        require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "use 0 or more steps")
+        if self.max_grad_norm is not None:
+            require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "use a positive norm such as 1.0, or null")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "use 0 or more")
+        require(0 <= self.b1 < 1, "optim.b1", self.b1, "use a number from 0 up to 1")
+        require(0 <= self.b2 < 1, "optim.b2", self.b2, "use a number from 0 up to 1")
+        require(self.eps > 0, "optim.eps", self.eps, "use a small positive number such as 1e-8")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop: its length, batches, seed, checkpoints and output.
+
+    Args:
+        steps: Number of training steps, one batch of completions each.
+        prompts_per_step: B, number of prompts in a step (of rows, in supervised warm-up).
+        micro_batch_prompts: Prompts whose gradient is computed at once, on a mesh at least one on each of its data · fsdp shards;
+            null takes all prompts of the step, or on a CPU as many as its cache holds.
+            `auto` takes the most that fit into memory, found by compiling before the first step; micro_batch_completions too.
+        micro_batch_completions: Completions of a prompt whose gradient is computed at once; null takes the whole group.
+        seed: Seed of the order of the data, of the adapters' initial values and of every sampled token.
+        run_dir: Folder for all files that the run writes.
+        save_every: Steps between checkpoints; 0 saves only the last state.
+        keep_checkpoints: Number of checkpoints that stay on disk.
+        eval_every: Steps between evaluations; 0 evaluates only before and after training.
+        eval_slots: Completions that are decoded at once in evaluation, each of another prompt; null takes `rollout.slots`, or
+            as many as a step has.
+        show_every: Steps between tables of sampled completions on the terminal; 0 shows none.
+        quiet: Print plain lines instead of a live progress bar and tables, for logs.
+        track: Where metrics are sent in addition to the run folder: `none`, or `wandb` (needs the extra `track`).
+    """
+
+    steps: int = 100
+    prompts_per_step: int = 8
+    micro_batch_prompts: int | Literal["auto"] | None = None
+    micro_batch_completions: int | None = None
+    seed: int = 0
+    run_dir: str = "runs/grpo"
+    save_every: int = 50
+    keep_checkpoints: int = 2
+    eval_every: int = 0
+    eval_slots: int | None = None
+    show_every: int = 10
+    quiet: bool = False
+    track: Literal["none", "wandb"] = "none"
+
+    def __post_init__(self) -> None:
+        check_types(self, "train")
+        require(self.steps >= 1, "train.steps", self.steps, "use at least 1")
+        require(self.prompts_per_step >= 1, "train.prompts_per_step", self.prompts_per_step, "use at least 1")
+        require(self.seed >= 0, "train.seed", self.seed, "use 0 or a positive number")
+        require(self.save_every >= 0, "train.save_every", self.save_every, "use 0 (only at the end) or a number of steps")
+        require(self.keep_checkpoints >= 1, "train.keep_checkpoints", self.keep_checkpoints, "keep at least 1")
+        require(self.eval_every >= 0, "train.eval_every", self.eval_every, "use 0 (before and after only) or a number of steps")
+        require(self.eval_slots is None or self.eval_slots >= 1, "train.eval_slots", self.eval_slots, "use at least 1, or null")
+        require(self.show_every >= 0, "train.show_every", self.show_every, "use 0 (never) or a number of steps")
+        size = self.micro_batch_prompts
+        if isinstance(size, int):
+            require(
+                size >= 1 and self.prompts_per_step % size == 0,
+                "train.micro_batch_prompts",
+                size,
+                f"use a divisor of train.prompts_per_step ({self.prompts_per_step}), or null",
+            )
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """The mesh of devices; one axis may be -1, which takes all devices that are left.
+
+    Args:
+        data: Number of copies of the weights; each copy computes a part of a step's prompts.
+        fsdp: Number of shards of each weight, gathered layer by layer; each shard's devices compute a part of the prompts.
+        tensor: Number of shards of heads, feed-forward, experts and vocabulary; all of them compute the same prompts.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        check_types(self, "mesh")
+        sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
+        for name, size in sizes.items():
+            require(size == -1 or size >= 1, f"mesh.{name}", size, "use a number of devices, or -1 for all that are left")
+        free = [name for name, size in sizes.items() if size == -1]
+        require(
+            len(free) <= 1,
+            f"mesh.{free[-1] if free else 'data'}",
+            -1,
+            f"only one axis may be -1; mesh.{'data' if not free else free[0]} is -1 too",
+        )
