@@ -10,6 +10,7 @@ model, which training does not change and which is read from its own folder agai
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,9 +115,7 @@ class Checkpointer:
         Raises:
             CheckpointError: there is none, it is damaged, or its arrays have other names, shapes or dtypes, which are listed.
         """
-        step = self.latest_step() if step is None else step
-        if step is None:
-            raise CheckpointError(f"{self.folder} holds no complete checkpoint")
+        step = self._chosen(step)
         content = self._content(step)
         wanted = _by_name(abstract_state)
         _compare(content["arrays"], {name: _describe(leaf) for name, leaf in wanted.items()}, self.folder / str(step))
@@ -130,15 +129,51 @@ class Checkpointer:
         leaves = [arrays[name] for name in wanted]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), content["host"]
 
+    def restore_part(self, part: str, shardings: Callable[[Any], Any], step: int | None = None) -> Any:
+        """Reads one part of the saved state, such as `trainable`, and nothing else of it.
+
+        Args:
+            part: Name of the part at the top of the state; a nested dict of arrays.
+            shardings: Given the part as nested dicts of `jax.ShapeDtypeStruct`, returns the sharding of each array.
+            step: Which checkpoint; None is the newest complete one.
+
+        Raises:
+            CheckpointError: there is none, or it is damaged.
+        """
+        step = self._chosen(step)
+        stored = self._content(step)["arrays"]
+        shapes = {name: described for name, described in stored.items() if name.startswith(f"{part}.")}
+        tree: dict[str, Any] = {}
+        for name, (shape, dtype) in shapes.items():
+            *path, leaf = name.split(".")[1:]
+            node = tree
+            for key in path:
+                node = node.setdefault(key, {})
+            node[leaf] = jax.ShapeDtypeStruct(tuple(shape), dtype)
+        targets = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings(tree))
+        flat = {f"{part}.{name}": leaf for name, leaf in _by_name(targets).items()}
+        args = ocp.args.PyTreeRestore(flat, ocp.checkpoint_utils.construct_restore_args(flat), partial_restore=True)
+        try:
+            with jax.transfer_guard("allow"):
+                arrays = self._manager.restore(step, args=ocp.args.Composite(state=args))[STATE]
+        except Exception as error:  # as in restore
+            raise CheckpointError(_damaged(self.folder / str(step), error)) from error
+        return jax.tree.unflatten(jax.tree.structure(targets), [arrays[name] for name in flat])
+
+    def _chosen(self, step: int | None) -> int:
+        """The step, or the newest complete one; CheckpointError where there is none."""
+        step = self.latest_step() if step is None else step
+        if step is None:
+            raise CheckpointError(f"{self.folder} holds no complete checkpoint")
+        return step
+
     def host(self, step: int | None = None) -> dict[str, Any]:
         """The host dict alone, of a step or of the newest complete one: what must be known before the state can be built.
 
         Raises:
             CheckpointError: there is none, or it is damaged.
         """
-        step = self.latest_step() if step is None else step
-        if step is None:
-            raise CheckpointError(f"{self.folder} holds no complete checkpoint")
+        step = self._chosen(step)
         return self._content(step)["host"]
 
     def wait(self) -> None:
