@@ -1,1 +1,1 @@
-"""Where a program runs: meshes, processes, compiled programs, memory, and text that is safe to print."""
+"""Execution: mesh and sharding, several processes, compiled programs, memory, and text that is safe to print."""

@@ -1,12 +1,11 @@
-"""Several processes that train as one: how they find each other, what they tell each other, and how they end together.
+"""Joins several processes to one run, exchanges host values between them, and ends them together.
 
-Enters: the section `distributed`, or what the cluster says (JAX's own detection). Leaves: `jax.distributed` initialised, and a few
-    exchanges between host programs. Every process runs the same host program (SPMD) and has to reach every exchange; process 0
-    alone writes and talks. Arrays on devices are `sharding.py`'s. With one process nothing here does anything.
+Every process runs the same host program (SPMD) and must call every exchange; process 0 alone writes files and prints. `sharding.py`
+handles arrays on devices. With one process, nothing here does anything.
 
-A process that dies: on CPUs and GPUs the others' collectives fail at once, or hang; in either case JAX's coordination service, on
-process 0, misses its heartbeat and ends all others with an abort that names it. `joined` makes sure that a process that fails for
-a reason of its own ends at once too, rather than wait at JAX's shutdown barrier for others that wait for it.
+When a process dies, the others' collectives fail at once or hang, on CPUs and GPUs. In either case JAX's coordination service, on
+process 0, misses its heartbeat and ends all others with an abort that names it. A process that fails with an error of its own would
+wait at JAX's shutdown barrier for the others, which wait for it; `joined_processes` makes it end at once.
 """
 
 from __future__ import annotations
@@ -29,35 +28,35 @@ from jaxtyping import Float
 from grpo_jax.config import ConfigError, DistributedConfig
 
 GRACE_SECONDS = 3.0
-"""Process 0 ends this much later than the others where all have the same error: its end cuts theirs short."""
+"""Delay of process 0's end: where all processes have the same error, its end would interrupt their messages."""
 
-SMALLEST_MESSAGE = 1024
-"""Bytes. Messages are padded to powers of two from here on, so that few sizes are compiled."""
+SMALLEST_MESSAGE_BYTES = 1024
+"""Messages are padded to powers of two from this size on, so that few sizes are compiled."""
 
-PEER_SIGNS = ("gloo", "nccl", "by peer", "heartbeat", "coordination service", "unavailable", "deadline_exceeded", "barrier")
-"""Words of an error that another process's end leaves in this one."""
+LOST_PEER_WORDS = ("gloo", "nccl", "by peer", "heartbeat", "coordination service", "unavailable", "deadline_exceeded", "barrier")
+"""Words in the errors that this process gets when another one has ended."""
 
 Describe = Callable[[BaseException], tuple[str, int]]
-"""An error → what to say of it, and the exit status."""
+"""Maps an error to the message to print and the exit status."""
 
 
 def start(settings: DistributedConfig) -> bool:
-    """Joins the other processes of the run; to be called before anything that asks JAX for devices.
+    """Initialises `jax.distributed`, as the settings or the cluster say; call it before anything that asks JAX for devices.
 
-    Where nothing is given and no cluster is found, and where this was done before, nothing happens.
+    Nothing happens where no processes are given and no cluster is found, or where this was done before.
 
     Returns:
-        Whether there are others.
+        Whether the run has more than one process.
 
     Raises:
-        ConfigError: the cluster does not say enough.
+        ConfigError: A cluster was found, but joining its processes failed.
     """
-    cluster = detected(os.environ) if settings.detect and not settings.explicit else None
+    cluster = detected_cluster(os.environ) if settings.detect and not settings.explicit else None
     if jax.distributed.is_initialized() or (not settings.explicit and cluster is None):
-        return several()
-    place = settings.coordinator_address or f"the address that {cluster} gives"
-    print(f"waiting up to {settings.initialization_timeout_seconds} s for all processes at {place}", file=sys.stderr, flush=True)
-    # With it SIGTERM would be caught and a cluster's polite stop would go unheard.
+        return is_multiprocess()
+    address = settings.coordinator_address or f"the address that {cluster} gives"
+    print(f"waiting up to {settings.initialization_timeout_seconds} s for all processes at {address}", file=sys.stderr, flush=True)
+    # The preemption service would catch SIGTERM, and a cluster's request to stop would have no effect.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -65,7 +64,7 @@ def start(settings: DistributedConfig) -> bool:
             num_processes=settings.num_processes,
             process_id=settings.process_id,
             local_device_ids=settings.local_device_ids,
-            # A cluster would else give a process that is started by hand one device of its host.
+            # A detected cluster would give a process that is started by hand only one device of its host.
             cluster_detection_method="deactivate" if settings.explicit else None,
             initialization_timeout=settings.initialization_timeout_seconds,
             heartbeat_timeout_seconds=settings.heartbeat_timeout_seconds,
@@ -75,21 +74,21 @@ def start(settings: DistributedConfig) -> bool:
             f"distributed.detect: true; {cluster or 'JAX'} was found, and joining its processes failed ({error}). Give "
             "distributed.coordinator_address, num_processes and process_id, or set distributed.detect to false to train alone"
         ) from error
-    # Makes the devices known now, when all processes are here: this waits for them too.
+    # Asking for the process count initialises the devices, which waits for all processes; do it while all are present.
     own, count = jax.process_index(), jax.process_count()
     print(
         f"process {own} of {count} ({cluster or 'as given'}): {jax.local_device_count()} of {jax.device_count()} devices; "
-        f"one that is not heard of for {settings.heartbeat_timeout_seconds} s ends the others",
+        f"a process without a heartbeat for {settings.heartbeat_timeout_seconds} s ends the others",
         file=sys.stderr,
         flush=True,
     )
     return count > 1
 
 
-def detected(environment: Mapping[str, str]) -> str | None:
-    """The cluster that started this process as one of several, by the variables that it sets; None where it did not.
+def detected_cluster(environment: Mapping[str, str]) -> str | None:
+    """Names the cluster that started this process as one of several, from its environment variables; None for a single process.
 
-    JAX looks again, and finds the same; this only says whether to ask it, as it has no answer for a lone process.
+    JAX repeats the detection; this only decides whether to ask it, because it raises an error for a single process.
     """
     if int(environment.get("OMPI_COMM_WORLD_SIZE", "1")) > 1:
         return "Open MPI"
@@ -105,7 +104,7 @@ def detected(environment: Mapping[str, str]) -> str | None:
 
 
 def on_tpu_machine(environment: Mapping[str, str]) -> bool:
-    """Whether TPUs are attached and will be used; whether there are other hosts, the cloud's metadata server knows."""
+    """Whether TPUs are attached and will be used; the cloud's metadata server then knows whether there are other hosts."""
     platforms = environment.get("JAX_PLATFORMS", "")
     if "TPU_SKIP_MDS_QUERY" in environment or (platforms and "tpu" not in platforms):
         return False
@@ -113,29 +112,30 @@ def on_tpu_machine(environment: Mapping[str, str]) -> bool:
 
 
 @contextlib.contextmanager
-def joined(settings: DistributedConfig, describe: Describe) -> Iterator[None]:
-    """`start`; and where the block fails in one of several processes, says why and ends this one at once, so that all end.
+def joined_processes(settings: DistributedConfig, describe: Describe) -> Iterator[None]:
+    """Calls `start`; if the block fails in one of several processes, prints the error and ends this process, so that all end.
 
-    The process's exit handlers do not run then: at JAX's, it would wait for the others.
+    The process then skips its exit handlers, because JAX's would wait for the other processes.
 
     Args:
-        describe: of an error that ends the process.
+        settings: The settings of the section `distributed`.
+        describe: Maps the error to a message and an exit status.
 
     Example:
-        with joined(config.distributed, lambda error: (repr(error), 1)):
+        with joined_processes(config.distributed, lambda error: (repr(error), 1)):
             train(config)
     """
     start(settings)
     try:
         yield
     except BaseException as error:
-        if not several():
+        if not is_multiprocess():
             raise
         text, status = describe(error)
         if is_lost_peer(error):
             text = (
-                "error: another process of this run has ended, or cannot be reached: its log says why. What was saved last is "
-                f"kept; start all processes again, with --resume\n       ({str(error).splitlines()[0]})"
+                "error: another process of this run has ended, or cannot be reached: its log says why. The last checkpoint is "
+                f"saved; start all processes again, with --resume\n       ({str(error).splitlines()[0]})"
             )
         print(f"process {jax.process_index()} of {jax.process_count()} ends:\n{text}", file=sys.stderr, flush=True)
         sys.stdout.flush()
@@ -145,59 +145,67 @@ def joined(settings: DistributedConfig, describe: Describe) -> Iterator[None]:
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether an error looks like the end of another process."""
-    said = str(error).lower()
-    return isinstance(error, jax.errors.JaxRuntimeError) and any(sign in said for sign in PEER_SIGNS)
+    """Whether an error was probably caused by the end of another process."""
+    message = str(error).lower()
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(word in message for word in LOST_PEER_WORDS)
 
 
-def several() -> bool:
-    """Whether there is more than one process."""
+def is_multiprocess() -> bool:
+    """Whether the run has more than one process."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and talks."""
-    return not several() or jax.process_index() == 0
+    """Whether this is process 0, which writes files and prints."""
+    return not is_multiprocess() or jax.process_index() == 0
 
 
 def own_block(count: int) -> tuple[list[int], slice]:
-    """Shares `count` things out: how many each process has, and which are this one's. Contiguous, and in the processes' order."""
-    processes, own = (jax.process_count(), jax.process_index()) if several() else (1, 0)
+    """Splits `count` items into contiguous blocks, in the order of the processes.
+
+    Returns:
+        The block size of each process, and the slice of this process.
+    """
+    processes, own = (jax.process_count(), jax.process_index()) if is_multiprocess() else (1, 0)
     sizes = [(count * (i + 1)) // processes - (count * i) // processes for i in range(processes)]
     first = sum(sizes[:own])
     return sizes, slice(first, first + sizes[own])
 
 
 def gather_rows(own: Float[np.ndarray, "n K"], sizes: list[int]) -> Float[np.ndarray, "N K"]:
-    """Rows of all processes, in order, in every process. A column of ones marks the rows that are no padding.
+    """Gathers the rows of all processes, in order, into every process.
 
     Args:
-        own: this process's rows; NaN is kept.
-        sizes: rows of each process.
+        own: This process's rows, float32; NaN is allowed.
+        sizes: Number of rows of each process.
+
+    Returns:
+        The N = sum(sizes) rows.
     """
-    if not several():
+    if not is_multiprocess():
         return own
+    # A column of ones marks the rows that are not padding.
     padded = np.zeros((max(sizes), own.shape[1] + 1), np.float32)
     padded[: len(own), :-1], padded[: len(own), -1] = own, 1
     blocks = multihost_utils.process_allgather(padded)
     table = blocks.reshape(-1, padded.shape[1])
     rows = table[table[:, -1] == 1, :-1]
     if len(rows) != sum(sizes):
-        raise ValueError(f"{len(rows)} rows came together instead of {sum(sizes)}: the processes do not run the same program")
+        raise ValueError(f"gathered {len(rows)} rows instead of {sum(sizes)}: the processes do not run the same program")
     return rows
 
 
 def gather_values(own: Any) -> list[Any]:
-    """A value of every process, in their order, in every process.
+    """Gathers one value from every process, in their order, into every process.
 
     Args:
-        own: what JSON can hold; tuples come back as lists.
+        own: This process's value, which JSON must be able to hold; tuples come back as lists.
     """
-    if not several():
+    if not is_multiprocess():
         return [json.loads(json.dumps(own))]
     message = np.frombuffer(json.dumps(own).encode(), np.uint8)
     lengths = multihost_utils.process_allgather(np.array([len(message)], np.int32)).reshape(-1)
-    size = SMALLEST_MESSAGE
+    size = SMALLEST_MESSAGE_BYTES
     while size < lengths.max():
         size *= 2
     padded = np.zeros(size, np.uint8)
@@ -206,35 +214,35 @@ def gather_values(own: Any) -> list[Any]:
     return [json.loads(bytes(one[:length])) for one, length in zip(messages, lengths, strict=True)]
 
 
-def from_main(own: Any) -> Any:
-    """Process 0's value, in every process: for what is read from files, which processes may see differently for a moment."""
+def broadcast_from_main(own: Any) -> Any:
+    """Returns process 0's value in every process: for data read from files, which processes may see differently for a moment."""
     return gather_values(own if is_main() else None)[0]
 
 
 def barrier(name: str) -> None:
-    """Returns when every process has come here."""
-    if several():
+    """Waits until every process has called this."""
+    if is_multiprocess():
         multihost_utils.sync_global_devices(name)
 
 
 def check_shared(folder: Path) -> None:
-    """Whether all processes see the folder that process 0 writes to.
+    """Checks that all processes see the folder that process 0 writes to.
 
     Raises:
-        ConfigError: one does not.
+        ConfigError: A process does not see it.
     """
-    if not several():
+    if not is_multiprocess():
         return
-    mark = folder / ".seen-by-all"
+    marker = folder / ".seen-by-all"
     if is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+        marker.touch()
     barrier("run folder made")
-    blind = [number for number, sees in enumerate(gather_values(mark.exists())) if not sees]
+    blind = [number for number, sees in enumerate(gather_values(marker.exists())) if not sees]
     if is_main():
-        mark.unlink()
+        marker.unlink()
     if blind:
         raise ConfigError(
-            f"train.run_dir: {str(folder)!r} is not there for process {', '.join(map(str, blind))}, though process 0 has made it; "
+            f"train.run_dir: {str(folder)!r} is missing for process {', '.join(map(str, blind))}, though process 0 has made it; "
             "use a folder on storage that all hosts share"
         )

@@ -1,6 +1,6 @@
-"""How much memory there is, and has been used: on an accelerator the device's own, on a CPU the process's and the machine's.
+"""Measures free and used memory in bytes: the device's on an accelerator, the machine's and the process's on a CPU.
 
-Enters: nothing. Leaves: bytes, or None where they cannot be told.
+A value that is not known is None.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 
 def free_bytes() -> int | None:
-    """Memory that is free where arrays are put."""
+    """Returns the free memory of the first local device, or of the machine on a CPU."""
     device = jax.local_devices()[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
@@ -22,23 +22,23 @@ def free_bytes() -> int | None:
 
 
 def least_free_bytes() -> int | None:
-    """Memory that is free on each device, the least of all processes: they call it together and get the same.
+    """Returns the free memory per device, the minimum over all processes, which must call it together.
 
-    Devices that a CPU is divided into share the machine's.
+    The devices that a CPU is divided into share the machine's memory.
     """
     free = free_bytes()
     if free is not None and jax.default_backend() == "cpu":
         free //= jax.local_device_count()
     if jax.process_count() == 1:
         return free
-    # In MiB: JAX has 32 bits, and -1 stands for what cannot be told.
-    every = multihost_utils.process_allgather(np.int32(-1 if free is None else free >> 20))
-    least = int(np.min(every))
+    # In MiB: JAX has 32 bits, and -1 stands for None.
+    all_free = multihost_utils.process_allgather(np.int32(-1 if free is None else free >> 20))
+    least = int(np.min(all_free))
     return None if least < 0 else least << 20
 
 
 def peak_bytes() -> int | None:
-    """The most memory that was in use at once: of the device, or of the process where arrays lie in the machine's memory."""
+    """Returns the peak memory in use: of the first local device, or of the process on a CPU."""
     device = jax.local_devices()[0]
     stats = device.memory_stats()
     if stats and "peak_bytes_in_use" in stats:
@@ -47,7 +47,7 @@ def peak_bytes() -> int | None:
 
 
 def proc_bytes(file: str, name: str) -> int | None:
-    """A number of Linux's that is written in kB; None on other systems."""
+    """Reads a value in kB from a file in /proc, in bytes; None on systems without it."""
     try:
         lines = Path(file).read_text().splitlines()
     except OSError:

@@ -1,11 +1,11 @@
-"""Where arrays live: the mesh, and one table from what a dimension means to the mesh axis that it is cut over.
+"""Shards arrays over a mesh of devices: one table maps the meaning of a dimension to mesh axes.
 
-Enters: `mesh` settings and devices. Leaves: a `Layout`, static under jit, which makes shardings of logical axes, constrains arrays
-    inside compiled programs, and moves arrays between host and devices, with one process or several. One device has no layout
-    (None), and then nothing here is used. Which logical axes a parameter has is `models/spec.py`.
+A `Layout` (mesh and rules, static under jit) makes shardings from logical axes, constrains arrays inside compiled programs, and
+moves arrays between host and devices, with one process or several. A single device has no layout (None). `mesh.py` makes the
+layout of a run; `models/spec.py` says which logical axes a parameter has.
 
-All mesh axes are `Auto`: XLA's partitioner carries the shardings through a program. Kernels are the exception: they are called
-under `Layout.local`, and see one device's part.
+All mesh axes are `Auto`: XLA's partitioner propagates the shardings through a program. Kernels are the exception: they are called
+under `Layout.local` and see one device's shard.
 """
 
 from __future__ import annotations
@@ -19,31 +19,30 @@ from typing import Any
 import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from grpo_jax.config import MeshConfig
-from grpo_jax.config.checks import require
 from grpo_kernels.ops.quantized_matmul import QuantizedWeight
 
 GATHERED = "gathered"
-"""Name of gathered weights for the choice of what a backward pass keeps."""
+"""Name of gathered weights, by which `jax.checkpoint` policies can choose not to store them."""
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
 Axes = tuple[str | None, ...]
-"""What each dimension of an array means; a name out of `RULES`, or None for one that is never cut."""
+"""Logical axis of each dimension of an array: a name in `RULES`, or None for a dimension that is never sharded."""
 
-Table = Mapping[tuple[str, ...], Axes]
-"""The axes of leaves by the names on the way to them, or the last of those names."""
+AxesTable = Mapping[tuple[str, ...], Axes]
+"""Axes of the leaves of a tree, by the last names of their paths."""
 
-ROWS = ("data", "fsdp")
-"""Mesh axes that prompts and their completions are spread over."""
+ROW_AXES = ("data", "fsdp")
+"""Mesh axes that prompts and their completions are sharded over."""
 
 RULES: dict[str, tuple[str, ...]] = {
-    "prompts": ROWS,
-    "rows": ROWS,
-    "slots": ROWS,
+    "prompts": ROW_AXES,
+    "rows": ROW_AXES,
+    "slots": ROW_AXES,
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -55,9 +54,9 @@ RULES: dict[str, tuple[str, ...]] = {
     "rank": (),
     "tokens": (),
 }
-"""Logical axis → the mesh axes that it is cut over."""
+"""Logical axis → the mesh axes that it is sharded over."""
 
-BATCH: Table = {
+BATCH_AXES: AxesTable = {
     ("prompt_ids",): ("prompts", "tokens"),
     ("prompt_lengths",): ("prompts",),
     ("completion_ids",): ("rows", "tokens"),
@@ -66,20 +65,20 @@ BATCH: Table = {
     ("rewards",): ("prompts", None),
     ("valid",): ("prompts", None),
 }
-"""Axes of a `TrainBatch`. A shard holds whole groups."""
+"""Axes of a `TrainBatch`. The completions of a group are on one shard."""
 
 
 class ShardingError(ValueError):
-    """An array that no rule covers, or more than one; the message names it."""
+    """An array that has no rule or several, or does not fit its rule; the message names it."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh with the rules; hashable, so that it can be static under jit.
+    """A mesh of devices with the sharding rules; hashable, so that it can be static under jit.
 
     Attributes:
-        mesh: devices by `MESH_AXES`.
-        embed_cut: whether weights are cut over fsdp, as in training. Decoding gathers them once a rollout: see `decoding`.
+        mesh: Devices by `MESH_AXES`.
+        fsdp_weights: Whether weights are sharded over fsdp, as in training. Decoding gathers them once per rollout: see `decoding`.
 
     Example:
         layout = make_layout(MeshConfig(fsdp=4, tensor=2))
@@ -87,69 +86,70 @@ class Layout:
     """
 
     mesh: Mesh
-    embed_cut: bool = True
+    fsdp_weights: bool = True
 
     @property
     def decoding(self) -> Layout:
-        """The same with weights whole along fsdp."""
-        return replace(self, embed_cut=False)
+        """The layout in which weights are gathered over fsdp."""
+        return replace(self, fsdp_weights=False)
 
     @property
     def config(self) -> MeshConfig:
-        """The settings that make this mesh."""
+        """The settings of this mesh."""
         return MeshConfig(*(self.mesh.shape[axis] for axis in MESH_AXES))
 
     @property
     def rows(self) -> int:
-        """Shards that prompts and completions are spread over."""
-        return math.prod(self.mesh.shape[axis] for axis in ROWS)
+        """Number of shards of prompts and completions."""
+        return math.prod(self.mesh.shape[axis] for axis in ROW_AXES)
 
     @property
     def tensor(self) -> int:
-        """Shards of heads and vocabulary."""
+        """Number of shards of heads and vocabulary."""
         return self.mesh.shape["tensor"]
 
     @property
     def vocab_axis(self) -> str | None:
-        """The mesh axis that the vocabulary is cut over, for kernels under `local`; None where it is whole."""
+        """The mesh axis that the vocabulary is sharded over, for kernels under `local`; None where it is not sharded."""
         return "tensor" if self.tensor > 1 else None
 
     def spec(self, *axes: str | None) -> PartitionSpec:
-        """Logical axes → the mesh axes of each dimension.
+        """Makes the PartitionSpec of an array with these logical axes.
 
         Raises:
-            ShardingError: a name that is not in `RULES`, or two dimensions on one mesh axis.
+            ShardingError: A name is not in `RULES`, or two dimensions use one mesh axis.
         """
-        cut = [self._cut(axis) for axis in axes]
-        used = [axis for own in cut for axis in own]
+        parts = [self._mesh_axes(axis) for axis in axes]
+        used = [axis for part in parts for axis in part]
         if len(used) != len(set(used)):
-            raise ShardingError(f"axes {axes} put two dimensions on one mesh axis: {cut}; leave one of them uncut (None)")
-        return PartitionSpec(*(None if not own else own[0] if len(own) == 1 else own for own in cut))
+            raise ShardingError(f"axes {axes} put two dimensions on one mesh axis: {parts}; leave one of them unsharded (None)")
+        return PartitionSpec(*(None if not part else part[0] if len(part) == 1 else part for part in parts))
 
-    def _cut(self, axis: str | None) -> tuple[str, ...]:
-        if axis is None or (axis == "embed" and not self.embed_cut):
+    def _mesh_axes(self, axis: str | None) -> tuple[str, ...]:
+        """The mesh axes that a logical axis is sharded over."""
+        if axis is None or (axis == "embed" and not self.fsdp_weights):
             return ()
         if axis not in RULES:
             raise ShardingError(f"axis {axis!r} has no rule; the rules are {', '.join(RULES)}")
         return RULES[axis]
 
     def sharding(self, axes: Axes = ()) -> NamedSharding:
-        """Of an array with these logical axes; () is a scalar, or one that every device has whole."""
+        """Makes the sharding of an array with these logical axes; () replicates it on every device."""
         return NamedSharding(self.mesh, self.spec(*axes))
 
     def quantized(self, weight: QuantizedWeight, axes: Axes) -> Any:
-        """Shardings of both parts of a quantised weight, given its shape. One scale for all inputs is not cut along them."""
+        """Makes the shardings of values and scale of a quantised weight; one scale for all inputs is not sharded along them."""
         groups = axes[-2] if weight.scale.shape[-2] > 1 else None
         shardings = self.sharding(axes), self.sharding((*axes[:-2], groups, axes[-1]))
-        return QuantizedWeight(*shardings)  # type: ignore[arg-type] - shardings in the place of arrays
+        return QuantizedWeight(*shardings)  # type: ignore[arg-type] - shardings instead of arrays
 
-    def tree(self, tree: Any, table: Table) -> Any:
-        """The sharding of every leaf of params, adapters, optimiser state or batch.
+    def tree(self, tree: Any, table: AxesTable) -> Any:
+        """Makes the sharding of every leaf of params, adapters, optimiser state or batch.
 
-        A leaf belongs to the entry of the table that its path ends with; a scalar is on every device.
+        A leaf has the entry of the table that its path ends with; a scalar is replicated.
 
         Raises:
-            ShardingError: no entry or several fit a leaf, or its number of dimensions is another, or a dimension does not divide.
+            ShardingError: A leaf fits no entry or several, has another number of dimensions, or a dimension does not divide.
         """
 
         def of(path: tuple[Any, ...], leaf: Any) -> Any:
@@ -157,20 +157,20 @@ class Layout:
                 return self.sharding()
             name, axes = find_axes(path, table)
             if len(leaf.shape) != len(axes):
-                raise ShardingError(f"{name} has shape {leaf.shape}, and its rule says {axes}: one name a dimension")
+                raise ShardingError(f"{name} has shape {leaf.shape}, and its rule says {axes}: give one name per dimension")
             if not isinstance(leaf, QuantizedWeight):
                 return self.checked(name, leaf.shape, self.sharding(axes))
             parts = self.quantized(leaf, axes)
-            for part, own, sharding in (("values", leaf.values, parts.values), ("scale", leaf.scale, parts.scale)):
-                self.checked(f"{name}/{part}", own.shape, sharding)
+            self.checked(f"{name}/values", leaf.values.shape, parts.values)
+            self.checked(f"{name}/scale", leaf.scale.shape, parts.scale)
             return parts
 
         return jax.tree_util.tree_map_with_path(of, tree, is_leaf=lambda leaf: isinstance(leaf, QuantizedWeight))
 
     def checked(self, name: str, shape: tuple[int, ...], sharding: Any) -> NamedSharding:
-        """The sharding, where every dimension divides by the shards that it is cut into; else ShardingError."""
-        for size, cut in zip(shape, sharding.spec, strict=True):
-            axes: tuple[str, ...] = () if cut is None else (cut,) if isinstance(cut, str) else tuple(cut)
+        """Returns the sharding, or raises a ShardingError where a dimension does not divide by its number of shards."""
+        for size, part in zip(shape, sharding.spec, strict=True):
+            axes: tuple[str, ...] = () if part is None else (part,) if isinstance(part, str) else tuple(part)
             shards = math.prod(self.mesh.shape[axis] for axis in axes)
             if size % shards:
                 raise ShardingError(
@@ -180,41 +180,41 @@ class Layout:
         return sharding
 
     def constrain(self, x: Array, *axes: str | None) -> Array:
-        """Inside a compiled program: x lies as its logical axes say. Of a gradient the same is asked."""
+        """Shards x by its logical axes, inside a compiled program; its gradient is sharded in the same way."""
         return jax.lax.with_sharding_constraint(x, self.sharding(axes))
 
-    def constrain_tree(self, tree: Any, table: Table) -> Any:
-        """Inside a compiled program: every leaf lies as `tree` says."""
+    def constrain_tree(self, tree: Any, table: AxesTable) -> Any:
+        """Shards every leaf as `tree` says, inside a compiled program."""
         return jax.lax.with_sharding_constraint(tree, self.tree(tree, table))
 
     def gather(self, x: Array, *axes: str | None) -> Array:
-        """Inside a compiled program: a weight whole along fsdp, for a product. Its gradient is cut again as the weight was.
+        """Gathers a weight over fsdp for a matmul, inside a compiled program; its gradient is sharded as the weight was.
 
-        It has the name `GATHERED`, so that a backward pass may gather it again instead of keeping it.
+        The result has the name `GATHERED`, so that a backward pass may gather it again instead of storing it.
         """
-        return checkpoint_name(gathered(x, self, axes), GATHERED)
+        return checkpoint_name(gather_weight(x, self, axes), GATHERED)
 
     def local(self, function: Callable[..., Any], inputs: Sequence[Any], outputs: Any) -> Callable[..., Any]:
-        """A function of each device's part, under `shard_map`; collectives over `MESH_AXES` may be used in it.
+        """Wraps a function of each device's shards in `shard_map`; it may use collectives over `MESH_AXES`.
 
-        Gradients may be taken of the result, not inside the function.
+        The wrapped function can be differentiated; gradients must not be taken inside `function`.
 
         Args:
-            function: takes and returns arrays, or trees of them.
-            inputs: per argument its `PartitionSpec` (`spec`), or a tree of them.
-            outputs: the same of the result.
+            function: Takes and returns arrays, or trees of them.
+            inputs: The `PartitionSpec` (see `spec`) of each argument, or a tree of them.
+            outputs: The same for the result.
         """
         # Pallas calls do not say over which axes their results vary, so that is not checked.
         return jax.shard_map(function, mesh=self.mesh, in_specs=tuple(inputs), out_specs=outputs, check_vma=False)
 
     def put(self, x: Any, axes: Axes = ()) -> Array:
-        """A host array that every process has whole → an array on the devices; each process hands over its devices' parts."""
+        """Moves a host array, of which every process has all, to the devices; each process fills its own devices' shards."""
         host = np.asarray(x)
         sharding = self.checked("the array", host.shape, self.sharding((*axes, *(None,) * (host.ndim - len(axes)))))
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    def put_tree(self, tree: Any, table: Table) -> Any:
-        """Every leaf of a tree of host arrays, or of arrays on one device."""
+    def put_tree(self, tree: Any, table: AxesTable) -> Any:
+        """Moves every leaf of a tree of host arrays, or of arrays on one device, to the devices."""
 
         def place(leaf: Any, sharding: NamedSharding) -> Array:
             host = np.asarray(leaf)
@@ -223,122 +223,45 @@ class Layout:
         return jax.tree.map(place, tree, self.tree(tree, table))
 
     def get(self, tree: Any) -> Any:
-        """Arrays on the devices → the whole ones on the host, in every process. All processes have to call it together."""
-        whole = jax.jit(unchanged, out_shardings=self.sharding())
+        """Copies arrays from the devices to the host, unsharded, in every process. All processes must call it together."""
+        replicate = jax.jit(identity, out_shardings=self.sharding())
         leaves, structure = jax.tree.flatten(tree)
-        ready = [leaf if leaf.is_fully_replicated or leaf.is_fully_addressable else whole(leaf) for leaf in leaves]
+        ready = [leaf if leaf.is_fully_replicated or leaf.is_fully_addressable else replicate(leaf) for leaf in leaves]
         return jax.tree.unflatten(structure, [np.asarray(leaf) for leaf in jax.device_get(ready)])
 
 
-def unchanged(x: Array) -> Array:
-    """Itself; a function of its own, so that what is compiled for it is found again."""
+def identity(x: Array) -> Array:
+    """Returns x; a named function, so that jit finds what it compiled for it before."""
     return x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def gathered(x: Array, layout: Layout, axes: Axes) -> Array:
+def gather_weight(x: Array, layout: Layout, axes: Axes) -> Array:
     """See `Layout.gather`."""
     return layout.decoding.constrain(x, *axes)
 
 
-def _gathered_forward(x: Array, layout: Layout, axes: Axes) -> tuple[Array, None]:
-    return gathered(x, layout, axes), None
+def _gather_forward(x: Array, layout: Layout, axes: Axes) -> tuple[Array, None]:
+    return gather_weight(x, layout, axes), None
 
 
-def _gathered_backward(layout: Layout, axes: Axes, _: None, gradient: Array) -> tuple[Array]:
+def _gather_backward(layout: Layout, axes: Axes, _: None, gradient: Array) -> tuple[Array]:
     return (layout.constrain(gradient, *axes),)
 
 
-gathered.defvjp(_gathered_forward, _gathered_backward)
+gather_weight.defvjp(_gather_forward, _gather_backward)
 
 
-def find_axes(path: tuple[Any, ...], table: Table) -> tuple[str, Axes]:
-    """A leaf's name, and the axes of the one entry of the table that its path ends with.
+def find_axes(path: tuple[Any, ...], table: AxesTable) -> tuple[str, Axes]:
+    """Returns a leaf's name, and the axes of the one table entry that its path ends with.
 
     Raises:
-        ShardingError: none or several fit.
+        ShardingError: No entry or several fit.
     """
     names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
     name = "/".join(names)
     fitting = [key for key in table if names[-len(key) :] == key]
     if len(fitting) != 1:
         what = f"several: {fitting}" if fitting else "none"
-        raise ShardingError(f"{name}: exactly one rule has to say where this array lives, and there is {what}")
+        raise ShardingError(f"{name}: exactly one rule must say how this array is sharded, and there is {what}")
     return name, table[fitting[0]]
-
-
-def mesh_sizes(mesh: MeshConfig, devices: int) -> tuple[int, int, int]:
-    """Sizes of `MESH_AXES`, with -1 replaced by what is left of the devices.
-
-    Raises:
-        ConfigError: they do not fit the number of devices.
-    """
-    sizes = [mesh.data, mesh.fsdp, mesh.tensor]
-    known = math.prod(size for size in sizes if size > 0)
-    if -1 in sizes:
-        free = MESH_AXES[sizes.index(-1)]
-        fixed = next((axis for axis, size in zip(MESH_AXES, sizes, strict=True) if size > 1), free)
-        require(
-            devices % known == 0,
-            f"mesh.{fixed}",
-            sizes[MESH_AXES.index(fixed)],
-            f"mesh.{free} is -1 (all that is left), and the {devices} devices do not divide by {known}",
-        )
-        sizes[sizes.index(-1)] = devices // known
-    require(
-        math.prod(sizes) <= devices,
-        "mesh",
-        dict(zip(MESH_AXES, sizes, strict=True)),
-        f"these sizes ask for {math.prod(sizes)} devices and there are {devices}: make one of them smaller, or -1",
-    )
-    return sizes[0], sizes[1], sizes[2]
-
-
-def make_layout(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Layout | None:
-    """The layout of a run.
-
-    Args:
-        devices: all of them where None; those of a chip that is not there, for compiling.
-
-    Returns:
-        None where the mesh is one device.
-
-    Raises:
-        ConfigError: the mesh does not fit the devices, or leaves out devices of other processes.
-    """
-    present = list(jax.devices() if devices is None else devices)
-    sizes = mesh_sizes(mesh, len(present))
-    count = math.prod(sizes)
-    processes = {device.process_index for device in present}
-    require(
-        count == len(present) or len(processes) == 1,
-        "mesh",
-        dict(zip(MESH_AXES, sizes, strict=True)),
-        f"{len(processes)} processes have {len(present)} devices, and all have to take part: set one size to -1",
-    )
-    if count == 1:
-        return None
-    return Layout(jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=present[:count]))
-
-
-def check_prompts(layout: Layout | None, prompts: int, micro_batch: int | str | None) -> None:
-    """Checks that a step's prompts, and those of a micro-batch, spread evenly.
-
-    Args:
-        prompts: `train.prompts_per_step`.
-        micro_batch: `train.micro_batch_prompts`; only a number is checked, and see `spread_prompts` for a small one.
-
-    Raises:
-        ConfigError: they do not.
-    """
-    if layout is None:
-        return
-    over = f"prompts are spread over data · fsdp = {layout.rows} shards: use a multiple of {layout.rows}, or a smaller mesh"
-    require(prompts % layout.rows == 0, "train.prompts_per_step", prompts, over)
-    if isinstance(micro_batch, int):
-        require(spread_prompts(layout, micro_batch) % layout.rows == 0, "train.micro_batch_prompts", micro_batch, over)
-
-
-def spread_prompts(layout: Layout | None, micro_batch: int) -> int:
-    """`train.micro_batch_prompts` on a mesh: at least one prompt on each row shard, so that settings of one device serve many."""
-    return micro_batch if layout is None else max(micro_batch, layout.rows)

@@ -23,9 +23,9 @@ from grpo_jax.cli import parser
 from grpo_jax.config import Config, ConfigError, DistributedConfig
 from grpo_jax.config.load import setting_types
 from grpo_jax.run import Display, RunFolder
-from grpo_jax.runtime.distributed import detected, gather_rows, gather_values, own_block, start
+from grpo_jax.runtime.distributed import detected_cluster, gather_rows, gather_values, own_block, start
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 REWARD = """\
 import json, os, signal
@@ -189,14 +189,14 @@ def test_a_cluster_is_found_by_what_it_sets() -> None:
     """Alone, in SLURM, under Open MPI, in Kubernetes, on slices of Cloud TPU; one task of SLURM is alone."""
     slurm = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
     none = {"JAX_PLATFORMS": "cpu"}
-    assert detected(none) is None
-    assert detected(none | slurm) == "SLURM"
-    assert detected(none | slurm | {"SLURM_NTASKS": "1"}) is None
-    assert detected(none | {"OMPI_COMM_WORLD_SIZE": "4"}) == "Open MPI"
-    assert detected(none | {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}) == "Kubernetes"
-    assert detected(none | {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}) is None
-    assert detected(none | {"TPU_WORKER_HOSTNAMES": "a,b"}) == "Cloud TPU on Kubernetes"
-    assert detected(none | {"TPU_WORKER_HOSTNAMES": "a"}) is None
+    assert detected_cluster(none) is None
+    assert detected_cluster(none | slurm) == "SLURM"
+    assert detected_cluster(none | slurm | {"SLURM_NTASKS": "1"}) is None
+    assert detected_cluster(none | {"OMPI_COMM_WORLD_SIZE": "4"}) == "Open MPI"
+    assert detected_cluster(none | {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}) == "Kubernetes"
+    assert detected_cluster(none | {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}) is None
+    assert detected_cluster(none | {"TPU_WORKER_HOSTNAMES": "a,b"}) == "Cloud TPU on Kubernetes"
+    assert detected_cluster(none | {"TPU_WORKER_HOSTNAMES": "a"}) is None
 
 
 def test_settings_of_processes_are_checked() -> None:

@@ -15,17 +15,8 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from grpo_jax.config import ConfigError, LoraConfig, MeshConfig, OptimConfig
 from grpo_jax.learner.optim import make_optimizer
 from grpo_jax.models.spec import ModelSpec, param_specs
-from grpo_jax.runtime.sharding import (
-    BATCH,
-    MESH_AXES,
-    RULES,
-    Layout,
-    ShardingError,
-    check_prompts,
-    make_layout,
-    mesh_sizes,
-    spread_prompts,
-)
+from grpo_jax.runtime.mesh import check_prompts, make_layout, mesh_micro_batch, mesh_sizes
+from grpo_jax.runtime.sharding import BATCH_AXES, MESH_AXES, RULES, Layout, ShardingError
 from grpo_jax.types import Frozen, TrainState
 from grpo_jax.weights.axes import check_mesh, model_axes
 from grpo_jax.weights.lora import init_lora
@@ -72,7 +63,7 @@ def test_every_array_of_an_update_has_one_rule(quantization: str) -> None:
         opt_state=jax.eval_shape(make_optimizer(OptimConfig(), 10).init, adapters),
     )
     frozen = Frozen(base=base_of(LLAMA_8B, jnp.bfloat16, quantization), reference=adapters)
-    for tree, rules in ((state, table), (frozen, table), (batch_of(8, 4, 16, 16), BATCH)):
+    for tree, rules in ((state, table), (frozen, table), (batch_of(8, 4, 16, 16), BATCH_AXES)):
         shardings = layout.tree(tree, rules)
         assert jax.tree.structure(shardings) == jax.tree.structure(tree)
     lora = layout.tree(state, table)
@@ -155,5 +146,5 @@ def test_prompts_are_spread_evenly_over_the_row_shards() -> None:
     with pytest.raises(ConfigError, match=r"train\.micro_batch_prompts is 12: .* use a multiple of 8, or a smaller mesh"):
         check_prompts(layout, 24, 12)
     check_prompts(layout, 16, 2)
-    assert [spread_prompts(layout, size) for size in (2, 8, 16)] == [8, 8, 16]  # one on each shard at least
-    assert spread_prompts(None, 2) == 2
+    assert [mesh_micro_batch(layout, size) for size in (2, 8, 16)] == [8, 8, 16]  # one on each shard at least
+    assert mesh_micro_batch(None, 2) == 2

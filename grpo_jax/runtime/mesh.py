@@ -1,0 +1,93 @@
+"""Makes the mesh of a run from its settings, and checks that batch sizes divide by the shards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType
+
+from grpo_jax.config import MeshConfig
+from grpo_jax.config.checks import require
+from grpo_jax.runtime.sharding import MESH_AXES, Layout
+
+
+def mesh_sizes(mesh: MeshConfig, devices: int) -> tuple[int, int, int]:
+    """Returns the sizes of `MESH_AXES`; a size of -1 becomes the number of devices that are left.
+
+    Raises:
+        ConfigError: The sizes do not fit the number of devices.
+    """
+    sizes = [mesh.data, mesh.fsdp, mesh.tensor]
+    known = math.prod(size for size in sizes if size > 0)
+    if -1 in sizes:
+        free = MESH_AXES[sizes.index(-1)]
+        fixed = next((axis for axis, size in zip(MESH_AXES, sizes, strict=True) if size > 1), free)
+        require(
+            devices % known == 0,
+            f"mesh.{fixed}",
+            sizes[MESH_AXES.index(fixed)],
+            f"mesh.{free} is -1 (all that is left), and the {devices} devices do not divide by {known}",
+        )
+        sizes[sizes.index(-1)] = devices // known
+    require(
+        math.prod(sizes) <= devices,
+        "mesh",
+        dict(zip(MESH_AXES, sizes, strict=True)),
+        f"these sizes ask for {math.prod(sizes)} devices and there are {devices}: make one of them smaller, or -1",
+    )
+    return sizes[0], sizes[1], sizes[2]
+
+
+def make_layout(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Layout | None:
+    """Makes the layout of a run from the `mesh` settings.
+
+    Args:
+        mesh: The settings.
+        devices: The devices to use; None takes all of them. To compile for absent hardware, pass its device descriptions.
+
+    Returns:
+        None where the mesh is one device.
+
+    Raises:
+        ConfigError: The mesh does not fit the devices, or leaves out devices of other processes.
+    """
+    present = list(jax.devices() if devices is None else devices)
+    sizes = mesh_sizes(mesh, len(present))
+    count = math.prod(sizes)
+    processes = {device.process_index for device in present}
+    require(
+        count == len(present) or len(processes) == 1,
+        "mesh",
+        dict(zip(MESH_AXES, sizes, strict=True)),
+        f"{len(processes)} processes have {len(present)} devices, and all must take part: set one size to -1",
+    )
+    if count == 1:
+        return None
+    return Layout(jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=present[:count]))
+
+
+def check_prompts(layout: Layout | None, prompts: int, micro_batch: int | str | None) -> None:
+    """Checks that the prompts of a step and of a micro-batch divide evenly by the row shards.
+
+    Args:
+        layout: The layout, or None for one device.
+        prompts: `train.prompts_per_step`.
+        micro_batch: `train.micro_batch_prompts`; only a number is checked, rounded up as `mesh_micro_batch` does.
+
+    Raises:
+        ConfigError: They do not divide.
+    """
+    if layout is None:
+        return
+    over = f"prompts are split over data · fsdp = {layout.rows} shards: use a multiple of {layout.rows}, or a smaller mesh"
+    require(prompts % layout.rows == 0, "train.prompts_per_step", prompts, over)
+    if isinstance(micro_batch, int):
+        require(mesh_micro_batch(layout, micro_batch) % layout.rows == 0, "train.micro_batch_prompts", micro_batch, over)
+
+
+def mesh_micro_batch(layout: Layout | None, micro_batch: int) -> int:
+    """Raises `train.micro_batch_prompts` to one prompt per row shard, so that settings for one device work on a mesh too."""
+    return micro_batch if layout is None else max(micro_batch, layout.rows)
