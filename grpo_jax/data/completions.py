@@ -1,8 +1,7 @@
-"""Rows with an answer to imitate, for the supervised warm-up.
+"""Batches of prompts and completions to imitate, for the supervised warm-up.
 
-Enters: what `source` takes, with a completion column. Leaves: a `CompletionSource` of prompt ids and completion ids, in the
-same order by seed and step. A completion's ids end with a stop token, so that the model learns to stop; the prompt's ids are
-those that GRPO would give it.
+The order by seed and step, and the prompt's ids, are the same as for GRPO. A completion's ids end with a stop token, so that the
+model learns to stop.
 """
 
 from __future__ import annotations
@@ -15,7 +14,9 @@ import numpy as np
 
 from grpo_jax.config import Config, ConfigError, DataConfig
 from grpo_jax.config.checks import show
-from grpo_jax.data.encode import (
+from grpo_jax.data.examples import Examples, read_splits
+from grpo_jax.data.order import rows_of_step
+from grpo_jax.data.prompts import (
     Encoded,
     check_column,
     check_settings,
@@ -24,19 +25,17 @@ from grpo_jax.data.encode import (
     read_message,
     read_prompt,
 )
-from grpo_jax.data.order import rows_of_step
-from grpo_jax.data.rows import DataError, Table
-from grpo_jax.data.source import Examples, read_parts
+from grpo_jax.data.table import DataError, Table
 from grpo_jax.data.tokenizer import Tokenizer, TokenizerError
 from grpo_jax.types import Prompt
 
 
 @dataclass(frozen=True)
 class CompletionBatch:
-    """The rows of one step.
+    """The B rows of one training step.
 
     Attributes:
-        step: The training step that they belong to.
+        step: The training step.
         indices: [B] row numbers in the dataset.
         prompt_ids: B lists of token ids, template included.
         completion_ids: B lists of token ids, the stop token included.
@@ -53,7 +52,7 @@ class CompletionBatch:
 
 @dataclass(frozen=True, eq=False)
 class CompletionSource:
-    """Rows with completions in the order of the seed; attributes as those of `PromptSource`."""
+    """Batches of rows with completions, in the order of the seed; the attributes are those of `PromptSource`."""
 
     train: Examples
     held_out: Examples
@@ -65,21 +64,21 @@ class CompletionSource:
     seed: int
 
     def batch(self, step: int) -> CompletionBatch:
-        """The rows of a training step: B different ones, a pure function of seed and step."""
+        """Returns the rows of a training step: B different rows, a pure function of seed and step."""
         positions = rows_of_step(step, self.prompts_per_step, len(self.train), self.seed, self.data.shuffle)
         return make_batch(self.train, positions, step)
 
     def held_out_batches(self, size: int, step: int = 0) -> Iterator[CompletionBatch]:
-        """The held-out rows in order, `size` at a time; the last batch may be smaller."""
+        """Iterates over the held-out rows in order, `size` at a time; the last batch may be smaller."""
         for start in range(0, len(self.held_out), size):
             yield make_batch(self.held_out, np.arange(start, min(start + size, len(self.held_out))), step)
 
 
 def make_batch(examples: Examples, positions: np.ndarray, step: int) -> CompletionBatch:
-    """The batch of some rows."""
+    """Makes the batch of the rows at these positions."""
     prompts = [examples.prompt(int(position)) for position in positions]
     return CompletionBatch(
-        step, examples.numbers[positions], prompts, [examples.completion(int(position)) for position in positions]
+        step, examples.row_numbers[positions], prompts, [examples.completion(int(position)) for position in positions]
     )
 
 
@@ -88,19 +87,19 @@ def completion_pairs(
 ) -> CompletionSource:
     """Reads, checks and tokenises rows with a prompt and a completion.
 
-    A completion is a text, or a list of one assistant message. It ends with the tokenizer's end-of-sequence token, or where the
-    prompt is rendered by the chat template, with what the template closes the assistant's turn with.
+    A completion is a text, or a list of one assistant message. Its ids end with the tokenizer's end-of-sequence token; where the
+    chat template renders the prompt, they end with the template's end of the assistant's turn.
 
     Args:
-        config: As for `PromptSource.build`; `rollout.max_completion_length` limits the completions too. `data.overlong` says what
-            becomes of a longer one, but a completion is never shortened: with `shorten` it is refused.
-        tokenizer: The model's; None is an error here.
+        config: As for `PromptSource.build`; `rollout.max_completion_length` limits the completions too. `data.overlong` decides
+            about longer ones, but a completion is never shortened: with `shorten` it raises an error.
+        tokenizer: The model's tokenizer; None raises an error.
         dataset: Training rows (list of dicts, or `datasets.Dataset`) instead of `data.path`.
         eval_dataset: Held-out rows instead of `data.eval_split` and `data.eval_path`.
 
     Raises:
-        ConfigError: a setting that does not suit the data or the tokenizer.
-        DataError: rows that cannot be used, with the row's number.
+        ConfigError: A setting does not suit the data or the tokenizer.
+        DataError: A row cannot be used; the message gives its number.
     """
     known = check_settings(config, tokenizer)
     if known.eos_id is None:
@@ -113,34 +112,34 @@ def completion_pairs(
         where, row = table.where(number), table[number]
         prompt = read_prompt(row[data.prompt_column], data, where)
         completion = read_completion(row[data.completion_column], data, where)
-        within = encode_within_limit(prompt, known, data, rollout.max_prompt_length, where)
-        if within is None:
+        encoded = encode_within_limit(prompt, known, data, rollout.max_prompt_length, where)
+        if encoded is None:
             return None
         ids = encode_completion(prompt, completion, known, data, where)
         if len(ids) > rollout.max_completion_length:
             if data.overlong == "drop":
                 return None
             limit = f"rollout.max_completion_length ({rollout.max_completion_length})"
-            mend = "raise it, or set data.overlong to drop (a completion is never shortened)"
-            raise DataError(f"{where}: the completion has {len(ids)} tokens, more than {limit}; {mend}")
-        return within._replace(completion_ids=ids)
+            fix = "raise it, or set data.overlong to drop (a completion is never shortened)"
+            raise DataError(f"{where}: the completion has {len(ids)} tokens, more than {limit}; {fix}")
+        return encoded._replace(completion_ids=ids)
 
-    parts = read_parts(config, encode, check_table, dataset, eval_dataset)
-    counts = (parts.dropped, parts.shortened, parts.held_out_dropped)
-    return CompletionSource(parts.train, parts.held_out, *counts, data, config.train.prompts_per_step, config.train.seed)
+    splits = read_splits(config, encode, check_table, dataset, eval_dataset)
+    counts = (splits.dropped, splits.shortened, splits.held_out_dropped)
+    return CompletionSource(splits.train, splits.held_out, *counts, data, config.train.prompts_per_step, config.train.seed)
 
 
 def check_table(table: Table, data: DataConfig) -> None:
-    """Raises where the prompt or the completion column is missing."""
+    """Raises a ConfigError where the prompt or the completion column is missing."""
     check_column(table, data.prompt_column, "data.prompt_column")
     check_column(table, data.completion_column, "data.completion_column")
 
 
 def read_completion(value: Any, data: DataConfig, where: str) -> str:
-    """The text to imitate.
+    """Reads the text to imitate.
 
     Raises:
-        DataError: neither a text nor one assistant message, or an empty one.
+        DataError: The value is neither a text nor a list of one assistant message, or it is empty.
     """
     if isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], Mapping):
         message = read_message(value[0], 0, f"{where}, {data.completion_column}")
@@ -154,13 +153,13 @@ def read_completion(value: Any, data: DataConfig, where: str) -> str:
 
 
 def encode_completion(prompt: Prompt, completion: str, tokenizer: Tokenizer, data: DataConfig, where: str) -> list[int]:
-    """Token ids that continue a prompt's, the stop token included.
+    """Returns the token ids of a completion after its prompt, the stop token included.
 
-    Prompt and completion are tokenised together where the prompt's own tokens come out of that unchanged: tokenizers that mark
-    the start of a text would else mark it in the middle.
+    Prompt and completion are tokenised together if that leaves the prompt's own tokens unchanged: alone, the completion would get
+    the mark that some tokenizers put at the start of a text.
 
     Raises:
-        DataError: the chat template does not render the answer.
+        DataError: The chat template does not render the answer.
     """
     prompt_ids = encode_prompt(prompt, tokenizer, data, where)
     if isinstance(prompt, str) and not data.chat_template:
@@ -172,28 +171,28 @@ def encode_completion(prompt: Prompt, completion: str, tokenizer: Tokenizer, dat
     answered = [*messages, {"role": "assistant", "content": completion}]
     try:
         before = tokenizer.render(messages, generation=True, template_arguments=data.template_arguments)
-        whole = tokenizer.render(answered, generation=False, template_arguments=data.template_arguments)
+        full = tokenizer.render(answered, generation=False, template_arguments=data.template_arguments)
     except TokenizerError as error:
         raise DataError(f"{where}: {error}") from error
-    if whole.startswith(before):
-        turn = whole[len(before) :]
-    else:  # a template that opens the turn otherwise than it shows a past one, with <think> for instance
-        place = whole.rfind(completion.strip())
-        if place < 0:
+    if full.startswith(before):
+        turn = full[len(before) :]
+    else:  # the template opens a new turn in another way than it renders a past one, for instance with <think>
+        start = full.rfind(completion.strip())
+        if start < 0:
             raise DataError(f"{where}: the chat template does not render the answer as it stands")
-        turn = completion + whole[place + len(completion.strip()) :]
+        turn = completion + full[start + len(completion.strip()) :]
     ids = continuation(prompt_ids, tokenizer.encode_text(before + turn), tokenizer.encode_text(turn))
     stops = [position for position, token in enumerate(ids) if token in tokenizer.stop_ids]
     return ids[: stops[-1] + 1] if stops else close(ids, tokenizer)
 
 
 def continuation(before: list[int], together: list[int], alone: list[int]) -> list[int]:
-    """What follows `before` in `together`, or `alone` where `together` does not begin with it."""
+    """Returns what follows `before` in `together`, or `alone` where `together` does not begin with it."""
     return together[len(before) :] if together[: len(before)] == before else alone
 
 
 def close(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Ids with an end-of-sequence token at the end, once."""
+    """Appends the end-of-sequence token, unless the ids end with it."""
     if tokenizer.eos_id is None or ids[-1:] == [tokenizer.eos_id]:
         return ids
     return [*ids, tokenizer.eos_id]

@@ -1,4 +1,4 @@
-"""Which rows a step visits: a pure function of the seed and the step, so that a resumed run goes on where it stopped."""
+"""Computes the rows of a step as a pure function of seed and step, so that a resumed run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 
 
 def rows_of_step(step: int, size: int, count: int, seed: int, shuffle: bool) -> np.ndarray:
-    """The rows of a step, as positions in the training rows.
+    """Returns the rows of a step, as positions in the training rows.
 
-    Steps walk through one epoch after another, each a permutation of all rows. A step may begin in one epoch and end in the
-    next; the next one's order is then changed so that no row comes twice within the step.
+    Steps visit one epoch after another, each a permutation of all rows. A step may begin in one epoch and end in the
+    next; the next epoch's order is then changed so that no row occurs twice within the step.
 
     Args:
         step: Number of the step, from 0.
         size: Rows in a step, at most `count`.
-        count: Rows that there are.
-        seed: Fixes the permutations, with the epoch.
-        shuffle: False visits the rows in their own order, every epoch.
+        count: Number of training rows.
+        seed: Seed of the permutations, together with the epoch.
+        shuffle: False visits the rows in the order of the dataset in every epoch.
 
     Returns:
         [size] different positions, int64.
@@ -37,11 +37,11 @@ def rows_of_step(step: int, size: int, count: int, seed: int, shuffle: bool) -> 
 
 @functools.lru_cache(maxsize=4)
 def epoch_order(epoch: int, size: int, count: int, seed: int, shuffle: bool) -> np.ndarray:
-    """The order of all rows in an epoch, read-only.
+    """Returns the order of all rows in an epoch, read-only.
 
-    Where a step begins in the epoch before, its rows there must not be among this epoch's first ones: those are taken from the
-    rest, in order. So an order rests on the end of the order before it, back to an epoch that begins with a step of its own;
-    with two steps' rows or more, the change at an order's start does not reach its end, and one epoch back is enough.
+    Where a step begins in the previous epoch, this epoch's first rows must differ from the step's rows there: they are taken from
+    the rest, in order. So an order depends on the end of the previous order, back to an epoch that begins with a new step. With at
+    least two steps' rows per epoch, the change at an order's start does not affect its end, and one epoch back is enough.
     """
     first = epoch - epoch % (size // math.gcd(count, size))
     if count >= 2 * size:
@@ -58,10 +58,10 @@ def epoch_order(epoch: int, size: int, count: int, seed: int, shuffle: bool) -> 
 
 
 def permutation(epoch: int, count: int, seed: int, shuffle: bool) -> np.ndarray:
-    """All positions in the order of an epoch, before steps that straddle epochs are seen to."""
+    """Returns all positions in the drawn order of an epoch, not yet changed for steps that span two epochs."""
     return np.random.default_rng([seed, epoch]).permutation(count) if shuffle else np.arange(count)
 
 
 def held_out_positions(count: int, size: int, seed: int) -> np.ndarray:
-    """`size` of `count` positions, drawn by the seed apart from every epoch's order, and sorted."""
+    """Draws `size` of `count` positions, sorted; the random numbers are independent of every epoch's order."""
     return np.sort(np.random.default_rng([seed, 0, 1]).permutation(count)[:size])

@@ -1,8 +1,7 @@
-"""Text to token ids and back, the chat template, and every id that ends a completion.
+"""Converts text to token ids and back, renders the chat template, and finds every id that ends a completion.
 
-Enters: a model's folder. Leaves: a `Tokenizer`, or None where the folder has none. It wraps the tokenizer that transformers
-reads, so that the ids are the ones other tools get; code from a model's folder is never run. Left out on purpose: fetching a
-model from the hub (`models` does it) and padding (the batches do it). A plain text never gets an end-of-sequence token
+`Tokenizer` wraps the tokenizer that transformers reads, so that the ids are the same as in other tools; code from a model's folder
+never runs. Left out on purpose: fetching a model from the hub and padding. A plain text never gets an end-of-sequence token
 appended, whatever the tokenizer's own template says: a prompt that has ended cannot be continued.
 """
 
@@ -20,7 +19,7 @@ from typing import Any
 from grpo_jax.types import Prompt
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "tiktoken.model")
-"""A folder has a tokenizer where it has one of these."""
+"""A folder has a tokenizer if it has one of these files."""
 
 OTHER_FILES = (
     "tokenizer_config.json",
@@ -30,7 +29,7 @@ OTHER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""What may lie beside the vocabulary and belongs to the tokenizer."""
+"""Other files that belong to a tokenizer."""
 
 NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 
@@ -46,9 +45,9 @@ class Tokenizer:
     Attributes:
         hf: The tokenizer of transformers.
         stop_ids: Every id that ends a completion, sorted; may be empty.
-        prefix_ids: Special tokens that stand before a plain text.
-        suffix_ids: Special tokens that stand after a plain text, end-of-sequence tokens left out.
-        folder: Where it was read from; None where it was made in memory.
+        prefix_ids: Special tokens before a plain text.
+        suffix_ids: Special tokens after a plain text, without end-of-sequence tokens.
+        folder: Folder that it was read from; None where it was made in memory.
 
     Example:
         tokenizer = Tokenizer.from_folder("model"); tokenizer.encode_prompt("Once", chat=False)  # [1, 403]
@@ -65,7 +64,7 @@ class Tokenizer:
         """Reads the tokenizer of a model's folder; None where there is none.
 
         Raises:
-            TokenizerError: the folder is missing, or a file in it cannot be read.
+            TokenizerError: The folder is missing, or a file in it cannot be read.
         """
         folder = Path(path).expanduser()
         if not folder.is_dir():
@@ -82,12 +81,12 @@ class Tokenizer:
 
     @staticmethod
     def wrap(hf: Any, model_stop_ids: Sequence[int] = (), folder: Path | None = None) -> Tokenizer:
-        """A `Tokenizer` around one of transformers that is already in memory.
+        """Makes a `Tokenizer` from a tokenizer of transformers in memory.
 
         Args:
             hf: A tokenizer of transformers.
-            model_stop_ids: Ids that the model's own files call end of sequence; the tokenizer's is added.
-            folder: Where it was read from, if it was.
+            model_stop_ids: End-of-sequence ids in the model's own files; the tokenizer's is added.
+            folder: Folder that it was read from, if any.
         """
         own = () if hf.eos_token_id is None else (int(hf.eos_token_id),)
         stop_ids = tuple(sorted({*model_stop_ids, *own}))
@@ -96,7 +95,7 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int | None:
-        """The tokenizer's own end-of-sequence id; the smallest stop id where it has none; None where there is no stop id."""
+        """The tokenizer's end-of-sequence id, else the smallest stop id, else None."""
         if self.hf.eos_token_id is not None:
             return int(self.hf.eos_token_id)
         return self.stop_ids[0] if self.stop_ids else None
@@ -114,7 +113,7 @@ class Tokenizer:
         return bool(self.hf.chat_template)
 
     def encode_prompt(self, prompt: Prompt, *, chat: bool, template_arguments: Mapping[str, Any] | None = None) -> list[int]:
-        """Token ids of a prompt.
+        """Returns the token ids of a prompt.
 
         Args:
             prompt: A plain text, or a conversation.
@@ -122,7 +121,7 @@ class Tokenizer:
             template_arguments: Passed to the chat template.
 
         Raises:
-            TokenizerError: there is no chat template, or it refuses the conversation.
+            TokenizerError: There is no chat template, or it refuses the conversation.
         """
         if isinstance(prompt, str) and not chat:
             return [*self.prefix_ids, *self.encode_text(prompt), *self.suffix_ids]
@@ -132,15 +131,15 @@ class Tokenizer:
     def render(
         self, messages: Sequence[Mapping[str, Any]], *, generation: bool, template_arguments: Mapping[str, Any] | None = None
     ) -> str:
-        """The text that the chat template makes of a conversation.
+        """Renders a conversation with the chat template.
 
         Args:
-            messages: {"role", "content"} messages; keys whose value is None are left out, as if they were not there.
+            messages: {"role", "content"} messages; keys whose value is None are left out.
             generation: Open the assistant's turn at the end.
             template_arguments: Passed to the chat template.
 
         Raises:
-            TokenizerError: there is no chat template, or it refuses the conversation.
+            TokenizerError: There is no chat template, or it refuses the conversation.
         """
         if not self.has_chat_template:
             raise TokenizerError("the prompt is a conversation, but the tokenizer has no chat template")
@@ -155,22 +154,22 @@ class Tokenizer:
             raise TokenizerError(f"the chat template refuses the conversation: {error}") from error
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of a text, no special token added; one that is spelled in the text becomes its id."""
+        """Returns the token ids of a text, without adding special tokens; a special token spelled in the text becomes its id."""
         return list(self.hf.encode(text, add_special_tokens=False, verbose=False))
 
     def token_starts(self, text: str) -> list[int]:
-        """The characters at which a token of `encode_text(text)` begins, in order; every character where that is not known."""
+        """Returns the character offsets where tokens of `encode_text(text)` begin; every offset where that is not known."""
         if not self.hf.is_fast:
             return list(range(len(text)))
         spans = self.hf(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
         return sorted({start for start, end in spans if end > start})
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens removed; ids beyond the vocabulary (a padded embedding has such) are nothing."""
+        """Returns the text of token ids without special tokens; ids beyond the vocabulary (of a padded embedding) give no text."""
         return self.hf.decode([int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the tokenizer into a folder: byte for byte as it was read, or as transformers does where it was made in memory."""
+        """Writes the tokenizer into a folder: the unchanged files that it was read from, or transformers' where it has none."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         if self.folder is None:
@@ -180,7 +179,7 @@ class Tokenizer:
 
 
 def copy_tokenizer_files(source: Path, target: Path) -> None:
-    """Copies whatever belongs to a tokenizer from one existing folder to another; nothing where there is none."""
+    """Copies the files of a tokenizer, if there are any, from one existing folder to another."""
     if source.resolve() == target.resolve():
         return
     for name in (*VOCABULARY_FILES, *OTHER_FILES):
@@ -192,20 +191,20 @@ def copy_tokenizer_files(source: Path, target: Path) -> None:
 
 
 def read_stop_ids(folder: str | os.PathLike[str]) -> tuple[int, ...]:
-    """Every id that ends a completion: the model's, and its tokenizer's where there is one. Sorted; may be empty.
+    """Returns every id that ends a completion: the model's, and its tokenizer's where there is one. Sorted; may be empty.
 
     Raises:
-        TokenizerError: the folder is missing, or a file in it cannot be read.
+        TokenizerError: The folder is missing, or a file in it cannot be read.
     """
     tokenizer = Tokenizer.from_folder(folder)
     return read_model_stop_ids(Path(folder).expanduser()) if tokenizer is None else tokenizer.stop_ids
 
 
 def read_model_stop_ids(folder: Path) -> tuple[int, ...]:
-    """The end-of-sequence ids of `generation_config.json`, else of `config.json` (or its `text_config`), sorted; may be empty.
+    """Reads the end-of-sequence ids of `generation_config.json`, else of `config.json` (or its `text_config`), sorted; may be none.
 
     Raises:
-        TokenizerError: a file is not JSON, or its `eos_token_id` is neither a number nor a list of numbers.
+        TokenizerError: A file is not JSON, or its `eos_token_id` is neither a number nor a list of numbers.
     """
     for name in ("generation_config.json", "config.json"):
         path = folder / name
@@ -229,20 +228,20 @@ def read_model_stop_ids(folder: Path) -> tuple[int, ...]:
 
 
 def special_tokens_around(hf: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The special tokens that a tokenizer of transformers puts before and after a text, found by encoding one that it knows."""
+    """Finds the special tokens that a tokenizer of transformers puts before and after a text, by encoding a known text."""
     for probe in ("a", "A", "0", "1", ".", " ", *hf.get_vocab()):
         bare = list(hf.encode(probe, add_special_tokens=False))
-        whole = list(hf.encode(probe, add_special_tokens=True))
+        full = list(hf.encode(probe, add_special_tokens=True))
         if not bare or len(set(bare) & set(hf.all_special_ids)) > 0:
             continue  # a text that is itself a special token does not show where the text begins
-        places = [start for start in range(len(whole) - len(bare) + 1) if whole[start : start + len(bare)] == bare]
-        if len(places) == 1:  # more where a text is one of the tokens around it
-            return tuple(whole[: places[0]]), tuple(whole[places[0] + len(bare) :])
+        starts = [start for start in range(len(full) - len(bare) + 1) if full[start : start + len(bare)] == bare]
+        if len(starts) == 1:  # several where the text is also one of the tokens around it
+            return tuple(full[: starts[0]]), tuple(full[starts[0] + len(bare) :])
     return (), ()
 
 
 def import_auto_tokenizer() -> Any:
-    """AutoTokenizer of transformers, without the advice, at its first import, that PyTorch is missing: no model of it is used."""
+    """Imports AutoTokenizer of transformers, without its advice that PyTorch is missing: none of its models is used."""
     if "transformers" in sys.modules:
         from transformers import AutoTokenizer
 

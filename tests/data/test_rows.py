@@ -14,7 +14,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from grpo_jax.config import ConfigError, DataConfig
 from grpo_jax.data import DataError, load_rows
-from grpo_jax.data.rows import Table, given_rows
+from grpo_jax.data.table import Table, given_rows
 
 ROWS = [{"prompt": "2+2=", "answer": "4"}, {"prompt": 'say "a,\nb"', "answer": "007"}, {"prompt": "é", "answer": ""}]
 
@@ -80,7 +80,7 @@ def test_a_folder_is_read_by_split_and_by_parts(tmp_path: Path) -> None:
 
 def test_a_folder_without_data_is_named(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
-    with pytest.raises(ConfigError, match=r"data\.path is .*holds no \.json"):
+    with pytest.raises(ConfigError, match=r"data\.path is .*has no \.json"):
         read(tmp_path)
 
 

@@ -12,8 +12,8 @@ from tiny_tokenizers import CHATML, NO_SYSTEM, byte_tokenizer, word_tokenizer
 
 from grpo_jax.config import Config, ConfigError
 from grpo_jax.data import DataError, PromptSource
+from grpo_jax.data.examples import with_bar
 from grpo_jax.data.order import held_out_positions, rows_of_step
-from grpo_jax.data.source import with_bar
 from grpo_jax.data.tokenizer import Tokenizer
 
 WORDS = Tokenizer.wrap(word_tokenizer(" ".join(f"w{i}" for i in range(100))))  # <s> in front, word i has id 5 + i
@@ -118,7 +118,7 @@ def test_every_column_but_the_prompt_reaches_rewards_by_name() -> None:
 
 
 def test_a_column_that_hides_an_argument_of_rewards_is_refused() -> None:
-    with pytest.raises(DataError, match="column completions, but rewards get something else by that name"):
+    with pytest.raises(DataError, match="column completions, but rewards get another argument by that name"):
         PromptSource.build(settings(), WORDS, [{"prompt": "w1", "completions": 1}] * 2)
 
 
@@ -363,12 +363,12 @@ def test_the_bar_appears_only_where_tokenising_takes_long(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setattr("grpo_jax.data.source.PATIENCE_SECONDS", -1.0)
+    monkeypatch.setattr("grpo_jax.data.examples.PATIENCE_SECONDS", -1.0)
     assert list(with_bar(300, "Tokenising rows", quiet=True)) == list(range(300))
     assert capfd.readouterr().err == ""
     assert list(with_bar(300, "Tokenising rows", quiet=False)) == list(range(300))
     assert "Tokenising rows" in capfd.readouterr().err
-    monkeypatch.setattr("grpo_jax.data.source.PATIENCE_SECONDS", 60.0)
+    monkeypatch.setattr("grpo_jax.data.examples.PATIENCE_SECONDS", 60.0)
     assert list(with_bar(300, "Tokenising rows", quiet=False)) == list(range(300))
     assert capfd.readouterr().err == ""
 

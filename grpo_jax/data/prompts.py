@@ -1,7 +1,7 @@
-"""One row's prompt: checked, rendered, and brought below the limit.
+"""Reads one row's prompt, renders the chat template, tokenises, and shortens what is too long.
 
-Enters: the value of the prompt column. Leaves: the prompt as rewards get it, and its token ids. A plain prompt is a conversation
-where a system prompt is set; with `data.chat_template` alone it is rendered as one and stays a plain text for the rewards.
+A plain prompt becomes a conversation where `data.system_prompt` is set. With `data.chat_template` alone it is rendered as a
+conversation, but reward functions still get the plain text.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 from grpo_jax.config import Config, ConfigError, DataConfig
 from grpo_jax.config.checks import nearest, require, show
-from grpo_jax.data.rows import DataError, Table
+from grpo_jax.data.table import DataError, Table
 from grpo_jax.data.tokenizer import Tokenizer, TokenizerError
 from grpo_jax.types import Prompt
 
-OWN_ARGUMENTS = frozenset(
+RESERVED_ARGUMENTS = frozenset(
     {
         "conversation",
         "messages",
@@ -33,18 +33,18 @@ OWN_ARGUMENTS = frozenset(
         "sanitize_control_tokens",
     }
 )
-"""Arguments of the rendering that are not the user's to set."""
+"""Arguments of `apply_chat_template` that `data.template_arguments` may not set."""
 
-NEARBY = 4
-"""Cutting one token more may lengthen the rest by a token or two; shorter cuts this near the boundary are tried as well."""
+NEARBY_CUTS = 4
+"""Number of shorter cuts that are tried next to the found one: cutting one token more may lengthen the rest by a token or two."""
 
 
 class Encoded(NamedTuple):
-    """Token ids of a row.
+    """The token ids of a row.
 
     Attributes:
         prompt_ids: The prompt, template included.
-        completion_ids: What is to be imitated, stop token included; empty where there is none.
+        completion_ids: The completion to imitate, stop token included; empty where there is none.
         shortened: Whether the prompt was cut.
     """
 
@@ -54,10 +54,10 @@ class Encoded(NamedTuple):
 
 
 def check_settings(config: Config, tokenizer: Tokenizer | None) -> Tokenizer:
-    """The tokenizer, once it is there and the settings of `data` suit it.
+    """Checks that there is a tokenizer that suits the settings of `data`, and returns it.
 
     Raises:
-        ConfigError: no tokenizer, a template that is asked for and not there, or a template argument that is not the user's to set.
+        ConfigError: There is no tokenizer, it lacks a chat template that is asked for, or a template argument is reserved.
     """
     data = config.data
     if tokenizer is None:
@@ -70,23 +70,12 @@ def check_settings(config: Config, tokenizer: Tokenizer | None) -> Tokenizer:
         data.chat_template,
         "data.system_prompt needs the chat template; set this to true or null, or system_prompt to null",
     )
-    mend = "the model's tokenizer has no chat template; use an instruct model, or "
-    require(
-        data.system_prompt is None or tokenizer.has_chat_template,
-        "data.system_prompt",
-        data.system_prompt,
-        mend + "set this to null",
-    )
-    require(
-        not data.chat_template or tokenizer.has_chat_template, "data.chat_template", data.chat_template, mend + "set this to false"
-    )
-    require(
-        not data.template_arguments or tokenizer.has_chat_template,
-        "data.template_arguments",
-        data.template_arguments,
-        mend + "leave this out",
-    )
-    taken = sorted(OWN_ARGUMENTS & set(data.template_arguments))
+    if not tokenizer.has_chat_template:
+        fix = "the model's tokenizer has no chat template; use an instruct model, or "
+        require(data.system_prompt is None, "data.system_prompt", data.system_prompt, fix + "set this to null")
+        require(not data.chat_template, "data.chat_template", data.chat_template, fix + "set this to false")
+        require(not data.template_arguments, "data.template_arguments", data.template_arguments, fix + "leave this out")
+    taken = sorted(RESERVED_ARGUMENTS & set(data.template_arguments))
     require(
         not taken,
         "data.template_arguments",
@@ -97,11 +86,7 @@ def check_settings(config: Config, tokenizer: Tokenizer | None) -> Tokenizer:
 
 
 def check_column(table: Table, column: str, field: str) -> None:
-    """Raises where a column is missing.
-
-    Raises:
-        ConfigError: names the nearest column and all that there are.
-    """
+    """Raises a ConfigError where a column is missing; it lists the columns and suggests the nearest one."""
     if column not in table.columns:
         guess = nearest(column, table.columns)
         hint = f"did you mean {guess}? " if guess else ""
@@ -111,15 +96,15 @@ def check_column(table: Table, column: str, field: str) -> None:
 
 
 def read_prompt(value: Any, data: DataConfig, where: str) -> Prompt:
-    """The prompt as rewards get it, the system message included.
+    """Reads a prompt as reward functions get it, the system message included.
 
     Args:
-        value: What the prompt column holds.
-        data: The settings.
-        where: What messages call the row.
+        value: Value of the prompt column.
+        data: The settings of the section `data`.
+        where: Name of the row in messages.
 
     Raises:
-        DataError: not a prompt, an empty one, or a message without role or content.
+        DataError: The value is not a prompt or is empty, or a message lacks its role or content.
     """
     if value is None:
         raise DataError(f"{where}: there is no prompt; column {data.prompt_column} is null or left out")
@@ -133,7 +118,7 @@ def read_prompt(value: Any, data: DataConfig, where: str) -> Prompt:
     if not messages or not messages[-1]["content"].strip():
         raise DataError(f"{where}: the prompt is empty: " + ("its last message has no text" if messages else "it has no message"))
     if messages[-1]["role"] == "assistant":
-        raise DataError(f"{where}: the conversation ends with the assistant's message; keep the answer in another column")
+        raise DataError(f"{where}: the conversation ends with the assistant's message; put the answer in another column")
     if data.chat_template is False:
         raise DataError(f"{where}: the prompt is a conversation, but data.chat_template is false; set it to null")
     if data.system_prompt is None:
@@ -146,16 +131,12 @@ def read_prompt(value: Any, data: DataConfig, where: str) -> Prompt:
 
 
 def with_system(messages: list[dict[str, Any]], system_prompt: str) -> list[dict[str, Any]]:
-    """A conversation with a system message before it."""
+    """Adds a system message at the start of a conversation."""
     return [{"role": "system", "content": system_prompt}, *messages]
 
 
 def read_message(message: Any, position: int, where: str) -> dict[str, Any]:
-    """A copy of a message, once it has a role and a text.
-
-    Raises:
-        DataError: as said.
-    """
+    """Copies a message, or raises a DataError where it lacks a role or a text."""
     if not isinstance(message, Mapping):
         raise DataError(f'{where}, message {position}: expected {{"role": ..., "content": ...}}, not {show(message)}')
     for key in ("role", "content"):
@@ -168,14 +149,14 @@ def read_message(message: Any, position: int, where: str) -> dict[str, Any]:
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, data: DataConfig, where: str) -> list[int]:
-    """Token ids of a prompt.
+    """Returns the token ids of a prompt.
 
     Raises:
-        DataError: the chat template is missing or refuses the conversation, or nothing is left of the prompt.
+        DataError: The chat template is missing or refuses the conversation, or the prompt has no tokens.
     """
     if not isinstance(prompt, str) and not tokenizer.has_chat_template:
-        mend = "use an instruct model, or plain texts as prompts"
-        raise DataError(f"{where}: the prompt is a conversation, but the model's tokenizer has no chat template; {mend}")
+        fix = "use an instruct model, or plain texts as prompts"
+        raise DataError(f"{where}: the prompt is a conversation, but the model's tokenizer has no chat template; {fix}")
     try:
         ids = tokenizer.encode_prompt(prompt, chat=bool(data.chat_template), template_arguments=data.template_arguments)
     except TokenizerError as error:
@@ -186,10 +167,10 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, data: DataConfig, where:
 
 
 def encode_within_limit(prompt: Prompt, tokenizer: Tokenizer, data: DataConfig, limit_tokens: int, where: str) -> Encoded | None:
-    """Token ids of a prompt of at most `limit_tokens`; None where it is longer and dropped (`data.overlong`).
+    """Returns at most `limit_tokens` token ids of a prompt; `data.overlong` says whether a longer one is dropped (None) or cut.
 
     Raises:
-        DataError: as `encode_prompt`; or it is longer and refused, or cannot be shortened enough.
+        DataError: As `encode_prompt`; or the prompt is longer and `data.overlong` is `error`, or it cannot be shortened enough.
     """
     ids = encode_prompt(prompt, tokenizer, data, where)
     if len(ids) <= limit_tokens:
@@ -197,8 +178,8 @@ def encode_within_limit(prompt: Prompt, tokenizer: Tokenizer, data: DataConfig, 
     if data.overlong == "drop":
         return None
     if data.overlong == "error":
-        mend = "raise it, or set data.overlong to drop or shorten"
-        raise DataError(f"{where}: the prompt has {len(ids)} tokens, more than rollout.max_prompt_length ({limit_tokens}); {mend}")
+        fix = "raise it, or set data.overlong to drop or shorten"
+        raise DataError(f"{where}: the prompt has {len(ids)} tokens, more than rollout.max_prompt_length ({limit_tokens}); {fix}")
     if isinstance(prompt, str) and not data.chat_template:
         return Encoded(shorten_text(prompt, tokenizer, limit_tokens, where), [], True)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -206,10 +187,10 @@ def encode_within_limit(prompt: Prompt, tokenizer: Tokenizer, data: DataConfig, 
 
 
 def shorten_text(text: str, tokenizer: Tokenizer, limit_tokens: int, where: str) -> list[int]:
-    """Token ids of the longest end of a plain text that fits, the special tokens around it kept.
+    """Cuts the start of a plain text, not the special tokens around it, and returns `limit_tokens` token ids.
 
     Raises:
-        DataError: the special tokens alone do not fit.
+        DataError: The special tokens alone do not fit.
     """
     room = limit_tokens - len(tokenizer.prefix_ids) - len(tokenizer.suffix_ids)
     if room < 0:
@@ -221,12 +202,12 @@ def shorten_text(text: str, tokenizer: Tokenizer, limit_tokens: int, where: str)
 def shorten_conversation(
     messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, data: DataConfig, limit_tokens: int, where: str
 ) -> list[int]:
-    """Token ids of a conversation with the start of its last user message cut away, by as few of that text's tokens as will do.
+    """Cuts as few tokens as possible from the start of the last user message, and returns the conversation's token ids.
 
-    The template is rendered again around what is left, so that none of its tokens is touched.
+    The template is rendered again around the rest, so that its own tokens do not change.
 
     Raises:
-        DataError: it does not fit even with that text empty, or there is no user message.
+        DataError: The conversation does not fit even with that message empty, or there is no user message.
     """
     users = [position for position, message in enumerate(messages) if message["role"] == "user"]
     if not users:
@@ -251,4 +232,4 @@ def shorten_conversation(
             high = middle
         else:
             low = middle + 1
-    return next(ids for cut in range(max(0, high - NEARBY), high + 1) if len(ids := encode(cut)) <= limit_tokens)
+    return next(ids for cut in range(max(0, high - NEARBY_CUTS), high + 1) if len(ids := encode(cut)) <= limit_tokens)
