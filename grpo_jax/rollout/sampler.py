@@ -1,20 +1,19 @@
-"""Sampling: each prompt is computed once, its G completions share it, and no slot waits for another.
+"""Samples completions: computes each prompt once for its G completions, and refills slots as completions end.
 
-Enters: parameters, prompts as lists of ids, and the settings of `RolloutConfig`. Leaves: a `Rollout`. Every random number is
-    fixed by (seed, step, prompt index, completion index, position) and by nothing else. Lengths are rounded up to a few sizes,
-    and temperature, top-k, top-p and min-p are arguments of the compiled programs, so that a handful of programs serve a run.
+Every random number is fixed by (seed, step, prompt index, completion index, position) and by nothing else. Lengths are rounded up
+to a few sizes (`shapes.py`), and temperature, top-k, top-p and min-p are arguments of the compiled programs, so a few programs
+serve a whole run.
 
-A rollout goes segment by segment: `schedule.py` says which completion is in which slot, `device.py` decodes some tokens of every
-slot, and what has stopped makes room for what waits. `shapes.py` chooses the sizes.
-
-On a mesh (`model.layout`) each row shard has prompt_slots, slots and a schedule of its own for its block of the prompts. All run the same
-program in lockstep; one that has nothing left to do waits. Every process sees all tokens, and so runs the same schedules.
+A rollout runs segment by segment: `schedule.py` assigns completions to slots, `decode.py` decodes some tokens of every slot, and
+completions that have ended make room for waiting ones. On a mesh (`model.layout`) each row shard has its own prompt slots, slots
+and schedule for its block of the prompts. All shards run the same program in lockstep; a shard without work waits. Every process
+gets all tokens, and so runs the same schedules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,50 +23,21 @@ import numpy as np
 
 from grpo_jax.config import ConfigError, RolloutConfig
 from grpo_jax.models.transformer import Transformer
-from grpo_jax.rollout.device import (
-    Controls,
-    Prompts,
-    Slots,
-    Tokens,
-    blank_past_block,
-    gpu_options,
-    prefill,
-    put_prompts,
-    segment,
-)
-from grpo_jax.rollout.kv_cache import write_segment
-from grpo_jax.rollout.sampling import Thresholds
-from grpo_jax.rollout.schedule import Shards
-from grpo_jax.rollout.shapes import Sizes, check_slots, choose_slots, pad_rows, round_up, sizes_of, truncates
-from grpo_jax.rollout.weights import gathered, prepare
+from grpo_jax.rollout.decode import SegmentTokens, SlotState, decode_segment, gpu_options
+from grpo_jax.rollout.kv_cache import empty_past_block, write_segment
+from grpo_jax.rollout.prefill import PrefilledPrompts, insert_prompts, prefill
+from grpo_jax.rollout.sampling import SamplingControls, controls_of
+from grpo_jax.rollout.schedule import ShardedSchedule
+from grpo_jax.rollout.shapes import Sizes, check_slots, choose_slots, pad_rows, sizes_of
+from grpo_jax.rollout.stop_strings import DecodeText, PartialCompletion
+from grpo_jax.rollout.weights import gather_weights, prepare_weights
 from grpo_jax.runtime.memory import least_free_bytes
-from grpo_jax.runtime.programs import Announce, Program, silently
+from grpo_jax.runtime.programs import Announce, Program, no_announcement
 from grpo_jax.runtime.sharding import Layout
-from grpo_jax.types import FinishReason, Params, Rollout
+from grpo_jax.types import Params, Rollout
 from grpo_kernels.target import platform
 
-__all__ = ["Sampler", "check_slots", "controls_of", "pad_rows", "round_up"]
-
-Decode = Callable[[list[int]], str]
-"""Token ids to text."""
-
-
-BROKEN = "\N{REPLACEMENT CHARACTER}"
-"""What decoders write for bytes that are no character."""
-
-
-@dataclass
-class Row:
-    """A completion that is being decoded.
-
-    Attributes:
-        limit: tokens after which it ends.
-    """
-
-    limit: int
-    ids: list[int] = field(default_factory=list)
-    logps: list[np.ndarray] = field(default_factory=list)
-    reason: FinishReason = "length"
+__all__ = ["Sampler"]
 
 
 @dataclass(frozen=True)
@@ -77,55 +47,66 @@ class Sampler:
     Attributes:
         model: the decoder.
         stop_ids: every id that ends a completion.
-        text_of: turns ids into text, where stop strings are to be found; else None.
-        prepare, prefill, put_prompts, segment, blank: the compiled parts; see `weights.py` and `device.py`. `blank` is for meshes.
-        write: `decoding.write_segment`.
+        decode_text: turns ids into text to search for stop strings; None without a tokenizer.
+        prepare_weights, prefill, insert_prompts, decode_segment, write_segment, empty_past_block: the compiled functions of those
+            names. `empty_past_block` is compiled for meshes only.
     """
 
     model: Transformer
     stop_ids: tuple[int, ...]
-    text_of: Decode | None
-    prepare: Program
+    decode_text: DecodeText | None
+    prepare_weights: Program
     prefill: Program
-    put_prompts: Program
-    segment: Program
-    write: Program
-    blank: Program
+    insert_prompts: Program
+    decode_segment: Program
+    write_segment: Program
+    empty_past_block: Program
 
     @staticmethod
     def build(
         model: Transformer,
         stop_ids: tuple[int, ...],
         *,
-        text_of: Decode | None = None,
-        announce: Announce = silently,
+        decode_text: DecodeText | None = None,
+        announce: Announce = no_announcement,
         quantization: str = "none",
     ) -> Sampler:
-        """Nothing is compiled before the first call.
+        """Makes a sampler. Compiles nothing before the first call.
 
         Args:
+            model: the decoder.
+            stop_ids: every id that ends a completion.
+            decode_text: turns ids into text; needed for stop strings.
+            announce: entered around each compilation.
             quantization: of the model's weights.
         """
-        options = gpu_options(quantization) if platform() == "gpu" else {}
+        options, layout = gpu_options(quantization) if platform() == "gpu" else {}, model.layout
         return Sampler(
             model,
             stop_ids,
-            text_of,
-            Program("rollout: weights", partial(prepare, model), announce=announce),
+            decode_text,
+            Program("rollout: weights", partial(prepare_weights, model), announce=announce),
             Program("rollout: prompts", partial(prefill, model), announce=announce),
-            Program("rollout: prompts", partial(put_prompts, layout=model.layout), donate=(0,), announce=announce),
-            Program("rollout", partial(segment, model, stop_ids), announce=announce, options=options),
-            Program("rollout: past", partial(write_segment, layout=model.layout), donate=(0,), announce=announce),
-            Program("rollout", partial(blank_past_block, model.spec, model.dtype, layout=model.layout), announce=announce),
+            Program("rollout: prompts", partial(insert_prompts, layout=layout), donate=(0,), announce=announce),
+            Program("rollout", partial(decode_segment, model, stop_ids), announce=announce, options=options),
+            Program("rollout: past", partial(write_segment, layout=layout), donate=(0,), announce=announce),
+            Program("rollout", partial(empty_past_block, model.spec, model.dtype, layout=layout), announce=announce),
         )
 
     @property
     def programs(self) -> tuple[Program, ...]:
-        """Everything that is compiled."""
-        return self.prepare, self.prefill, self.put_prompts, self.segment, self.write, self.blank
+        """All compiled functions."""
+        return (
+            self.prepare_weights,
+            self.prefill,
+            self.insert_prompts,
+            self.decode_segment,
+            self.write_segment,
+            self.empty_past_block,
+        )
 
-    def announced(self, announce: Announce) -> Sampler:
-        """The same sampler, which says when it compiles."""
+    def announcing(self, announce: Announce) -> Sampler:
+        """Sets what is entered around each compilation, and returns the same sampler."""
         for program in self.programs:
             program.announce = announce
         return self
@@ -146,124 +127,146 @@ class Sampler:
         Args:
             variables: {"params": ..., "lora": ...}.
             prompt_ids: B lists of ids, none empty.
-            indices: numbers of the prompts that enter the random numbers; 0, 1, ... where None.
-            limits: B·G longest lengths in tokens; `rollout.max_completion_length` for all where None.
+            rollout: the settings.
+            seed: part of every random number.
+            step: part of every random number.
+            indices: B prompt indices, part of the random numbers; None = 0, 1, ...
+            limits: B·G maximum lengths in tokens; None = `rollout.max_completion_length` for all.
 
         Returns:
             B·G rows, the completions of a prompt next to each other.
 
         Raises:
-            ConfigError: stop strings are asked for, and there is no tokenizer; or `rollout.slots` do not spread over a mesh.
+            ConfigError: stop strings without a tokenizer, or `rollout.slots` that the row shards of the mesh do not divide.
         """
-        if rollout.stop and self.text_of is None:
+        if rollout.stop and self.decode_text is None:
             raise ConfigError(f"rollout.stop: {rollout.stop}; the model folder has no tokenizer, so no text can be looked for")
         b, g, layout = len(prompt_ids), rollout.num_generations, self.model.layout
         shards, tensor = (1, 1) if layout is None else (layout.rows, layout.tensor)
         check_slots(rollout.slots, shards)
         width = max(len(ids) for ids in prompt_ids)
-        weights = self.ready(variables)
+        weights = self.decoding_weights(variables)
         free, itemsize = least_free_bytes(), jnp.dtype(self.model.dtype).itemsize
         slots = choose_slots(self.model.spec, rollout, b, width, itemsize, free, shards=shards, tensor=tensor)
-        sizes = sizes_of(rollout, -(-b // shards), width, slots // shards)
         longest = np.full(b * g, rollout.max_completion_length) if limits is None else np.asarray(limits)
-        numbers = np.arange(b) if indices is None else np.asarray(indices)
-        controls = controls_of(rollout, seed, step, layout)
-        run = Running(self, rollout, sizes, [Row(int(limit)) for limit in longest], prompt_ids, numbers, controls, layout, shards)
-        close = run.all(weights)
+        loop = RolloutLoop(
+            sampler=self,
+            rollout=rollout,
+            sizes=sizes_of(rollout, -(-b // shards), width, slots // shards),
+            rows=[PartialCompletion(int(limit)) for limit in longest],
+            prompt_ids=prompt_ids,
+            indices=np.arange(b) if indices is None else np.asarray(indices),
+            controls=controls_of(rollout, seed, step, layout),
+            shards=shards,
+        )
+        near_ties = loop.run(weights)
         return Rollout(
-            completion_ids=[row.ids for row in run.rows],
-            logprobs=[np.concatenate(row.logps) for row in run.rows],
-            finish_reasons=[row.reason for row in run.rows],
-            near_ties=close,
+            completion_ids=[row.ids for row in loop.rows],
+            logprobs=[np.concatenate(row.logps) for row in loop.rows],
+            finish_reasons=[row.reason for row in loop.rows],
+            near_ties=near_ties,
             slots=slots,
         )
 
-    def spread(self, slots: int) -> int:
-        """The next number of slots of which every row shard of the mesh has as many."""
+    def round_up_slots(self, slots: int) -> int:
+        """Returns the next number of slots that the row shards of the mesh divide."""
         shards = 1 if self.model.layout is None else self.model.layout.rows
         return -(-slots // shards) * shards
 
-    def ready(self, variables: Params) -> Params:
-        """The weights for decoding."""
+    def decoding_weights(self, variables: Params) -> Params:
+        """Returns the weights as decoding reads them."""
         if self.model.unroll:
-            return self.prepare(variables, unroll=True)
-        # A compiled program would copy the weights that it only hands on.
-        return gathered(self.model.layout, self.model.spec, prepare(self.model, variables, unroll=False))
+            return self.prepare_weights(variables, unroll=True)
+        # Not compiled: a compiled program would copy the weights that it returns unchanged.
+        return gather_weights(self.model.layout, self.model.spec, prepare_weights(self.model, variables, unroll=False))
 
 
 @dataclass
-class Running:
-    """One rollout under way, on the host's side.
+class RolloutLoop:
+    """One rollout: the loop on the host over segments.
 
     Attributes:
         sizes: of each row shard.
-        layout: None is one device, which is one shard.
+        rows: B·G completions.
+        indices: B prompt indices, part of the random numbers.
+        shards: row shards; 1 on one device.
     """
 
     sampler: Sampler
     rollout: RolloutConfig
     sizes: Sizes
-    rows: list[Row]
+    rows: list[PartialCompletion]
     prompt_ids: Sequence[Sequence[int]]
-    numbers: np.ndarray
-    controls: Controls
-    layout: Layout | None
+    indices: np.ndarray
+    controls: SamplingControls
     shards: int
 
-    def all(self, weights: Params) -> int:
-        """Decodes every row; returns the number of near-ties."""
-        sampler, sizes, shards = self.sampler, self.sizes, self.shards
-        int8 = self.rollout.kv_dtype == "int8"
-        schedule = Shards.of(sizes, len(self.prompt_ids), self.rollout.num_generations, shards=shards, refill=self.rollout.refill)
-        prompts = self.computed(weights, schedule.held, int8=int8)
+    @property
+    def layout(self) -> Layout | None:
+        """The mesh; None is one device."""
+        return self.sampler.model.layout
+
+    @property
+    def int8(self) -> bool:
+        """Whether the KV cache is int8."""
+        return self.rollout.kv_dtype == "int8"
+
+    def run(self, weights: Params) -> int:
+        """Decodes every completion; returns the number of near-ties."""
+        sampler, sizes, generations = self.sampler, self.sizes, self.rollout.num_generations
+        schedule = ShardedSchedule.of(sizes, len(self.prompt_ids), generations, shards=self.shards, refill=self.rollout.refill)
+        prompts = self.prefill(weights, schedule.prompts_in_slots)
         past_blocks: list[Any] = []
-        close = 0
+        near_ties = 0
         while not schedule.finished:
-            later, begun = schedule.admit()
-            for slot_map in later:
-                new = self.computed(weights, [number for _, number in slot_map], int8=int8)
-                prompts = sampler.put_prompts(
-                    prompts, new, self.put(np.array([prompt_slot for prompt_slot, _ in slot_map], np.int32), "prompts")
-                )
-            slots, past, later_past = self.slots(schedule, begun)
+            rounds, begun = schedule.admit()
+            for pairs in rounds:
+                new = self.prefill(weights, [prompt for _, prompt in pairs])
+                prompt_slots = np.array([prompt_slot for prompt_slot, _ in pairs], np.int32)
+                prompts = sampler.insert_prompts(prompts, new, self.put(prompt_slots, "prompts"))
+            slots, past, later_past = self.slot_state(schedule, begun)
             read = tuple(past_blocks[: sizes.past_blocks_for(past)])
             table = None if sizes.fixed else self.put(schedule.slot_map()[1], "prompts")
-            out, segment_cache = sampler.segment(weights, prompts, read, slots, table, self.controls, length=sizes.segment)
+            out, segment_cache = sampler.decode_segment(weights, prompts, read, slots, table, self.controls, length=sizes.segment)
             needed = sizes.past_blocks_for(later_past)
             while len(past_blocks) < needed:
-                past_blocks.append(self.past_block(sizes.past_blocks[len(past_blocks)], int8=int8))
+                past_blocks.append(self.empty_past_block(sizes.past_blocks[len(past_blocks)]))
             if needed:
-                past_blocks[:needed] = sampler.write(tuple(past_blocks[:needed]), segment_cache, slots.base, together=sizes.fixed)
-            tokens: Tokens = jax.device_get(out) if self.layout is None else self.layout.get(out)
-            close += int(tokens.close.sum())
+                written = sampler.write_segment(tuple(past_blocks[:needed]), segment_cache, slots.base, together=sizes.fixed)
+                past_blocks[:needed] = written
+            tokens: SegmentTokens = jax.device_get(out) if self.layout is None else self.layout.get(out)
+            near_ties += int(tokens.close.sum())
             schedule.end(self.record(schedule, tokens))
-        return close
+        return near_ties
 
     def put(self, tree: Any, axis: str) -> Any:
-        """Host arrays onto the devices.
+        """Copies host arrays to the devices.
 
         Args:
-            axis: what their first dimension means; see `sharding.RULES`.
+            axis: logical axis of their first dimension; see `sharding.RULES`.
         """
         layout = self.layout
         return jax.device_put(tree) if layout is None else jax.tree.map(lambda x: layout.put(x, (axis,)), tree)
 
-    def past_block(self, tokens: int, *, int8: bool) -> Any:
-        """An empty array for so many tokens of every slot's past."""
+    def empty_past_block(self, tokens: int) -> Any:
+        """Makes an empty past block of that many tokens per slot."""
         model, slots = self.sampler.model, self.shards * self.sizes.slots
         if self.layout is not None:
-            return self.sampler.blank(slots=slots, tokens=tokens, int8=int8, unroll=model.unroll)
-        return blank_past_block(model.spec, model.dtype, slots, tokens, int8=int8, unroll=model.unroll)
+            return self.sampler.empty_past_block(slots=slots, tokens=tokens, int8=self.int8, unroll=model.unroll)
+        return empty_past_block(model.spec, model.dtype, slots, tokens, int8=self.int8, unroll=model.unroll)
 
-    def computed(self, weights: Params, numbers: Sequence[int | None], *, int8: bool) -> Prompts:
-        """Prompts, each computed once; in the place of one that is not there, a text of one token."""
-        rows = [[0] if number is None else self.prompt_ids[number] for number in numbers]
-        lengths = np.array([len(row) for row in rows], np.int32)
-        table, lengths = self.put((pad_rows(rows, self.sizes.prompt), lengths), "prompts")
-        return self.sampler.prefill(weights, table, lengths, int8=int8)
+    def prefill(self, weights: Params, numbers: Sequence[int | None]) -> PrefilledPrompts:
+        """Computes prompts by number; None computes a placeholder of one token."""
+        ids = [[0] if number is None else self.prompt_ids[number] for number in numbers]
+        lengths = np.array([len(own) for own in ids], np.int32)
+        table, lengths = self.put((pad_rows(ids, self.sizes.prompt), lengths), "prompts")
+        return self.sampler.prefill(weights, table, lengths, int8=self.int8)
 
-    def slots(self, schedule: Shards, begun: list[int]) -> tuple[Slots, int, int]:
-        """The schedule as arrays, and any slot's most tokens of the past: before this segment, and after it of those that go on."""
+    def slot_state(self, schedule: ShardedSchedule, begun: list[int]) -> tuple[SlotState, int, int]:
+        """Returns the schedule as device arrays, and the most tokens in any slot's past before and after this segment.
+
+        The number after the segment counts only completions that may continue.
+        """
         g, s = self.rollout.num_generations, self.shards * self.sizes.slots
         decoded = schedule.rows
         rows, live = np.maximum(decoded, 0), decoded >= 0
@@ -274,76 +277,24 @@ class Running:
         last = np.array([own[-1] if own else 0 for own in ids])
         if self.sizes.fixed:
             base[:] = base[live].max()
-        prompt_slots = (
-            np.arange(s) % self.sizes.slots // self.sizes.slots_per_prompt if self.sizes.fixed else schedule.slot_map()[0]
-        )
+            prompt_slots = np.arange(s) % self.sizes.slots // self.sizes.slots_per_prompt
+        else:
+            prompt_slots = schedule.slot_map()[0]
         limits = np.array([self.rows[row].limit for row in rows])
-        numbers = (self.numbers[rows // g], rows % g, prompt_slots, schedule.slot_indices, base, last, limits)
-        placed: Any = self.put((*(x.astype(np.int32) for x in numbers), live, begins), "slots")
+        numbers = (self.indices[rows // g], rows % g, prompt_slots, schedule.slot_indices, base, last, limits)
+        arrays: Any = self.put((*(x.astype(np.int32) for x in numbers), live, begins), "slots")
         after = base + self.sizes.segment
-        return Slots(*placed), int(np.max(base[live])), int(np.max(np.where(after + 1 < limits, after, 0)[live]))
+        return SlotState(*arrays), int(np.max(base[live])), int(np.max(np.where(after + 1 < limits, after, 0)[live]))
 
-    def record(self, schedule: Shards, tokens: Tokens) -> list[int]:
-        """Adds a segment's tokens to the rows; returns the slots whose completion has ended."""
+    def record(self, schedule: ShardedSchedule, tokens: SegmentTokens) -> list[int]:
+        """Appends a segment's tokens to the completions; returns the slots whose completion has ended."""
         ended: list[int] = []
         ids, logps, ends, stopped = (np.asarray(x) for x in (tokens.ids, tokens.logps, tokens.ends, tokens.stopped))
         decoded = schedule.rows
         for slot in np.flatnonzero(decoded >= 0):
             row = self.rows[decoded[slot]]
-            before = len(row.ids)
-            new = slice(0 if before == 0 else 1, int(ends[slot]))
-            row.ids += ids[slot, new].tolist()
-            row.logps.append(logps[slot, new])
-            if stopped[slot]:
-                row.reason = "stop"
-            if self.cut_at_stop_string(row, before) or stopped[slot] or len(row.ids) >= row.limit:
+            new = slice(1 if row.ids else 0, int(ends[slot]))
+            strings, decode_text = self.rollout.stop, self.sampler.decode_text
+            if row.add(ids[slot, new], logps[slot, new], stopped=bool(stopped[slot]), strings=strings, decode_text=decode_text):
                 ended.append(int(slot))
         return ended
-
-    def cut_at_stop_string(self, row: Row, before: int) -> bool:
-        """Ends a row with the token that completes a stop string, if one has come up since it had `before` tokens."""
-        text_of, strings = self.sampler.text_of, self.rollout.stop
-        if not strings or text_of is None:
-            return False
-        found = first_length(row.ids, before, strings, text_of)
-        if found is None:
-            return False
-        row.ids, row.logps = row.ids[:found], [np.concatenate(row.logps)[:found]]
-        row.reason = "stop"
-        return True
-
-
-def first_length(ids: list[int], before: int, strings: Sequence[str], text_of: Decode) -> int | None:
-    """The fewest tokens, more than `before`, whose text holds one of the strings; None where none does.
-
-    Only the end of the text is made: from so far back that a string which ends in the new tokens begins there. Tokens may have no
-    text, or be bytes of a character, which is broken until it is whole and may break the bytes next to it.
-    """
-    start, reach, text = before, 4 * max(map(len, strings)), ""
-    while start > 0 and (len(text) < reach or text.startswith(BROKEN)):
-        start = max(0, start - reach)
-        text = text_of(ids[start:before])
-
-    def holds(text: str) -> bool:
-        return any(string in text for string in strings)
-
-    text = text_of(ids[start:])
-    if not holds(text) and BROKEN not in text:
-        return None
-    return next((count for count in range(before + 1, len(ids) + 1) if holds(text_of(ids[start:count]))), None)
-
-
-def controls_of(rollout: RolloutConfig, seed: int, step: int, layout: Layout | None = None) -> Controls:
-    """The settings as device arguments; on a mesh every device has them."""
-
-    def put(value: int | float, dtype: Any) -> jax.Array:
-        return jnp.asarray(value, dtype) if layout is None else layout.put(np.asarray(value, dtype))
-
-    thresholds = Thresholds(put(rollout.top_k, np.int32), put(rollout.top_p, np.float32), put(rollout.min_p, np.float32))
-    return Controls(
-        temperature=put(rollout.temperature, np.float32),
-        thresholds=thresholds if truncates(rollout) else None,
-        min_length=put(rollout.min_completion_length, np.int32),
-        seed=put(seed, np.uint32),
-        step=put(step, np.int32),
-    )

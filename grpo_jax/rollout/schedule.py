@@ -1,8 +1,7 @@
-"""Which completion is decoded where: a fixed number of slots, refilled as they come free.
+"""Schedules completions on a fixed number of slots, and refills slots as completions end.
 
-Enters: how many prompts and completions there are, and which slots have stopped. Leaves: which prompts to compute and which slots
-to begin. Plain Python; nothing here knows a model. Completions begin in order; a prompt is held in a prompt_slot from its first
-completion's beginning to its last one's end. On a mesh each row shard has a schedule of its own, and `Shards` is all of them.
+Plain Python and NumPy; nothing here uses a model. Completions begin in order. A prompt occupies a prompt slot from the start of its
+first completion to the end of its last. On a mesh each row shard has its own schedule, and `ShardedSchedule` combines them.
 """
 
 from __future__ import annotations
@@ -18,16 +17,17 @@ from grpo_jax.rollout.shapes import Sizes
 
 @dataclass
 class Schedule:
-    """The slots' occupation.
+    """Which completion each slot decodes, on one device or row shard.
 
     Attributes:
-        sizes: numbers of slots, prompt_slots and slot_indices.
+        sizes: numbers of slots, prompt slots, and slots per prompt.
         generations: completions of each prompt.
-        refill: whether a slot is refilled while others decode; otherwise all wait for the last.
+        refill: a slot is refilled while others decode; otherwise all wait for the last.
         waiting: (prompt, completion) pairs not yet begun, in order.
         rows: what each slot decodes, as prompt · generations + completion; -1 where it is free.
-        prompt_slots: each prompt_slot's prompt; -1 where it is free.
-        left: completions of each prompt that have not ended.
+        prompt_slots: the prompt in each prompt slot; -1 where it is free.
+        unfinished: number of completions of each prompt that have not ended.
+        slot_indices: each slot's column in its prompt slot's row of the table.
     """
 
     sizes: Sizes
@@ -36,7 +36,7 @@ class Schedule:
     waiting: deque[tuple[int, int]]
     rows: np.ndarray
     prompt_slots: np.ndarray
-    left: np.ndarray
+    unfinished: np.ndarray
     slot_indices: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
@@ -44,7 +44,7 @@ class Schedule:
 
     @staticmethod
     def of(sizes: Sizes, prompts: int, generations: int, *, refill: bool = True) -> Schedule:
-        """Everything still to do; the first prompts have their prompt_slots."""
+        """Makes a schedule of which nothing has begun; the first prompts occupy the prompt slots."""
         return Schedule(
             sizes=sizes,
             generations=generations,
@@ -52,19 +52,19 @@ class Schedule:
             waiting=deque((prompt, completion) for prompt in range(prompts) for completion in range(generations)),
             rows=np.full(sizes.slots, -1, np.int64),
             prompt_slots=np.where(np.arange(sizes.prompt_slots) < prompts, np.arange(sizes.prompt_slots), -1),
-            left=np.full(prompts, generations, np.int64),
+            unfinished=np.full(prompts, generations, np.int64),
         )
 
     def prompt_slot_of(self, prompt: int) -> int:
-        """The prompt_slot that holds a prompt; -1 where none does."""
+        """Returns the prompt slot of a prompt; -1 where it has none."""
         found = np.flatnonzero(self.prompt_slots == prompt)
         return int(found[0]) if len(found) else -1
 
     def admit(self) -> tuple[list[tuple[int, int]], list[int]]:
-        """Fills free slots.
+        """Begins waiting completions in free slots.
 
         Returns:
-            (prompt_slot, prompt) pairs that are to be computed, and the slots that begin.
+            (prompt slot, prompt) pairs to prefill, and the slots that begin.
         """
         if not self.refill and np.any(self.rows >= 0):
             return [], []
@@ -85,32 +85,30 @@ class Schedule:
             taken = {int(self.slot_indices[other]) for other in self.slots_of(prompt)}
             self.waiting.popleft()
             self.rows[slot] = prompt * self.generations + completion
-            self.slot_indices[slot] = next(
-                slot_index for slot_index in range(self.sizes.slots_per_prompt) if slot_index not in taken
-            )
+            self.slot_indices[slot] = next(index for index in range(self.sizes.slots_per_prompt) if index not in taken)
             begun.append(int(slot))
         return computed, begun
 
     def slots_of(self, prompt: int) -> np.ndarray:
-        """Slots that decode completions of a prompt."""
+        """Returns the slots that decode completions of a prompt."""
         return np.flatnonzero((self.rows >= 0) & (self.rows // self.generations == prompt))
 
     def end(self, slots: Iterable[int]) -> None:
-        """Frees slots whose completion has ended, and prompt_slots of prompts that have no more."""
+        """Frees slots whose completion has ended, and the prompt slots of prompts without unfinished completions."""
         for slot in slots:
             prompt = int(self.rows[slot]) // self.generations
             self.rows[slot] = -1
-            self.left[prompt] -= 1
-            if self.left[prompt] == 0:
+            self.unfinished[prompt] -= 1
+            if self.unfinished[prompt] == 0:
                 self.prompt_slots[self.prompt_slot_of(prompt)] = -1
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether every completion has ended."""
         return not self.waiting and bool(np.all(self.rows < 0))
 
     def slot_map(self) -> tuple[np.ndarray, np.ndarray]:
-        """Each slot's prompt_slot [S], and each prompt_slot's slots [prompt_slots, M]; 0 where there is none."""
+        """Returns each slot's prompt slot [S], and each prompt slot's slots [prompt slots, M]; 0 where there is none."""
         prompt_slots = np.zeros(self.sizes.slots, np.int32)
         table = np.zeros((self.sizes.prompt_slots, self.sizes.slots_per_prompt), np.int32)
         for slot in np.flatnonzero(self.rows >= 0):
@@ -120,75 +118,78 @@ class Schedule:
 
 
 @dataclass
-class Shards:
-    """The schedules of a mesh's row shards side by side: each has its own slots and prompt_slots, and its own block of the prompts.
+class ShardedSchedule:
+    """The schedules of a mesh's row shards; one device is one shard.
 
-    One device is one shard. Rows, prompts and slots are counted through all shards; prompt_slots, and the slots in their table, in each
-    shard from 0, as each device counts its own.
+    Each shard has its own slots, prompt slots and block of the prompts. Rows, prompts and slots are numbered through all shards.
+    Prompt slots, and the slots in their table, are numbered within a shard, as each device numbers its own.
 
     Attributes:
-        schedules: one a shard, all of the same sizes.
-        firsts: the number of each one's first prompt.
+        schedules: one per shard, all of the same sizes.
+        firsts: the number of each shard's first prompt.
 
     Example:
-        Shards.of(sizes, 10, 4, shards=4).firsts  # [0, 3, 6, 8]: blocks of 3, 3, 2 and 2 prompts
+        ShardedSchedule.of(sizes, 10, 4, shards=4).firsts  # [0, 3, 6, 8]: blocks of 3, 3, 2 and 2 prompts
     """
 
     schedules: list[Schedule]
     firsts: list[int]
 
     @staticmethod
-    def of(sizes: Sizes, prompts: int, generations: int, *, shards: int = 1, refill: bool = True) -> Shards:
-        """Everything still to do.
+    def of(sizes: Sizes, prompts: int, generations: int, *, shards: int = 1, refill: bool = True) -> ShardedSchedule:
+        """Makes a schedule of which nothing has begun.
 
         Args:
             sizes: of one shard.
             prompts: of all shards.
+            generations: completions of each prompt.
+            shards: row shards.
+            refill: a slot is refilled while others decode.
         """
         blocks = [len(block) for block in np.array_split(np.arange(prompts), shards)]
         firsts = (np.cumsum(blocks) - blocks).tolist()
-        return Shards([Schedule.of(sizes, block, generations, refill=refill) for block in blocks], firsts)
+        return ShardedSchedule([Schedule.of(sizes, block, generations, refill=refill) for block in blocks], firsts)
 
     @property
-    def held(self) -> list[int | None]:
-        """The prompt of each prompt_slot; None where it is free."""
+    def prompts_in_slots(self) -> list[int | None]:
+        """The prompt in each prompt slot, shard after shard; None where it is free."""
         return [
-            first + int(prompt_slot) if prompt_slot >= 0 else None
+            first + int(prompt) if prompt >= 0 else None
             for own, first in zip(self.schedules, self.firsts, strict=True)
-            for prompt_slot in own.prompt_slots
+            for prompt in own.prompt_slots
         ]
 
     @property
     def rows(self) -> np.ndarray:
-        """What each slot decodes; -1 where it is free."""
+        """What each slot decodes, as prompt · generations + completion; -1 where it is free."""
         pairs = zip(self.schedules, self.firsts, strict=True)
         return np.concatenate([np.where(own.rows >= 0, own.rows + first * own.generations, -1) for own, first in pairs])
 
     @property
     def slot_indices(self) -> np.ndarray:
-        """Each slot's column in its prompt_slot's row of the table."""
+        """Each slot's column in its prompt slot's row of the table."""
         return np.concatenate([own.slot_indices for own in self.schedules])
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether every completion has ended."""
         return all(own.finished for own in self.schedules)
 
     def admit(self) -> tuple[list[list[tuple[int, int | None]]], list[int]]:
-        """Fills free slots.
+        """Begins waiting completions in free slots.
 
         Returns:
-            Rounds of prompts to compute, in each of them one a shard: its prompt_slot and number, or None, and a prompt_slot that is not there,
-            where the shard needs no more. And the slots that begin.
+            Rounds of prompts to prefill, and the slots that begin. A round has one (prompt slot, prompt) per shard; where the shard
+            needs no more prompts the prompt is None and the prompt slot is an index beyond the last.
         """
-        later, begun = [], []
+        to_prefill, begun = [], []
         for number, (own, first) in enumerate(zip(self.schedules, self.firsts, strict=True)):
             computed, slots = own.admit()
-            later.append([(prompt_slot, first + prompt) for prompt_slot, prompt in computed])
+            to_prefill.append([(prompt_slot, first + prompt) for prompt_slot, prompt in computed])
             begun += [number * own.sizes.slots + slot for slot in slots]
         nothing = (self.schedules[0].sizes.prompt_slots, None)
-        count = max(len(own) for own in later)
-        return [[own[turn] if turn < len(own) else nothing for own in later] for turn in range(count)], begun
+        rounds = max(len(own) for own in to_prefill)
+        return [[own[turn] if turn < len(own) else nothing for own in to_prefill] for turn in range(rounds)], begun
 
     def end(self, slots: Iterable[int]) -> None:
         """Frees slots whose completion has ended."""
@@ -197,6 +198,6 @@ class Shards:
             self.schedules[slot // each].end([slot % each])
 
     def slot_map(self) -> tuple[np.ndarray, np.ndarray]:
-        """Each slot's prompt_slot [S], and each prompt_slot's slots [prompt_slots, M], of all shards one behind the other; 0 where there is none."""
+        """Returns each slot's prompt slot [S], and each prompt slot's slots [prompt slots, M], concatenated over the shards."""
         prompt_slots, tables = zip(*(own.slot_map() for own in self.schedules), strict=True)
         return np.concatenate(prompt_slots), np.concatenate(tables)

@@ -1,7 +1,6 @@
-"""The sizes of a rollout: few of them, so that a handful of compiled programs serve a run.
+"""Chooses the sizes of a rollout (slots, segment length, past blocks) from the settings, the prompts and the free memory.
 
-Enters: settings, the step's prompts and the free memory. Leaves: how many slots decode at once, how long a segment is, and the
-sizes of the arrays that hold each slot's past.
+Sizes are rounded to a few values, so that a few compiled programs serve a run.
 """
 
 from __future__ import annotations
@@ -16,19 +15,19 @@ from grpo_jax.config.checks import require
 from grpo_jax.models.spec import ModelSpec
 
 FIRST_PAST_BLOCK = 32
-"""Tokens of a slot's past in each of the first arrays; after `EQUAL_PAST_BLOCKS` of them every next one doubles the whole."""
+"""Tokens per slot of the first past blocks; after `EQUAL_PAST_BLOCKS` of these, each block doubles the total."""
 
 EQUAL_PAST_BLOCKS = 4
 
 SPARE_PROMPT_SLOTS = 3
-"""Prompts that may be unfinished beside those that fill the slots: their last completions go on while others begin."""
+"""Prompt slots beyond the prompts that fill the slots: for prompts whose last completions are decoded while others begin."""
 
 MEMORY_SHARE = 0.8
-"""Share of the free memory that a rollout may fill."""
+"""Fraction of the free memory that a rollout may use."""
 
 
 def round_up(length: int) -> int:
-    """The next of 8, 12, 16, 24, 32, 48, 64, 96, 128, ...: few sizes, at most half as long again."""
+    """Rounds a length up to the next of 8, 12, 16, 24, 32, 48, 64, 96, 128, ...: few sizes, at most 1.5 times a length above 5."""
     size = 8
     while size < length:
         if size * 3 // 2 >= length:
@@ -38,7 +37,7 @@ def round_up(length: int) -> int:
 
 
 def pad_rows(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
-    """Id lists → int32 [rows, width], padded on the right with 0."""
+    """Pads id lists with 0 on the right to an int32 array [rows, width]."""
     table = np.zeros((len(rows), width), np.int32)
     for number, row in enumerate(rows):
         table[number, : len(row)] = row
@@ -47,16 +46,16 @@ def pad_rows(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a rollout is compiled for. On a mesh slots, prompt_slots and prompts are those of one row shard.
+    """The sizes that a rollout is compiled for; on a mesh those of one row shard.
 
     Attributes:
         slots: S, completions decoded at once.
-        prompt_slots: prompts held at once.
+        prompt_slots: prompts in the KV cache at once.
         slots_per_prompt: M, the most slots that continue one prompt.
         prompt: P, width of the prompts.
-        segment: tokens of every slot between two looks at what has stopped.
-        past_blocks: sizes of the arrays of a slot's past, the first used first.
-        fixed: slot number = prompt · M + completion, and all begin together: nothing is refilled.
+        segment: tokens that every slot decodes before the host checks which completions have ended.
+        past_blocks: tokens per slot of each past block, in order of use.
+        fixed: slot = prompt · M + completion, and all begin together: no slot is refilled.
     """
 
     slots: int
@@ -68,29 +67,27 @@ class Sizes:
     fixed: bool
 
     def past_blocks_for(self, tokens: int) -> int:
-        """How many past_blocks hold that many tokens."""
-        count, held = 0, 0
-        while held < tokens:
-            held += self.past_blocks[count]
+        """Returns how many past blocks that many tokens need."""
+        count, total = 0, 0
+        while total < tokens:
+            total += self.past_blocks[count]
             count += 1
         return count
 
 
 def past_block_sizes(longest: int, segment: int) -> tuple[int, ...]:
-    """Sizes of the past_blocks for completions of up to `longest` tokens; the last segment's are never read again."""
-    wanted = max(0, -(-(longest - 1) // segment) - 1) * segment
+    """Returns the sizes of the past blocks for completions of up to `longest` tokens. The last segment is never read again."""
+    needed = max(0, -(-(longest - 1) // segment) - 1) * segment
     first = -(-FIRST_PAST_BLOCK // segment) * segment
     sizes: list[int] = []
-    held = 0
-    while held < wanted:
-        size = first if len(sizes) < EQUAL_PAST_BLOCKS else held
-        sizes.append(min(size, wanted - held))
-        held += sizes[-1]
+    while sum(sizes) < needed:
+        size = first if len(sizes) < EQUAL_PAST_BLOCKS else sum(sizes)
+        sizes.append(min(size, needed - sum(sizes)))
     return tuple(sizes)
 
 
 def segment_length(rollout: RolloutConfig, refills: bool) -> int:
-    """Tokens of a segment. A finished slot waits for the next one: where slots are refilled it is a sixteenth of the longest."""
+    """Returns the tokens of a segment; with refilling a sixteenth of the longest, as a free slot waits for the next segment."""
     longest = rollout.max_completion_length
     if rollout.segment is not None:
         return min(rollout.segment, longest)
@@ -100,10 +97,11 @@ def segment_length(rollout: RolloutConfig, refills: bool) -> int:
 
 
 def sizes_of(rollout: RolloutConfig, prompts: int, width: int, slots: int) -> Sizes:
-    """The sizes of a step's rollout.
+    """Returns the sizes of a step's rollout.
 
     Args:
-        prompts: B; on a mesh the most that a row shard has.
+        rollout: the settings.
+        prompts: B; on a mesh the most in any row shard.
         width: tokens of the longest prompt.
         slots: completions decoded at once, at most B·G; on a mesh those of one row shard.
     """
@@ -124,15 +122,19 @@ def sizes_of(rollout: RolloutConfig, prompts: int, width: int, slots: int) -> Si
 
 
 def truncates(rollout: RolloutConfig) -> bool:
-    """Whether top-k, top-p or min-p cut something off."""
+    """Tells whether top-k, top-p or min-p truncates the distribution."""
     return rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0
 
 
 def slot_bytes(spec: ModelSpec, rollout: RolloutConfig, width: int, itemsize: int, tensor: int = 1) -> int:
-    """Memory of one slot: its keys and values at full length, its share of the prompt's, and a few rows of logits.
+    """Estimates the bytes of one slot: its keys and values at full length, its part of the prompt's, and a few rows of logits.
 
     Args:
-        tensor: devices over which heads and vocabulary are spread; the memory is that on each of them.
+        spec: the model.
+        rollout: the settings.
+        width: tokens of the longest prompt.
+        itemsize: bytes of an element of keys and values.
+        tensor: devices that heads and vocabulary are sharded over; the estimate is per device.
     """
     token = 2 * spec.layers * spec.kv_heads * (spec.head_dim + 4 if rollout.kv_dtype == "int8" else spec.head_dim * itemsize)
     shared = round_up(width) / min(rollout.num_generations, 4)
@@ -141,13 +143,13 @@ def slot_bytes(spec: ModelSpec, rollout: RolloutConfig, width: int, itemsize: in
 
 
 def check_slots(slots: int | None, shards: int) -> None:
-    """Checks that the slots of a run spread evenly over the row shards of a mesh.
+    """Checks that the row shards of a mesh divide the slots of a run.
 
     Raises:
         ConfigError: they do not.
     """
-    mend = f"each of the {shards} row shards (mesh.data · mesh.fsdp) has as many: use a multiple of {shards}"
-    require(slots is None or slots % shards == 0, "rollout.slots", slots, mend)
+    fix = f"each of the {shards} row shards (mesh.data · mesh.fsdp) has the same number of slots: use a multiple of {shards}"
+    require(slots is None or slots % shards == 0, "rollout.slots", slots, fix)
 
 
 def choose_slots(
@@ -161,16 +163,21 @@ def choose_slots(
     shards: int = 1,
     tensor: int = 1,
 ) -> int:
-    """Slots of a rollout: as set, or all completions of the step, or as many whole groups as fit into the memory.
+    """Chooses the slots of a rollout: as set, or all completions of the step, or as many complete groups as fit into the memory.
 
     Args:
-        free_bytes: memory that is free on each device, the weights in place; None where it is not known.
-        shards: row shards, among which prompts and slots are shared out.
-        tensor: devices of each.
+        spec: the model.
+        rollout: the settings.
+        prompts: B, of all shards.
+        width: tokens of the longest prompt.
+        itemsize: bytes of an element of keys and values.
+        free_bytes: free memory of each device with the weights loaded; None where it is not known.
+        shards: row shards that prompts and slots are split over.
+        tensor: devices of each row shard.
 
     Returns:
-        Slots of all shards together. All completions of the step are those of `shards` equal blocks of prompts, the last ones
-        perhaps with prompts that are not there.
+        Slots of all shards together. All completions of the step means `shards` equal blocks of prompts, so there may be more slots
+        than completions.
 
     Raises:
         ConfigError: see `check_slots`.
@@ -189,7 +196,7 @@ def choose_slots(
 
 
 def evaluation_slots(config: Config, problems: int, samples: int = 1) -> int:
-    """Completions decoded at once where `samples` are drawn of each problem: whole groups, where there is room for one."""
+    """Returns the slots of an evaluation with `samples` completions per problem: complete groups, where at least one fits."""
     step = config.train.prompts_per_step * config.rollout.num_generations
     most = min(problems * samples, config.train.eval_slots or config.rollout.slots or step)
     return max(most // samples * samples, min(most, samples))

@@ -15,10 +15,11 @@ from grpo_jax.learner.optim import learning_rate_at, make_optimizer
 from grpo_jax.learner.step import Learner
 from grpo_jax.models.spec import abstract_params
 from grpo_jax.models.transformer import Transformer
-from grpo_jax.rollout.device import Slots, blank_past_block, place, prefill, segment
-from grpo_jax.rollout.kv_cache import write_segment
-from grpo_jax.rollout.sampler import controls_of
-from grpo_jax.rollout.weights import prepare
+from grpo_jax.rollout.decode import SlotState, decode_segment
+from grpo_jax.rollout.kv_cache import empty_past_block, write_segment
+from grpo_jax.rollout.prefill import insert_prompts, prefill
+from grpo_jax.rollout.sampling import controls_of
+from grpo_jax.rollout.weights import prepare_weights
 from grpo_jax.types import Frozen, TrainBatch
 from grpo_jax.weights.hf import read_folder_spec
 from grpo_jax.weights.lora import init_lora
@@ -82,13 +83,13 @@ def test_the_update_compiles_for_a_tpu(chips: Any, model: Transformer):
 @pytest.mark.parametrize(("refilled", "past_blocks", "int8"), [(False, 1, False), (True, 2, False), (True, 1, True)])
 def test_the_rollout_compiles_for_a_tpu(chips: Any, model: Transformer, refilled: bool, past_blocks: int, int8: bool):
     """In the stacked form and with the kernels, as on a TPU."""
-    model = model.clone(implementation="tpu")
+    model = model.clone(implementation="mosaic_tpu")
     slots, length = (6 if refilled else B * G), 8
 
     def shape(*size: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(size, dtype, sharding=chips["v5e"])
 
-    ready = functools.partial(prepare, model, unroll=False)
+    ready = functools.partial(prepare_weights, model, unroll=False)
     weights = compiled_for(jax.jit(ready), variables_of(model, chips["v5e"]))
     assert weights.out_info["params"]["layers"]["q_proj"]["kernel"].shape[0] == model.spec.layers
     weights = on(chips["v5e"], weights.out_info)
@@ -99,21 +100,21 @@ def test_the_rollout_compiles_for_a_tpu(chips: Any, model: Transformer, refilled
     assert (prompts.cache.k.shape, prompts.cache.k.dtype) == (cache, jnp.int8 if int8 else jnp.bfloat16)
     prompts = on(chips["v5e"], prompts)
     one = on(chips["v5e"], jax.eval_shape(computed, weights, shape(1, P), shape(1)))
-    placed = compiled_for(jax.jit(place, donate_argnums=0), prompts, one, shape(1))
+    placed = compiled_for(jax.jit(insert_prompts, donate_argnums=0), prompts, one, shape(1))
     assert placed.memory_analysis().alias_size_in_bytes >= bytes_of(prompts.cache)
 
     past = [
         on(
             chips["v5e"],
-            jax.eval_shape(functools.partial(blank_past_block, model.spec, model.dtype, slots, 8, int8=int8, unroll=False)),
+            jax.eval_shape(functools.partial(empty_past_block, model.spec, model.dtype, slots, 8, int8=int8, unroll=False)),
         )
         for _ in range(past_blocks)
     ]
     numbers = [shape(slots) for _ in range(7)]
-    state = Slots(*numbers, live=shape(slots, dtype=jnp.bool_), begins=shape(slots, dtype=jnp.bool_))
+    state = SlotState(*numbers, live=shape(slots, dtype=jnp.bool_), begins=shape(slots, dtype=jnp.bool_))
     table = shape(B, G) if refilled else None
     controls = on(chips["v5e"], controls_of(RolloutConfig(num_generations=G, max_completion_length=C, top_p=0.9), seed=0, step=0))
-    program = jax.jit(functools.partial(segment, model, STOPS, length=length))
+    program = jax.jit(functools.partial(decode_segment, model, STOPS, length=length))
     tokens, segment_cache = compiled_for(program, weights, prompts, tuple(past), state, table, controls).out_info
     assert (tokens.ids.shape, tokens.logps.shape, tokens.ends.shape) == ((slots, length + 1), (slots, length + 1), (slots,))
     writing = jax.jit(functools.partial(write_segment, together=not refilled), donate_argnums=0)

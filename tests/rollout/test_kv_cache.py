@@ -16,7 +16,7 @@ from rollouts import PROMPTS, Task, assert_same, engine, plain
 from grpo_jax.config import RolloutConfig
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.models.transformer import NO_WINDOW
-from grpo_jax.rollout.kv_cache import KVCache, SlotMap, decode_attend, rounded, to_cache, write_segment
+from grpo_jax.rollout.kv_cache import KVCache, SlotMap, decode_attend, quantize_int8, to_cache, write_segment
 
 K, R, DH = 2, 2, 6
 """Key/value heads, queries of each, and their width."""
@@ -40,7 +40,7 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 def test_int8_numbers_are_within_half_a_step() -> None:
     x = normal(0, 50, 7) * np.exp(3 * normal(1, 50, 1))
     x[3] = 0
-    numbers, scale = (np.asarray(y) for y in rounded(jnp.asarray(x)))
+    numbers, scale = (np.asarray(y) for y in quantize_int8(jnp.asarray(x)))
     assert (numbers.dtype, scale.dtype, numbers.shape, scale.shape) == (np.int8, np.float32, (50, 7), (50,))
     largest = np.abs(x).max(axis=1)
     np.testing.assert_allclose(scale, largest / 127, rtol=1e-6)
@@ -97,9 +97,9 @@ def test_one_token_sees_its_prompt_its_past_and_this_segment(
 
     slot_map = None if together else SlotMap(*(jnp.asarray(x, jnp.int32) for x in (prompt_slots, table, slot_indices)))
     per_layer = (cache(prefix), (cache(past, slice(0, 8)), cache(past, slice(8, 12))))
-    whole = None if together else jax.tree.map(lambda x: jnp.stack([x + jnp.ones_like(x), x]), per_layer)
+    all_layers = None if together else jax.tree.map(lambda x: jnp.stack([x + jnp.ones_like(x), x]), per_layer)
     numbers = (jnp.asarray(x, jnp.int32) for x in (lengths, base, step))
-    attend = decode_attend(spec_of(softcap), *numbers, slot_map, whole=whole)
+    attend = decode_attend(spec_of(softcap), *numbers, slot_map, all_layers=all_layers)
     cache = jax.tree.map(lambda x: jnp.stack([x + jnp.ones_like(x), x]), cache(segment_cache))  # of two layers, this is the second
     settings = {"layer": jnp.int32(1), "window": jnp.int32(window), "per_layer": per_layer if together else None, "cache": cache}
     out, cache, _ = jax.jit(functools.partial(attend, **settings))(*(jnp.asarray(x[:, None]) for x in (q, k, v)))
@@ -174,7 +174,7 @@ LONG = RolloutConfig(num_generations=3, max_completion_length=20, temperature=0.
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
 def test_int8_changes_a_rollout_as_rounding_does_and_slots_and_segments_still_nothing(family: str) -> None:
-    """Against the plain sampler whose completions see rounded keys and values.
+    """Against the plain sampler whose completions see quantize_int8 keys and values.
 
     A number so near to half a step that float32 takes it the other way would move log-probabilities by about a hundredth of what
     rounding does, 2e-4; there is none here.
@@ -199,7 +199,7 @@ def test_int8_keeps_log_probabilities_near_the_models_own() -> None:
     difference = np.concatenate(got.logprobs) - np.concatenate(trained)
     assert 0.002 < np.abs(difference).mean() < 0.04
     assert abs(difference.mean()) < 0.02
-    # The first token comes from the prompt, which is computed before anything is rounded.
+    # The first token comes from the prompt, which is computed before anything is quantize_int8.
     np.testing.assert_allclose([x[0] for x in got.logprobs], [x[0] for x in trained], rtol=0, atol=1e-5)
 
 

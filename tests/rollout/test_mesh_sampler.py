@@ -29,9 +29,9 @@ from plain_oracles import tiny_policy
 from rollouts import MOST_TIES
 
 from grpo_jax.config import ConfigError, MeshConfig, RolloutConfig
-from grpo_jax.rollout.schedule import Shards
+from grpo_jax.rollout.schedule import ShardedSchedule
 from grpo_jax.rollout.shapes import Sizes, choose_slots
-from grpo_jax.runtime.sharding import make_layout
+from grpo_jax.runtime.mesh import make_layout
 
 Results = dict[str, dict[str, Any]]
 
@@ -42,8 +42,8 @@ WIDTH, VOCAB, SEGMENT = 32, 288, 4
 @pytest.fixture(scope="module")
 def results(repository: Path) -> Results:
     """What the program says of each case."""
-    paths = os.pathsep.join(str(repository / name) for name in (".", "kernels", "tests"))
-    command = [sys.executable, str(repository / "tests" / "mesh_sampler.py")]
+    paths = os.pathsep.join(str(repository / name) for name in (".", "kernels", "tests", "tests/support"))
+    command = [sys.executable, str(repository / "tests" / "support" / "mesh_sampler.py")]
     run = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     print(run.stdout)
@@ -134,15 +134,15 @@ def test_memory_counts_on_each_device() -> None:
 
 def sizes_of_shard(slots: int, prompt_slots: int) -> Sizes:
     return Sizes(
-        slots=slots, prompt_slots=prompt_slots, slot_indices=min(2, slots), prompt=8, segment=4, past_blocks=(8,), fixed=False
+        slots=slots, prompt_slots=prompt_slots, slots_per_prompt=min(2, slots), prompt=8, segment=4, past_blocks=(8,), fixed=False
     )
 
 
 @pytest.mark.parametrize(("prompts", "shards"), [(10, 4), (3, 4), (8, 2)])
 def test_every_row_is_decoded_once_by_the_shard_that_has_its_prompt(prompts: int, shards: int) -> None:
-    schedule = Shards.of(sizes_of_shard(2, 2), prompts, 2, shards=shards)
+    schedule = ShardedSchedule.of(sizes_of_shard(2, 2), prompts, 2, shards=shards)
     lengths = np.random.default_rng(0).integers(1, 5, prompts * 2)
-    held, done, left = list(schedule.held), [], lengths.copy()
+    held, done, left = list(schedule.prompts_in_slots), [], lengths.copy()
     assert len(held) == 2 * shards
     while not schedule.finished:
         rounds, begun = schedule.admit()
@@ -151,7 +151,7 @@ def test_every_row_is_decoded_once_by_the_shard_that_has_its_prompt(prompts: int
             for shard, (prompt_slot, prompt) in enumerate(places):
                 if prompt is not None:
                     held[2 * shard + prompt_slot] = prompt
-        rows, (prompt_slots, table) = schedule.rows, schedule.places()
+        rows, (prompt_slots, table) = schedule.rows, schedule.slot_map()
         assert all(rows[slot] >= 0 for slot in begun)
         for slot in np.flatnonzero(rows >= 0):
             shard, own = divmod(int(slot), 2)

@@ -210,7 +210,7 @@ def test_sampling_again_compiles_nothing() -> None:
 
         def __exit__(self, *_: object) -> None: ...
 
-    sampler.announced(Counted)
+    sampler.announcing(Counted)
     for settings, prompts in (
         (SETTINGS, PROMPTS),
         (dataclasses.replace(SETTINGS, temperature=0.0), PROMPTS[::-1]),
@@ -218,4 +218,4 @@ def test_sampling_again_compiles_nothing() -> None:
     ):
         sampler.sample(tiny_policy("qwen2", LORA).variables, prompts, settings, seed=len(prompts))
     assert sorted(compiled) == ["rollout", "rollout: prompts", "rollout: weights"]
-    assert all(program.compile_seconds > 0 for program in (sampler.prepare, sampler.prefill, sampler.segment))
+    assert all(program.compile_seconds > 0 for program in (sampler.prepare_weights, sampler.prefill, sampler.decode_segment))

@@ -12,10 +12,10 @@ import pytest
 from plain_oracles import kept_tokens, log_softmax, quick_compiling
 from scipy.stats import chisquare
 
-from grpo_jax.rollout.sampling import NEAR_LOGITS, Thresholds, draw, inverse_distribution, truncate
+from grpo_jax.rollout.sampling import NEAR_LOGITS, Thresholds, draw, sample_inverse_cdf, truncate
 
 OFF = (0, 1.0, 0.0)
-jit_truncate, jit_draw, jit_inverse = jax.jit(truncate), jax.jit(draw), jax.jit(inverse_distribution)
+jit_truncate, jit_draw, jit_inverse = jax.jit(truncate), jax.jit(draw), jax.jit(sample_inverse_cdf)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -26,9 +26,9 @@ from grpo_jax.rollout.shapes import (
 )
 
 
-def sizes(slots: int, prompt_slots: int, slot_indices: int) -> Sizes:
+def sizes(slots: int, prompt_slots: int, slots_per_prompt: int) -> Sizes:
     return Sizes(
-        slots=slots, prompt_slots=prompt_slots, slot_indices=slot_indices, prompt=8, segment=4, past_blocks=(8,), fixed=False
+        slots=slots, prompt_slots=prompt_slots, slots_per_prompt=slots_per_prompt, prompt=8, segment=4, past_blocks=(8,), fixed=False
     )
 
 
@@ -37,7 +37,7 @@ def begun_rows(schedule: Schedule, begun: list[int]) -> list[int]:
 
 
 def test_completions_begin_in_order_and_take_the_first_free_slots() -> None:
-    schedule = Schedule.of(sizes(slots=4, prompt_slots=3, slot_indices=3), prompts=4, generations=3)
+    schedule = Schedule.of(sizes(slots=4, prompt_slots=3, slots_per_prompt=3), prompts=4, generations=3)
     assert schedule.admit() == ([], [0, 1, 2, 3])  # the first prompts have been computed
     assert schedule.rows.tolist() == [0, 1, 2, 3]
     assert schedule.admit() == ([], [])
@@ -58,7 +58,7 @@ def test_completions_begin_in_order_and_take_the_first_free_slots() -> None:
 
 
 def test_a_prompt_waits_for_a_lane() -> None:
-    schedule = Schedule.of(sizes(slots=3, prompt_slots=2, slot_indices=2), prompts=3, generations=2)
+    schedule = Schedule.of(sizes(slots=3, prompt_slots=2, slots_per_prompt=2), prompts=3, generations=2)
     schedule.admit()
     assert schedule.rows.tolist() == [0, 1, 2]
     schedule.end([1])
@@ -66,7 +66,7 @@ def test_a_prompt_waits_for_a_lane() -> None:
     schedule.end([1, 2])  # both of prompt 1; prompt 0 still has a completion
     assert schedule.admit() == ([(1, 2)], [1, 2])
     assert schedule.rows.tolist() == [0, 4, 5]
-    one = Schedule.of(sizes(slots=3, prompt_slots=1, slot_indices=2), prompts=3, generations=2)
+    one = Schedule.of(sizes(slots=3, prompt_slots=1, slots_per_prompt=2), prompts=3, generations=2)
     assert one.admit() == ([], [0, 1])  # the third slot has nothing to do: there is one prompt_slot
     one.end([0])
     assert one.admit() == ([], [])
@@ -76,7 +76,7 @@ def test_a_prompt_waits_for_a_lane() -> None:
 
 
 def test_without_refilling_all_wait_for_the_last() -> None:
-    schedule = Schedule.of(sizes(slots=3, prompt_slots=3, slot_indices=2), prompts=3, generations=2, refill=False)
+    schedule = Schedule.of(sizes(slots=3, prompt_slots=3, slots_per_prompt=2), prompts=3, generations=2, refill=False)
     assert schedule.admit() == ([], [0, 1, 2])
     schedule.end([0, 2])
     assert schedule.admit() == ([], [])
@@ -88,7 +88,7 @@ def test_without_refilling_all_wait_for_the_last() -> None:
 
 
 def test_places_say_where_each_slots_prompt_is_and_who_continues_it() -> None:
-    schedule = Schedule.of(sizes(slots=5, prompt_slots=3, slot_indices=3), prompts=4, generations=3)
+    schedule = Schedule.of(sizes(slots=5, prompt_slots=3, slots_per_prompt=3), prompts=4, generations=3)
     schedule.admit()
     schedule.end([0, 4])
     schedule.admit()
@@ -197,7 +197,7 @@ def test_levels_hold_what_is_read_again_and_are_equal_at_first_and_then_double(s
 
 
 def test_as_many_levels_as_the_tokens_need() -> None:
-    shape = Sizes(slots=1, prompt_slots=1, slot_indices=1, prompt=8, segment=8, past_blocks=(16, 16, 32), fixed=True)
+    shape = Sizes(slots=1, prompt_slots=1, slots_per_prompt=1, prompt=8, segment=8, past_blocks=(16, 16, 32), fixed=True)
     assert [shape.past_blocks_for(n) for n in (0, 1, 16, 17, 32, 33, 64)] == [0, 1, 1, 2, 2, 3, 3]
 
 
@@ -215,11 +215,11 @@ def test_a_segment_is_as_set_and_never_longer_than_a_completion() -> None:
 def test_slots_below_all_rows_hold_a_few_prompts_more_than_they_fill() -> None:
     rollout = RolloutConfig(num_generations=4, max_completion_length=64)
     whole = sizes_of(rollout, prompts=5, width=9, slots=20)
-    assert (whole.fixed, whole.prompt_slots, whole.slot_indices, whole.prompt) == (True, 5, 4, 12)
+    assert (whole.fixed, whole.prompt_slots, whole.slots_per_prompt, whole.prompt) == (True, 5, 4, 12)
     some = sizes_of(rollout, prompts=50, width=9, slots=10)
-    assert (some.fixed, some.prompt_slots, some.slot_indices) == (False, 3 + SPARE_PROMPT_SLOTS, 4)
+    assert (some.fixed, some.prompt_slots, some.slots_per_prompt) == (False, 3 + SPARE_PROMPT_SLOTS, 4)
     few = sizes_of(rollout, prompts=5, width=9, slots=3)
-    assert (few.fixed, few.prompt_slots, few.slot_indices) == (False, 1 + SPARE_PROMPT_SLOTS, 3)
+    assert (few.fixed, few.prompt_slots, few.slots_per_prompt) == (False, 1 + SPARE_PROMPT_SLOTS, 3)
     assert sizes_of(rollout, prompts=2, width=9, slots=3).prompt_slots == 2
     assert sum(some.past_blocks) == sum(past_block_sizes(64, some.segment))
 

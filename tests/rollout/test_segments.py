@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from grpo_jax.rollout.decode import SlotState
 from plain_oracles import quick_compiling
 from rollouts import PROMPTS, SAMPLERS, Task, assert_same, engine, plain
 
 from grpo_jax.config import RolloutConfig
-from grpo_jax.rollout.device import Slots
-from grpo_jax.rollout.sampler import shapes
-from grpo_jax.runtime.programs import Program, silently
+from grpo_jax.rollout import shapes
+from grpo_jax.runtime.programs import Program, no_announcement
 
 C = 24
 """Tokens of the longest completions; sliding windows have 5 to 7."""
@@ -117,7 +117,7 @@ def test_other_prompts_and_settings_compile_nothing_and_only_levels_in_use_are_r
         program: Program
 
         def __call__(self, *arguments: Any, **static: Any) -> Any:
-            slots: Slots = arguments[3]
+            slots: SlotState = arguments[3]
             read.append((int(np.max(np.asarray(slots.base)[np.asarray(slots.live)])), len(arguments[2])))
             return self.program(*arguments, **static)
 
@@ -125,13 +125,13 @@ def test_other_prompts_and_settings_compile_nothing_and_only_levels_in_use_are_r
     def refuse(name: str) -> Iterator[None]:
         yield pytest.fail(f"compiles: {name}")
 
-    watched = dataclasses.replace(sampler.announced(refuse), segment=Watched(sampler.segment))  # type: ignore[arg-type] - a stand-in
+    watched = dataclasses.replace(sampler.announcing(refuse), decode_segment=Watched(sampler.decode_segment))  # type: ignore[arg-type] - a stand-in
     rng = np.random.default_rng(0)
     for number in range(3):
         prompts = [rng.integers(6, 100, size).tolist() for size in (12, 1, number + 1)]
         settings = dataclasses.replace(task.settings, temperature=(0.0, 1.0)[number % 2], min_completion_length=10 * number)
         watched.sample(task.policy.variables, prompts, settings, seed=number, limits=rng.integers(1, C + 1, 9))
-    sampler.announced(silently)  # others use it too
+    sampler.announcing(no_announcement)  # others use it too
     assert {past_blocks for _, past_blocks in read} == {0, 1, 2, 3}
     for base, past_blocks in read:
         held = (0, 9, 18, 21)

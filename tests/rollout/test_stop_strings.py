@@ -15,11 +15,12 @@ from tiny_tokenizers import byte_tokenizer
 
 from grpo_jax.config import RolloutConfig
 from grpo_jax.data.tokenizer import Tokenizer
-from grpo_jax.rollout.device import Prompts, Slots, Tokens
+from grpo_jax.rollout.decode import SegmentTokens, SlotState
+from grpo_jax.rollout.prefill import PrefilledPrompts
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.types import Rollout
 
-TextOf = Callable[[list[int]], str]
+DecodeText = Callable[[list[int]], str]
 STOP_ID = 4
 TOKENIZER = Tokenizer.wrap(byte_tokenizer(merges=(("l", "o"), ("w", "o"), ("wo", "r"))))
 decode, encode = TOKENIZER.decode, TOKENIZER.encode_text
@@ -31,10 +32,10 @@ def _quick() -> Iterator[None]:
         yield
 
 
-def scripted(script: Sequence[Sequence[int]], generations: int, text_of: TextOf) -> Sampler:
+def scripted(script: Sequence[Sequence[int]], generations: int, decode_text: DecodeText) -> Sampler:
     """A sampler that does not draw: row n says what `script[n]` holds, in segments as the compiled one does."""
 
-    def segment(_: Any, prompts: Any, past_blocks: Any, slots: Slots, table: Any, controls: Any, *, length: int) -> Any:
+    def segment(_: Any, prompts: Any, past_blocks: Any, slots: SlotState, table: Any, controls: Any, *, length: int) -> Any:
         count = len(slots.base)
         ids, ends, stopped = np.zeros((count, length + 1), np.int32), np.ones(count, np.int32), np.zeros(count, bool)
         for slot in np.flatnonzero(np.asarray(slots.live)):
@@ -48,30 +49,30 @@ def scripted(script: Sequence[Sequence[int]], generations: int, text_of: TextOf)
                     break
         logps = -ids.astype(np.float32) - np.arange(length + 1) / 64 - np.asarray(slots.base)[:, None] / 64
         none = np.zeros(count, np.int32)
-        return Tokens(ids, logps.astype(np.float32), ends, stopped, none, none > 0), past_blocks  # type: ignore[arg-type] - NumPy
+        return SegmentTokens(ids, logps.astype(np.float32), ends, stopped, none, none > 0), past_blocks  # type: ignore[arg-type] - NumPy
 
     def prepare(variables: Any, *, unroll: bool) -> Any:
         return variables
 
-    def prompts(*_: Any, **__: Any) -> Prompts:
-        return Prompts(None, jnp.zeros(1, jnp.int32), jnp.zeros((1, 1)))
+    def prompts(*_: Any, **__: Any) -> PrefilledPrompts:
+        return PrefilledPrompts(None, jnp.zeros(1, jnp.int32), jnp.zeros((1, 1)))
 
     def write(past_blocks: Any, *_: Any, **__: Any) -> Any:
         return past_blocks
 
     parts: tuple[Any, ...] = (prepare, prompts, prompts, segment, write, prompts)
-    return Sampler(tiny_policy("qwen3").model, (STOP_ID,), text_of, *parts)
+    return Sampler(tiny_policy("qwen3").model, (STOP_ID,), decode_text, *parts)
 
 
-def expected_row(ids: Sequence[int], strings: Sequence[str], text_of: TextOf) -> tuple[list[int], str]:
+def expected_row(ids: Sequence[int], strings: Sequence[str], decode_text: DecodeText) -> tuple[list[int], str]:
     """What is kept of a row, found by asking about every length."""
     for count in range(1, len(ids) + 1):
-        if ids[count - 1] == STOP_ID or any(string in text_of(list(ids[:count])) for string in strings):
+        if ids[count - 1] == STOP_ID or any(string in decode_text(list(ids[:count])) for string in strings):
             return list(ids[:count]), "stop"
     return list(ids), "length"
 
 
-def check(script: Sequence[Sequence[int]], strings: Sequence[str], text_of: TextOf, generations: int = 1) -> Rollout:
+def check(script: Sequence[Sequence[int]], strings: Sequence[str], decode_text: DecodeText, generations: int = 1) -> Rollout:
     """Holds every way of going through the script to `expected_row`; returns what is kept."""
     longest = max(map(len, script))
     script = [[*row, *[STOP_ID] * (longest - len(row))] for row in script]
@@ -80,9 +81,9 @@ def check(script: Sequence[Sequence[int]], strings: Sequence[str], text_of: Text
         settings = RolloutConfig(
             num_generations=generations, max_completion_length=longest, stop=list(strings), segment=segment, slots=slots
         )
-        got = scripted(script, generations, text_of).sample({}, prompts, settings, seed=0)
+        got = scripted(script, generations, decode_text).sample({}, prompts, settings, seed=0)
         for row, ids in enumerate(script):
-            kept, reason = expected_row(ids, strings, text_of)
+            kept, reason = expected_row(ids, strings, decode_text)
             assert (got.completion_ids[row], got.finish_reasons[row]) == (kept, reason), f"segment {segment}, slots {slots}"
             # The log-probabilities are made from token and place, so that each is seen to be its own token's.
             np.testing.assert_array_equal(got.logprobs[row], -np.array(kept) - np.arange(len(kept)) / 64)
@@ -179,7 +180,7 @@ def letters(ids: list[int]) -> str:
 
 def test_the_engine_cuts_tokens_and_log_probabilities() -> None:
     settings = RolloutConfig(num_generations=3, max_completion_length=20, temperature=0.7, stop=["ab", "fh", "hd", "ea"])
-    task = Task("llama2", settings, stops=(2, 5, 60), text_of=letters)
+    task = Task("llama2", settings, stops=(2, 5, 60), decode_text=letters)
     expected = plain(task)
     assert set(expected.finish_reasons) == {"stop", "length"}
     ends = [letters(ids)[-2:] in settings.stop for ids in expected.completion_ids]

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 from grpo_jax.config import LoraConfig, RolloutConfig
 from grpo_jax.models.spec import ModelSpec, Rope, abstract_params
 from grpo_jax.models.transformer import Transformer
-from grpo_jax.rollout.device import Prompts, Slots, blank_past_block, segment
-from grpo_jax.rollout.kv_cache import blank, write_segment
-from grpo_jax.rollout.sampler import controls_of
+from grpo_jax.rollout.decode import SlotState, decode_segment
+from grpo_jax.rollout.kv_cache import empty_cache, empty_past_block, write_segment
+from grpo_jax.rollout.prefill import PrefilledPrompts
+from grpo_jax.rollout.sampling import controls_of
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.weights.axes import model_axes
 from grpo_jax.weights.lora import init_lora
@@ -113,14 +114,14 @@ def segment_memory(
     slots = PROMPTS * GENERATIONS
 
     def past(sizes: tuple[int, ...]) -> tuple[Any, ...]:
-        return tuple(blank_past_block(LLAMA_8B, jnp.bfloat16, slots, size, int8=int8, unroll=False) for size in sizes)
+        return tuple(empty_past_block(LLAMA_8B, jnp.bfloat16, slots, size, int8=int8, unroll=False) for size in sizes)
 
     cache = on(
-        jax.eval_shape(lambda: blank((LAYERS, PROMPTS, KV_HEADS, PROMPT_TOKENS, HEAD_DIM), jnp.bfloat16, int8=int8)), *KEPT_AXES
+        jax.eval_shape(lambda: empty_cache((LAYERS, PROMPTS, KV_HEADS, PROMPT_TOKENS, HEAD_DIM), jnp.bfloat16, int8=int8)), *KEPT_AXES
     )
     hidden: Any = jax.ShapeDtypeStruct((PROMPTS, WIDTH), jnp.bfloat16)
     lengths: Any = jax.ShapeDtypeStruct((PROMPTS,), jnp.int32)
-    held = Prompts(cache, *on((lengths, hidden), "prompts"))
+    held = PrefilledPrompts(cache, *on((lengths, hidden), "prompts"))
     past_blocks, segment_cache = (
         on(jax.eval_shape(lambda sizes=sizes: past(sizes)), *KEPT_AXES) for sizes in (PAST_BLOCKS, (SEGMENT_TOKENS,))
     )
@@ -128,8 +129,8 @@ def segment_memory(
     flag: Any = on(jax.ShapeDtypeStruct((slots,), jnp.bool_), "slots")
     table = on(jax.ShapeDtypeStruct((PROMPTS, GENERATIONS), jnp.int32), "prompts") if refilled else None
     controls = on(jax.eval_shape(lambda: controls_of(RolloutConfig(), 0, 0)))
-    program = jax.jit(functools.partial(segment, model, (1, 2), length=SEGMENT_TOKENS))
-    compiled = program.lower(weights, held, past_blocks, Slots(*[number] * 7, live=flag, begins=flag), table, controls).compile(
+    program = jax.jit(functools.partial(decode_segment, model, (1, 2), length=SEGMENT_TOKENS))
+    compiled = program.lower(weights, held, past_blocks, SlotState(*[number] * 7, live=flag, begins=flag), table, controls).compile(
         compiler_options=options
     )
     writing = jax.jit(functools.partial(write_segment, together=not refilled, layout=layout), donate_argnums=(0,))

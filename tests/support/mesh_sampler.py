@@ -35,7 +35,8 @@ from grpo_jax.models.transformer import Transformer, forward, head_matrix
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.sampling import NEAR_LOGITS
 from grpo_jax.rollout.shapes import pad_rows
-from grpo_jax.runtime.sharding import Layout, make_layout
+from grpo_jax.runtime.mesh import make_layout
+from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params, Rollout
 from grpo_jax.weights.axes import model_axes
 from grpo_jax.weights.lora import init_lora
@@ -200,13 +201,13 @@ def misplaced(spec: ModelSpec, variables: Params, layout: Layout) -> list[str]:
 def run(name: str) -> dict[str, Any]:
     """A case on its mesh against one device with all slots."""
     how = CASES[name]
-    sampler, known = sampler_for(how["mesh"], how), set(sampler_for(how["mesh"], how).segment._compiled)
+    sampler, known = sampler_for(how["mesh"], how), set(sampler_for(how["mesh"], how).decode_segment._compiled)
     got = rollout_of(how["mesh"], how)
     alone = {key: value for key, value in how.items() if key not in ("slots", "refill", "unroll")}
     found, ties = differences(how, got, rollout_of(None, alone))
     layout = layout_of(how["mesh"])
     assert layout is not None
-    compiled = sampler.segment._compiled
+    compiled = sampler.decode_segment._compiled
     segments = [collectives(compiled[key].as_text()) for key in set(compiled) - known or compiled]
     model = how.get("model", "dense")
     return {
@@ -215,7 +216,7 @@ def run(name: str) -> dict[str, Any]:
         "slots": got.slots,
         "tokens": sum(map(len, got.completion_ids)),
         "reasons": sorted(set(got.finish_reasons)),
-        "weights": misplaced(spec_of(model), sampler.ready(placed(how["mesh"], model)), layout),
+        "weights": misplaced(spec_of(model), sampler.decoding_weights(placed(how["mesh"], model)), layout),
         "collectives": sorted({pair for segment in segments for pair in segment}),
     }
 

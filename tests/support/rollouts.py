@@ -38,7 +38,7 @@ class Task:
     Attributes:
         indices: numbers of the prompts in the random numbers; 0, 1, ... where None.
         limits: longest length of each row.
-        text_of: text of token ids, where there are stop strings.
+        decode_text: text of token ids, where there are stop strings.
     """
 
     family: str = "qwen2"
@@ -49,7 +49,7 @@ class Task:
     step: int = 0
     indices: tuple[int, ...] | None = None
     limits: tuple[int, ...] | None = None
-    text_of: Callable[[list[int]], str] | None = None
+    decode_text: Callable[[list[int]], str] | None = None
 
     def but(self, **settings: object) -> Task:
         """The same with other settings of the rollout."""
@@ -67,10 +67,10 @@ def engine(task: Task, *, stacked: bool = False) -> Rollout:
     Args:
         stacked: loop over the layers, as accelerators do.
     """
-    key = (task.family, task.stops, task.text_of, stacked)
+    key = (task.family, task.stops, task.decode_text, stacked)
     if key not in SAMPLERS:
         model = task.policy.model.clone(unroll=not stacked)
-        SAMPLERS[key] = Sampler.build(model, task.stops, text_of=task.text_of)
+        SAMPLERS[key] = Sampler.build(model, task.stops, decode_text=task.decode_text)
     return SAMPLERS[key].sample(
         task.policy.variables,
         task.prompts,
@@ -156,7 +156,7 @@ def plain_sample(task: Task) -> Rollout:
             token = int(own.argmax() if settings.temperature == 0 else passed)
             rows[number].append(token)
             logps[number].append(float(distribution[token]))
-            text = "" if task.text_of is None else task.text_of(rows[number][starts[number] :])
+            text = "" if task.decode_text is None else task.decode_text(rows[number][starts[number] :])
             stopped[number] = token in task.stops or any(string in text for string in settings.stop)
             done[number] = stopped[number] or t + 1 >= limits[number]
     ids = [row[start:] for row, start in zip(rows, starts, strict=True)]

@@ -1,0 +1,240 @@
+"""Decoding: one compiled program that draws a segment of tokens for all slots.
+
+Its arguments are the decoding weights (`weights.py`), the prefilled prompts, and the schedule's state of each slot. It returns the
+segment's tokens and their KV cache, which the host appends to the past. All functions here are pure.
+
+On a mesh (`model.layout`) the slots of all row shards are concatenated, heads and vocabulary are sharded over `tensor`, and weights
+are not sharded over `fsdp`. Prompt slots, and the slots in their table, are numbered within a row shard.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from grpo_jax.models.transformer import Transformer, forward, head_matrix
+from grpo_jax.rollout.kv_cache import SlotMap, constrain_cache, decode_attend, empty_past_block
+from grpo_jax.rollout.prefill import PrefilledPrompts, gather_by_prompt_slot
+from grpo_jax.rollout.sampling import Drawn, SamplingControls, sample_token
+from grpo_jax.runtime.sharding import Layout
+from grpo_jax.types import Params
+from grpo_kernels.ops.decode_attention import chosen
+
+__all__ = ["SegmentTokens", "SlotState", "decode_segment", "gpu_options"]
+
+
+def gpu_options(quantization: str) -> dict[str, Any]:
+    """Returns XLA options with which every token reads weights, keys and values in place, without copies.
+
+    By default XLA merges products of one input, and for that copies weights, or keys and values, into one array. Its own kernels
+    for products (Triton) copy a layer's part of stacked arrays, while cuBLAS, from jax 0.11.2 on, gets the address. With int8
+    weights the opposite holds: Triton's kernels read int8, and for cuBLAS the weights are written out in bfloat16.
+
+    Args:
+        quantization: of the model's weights.
+    """
+    options: dict[str, Any] = {"xla_gpu_dot_merger_threshold_mb": 0}
+    return options if quantization == "int8" else options | {"xla_gpu_enable_triton_gemm": False}
+
+
+@struct.dataclass
+class SlotState:
+    """The state of each slot at the start of a segment.
+
+    Attributes:
+        prompts, completions: indices that are part of the random numbers.
+        prompt_slots: the prompt slot that stores the slot's prompt.
+        slot_indices: the slot's column in that prompt slot's row of the table.
+        base: tokens whose keys and values are in the past: all but the last one.
+        last: the last token; any value where the slot begins.
+        limits: tokens after which the completion ends.
+        live: True = the slot decodes a completion.
+        begins: True = the completion starts with this segment; base is then 0 and the first token is drawn from the prompt.
+    """
+
+    prompts: Int[Array, "S"]
+    completions: Int[Array, "S"]
+    prompt_slots: Int[Array, "S"]
+    slot_indices: Int[Array, "S"]
+    base: Int[Array, "S"]
+    last: Int[Array, "S"]
+    limits: Int[Array, "S"]
+    live: Bool[Array, "S"]
+    begins: Bool[Array, "S"]
+
+
+@struct.dataclass
+class SegmentTokens:
+    """The tokens of a segment; T = its length + 1.
+
+    Attributes:
+        ids, logps: column 0 is the first token of a slot that begins; 0 where a slot had stopped.
+        ends: the first column without a token.
+        stopped: True = a stop token ended the completion.
+        close: number of near-ties among the tokens.
+        done: True = the slot has stopped, or never decoded.
+    """
+
+    ids: Int[Array, "S T"]
+    logps: Float[Array, "S T"]
+    ends: Int[Array, "S"]
+    stopped: Bool[Array, "S"]
+    close: Int[Array, "S"]
+    done: Bool[Array, "S"]
+
+
+@struct.dataclass
+class DecodeState:
+    """State of the loop over tokens.
+
+    Attributes:
+        step: tokens of this segment whose keys and values are in `segment_cache`.
+    """
+
+    step: Int[Array, ""]
+    segment_cache: Any
+    tokens: SegmentTokens
+
+
+def uniform_numbers(controls: SamplingControls, slots: SlotState, length: int, layout: Layout | None = None) -> Float[Array, "S T"]:
+    """Computes one uniform random number per token, from (seed, step, prompt, completion, position) alone."""
+    if layout is not None:
+        inputs, local = (layout.spec(), layout.spec("slots")), functools.partial(uniform_numbers, length=length)
+        return layout.local(local, inputs, layout.spec("slots"))(controls, slots)
+    base = jax.random.fold_in(jax.random.key(controls.seed), controls.step)
+
+    def of(prompt: Array, completion: Array, start: Array) -> Array:
+        key = jax.random.fold_in(jax.random.fold_in(base, prompt), completion)
+        positions = start + jnp.arange(length, dtype=jnp.int32)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, positions)
+        return jax.vmap(lambda one: jax.random.uniform(one, (), jnp.float32))(keys)
+
+    return jax.vmap(of)(slots.prompts, slots.completions, slots.base)
+
+
+def segment_sampler(
+    model: Transformer, stop_ids: tuple[int, ...], variables: Params, slots: SlotState, controls: SamplingControls, length: int
+) -> Callable[[Array, Array], Drawn]:
+    """Returns (hidden states [S, D], column of the segment) → the tokens drawn from them."""
+    spec, layout = model.spec, model.layout
+    uniforms = uniform_numbers(controls, slots, length + 1, layout)
+    draws = functools.partial(
+        sample_token,
+        softcap=spec.final_softcap,
+        stop_ids=stop_ids,
+        implementation=model.implementation,
+        vocab_axis=None if layout is None else layout.vocab_axis,
+    )
+    if layout is not None:
+        rows = layout.spec("slots")
+        draws = layout.local(draws, (rows, layout.decoding.spec("vocab", "embed"), rows, rows, layout.spec()), rows)
+
+    def sample(hidden: Float[Array, "S D"], column: Array) -> Drawn:
+        uniform = jax.lax.dynamic_index_in_dim(uniforms, column, axis=1, keepdims=False)
+        head = head_matrix(spec, variables["params"]).astype(hidden.dtype)
+        return draws(hidden, head, uniform, slots.base + column < controls.min_length, controls)
+
+    return sample
+
+
+def empty_tokens(slots: SlotState, length: int) -> SegmentTokens:
+    """Makes the tokens of a segment before its first draw: column 0 has each slot's last token."""
+    s = slots.base.shape[0]
+    return SegmentTokens(
+        ids=jnp.zeros((s, length + 1), jnp.int32).at[:, 0].set(slots.last),
+        logps=jnp.zeros((s, length + 1), jnp.float32),
+        ends=jnp.ones((s,), jnp.int32),
+        stopped=jnp.zeros((s,), bool),
+        close=jnp.zeros((s,), jnp.int32),
+        done=~slots.live,
+    )
+
+
+def record_tokens(
+    tokens: SegmentTokens, drawn: Drawn, column: Array, live: Bool[Array, "S"], slots: SlotState, stop_ids: tuple[int, ...]
+) -> SegmentTokens:
+    """Writes drawn tokens into a column; slots that are not live stay as they are."""
+    ids, logps, close = drawn
+    stop = jnp.isin(ids, jnp.array(stop_ids, jnp.int32)) & live if stop_ids else jnp.zeros_like(live)
+    at = (jnp.int32(0), column)
+    ids = jnp.where(live, ids, jax.lax.dynamic_index_in_dim(tokens.ids, column, axis=1, keepdims=False))
+    return SegmentTokens(
+        ids=jax.lax.dynamic_update_slice(tokens.ids, ids[:, None], at),
+        logps=jax.lax.dynamic_update_slice(tokens.logps, jnp.where(live, logps, jnp.float32(0))[:, None], at),
+        ends=jnp.where(live, column + 1, tokens.ends),
+        stopped=tokens.stopped | stop,
+        close=tokens.close + (close & live).astype(jnp.int32),
+        done=tokens.done | (live & (stop | (slots.base + column + 1 >= slots.limits))),
+    )
+
+
+def layer_inputs(model: Transformer, prompts: PrefilledPrompts, past_blocks: tuple[Any, ...]) -> tuple[Any, Any]:
+    """Returns prefix and past blocks as `per_layer` of the model and `all_layers` of `decode_attend`; one of them is None."""
+    if model.unrolled:
+        first = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
+        layers = range(model.spec.layers)
+        return [(first(prompts.cache[i]), tuple(first(past_block[i]) for past_block in past_blocks)) for i in layers], None
+    caches = (prompts.cache, past_blocks)
+    # The TPU's kernel takes all layers together: a slice passed to it would be a copy.
+    return (None, caches) if chosen(model.implementation, model.spec.head_dim) == "mosaic_tpu" else (caches, None)
+
+
+def decode_segment(
+    model: Transformer,
+    stop_ids: tuple[int, ...],
+    variables: Params,
+    prompts: PrefilledPrompts,
+    past_blocks: tuple[Any, ...],
+    slots: SlotState,
+    table: Int[Array, "B M"] | None,
+    controls: SamplingControls,
+    *,
+    length: int,
+) -> tuple[SegmentTokens, Any]:
+    """Decodes up to `length` tokens of every slot; slots that begin also draw their first token. Ends early when all are done.
+
+    Args:
+        past_blocks: the slots' past; only the blocks that contain any of it.
+        table: each prompt slot's slots; None where slot = prompt slot · M + slot index, and all slots begin together.
+
+    Returns:
+        The tokens, and their keys and values in the structure of a past block, for `write_segment`.
+    """
+    s, layout, unroll = slots.base.shape[0], model.layout, model.unrolled
+    slot_map = None if table is None else SlotMap(slots.prompt_slots, table, slots.slot_indices)
+    sample = segment_sampler(model, stop_ids, variables, slots, controls, length)
+    per_layer, all_layers = layer_inputs(model, prompts, past_blocks)
+
+    def body(state: DecodeState) -> DecodeState:
+        ids = jax.lax.dynamic_index_in_dim(state.tokens.ids, state.step, axis=1)
+        positions = gather_by_prompt_slot(prompts.lengths, slots.prompt_slots, layout) + slots.base + state.step
+        options: Any = {"all_layers": all_layers, "implementation": model.implementation, "layout": layout}
+        attend = decode_attend(model.spec, prompts.lengths, slots.base, state.step, slot_map, **options)
+        hidden, segment_cache, _ = forward(model, variables, ids, positions[:, None], attend, state.segment_cache, per_layer)
+        column = state.step + 1
+        drawn = sample(hidden[:, 0], column)
+        return DecodeState(column, segment_cache, record_tokens(state.tokens, drawn, column, ~state.tokens.done, slots, stop_ids))
+
+    zero, tokens = jnp.int32(0), empty_tokens(slots, length)
+
+    def begin() -> SegmentTokens:
+        drawn = sample(gather_by_prompt_slot(prompts.hidden, slots.prompt_slots, layout), zero)
+        return record_tokens(tokens, drawn, zero, slots.begins, slots, stop_ids)
+
+    first_tokens = jax.lax.cond(jnp.any(slots.begins), begin, lambda: tokens)
+    int8 = (prompts.cache[0] if unroll else prompts.cache).k_scale is not None
+    segment_cache = empty_past_block(model.spec, model.dtype, s, length, int8=int8, unroll=unroll, layout=layout)
+    # Unrolled, on a CPU, without the leading axis: a reshape between the write in place and the product that reads it would copy.
+    segment_cache = jax.tree.map(lambda x: x[0], segment_cache) if unroll else segment_cache
+    state = DecodeState(zero, segment_cache, first_tokens)
+    state = jax.lax.while_loop(lambda x: (x.step < length) & ~jnp.all(x.tokens.done), body, state)
+    segment_cache = jax.tree.map(lambda x: x[None], state.segment_cache) if unroll else state.segment_cache
+    # Every process needs all tokens, because each runs the same schedule.
+    all_tokens = state.tokens if layout is None else jax.tree.map(layout.constrain, state.tokens)
+    return all_tokens, constrain_cache(layout, segment_cache)
