@@ -1,7 +1,7 @@
-"""Rewards: what a user's function looks like, the built-in ones, and the scoring of a batch on the host. No JAX.
+"""Reward functions: their interface, the built-in ones, and the scoring of a batch on the host. Imports no JAX.
 
-`protocol` holds the contract, `builtin` the ready-made functions, `resolve` finds functions by name, `calling` runs them, `scoring`
-adds them up. `answers` reads the number that a text ends in.
+`protocol` defines the interface, `builtin` the ready-made functions, `resolve` finds functions by name, `calling` runs them,
+`scoring` adds their values. `answers` reads the final number of a text.
 """
 
 from grpo_jax.rewards.builtin import (

@@ -1,7 +1,7 @@
-"""The built-in rewards: each a factory that takes settings and gives a reward function.
+"""The built-in reward functions: each a factory that takes settings and returns a `protocol.RewardFunction`.
 
-Enters: settings, from Python or from an entry of rewards.functions such as `{name: regex_format, pattern: "..."}`. Leaves:
-functions as `protocol.RewardFunction` describes them, for plain and conversational completions alike.
+Settings come from Python or from an entry of rewards.functions such as `{name: regex_format, pattern: "..."}`. All functions work
+on plain and conversational completions.
 """
 
 from __future__ import annotations
@@ -16,53 +16,53 @@ from grpo_jax.rewards.answers import MARKER, final_number, reference_number
 from grpo_jax.rewards.protocol import ColumnReward, RewardFunction, TextReward
 
 MATH_VERIFY_SECONDS = 5
-"""Limit that math-verify gets for reading, and for comparing, one answer."""
+"""Time limit of math-verify for reading one answer, and for comparing it."""
 
 OVERLONG_CACHE_SHARE = 5
-"""DAPO's own settings: the cache is a fifth of the longest length (4,096 of 20,480 tokens)."""
+"""L_max / L_cache in DAPO's settings: the cache is a fifth of the longest length (4,096 of 20,480 tokens)."""
 
 
 def exact_match(column: str = "answer", ignore_case: bool = False) -> RewardFunction:
-    """1 where the completion is the reference, character by character; white space around either does not count.
+    """Returns 1 where the completion equals the reference, apart from white space around either; else 0.
 
     Args:
-        column: dataset column with the reference; None in it = does not apply. A value that is no text is compared as Python
-            spells it.
-        ignore_case: whether `Yes` is `yes`.
+        column: Dataset column with the reference; None in it = does not apply. A value that is not text is compared as `str`
+            formats it.
+        ignore_case: Whether `Yes` equals `yes`.
     """
 
-    def spelled(value: Any) -> str:
+    def normalized(value: Any) -> str:
         text = str(value).strip()
         return text.casefold() if ignore_case else text
 
-    return ColumnReward("exact_match", column, lambda text, reference: float(spelled(text) == spelled(reference)))
+    return ColumnReward("exact_match", column, lambda text, reference: float(normalized(text) == normalized(reference)))
 
 
 def number_match(column: str = "answer") -> RewardFunction:
-    r"""1 where the completion's final number equals the reference's, exactly; else 0.
+    r"""Returns 1 where the completion's final number equals the reference's exactly; else 0.
 
-    The final number is the first one after the last `####` (GSM8K's mark, on its line); else, without one, the first in the last
-    `\boxed{...}`; else it falls back to the last number of the text. Currency signs, thousands commas, units, percent signs and
-    a trailing period are ignored; `3/4` and `3 1/2` are fractions. A completion without a number gets 0.
+    The final number is the first one after the last `####` (GSM8K's mark, on its line); without one, the first in the last
+    `\boxed{...}`; without either, it falls back to the last number of the text. Currency signs, thousands commas, units, percent
+    signs and a trailing period are ignored; `3/4` and `3 1/2` are fractions. A completion without a number gets 0.
 
     Args:
-        column: dataset column with the reference: a number, or a text read by the same rule, such as GSM8K's worked solutions.
+        column: Dataset column with the reference: a number, or a text read by the same rule, such as GSM8K's worked solutions.
             None in it = does not apply.
 
-    The row fails (ValueError inside) where the reference has no number.
+    The row fails (with a ValueError) where the reference has no number.
     """
     return ColumnReward("number_match", column, lambda text, reference: float(final_number(text) == reference_number(reference)))
 
 
 def regex_format(pattern: str) -> RewardFunction:
-    """1 where the pattern is found in the completion, else 0.
+    """Returns 1 where the pattern is found in the completion, else 0.
 
     Args:
-        pattern: regular expression of Python's `re`; `.` matches a line break too, `^` and `$` are the ends of the completion.
-            Beware of nested repetition such as `(a+)+`: it can take for ever, and no time limit can stop it.
+        pattern: Regular expression of Python's `re`; `.` matches a line break too, `^` and `$` match the ends of the completion.
+            Avoid nested repetition such as `(a+)+`: it may never end, and no time limit can stop it.
 
     Raises:
-        ConfigError: no valid pattern.
+        ConfigError: The pattern is not valid.
     """
     try:
         compiled = re.compile(pattern, re.DOTALL)
@@ -72,16 +72,16 @@ def regex_format(pattern: str) -> RewardFunction:
 
 
 def tag_format(tags: list[str] | None = None, first_is_open: bool = False) -> RewardFunction:
-    """1 where the completion is exactly `<think>…</think><answer>…</answer>`, each tag once, none empty; else 0.
+    """Returns 1 where the completion is exactly `<think>…</think><answer>…</answer>`, each tag once, none empty; else 0.
 
-    White space before, between and after does not count.
+    White space before, between and after the tags is ignored.
 
     Args:
-        tags: names of the tags, in order; None is [think, answer].
-        first_is_open: the chat template ends in the first opening tag already, so that completions begin inside it.
+        tags: Names of the tags, in order; None is [think, answer].
+        first_is_open: The chat template ends with the first opening tag, so that completions begin inside it.
 
     Raises:
-        ConfigError: no tags, the same one twice, or a name with white space or angle brackets.
+        ConfigError: There are no tags, one is given twice, or a name contains white space, a slash or angle brackets.
     """
     names = list(tags) if tags is not None else ["think", "answer"]
     require(bool(names) and len(set(names)) == len(names), "tag_format.tags", names, "name each tag once, such as [think, answer]")
@@ -104,7 +104,9 @@ def tag_format(tags: list[str] | None = None, first_is_open: bool = False) -> Re
 
 
 def overlong_penalty(max_completion_length: int, cache_length: int | None = None) -> RewardFunction:
-    """Soft over-long punishment, DAPO (Yu et al. 2025, https://arxiv.org/abs/2503.14476), equation 13.
+    """Penalises completions near the maximal length (soft over-long punishment).
+
+    DAPO (Yu et al. 2025, https://arxiv.org/abs/2503.14476), equation 13:
 
         R(y) = 0                                        |y| <= L_max - L_cache
                ((L_max - L_cache) - |y|) / L_cache      L_max - L_cache < |y| <= L_max
@@ -113,11 +115,11 @@ def overlong_penalty(max_completion_length: int, cache_length: int | None = None
     |y| counts the completion's tokens, the stop token included.
 
     Args:
-        max_completion_length: L_max in tokens; in a config entry, rollout.max_completion_length where it is left out.
-        cache_length: L_cache in tokens; None is a fifth of L_max, DAPO's own share.
+        max_completion_length: L_max in tokens; a config entry that leaves it out gets rollout.max_completion_length.
+        cache_length: L_cache in tokens; None is a fifth of L_max, as in DAPO.
 
     Raises:
-        ConfigError: a length below 1, or a cache above the maximum.
+        ConfigError: A length is below 1, or the cache is above the maximum.
     """
     longest = max_completion_length
     require(longest >= 1, "overlong_penalty.max_completion_length", longest, "use rollout.max_completion_length")
@@ -134,24 +136,24 @@ def overlong_penalty(max_completion_length: int, cache_length: int | None = None
 
 
 def repetition_penalty(ngram_size: int = 3, max_penalty: float = 1.0) -> RewardFunction:
-    """-max_penalty · (1 - different n-grams / all n-grams), n-grams of lower-case words; 0 below n words.
+    """Penalises repetition: -max_penalty · (1 - different n-grams / all n-grams) of lower-case words; 0 below n words.
 
     After appendix C.2 of Yeo et al. 2025, https://arxiv.org/abs/2502.03373, which penalises each token of an n-gram that was
-    seen before. Deviation: one number for the whole completion.
+    seen before. Deviation: one number per completion.
 
     Args:
         ngram_size: n, in words split at white space.
-        max_penalty: size of the penalty that endless repetition comes near.
+        max_penalty: Size of the penalty in the limit of endless repetition.
 
     Raises:
-        ConfigError: n below 1 or a negative size.
+        ConfigError: n is below 1 or the size is negative.
     """
     require(ngram_size >= 1, "repetition_penalty.ngram_size", ngram_size, "use 1 or more words, such as 3")
     require(
         max_penalty >= 0,
         "repetition_penalty.max_penalty",
         max_penalty,
-        "give its size as a positive number; it is taken off the reward",
+        "give its size as a positive number; it is subtracted from the reward",
     )
 
     def penalty(text: str) -> float:
@@ -163,19 +165,19 @@ def repetition_penalty(ngram_size: int = 3, max_penalty: float = 1.0) -> RewardF
 
 
 def math_verify(column: str = "answer") -> RewardFunction:
-    """1 where the completion's answer equals the reference's, else 0, as https://github.com/huggingface/Math-Verify judges.
+    """Returns 1 where the completion's answer equals the reference's by https://github.com/huggingface/Math-Verify, else 0.
 
     An answer that takes too long to read or compare is wrong. That limit works in the main thread only, so leave
-    rewards.timeout_seconds at null with this function: with it, one slow answer fails all rows.
+    rewards.timeout_seconds at null with this function; otherwise one slow answer fails all rows.
 
     Args:
-        column: dataset column with the reference: LaTeX, a plain expression, or a text with `####`, `$...$` or a box. None in it =
+        column: Dataset column with the reference: LaTeX, a plain expression, or a text with `####`, `$...$` or a box. None in it =
             does not apply.
 
-    The row fails (ValueError inside) where the reference cannot be read.
+    The row fails (with a ValueError) where the reference cannot be read.
 
     Raises:
-        ConfigError: the extra is not installed.
+        ConfigError: The extra `math` is not installed.
     """
     try:
         from math_verify import parse, verify
@@ -194,7 +196,7 @@ def math_verify(column: str = "answer") -> RewardFunction:
 
 
 def _delimited(reference: str) -> str:
-    r"""The reference as math-verify reads it whole; bare `2\sqrt{3}` would be read as 2."""
+    r"""Adds a box to a reference without delimiters: math-verify would read a bare `2\sqrt{3}` as 2."""
     bare = reference.rsplit(MARKER, 1)[-1].strip()
     return bare if any(mark in bare for mark in ("$", "\\boxed", "\\(", "\\[")) else f"\\boxed{{{bare}}}"
 
@@ -208,3 +210,4 @@ BUILTINS: dict[str, Callable[..., RewardFunction]] = {
     "repetition_penalty": repetition_penalty,
     "math_verify": math_verify,
 }
+"""The built-in reward functions by the name that rewards.functions gives."""

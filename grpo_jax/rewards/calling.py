@@ -1,15 +1,14 @@
-"""Calls the reward functions on a batch, so that nothing that one of them does can end or hang the run.
+"""Calls the reward functions on a batch, so that no function can end or hang the run.
 
-Enters: the functions and N rows of inputs. Leaves: N values a function, each what the function returned or a `Failed`. Effects:
-user code runs; with a time limit in a thread of its own, async code in one background event loop. What the values are worth is
-decided in `scoring.py`.
+The result has one value per row: what the function returned, or a `FailedValue`; `scoring.py` checks the values. Functions with
+a time limit run in a new thread, async functions in one background event loop.
 
-- A function that raises is called again, row by row, to find the rows that it fails on: it may see a row twice, and one whose
-  value for a row depends on the other rows should not raise.
-- Python cannot stop a thread: a sync function over its limit is left behind as a daemon. A function that never lets go of the
+- A function that raises is called again, row by row, to find the rows that it fails on. It may see a row twice, and a function
+  whose value for a row depends on the other rows should not raise.
+- Python cannot stop a thread: a sync function over its limit keeps running as a daemon. A function that never releases the
   interpreter (a catastrophic regular expression) cannot be timed.
 - Async functions run at the same time as each other and as the sync ones. Their event loop is the same at every step, so that
-  clients with open connections can be kept, and is not the caller's, so that scoring works inside a notebook.
+  clients can reuse open connections, and is not the caller's, so that scoring works inside a notebook.
 """
 
 from __future__ import annotations
@@ -32,106 +31,110 @@ from grpo_jax.rewards.protocol import NamedFunction, RewardFunction, inputs_for
 Value = TypeVar("Value")
 
 FAULTS = (Exception, SystemExit)
-"""What counts as a failed call; an interrupt from the keyboard does not."""
+"""Exceptions that count as a failed call; an interrupt from the keyboard does not."""
 
 STALL_SECONDS = 1.0
-"""How long past its limits the event loop may be silent before it counts as blocked."""
+"""Time after the limits until an event loop that does not answer counts as blocked."""
 
 
 @dataclass(frozen=True)
-class Failed:
-    """Stands for a row's value where there is none."""
+class FailedValue:
+    """Replaces a row's value where the function failed; the reason is for messages."""
 
     reason: str
 
 
-class OverTimeError(Exception):
+class CallTimeoutError(Exception):
     """A call took longer than its limit."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The inputs of N rows.
+class RewardInputs:
+    """The arguments of reward functions for N rows.
 
     Attributes:
-        inputs: N values for each input's name.
+        inputs: N values for each argument's name.
         count: N.
     """
 
     inputs: Mapping[str, Sequence[Any]]
     count: int
 
-    def given_to(self, name: str, function: RewardFunction, rows: slice) -> dict[str, list[Any]]:
-        """Keyword arguments; new lists each time, as the function may change what it gets."""
+    def keyword_arguments(self, name: str, function: RewardFunction, rows: slice) -> dict[str, list[Any]]:
+        """Returns the arguments that a function takes, for some rows, as new lists because the function may change them."""
         chosen = inputs_for(function, name, self.inputs)
-        return {key: [_own(value) for value in values[rows]] for key, values in chosen.items()}
+        return {key: [_copied(value) for value in values[rows]] for key, values in chosen.items()}
 
     def all_failed(self, reason: str) -> list[Any]:
-        """N times the same failure."""
-        return [Failed(reason)] * self.count
+        """Returns the same failure for all N rows."""
+        return [FailedValue(reason)] * self.count
 
 
-def call_all(functions: Sequence[NamedFunction], rows: Rows, timeout_seconds: float | None) -> dict[str, list[Any]]:
+def call_all(functions: Sequence[NamedFunction], rows: RewardInputs, timeout_seconds: float | None) -> dict[str, list[Any]]:
     """Calls every function on all rows.
 
     Args:
-        functions: names and functions.
-        rows: the inputs.
-        timeout_seconds: limit of one pass of one function over the rows; None waits for ever.
+        functions: Names and functions.
+        rows: The arguments.
+        timeout_seconds: Limit of one pass of one function over the rows; None sets no limit.
 
     Returns:
-        N values for each name: what the function returned, or `Failed`.
+        N values for each name: what the function returned, or `FailedValue`.
     """
     results: dict[str, list[Any]] = {}
-    waiting: dict[str, concurrent.futures.Future[list[Any]]] = {}
+    pending: dict[str, concurrent.futures.Future[list[Any]]] = {}
     started = time.monotonic()
     for name, function in functions:
         if _is_async(function):
-            waiting[name] = _submit(_async_values(name, function, rows, timeout_seconds))
+            pending[name] = _submit(_async_values(name, function, rows, timeout_seconds))
     try:
         for name, function in functions:
-            if name not in waiting:
+            if name not in pending:
                 results[name] = _sync_values(name, function, rows, timeout_seconds)
-        for name, future in waiting.items():
+        for name, future in pending.items():
             results[name] = _collected(future, rows, timeout_seconds, started)
     finally:
-        for future in waiting.values():
+        for future in pending.values():
             future.cancel()
     return {name: results[name] for name, _ in functions}
 
 
-def _sync_values(name: str, function: RewardFunction, rows: Rows, timeout_seconds: float | None) -> list[Any]:
+def _sync_values(name: str, function: RewardFunction, rows: RewardInputs, timeout_seconds: float | None) -> list[Any]:
+    """Calls a sync function on all rows, and row by row if that raises."""
+
     def call(chosen: slice, count: int) -> list[Any]:
-        result = function(**rows.given_to(name, function, chosen))
+        result = function(**rows.keyword_arguments(name, function, chosen))
         if inspect.isawaitable(result):
             result = _submit(_awaited(result)).result()
         return _as_values(result, count)
 
     try:
-        return _within(timeout_seconds, lambda: call(slice(None), rows.count))
-    except OverTimeError:
-        return rows.all_failed(_late(timeout_seconds))
+        return _call_with_limit(timeout_seconds, lambda: call(slice(None), rows.count))
+    except CallTimeoutError:
+        return rows.all_failed(_timeout_reason(timeout_seconds))
     except FAULTS as error:
         if rows.count == 1:
-            return [Failed(_raised(error))]
-    found: list[Any] = rows.all_failed(f"raised on the whole batch, and called row by row {_late(timeout_seconds)}")
+            return [FailedValue(_exception_reason(error))]
+    found: list[Any] = rows.all_failed(f"raised on the whole batch, and called row by row {_timeout_reason(timeout_seconds)}")
 
     def call_each() -> None:
         for row in range(rows.count):
             try:
                 found[row] = call(slice(row, row + 1), 1)[0]
             except FAULTS as error:
-                found[row] = Failed(_raised(error))
+                found[row] = FailedValue(_exception_reason(error))
 
-    with contextlib.suppress(OverTimeError):
-        _within(timeout_seconds, call_each)
-    # A copy: a thread over its limit still writes into `found`.
+    with contextlib.suppress(CallTimeoutError):
+        _call_with_limit(timeout_seconds, call_each)
+    # A copy, because a thread over its limit still writes into `found`.
     return list(found)
 
 
-async def _async_values(name: str, function: RewardFunction, rows: Rows, timeout_seconds: float | None) -> list[Any]:
+async def _async_values(name: str, function: RewardFunction, rows: RewardInputs, timeout_seconds: float | None) -> list[Any]:
+    """Calls an async function on all rows, and on each row at the same time if that raises."""
+
     async def call(chosen: slice, count: int) -> list[Any]:
-        return _as_values(await function(**rows.given_to(name, function, chosen)), count)
+        return _as_values(await function(**rows.keyword_arguments(name, function, chosen)), count)
 
     limit = asyncio.timeout(timeout_seconds)
     try:
@@ -139,16 +142,16 @@ async def _async_values(name: str, function: RewardFunction, rows: Rows, timeout
             return await call(slice(None), rows.count)
     except FAULTS as error:
         if limit.expired():
-            return rows.all_failed(_late(timeout_seconds))
+            return rows.all_failed(_timeout_reason(timeout_seconds))
         if rows.count == 1:
-            return [Failed(_raised(error))]
-    found: list[Any] = rows.all_failed(f"raised on the whole batch, and called row by row {_late(timeout_seconds)}")
+            return [FailedValue(_exception_reason(error))]
+    found: list[Any] = rows.all_failed(f"raised on the whole batch, and called row by row {_timeout_reason(timeout_seconds)}")
 
     async def call_one(row: int) -> None:
         try:
             found[row] = (await call(slice(row, row + 1), 1))[0]
         except FAULTS as error:
-            found[row] = Failed(_raised(error))
+            found[row] = FailedValue(_exception_reason(error))
 
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout_seconds):
@@ -157,9 +160,9 @@ async def _async_values(name: str, function: RewardFunction, rows: Rows, timeout
 
 
 def _collected(
-    future: concurrent.futures.Future[list[Any]], rows: Rows, timeout_seconds: float | None, started: float
+    future: concurrent.futures.Future[list[Any]], rows: RewardInputs, timeout_seconds: float | None, started: float
 ) -> list[Any]:
-    """The result of an async function, even where the event loop is blocked."""
+    """Waits for the values of an async function; all rows failed where the event loop is blocked."""
     left = None
     if timeout_seconds is not None:
         left = max(0.0, started + 2 * timeout_seconds + STALL_SECONDS - time.monotonic())
@@ -170,15 +173,15 @@ def _collected(
     except TimeoutError:
         _event_loop.cache_clear()
         stalled = "an async function blocks the event loop; let it await instead, or make it a plain function"
-        return rows.all_failed(f"{_late(timeout_seconds)}: {stalled}")
+        return rows.all_failed(f"{_timeout_reason(timeout_seconds)}: {stalled}")
 
 
-def _within(timeout_seconds: float | None, call: Callable[[], Value]) -> Value:
-    """Calls, in a thread of its own where there is a limit.
+def _call_with_limit(timeout_seconds: float | None, call: Callable[[], Value]) -> Value:
+    """Calls a function, in a new thread where there is a limit.
 
     Raises:
-        OverTimeError: the limit is over; the thread is left to itself.
-        Exception: whatever the call raised.
+        CallTimeoutError: The limit is over; the thread continues.
+        Exception: The exception that the call raised.
     """
     if timeout_seconds is None:
         return call()
@@ -194,63 +197,69 @@ def _within(timeout_seconds: float | None, call: Callable[[], Value]) -> Value:
     thread.start()
     thread.join(timeout_seconds)
     if not future.done():
-        raise OverTimeError
+        raise CallTimeoutError
     return future.result()
 
 
 @functools.cache
 def _event_loop() -> asyncio.AbstractEventLoop:
+    """Starts the background event loop, once."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True, name="async reward functions").start()
     return loop
 
 
 def _submit(work: Coroutine[Any, Any, Value]) -> concurrent.futures.Future[Value]:
+    """Runs a coroutine in the background event loop."""
     return asyncio.run_coroutine_threadsafe(work, _event_loop())
 
 
 async def _awaited(result: Any) -> Any:
+    """Makes a coroutine of any awaitable."""
     return await result
 
 
 def _is_async(function: RewardFunction) -> bool:
+    """Whether a function, or the one that a partial wraps, is async."""
     inner = function.func if isinstance(function, functools.partial) else function
     return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(type(inner).__call__)
 
 
 def _as_values(result: Any, count: int) -> list[Any]:
-    """What a function returned as a list of `count` values; all failed where it is no such list."""
+    """Converts a function's result to a list of `count` values; all failed where it is no such list."""
     if not isinstance(result, Iterable) or isinstance(result, str | bytes | Mapping | set | frozenset):
-        return [Failed(f"returned {short(result)} instead of a list of {count} numbers")] * count
+        return [FailedValue(f"returned {short(result)} instead of a list of {count} numbers")] * count
     values = list(result)
     if len(values) != count:
-        return [Failed(f"returned {len(values)} values for {count} rows")] * count
+        return [FailedValue(f"returned {len(values)} values for {count} rows")] * count
     return values
 
 
-def _own(value: Any) -> Any:
-    """A list of its own, as the same prompt stands in G rows; other kinds of values are shared."""
+def _copied(value: Any) -> Any:
+    """Copies a list, because G rows share the same prompt; other values are shared."""
     if not isinstance(value, list):
         return value
     return [dict(item) if isinstance(item, dict) else item for item in value]
 
 
-def _late(timeout_seconds: float | None) -> str:
+def _timeout_reason(timeout_seconds: float | None) -> str:
+    """The reason for a failure by time limit."""
     return f"took longer than rewards.timeout_seconds = {timeout_seconds:g}" if timeout_seconds is not None else "did not finish"
 
 
-def _raised(error: BaseException) -> str:
-    """The exception and the line that it comes from."""
+def _exception_reason(error: BaseException) -> str:
+    """The reason for a failure by exception, with the line that raised it."""
     frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"raised {type(error).__name__}: {_cut(str(error))}{place}"
+    line = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"raised {type(error).__name__}: {_cut(str(error))}{line}"
 
 
 def short(value: Any) -> str:
-    """A value's type and start, for a message."""
+    """Formats a value's type and the start of its text, for a message."""
     return f"{type(value).__name__} {_cut(repr(value))}"
 
 
 def _cut(text: str) -> str:
+    """Puts a text on one line of at most 200 characters."""
     line = " ".join(text.split())
     return line if len(line) <= 200 else line[:197] + "..."

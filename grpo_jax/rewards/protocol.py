@@ -1,7 +1,7 @@
-"""What a reward function is, and what a scored batch holds.
+"""The interface of reward functions, and the result of scoring a batch.
 
-Enters: functions that a user wrote or a config named. Leaves: which inputs each of them takes, checked against the dataset's
-columns before anything runs. Calling them is `calling.py`, adding their values up is `scoring.py`.
+Which inputs a function takes is read from its signature and checked against the dataset's columns before anything runs.
+`calling.py` calls the functions, `scoring.py` adds their values.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy as np
 
 from grpo_jax.config.checks import ConfigError, nearest, require, require_choice
 
-SAMPLED = ("prompts", "completions", "completion_ids")
-"""The inputs that are there whatever the dataset holds; a dataset column of the same name is not passed on."""
+SAMPLED_INPUTS = ("prompts", "completions", "completion_ids")
+"""Inputs that do not come from the dataset; a dataset column of the same name is not passed on."""
 
 Completion: TypeAlias = str | list[dict[str, Any]]
 """Text for a plain prompt, `[{"role": "assistant", "content": text}]` for a conversation."""
 
 
 class RewardFunction(Protocol):
-    """A function that gives each row a number, sync or async.
+    """A sync or async function that returns one number per row.
 
-    It is called by keyword, once a step, with N rows: row b·G + g is completion g of prompt b.
+    It is called once per step, with keyword arguments of N rows: row b·G + g is completion g of prompt b.
 
         def reward(prompts, completions, completion_ids, **columns) -> list[float | None]
 
@@ -35,14 +35,14 @@ class RewardFunction(Protocol):
         completions: N completions without special tokens: a string each, or `[{"role": "assistant", "content": ...}]` where the
             prompt is a conversation.
         completion_ids: N lists of token ids, the stop token included where there is one.
-        columns: every other column of the dataset by name, N values each.
+        columns: Every other column of the dataset by name, N values each.
 
-    A function without `**columns` gets only those inputs that it names. One that names an input which is not there, and has no
-    default for it, is refused before the run.
+    A function without `**columns` gets only the inputs that it names. A named input without a default that does not exist raises
+    an error before the run.
 
     Returns:
-        N finite numbers, NumPy scalars and True or False among them; None = does not apply to this row. Anything else, and an
-        exception, is a `Failure` of the rows concerned.
+        N finite numbers; NumPy scalars, True and False are allowed, and None = does not apply to this row. Anything else, and an
+        exception, is a `Failure` of these rows.
 
     Example:
         def short(completions, answer):
@@ -50,12 +50,12 @@ class RewardFunction(Protocol):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """N values, or an awaitable of them."""
+        """Returns N values, or an awaitable of them."""
         ...
 
 
 NamedFunction: TypeAlias = tuple[str, RewardFunction]
-"""A function with the name that metrics, tables and errors show."""
+"""A function with its name in metrics, tables and errors."""
 
 
 class RewardError(RuntimeError):
@@ -67,9 +67,9 @@ class Failure:
     """One row that one function could not score.
 
     Attributes:
-        function: name of the function.
-        row: its number in the batch, from 0.
-        reason: what happened, in words.
+        function: Name of the function.
+        row: Number of the row in the batch, from 0.
+        reason: Description of the failure.
 
     Example:
         Failure(function="judge", row=3, reason="raised KeyError: 'score' (judge.py, line 12)")
@@ -82,13 +82,13 @@ class Failure:
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """The rewards of N rows.
+    """The rewards of N rows, and the values of every function.
 
     Attributes:
         rewards: [N] float32, weighted sums; 0 where not valid.
         valid: [N] bool, True = the row has a reward: at least one weighted function applied and none failed.
         per_function: [N] float32 for each function, unweighted; NaN where it gave None or failed.
-        failures: every (function, row) that failed.
+        failures: Every (function, row) that failed.
 
     Example:
         ScoredBatch(rewards=np.float32([1.0, 0.0]), valid=np.array([True, False]),
@@ -102,16 +102,16 @@ class ScoredBatch:
 
     @property
     def failed_rows(self) -> int:
-        """Rows that at least one function could not score."""
+        """Number of rows that at least one function could not score."""
         return len({failure.row for failure in self.failures})
 
 
 @dataclass(frozen=True)
 class TextReward:
-    """A reward of the completion's text alone.
+    """A reward function of the completion's text alone.
 
     Attributes:
-        name: shown name.
+        name: Name in metrics and errors.
         value: text -> reward.
     """
 
@@ -119,18 +119,18 @@ class TextReward:
     value: Callable[[str], float | None]
 
     def __call__(self, completions: Sequence[Completion], **columns: Any) -> list[float | None]:
-        """One value per completion; the columns are not looked at."""
+        """Returns one value per completion; the columns are ignored."""
         return [self.value(text_of(completion)) for completion in completions]
 
 
 @dataclass(frozen=True)
 class ColumnReward:
-    """A reward that compares the completion's text with one column of the dataset.
+    """A reward function that compares the completion's text with one column of the dataset.
 
     Attributes:
-        name: shown name.
-        column: the dataset column that holds the reference.
-        compare: (text, reference) -> reward. A reference of None gives None without asking.
+        name: Name in metrics and errors.
+        column: The dataset column with the reference.
+        compare: (text, reference) -> reward. It is not called for a reference of None, whose reward is None.
     """
 
     name: str
@@ -138,20 +138,20 @@ class ColumnReward:
     compare: Callable[[str, Any], float | None]
 
     def __call__(self, completions: Sequence[Completion], **columns: Any) -> list[float | None]:
-        """One value per completion."""
+        """Returns one value per completion."""
         pairs = zip(completions, columns[self.column], strict=True)
         return [None if reference is None else self.compare(text_of(completion), reference) for completion, reference in pairs]
 
 
 @dataclass(frozen=True)
-class Accepts:
-    """The inputs that a function takes.
+class AcceptedInputs:
+    """The inputs that a reward function takes.
 
     Attributes:
-        required: names without a default.
-        optional: names with a default.
-        everything: whether it takes any other name too.
-        bound: names that already have a value (`functools.partial`), which a column does not replace.
+        required: Names without a default.
+        optional: Names with a default.
+        everything: Whether it takes any other name too.
+        bound: Names that already have a value (`functools.partial`), which a column does not replace.
     """
 
     required: tuple[str, ...]
@@ -165,27 +165,27 @@ class Accepts:
 
 
 def text_of(completion: Completion) -> str:
-    """The text of a completion, plain or conversational."""
+    """Returns the text of a plain or conversational completion."""
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def accepted(function: RewardFunction, name: str) -> Accepts:
-    """Reads a function's signature.
+def accepted(function: RewardFunction, name: str) -> AcceptedInputs:
+    """Reads from a function's signature which inputs it takes.
 
     Args:
-        function: the reward function.
-        name: what errors call it.
+        function: The reward function.
+        name: Its name in errors.
 
     Raises:
-        ConfigError: the signature cannot be read, or an input can only be given by position.
+        ConfigError: The signature cannot be read, or an input can only be given by position.
     """
     if isinstance(function, ColumnReward):
-        return Accepts(required=("completions", function.column))
+        return AcceptedInputs(required=("completions", function.column))
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
-        mend = "wrap it in `def reward(completions, **columns)`"
-        raise ConfigError(f"reward function {name}: its inputs cannot be read; {mend}") from None
+        fix = "wrap it in `def reward(completions, **columns)`"
+        raise ConfigError(f"reward function {name}: its inputs cannot be read; {fix}") from None
     bound = frozenset(function.keywords) if isinstance(function, functools.partial) else frozenset()
     named = [item for item in parameters if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]
     by_position = [item.name for item in parameters if item.kind is item.POSITIONAL_ONLY and item.default is item.empty]
@@ -194,7 +194,7 @@ def accepted(function: RewardFunction, name: str) -> Accepts:
             f"reward function {name}: {', '.join(by_position)} can only be given by position, and rewards are called by keyword; "
             "take the / out of its parameters"
         )
-    return Accepts(
+    return AcceptedInputs(
         required=tuple(item.name for item in named if item.default is item.empty),
         optional=tuple(item.name for item in named if item.default is not item.empty and item.name not in bound),
         everything=any(item.kind is item.VAR_KEYWORD for item in parameters),
@@ -203,7 +203,7 @@ def accepted(function: RewardFunction, name: str) -> Accepts:
 
 
 def inputs_for(function: RewardFunction, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `inputs` that the function takes."""
+    """Selects the inputs that the function takes."""
     takes = accepted(function, name)
     return {key: value for key, value in inputs.items() if takes.takes(key)}
 
@@ -214,24 +214,24 @@ def check_functions(
     weights: Sequence[float] | None = None,
     accuracy: str | None = None,
 ) -> None:
-    """Refuses, before anything runs, functions and settings that cannot work on this dataset.
+    """Checks before a run that the functions and settings can work on this dataset.
 
     Args:
-        functions: what `resolve_functions` gave.
-        column_names: the dataset's columns, without the prompt's.
+        functions: Names and functions, as `resolve_functions` returns them.
+        column_names: The dataset's columns, without the prompt's.
         weights: rewards.weights.
         accuracy: rewards.accuracy.
 
     Raises:
-        ConfigError: an input that is not there (names function, input and columns), weights that do not fit, an accuracy that is
+        ConfigError: An input does not exist (the message names function, input and columns), the weights do not fit, or accuracy is
             not the name of a function.
     """
-    columns = [name for name in column_names if name not in SAMPLED]
+    columns = [name for name in column_names if name not in SAMPLED_INPUTS]
     for name, function in functions:
         required = accepted(function, name).required
-        missing = [item for item in required if item not in columns and item not in SAMPLED]
+        missing = [item for item in required if item not in columns and item not in SAMPLED_INPUTS]
         if missing:
-            guess = nearest(missing[0], [item for item in (*SAMPLED, *columns) if item not in required])
+            guess = nearest(missing[0], [item for item in (*SAMPLED_INPUTS, *columns) if item not in required])
             raise ConfigError(
                 f"reward function {name} needs {', '.join(missing)}, which the dataset does not have; "
                 f"its columns are: {', '.join(columns) or 'none'}. "
@@ -244,10 +244,10 @@ def check_functions(
 
 
 def checked_weights(functions: Sequence[NamedFunction], weights: Sequence[float] | None) -> np.ndarray:
-    """The weights as [F] float64, 1 for each function where none are given.
+    """Returns the weights as [F] float64; 1 for each of the F functions where none are given.
 
     Raises:
-        ConfigError: another number of weights than of functions, or one that is not finite.
+        ConfigError: The number of weights is not F, or a weight is not finite.
     """
     if weights is None:
         return np.ones(len(functions))

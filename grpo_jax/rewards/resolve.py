@@ -1,7 +1,6 @@
-"""From the entries of rewards.functions to functions with names.
+"""Resolves the entries of rewards.functions to named functions, by importing the user's modules.
 
-Enters: names of built-ins, `package.module:function`, `file.py:function`, mappings with arguments, or functions themselves.
-Leaves: (name, function) pairs, each name once. Effects: the user's modules are imported, here and nowhere else.
+Entries are names of built-ins, `package.module:function`, `file.py:function`, mappings with arguments, or functions.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from typing import Any
 
 from grpo_jax.config.checks import ConfigError, MismatchError, convert, nearest, wrong_type
 from grpo_jax.rewards.builtin import BUILTINS
-from grpo_jax.rewards.protocol import SAMPLED, ColumnReward, NamedFunction, RewardFunction, TextReward, accepted
+from grpo_jax.rewards.protocol import SAMPLED_INPUTS, ColumnReward, NamedFunction, RewardFunction, TextReward, accepted
 
-HOW = "give a built-in name, package.module:function, file.py:function, or {name: ..., argument: value}"
+ALLOWED_ENTRIES = "give a built-in name, package.module:function, file.py:function, or {name: ..., argument: value}"
 
 
 def resolve_functions(
@@ -29,28 +28,28 @@ def resolve_functions(
     *,
     max_completion_length: int | None = None,
 ) -> list[NamedFunction]:
-    """Finds the reward functions.
+    """Finds or imports the reward functions, and gives each a unique name.
 
     - `number_match`: a built-in, with its default settings.
     - `{name: regex_format, pattern: "^A"}`: a built-in with settings.
-    - `package.module:function`, `file.py:function` (relative to the current folder): a function of the user's. In
+    - `package.module:function`, `file.py:function` (relative to the current folder): a user's function. In
       `{name: file.py:function, argument: value}` the arguments are passed at every call. The file's folder is appended to the
       search path, so that it may import its neighbours.
-    - a function itself, or a built-in factory that needs no settings.
+    - a function, or a built-in factory that needs no settings.
 
     Args:
-        entries: as said: texts, mappings and functions; a single one need not be in a list.
-        max_completion_length: rollout.max_completion_length, for built-ins that need it and do not set it.
+        entries: Texts, mappings and functions as above; a single one need not be in a list.
+        max_completion_length: rollout.max_completion_length, for built-ins that need it where the entry does not set it.
 
     Returns:
-        (name, function) pairs in order. A name is the function's own; one that is taken gets `_2`, `_3`, ...
+        (name, function) pairs in order. The name is the function's; a repeated name gets `_2`, `_3`, ...
 
     Raises:
-        ConfigError: no function, or one that cannot be found, imported or called (says the nearest name).
+        ConfigError: There is no entry, or a function cannot be found (the nearest name is suggested), imported or called.
     """
     listed: Sequence[Any] = [entries] if isinstance(entries, str | Mapping) or callable(entries) else list(entries)
     if not listed:
-        raise ConfigError(f"rewards.functions is empty: {HOW}")
+        raise ConfigError(f"rewards.functions is empty: {ALLOWED_ENTRIES}")
     modules: dict[str, ModuleType] = {}
     functions: list[NamedFunction] = []
     taken: set[str] = set()
@@ -68,6 +67,7 @@ def resolve_functions(
 
 
 def _resolved(field: str, entry: Any, max_completion_length: int | None, modules: dict[str, ModuleType]) -> NamedFunction:
+    """Resolves one entry to its function and the function's name."""
     if callable(entry):
         for name, factory in BUILTINS.items():
             if entry is factory:
@@ -76,20 +76,21 @@ def _resolved(field: str, entry: Any, max_completion_length: int | None, modules
     name, arguments = entry, {}
     if isinstance(entry, Mapping):
         if "name" not in entry:
-            raise ConfigError(f"{field} is {dict(entry)!r}: it has no name; {HOW}")
+            raise ConfigError(f"{field} is {dict(entry)!r}: it has no name; {ALLOWED_ENTRIES}")
         name, arguments = entry["name"], {key: value for key, value in entry.items() if key != "name"}
     if not isinstance(name, str):
-        raise ConfigError(f"{field} is {name!r}: {HOW}")
+        raise ConfigError(f"{field} is {name!r}: {ALLOWED_ENTRIES}")
     if name in BUILTINS:
         return name, _built_in(field, name, arguments, max_completion_length)
     if ":" not in name:
         raise ConfigError(f"{field} is {name!r}: {_not_built_in(name)}")
-    place, _, attribute = name.rpartition(":")
-    function = _imported(field, place, attribute, modules)
+    source, _, attribute = name.rpartition(":")
+    function = _imported(field, source, attribute, modules)
     return attribute, _with_arguments(field, name, function, arguments) if arguments else function
 
 
 def _built_in(field: str, name: str, arguments: Mapping[str, Any], max_completion_length: int | None) -> RewardFunction:
+    """Makes a built-in with the arguments of its entry, each checked against its annotation."""
     factory = BUILTINS[name]
     parameters = inspect.signature(factory).parameters
     kinds = typing.get_type_hints(factory)
@@ -111,35 +112,38 @@ def _built_in(field: str, name: str, arguments: Mapping[str, Any], max_completio
 
 
 def _with_arguments(field: str, name: str, function: RewardFunction, arguments: Mapping[str, Any]) -> RewardFunction:
+    """Binds the arguments of an entry to a user's function."""
     takes = accepted(function, name)
-    named = [item for item in (*takes.required, *takes.optional) if item not in SAMPLED]
+    named = [item for item in (*takes.required, *takes.optional) if item not in SAMPLED_INPUTS]
     for key in arguments:
-        if key in SAMPLED or not takes.takes(key):
+        if key in SAMPLED_INPUTS or not takes.takes(key):
             raise ConfigError(f"{field}: {name} has no argument {key}; {_choices(key, named)}")
     return functools.partial(function, **arguments)
 
 
-def _imported(field: str, place: str, attribute: str, modules: dict[str, ModuleType]) -> RewardFunction:
-    if place not in modules:
-        modules[place] = _file(field, Path(place)) if place.endswith(".py") else _module(field, place, attribute)
-    found = vars(modules[place])
+def _imported(field: str, source: str, attribute: str, modules: dict[str, ModuleType]) -> RewardFunction:
+    """Imports a file or module, once, and returns its function."""
+    if source not in modules:
+        modules[source] = _import_file(field, Path(source)) if source.endswith(".py") else _import_module(field, source, attribute)
+    found = vars(modules[source])
     if attribute not in found:
         functions = [name for name, value in found.items() if callable(value) and not name.startswith("_")]
-        raise ConfigError(f"{field}: {place} has no function {attribute}; {_choices(attribute, functions)}")
+        raise ConfigError(f"{field}: {source} has no function {attribute}; {_choices(attribute, functions)}")
     function = found[attribute]
     if not callable(function) or inspect.isclass(function):
         kind = "a class" if inspect.isclass(function) else "no function"
-        raise ConfigError(f"{field}: {attribute} in {place} is {kind}; name a function")
+        raise ConfigError(f"{field}: {attribute} in {source} is {kind}; name a function")
     return function
 
 
-def _file(field: str, path: Path) -> ModuleType:
+def _import_file(field: str, path: Path) -> ModuleType:
+    """Imports a Python file, whose folder is appended to the search path."""
     if not path.is_file():
         near = [found.name for found in path.parent.glob("*.py")] if path.parent.is_dir() else []
         guess = nearest(path.name, near)
         hint = f"; did you mean {path.parent / guess}?" if guess else ""
         raise ConfigError(f"{field}: there is no file {path} (looked from {Path.cwd()}){hint}")
-    # Resolved, so that two spellings of a file's path share its module name; not the bare stem, which may be a package's.
+    # The path is resolved so that two spellings of it give one module name; the bare stem may be a package's name.
     path = path.resolve()
     name = f"reward_file_{path.stem}_{abs(hash(str(path))):x}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -157,16 +161,18 @@ def _file(field: str, path: Path) -> ModuleType:
     return module
 
 
-def _module(field: str, place: str, attribute: str) -> ModuleType:
+def _import_module(field: str, source: str, attribute: str) -> ModuleType:
+    """Imports a module by its dotted name."""
     try:
-        return importlib.import_module(place)
+        return importlib.import_module(source)
     except (Exception, SystemExit) as error:
-        here = Path(*place.split(".")).with_suffix(".py")
+        here = Path(*source.split(".")).with_suffix(".py")
         hint = f"; for the file in this folder write {here}:{attribute}" if here.is_file() else ""
-        raise ConfigError(f"{field}: importing {place} raised {type(error).__name__}: {error}{hint}") from error
+        raise ConfigError(f"{field}: importing {source} raised {type(error).__name__}: {error}{hint}") from error
 
 
 def _own_name(function: Callable[..., Any]) -> str:
+    """Returns a function's name; that of the inner function for a partial."""
     if isinstance(function, functools.partial):
         return _own_name(function.func)
     if isinstance(function, TextReward | ColumnReward):
@@ -175,6 +181,7 @@ def _own_name(function: Callable[..., Any]) -> str:
 
 
 def _not_built_in(name: str) -> str:
+    """The fix for a name that is not a built-in's."""
     if name.endswith(".py"):
         return f"say which function in it, such as {name}:reward"
     module, _, last = name.rpartition(".")
@@ -183,6 +190,7 @@ def _not_built_in(name: str) -> str:
 
 
 def _choices(name: str, choices: Sequence[str]) -> str:
+    """Suggests the nearest choice and lists all."""
     guess = nearest(name, choices)
     listed = f"choose from {', '.join(choices)}" if choices else "there is none"
     return f"did you mean {guess}? ({listed})" if guess else listed

@@ -1,7 +1,6 @@
-"""Scores a batch of completions: calls the functions, weighs their values, leaves out what failed.
+"""Scores a batch of completions: calls the functions, adds their weighted values, and excludes rows that failed.
 
-Enters: N completions with their prompts and columns, and the functions. Leaves: a `ScoredBatch` of NumPy arrays. A row that
-a function could not score is marked and counted, never guessed; where too many failed, `RewardError`. No JAX.
+A row that a function could not score is marked and counted, never guessed; where too many failed, `RewardError` is raised.
 """
 
 from __future__ import annotations
@@ -13,14 +12,14 @@ from typing import Any, SupportsFloat
 import numpy as np
 
 from grpo_jax.config.checks import require, require_choice
-from grpo_jax.rewards.calling import Failed, Rows, call_all, short
+from grpo_jax.rewards.calling import FailedValue, RewardInputs, call_all, short
 from grpo_jax.rewards.protocol import Completion, Failure, NamedFunction, RewardError, ScoredBatch, checked_weights
 
 LARGEST = 1e15
-"""A reward beyond this has failed: its square would overflow the group's float32 deviation."""
+"""A larger reward counts as failed: its square would overflow the group's float32 standard deviation."""
 
 SHOWN_REASONS = 8
-"""Different reasons that are listed."""
+"""Number of different reasons that are listed."""
 
 
 def score(
@@ -39,27 +38,27 @@ def score(
     The reward of a row is Σ_f weight_f · value_f over the functions that apply to it (that did not give None).
 
     - A row that no weighted function applies to has no reward: not valid, and not a failure.
-    - A row that a function failed on is not valid and is named in `failures`. A function of weight 0 only watches: its failures are
-      named and counted too, but the row keeps its reward.
-    - A function that raises is called a second time, row by row, so that the other rows keep their value; see `calling.py`.
+    - A row that a function failed on is not valid and is listed in `failures`. A function of weight 0 is only logged: its failures
+      are listed and counted too, but the row still has its reward.
+    - A function that raises is called a second time, row by row, so that the other rows have their value; see `calling.py`.
 
     Args:
-        functions: names and functions, as `resolve_functions` gives them.
-        weights: one per function; None is 1 each.
+        functions: Names and functions, as `resolve_functions` returns them.
+        weights: One weight per function; None uses 1 for each.
         prompts: N prompts, or B of them with N = B·G; each then belongs to G completions in a row.
         completions: N texts; where the prompt is a conversation, a text becomes `[{"role": "assistant", "content": text}]`.
         completion_ids: N lists of token ids.
-        columns: the dataset's other columns, as many values each as there are prompts.
-        timeout_seconds: limit of each function; one that takes longer has failed on all rows. None waits for ever.
-        max_failed_share: share of failed rows, 0 to 1, above which RewardError is raised.
+        columns: The dataset's other columns, with as many values each as there are prompts.
+        timeout_seconds: Limit of each function; one that takes longer has failed on all rows. None sets no limit.
+        max_failed_share: Fraction of failed rows, 0 to 1, above which RewardError is raised.
 
     Returns:
-        Rewards [N], which rows have one, every function's values, and the failures.
+        The rewards [N], which rows are valid, every function's values, and the failures.
 
     Raises:
-        RewardError: more than `max_failed_share` of the rows failed.
-        ConfigError: weights that do not fit the functions.
-        ValueError: inputs of different lengths.
+        RewardError: More than `max_failed_share` of the rows failed.
+        ConfigError: The weights do not fit the functions.
+        ValueError: The inputs have different lengths.
     """
     weight = checked_weights(functions, weights)
     rows = _rows(prompts, completions, completion_ids, columns or {})
@@ -70,7 +69,7 @@ def score(
     for index, (name, _) in enumerate(functions):
         for row, value in enumerate(found[name]):
             number = _number(value)
-            if isinstance(number, Failed):
+            if isinstance(number, FailedValue):
                 failed[index, row] = True
                 failures.append(Failure(name, row, number.reason))
             elif number is not None:
@@ -90,25 +89,25 @@ def score(
 
 
 def check_failed(scored: ScoredBatch, max_failed_share: float) -> None:
-    """RewardError where more than a share of the rows failed; it names what failed."""
+    """Raises a RewardError that lists the failures, where more than this fraction of the rows failed."""
     count = len(scored.valid)
     if count and scored.failed_rows / count > max_failed_share:
         raise RewardError(_too_many(scored, count, max_failed_share))
 
 
 def correct(scored: ScoredBatch, accuracy_name: str | None = None, threshold: float = 1.0) -> np.ndarray:
-    """Which rows count as right.
+    """Decides which rows are correct.
 
     Args:
         scored: N scored rows.
-        accuracy_name: the function whose value decides; None is the first.
-        threshold: right is at least this.
+        accuracy_name: The function whose value decides; None takes the first.
+        threshold: A row with at least this value is correct.
 
     Returns:
         [N] bool; False where the function gave None or failed.
 
     Raises:
-        ConfigError: there is no function of that name.
+        ConfigError: There is no function of that name.
     """
     if accuracy_name is not None:
         require_choice("rewards.accuracy", accuracy_name, scored.per_function)
@@ -118,11 +117,11 @@ def correct(scored: ScoredBatch, accuracy_name: str | None = None, threshold: fl
 
 
 def reward_metrics(scored: ScoredBatch) -> dict[str, float]:
-    """Metrics of the single functions.
+    """Computes the metrics of each reward function.
 
     Returns:
         `rewards/<function>/mean` and `/std` (ddof 1; 0 for a single value) over the rows where the function gave a value, both
-        left out where there is none; `rewards/failed`, the number of rows that at least one function failed on.
+        left out where there is none; `rewards/failed`, the number of rows on which at least one function failed.
     """
     metrics: dict[str, float] = {}
     for name, values in scored.per_function.items():
@@ -135,7 +134,7 @@ def reward_metrics(scored: ScoredBatch) -> dict[str, float]:
 
 
 def failure_lines(scored: ScoredBatch) -> list[str]:
-    """What failed, in words: one line for each function and reason, at most SHOWN_REASONS and one that counts the rest.
+    """Formats the failures: one line per function and reason, at most SHOWN_REASONS and one line that counts the rest.
 
     Example:
         ["judge raised KeyError: 'score' (judge.py, line 12): 3 rows, the first is row 5"]
@@ -156,13 +155,14 @@ def _rows(
     completions: Sequence[Completion],
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Sequence[Any]],
-) -> Rows:
+) -> RewardInputs:
+    """Checks the lengths, repeats prompts and columns G times, and puts completions into the format of their prompts."""
     count = len(completions)
     if len(completion_ids) != count:
         raise ValueError(f"{count} completions, but {len(completion_ids)} completion_ids")
     group = count // max(len(prompts), 1)
     if group * len(prompts) != count:
-        raise ValueError(f"{count} completions cannot be shared out among {len(prompts)} prompts")
+        raise ValueError(f"{count} completions cannot be divided among {len(prompts)} prompts")
     for name, values in columns.items():
         if len(values) != len(prompts):
             raise ValueError(f"column {name} has {len(values)} values for {len(prompts)} prompts")
@@ -171,37 +171,39 @@ def _rows(
     inputs = {name: _repeated(values, group) for name, values in columns.items()}
     # After the columns: what was sampled wins over a column of the same name.
     inputs["prompts"] = repeated
-    inputs["completions"] = [_in_kind(prompt, completion) for prompt, completion in pairs]
+    inputs["completions"] = [_as_messages(prompt, completion) for prompt, completion in pairs]
     inputs["completion_ids"] = [list(ids) for ids in completion_ids]
-    return Rows(inputs, count)
+    return RewardInputs(inputs, count)
 
 
 def _repeated(values: Sequence[Any], group: int) -> list[Any]:
+    """Repeats each value G times."""
     return [value for value in values for _ in range(group)]
 
 
-def _in_kind(prompt: Any, completion: Completion) -> Completion:
+def _as_messages(prompt: Any, completion: Completion) -> Completion:
+    """Makes an assistant message of a text completion where the prompt is a conversation."""
     if isinstance(prompt, str) or not isinstance(completion, str):
         return completion
     return [{"role": "assistant", "content": completion}]
 
 
-def _number(value: Any) -> float | Failed | None:
-    """One returned value: a finite number, None, or why it is neither."""
-    if value is None or isinstance(value, Failed):
+def _number(value: Any) -> float | FailedValue | None:
+    """Converts one returned value to a finite number, None, or the reason why it is neither."""
+    if value is None or isinstance(value, FailedValue):
         return value
     number = _as_float(value)
     if number is None:
-        return Failed(f"returned {short(value)} instead of a number")
+        return FailedValue(f"returned {short(value)} instead of a number")
     if math.isnan(number):
-        return Failed("returned NaN")
+        return FailedValue("returned NaN")
     if abs(number) > LARGEST:
-        return Failed(f"returned {number:g}, which is beyond {LARGEST:g}")
+        return FailedValue(f"returned {number:g}, which is beyond {LARGEST:g}")
     return number
 
 
 def _as_float(value: Any) -> float | None:
-    """The value of a scalar of any library; None for what is no number."""
+    """Converts a scalar of any library to a float; None if it is not a number."""
     if isinstance(value, str | bytes | complex | np.complexfloating) or (isinstance(value, np.ndarray) and value.ndim > 0):
         return None
     try:
@@ -211,8 +213,9 @@ def _as_float(value: Any) -> float | None:
 
 
 def _too_many(scored: ScoredBatch, count: int, max_failed_share: float) -> str:
+    """The message of a RewardError."""
     head = (
         f"{scored.failed_rows} of {count} rows could not be scored, more than rewards.max_failed_share = {max_failed_share:g} "
-        "allows. Mend the reward function, return None where it does not apply, or allow more:"
+        "allows. Fix the reward function, return None where it does not apply, or allow more:"
     )
     return "\n".join([head, *(f"  {line}" for line in failure_lines(scored))])

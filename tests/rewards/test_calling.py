@@ -121,7 +121,7 @@ def test_an_async_raise_is_found_by_row(timeout_seconds: float | None) -> None:
 
     batch = scored([("judge", judge)], ["a", "bad", "c"], timeout_seconds)
     assert [failure.row for failure in batch.failures] == [1]
-    assert batch.failures[0].reason.startswith("raised TimeoutError: the judge's own (test_rewards_calling.py, line ")
+    assert batch.failures[0].reason.startswith("raised TimeoutError: the judge's own (test_calling.py, line ")
     assert batch.valid.tolist() == [True, False, True]
 
 

@@ -117,7 +117,7 @@ def test_a_raise_is_found_by_row_and_the_others_keep_their_value() -> None:
     batch = scored([("judge", raising_on("bad"))], ["a", "bb", "bad", "dddd"])
     (failure,) = batch.failures
     assert (failure.function, failure.row) == ("judge", 2)
-    assert failure.reason.startswith("raised KeyError: 'bad' (test_rewards_scoring.py, line ")
+    assert failure.reason.startswith("raised KeyError: 'bad' (test_scoring.py, line ")
     assert batch.rewards.tolist() == [1.0, 2.0, 0.0, 4.0]
     assert batch.valid.tolist() == [True, True, False, True]
 
@@ -135,7 +135,7 @@ def test_too_many_failed_rows_stop_the_run_naming_function_row_and_reason() -> N
         scored(functions, ["a", "bad", "bad", "d"], max_failed_share=0.25)
     message = str(caught.value)
     assert "2 of 4 rows could not be scored, more than rewards.max_failed_share = 0.25" in message
-    assert "judge raised KeyError: 'bad' (test_rewards_scoring.py, line" in message
+    assert "judge raised KeyError: 'bad' (test_scoring.py, line" in message
     assert "2 rows, the first is row 1" in message
     assert "other returned NaN: row 1" in message
 
