@@ -1,8 +1,7 @@
-"""The last layer on a mesh: log-probabilities of tokens from hidden states, the vocabulary cut over `tensor`.
+"""The output head on a mesh: log-probabilities of tokens from hidden states, with the vocabulary sharded over `tensor`.
 
-Enters: hidden states, the head and the tokens, one row a token. Leaves: float32 nats, as `grpo_kernels.ops.head_logprob` gives them.
-    Logits are never gathered: each device has its tokens, and either its rows of the head or, for what needs all logits of a
-    token (`with_whole_head`), the whole head and a smaller share of the tokens.
+Logits are never gathered: each device has its tokens, and either its rows of the head or, where all logits of a token are needed
+(`with_full_head`), the full head and a part of the tokens. On one device these are plain calls.
 """
 
 from __future__ import annotations
@@ -26,11 +25,16 @@ def head_logprobs(
     layout: Layout | None,
     **options: Any,
 ) -> tuple[Float[Array, "T"], Float[Array, "T"], Float[Array, "T"]]:
-    """`head_logprob`; on a mesh of each device's tokens and its part of the vocabulary.
+    """Runs `head_logprob`; on a mesh, on each device's tokens and part of the vocabulary.
 
     Args:
-        layout: None is one device; else T divides by its row shards.
+        x: hidden states, one row per token.
+        w: the output head.
+        layout: None is one device; else T is divisible by its row shards.
         options: softcap, head_trainable and implementation of `head_logprob`.
+
+    Returns:
+        What `head_logprob` returns, float32 nats.
     """
     if layout is None:
         return head_logprob(x, w, ids, temperature=temperature, **options)
@@ -43,36 +47,36 @@ def head_logprobs(
     return layout.local(local, inputs, rows)(x, w, ids, jnp.asarray(temperature, jnp.float32))
 
 
-def with_whole_head(
-    function: Callable[..., Any], layout: Layout | None, x: Array, w: Float[Array, "V D"], *rest: Any, numbers: Any = ()
+def with_full_head(
+    function: Callable[..., Any], layout: Layout | None, x: Array, w: Float[Array, "V D"], *rest: Any, scalars: Any = ()
 ) -> Any:
-    """function(x, w, *rest, *numbers); on a mesh with the head gathered whole, and a device's tokens shared out over `tensor`.
+    """Calls function(x, w, *rest, *scalars); on a mesh with the full head on every device and the tokens split over `tensor` too.
 
     Args:
-        function: of rows, and of nothing across them; gives float arrays with one entry a row.
-        x, rest: one row a token each.
-        numbers: scalars, the same for all rows.
+        function: treats every row alone; returns float arrays with one entry per row.
+        x, rest: one row per token each.
+        scalars: the same for all rows.
     """
     if layout is None:
-        return function(x, w, *rest, *numbers)
+        return function(x, w, *rest, *scalars)
     shards = layout.tensor
 
-    def local(w: Array, numbers: Any, rows: Any) -> Any:
+    def local(w: Array, scalars: Any, rows: Any) -> Any:
         if shards == 1:
-            return function(rows[0], w, *rows[1:], *numbers)
+            return function(rows[0], w, *rows[1:], *scalars)
         tokens = rows[0].shape[0]
-        each = -(-tokens // shards)
-        # The last share starts early, and what it has twice is taken from the one before it.
-        start = jnp.minimum(jax.lax.axis_index("tensor") * each, tokens - each)
-        own = [jax.lax.dynamic_slice_in_dim(row, start, each) for row in rows]
-        parts = jax.lax.all_gather(function(own[0], w, *own[1:], *numbers), "tensor")
-        taken = [min(number * each, tokens - each) for number in range(shards)]
-        ends = [*taken[1:], tokens]
+        size = -(-tokens // shards)
+        # All slices have one size, so the last ones start early and overlap; the join below takes each token once.
+        start = jnp.minimum(jax.lax.axis_index("tensor") * size, tokens - size)
+        own = [jax.lax.dynamic_slice_in_dim(row, start, size) for row in rows]
+        parts = jax.lax.all_gather(function(own[0], w, *own[1:], *scalars), "tensor")
+        starts = [min(number * size, tokens - size) for number in range(shards)]
+        ends = [*starts[1:], tokens]
 
         def join(part: Array) -> Array:
-            return jnp.concatenate([part[i, : ends[i] - taken[i]] for i in range(shards)])
+            return jnp.concatenate([part[i, : ends[i] - starts[i]] for i in range(shards)])
 
         return jax.tree.map(join, parts)
 
     rows = layout.spec("rows")
-    return layout.local(local, (layout.spec(), layout.spec(), rows), rows)(w, tuple(numbers), (x, *rest))
+    return layout.local(local, (layout.spec(), layout.spec(), rows), rows)(w, tuple(scalars), (x, *rest))

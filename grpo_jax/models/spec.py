@@ -1,30 +1,29 @@
-"""A model as data: the sizes and switches that every family shares, and one description per parameter.
+"""Model description as data: `ModelSpec`, the sizes and switches of every family, and `param_specs`, the table of its parameters.
 
-Enters: numbers read by `families.py`. Leaves: `ModelSpec`, hashable, so that it can be static under jit, and `param_specs`, the
-    one table from which initial values, abstract trees and shardings are made. Which tensor of a checkpoint fills which entry
-    is `hf.py`.
+`families.py` reads a `ModelSpec` from config.json. The names of the tensors in a checkpoint are in `weights/hf.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from grpo_jax.types import Params
 
 
 def precision_of(dtype: Any) -> jax.lax.Precision:
-    """float32 results are promised to be float32: a TPU's default is one bfloat16 pass, NVIDIA's is TF32."""
+    """Precision of a matmul: HIGHEST for float32, where a TPU's default is one bfloat16 pass and NVIDIA's is TF32."""
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
 class ModelError(ValueError):
-    """A model folder that cannot be read as it is; the message names the file and the mend."""
+    """A model folder that cannot be read; the message names the file and the fix."""
 
 
 @dataclass(frozen=True)
@@ -33,8 +32,8 @@ class Rope:
 
     Attributes:
         theta: base of the frequencies theta^(-2i / head_dim).
-        kind: `default`; `linear` divides every frequency by factor; `llama3` divides the slow ones and blends the middle
-            (https://github.com/meta-llama/llama-models, `apply_scaling`).
+        kind: `default`; `linear` divides every frequency by factor; `llama3` divides the low frequencies and interpolates between
+            low and high ones (https://github.com/meta-llama/llama-models, `apply_scaling`).
         original_length: context length before scaling; `llama3` only.
     """
 
@@ -47,12 +46,12 @@ class Rope:
 
     def frequencies(self, head_dim: int) -> list[float]:
         """Radians per position of each of the head_dim / 2 pairs."""
-        plain = [self.theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
+        unscaled = [self.theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
         if self.kind == "default":
-            return plain
+            return unscaled
         if self.kind == "linear":
-            return [f / self.factor for f in plain]
-        return [self._llama3(f) for f in plain]
+            return [f / self.factor for f in unscaled]
+        return [self._llama3(f) for f in unscaled]
 
     def _llama3(self, frequency: float) -> float:
         turns = self.original_length * frequency / (2 * math.pi)
@@ -66,20 +65,23 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Sizes and switches of a decoder-only transformer.
+    """Sizes and switches of a decoder-only transformer; hashable, so that it can be static under jit.
 
     Attributes:
-        ffw: width of the feed-forward; of one expert, where there are experts.
-        windows: per layer, the number of positions that a query sees including its own; None sees all.
-        ropes: the rotary embeddings in use; `rope_of_layer` says which one each layer takes.
-        norm_offset: RMSNorm multiplies by offset + scale (1 in Gemma).
-        sandwich: norms behind attention and feed-forward too (Gemma 2 and 3).
+        ffw: width of the feed-forward; with experts, of one expert.
+        tied: the embedding matrix is the output head too.
+        windows: per layer, the number of positions that a query sees, its own included; None sees all.
+        ropes: the rotary embeddings in use; `rope_of_layer` gives the index of each layer's.
         query_scale: factor of q before q·k.
+        qk_norm: RMSNorm on each head's q and k.
+        sandwich: norms after attention and after the feed-forward too (Gemma 2 and 3).
+        norm_offset: RMSNorm multiplies by offset + scale (1 in Gemma).
         embed_scale: factor of the embedded tokens.
         attention_softcap, final_softcap: c·tanh(x / c) of attention scores and of logits; None is off.
-        experts: feed-forwards of every layer, of which a router chooses `experts_per_token` for a token; 0 is one for all tokens.
-        norm_topk_prob: the chosen experts' probabilities are divided by their sum.
-        dtype: the number format that config.json names.
+        experts: experts in every layer, of which a router selects `experts_per_token` for each token; 0 is a dense feed-forward.
+        norm_topk_prob: the router's weights of the selected experts are divided by their sum.
+        dtype: dtype of the weights that config.json names.
+        init_std: standard deviation of random initial weights.
 
     Example:
         The 260K-parameter Llama of TinyStories has layers=5, width=64, heads=8, kv_heads=4, head_dim=8, ffw=172, vocab=512,
@@ -117,7 +119,7 @@ class ModelSpec:
     init_std: float = 0.02
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
-        """(in, out) of each linear layer inside a block; of those of the feed-forward in one expert."""
+        """(in, out) of each linear layer of a block; with experts, those of the feed-forward are of one expert."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         return {
             "q_proj": (self.width, q),
@@ -129,18 +131,18 @@ class ModelSpec:
             "down_proj": (self.ffw, self.width),
         }
 
-    def stack(self, linear: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
-        """Sizes and logical axes of the dimensions in front of a linear layer's (in, out): [L], or [L, E] in an expert."""
-        if self.experts and linear in EXPERT_LINEARS:
-            return (self.layers, self.experts), ("layers", "experts")
-        return (self.layers,), ("layers",)
-
     def linear_axes(self, linear: str) -> tuple[str | None, str | None]:
-        """Logical axes of a linear layer's (in, out). Where experts are spread over devices, the width of each is not."""
+        """Logical axes of a linear layer's (in, out). With experts `ffw` is not sharded, because the experts are."""
         rows, columns = LINEAR_AXES[linear]
         if not self.experts:
             return rows, columns
         return None if rows == "ffw" else rows, None if columns == "ffw" else columns
+
+    def stack_dims(self, linear: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Sizes and logical axes of the dimensions in front of a linear layer's (in, out): [L], or [L, E] for experts."""
+        if self.experts and linear in EXPERT_LINEARS:
+            return (self.layers, self.experts), ("layers", "experts")
+        return (self.layers,), ("layers",)
 
     def has_bias(self, linear: str) -> bool:
         """Whether a linear layer adds a bias."""
@@ -151,11 +153,11 @@ class ModelSpec:
 
 @dataclass(frozen=True)
 class ParamSpec:
-    """One parameter: its shape, the logical name of each dimension, and the deviation that it starts with.
+    """Description of one parameter: shape, logical axes and initial value.
 
     Attributes:
         axes: logical axes, one per dimension: layers, embed, heads, kv_heads, ffw, experts, vocab, head_dim, or None.
-        std: deviation of the normal distribution that it starts from; None starts at `constant`.
+        std: standard deviation of the normal distribution of the initial values; None sets all to `constant`.
     """
 
     shape: tuple[int, ...]
@@ -173,22 +175,27 @@ LINEAR_AXES: dict[str, tuple[str, str]] = {
     "up_proj": ("embed", "ffw"),
     "down_proj": ("ffw", "embed"),
 }
+"""Logical axes of each linear layer's (in, out)."""
 
 EXPERT_LINEARS = ("gate_proj", "up_proj", "down_proj")
-"""Linear layers of which each expert has its own."""
+"""Linear layers that exist once per expert in a mixture of experts."""
 
 
 def param_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
-    """Every parameter of a model, by its path in the tree. Layers are stacked: dimension 0 of theirs is L."""
-    one = 1.0 - spec.norm_offset
+    """Describes every parameter of a model, by its path in the tree.
+
+    This table is the only description of the parameters: initial values, abstract trees, shardings, tensor names and parameter
+    counts follow from it. Parameters of layers are stacked: their dimension 0 is L.
+    """
+    norm_start = 1.0 - spec.norm_offset
     table: dict[tuple[str, ...], ParamSpec] = {
         ("embed", "embedding"): ParamSpec((spec.vocab, spec.width), ("vocab", "embed"), spec.init_std),
-        ("final_norm", "scale"): ParamSpec((spec.width,), ("embed",), constant=one),
+        ("final_norm", "scale"): ParamSpec((spec.width,), ("embed",), constant=norm_start),
     }
     if not spec.tied:
         table["head", "embedding"] = ParamSpec((spec.vocab, spec.width), ("vocab", "embed"), spec.init_std)
     for name, shape in spec.linear_shapes().items():
-        (stack, stack_axes), axes = spec.stack(name), spec.linear_axes(name)
+        (stack, stack_axes), axes = spec.stack_dims(name), spec.linear_axes(name)
         table["layers", name, "kernel"] = ParamSpec((*stack, *shape), (*stack_axes, *axes), spec.init_std)
         if spec.has_bias(name):
             table["layers", name, "bias"] = ParamSpec((*stack, shape[1]), (*stack_axes, axes[1]))
@@ -197,63 +204,54 @@ def param_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
         table["layers", "router", "kernel"] = ParamSpec(router, ("layers", "embed", None), spec.init_std)
     norms = ["attn_norm", "ffw_norm"] + (["post_attn_norm", "post_ffw_norm"] if spec.sandwich else [])
     for name in norms:
-        table["layers", name, "scale"] = ParamSpec((spec.layers, spec.width), ("layers", "embed"), constant=one)
+        table["layers", name, "scale"] = ParamSpec((spec.layers, spec.width), ("layers", "embed"), constant=norm_start)
     if spec.qk_norm:
         for name in ("q_norm", "k_norm"):
-            table["layers", name, "scale"] = ParamSpec((spec.layers, spec.head_dim), ("layers", "head_dim"), constant=one)
+            table["layers", name, "scale"] = ParamSpec((spec.layers, spec.head_dim), ("layers", "head_dim"), constant=norm_start)
     return table
 
 
 def lora_specs(spec: ModelSpec, rank: int, targets: tuple[str, ...]) -> dict[tuple[str, ...], ParamSpec]:
-    """Every adapter matrix: `a` is [L, in, r], `b` is [L, r, out]; of experts [L, E, ...], and the router has none.
+    """Describes every LoRA matrix, by its path: `a` is [L, in, r] and `b` is [L, r, out], for experts [L, E, ...].
 
-    PEFT's start: A uniform within ±1/√in, B zero.
+    This table is the only description of their shapes and axes; `weights.lora.init_lora` gives the initial values. The router has
+    no adapter.
     """
     table: dict[tuple[str, ...], ParamSpec] = {}
     for name in targets:
         rows, columns = spec.linear_shapes()[name]
-        (stack, stack_axes), axes = spec.stack(name), spec.linear_axes(name)
+        (stack, stack_axes), axes = spec.stack_dims(name), spec.linear_axes(name)
         table["layers", name, "a"] = ParamSpec((*stack, rows, rank), (*stack_axes, axes[0], None))
         table["layers", name, "b"] = ParamSpec((*stack, rank, columns), (*stack_axes, None, axes[1]))
     return table
 
 
 def nest(leaves: dict[tuple[str, ...], Any]) -> Params:
-    """{("a", "b"): x} → {"a": {"b": x}}."""
-    tree: Params = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = leaf
-    return tree
+    """Makes a nested dict of a flat one: {("a", "b"): x} → {"a": {"b": x}}."""
+    return unflatten_dict(leaves)
 
 
-def flatten(tree: Params, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The inverse of `nest`, in the tree's order."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from flatten(value, (*prefix, name))
-        else:
-            yield (*prefix, name), value
+def flatten(tree: Params) -> Iterable[tuple[tuple[str, ...], Any]]:
+    """Lists the (path, leaf) pairs of a nested dict, in the tree's order; the inverse of `nest`."""
+    return flatten_dict(tree).items()
 
 
 def abstract_params(spec: ModelSpec, dtype: Any) -> Params:
-    """The tree of shapes and dtypes of a model, without weights."""
+    """The tree of a model's parameters as shapes and dtypes, without values."""
     return nest({path: jax.ShapeDtypeStruct(p.shape, jnp.dtype(dtype)) for path, p in param_specs(spec).items()})
 
 
 def init_params(spec: ModelSpec, key: jax.Array, dtype: Any) -> Params:
-    """Random initial weights: normal with deviation `init_std`, norms at one, biases at zero."""
+    """Random initial weights: normal with standard deviation `init_std`, norms at one, biases at zero."""
 
-    def start(number: int, p: ParamSpec) -> jax.Array:
+    def initial(number: int, p: ParamSpec) -> jax.Array:
         if p.std is None:
             return jnp.full(p.shape, p.constant, dtype)
         return (jnp.float32(p.std) * jax.random.normal(jax.random.fold_in(key, number), p.shape, jnp.float32)).astype(dtype)
 
-    return nest({path: start(number, p) for number, (path, p) in enumerate(param_specs(spec).items())})
+    return nest({path: initial(number, p) for number, (path, p) in enumerate(param_specs(spec).items())})
 
 
 def count_parameters(spec: ModelSpec) -> int:
-    """Number of weights, tied ones once."""
+    """Number of weights; a tied embedding counts once."""
     return sum(math.prod(p.shape) for p in param_specs(spec).values())

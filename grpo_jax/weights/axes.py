@@ -1,7 +1,7 @@
-"""Which logical axes every array of a model has: weights, adapters, and optimiser slots, which lie as what they belong to.
+"""Logical axes of every weight and adapter of a model, and the check that a mesh divides them.
 
-Enters: a spec. Leaves: the table that `Layout.tree` looks paths up in, and the check that a mesh fits a model. Batches have their
-own table, `sharding.BATCH`; caches of decoding are the sampler's.
+`Layout.tree` looks parameters and optimiser state up in the table of `model_axes`. The axes of batches are `sharding.BATCH`; those
+of decoding caches are in `rollout/kv_cache.py`.
 """
 
 from __future__ import annotations
@@ -10,24 +10,24 @@ import math
 
 from grpo_jax.config.checks import require
 from grpo_jax.models.spec import ModelSpec, lora_specs, param_specs
-from grpo_jax.runtime.sharding import Layout, Table
+from grpo_jax.runtime.sharding import AxesTable, Layout
 from grpo_jax.weights.quantize import quantized_specs
 
 
-def model_axes(spec: ModelSpec) -> Table:
-    """Of every weight and of every adapter that the model may have, by path."""
+def model_axes(spec: ModelSpec) -> AxesTable:
+    """Logical axes of every weight and of every adapter that the model may have, by path."""
     table = {path: p.axes for path, p in param_specs(spec).items()}
     return table | {path: p.axes for path, p in lora_specs(spec, 1, tuple(spec.linear_shapes())).items()}
 
 
 def check_mesh(layout: Layout | None, spec: ModelSpec, quantization: str = "none") -> None:
-    """Checks that every weight divides by the shards that it is cut into.
+    """Checks that the mesh divides every sharded dimension of a model.
 
     Args:
-        quantization: of the layers' matrices, whose groups of inputs may not be cut.
+        quantization: format of the layers' matrices. Their groups of inputs are not split either.
 
     Raises:
-        ConfigError: one does not; the message names the axis of the mesh.
+        ConfigError: it does not; the message names the mesh axis.
     """
     if layout is None:
         return
@@ -44,12 +44,12 @@ def check_mesh(layout: Layout | None, spec: ModelSpec, quantization: str = "none
             require_divisor(layout, axis, groups, what, ", or model.quantization int8, which has one group")
 
 
-def require_divisor(layout: Layout, axis: str, size: int, what: str, else_mend: str = "") -> None:
-    """Raises ConfigError where the shards of a logical axis do not divide a size."""
-    cut = layout.spec(axis)[0]
-    if cut is None:
+def require_divisor(layout: Layout, axis: str, size: int, what: str, alternative: str = "") -> None:
+    """Raises ConfigError where the number of shards of a logical axis does not divide a size."""
+    mesh_axis = layout.spec(axis)[0]
+    if mesh_axis is None:
         return
-    shards = layout.mesh.shape[cut]
-    fitting = math.gcd(size, shards)
-    mend = f"{what}, which {shards} shards do not divide: use {fitting}, or another divisor of {size}{else_mend}"
-    require(size % shards == 0, f"mesh.{cut}", shards, mend)
+    shards = layout.mesh.shape[mesh_axis]
+    divisor = math.gcd(size, shards)
+    fix = f"{what}, which {shards} shards do not divide: use {divisor}, or another divisor of {size}{alternative}"
+    require(size % shards == 0, f"mesh.{mesh_axis}", shards, fix)

@@ -1,8 +1,7 @@
-"""Weights out: merged safetensors in the layout of the original folder, and the export of a finished run.
+"""Writes merged models: a folder that transformers and vLLM load, in the layout of the original folder.
 
-Enters: parameters and adapters, or a run folder. Leaves: a folder that transformers and vLLM load: the same tensor names,
-    number formats and shards as the original, its config, generation config and tokenizer. Adapter folders are
-    `models/lora.py`'s.
+Tensor names, dtypes and shards are those of the original, as are config, generation config and tokenizer. Adapter folders are
+written by `weights/lora.py`.
 """
 
 from __future__ import annotations
@@ -19,14 +18,14 @@ import numpy as np
 from grpo_jax.config import LoraConfig
 from grpo_jax.models.spec import ModelError, ModelSpec, flatten
 from grpo_jax.types import Params
-from grpo_jax.weights.hf import INDEX, TensorFiles, read_slice, tensor_names
+from grpo_jax.weights.hf import INDEX, TensorFiles, read_tensor, tensor_names
 from grpo_kernels.ops.quantized_matmul import QuantizedWeight
 
-# Files of a model folder that are not carried over: weights in whatever format, and what the hub keeps beside them.
-LEFT_BEHIND = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md", ".gitattributes", ".index.json")
+# Endings of files that are not copied: weights in any format, and files of the hub's page.
+NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md", ".gitattributes", ".index.json")
 
 ReadTensor = Callable[[tuple[str, ...], tuple[int, ...]], np.ndarray]
-"""(path of a parameter, which layer of it, or which layer and expert) → its values, float32, laid out as this model keeps them."""
+"""(path of a parameter, index of the layer, or of layer and expert) → that tensor, float32, with a matrix as (in, out)."""
 
 
 def merged_weights(
@@ -37,32 +36,30 @@ def merged_weights(
     original: Path | None = None,
     fetch: Callable[[Any], Any] = jax.device_get,
 ) -> ReadTensor:
-    """Reads one tensor at a time with its adapter added, W + scale · A B, in float32.
+    """Makes a function that reads one tensor with its adapter merged, W + scale · A B, in float32.
 
     Args:
-        original: folder that the model was read from; where `params` are quantised, W is that folder's, which is not rounded.
-        fetch: brings an array to the host whole.
+        original: folder that the model was read from. Where `params` are quantised, W comes from there, unrounded.
+        fetch: copies an array to the host, all shards of it.
 
-    Raises:
-        ModelError: by what is returned, where the original is gone.
+    Returns:
+        The function. It raises ModelError where the original is needed and gone.
     """
     leaves, sources = dict(flatten(params)), tensor_names(spec)
-    low = {} if adapters is None else dict(flatten(adapters))
+    low_rank = {} if adapters is None else dict(flatten(adapters))
     scale = 0.0 if lora is None else lora.scale
 
-    def read_original(path: tuple[str, ...], place: tuple[int, ...]) -> np.ndarray:
+    def read_original(path: tuple[str, ...], index: tuple[int, ...]) -> np.ndarray:
         assert original is not None, path
         with TensorFiles(original) as files:
-            index = (*(slice(at, at + 1) for at in place), slice(None), slice(None))
-            return read_slice(files, sources[path], leaves[path].shape, index, np.float32)[(0,) * len(place)]
+            return read_tensor(files, sources[path], int(np.ravel_multi_index(index, sources[path].stack)))
 
-    def read(path: tuple[str, ...], place: tuple[int, ...]) -> np.ndarray:
-        if isinstance(leaves[path], QuantizedWeight):
-            values = read_original(path, place)
-        else:
-            values = np.asarray(fetch(leaves[path][place])).astype(np.float32)
-        if (*path[:2], "a") in low and path[-1] == "kernel":
-            a, b = (np.asarray(fetch(low[(*path[:2], leaf)][place]), np.float32) for leaf in ("a", "b"))
+    def read(path: tuple[str, ...], index: tuple[int, ...]) -> np.ndarray:
+        quantized = isinstance(leaves[path], QuantizedWeight)
+        values = read_original(path, index) if quantized else np.asarray(fetch(leaves[path][index]))
+        values = values.astype(np.float32)
+        if (*path[:2], "a") in low_rank and path[-1] == "kernel":
+            a, b = (np.asarray(fetch(low_rank[(*path[:2], leaf)][index]), np.float32) for leaf in ("a", "b"))
             values = values + np.float32(scale) * (a @ b)
         return values
 
@@ -73,13 +70,13 @@ def save_merged(out: Path, original: Path, spec: ModelSpec, read: ReadTensor, wr
     """Writes a model folder.
 
     Args:
-        out: made where it is not there; must not be the original.
-        original: the folder that the model was read from: its shards, number formats, config and tokenizer are kept.
+        out: created where it does not exist; must not be the original.
+        original: the folder that the model was read from; shards, dtypes, config and tokenizer are taken from it.
         read: gives each tensor; see `merged_weights`.
-        writes: False only reads, in the same order: for all processes but one, where arrays lie in several.
+        writes: False only calls `read`, in the same order: for all processes but one, where arrays are sharded over processes.
 
     Raises:
-        ModelError: out is the original, or holds weights of another model; or the original is gone.
+        ModelError: out is the original, or has weights of another model; or the original is gone.
     """
     from safetensors.numpy import save_file
 
@@ -87,11 +84,11 @@ def save_merged(out: Path, original: Path, spec: ModelSpec, read: ReadTensor, wr
         raise ModelError(f"{out} is the folder that the model was read from; choose another, so that the original stays")
     if writes:
         out.mkdir(parents=True, exist_ok=True)
-    places = {
-        name: (path, place, source.transposed) for path, source in tensor_names(spec).items() for name, place in source.places()
+    entries = {
+        name: (path, index, source.transposed) for path, source in tensor_names(spec).items() for name, index in source.entries()
     }
     if spec.tied:
-        places["lm_head.weight"] = (("embed", "embedding"), (), False)
+        entries["lm_head.weight"] = (("embed", "embedding"), (), False)
     with TensorFiles(original) as files:
         shards = sorted(set(files.files.values()))
         if writes:
@@ -99,31 +96,31 @@ def save_merged(out: Path, original: Path, spec: ModelSpec, read: ReadTensor, wr
         for shard in shards:
             tensors: dict[str, np.ndarray] = {}
             for name in (n for n, file in files.files.items() if file == shard):
+                path, index, transposed = entries.get(name, (None, (), False))
+                values = None if path is None else read(path, index)
                 if not writes:
-                    if name in places:
-                        read(*places[name][:2])
+                    continue
+                if values is None:
+                    tensors[name] = files.read(name)
                     continue
                 dtype = files.read(name, tuple(slice(0, 0) for _ in files.shape(name))).dtype
-                if name not in places:
-                    tensors[name] = files.read(name, tuple(slice(None) for _ in files.shape(name)))
-                    continue
-                path, place, transposed = places[name]
-                values = read(path, place)
                 tensors[name] = np.ascontiguousarray(values.T if transposed else values).astype(jnp.dtype(dtype))
             if writes:
                 save_file(tensors, out / shard, metadata={"format": "pt"})
-    if not writes:
-        return
-    if (original / INDEX).is_file():
-        shutil.copy(original / INDEX, out / INDEX)
+    if writes:
+        copy_other_files(original, out)
+
+
+def copy_other_files(original: Path, out: Path) -> None:
+    """Copies the index of the shards and every file that has no weights: config, generation config, tokenizer."""
     for file in original.iterdir():
-        if file.is_file() and not file.name.endswith(LEFT_BEHIND):
+        if file.is_file() and (file.name == INDEX or not file.name.endswith(NOT_COPIED)):
             shutil.copy(file, out / file.name)
 
 
-def refuse_other_weights(out: Path, wanted: set[str]) -> None:
-    """A folder with weights of another export would be two models in one; ModelError names them."""
+def refuse_other_weights(out: Path, own: set[str]) -> None:
+    """Raises ModelError where a folder has weight files besides `own`: it would be two models in one."""
     weights = {file.name for file in out.iterdir() if file.name.endswith((".safetensors", ".index.json"))}
-    others = sorted(weights - wanted)
+    others = sorted(weights - own)
     if others:
         raise ModelError(f"{out} holds other weights ({', '.join(others[:3])}); choose an empty folder")

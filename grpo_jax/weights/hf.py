@@ -1,8 +1,7 @@
-"""Hugging Face folders: weights in, weights out.
+"""Reads Hugging Face model folders: finds or downloads the folder, maps tensor names to parameters, reads parts of parameters.
 
-Enters: a folder or a hub id. Leaves: the folder, the `ModelSpec`, and any part of any parameter. `tensor_names` is the one
-    table of names: reading is the table forwards, exporting (`export.py`) is it backwards. Only safetensors are read: a pickle
-    never is. How the parts come onto devices is `loading.py`.
+`tensor_names` is the only table of names; loading uses it in one direction and `export.py` in the other. Only safetensors are read,
+no pickles. `loading.py` puts what is read onto devices.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from grpo_jax.models.families import read_spec
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelError, ModelSpec, param_specs
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-# Tensors that old checkpoints carry beside the weights: constants that are computed from config.json.
+# Names of constants that old checkpoints store next to the weights; they are computed from config.json instead.
 CONSTANTS = ("rotary_emb.inv_freq", "self_attn.masked_bias")
 
 LLAMA_NORMS = {"attn_norm": "input_layernorm", "ffw_norm": "post_attention_layernorm"}
@@ -31,17 +30,15 @@ GEMMA_NORMS = {
     "ffw_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-
-
 MIXTRAL_EXPERTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 FUSED_EXPERTS = "experts.gate_up_proj"
 
 
 def module_path(spec: ModelSpec, part: str, expert: int = 0) -> str:
-    """Path of a module inside a layer, as Hugging Face names it: `q_proj` → `self_attn.q_proj`.
+    """Hugging Face's path of a module inside a layer: `q_proj` → `self_attn.q_proj`.
 
     Args:
-        expert: which one, where `part` is a linear layer of experts.
+        expert: index of the expert, where `part` is a linear layer of experts.
     """
     norms = GEMMA_NORMS if spec.sandwich else LLAMA_NORMS
     if part in norms:
@@ -55,18 +52,18 @@ def module_path(spec: ModelSpec, part: str, expert: int = 0) -> str:
 
 
 def module_paths(spec: ModelSpec, part: str) -> list[str]:
-    """Paths of all modules of that kind from the model's root, layer by layer and in a layer expert by expert."""
+    """Paths from the model's root of all modules of one kind, layer by layer and, within a layer, expert by expert."""
     experts = spec.experts if part in EXPERT_LINEARS and spec.experts else 1
     return [f"model.layers.{i}.{module_path(spec, part, expert)}" for i in range(spec.layers) for expert in range(experts)]
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a parameter is in a checkpoint.
+class TensorSource:
+    """The tensors of a checkpoint that make up one parameter.
 
     Attributes:
-        names: tensor names; one per layer for a stacked parameter, else one; one per layer and expert, in that order, for experts.
-        transposed: Hugging Face keeps (out, in), this model (in, out).
+        names: tensor names: one, or one per layer, or one per layer and expert in that order.
+        transposed: True where Hugging Face stores (out, in) and this model (in, out).
         stack: leading dimensions of the parameter over which its tensors are stacked: (), (L,) or (L, E).
     """
 
@@ -74,35 +71,35 @@ class Source:
     transposed: bool
     stack: tuple[int, ...]
 
-    @property
-    def stacked(self) -> bool:
-        """Whether the parameter is that of several layers."""
-        return bool(self.stack)
-
-    def places(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Each tensor's name, and where in the parameter it goes."""
+    def entries(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Each tensor's name and its index in the stack."""
         return zip(self.names, np.ndindex(self.stack), strict=True)
 
 
-def tensor_names(spec: ModelSpec) -> dict[tuple[str, ...], Source]:
-    """The table: path of a parameter → its tensors."""
-    table: dict[tuple[str, ...], Source] = {}
+def tensor_names(spec: ModelSpec) -> dict[tuple[str, ...], TensorSource]:
+    """The table of names: path of a parameter → its tensors."""
+    top = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
+    table: dict[tuple[str, ...], TensorSource] = {}
     for path in param_specs(spec):
         if path[0] == "layers":
             leaf = "bias" if path[2] == "bias" else "weight"
             names = tuple(f"{module}.{leaf}" for module in module_paths(spec, path[1]))
-            table[path] = Source(names, path[2] == "kernel", spec.stack(path[1])[0])
+            table[path] = TensorSource(names, path[2] == "kernel", spec.stack_dims(path[1])[0])
         else:
-            top = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
-            table[path] = Source((top[path[0]],), False, ())
+            table[path] = TensorSource((top[path[0]],), False, ())
     return table
 
 
 def find_model(path: str, revision: str | None = None, *, weights: bool = True) -> Path:
-    """The local folder of a model; a hub id is downloaded (safetensors, JSON and tokenizer files, nothing else).
+    """Finds the local folder of a model; a hub id is downloaded (safetensors, JSON and tokenizer files, nothing else).
+
+    Args:
+        path: a folder, or a hub id `owner/name`.
+        revision: branch, tag or commit on the hub.
+        weights: False leaves out the safetensors.
 
     Raises:
-        ModelError: no such folder, no such repository, or one that asks for a licence to be accepted.
+        ModelError: no such folder, no such repository, or one whose licence has to be accepted first.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -126,11 +123,11 @@ def find_model(path: str, revision: str | None = None, *, weights: bool = True) 
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"model.revision: {revision!r} is not a branch, tag or commit of {path!r}") from error
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
-        raise ModelError(f"model.path: {path!r} is no folder here, and the hub could not be reached: {error}") from error
+        raise ModelError(f"model.path: {path!r} is not a local folder, and the hub could not be reached: {error}") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file's object; ModelError where it is missing or broken."""
+    """Reads a JSON file's object; ModelError where it is missing or broken."""
     if not file.is_file():
         raise ModelError(f"{file} is missing; a model folder needs {file.name}")
     try:
@@ -143,12 +140,12 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def read_folder_spec(folder: Path) -> ModelSpec:
-    """`ModelSpec` of a model folder."""
+    """Reads the `ModelSpec` of a model folder."""
     return read_spec(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    """Tensor name → file name; from the index where the checkpoint is sharded."""
+    """Tensor name → file name, from the index where the checkpoint is sharded."""
     from safetensors import safe_open
 
     if (folder / INDEX).is_file():
@@ -176,7 +173,7 @@ def weight_map(folder: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def open_shard(file: Path, safe_open: Any) -> Iterator[Any]:
-    """A safetensors file, mapped into memory; ModelError where it is broken."""
+    """Opens a safetensors file, memory-mapped; ModelError where it is broken."""
     from safetensors import SafetensorError
 
     try:
@@ -187,10 +184,10 @@ def open_shard(file: Path, safe_open: Any) -> Iterator[Any]:
 
 
 class TensorFiles:
-    """The tensors of a folder, read by slices.
+    """The open safetensors files of a folder, read by slices.
 
     Raises:
-        ModelError: a shard is missing or broken, a tensor is in no shard, or the shapes do not fit.
+        ModelError: a shard is missing or broken, or does not contain a tensor that the index names.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -215,61 +212,65 @@ class TensorFiles:
         """A tensor's shape."""
         return tuple(self._shards[self.files[name]].get_slice(name).get_shape())
 
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Part of a tensor."""
+    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
+        """Reads part of a tensor, or all of it."""
+        index = tuple(slice(None) for _ in self.shape(name)) if index is None else index
         return self._shards[self.files[name]].get_slice(name)[index]
 
 
 def check_tensors(folder: Path, spec: ModelSpec, files: TensorFiles) -> None:
-    """Every parameter has its tensors, in the right shape, and every tensor its parameter."""
+    """Raises ModelError unless the tensors of the files, with their shapes, are exactly those of the model's parameters."""
     unused = set(files.files)
     fused = next((name for name in unused if name.endswith(FUSED_EXPERTS)), None)
     if fused is not None:
         raise ModelError(
-            f"{folder}: tensor {fused} holds all experts in one; only one tensor an expert is read: load the folder in "
+            f"{folder}: tensor {fused} holds all experts in one; only one tensor per expert is supported: load the folder in "
             "transformers and save it with save_pretrained(..., save_original_format=True)"
         )
     specs = param_specs(spec)
     for path, source in tensor_names(spec).items():
-        want = specs[path].shape[len(source.stack) :]
-        want = want[::-1] if source.transposed else want
+        expected = specs[path].shape[len(source.stack) :]
+        expected = expected[::-1] if source.transposed else expected
         for name in source.names:
             if name not in unused:
                 raise ModelError(f"{folder}: tensor {name} is missing")
             unused.discard(name)
-            if files.shape(name) != want:
-                raise ModelError(f"{folder}: tensor {name} has shape {files.shape(name)}; config.json asks for {want}")
+            if files.shape(name) != expected:
+                raise ModelError(f"{folder}: tensor {name} has shape {files.shape(name)}; config.json asks for {expected}")
     if spec.tied:
         unused.discard("lm_head.weight")
     left = sorted(name for name in unused if not name.endswith(CONSTANTS))
     if left:
         raise ModelError(
-            f"{folder}: {len(left)} tensors are not part of a {spec.family} model as config.json has it: {', '.join(left[:5])}"
+            f"{folder}: {len(left)} tensors are not part of the {spec.family} model in config.json: {', '.join(left[:5])}"
         )
 
 
-def read_slice(
-    files: TensorFiles, source: Source, shape: tuple[int, ...], index: tuple[slice, ...], dtype: Any = None
-) -> np.ndarray:
-    """The part of a parameter that one device asks for.
+def read_slice(files: TensorFiles, source: TensorSource, index: tuple[slice, ...], dtype: Any = None) -> np.ndarray:
+    """Reads a slice of a parameter, such as the part of one device.
 
     Args:
-        shape: of the parameter.
-        index: of the part, one slice a dimension.
-        dtype: of the result; None is the file's own.
+        index: one slice per dimension of the parameter.
+        dtype: of the result; None is the file's dtype.
     """
     lead = len(source.stack)
     inner = index[lead:][::-1] if source.transposed else index[lead:]
     if not lead:
-        whole = np.ascontiguousarray(files.read(source.names[0], inner))
-        return whole if dtype is None else whole.astype(jnp.dtype(dtype), copy=False)
+        part = np.ascontiguousarray(files.read(source.names[0], inner))
+        return part if dtype is None else part.astype(jnp.dtype(dtype), copy=False)
     names = np.array(source.names, object).reshape(source.stack)[index[:lead]]
-    part = None
-    for place in np.ndindex(names.shape):
-        tensor = files.read(str(names[place]), inner)
+    stack = None
+    for at in np.ndindex(names.shape):
+        tensor = files.read(str(names[at]), inner)
         tensor = tensor.T if source.transposed else tensor
-        if part is None:
-            part = np.empty((*names.shape, *tensor.shape), tensor.dtype if dtype is None else jnp.dtype(dtype))
-        part[place] = tensor
-    assert part is not None, shape
-    return part
+        if stack is None:
+            stack = np.empty((*names.shape, *tensor.shape), tensor.dtype if dtype is None else jnp.dtype(dtype))
+        stack[at] = tensor
+    assert stack is not None, index
+    return stack
+
+
+def read_tensor(files: TensorFiles, source: TensorSource, number: int) -> np.ndarray:
+    """Reads one tensor of a parameter in this model's (in, out) order and the file's dtype; `number` counts `source.names`."""
+    tensor = files.read(source.names[number])
+    return np.ascontiguousarray(tensor.T if source.transposed else tensor)

@@ -1,13 +1,12 @@
-"""Adapters: their start, and PEFT's folders in and out.
+"""LoRA adapters: initial values, and reading and writing PEFT's folders (`adapter_config.json`, `adapter_model.safetensors`).
 
-Enters: a `LoraConfig` or a PEFT folder (`adapter_config.json` and `adapter_model.safetensors`). Leaves: the `lora` collection,
-    float32, a stacked [L, in, r] and [L, r, out] per target. Dropout, biases, other ranks per layer and DoRA are left out, and
-    refused where a folder has them.
+Adapters are the `lora` collection, float32, [L, in, r] and [L, r, out] per target. Dropout, biases, ranks that differ by layer and
+DoRA are not supported, and refused where a folder has them.
 
-Of a mixture of experts every expert has its own adapters, [L, E, in, r] and [L, E, r, out], of the same rank; `all-linear` is
-attention and experts. The router is never adapted. On disk there is one pair of tensors an expert, as PEFT wrote them while each
-expert was a module of its own: vLLM and PEFT read these, and PEFT puts them together for today's transformers, where all experts
-are one parameter. What PEFT itself trains there (`target_parameters`) shares one A between gate_proj and up_proj, and is refused.
+In a mixture of experts every expert has its adapters, [L, E, in, r] and [L, E, r, out], all of one rank; `all-linear` is attention
+and experts, never the router. A folder has one pair of tensors per expert, as PEFT wrote them when each expert was a module. vLLM
+and PEFT read these, and PEFT joins them for today's transformers, where all experts are one parameter. PEFT's own training of
+experts (`target_parameters`) shares one A between gate_proj and up_proj, and is refused.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ from grpo_jax.types import Params
 from grpo_jax.weights.hf import module_path, module_paths, open_shard, read_json
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# What a PEFT config may hold beside rank, alpha, targets and scale, with the values that mean "not used".
-UNUSED: dict[str, tuple[Any, ...]] = {
+# Settings of a PEFT config that are not supported, with the values that mean "not used".
+NOT_USED: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "use_dora": (False, None),
     "use_qalora": (False, None),
@@ -54,27 +53,27 @@ UNUSED: dict[str, tuple[Any, ...]] = {
 
 
 def check_targets(spec: ModelSpec, lora: LoraConfig) -> None:
-    """Refuses adapters of experts that PEFT would not load as they are.
+    """Refuses adapters of experts that PEFT would load as something else.
 
-    It puts the experts' gate_proj and up_proj together, since transformers keeps them in one tensor, at twice the rank and alpha.
+    PEFT joins the experts' gate_proj and up_proj at twice the rank and alpha, because transformers has them in one tensor.
 
     Raises:
-        ConfigError: one of the two without the other; or both with `rslora`, whose scale that changes by √2.
+        ConfigError: one of the two without the other; or both with `rslora`, whose scale would change by √2.
     """
     pair = [name for name in ("gate_proj", "up_proj") if name in lora.target_names]
     if not spec.experts or not pair:
         return
-    mend = "PEFT adapts the experts' gate_proj and up_proj together, as transformers keeps them in one tensor: name both or neither"
-    require(len(pair) == 2, "lora.targets", lora.targets, mend)
-    mend = "PEFT loads the experts' gate_proj and up_proj at twice the rank, where this scale would be another: use false"
-    require(not lora.rslora, "lora.rslora", lora.rslora, mend)
+    fix = "PEFT adapts the experts' gate_proj and up_proj together, as transformers keeps them in one tensor: name both or neither"
+    require(len(pair) == 2, "lora.targets", lora.targets, fix)
+    fix = "PEFT loads the experts' gate_proj and up_proj at twice the rank, where this scale would be another: use false"
+    require(not lora.rslora, "lora.rslora", lora.rslora, fix)
 
 
 def init_lora(spec: ModelSpec, lora: LoraConfig, key: jax.Array) -> Params:
-    """New adapters: A uniform within ±1/√in, B zero, so that the policy starts as the base.
+    """Initial adapters, as PEFT's: A uniform within ±1/√in, B zero, so that the policy starts as the base.
 
     Raises:
-        ConfigError: targets that PEFT could not load; see `check_targets`.
+        ConfigError: see `check_targets`.
     """
     check_targets(spec, lora)
     leaves: dict[tuple[str, ...], jax.Array] = {}
@@ -88,25 +87,25 @@ def init_lora(spec: ModelSpec, lora: LoraConfig, key: jax.Array) -> Params:
 
 
 def adapter_names(spec: ModelSpec, target: str, leaf: str) -> list[str]:
-    """PEFT's tensor names of one adapter matrix, layer by layer, and in a layer expert by expert."""
+    """PEFT's tensor names of one adapter matrix, layer by layer and, within a layer, expert by expert."""
     return [f"base_model.model.{module}.lora_{leaf.upper()}.weight" for module in module_paths(spec, target)]
 
 
 def peft_target(spec: ModelSpec, target: str) -> str:
-    """What PEFT's `target_modules` call a linear layer: `gate_proj` is `w1` in Mixtral."""
+    """Name of a linear layer in PEFT's `target_modules`: `gate_proj` is `w1` in Mixtral."""
     return module_path(spec, target).rsplit(".", 1)[-1]
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
-    """The settings of a PEFT folder, without its targets (they follow from its tensors)."""
+    """Reads the settings of a PEFT folder, without its targets (they follow from its tensors)."""
     config = read_json(folder / ADAPTER_CONFIG)
     where = folder / ADAPTER_CONFIG
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{where}: peft_type {config.get('peft_type')!r} is not supported; supported: 'LORA'")
-    for name, allowed in UNUSED.items():
+    for name, allowed in NOT_USED.items():
         if config.get(name) not in allowed:
             raise ModelError(f"{where}: {name} = {config[name]!r} is not supported; train or merge that adapter with PEFT")
-    # These starts change the weights of the base as well, so the adapter fits a base that is not at hand.
+    # These initialisations change the base weights too, so the adapter belongs to a base that is not available.
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
         raise ModelError(f"{where}: init_lora_weights = {start!r} changed the base too; convert or merge that adapter with PEFT")
@@ -122,10 +121,10 @@ def load_adapter(folder: Path, spec: ModelSpec) -> tuple[Params, LoraConfig]:
     """Reads a PEFT adapter.
 
     Returns:
-        The `lora` collection in float32 and the settings that it was made with, `adapter` naming the folder.
+        The `lora` collection in float32, and the settings of the adapter with `adapter` = folder.
 
     Raises:
-        ModelError: it was made in a way that is not built here, or for another model.
+        ModelError: it uses a setting that is not supported, or is for another model.
     """
     from safetensors import safe_open
 
@@ -146,16 +145,16 @@ def load_adapter(folder: Path, spec: ModelSpec) -> tuple[Params, LoraConfig]:
                     f"{folder}: tensor {name} is missing: the adapter does not cover every layer of this {spec.layers}-layer model"
                 )
             tensor = tensors.pop(name)
-            want = (p.shape[-1], p.shape[-2])
-            if tensor.shape != want:
+            expected = (p.shape[-1], p.shape[-2])
+            if tensor.shape != expected:
                 raise ModelError(
-                    f"{folder}: tensor {name} has shape {tensor.shape}; this model and rank {lora.rank} ask for {want}"
+                    f"{folder}: tensor {name} has shape {tensor.shape}; this model and rank {lora.rank} ask for {expected}"
                 )
             parts.append(tensor.T.astype(np.float32))
         leaves[path] = jnp.asarray(np.stack(parts).reshape(p.shape))
     if tensors:
         raise ModelError(
-            f"{folder}: {len(tensors)} tensors have no place in this {spec.family} model: {', '.join(sorted(tensors)[:3])}"
+            f"{folder}: {len(tensors)} tensors do not belong to this {spec.family} model: {', '.join(sorted(tensors)[:3])}"
         )
     if not leaves:
         raise ModelError(f"{folder / ADAPTER_WEIGHTS} holds no adapter")
@@ -166,7 +165,7 @@ def save_adapter(folder: Path, spec: ModelSpec, adapters: Params, lora: LoraConf
     """Writes a folder that PEFT, transformers and vLLM load.
 
     Args:
-        folder: made where it is not there.
+        folder: created where it does not exist.
         adapters: the `lora` collection.
         base_name: what PEFT shows as the base model: the path or hub id that the run started from.
     """

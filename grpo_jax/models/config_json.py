@@ -1,0 +1,206 @@
+"""Attributes of a Hugging Face config.json that several model families share: sizes, rotary embeddings, sliding windows, experts.
+
+Both spellings are read: that of transformers 5 (`rope_parameters`, `dtype`, `layer_types`) and the older one (`rope_theta`,
+`rope_scaling`, `torch_dtype`, `sliding_window_pattern`, `rope_local_base_freq`). What differs by family is in `families.py`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from grpo_jax.models.spec import ModelError, Rope
+
+Fields = dict[str, Any]
+"""Arguments of `ModelSpec` by name, or attributes of config.json."""
+
+# Attributes that change nothing in what the decoder computes from token ids.
+NEUTRAL = frozenset(
+    """
+    architectures model_type transformers_version _name_or_path name_or_path use_cache initializer_range
+    max_position_embeddings bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id attention_dropout
+    pretraining_tp cache_implementation _attn_implementation attn_implementation return_dict output_hidden_states
+    output_attentions torchscript use_bfloat16 pruned_heads chunk_size_feed_forward is_encoder_decoder is_decoder
+    cross_attention_hidden_size add_cross_attention tie_encoder_decoder tf_legacy_loss finetuning_task id2label label2id
+    task_specific_params problem_type max_length min_length do_sample early_stopping num_beams num_beam_groups
+    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
+    forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens prefix tokenizer_class unsloth_fixed unsloth_version image_token_index boi_token_index
+    eoi_token_index
+    """.split()  # noqa: SIM905 - one name a line would be a page
+)
+
+
+class ConfigReader:
+    """Reads attributes of a config.json and records which ones the family knows.
+
+    Attributes:
+        config: the content of config.json.
+        file: how error messages name the file.
+        known: attributes that were read, or that may be ignored.
+    """
+
+    def __init__(self, config: Fields, file: str) -> None:
+        self.config, self.file = config, file
+        self.known: set[str] = set(NEUTRAL)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The attribute's value, or the default where it is absent or null."""
+        self.known.add(name)
+        value = self.config.get(name)
+        return default if value is None else value
+
+    def get_nullable(self, name: str, default: Any) -> Any:
+        """The attribute's value, which may be null; the family's default only where it is absent."""
+        self.known.add(name)
+        return self.config.get(name, default)
+
+    def require(self, name: str) -> Any:
+        """The attribute's value; ModelError where it is absent."""
+        value = self.get(name)
+        if value is None:
+            raise ModelError(f"{self.file}: attribute {name} is missing")
+        return value
+
+    def allow_only(self, name: str, allowed: tuple[Any, ...], why: str) -> None:
+        """Raises ModelError for a value that would need a computation that is not implemented."""
+        value = self.get(name)
+        if value is not None and value not in allowed:
+            raise ModelError(
+                f"{self.file}: {name} = {value!r} is not supported ({why}); supported: {', '.join(map(repr, allowed))}"
+            )
+
+    def refuse_unknown(self) -> None:
+        """Raises ModelError for an attribute that is not known, naming it."""
+        for name in self.config:
+            if name not in self.known:
+                near = difflib.get_close_matches(name, self.known - NEUTRAL, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise ModelError(
+                    f"{self.file}: attribute {name} = {self.config[name]!r} is not known for model_type "
+                    f"{self.config.get('model_type')!r}{hint}. It may change what the model computes, so it is not ignored"
+                )
+
+
+def shared_fields(reader: ConfigReader, head_dim: int | None = None) -> Fields:
+    """Reads the attributes that every family spells alike; `head_dim` is the family's default where it has one."""
+    heads, width = int(reader.require("num_attention_heads")), int(reader.require("hidden_size"))
+    head_dim = int(reader.get("head_dim", head_dim or width // heads))
+    kv_heads = int(reader.get("num_key_value_heads", heads))
+    if heads % kv_heads:
+        raise ModelError(f"{reader.file}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
+    dtype = str(reader.get("dtype", reader.get("torch_dtype", "float32")))
+    return {
+        "family": str(reader.require("model_type")),
+        "vocab": int(reader.require("vocab_size")),
+        "layers": int(reader.require("num_hidden_layers")),
+        "width": width,
+        "ffw": int(reader.require("intermediate_size")),
+        "heads": heads,
+        "kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "query_scale": head_dim**-0.5,
+        # float16 weights are computed in bfloat16: the TPU has no float16, and bfloat16 covers its range.
+        "dtype": "float32" if dtype == "float32" else "bfloat16",
+        "init_std": float(reader.config.get("initializer_range", 0.02)),
+    }
+
+
+def swiglu_fields(reader: ConfigReader, head_dim: int | None = None, *, theta: float = 10000.0, norm_eps: float = 1e-6) -> Fields:
+    """Reads what Llama, Mistral and Qwen share: `shared_fields`, one rotary embedding, SwiGLU. Given are the family's defaults."""
+    fields = shared_fields(reader, head_dim) | one_rope(reader, theta)
+    reader.allow_only("hidden_act", ("silu",), "the feed-forward is SwiGLU")
+    return fields | {
+        "norm_eps": float(reader.get("rms_norm_eps", norm_eps)),
+        "tied": bool(reader.get("tie_word_embeddings", False)),
+    }
+
+
+def attention_bias(reader: ConfigReader) -> Fields:
+    """Reads the one switch for biases of q, k, v and of the output projection."""
+    bias = bool(reader.get("attention_bias", False))
+    return {"qkv_bias": bias, "output_bias": bias}
+
+
+def expert_fields(reader: ConfigReader, experts: int, selected: int) -> Fields:
+    """Reads the attributes of mixture-of-experts models; given are the family's defaults."""
+    # Of pretraining only: the load-balancing loss, and noise before the router. Accepted, not used.
+    reader.known.update(("router_aux_loss_coef", "output_router_logits", "router_jitter_noise"))
+    experts = int(reader.get("num_local_experts", reader.get("num_experts", experts)))
+    selected = int(reader.get("num_experts_per_tok", selected))
+    if not 1 <= selected <= experts:
+        raise ModelError(f"{reader.file}: num_experts_per_tok = {selected} is not within 1 to the {experts} experts")
+    return {"experts": experts, "experts_per_token": selected}
+
+
+def one_rope(reader: ConfigReader, theta: float = 10000.0) -> Fields:
+    """Reads the rotary embedding of a family that uses the same one in all layers."""
+    base = float(reader.get("rope_theta", theta))
+    rope = read_rope(reader, reader.get("rope_parameters", reader.get("rope_scaling")), base)
+    return {"ropes": (rope,), "rope_of_layer": (0,) * int(reader.require("num_hidden_layers"))}
+
+
+def read_rope(reader: ConfigReader, parameters: Fields | None, theta: float) -> Rope:
+    """Reads one rotary embedding in either spelling.
+
+    Args:
+        parameters: `rope_scaling`, or an entry of `rope_parameters`.
+        theta: base where `parameters` has none.
+    """
+    p = dict(parameters or {})
+    kind = p.pop("rope_type", p.pop("type", "default")) or "default"
+    p.pop("type", None)
+    theta = float(p.pop("rope_theta", theta))
+    if float(p.pop("partial_rotary_factor", 1.0)) != 1.0:
+        raise ModelError(f"{reader.file}: partial_rotary_factor other than 1 is not supported")
+
+    def number(name: str) -> float:
+        if name not in p:
+            raise ModelError(f"{reader.file}: rope type {kind!r} needs {name}")
+        value: Any = p.pop(name)
+        return float(value)
+
+    if kind == "default":
+        rope = Rope(theta)
+        # Parameters of other types are not used; a dict would be a separate rotary embedding for some of the layers.
+        p = {name: value for name, value in p.items() if isinstance(value, dict)}
+    elif kind == "linear":
+        rope = Rope(theta, "linear", factor=number("factor"))
+    elif kind == "llama3":
+        rope = Rope(
+            theta,
+            "llama3",
+            factor=number("factor"),
+            low_freq_factor=number("low_freq_factor"),
+            high_freq_factor=number("high_freq_factor"),
+            original_length=int(number("original_max_position_embeddings")),
+        )
+    else:
+        raise ModelError(f"{reader.file}: rope type {kind!r} is not supported; supported: default, linear, llama3")
+    p.pop("original_max_position_embeddings", None)
+    if p:
+        raise ModelError(f"{reader.file}: rope settings {sorted(p)} are not known for type {kind!r}")
+    return rope
+
+
+def layer_windows(reader: ConfigReader, layers: int, window: int | None, pattern: int | None) -> tuple[int | None, ...]:
+    """Window of each layer.
+
+    Args:
+        window: of the layers with sliding-window attention.
+        pattern: used where config.json has no `layer_types`: every pattern-th layer is global; None gives all layers the window.
+    """
+    kinds = reader.get("layer_types")
+    if kinds is not None:
+        if len(kinds) != layers:
+            raise ModelError(f"{reader.file}: layer_types has {len(kinds)} entries for {layers} layers")
+        unknown = set(kinds) - {"sliding_attention", "full_attention"}
+        if unknown:
+            raise ModelError(f"{reader.file}: layer_types {sorted(unknown)} are not supported")
+        if "sliding_attention" in kinds and window is None:
+            raise ModelError(f"{reader.file}: layer_types has sliding_attention, but sliding_window is missing")
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    if pattern is None:
+        return (window,) * layers
+    return tuple(None if (i + 1) % pattern == 0 else window for i in range(layers))
