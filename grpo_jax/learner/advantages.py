@@ -1,10 +1,8 @@
 """Group-relative advantages: how much better a completion is than the others of its prompt.
 
-Enters: rewards, one row a prompt and one column a completion, and which of them could be scored. Leaves: float32 advantages
-of the same shape, exactly 0 where a completion has nothing to be compared with. Runs on host arrays and under jit; the computation
-is the operation `grpo_kernels.ops.group_advantages`.
-What is left out: the weighted sum over reward functions (`rewards`) and KL in the reward (`loss.kl_reward_penalty`), both done
-before.
+An advantage is exactly 0 where a completion has nothing to be compared with. Runs on host arrays and under jit; the computation is
+the operation `grpo_kernels.ops.group_advantages`. The weighted sum over reward functions (`rewards`) and the KL term in the reward
+(`loss.kl_reward_penalty`) are done before.
 """
 
 from __future__ import annotations
@@ -27,15 +25,15 @@ def group_advantages(
     implementation: str | None = None,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, "B G"]:
-    """Advantage A = (r − mean) / (std + eps) of every completion within its group; see the operation for all of it.
+    """Computes the advantage A = (r − mean) / (std + eps) of every completion within its group; the operation documents all cases.
 
     Args:
-        rewards: [B, G], B prompts with G completions each; lists and NumPy arrays too. Taken as float32.
-        scale: What is divided by: std of the `group`, of the whole `batch`, or `none`.
-        eps: Added to the deviation; 0 is allowed.
+        rewards: [B, G], B prompts with G completions each; arrays or lists. Converted to float32.
+        scale: the divisor: std of the `group`, std of the `batch`, or `none`.
+        eps: added to the standard deviation; 0 is allowed.
         valid: [B, G], True = the completion could be scored; None = all of them.
-        implementation: of the operation: "reference", "tpu", "gpu", or None, which goes by the device.
-        axis_name: inside `shard_map`, the mesh axes that the prompts are spread over; groups are whole on each device.
+        implementation: of the operation; None chooses by the device.
+        axis_name: inside `shard_map`, the mesh axes that the prompts are sharded over. A group is not split over devices.
 
     Returns:
         [B, G] float32.

@@ -1,9 +1,8 @@
-"""Per-token log-probabilities of completions, under the policy or the reference.
+"""Computes per-token log-probabilities and entropies of completions, under the policy or the reference, in float32 nats.
 
-Enters: prompts [B, P] and completions [N, C], N = B·G, padded on the right. Leaves: log-probabilities and entropies [N, C],
-    float32 nats; of the model's whole distribution (`completion_logprobs`), or of the one that completions are drawn from
-    (`sampled_logprobs`). Each prompt is computed once for its G completions; the last layer and its softmax are one
-    pass over the vocabulary, so no [rows, tokens, vocabulary] array exists.
+`completion_logprobs` uses the model's untruncated distribution, `sampled_logprobs` also the one that completions are drawn from.
+Each prompt is computed once for its G completions. The head and its softmax are one pass over the vocabulary, so no
+[rows, tokens, vocabulary] array exists.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.learner.truncated import Truncation, truncated_logprobs
-from grpo_jax.models.attention import group_attend, last_and_own
+from grpo_jax.models.attention import group_attend, select_predicting_tokens
 from grpo_jax.models.head import head_logprobs
 from grpo_jax.models.transformer import Transformer, forward, head_matrix
 from grpo_jax.types import Params
@@ -25,7 +24,7 @@ def group_hidden(
     prompt_lengths: Int[Array, "B"],
     completion_ids: Int[Array, "N C"],
 ) -> Float[Array, "N C D"]:
-    """Hidden state from which each completion token is predicted: the last of the prompt for the first, then the token before."""
+    """Computes the hidden state that predicts each completion token: at the prompt's last token, then at each token before it."""
     b, p = prompt_ids.shape
     n, c = completion_ids.shape
     g = n // b
@@ -37,7 +36,7 @@ def group_hidden(
         [jnp.broadcast_to(at, (b, p)), jnp.broadcast_to(after, (b, g, c - 1)).reshape(b, g * (c - 1))], axis=1
     )
     attend = group_attend(model.spec, prompt_lengths, p, g if c > 1 else 0, model.implementation, model.layout)
-    hidden = forward(model, variables, ids, positions, attend, wanted=last_and_own(prompt_lengths, p))[0]
+    hidden = forward(model, variables, ids, positions, attend, select=select_predicting_tokens(prompt_lengths, p))[0]
     first = jnp.broadcast_to(hidden[:, None, :1], (b, g, 1, hidden.shape[-1]))
     rest = hidden[:, 1:].reshape(b, g, c - 1, hidden.shape[-1])
     return jnp.concatenate([first, rest], axis=2).reshape(n, c, hidden.shape[-1])
@@ -53,11 +52,14 @@ def completion_logprobs(
     *,
     head_trainable: bool = False,
 ) -> tuple[Float[Array, "N C"], Float[Array, "N C"]]:
-    """Log-probabilities of completion tokens under the model's whole distribution, and the entropy of that.
+    """Computes log-probabilities of completion tokens under the untruncated distribution, and its entropy.
 
     Args:
+        model: the decoder.
         variables: {"params": base, "lora": adapters}, or without "lora" for the base.
+        prompt_ids: padded on the right.
         prompt_lengths: tokens of each prompt, at least 1.
+        completion_ids: N = B·G rows, padded on the right.
         temperature: divides the logits.
         head_trainable: whether the head's weights need a gradient; entropy has one only then.
     """
@@ -88,10 +90,9 @@ def sampled_logprobs(
     *,
     head_trainable: bool = False,
 ) -> tuple[Float[Array, "N C"], Float[Array, "N C"], Float[Array, "N C"]]:
-    """Log-probabilities under the distribution that was sampled from and under the whole one, and the whole one's entropy.
+    """Computes log-probabilities under the sampled and the untruncated distribution, and the entropy of the untruncated one.
 
-    Args: as `completion_logprobs`, and
-        truncation: what sampling does to the distribution.
+    Arguments are those of `completion_logprobs`, and `truncation`: what sampling does to the distribution.
     """
     hidden = group_hidden(model, variables, prompt_ids, prompt_lengths, completion_ids)
     return truncated_logprobs(

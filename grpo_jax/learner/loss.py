@@ -1,13 +1,10 @@
-"""The objective: policy loss and KL term, from per-token log-probabilities. Pure; knows no model.
-
-Enters: log-probabilities [N, C] of the policy, of the policy that sampled (old) and of the reference, advantages [N], and a mask of
-the tokens that are trained. Leaves: a scalar loss and metrics. What is left out: log-probabilities (`logprobs`), advantages
-(`advantages`), and the split into micro-batches (`step`), for which the parts are public:
+"""Computes the objective, policy loss and KL term, from per-token log-probabilities and advantages. Pure; uses no model.
 
     loss = Σ_it w_it · (m_it + β·KL_it)        w: `token_weights`, m + β·KL: `weighted_loss`
 
-Every normalisation is in w, computed once from the mask of the WHOLE batch, so the sum may be taken in any pieces of whole rows.
-The sum is taken, and differentiated, by the operation `grpo_kernels.ops.grpo_loss`, whose reference has the terms as code.
+Every normalisation is in w, computed once from the mask of the WHOLE batch, so the sum may be split into any groups of rows: `step`
+splits it into micro-batches. The operation `grpo_kernels.ops.grpo_loss` computes and differentiates the sum; its reference has the
+terms as code. Log-probabilities come from `logprobs`, advantages from `advantages`.
 
 ρ = exp(logπ − logπ_old) per token, A = advantage of the row, T_i = trained tokens of row i, T = Σ T_i, N = all rows (empty ones
 too), sg = stop-gradient:
@@ -24,19 +21,20 @@ too), sg = stop-gradient:
 
 Deviations and choices:
 
-* `bnpo` divides by the tokens of each micro-batch elsewhere, which makes the loss depend on the split. Here it divides by the
-  whole batch's, and so equals `dapo`; ε_high 0.28 belongs to the preset `dapo`, not to the loss.
-* `dr_grpo` is the normalisation only; advantages without the division by the deviation are `scale_rewards: none`.
-* `gspo`: every token of a row carries the row's ratio, so the gradient on each logπ is that of equation 5 there.
-* `cispo`: ε_max is an absolute cap of its own, not 1 + ε_high. No lower bound.
+* `bnpo` elsewhere divides by the tokens of each micro-batch, which makes the loss depend on the split. Here it divides by those of
+  the whole batch, and so equals `dapo`; ε_high 0.28 belongs to the preset `dapo`, not to the loss.
+* `dr_grpo` is the normalisation only; advantages without the division by the standard deviation are `scale_rewards: none`.
+* `gspo`: every token of a row has the row's ratio, so the gradient of each logπ is that of equation 5 there.
+* `cispo`: ε_max is an absolute cap, not 1 + ε_high. There is no lower bound.
 * `sapo`: τ = 1.0 where A > 0, else 1.05.
 * δ (two-sided clipping, https://arxiv.org/abs/2505.07291) bounds ρ where A < 0; off where it is None.
 * With importance_cap, m (not KL) is multiplied by sg(min(π_old/π_sampler, cap)); per token for `gspo` too.
-* Where logps are of a truncated distribution π̃, the KL term takes the whole π (`whole_logps`), as it takes the whole reference.
-  π̃ = π/Z on the tokens that stay, so against it d would be log Z even where policy = reference, k3 would be positive there, and not
-  unbiased: E_π̃[e^d] is not 1. Of whole ones k3 is 0 exactly where they agree; its mean is E_π[k3 | the tokens that stay].
-* A log-ratio enters exp as at most ±80 nats, without gradient beyond: e⁸⁹ is infinite in float32, and 0·∞ a NaN in the gradient.
-* Where ρ is exactly on a clip bound, the gradient is that of the unclipped side.
+* Where logps are of a truncated distribution π̃, the KL term uses the untruncated π (`whole_logps`) and the untruncated reference.
+  π̃ = π/Z on the tokens that stay, so with π̃ the difference d would be log Z even where policy = reference: k3 would be positive
+  there, and biased, because E_π̃[e^d] is not 1. Untruncated, k3 is 0 exactly where they agree; its mean is
+  E_π[k3 | the tokens that stay].
+* A log-ratio is clipped to ±80 nats before exp, without gradient beyond: e⁸⁹ is infinite in float32, and 0·∞ a NaN in the gradient.
+* Where ρ equals a clip bound, the gradient is that of the unclipped side.
 """
 
 from __future__ import annotations
@@ -71,29 +69,29 @@ def grpo_loss(
     max_completion_length: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Loss of a batch of completions, or of some rows of it; formulas in the module's docstring.
+    """Computes the loss and metrics of a batch of completions, or of some of its rows; the module's docstring has the formulas.
 
-    All log-probabilities are nats per token and are taken as float32. Gradients flow through `logps` and `whole_logps`.
+    All log-probabilities are nats per token and are converted to float32. Gradients flow through `logps` and `whole_logps`.
 
     Args:
         logps: [N, C], of the policy that is trained.
         old_logps: [N, C], of the policy before the first update on this batch; None = the same as logps (one update a batch).
         ref_logps: [N, C], of the reference; may be None where the loss has no KL term.
         advantages: [N].
-        completion_mask: [N, C], True = the token is trained. Whatever stands elsewhere, NaN included, changes nothing; a row
-            without any True gives 0 and stays in the denominators that count rows.
-        objective: The settings.
+        completion_mask: [N, C], True = the token is trained. Values at other tokens, NaN included, have no effect. A row without any
+            True gives 0 and stays in the denominators that count rows.
+        objective: the settings.
         sampler_logps: [N, C], of the distribution that the tokens were drawn from, as the sampler computed them.
-        whole_logps: [N, C], of the policy's whole distribution, for the KL term, where logps are of a truncated one; None = logps.
+        whole_logps: [N, C], of the policy's untruncated distribution, for the KL term, where logps are truncated; None = logps.
         weights: [N, C], these rows of the whole batch's `token_weights`; None = this is the whole batch.
         max_completion_length: `dr_grpo`'s constant, in tokens; None = C. Has no effect where weights are given.
-        implementation: of the operation: "reference", "tpu", "gpu", or None, which goes by the device.
+        implementation: of the operation; None chooses by the device.
 
     Returns:
         The scalar loss, and metrics: `policy_loss` (the loss without the KL term) and those of `finish_stats`.
 
     Raises:
-        ValueError: shapes do not agree, or the objective needs log-probabilities that are not given. Raised while tracing.
+        ValueError: shapes do not agree, or the objective needs log-probabilities that are missing. Raised while tracing.
 
     Example:
         loss, metrics = grpo_loss(logps, None, ref_logps, advantages, mask, ObjectiveConfig(loss="grpo", beta=0.04))
@@ -128,9 +126,9 @@ def weighted_loss(
     whole_logps: ArrayLike | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, ""], Stats]:
-    """What some rows of the batch add to its loss, and their sums, for `total_stats` and `finish_stats`.
+    """Computes what some rows of the batch add to its loss, and their sums, for `total_stats` and `finish_stats`.
 
-    Args: as `grpo_loss`; `weights` are these rows of the whole batch's `token_weights`.
+    Arguments are those of `grpo_loss`; `weights` are these rows of the whole batch's `token_weights`.
 
     Raises:
         ValueError: as `grpo_loss`.
@@ -150,7 +148,7 @@ def weighted_loss(
 
 
 def loss_settings(objective: ObjectiveConfig) -> operation.LossSettings:
-    """What of the objective the operation is compiled for; no KL term under kl_in_reward."""
+    """Returns the settings that the operation is compiled for; with kl_in_reward there is no KL term."""
     return operation.LossSettings(
         loss=objective.loss,
         beta=0.0 if objective.kl_in_reward else objective.beta,
@@ -166,11 +164,11 @@ def loss_settings(objective: ObjectiveConfig) -> operation.LossSettings:
 def token_weights(
     completion_mask: ArrayLike, objective: ObjectiveConfig, max_completion_length: int | None = None
 ) -> Float[Array, "N C"]:
-    """The weight w of every token in the loss, 0 where the mask is False; column w_it of the module's table.
+    """Computes the weight w of every token in the loss, 0 where the mask is False: column w_it of the module's table.
 
     Args:
         completion_mask: [N, C], True = the token is trained. Of the whole batch: all rows that one update learns from.
-        objective: The settings; only `loss` matters.
+        objective: the settings; only `loss` matters.
         max_completion_length: `dr_grpo`'s constant, in tokens; None = C.
 
     Raises:
@@ -194,14 +192,14 @@ def token_weights(
 
 
 def kl_per_token(logps: ArrayLike, ref_logps: ArrayLike, kind: str) -> Float[Array, "..."]:
-    """Estimate of KL(π ‖ π_ref) at each token drawn from π, in nats; d = logπ_ref − logπ.
+    """Estimates KL(π ‖ π_ref) at each token drawn from π, in nats; d = logπ_ref − logπ.
 
     http://joschu.net/blog/kl-approx.html: k1 = −d (unbiased, may be negative), k2 = d²/2 (biased, small variance), k3 = e^d − d − 1
     (unbiased, never negative; DeepSeekMath, equation 4, https://arxiv.org/abs/2402.03300). As a loss on-policy, the expected
-    gradient of k1 is zero: it monitors and does not hold the policy. k3 takes d as at most ±80 nats.
+    gradient of k1 is zero: it is a measurement and does not constrain the policy. In k3 d is clipped to ±80 nats.
 
     Args:
-        logps, ref_logps: Of the policy and of the reference, any shape and the same, nats.
+        logps, ref_logps: of the policy and of the reference, nats; any shape, the same for both.
         kind: "k1", "k2" or "k3".
 
     Returns:
@@ -219,10 +217,10 @@ def kl_per_token(logps: ArrayLike, ref_logps: ArrayLike, kind: str) -> Float[Arr
 
 
 def kl_reward_penalty(logps: ArrayLike, ref_logps: ArrayLike, completion_mask: ArrayLike) -> Float[Array, "N"]:
-    """Σ_t k1 of each completion, in nats, without gradient: with kl_in_reward, beta times it comes off the completion's reward.
+    """Computes Σ_t k1 of each completion, in nats, without gradient; kl_in_reward subtracts beta times it from the reward.
 
     Args:
-        logps, ref_logps: [N, C], of the policy that sampled and of the reference; both of whole distributions.
+        logps, ref_logps: [N, C], of the policy that sampled and of the reference; both untruncated.
         completion_mask: [N, C], True = the token is trained.
 
     Raises:
@@ -234,15 +232,15 @@ def kl_reward_penalty(logps: ArrayLike, ref_logps: ArrayLike, completion_mask: A
 
 
 def total_stats(stacked: Mapping[str, Float[Array, "M"]]) -> Stats:
-    """Stats of M micro-batches, stacked along a leading axis as `lax.scan` does, in one."""
+    """Adds up the sums of M micro-batches, stacked along a leading axis as `lax.scan` does."""
     return {name: jnp.max(values, axis=0) if name.endswith("_max") else jnp.sum(values, axis=0) for name, values in stacked.items()}
 
 
 def finish_stats(sums: Mapping[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:
-    """Metrics from the sums of the whole batch; means are over its trained tokens.
+    """Computes metrics from the sums of the whole batch; means are over its trained tokens.
 
     Returns:
-        `clip_ratio/low`: share held at 1 − ε (A < 0). `clip_ratio/high`: share held at 1 + ε_high (A > 0), at δ (A < 0), or by
+        `clip_ratio/low`: fraction of tokens clipped at 1 − ε (A < 0). `clip_ratio/high`: at 1 + ε_high (A > 0), at δ (A < 0), or at
         cispo's ε_max. `clip_ratio/region`: both. `kl_divergence`: k3, nats a token; absent without a reference.
         `sampling/logp_difference/mean` and `/max`: |logπ_old − logπ_sampler|, nats; absent without the sampler's.
         `policy_loss`: absent where no weights were given.

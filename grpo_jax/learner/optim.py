@@ -1,8 +1,6 @@
 """The optimiser: one Optax chain and its learning-rate schedule.
 
-Enters: the `optim` settings and the number of optimiser updates of the whole run. Leaves: an Optax transformation whose state is
-float32, and the learning rate of any step, for the metrics. What is left out: applying the updates and accumulating gradients,
-which `step` does.
+The state is float32. Applying the updates and accumulating gradients is left to `step`.
 """
 
 from __future__ import annotations
@@ -15,22 +13,27 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from grpo_jax.config import OptimConfig
+from grpo_jax.config import Config, OptimConfig
 from grpo_jax.config.checks import require
 
 NOT_DECAYED = ("scale", "bias")
-"""A parameter whose name ends so is a vector (of a norm, of a linear layer), however many axes stacking its layers gives it."""
+"""Endings of the names of vectors (of a norm, of a linear layer), which may have more axes because layers are stacked."""
+
+
+def updates_of(config: Config, supervised: bool) -> int:
+    """Number of optimiser updates of a whole run."""
+    return config.train.steps * (1 if supervised else config.objective.num_iterations)
 
 
 def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """AdamW (https://arxiv.org/abs/1711.05101, algorithm 2) after clipping by global norm.
+    """Makes AdamW (https://arxiv.org/abs/1711.05101, algorithm 2) after clipping by global norm.
 
     Weight decay is decoupled and scaled by the learning rate, as in Optax and PyTorch, and acts on matrices only; see `decay_mask`.
-    Gradients and parameters of any float type may come in; both moments, and the updates that go out, are float32.
+    Gradients and parameters may have any float dtype; both moments and the updates are float32.
 
     Args:
-        optim: The settings.
-        steps: Optimiser updates in the whole run (training steps times updates on each batch).
+        optim: the settings.
+        steps: optimiser updates in the run (training steps times updates on each batch).
 
     Returns:
         A transformation whose `update` needs the parameters, as weight decay does.
@@ -50,7 +53,7 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
     )
     chain = optax.chain(*parts, adamw)
 
-    # Optax gives the second moment the parameters' type; everything it sees is float32, so everything it keeps is.
+    # Optax gives the second moment the parameters' dtype, so it gets float32 only.
     def init(params: optax.Params) -> optax.OptState:
         return chain.init(_float32(params))
 
@@ -64,11 +67,11 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
 
 
 def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
-    """Learning rate by number of updates already made, k = 0 for the first.
+    """Makes the learning rate by number of updates already made, k = 0 for the first.
 
     Warm-up: learning_rate · k / warmup_steps for k < warmup_steps, so that update 0 has rate 0, as in Optax and transformers.
-    After it `constant`, or from learning_rate at k = warmup_steps down to 0 at k = steps, along a line (`linear`) or half a cosine
-    (`cosine`, https://arxiv.org/abs/1608.03983, equation 5 without restarts). k = steps comes after the last update.
+    Then `constant`, or from learning_rate at k = warmup_steps down to 0 at k = steps, along a line (`linear`) or half a cosine
+    (`cosine`, https://arxiv.org/abs/1608.03983, equation 5 without restarts). k = steps is after the last update.
 
     Raises:
         ConfigError: no steps, or a warm-up that does not end before them.
@@ -93,12 +96,12 @@ def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def learning_rate_at(optim: OptimConfig, steps: int, step: ArrayLike) -> Float[Array, ""]:
-    """The rate that the update after `step` earlier ones uses.
+    """Returns the learning rate of the update that follows `step` earlier ones.
 
     Args:
-        optim: The settings.
-        steps: Optimiser updates in the whole run.
-        step: Updates made before this one, 0 for the first; a number or a traced scalar.
+        optim: the settings.
+        steps: optimiser updates in the run.
+        step: updates made before this one, 0 for the first; a number or a traced scalar.
 
     Returns:
         A float32 scalar.
@@ -112,16 +115,17 @@ def learning_rate_at(optim: OptimConfig, steps: int, step: ArrayLike) -> Float[A
 
 
 def decay_mask(params: optax.Params) -> Any:
-    """True where a parameter is a matrix and is decayed, for every leaf of a nested dict.
+    """Returns True for every leaf of a nested dict that is a matrix, which weight decay acts on.
 
-    Decided by the leaf's name, as the layers are stacked: a norm's scale is [L, D] there, a matrix [L, in, out]. Whatever has fewer
-    than two axes is not a matrix either.
+    The name decides, because layers are stacked: a norm's scale is [L, D] there, a matrix [L, in, out]. A leaf with fewer than two
+        axes
+    is not a matrix either.
     """
     return jax.tree_util.tree_map_with_path(lambda path, leaf: is_decayed(_leaf_name(path), jnp.ndim(leaf)), params)
 
 
 def is_decayed(name: str, dims: int) -> bool:
-    """Whether weight decay acts on a parameter: not where its name ends in "scale" or "bias", nor with fewer than two axes."""
+    """Tells whether weight decay acts on a parameter: not if its name ends in "scale" or "bias", nor with fewer than two axes."""
     return dims >= 2 and not name.endswith(NOT_DECAYED)
 
 

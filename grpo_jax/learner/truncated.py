@@ -1,20 +1,17 @@
-"""Log-probabilities under the distribution that completions are drawn from, where that is not the model's whole one.
+"""Computes log-probabilities under a truncated distribution: the one that completions are drawn from with top-k, top-p or min-p.
 
-Enters: hidden states [N, C, D], the head, the tokens, and a `Truncation`: what sampling does to the distribution. Leaves: each
-    token's log-probability under the restricted and under the whole distribution, and the whole one's entropy, from one pass.
-
-With p the softmax of the logits (temperature and soft cap applied) and S the tokens that stay:
+One pass also gives the log-probability under the untruncated distribution, and its entropy. With p the softmax of the logits
+(temperature and soft cap applied) and S the tokens that stay:
 
     log p̃(y) = log p(y) − log Σ_{v∈S} p(v)
 
-The ratio of two policies is a ratio of what tokens are drawn from, so the policy and the old policy take p̃; with p in its place
-the update weighs tokens by a distribution that nothing was drawn from. S is found from the trainer's own logits by the sampler's
-`truncate` and is a constant for the gradient. The sampled token is always in S: rounding, or a policy that has moved on since,
-may leave it out, and its log-probability would be −∞. The reference is never restricted, and the KL term takes p for the policy
-too; `loss.py` says why.
+The ratio of two policies must compare the distributions that tokens are drawn from, so the policy and the old policy use p̃; with p
+the update would weigh tokens by a distribution that nothing was drawn from. The sampler's `truncate` finds S from the trainer's own
+logits, and S is a constant for the gradient. The sampled token is always in S: rounding, or updates since, may exclude it, and its
+log-probability would be −∞. The reference is never truncated, and the KL term uses p for the policy too; `loss.py` says why.
 
-Within rounding of a threshold S may have one token more or less than the sampler's; the log-probability then differs by that
-token's share. In bfloat16 that is seen now and then.
+Within rounding of a threshold S may have one token more or less than the sampler's. The log-probability then differs by that
+token's probability. In bfloat16 this happens occasionally.
 """
 
 from __future__ import annotations
@@ -31,25 +28,25 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.config import RolloutConfig
-from grpo_jax.models.head import head_logprobs, with_whole_head
+from grpo_jax.models.head import head_logprobs, with_full_head
 from grpo_jax.models.layers import precision_of, soft_cap
 from grpo_jax.rollout.sampling import Thresholds, truncate
 from grpo_jax.runtime.sharding import Layout
 from grpo_kernels.ops.head_logprob import head_logprob
 
 CHUNK_LOGITS = 2**20
-"""Logits in flight where the distribution is truncated: 4 MiB in float32, since the search for S goes over them many times."""
+"""Logits computed at once where the distribution is truncated: 4 MiB in float32, because the search for S reads them many times."""
 
 CHUNK_TOKENS = 64
-"""At least as many tokens at once, however large the vocabulary, since each chunk reads the whole head."""
+"""The least tokens in a chunk, whatever the size of the vocabulary, because each chunk reads the whole head."""
 
 Outputs = tuple[Array, Array, Array]
-"""Log-probability under the restricted and under the whole distribution, and the whole one's entropy; float32 nats."""
+"""Log-probability under the truncated and the untruncated distribution, and the entropy of the untruncated one; float32 nats."""
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """What sampling does to the distribution; static under jit.
+    """How sampling changes the distribution; static under jit.
 
     Attributes:
         top_k, top_p, min_p: as in `RolloutConfig`; 0, 1 and 0 keep all.
@@ -68,7 +65,7 @@ class Truncation:
 
     @staticmethod
     def of(rollout: RolloutConfig, stop_ids: tuple[int, ...]) -> Truncation | None:
-        """What these settings do; None where completions are drawn from the whole distribution."""
+        """Returns the truncation of these settings; None where completions are drawn from the untruncated distribution."""
         bans = rollout.min_completion_length > 0 and bool(stop_ids)
         made = Truncation(
             rollout.top_k,
@@ -81,12 +78,12 @@ class Truncation:
 
     @property
     def truncates(self) -> bool:
-        """Whether tokens are cut off by their probability, for which all logits of a token have to be seen at once."""
+        """Whether tokens are removed by their probability, which needs all logits of a token at once."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
 
     @property
     def thresholds(self) -> Thresholds:
-        """The same as arrays."""
+        """top_k, top_p and min_p as arrays."""
         return Thresholds(jnp.asarray(self.top_k, jnp.int32), jnp.float32(self.top_p), jnp.float32(self.min_p))
 
 
@@ -102,19 +99,22 @@ def truncated_logprobs(
     implementation: str | None = None,
     layout: Layout | None = None,
 ) -> tuple[Float[Array, "N C"], Float[Array, "N C"], Float[Array, "N C"]]:
-    """Log-probabilities of completion tokens under the restricted and the whole distribution, and the whole one's entropy.
+    """Computes log-probabilities of tokens under the truncated and the untruncated distribution, and the latter's entropy.
 
-    A ban of stop tokens alone keeps `head_logprob` and corrects its result. Thresholds computes logits again in the backward pass.
+    A ban of stop tokens alone uses `head_logprob` and corrects its result. Truncation by probability computes the logits again in
+    the backward pass.
 
     Args:
-        hidden: what each token is predicted from; column t is position t of the completion.
+        hidden: the state that predicts each token; column t is position t of the completion.
         head: one row per vocabulary entry, in the dtype of `hidden`.
+        ids: the completion tokens.
+        truncation: how sampling changes the distribution.
         temperature: divides the (capped) logits.
         softcap: c in c·tanh(logit / c); None is off.
         head_trainable: whether `head` needs a gradient.
-        implementation: of `head_logprob`; None goes by the device.
-        layout: None is one device. On a mesh what is more than `head_logprob` takes the head whole on every device, and tokens are
-            shared out.
+        implementation: of `head_logprob`; None chooses by the device.
+        layout: None is one device. On a mesh everything but `head_logprob` gathers the full head on every device and splits the
+            tokens.
 
     Returns:
         float32 nats. The entropy has no gradient.
@@ -131,8 +131,8 @@ def truncated_logprobs(
         return hidden[:, columns].reshape(-1, d), head, ids[:, columns].reshape(-1)
 
     def rows(outputs: Outputs) -> Outputs:
-        logps, whole, entropy = (x.reshape(n, -1) for x in outputs)
-        return logps, whole, jax.lax.stop_gradient(entropy)
+        logps, untruncated, entropy = (x.reshape(n, -1) for x in outputs)
+        return logps, untruncated, jax.lax.stop_gradient(entropy)
 
     if truncation.truncates:
         banned = jnp.broadcast_to(jnp.arange(c, dtype=jnp.int32)[None, :] < early, (n, c)).reshape(-1)
@@ -140,41 +140,41 @@ def truncated_logprobs(
         def truncated(x: Array, w: Array, ids: Array, banned: Array, temperature: Array) -> Outputs:
             return truncated_head(x, w, ids, banned, stop_ids, truncation.thresholds, temperature=temperature, softcap=softcap)
 
-        return rows(with_whole_head(truncated, layout, *flat(slice(None)), banned, numbers=(temperature,)))
+        return rows(with_full_head(truncated, layout, *flat(slice(None)), banned, scalars=(temperature,)))
     parts = []
     if early > 0:
 
         def banning(x: Array, w: Array, ids: Array, temperature: Array) -> Outputs:
             return banned_head(x, w, ids, stop_ids, temperature=temperature, **options)
 
-        parts.append(rows(with_whole_head(banning, layout, *flat(slice(0, early)), numbers=(temperature,))))
+        parts.append(rows(with_full_head(banning, layout, *flat(slice(0, early)), scalars=(temperature,))))
     if early < c:
         logps, entropy, _ = head_logprobs(*flat(slice(early, c)), temperature, layout, **options)
         parts.append(rows((logps, logps, entropy)))
-    logps, whole, entropy = (jnp.concatenate(columns, axis=1) for columns in zip(*parts, strict=True))
-    return logps, whole, entropy
+    logps, untruncated, entropy = (jnp.concatenate(columns, axis=1) for columns in zip(*parts, strict=True))
+    return logps, untruncated, entropy
 
 
 def head_logits(
     x: Float[Array, "T D"], w: Float[Array, "V D"], temperature: Float[Array, ""], softcap: float | None
 ) -> Float[Array, "T V"]:
-    """float32 logits, capped, over temperature; as the sampler has them."""
+    """Computes float32 logits as the sampler does: capped, then divided by the temperature."""
     logits = jnp.einsum("td,vd->tv", x, w, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
     return soft_cap(logits, softcap) / temperature
 
 
-def cut_between(logits: Float[Array, "T V"], thresholds: Thresholds) -> Float[Array, "T"]:
-    """A number for each row such that the tokens that stay are those whose logits reach it.
+def separating_logit(logits: Float[Array, "T V"], thresholds: Thresholds) -> Float[Array, "T"]:
+    """Returns a threshold for each row: the tokens that stay are those whose logits are at least the threshold.
 
-    All truncations keep the tokens above some threshold. The number lies in the middle between the last that stays and the first
-    that goes, so that logits computed a second time, and rounded in another way, give the same set. −inf never stays.
+    Every truncation keeps the tokens above some threshold. The result lies midway between the last logit that stays and the first
+    that does not, so that logits computed again, with other rounding, give the same set. −inf never stays.
     """
     lowest = jnp.float32(jnp.finfo(jnp.float32).min)
     stay = truncate(logits, thresholds) & (logits >= lowest)
     last = jnp.min(jnp.where(stay, logits, jnp.inf), axis=-1)
     first = jnp.max(jnp.where(stay, lowest, logits), axis=-1)
     middle = first + (last - first) / 2
-    return jnp.where(middle > first, middle, last)  # between neighbours among float32 numbers there is no middle
+    return jnp.where(middle > first, middle, last)  # adjacent float32 values have no middle
 
 
 def truncated_head(
@@ -188,9 +188,9 @@ def truncated_head(
     temperature: Float[Array, ""],
     softcap: float | None,
 ) -> tuple[Float[Array, "T"], Float[Array, "T"], Float[Array, "T"]]:
-    """log p̃, log p and the entropy of p, in chunks of tokens.
+    """Computes log p̃, log p and the entropy of p, in chunks of tokens.
 
-    The backward pass computes the logits again. Finding S takes longer than the logits do, so what it found is kept: one number
+    The backward pass computes the logits again. Finding S takes longer than computing logits, so its result is saved: one threshold
     a token.
 
     Args:
@@ -198,21 +198,21 @@ def truncated_head(
     """
     tokens, vocabulary = x.shape[0], w.shape[0]
     stops = np.isin(np.arange(vocabulary), np.array(stop_ids, np.int64))
-    numbers = jnp.arange(vocabulary, dtype=jnp.int32)
+    vocabulary_ids = jnp.arange(vocabulary, dtype=jnp.int32)
 
     @functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("cut"))
     def chunk(x: Array, ids: Array, banned: Array) -> Outputs:
         logits = head_logits(x, w, temperature, softcap)
         allowed = jnp.where(banned[:, None] & stops[None, :], -jnp.inf, logits)
-        cut = cut_between(jax.lax.stop_gradient(allowed), thresholds)
+        cut = separating_logit(jax.lax.stop_gradient(allowed), thresholds)
         cut = checkpoint_name(cut, "cut")
-        stay = (allowed >= cut[:, None]) | (ids[:, None] == numbers[None, :])
+        stay = (allowed >= cut[:, None]) | (ids[:, None] == vocabulary_ids[None, :])
         own = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
         lse = jax.nn.logsumexp(logits, axis=-1)
-        kept = jax.nn.logsumexp(jnp.where(stay, logits, -jnp.inf), axis=-1)
-        still = jax.lax.stop_gradient(logits)
-        entropy = jax.lax.stop_gradient(lse) - jnp.sum(jax.nn.softmax(still, axis=-1) * still, axis=-1)
-        return own - kept, own - lse, entropy
+        truncated_lse = jax.nn.logsumexp(jnp.where(stay, logits, -jnp.inf), axis=-1)
+        constant = jax.lax.stop_gradient(logits)
+        entropy = jax.lax.stop_gradient(lse) - jnp.sum(jax.nn.softmax(constant, axis=-1) * constant, axis=-1)
+        return own - truncated_lse, own - lse, entropy
 
     size = min(tokens, max(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary))
     chunks = -(-tokens // size)
@@ -224,8 +224,8 @@ def truncated_head(
         jnp.pad(ids, (0, pad)).reshape(chunks, size),
         jnp.pad(banned, (0, pad)).reshape(chunks, size),
     )
-    logps, whole, entropy = (y.reshape(-1)[:tokens] for y in jax.lax.map(lambda part: chunk(*part), parts))
-    return logps, whole, entropy
+    logps, untruncated, entropy = (y.reshape(-1)[:tokens] for y in jax.lax.map(lambda part: chunk(*part), parts))
+    return logps, untruncated, entropy
 
 
 def banned_head(
@@ -239,14 +239,14 @@ def banned_head(
     head_trainable: bool,
     implementation: str | None,
 ) -> tuple[Float[Array, "T"], Float[Array, "T"], Float[Array, "T"]]:
-    """log p̃ with the stop ids banned, log p, and the entropy of p: `head_logprob` and a few logits.
+    """Computes log p̃ with the stop ids banned, log p, and the entropy of p, from `head_logprob` and a few logits.
 
-    log p̃ = log p − log(1 − Σ_stops p) loses its digits where the model is sure to stop, which is where a ban matters. So the head
-    runs with the stops' rows replaced by copies of as many other rows, and what the copies add is taken off. A row and its copy
-    add the same, so that is at most half of the sum, and no digits are lost. (Where stops are the larger part of the vocabulary,
-    rows are copied more than once.) log p and its entropy follow by adding the stops.
+    log p̃ = log p − log(1 − Σ_stops p) loses precision where the model is sure to stop, which is where a ban matters. So the head
+    runs with the stops' rows replaced by copies of other rows, and what the copies add is subtracted. A row and its copy add the
+    same, so that is at most half of the sum, and no precision is lost. (Where stops are the larger part of the vocabulary, rows are
+    copied more than once.) log p and its entropy follow by adding the stops.
 
-    Where the token itself is a stop, which sampling rules out and padding may be, the result is a finite number without meaning.
+    Where the token itself is a stop, as padding may be, the result is finite and has no meaning. Sampling never draws such a token.
 
     Raises:
         ValueError: every token is a stop id.
@@ -264,12 +264,12 @@ def banned_head(
     of_stops, of_copies = few[:, : stops.size], few[:, stops.size :]
 
     copies = jnp.exp(of_copies - lse[:, None])
-    rest = 1 - jnp.sum(copies, axis=-1)  # the share of what is not a copy
+    rest = 1 - jnp.sum(copies, axis=-1)  # the probability of everything that is not a copy
     odds = jax.nn.logsumexp(of_stops, axis=-1) - (lse + jnp.log(rest))  # log odds of a stop
     logps = logps - jnp.log(rest)
 
     mean = (lse - entropy - jnp.sum(copies * of_copies, axis=-1)) / rest
     mean_of_stops = jnp.sum(jax.nn.softmax(of_stops, axis=-1) * of_stops, axis=-1)
     share = jax.nn.sigmoid(odds)
-    whole_lse = lse + jnp.log(rest) + jax.nn.softplus(odds)
-    return logps, logps - jax.nn.softplus(odds), whole_lse - (1 - share) * mean - share * mean_of_stops
+    untruncated_lse = lse + jnp.log(rest) + jax.nn.softplus(odds)
+    return logps, logps - jax.nn.softplus(odds), untruncated_lse - (1 - share) * mean - share * mean_of_stops

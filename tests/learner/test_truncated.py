@@ -17,7 +17,7 @@ from tiny_runs import config_of, run
 from grpo_jax.config import ObjectiveConfig, RolloutConfig
 from grpo_jax.learner import truncated
 from grpo_jax.learner.loss import grpo_loss
-from grpo_jax.learner.truncated import Truncation, cut_between, truncated_logprobs
+from grpo_jax.learner.truncated import Truncation, separating_logit, truncated_logprobs
 from grpo_jax.rollout.sampling import Thresholds, truncate
 from grpo_kernels.ops.head_logprob import head_logprob
 
@@ -248,7 +248,7 @@ def test_a_cut_separates_exactly_what_stays() -> None:
     for top_k, top_p, min_p in ((3, 1.0, 0.0), (0, 0.7, 0.0), (0, 1.0, 0.4), (5, 0.6, 0.1), (12, 1.0, 0.0), (99, 1.0, 0.0)):
         settings = Thresholds(jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p))
         stay = np.asarray(jax.jit(truncate)(logits, settings)) & (logits > -np.inf)
-        cut = np.asarray(jax.jit(cut_between)(logits, settings))
+        cut = np.asarray(jax.jit(separating_logit)(logits, settings))
         assert np.array_equal(logits >= cut[:, None], stay), (top_k, top_p, min_p)
 
 
