@@ -14,7 +14,7 @@ import pytest
 from grpo_jax import cli
 from grpo_jax.config import Config, ConfigError
 from grpo_jax.config.load import setting_types
-from grpo_jax.runtime.text import safe_text
+from grpo_jax.runtime.safe_text import safe_text
 
 
 class Calls:
@@ -97,7 +97,7 @@ def test_a_flag_may_be_switched_off_and_a_value_joined_by_an_equals_sign(monkeyp
 
 
 def test_evaluation_takes_a_config_or_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    calls = stand_in(monkeypatch, "evaluate", "evaluate_run")
+    calls = stand_in(monkeypatch, "evaluate", "evaluate")
     path = tmp_path / "run.yaml"
     path.write_text("data: {eval_size: 5}\n")
     assert cli.main(["eval", "--config", str(path), "--data.eval_size", "6", "--pass_k", "4"]) == 0
@@ -107,7 +107,7 @@ def test_evaluation_takes_a_config_or_a_run(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_evaluation_of_a_run_takes_no_other_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    stand_in(monkeypatch, "evaluate", "evaluate_run")
+    stand_in(monkeypatch, "evaluate", "evaluate")
     assert "data.eval_size is '5': a run is evaluated with its own settings" in fails(
         ["eval", "--run", "r", "--data.eval_size", "5"], capsys
     )
@@ -246,7 +246,7 @@ def test_training_help_explains_every_setting(capsys: pytest.CaptureFixture[str]
     assert "--resume" in shown
     for name in setting_types():
         assert f"--{name} " in shown
-    assert "--rollout.top_p VALUE Keep the smallest set of tokens whose probability reaches this; 1 keeps all." in shown
+    assert "--rollout.top_p VALUE Sample from the smallest set of tokens with at least this probability; 1 takes all tokens." in shown
     assert "(a finite number; default 1e-05)" in shown
 
 

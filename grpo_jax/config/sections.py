@@ -179,7 +179,7 @@ class RolloutConfig:
         require(self.temperature >= 0, "rollout.temperature", self.temperature, "use 1.0, or 0 for greedy")
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "use a probability above 0, at most 1 (1 = off)")
         require(self.top_k >= 0, "rollout.top_k", self.top_k, "use a positive number of tokens, or 0 (off)")
-        require(0 <= self.min_p <= 1, "rollout.min_p", self.min_p, "use a share from 0 (off) to 1")
+        require(0 <= self.min_p <= 1, "rollout.min_p", self.min_p, "use a fraction from 0 (off) to 1")
         for name, size in (("slots", self.slots), ("segment", self.segment)):
             require(size is None or size >= 1, f"rollout.{name}", size, "use at least 1, or null")
         require(all(self.stop), "rollout.stop", self.stop, "an empty string would end every completion; leave it out")
@@ -219,7 +219,7 @@ class RewardsConfig:
                 self.timeout_seconds,
                 "use a positive number of seconds, or null",
             )
-        require(0 <= self.max_failed_share <= 1, "rewards.max_failed_share", self.max_failed_share, "use a share from 0 to 1")
+        require(0 <= self.max_failed_share <= 1, "rewards.max_failed_share", self.max_failed_share, "use a fraction from 0 to 1")
 
 
 @dataclass(frozen=True)

@@ -116,5 +116,5 @@ def dump_yaml(values: dict[str, Any]) -> str:
         return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
     except yaml.representer.RepresenterError as error:
         raise ConfigError(
-            f"the settings cannot be written as YAML: {error.args[1]!r} is no plain data; use text, numbers and lists"
+            f"the settings cannot be written as YAML: {error.args[1]!r} is not plain data; use text, numbers and lists"
         ) from None

@@ -189,18 +189,18 @@ def encode_rows(table: Table, encode: Encoder, label: str, quiet: bool, count: i
     Returns:
         The tokenised rows, the number of dropped rows and the number of shortened rows.
     """
-    prompts, completions, numbers = array.array("i"), array.array("i"), array.array("q")
+    prompts, completions, row_numbers = array.array("i"), array.array("i"), array.array("q")
     prompt_starts, completion_starts = array.array("q", [0]), array.array("q", [0])
     dropped = shortened = 0
     for number in with_bar(len(table), f"Tokenising {label}", quiet):
-        if count is not None and len(numbers) >= count:
+        if count is not None and len(row_numbers) >= count:
             break
         encoded = encode(table, number)
         if encoded is None:
             dropped += 1
             continue
         shortened += encoded.shortened
-        numbers.append(number)
+        row_numbers.append(number)
         prompts.extend(encoded.prompt_ids)
         completions.extend(encoded.completion_ids)
         prompt_starts.append(len(prompts))
@@ -209,7 +209,7 @@ def encode_rows(table: Table, encode: Encoder, label: str, quiet: bool, count: i
         PackedIds(np.array(values, np.int32), np.array(starts, np.int64))
         for values, starts in ((prompts, prompt_starts), (completions, completion_starts))
     )
-    return Examples(table, np.array(numbers, np.int64), np.arange(len(numbers)), *packed), dropped, shortened
+    return Examples(table, np.array(row_numbers, np.int64), np.arange(len(row_numbers)), *packed), dropped, shortened
 
 
 def with_bar(count: int, label: str, quiet: bool) -> Iterator[int]:

@@ -65,7 +65,7 @@ def read_folder(folder: Path, name: str | None, split: str, path_field: str, spl
         raise unknown_split(split, list(found), split_field)
     files = found[split]
     if len(files) > 1 and not all(re.search(r"-\d+-of-\d+$", path.stem) for path in files):
-        raise ConfigError(f"{split_field} is {show(split)}: several files are called so ({', '.join(map(str, files))}); keep one")
+        raise ConfigError(f"{split_field} is {show(split)}: several files have this name ({', '.join(map(str, files))}); keep one")
     tables = [read_file(path, path_field) for path in files]
     if len(tables) == 1:
         return tables[0]

@@ -90,13 +90,14 @@ class PromptSource:
     def make_batch(self, examples: Examples, positions: np.ndarray, step: int) -> PromptBatch:
         """Makes the batch of the rows at these positions."""
         column = self.data.prompt_column
-        numbers = examples.row_numbers[positions]
-        rows = [examples.table[int(number)] for number in numbers]
+        row_numbers = examples.row_numbers[positions]
+        rows = [examples.table[int(number)] for number in row_numbers]
         return PromptBatch(
             step=step,
-            indices=numbers,
+            indices=row_numbers,
             prompts=[
-                read_prompt(row[column], self.data, examples.table.where(int(n))) for row, n in zip(rows, numbers, strict=True)
+                read_prompt(row[column], self.data, examples.table.where(int(number)))
+                for row, number in zip(rows, row_numbers, strict=True)
             ],
             prompt_ids=[examples.prompt(int(position)) for position in positions],
             columns={name: [row[name] for row in rows] for name in examples.table.columns if name != column},

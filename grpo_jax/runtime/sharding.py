@@ -211,16 +211,11 @@ class Layout:
         """Moves a host array, of which every process has all, to the devices; each process fills its own devices' shards."""
         host = np.asarray(x)
         sharding = self.checked("the array", host.shape, self.sharding((*axes, *(None,) * (host.ndim - len(axes)))))
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+        return put_shards(host, sharding)
 
     def put_tree(self, tree: Any, table: AxesTable) -> Any:
         """Moves every leaf of a tree of host arrays, or of arrays on one device, to the devices."""
-
-        def place(leaf: Any, sharding: NamedSharding) -> Array:
-            host = np.asarray(leaf)
-            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-        return jax.tree.map(place, tree, self.tree(tree, table))
+        return jax.tree.map(put_shards, tree, self.tree(tree, table))
 
     def get(self, tree: Any) -> Any:
         """Copies arrays from the devices to the host, unsharded, in every process. All processes must call it together."""
@@ -228,6 +223,12 @@ class Layout:
         leaves, structure = jax.tree.flatten(tree)
         ready = [leaf if leaf.is_fully_replicated or leaf.is_fully_addressable else replicate(leaf) for leaf in leaves]
         return jax.tree.unflatten(structure, [np.asarray(leaf) for leaf in jax.device_get(ready)])
+
+
+def put_shards(x: Any, sharding: NamedSharding) -> Array:
+    """Moves a host array to the devices of this process, each its shard."""
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
 def identity(x: Array) -> Array:

@@ -350,7 +350,7 @@ def test_what_is_written_reads_back_the_same(tmp_path: Path):
 
 def test_what_is_no_plain_data_cannot_be_written(tmp_path: Path):
     config = Config(rewards=RewardsConfig(functions=[{"name": "a", "f": print}]))
-    with pytest.raises(ConfigError, match="no plain data"):
+    with pytest.raises(ConfigError, match="not plain data"):
         write_yaml(config, tmp_path / "out.yaml")
 
 

@@ -74,7 +74,7 @@ def test_a_folder_is_read_by_split_and_by_parts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.split is 'tset'.*did you mean test\? splits: test, train"):
         read(tmp_path, "tset")
     write(tmp_path / "test.jsonl", ROWS)
-    with pytest.raises(ConfigError, match=r"several files are called so.*test\.csv.*test\.jsonl"):
+    with pytest.raises(ConfigError, match=r"several files have this name.*test\.csv.*test\.jsonl"):
         read(tmp_path, "test")
 
 
