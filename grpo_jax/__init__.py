@@ -5,7 +5,7 @@
     policy = gx.Policy.from_pretrained("folder or hub id", lora=gx.LoraConfig(rank=16, alpha=32))
     result = gx.train(gx.Config(), policy=policy, dataset=rows, reward_funcs=[reward])
 
-Importing the package imports nothing else, JAX least of all: each name is fetched when it is first used (PEP 562).
+Importing the package imports nothing else, JAX least of all: each name is imported when it is first used (PEP 562).
 """
 
 from __future__ import annotations
@@ -28,14 +28,26 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from grpo_jax.data.tokenizer import Tokenizer
+    from grpo_jax.evaluation import evaluate
     from grpo_jax.learner.advantages import group_advantages
     from grpo_jax.learner.loss import grpo_loss
     from grpo_jax.policy import Policy
-    from grpo_jax.trainer import train
+    from grpo_jax.rewards import (
+        exact_match,
+        math_verify,
+        number_match,
+        overlong_penalty,
+        regex_format,
+        repetition_penalty,
+        tag_format,
+    )
+    from grpo_jax.run.callbacks import Callback
+    from grpo_jax.trainer import Trainer, TrainResult, sft, train
 
 __version__ = "0.1.0"
 
-HOMES = {
+MODULES = {
+    "Callback": "run.callbacks",
     "Config": "config",
     "ConfigError": "config",
     "DataConfig": "config",
@@ -47,15 +59,27 @@ HOMES = {
     "Policy": "policy",
     "RewardsConfig": "config",
     "RolloutConfig": "config",
-    "Tokenizer": "tokenizer",
+    "Tokenizer": "data.tokenizer",
     "TrainConfig": "config",
-    "group_advantages": "advantages",
-    "grpo_loss": "loss",
-    "train": "grpo",
+    "TrainResult": "trainer",
+    "Trainer": "trainer",
+    "evaluate": "evaluation",
+    "exact_match": "rewards",
+    "group_advantages": "learner.advantages",
+    "grpo_loss": "learner.loss",
+    "math_verify": "rewards",
+    "number_match": "rewards",
+    "overlong_penalty": "rewards",
+    "regex_format": "rewards",
+    "repetition_penalty": "rewards",
+    "sft": "trainer",
+    "tag_format": "rewards",
+    "train": "trainer",
 }
-"""The module that each name lives in. Supervised warm-up is not here: `grpo_jax.supervised` is its module, and the function is in it."""
+"""The module that each name is imported from. A function never has the name of a module of this package."""
 
 __all__ = [
+    "Callback",
     "Config",
     "ConfigError",
     "DataConfig",
@@ -69,17 +93,28 @@ __all__ = [
     "RolloutConfig",
     "Tokenizer",
     "TrainConfig",
+    "TrainResult",
+    "Trainer",
     "__version__",
+    "evaluate",
+    "exact_match",
     "group_advantages",
     "grpo_loss",
+    "math_verify",
+    "number_match",
+    "overlong_penalty",
+    "regex_format",
+    "repetition_penalty",
+    "sft",
+    "tag_format",
     "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in HOMES:
+    if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = importlib.import_module(f"{__name__}.{HOMES[name]}").__dict__[name]
+    value = importlib.import_module(f"{__name__}.{MODULES[name]}").__dict__[name]
     globals()[name] = value
     return value
 

@@ -25,7 +25,7 @@ from grpo_jax.config import Config, ConfigError, Loaded, RolloutConfig, load
 from grpo_jax.config.checks import describe, field_types, nearest, show
 from grpo_jax.config.load import nearest_setting, setting_types
 from grpo_jax.config.presets import OBJECTIVE_DEFAULTS
-from grpo_jax.runtime.text import safe_text
+from grpo_jax.runtime.safe_text import safe_text
 
 USER_ERROR, INTERRUPTED = 2, 130
 RESUMABLE = ("train", "sft")
@@ -60,20 +60,20 @@ def main(words: Sequence[str] | None = None) -> int:
 def train(arguments: argparse.Namespace) -> None:
     """`grpo-jax train`."""
     loaded = loaded_settings(arguments)
-    from grpo_jax.runtime.distributed import joined
+    from grpo_jax.runtime.distributed import joined_processes
     from grpo_jax.trainer import train as run
 
-    with joined(loaded.config.distributed, ending):
+    with joined_processes(loaded.config.distributed, ending):
         run(loaded.config, resume=arguments.resume, sources=loaded.sources)
 
 
 def sft(arguments: argparse.Namespace) -> None:
     """`grpo-jax sft`."""
     loaded = loaded_settings(arguments)
-    from grpo_jax.runtime.distributed import joined
-    from grpo_jax.supervised import sft as run
+    from grpo_jax.runtime.distributed import joined_processes
+    from grpo_jax.trainer import sft as run
 
-    with joined(loaded.config.distributed, ending):
+    with joined_processes(loaded.config.distributed, ending):
         run(loaded.config, resume=arguments.resume, sources=loaded.sources)
 
 
@@ -84,9 +84,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
         name = next(iter(given))
         raise ConfigError(f"{name} is {show(given[name])}: a run is evaluated with its own settings; use --config to choose others")
     config = None if arguments.run is not None else loaded_settings(arguments).config
-    from grpo_jax.evaluation import evaluate_run
+    from grpo_jax.evaluation import evaluate as run
 
-    evaluate_run(config, run_dir=arguments.run, pass_k=arguments.pass_k)
+    run(config, run_dir=arguments.run, pass_k=arguments.pass_k)
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -145,7 +145,7 @@ def plan(arguments: argparse.Namespace) -> None:
     if arguments.target is not None:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     loaded = loaded_settings(arguments)
-    from grpo_jax.run import Display
+    from grpo_jax.run.display import Display
     from grpo_jax.tools.plan import advice_lines, json_of, make_plan, rows_of
 
     display = Display(quiet=loaded.config.train.quiet or arguments.json)
@@ -161,7 +161,7 @@ def bench(arguments: argparse.Namespace) -> None:
     """`grpo-jax bench`."""
     import json
 
-    from grpo_jax.run import Display
+    from grpo_jax.run.display import Display
     from grpo_jax.tools.bench import BenchOptions, rows_of
     from grpo_jax.tools.bench import bench as run
 

@@ -1,12 +1,11 @@
 """Accuracy on the held-out part: greedy, and pass@k.
 
-Enters: a sampler and its parameters, the held-out prompts, the reward functions. Leaves: shares of problems solved. A
-    completion is right where the function that `rewards.accuracy` names gives at least `rewards.accuracy_threshold`.
+A completion is right where `rewards.accuracy` gives `rewards.accuracy_threshold`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,16 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.config import Config, ConfigError
-from grpo_jax.data import PromptSource
+from grpo_jax.data.source import PromptSource
 from grpo_jax.data.tokenizer import Tokenizer
-from grpo_jax.policy import Policy
+from grpo_jax.policy import Policy, config_with_policy
 from grpo_jax.rewards import NamedFunction, check_functions, correct, resolve_functions
-from grpo_jax.rewards.across_processes import score_together
+from grpo_jax.rewards.across_processes import score_across_processes
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import evaluation_slots
-from grpo_jax.run import Display
+from grpo_jax.run.display import Display
 from grpo_jax.run.saved import load_run
+from grpo_jax.runtime import distributed
 from grpo_jax.types import Params
 
 
@@ -31,7 +31,7 @@ class Evaluation:
     """Result on the held-out prompts.
 
     Attributes:
-        accuracy: share of problems whose greedy completion is right; of samples, where several were drawn.
+        accuracy: share of problems whose greedy completion is right, or of samples that are right.
         problems: number of problems.
         reward_mean: mean weighted reward of the completions that have one.
         pass_at_k: share of problems for which at least one of the k samples is right; None for greedy.
@@ -66,11 +66,12 @@ def evaluate_held_out(
         return None
     k = 1 if samples is None else samples
     temperature = 0.0 if samples is None else config.rollout.temperature
-    slots = sampler.spread(evaluation_slots(config, problems, k))
+    slots = sampler.round_up_slots(evaluation_slots(config, problems, k))
     settings = replace(config.rollout, num_generations=k, temperature=temperature, slots=slots)
     (batch,) = source.held_out_batches(problems)
     rollout = sampler.sample(variables, batch.prompt_ids, settings, seed=config.train.seed, indices=batch.indices)
-    scored = score_together(
+    scored = score_across_processes(
+        distributed if distributed.is_multiprocess() else None,
         functions,
         config.rewards.weights,
         prompts=batch.prompts,
@@ -86,34 +87,55 @@ def evaluate_held_out(
     return Evaluation(float(np.mean(right)), problems, mean, pass_at_k)
 
 
-def evaluate_run(config: Config | None = None, *, run_dir: str | Path | None = None, pass_k: int = 8) -> dict[str, Any]:
-    """Evaluates a model of a config, or the last state of a run, and shows the result.
+def evaluate(
+    config: Config | None = None,
+    *,
+    policy: Policy | None = None,
+    eval_dataset: Any = None,
+    reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+    run_dir: str | Path | None = None,
+    pass_k: int = 8,
+) -> dict[str, Any]:
+    """Evaluates a policy, the model of a config, or the newest checkpoint of a run on held-out problems, and shows the result.
+
+    Args:
+        config: the settings; not needed with `run_dir`.
+        policy: evaluated instead of `model.path`.
+        eval_dataset: held-out rows, instead of `data.eval_split` and `data.eval_path`.
+        reward_funcs: one function or several, instead of `rewards.functions`.
+        run_dir: a run, evaluated with its own settings.
+        pass_k: samples per problem for pass@k.
 
     Returns:
-        `accuracy`, `pass_at_k`, `pass_k`, `reward_mean` and `held_out_problems`.
+        `accuracy`, `pass_at_k`, `pass_k`, `sampled_accuracy`, `reward_mean` and `held_out_problems`.
 
     Raises:
         ConfigError: nothing is held out, or settings are missing.
     """
     if run_dir is not None:
         config, policy = load_run(run_dir)
-    else:
-        if config is None or config.model.path is None:
+    config = config or Config()
+    if policy is None:
+        if config.model.path is None:
             raise ConfigError("model.path: null; give a model folder or a hub id, or a run")
-        policy = policy_of_config(config)
+        policy = Policy.from_config(config)
+    elif run_dir is None:
+        config = config_with_policy(config, policy)
     display = Display(config.train.quiet)
-    functions = resolve_functions(config.rewards.functions, max_completion_length=config.rollout.max_completion_length)
+    given = [] if reward_funcs is None else [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+    functions = resolve_functions(given or config.rewards.functions, max_completion_length=config.rollout.max_completion_length)
     tokenizer = policy.need_tokenizer()
-    source = PromptSource.build(config, tokenizer, only_held_out=True)
+    source = PromptSource.build(config, tokenizer, None, eval_dataset, only_held_out=True)
     if len(source.held_out) == 0:
         raise ConfigError("data.eval_size: 0; nothing is held out: set it, or data.eval_split or data.eval_path")
     check_functions(functions, reward_columns(source, config), config.rewards.weights, config.rewards.accuracy)
-    sampler = policy.sampler.announced(display.compiling)
+    sampler = policy.sampler.announcing(display.compiling)
     with display.busy(f"greedy completions of {len(source.held_out)} problems"):
         greedy = evaluate_held_out(sampler, policy.variables, source, functions, tokenizer, config)
     with display.busy(f"{pass_k} samples of each"):
         sampled = evaluate_held_out(sampler, policy.variables, source, functions, tokenizer, config, samples=pass_k)
-    assert greedy is not None and sampled is not None
+    assert greedy is not None
+    assert sampled is not None
     result = {
         "accuracy": greedy.accuracy,
         "pass_at_k": sampled.pass_at_k,
@@ -127,20 +149,6 @@ def evaluate_run(config: Config | None = None, *, run_dir: str | Path | None = N
         f"greedy reward {greedy.reward_mean:.3f}, {greedy.problems} held-out problems"
     )
     return result
-
-
-def policy_of_config(config: Config) -> Policy:
-    """The policy that a config starts from."""
-    assert config.model.path is not None
-    return Policy.from_pretrained(
-        config.model.path,
-        lora=config.lora,
-        dtype=config.model.dtype,
-        quantization=config.model.quantization,
-        revision=config.model.revision,
-        seed=config.train.seed,
-        mesh=config.mesh,
-    )
 
 
 def reward_columns(source: PromptSource, config: Config) -> list[str]:

@@ -1,7 +1,7 @@
-"""The handle that a user holds: a model, its adapters, its tokenizer.
+"""The handle that a user holds: a model, its adapters and its tokenizer. It generates, scores, and saves folders that other tools
+load.
 
-Enters: a Hugging Face folder or hub id, optionally a PEFT adapter. Leaves: completions, log-probabilities, and folders that
-    transformers, PEFT and vLLM load. Training takes a policy and gives a new one; a policy's own arrays never change.
+Training takes a policy and returns a new one; the arrays of a policy never change.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from grpo_jax.config import ConfigError, LoraConfig, MeshConfig, RolloutConfig
+from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig, RolloutConfig
 from grpo_jax.config.checks import require, require_choice
 from grpo_jax.data.tokenizer import Tokenizer, read_stop_ids
 from grpo_jax.learner.logprobs import completion_logprobs
@@ -25,9 +25,9 @@ from grpo_jax.models.transformer import UNROLLED_LAYERS, Transformer
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import pad_rows, round_up
 from grpo_jax.runtime.distributed import is_main
-from grpo_jax.runtime.memory import least_free_bytes
+from grpo_jax.runtime.mesh import make_layout
 from grpo_jax.runtime.programs import Program
-from grpo_jax.runtime.sharding import Layout, make_layout
+from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import FinishReason, Params, Prompt
 from grpo_jax.weights.axes import check_mesh, model_axes
 from grpo_jax.weights.export import merged_weights, save_merged
@@ -151,8 +151,38 @@ class Policy:
             layout=layout,
         )
 
+    @staticmethod
+    def from_config(config: Config) -> Policy:
+        """Reads the policy that a config starts from: its `model`, `lora`, `mesh` and `train.seed`. Errors as `from_pretrained`."""
+        assert config.model.path is not None
+        return Policy.from_pretrained(
+            config.model.path,
+            lora=config.lora,
+            dtype=config.model.dtype,
+            quantization=config.model.quantization,
+            revision=config.model.revision,
+            seed=config.train.seed,
+            mesh=config.mesh,
+        )
+
+    def trainable(self) -> Params:
+        """A float32 copy of what training changes: the adapters, or every weight where there are none."""
+        source = self.params if self.adapters is None else self.adapters
+
+        def copied(tree: Params) -> Params:
+            return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), tree)
+
+        if self.layout is None:
+            return copied(source)
+        return jax.jit(copied, out_shardings=jax.tree.map(lambda x: x.sharding, source))(source)
+
+    def with_trained(self, trainable: Params) -> Policy:
+        """The policy with trained adapters, or trained weights, instead of its own."""
+        trained: Any = {"params": trainable} if self.adapters is None else {"adapters": trainable}
+        return replace(self, **trained, _sampler=[], _scorer=[])
+
     def placed(self, layout: Layout | None) -> Policy:
-        """The same on another mesh.
+        """The same policy on another mesh.
 
         Raises:
             ConfigError: the mesh does not fit the model.
@@ -336,26 +366,26 @@ class Policy:
 def sampler_of(policy: Policy) -> Sampler:
     """A new sampler of a policy's model. Stop strings are looked for with special tokens left out, as rewards see the text."""
     text_of = None if policy.tokenizer is None else policy.tokenizer.decode
-    return Sampler.build(policy.model, policy.stop_ids, text_of=text_of, quantization=quantization_of(policy.params))
+    return Sampler.build(policy.model, policy.stop_ids, decode_text=text_of, quantization=quantization_of(policy.params))
 
 
-REMAT_MEMORY_SHARE = 0.25
-"""Share of the free memory that what a backward pass keeps may take, for `model.remat: auto` to keep it."""
+def config_with_policy(config: Config, policy: Policy) -> Config:
+    """The settings with the model, adapters and mesh of a policy that was passed in: what is shown and saved is what is used.
 
+    A policy on one device moves to the settings' mesh.
 
-def trained_model(policy: Policy, remat: str, tokens: int) -> tuple[Transformer, str]:
-    """The decoder as it is trained, and which `model.remat` it has.
-
-    Args:
-        remat: the setting; `auto` is `none` on a CPU where the memory allows, else `layer`.
-        tokens: tokens of a micro-batch.
+    Raises:
+        ConfigError: the settings ask for other adapters, or for another mesh than the policy's.
     """
-    spec, model = policy.spec, policy.model
-    if remat == "auto":
-        widths = 4 * (spec.width + spec.heads * spec.head_dim + spec.ffw * max(1, spec.experts_per_token))
-        kept, free = tokens * spec.layers * widths * model.dtype.itemsize, least_free_bytes()
-        remat = "none" if model.unroll and (free is None or kept < REMAT_MEMORY_SHARE * free) else "layer"
-    return model.clone(remat=remat), remat
+    own = policy.lora or LoraConfig(rank=0)
+    if config.lora not in (LoraConfig(), own):
+        raise ConfigError(f"lora: {config.lora} differs from the handed-over policy's {own}; leave one of them out")
+    quantization: Any = quantization_of(policy.params)
+    model = replace(config.model, path=policy.name, dtype=str(policy.dtype), quantization=quantization)
+    mesh = config.mesh if policy.layout is None else policy.layout.config
+    if config.mesh not in (MeshConfig(), mesh):
+        raise ConfigError(f"mesh: {config.mesh} differs from the handed-over policy's {mesh}; leave one of them out")
+    return replace(config, model=model, lora=own, mesh=mesh)
 
 
 def check_rows(name: str, rows: Sequence[Sequence[Any]], vocab: int, *, empty: bool = False) -> None:

@@ -1,16 +1,15 @@
-"""The loop. Read this page and you know what a run does.
+"""The trainer. Read this page and you know what a run does.
 
     for every step:
         prompts   = source.batch(step)                        the same for the same seed and step, whatever happened before
         rollout   = sampler.sample(policy, prompts)           G completions of each prompt, prompt computed once
         scored    = score(functions, completions)             on the host; a failure costs a row, not the run
         state     = train_step(state, batch)                  one pure, jitted update; the old state's memory is reused
-        metrics, completions, checkpoint → the run folder
+        callbacks: records, display, trackers, the user's     metrics, completions, checkpoints in the run folder
 
-With several processes every one runs this page, on the same prompts and completions; each scores its own part of them, process 0
-alone writes and shows, and all write checkpoints (`distributed.py`).
-
-Enters: a `Config`, or a policy, rows and functions from Python. Leaves: a `TrainResult`, and the run folder.
+`steps/grpo.py` has these statements. The supervised warm-up is the same loop with another step, `steps/supervised.py`. With
+several processes each one runs this page on the same prompts and completions; each scores its own part of them, process 0 alone
+writes and shows, and all write checkpoints (`runtime/distributed.py`).
 """
 
 from __future__ import annotations
@@ -18,48 +17,239 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
+import optax
 
-from grpo_jax.config import Config, check_training
-from grpo_jax.data import PromptSource
-from grpo_jax.data.tokenizer import Tokenizer
-from grpo_jax.evaluation import Evaluation, evaluate_held_out, policy_of_config, reward_columns
-from grpo_jax.fit.auto import fit_run
-from grpo_jax.fit.micro_batch import micro_batch_of, tokens_of
-from grpo_jax.learner.step import Learner
-from grpo_jax.policy import Policy, sampler_of, trained_model
-from grpo_jax.rewards import NamedFunction, ScoredBatch, check_functions, failure_lines, resolve_functions, reward_metrics
-from grpo_jax.rewards.across_processes import score_together
-from grpo_jax.rollout.sampler import Sampler
-from grpo_jax.rollout.shapes import pad_rows, round_up
-from grpo_jax.run import Display, RunFolder, step_values
+from grpo_jax.config import Config, TrainConfig, check_supervised, check_training
+from grpo_jax.learner.custom_loss import LossFunction
+from grpo_jax.policy import Policy, config_with_policy
+from grpo_jax.run.callbacks import Callback, DisplayCallback, RecordsCallback, StepCompletions
 from grpo_jax.run.checkpoint import Checkpointer
-from grpo_jax.run.saved import (
-    TrainResult,
-    begin,
-    evaluates_after,
-    finish,
-    host_values,
-    saves_after,
-    settings_of,
-    trainable_of,
-    updates_of,
-    with_trained,
-)
-from grpo_jax.runtime.distributed import from_main, is_main
-from grpo_jax.runtime.programs import Program, compile_seconds
-from grpo_jax.runtime.sharding import BATCH, Layout, make_layout
-from grpo_jax.types import Frozen, Params, PromptBatch, Rollout, TrainBatch, TrainState
-from grpo_jax.weights.axes import check_mesh
-from grpo_jax.weights.hf import find_model, read_folder_spec
+from grpo_jax.run.folder import RunFolder
+from grpo_jax.run.saved import checkpoint_values
+from grpo_jax.run.tracking import tracker_callbacks
+from grpo_jax.runtime import distributed
+from grpo_jax.runtime.programs import compile_seconds
+from grpo_jax.steps import Step
+from grpo_jax.steps.grpo import GrpoStep
+from grpo_jax.steps.setup import begin
+from grpo_jax.steps.supervised import SupervisedStep
+from grpo_jax.types import TrainState
 
-TRUNCATED_LINE = (
-    "log-probabilities: truncated as sampling is (top_p, top_k, min_p), so the update computes logits again in its backward pass "
-    "instead of keeping one vector a token; objective.match_sampling false takes the whole distribution's, without that cost"
-)
+Rewards = Callable[..., Any] | Sequence[Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The result of a run.
+
+    Attributes:
+        policy: the trained policy.
+        history: one dict of metrics per step.
+        summary: the content of summary.json.
+        run_dir: the folder with everything that was written.
+    """
+
+    policy: Policy
+    history: list[dict[str, Any]]
+    summary: dict[str, Any]
+    run_dir: Path
+
+
+class Trainer:
+    """Trains a policy with GRPO (DeepSeekMath, https://arxiv.org/abs/2402.03300), or with a supervised warm-up.
+
+    Making one reads and checks everything, the weights last, and compiles nothing. `train` makes all steps. `step`, `evaluate` and
+    `save` make them one at a time; leave the trainer by `close`, or use it in a `with` block.
+
+    Args:
+        config: the settings; what is passed below replaces the part of it that it stands for.
+        policy: trained instead of `model` and `lora`. It is not changed; the result holds a new one.
+        dataset: rows to train on, a list of dicts or a datasets.Dataset, instead of `data.path`.
+        reward_funcs: one function or several, instead of `rewards.functions`.
+        eval_dataset: held-out rows, instead of `data.eval_split` and `data.eval_path`.
+        optimizer: any Optax transformation, instead of `optim`.
+        loss_fn: takes `grpo_loss`'s arguments by name, `weights` included, instead of `grpo_loss`; see `learner/custom_loss.py`.
+        callbacks: called after records and display; see `run/callbacks.py`.
+        resume: continue the run in `train.run_dir` at its newest checkpoint.
+        sources: where settings came from, for the table that is shown first.
+        supervised: make the steps of the supervised warm-up: rows need `data.prompt_column` and `data.completion_column`.
+
+    Attributes:
+        config: the settings of the run.
+        state: the train state; the next step reuses its memory.
+        steps_done: steps finished.
+        should_stop: set it to True, in a callback for example, and `train` ends after the current step.
+
+    Raises:
+        ConfigError, DataError, ModelError, RunFolderError: bad input, before anything is compiled.
+
+    Example:
+        trainer = gx.Trainer(config, policy=policy, dataset=rows, reward_funcs=[reward], callbacks=[MyCallback()])
+        result = trainer.train()
+    """
+
+    def __init__(
+        self,
+        config: Config | None = None,
+        *,
+        policy: Policy | None = None,
+        dataset: Any = None,
+        reward_funcs: Rewards | None = None,
+        eval_dataset: Any = None,
+        optimizer: optax.GradientTransformation | None = None,
+        loss_fn: LossFunction | None = None,
+        callbacks: Sequence[Callback] = (),
+        resume: bool = False,
+        sources: Mapping[str, str] | None = None,
+        supervised: bool = False,
+    ) -> None:
+        config = config or Config()
+        rewards = [] if reward_funcs is None else [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+        if supervised and (rewards or loss_fn is not None):
+            raise TypeError("a supervised warm-up has no reward_funcs and no loss_fn: leave them out")
+        if supervised:
+            check_supervised(config, has_policy=policy is not None, has_dataset=dataset is not None)
+        else:
+            check_training(config, has_policy=policy is not None, has_dataset=dataset is not None, has_rewards=bool(rewards))
+        if policy is not None:
+            config = config_with_policy(config, policy)
+        self.config, self.resume, self.supervised, self._sources = config, resume, supervised, sources
+        self.display = begin(config, sources, resume=resume)
+        if supervised:
+            self._step: Step = SupervisedStep.read(config, policy, dataset, eval_dataset, self.display, optimizer=optimizer)
+        else:
+            self._step = GrpoStep.read(
+                config, policy, dataset, eval_dataset, rewards, self.display, optimizer=optimizer, loss_fn=loss_fn
+            )
+        self.callbacks: list[Callback] = list(callbacks)
+        self.state: TrainState = self._step.learner.init(self._step.policy.trainable())
+        self.steps_done, self.should_stop = 0, False
+        self.folder: RunFolder | None = None
+        self._checkpoints: Checkpointer | None = None
+        self._started = 0.0
+
+    @property
+    def policy(self) -> Policy:
+        """The policy as trained so far, with a copy of the trained arrays."""
+        return self._step.policy.with_trained(jax.tree.map(jnp.copy, self.state.trainable))
+
+    def train(self) -> TrainResult:
+        """Makes all steps that are left, from the first or from the newest checkpoint, and writes the result.
+
+        Raises:
+            RewardError: too many completions could not be scored.
+        """
+        train = self.config.train
+        with self:
+            self._evaluate_after(self.steps_done)
+            with self.display.progress(train.steps, self.steps_done):
+                while self.steps_done < train.steps and not self.should_stop:
+                    self.step()
+                    self._evaluate_after(self.steps_done)
+                    if saves_after(train, self.steps_done) or self.should_stop:
+                        self.save()
+            result = self._finish()
+            self._call("on_train_end")
+        return result
+
+    def step(self) -> tuple[dict[str, Any], StepCompletions | None]:
+        """Makes one step; returns its metrics and, in GRPO, its completions."""
+        self.open()
+        self.state, metrics, completions = self._step.run(self.state, self.steps_done)
+        self.steps_done += 1
+        self._call("on_step_end", metrics, completions)
+        return metrics, completions
+
+    def evaluate(self) -> dict[str, Any] | None:
+        """Evaluates on the held-out part, greedily; returns accuracy and number of problems, None where nothing is held out."""
+        self.open()
+        metrics = self._step.evaluate(self.state)
+        if metrics is not None:
+            self._call("on_evaluate", metrics)
+        return metrics
+
+    def save(self) -> None:
+        """Saves a checkpoint; it is written in the background."""
+        _, checkpoints = self.open()
+        values = checkpoint_values(self._step.policy, self.supervised) | {"seconds": time.perf_counter() - self._started}
+        checkpoints.save(self.steps_done, self.state, values)
+        self._call("on_save")
+
+    def open(self) -> tuple[RunFolder, Checkpointer]:
+        """Opens the run folder and goes to its newest checkpoint; the first step, evaluation or save does it by itself."""
+        if self.folder is not None and self._checkpoints is not None:
+            return self.folder, self._checkpoints
+        config = self.config
+        folder = RunFolder.create(config.train.run_dir, config, self._sources, resume=self.resume, writes=distributed.is_main())
+        checkpoints = Checkpointer(folder.checkpoints, config.train.keep_checkpoints)
+        self.folder, self._checkpoints = folder, checkpoints
+        self.steps_done, seconds = checkpoints.latest_step() or 0, 0.0
+        folder.cut_back(self.steps_done)
+        if self.steps_done:
+            self.state, stored = checkpoints.restore(self.state)
+            seconds = float(stored["seconds"])
+            self.display.note(f"resuming after step {self.steps_done}")
+        self._started = time.perf_counter() - seconds
+        self.callbacks = [
+            RecordsCallback(folder),
+            DisplayCallback(self.display),
+            *tracker_callbacks(config, folder.path, writes=distributed.is_main()),
+            *self.callbacks,
+        ]
+        self._call("on_train_begin")
+        return folder, checkpoints
+
+    def close(self) -> None:
+        """Waits for checkpoints and closes every file."""
+        if self._checkpoints is not None:
+            self._checkpoints.close()
+        if self.folder is not None:
+            self.folder.close()
+
+    def __enter__(self) -> Trainer:
+        self.open()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(self, hook: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, hook)(self, *arguments)
+
+    def _evaluate_after(self, step: int) -> None:
+        """Evaluates where the settings ask for it; an evaluation that a resumed run already has is not repeated."""
+        folder, _ = self.open()
+        due = evaluates_after(self.config.train, step) or self.should_stop
+        if due and not distributed.broadcast_from_main(step in folder.evaluations()):
+            self.evaluate()
+
+    def _finish(self) -> TrainResult:
+        """Writes and shows the result of a run."""
+        folder, checkpoints = self.open()
+        checkpoints.wait()
+        seconds = time.perf_counter() - self._started
+        distributed.barrier("last step written")  # the others read what process 0 has written
+        policy, steps, evaluations = self._step.policy.with_trained(self.state.trainable), self.steps_done, folder.evaluations()
+        files: dict[str, str] = {}
+        if policy.adapters is not None:
+            files[str(policy.save_adapter(folder.path / "adapter"))] = "the trained adapter, for PEFT, transformers and vLLM"
+        summary = folder.write_summary(
+            accuracy_before=evaluations[0]["accuracy"] if 0 in evaluations else None,
+            accuracy_after=evaluations[steps]["accuracy"] if steps in evaluations else None,
+            held_out_problems=self._step.problems,
+            seconds=seconds,
+            steps=steps,
+            compile_seconds=compile_seconds(*self._step.programs),
+        )
+        distributed.barrier("result written")
+        self.display.report(summary, folder.written() | files)
+        return TrainResult(policy, folder.history(), summary, folder.path)
 
 
 def train(
@@ -67,316 +257,43 @@ def train(
     *,
     policy: Policy | None = None,
     dataset: Any = None,
-    reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+    reward_funcs: Rewards | None = None,
     eval_dataset: Any = None,
+    optimizer: optax.GradientTransformation | None = None,
+    loss_fn: LossFunction | None = None,
+    callbacks: Sequence[Callback] = (),
     resume: bool = False,
     sources: Mapping[str, str] | None = None,
 ) -> TrainResult:
-    """Trains a policy with GRPO (DeepSeekMath, https://arxiv.org/abs/2402.03300).
+    """Trains a policy with GRPO: makes a `Trainer`, which has these arguments and errors, and calls its `train`."""
+    return Trainer(**locals()).train()
 
-    Args:
-        config: the settings; what is handed over below replaces the part of it that it stands for.
-        policy: trained instead of `model` and `lora`. It is not changed; the result holds a new one.
-        dataset: rows to train on, a list of dicts or a datasets.Dataset, instead of `data.path`.
-        reward_funcs: one function or several, instead of `rewards.functions`.
-        eval_dataset: held-out rows, instead of `data.eval_split` and `data.eval_path`.
-        resume: continue the run in `train.run_dir` at its newest checkpoint.
-        sources: where settings came from, for the table that is shown first.
 
-    Raises:
-        ConfigError, DataError, ModelError, RunFolderError: bad input, before anything is compiled.
-        RewardError: too many completions could not be scored.
+def sft(
+    config: Config | None = None,
+    *,
+    policy: Policy | None = None,
+    dataset: Any = None,
+    eval_dataset: Any = None,
+    optimizer: optax.GradientTransformation | None = None,
+    callbacks: Sequence[Callback] = (),
+    resume: bool = False,
+    sources: Mapping[str, str] | None = None,
+) -> TrainResult:
+    """Trains on rows with a prompt and a completion: the supervised warm-up that GRPO recipes begin with.
+
+    It makes a `Trainer`, which has these arguments and errors, and calls its `train`.
+    The loss is the mean over completion tokens of −log π. Held-out accuracy is the share of rows whose greedy completion is the
+    row's own. A GRPO run that starts from the resulting adapter has it as the reference.
     """
-    config = config or Config()
-    given = [] if reward_funcs is None else ([reward_funcs] if callable(reward_funcs) else list(reward_funcs))
-    check_training(config, has_policy=policy is not None, has_dataset=dataset is not None, has_rewards=bool(given))
-    if policy is not None:
-        config = settings_of(config, policy)
-    display = begin(config, sources, resume=resume)
-    run = prepare(config, policy, dataset, given, eval_dataset, display)
-    with RunFolder.create(config.train.run_dir, config, sources, resume=resume, writes=is_main()) as folder:
-        return loop(run, folder)
+    return Trainer(**locals(), supervised=True).train()
 
 
-class Source(Protocol):
-    """Where prompts come from: a `PromptSource`, or what stands in for one."""
-
-    def batch(self, step: int) -> PromptBatch:
-        """The prompts of a step."""
-        ...
+def evaluates_after(train: TrainConfig, step: int) -> bool:
+    """Whether the held-out part is evaluated after a step; 0 is before the first. The same for a run that was resumed."""
+    return step in (0, train.steps) or (train.eval_every > 0 and step % train.eval_every == 0)
 
 
-@dataclass(frozen=True)
-class Run:
-    """Everything that stays the same from step to step.
-
-    Attributes:
-        limits: longest length of each of a step's completions in tokens; None is `rollout.max_completion_length` for all.
-    """
-
-    config: Config
-    policy: Policy
-    source: Source
-    functions: list[NamedFunction]
-    sampler: Sampler
-    learner: Learner
-    update: Program
-    frozen: Frozen
-    display: Display
-    limits: Sequence[int] | None = None
-
-    def variables(self, state: TrainState) -> Params:
-        """What the sampler runs."""
-        return self.learner.policy(state.trainable, self.frozen)
-
-    def evaluate(self, state: TrainState) -> Evaluation | None:
-        """Greedy accuracy on the held-out part, where there is one."""
-        if not isinstance(self.source, PromptSource):
-            return None
-        variables, tokenizer = self.variables(state), self.policy.need_tokenizer()
-        return evaluate_held_out(self.sampler, variables, self.source, self.functions, tokenizer, self.config)
-
-
-def prepare(
-    config: Config, policy: Policy | None, dataset: Any, reward_funcs: list[Any], eval_dataset: Any, display: Display
-) -> Run:
-    """Reads everything that can be wrong, cheapest first, and the weights last. Compiles nothing."""
-    functions = resolve_functions(
-        reward_funcs or config.rewards.functions, max_completion_length=config.rollout.max_completion_length
-    )
-    if policy is None:
-        assert config.model.path is not None
-        with display.busy(f"looking for {config.model.path}"):
-            folder = find_model(config.model.path, config.model.revision, weights=False)
-            check_mesh(make_layout(config.mesh), read_folder_spec(folder))
-            tokenizer = Tokenizer.from_folder(folder)
-    else:
-        tokenizer = policy.need_tokenizer()
-    source = PromptSource.build(config, tokenizer, dataset, eval_dataset)
-    display.note(prompts_line(source, config.rollout.max_prompt_length))
-    check_functions(functions, reward_columns(source, config), config.rewards.weights, config.rewards.accuracy)
-    if policy is None:
-        with display.busy(f"reading {config.model.path}"):
-            policy = policy_of_config(config)
-    policy.need_tokenizer()
-    policy = policy.placed(make_layout(config.mesh))
-    return assemble(config, policy, source, functions, display)
-
-
-def assemble(config: Config, policy: Policy, source: Source, functions: list[NamedFunction], display: Display) -> Run:
-    """Everything that a step needs, from what has been read and checked. Compiles nothing, but for `micro_batch_prompts: auto`."""
-    full = policy.adapters is None
-    frozen = Frozen(base={} if full else policy.params, reference=reference_of(policy, config))
-    if config.train.micro_batch_prompts == "auto":
-        fit = fit_run(config, policy, frozen, display, problems_of(source))
-        return Run(fit.config, policy, source, functions, fit.sampler, fit.learner, fit.update, frozen, display)
-    micro_batch = micro_batch_of(config, policy)
-    model, remat = trained_model(policy, config.model.remat, tokens_of(config, micro_batch))
-    if remat != config.model.remat:
-        display.note(f"model.remat: {config.model.remat} is {remat} here")
-    if config.train.micro_batch_prompts is None and micro_batch[0] < config.train.prompts_per_step:
-        display.note(f"train.micro_batch_prompts: {micro_batch[0]} at once, as many as a processor's cache serves well")
-    learner = Learner.of(
-        config,
-        model,
-        full=full,
-        micro_batch=micro_batch,
-        updates=updates_of(config, supervised=False),
-        stop_ids=policy.stop_ids,
-    )
-    if learner.truncation is not None and learner.truncation.truncates:
-        display.note(TRUNCATED_LINE)
-    sampler = sampler_of(policy).announced(display.compiling)
-    update = Program("update", learner.train_step, donate=(0,), announce=display.compiling)
-    return Run(config, policy, source, functions, sampler, learner, update, frozen, display)
-
-
-def problems_of(source: Source) -> int:
-    """How many problems are held out."""
-    return len(source.held_out) if isinstance(source, PromptSource) else 0
-
-
-def prompts_line(source: PromptSource, limit_tokens: int) -> str:
-    """How many prompts there are, and what became of those that were too long."""
-    counts = {"dropped": source.dropped, "held-out ones dropped": source.held_out_dropped, "shortened": source.shortened}
-    overlong = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    said = f"; longer than {limit_tokens} tokens: {overlong}" if overlong else ""
-    return f"prompts: {len(source.train)} to train on, {len(source.held_out)} held out{said}"
-
-
-def reference_of(policy: Policy, config: Config) -> Params | None:
-    """What turns the base into the reference: nothing, the adapter that training starts from, or in full training the old weights.
-
-    They are the policy's own arrays, no copies: only the state is donated, and it begins as a copy.
-    """
-    if policy.adapters is None:
-        return policy.params if config.objective.needs_reference else None
-    started = any(bool(np.any(policy.on_host(pair["b"]))) for pair in policy.adapters["layers"].values())
-    return policy.adapters if started else {}
-
-
-def loop(run: Run, folder: RunFolder) -> TrainResult:
-    """All steps, from the first or from the newest checkpoint."""
-    config, display = run.config, run.display
-    state = run.learner.init(trainable_of(run.policy))
-    host = host_values(run.policy, supervised=False)
-    with Checkpointer(folder.checkpoints, config.train.keep_checkpoints) as checkpoints:
-        done = checkpoints.latest_step() or 0
-        folder.cut_back(done)
-        seconds = 0.0
-        if done:
-            state, stored = checkpoints.restore(state)
-            seconds = float(stored["seconds"])
-            display.note(f"resuming after step {done}")
-        started = time.perf_counter() - seconds
-        if evaluates_after(config.train, done):
-            evaluate(run, state, folder, done)
-        with display.progress(config.train.steps, done):
-            for step in range(done, config.train.steps):
-                state, metrics = one_step(run, state, folder, step)
-                folder.write_step(step + 1, metrics)
-                display.step(step + 1, step_values(metrics))
-                if evaluates_after(config.train, step + 1):
-                    evaluate(run, state, folder, step + 1)
-                if saves_after(config.train, step + 1):
-                    checkpoints.save(step + 1, state, host | {"seconds": time.perf_counter() - started})
-    seconds, compiling = time.perf_counter() - started, compile_seconds(run.update, *run.sampler.programs)
-    policy = with_trained(run.policy, state.trainable)
-    return finish(policy, config, folder, display, held_out=problems_of(run.source), seconds=seconds, compile_seconds=compiling)
-
-
-def one_step(run: Run, state: TrainState, folder: RunFolder, step: int) -> tuple[TrainState, dict[str, float]]:
-    """One step of the loop: prompts, completions, rewards, update."""
-    config = run.config
-    prompts = run.source.batch(step)
-    clock = Clock((run.update, *run.sampler.programs))
-    rollout = run.sampler.sample(
-        run.variables(state),
-        prompts.prompt_ids,
-        config.rollout,
-        seed=config.train.seed,
-        step=step,
-        indices=prompts.indices,
-        limits=run.limits,
-    )
-    clock.lap("rollout_seconds")
-    texts = [run.policy.text_of(ids) for ids in rollout.completion_ids]
-    if step == 0 and rollout.slots < len(texts):
-        run.display.note(f"slots: {rollout.slots} of {len(texts)} completions are decoded at once")
-    scored = score_together(
-        run.functions,
-        config.rewards.weights,
-        prompts=prompts.prompts,
-        completions=texts,
-        completion_ids=rollout.completion_ids,
-        columns=prompts.columns,
-        timeout_seconds=config.rewards.timeout_seconds,
-        max_failed_share=config.rewards.max_failed_share,
-    )
-    for line in failure_lines(scored):
-        run.display.warning(line)
-    clock.lap("reward_seconds")
-    state, packed = run.update(state, train_batch(prompts, rollout, scored, config, run.policy.layout), run.frozen)
-    metrics, advantages = packed.to_host()
-    clock.lap("update_seconds")
-    metrics |= reward_metrics(scored) | length_metrics(rollout) | clock.metrics(prompts, rollout)
-    show_completions(run, folder, step + 1, prompts, texts, scored, rollout, advantages)
-    return state, metrics
-
-
-def train_batch(
-    prompts: PromptBatch, rollout: Rollout, scored: ScoredBatch, config: Config, layout: Layout | None = None
-) -> TrainBatch:
-    """Lists → padded arrays on the device. Lengths are rounded up to a few sizes, so that a run compiles a handful of times."""
-    b = len(prompts.prompt_ids)
-    lengths = np.array([len(ids) for ids in rollout.completion_ids])
-    width = min(round_up(int(lengths.max())), config.rollout.max_completion_length)
-    mask = np.arange(width)[None, :] < lengths[:, None]
-    logps = np.zeros(mask.shape, np.float32)
-    logps[mask] = np.concatenate(rollout.logprobs)
-    if config.objective.mask_truncated:
-        mask &= np.array([reason == "stop" for reason in rollout.finish_reasons])[:, None]
-    batch = TrainBatch(
-        prompt_ids=pad_rows(prompts.prompt_ids, round_up(max(len(ids) for ids in prompts.prompt_ids))),
-        prompt_lengths=np.array([len(ids) for ids in prompts.prompt_ids], np.int32),
-        completion_ids=pad_rows(rollout.completion_ids, width),
-        completion_mask=mask,
-        sampler_logprobs=logps,
-        rewards=scored.rewards.reshape(b, -1),
-        valid=scored.valid.reshape(b, -1),
-    )
-    return jax.device_put(batch) if layout is None else layout.put_tree(batch, BATCH)
-
-
-def length_metrics(rollout: Rollout) -> dict[str, float]:
-    """Lengths of the completions in tokens; `clipped_ratio` is the share that no stop token ended."""
-    lengths = np.array([len(ids) for ids in rollout.completion_ids])
-    stopped = np.array([reason == "stop" for reason in rollout.finish_reasons])
-    metrics = {
-        "completions/mean_length": float(lengths.mean()),
-        "completions/min_length": float(lengths.min()),
-        "completions/max_length": float(lengths.max()),
-        "completions/clipped_ratio": float(1 - stopped.mean()),
-        "sampling/near_ties": rollout.near_ties / max(1.0, float(lengths.sum())),
-    }
-    if stopped.any():
-        metrics["completions/mean_terminated_length"] = float(lengths[stopped].mean())
-    return metrics
-
-
-class Clock:
-    """Seconds of the parts of a step, compiling left out."""
-
-    def __init__(self, programs: Sequence[Program]) -> None:
-        self.programs, self.seconds = programs, dict[str, float]()
-        self.start = self.mark = time.perf_counter()
-        self.compiled = self.compiled_at_start = self.compile_seconds()
-
-    def compile_seconds(self) -> float:
-        """Spent on compiling since the run began."""
-        return compile_seconds(*self.programs)
-
-    def lap(self, name: str) -> None:
-        """Names what has passed since the last lap."""
-        now, compiled = time.perf_counter(), self.compile_seconds()
-        self.seconds[name] = now - self.mark - (compiled - self.compiled)
-        self.mark, self.compiled = now, compiled
-
-    def metrics(self, prompts: PromptBatch, rollout: Rollout) -> dict[str, float]:
-        """Seconds and speeds. Rollout speed counts completion tokens; update speed those and each prompt once."""
-        tokens = sum(len(ids) for ids in rollout.completion_ids)
-        shared = tokens + sum(len(ids) for ids in prompts.prompt_ids)
-        return self.seconds | {
-            "step_seconds": sum(self.seconds.values()),
-            "compile_seconds": self.compile_seconds() - self.compiled_at_start,
-            "rollout_tokens_per_second": tokens / self.seconds["rollout_seconds"],
-            "update_tokens_per_second": shared / self.seconds["update_seconds"],
-        }
-
-
-def show_completions(
-    run: Run,
-    folder: RunFolder,
-    step: int,
-    prompts: PromptBatch,
-    texts: list[str],
-    scored: ScoredBatch,
-    rollout: Rollout,
-    advantages: Any,
-) -> None:
-    """Completions to the file, and now and then to the terminal."""
-    every = run.config.train.show_every
-    arguments = (step, prompts.prompts, texts, scored.per_function, advantages, rollout.finish_reasons)
-    folder.write_completions(*arguments)
-    if every and (step == 1 or step % every == 0 or step == run.config.train.steps):
-        run.display.completions(*arguments)
-
-
-def evaluate(run: Run, state: TrainState, folder: RunFolder, step: int) -> None:
-    """Greedy accuracy on the held-out part; one that a resumed run already has is not made again."""
-    if from_main(step in folder.evaluations()):
-        return
-    result = run.evaluate(state)
-    if result is not None:
-        folder.write_evaluation(step, {"accuracy": result.accuracy, "problems": result.problems, "reward/mean": result.reward_mean})
-        run.display.evaluation(step, result.accuracy, result.problems)
+def saves_after(train: TrainConfig, step: int) -> bool:
+    """Whether a checkpoint is saved after a step."""
+    return step == train.steps or (train.save_every > 0 and step % train.save_every == 0)

@@ -1,1 +1,1 @@
-"""What a run needs of a device's memory, found by compiling it, and the micro-batch that fits."""
+"""Finds by compiling what a run needs of a device's memory, and chooses the micro-batch that fits."""

@@ -1,11 +1,12 @@
-"""A run's arrays as shapes with shardings, from a model's config.json alone.
+"""Builds a run's arrays as shapes with shardings, without weights, from a model's config.json.
 
-Enters: settings, a spec, a machine that need not be here. Leaves: a `Policy` without weights, and what the update and the rollout
-    take. Which program takes what is `phases.py`.
+The machine may be absent: shardings can name devices of a compile-only topology. `update.py` and `rollout.py` pass these shapes to
+the programs.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from grpo_jax.learner.step import Learner
 from grpo_jax.models.spec import ModelSpec, abstract_params, flatten, nest, param_specs
 from grpo_jax.policy import Policy
 from grpo_jax.rollout.shapes import round_up
-from grpo_jax.runtime.sharding import BATCH, Axes, Layout, check_prompts, make_layout
+from grpo_jax.runtime.mesh import check_prompts, make_layout
+from grpo_jax.runtime.sharding import BATCH_AXES, Axes, Layout
 from grpo_jax.types import Frozen, Params, TrainBatch, TrainState
 from grpo_jax.weights.axes import check_mesh, model_axes
 from grpo_jax.weights.lora import init_lora, load_adapter
@@ -30,47 +32,48 @@ from grpo_jax.weights.quantize import quantized_specs
 
 @dataclass(frozen=True)
 class Placement:
-    """Where arrays are put on a machine's devices.
+    """Assigns shardings to shapes: how each array is placed on a machine's devices.
 
     Attributes:
-        layout: None is one device.
+        layout: the mesh; None is one device.
+        device: the one that is used without a mesh.
     """
 
     layout: Layout | None
     device: Any
 
     def put(self, tree: Any, *axes: str | None) -> Any:
-        """Arrays that all have the same logical axes in front; no axes are those of scalars, or of what every device has whole."""
+        """Places arrays that share the same leading logical axes; without axes every device has a full copy."""
 
-        def one(x: Any) -> Any:
+        def place(x: Any) -> Any:
             if self.layout is None:
-                return shaped(x, SingleDeviceSharding(self.device))
-            own: Axes = (*axes, *(None,) * (x.ndim - len(axes)))
-            return shaped(x, self.layout.checked("an array", x.shape, self.layout.sharding(own)))
+                return with_sharding(x, SingleDeviceSharding(self.device))
+            all_axes: Axes = (*axes, *(None,) * (x.ndim - len(axes)))
+            return with_sharding(x, self.layout.checked("an array", x.shape, self.layout.sharding(all_axes)))
 
-        return jax.tree.map(one, tree)
+        return jax.tree.map(place, tree)
 
     def put_model(self, spec: ModelSpec, tree: Any) -> Any:
-        """Weights, adapters, or a state of them."""
+        """Places weights, adapters, or a train state of them."""
         if self.layout is None:
             return self.put(tree)
-        return jax.tree.map(shaped, tree, self.layout.tree(tree, model_axes(spec)))
+        return jax.tree.map(with_sharding, tree, self.layout.tree(tree, model_axes(spec)))
 
     def put_batch(self, batch: TrainBatch) -> Any:
-        """An update's batch."""
-        return self.put(batch) if self.layout is None else jax.tree.map(shaped, batch, self.layout.tree(batch, BATCH))
+        """Places the batch of an update."""
+        return self.put(batch) if self.layout is None else jax.tree.map(with_sharding, batch, self.layout.tree(batch, BATCH_AXES))
 
 
-def shaped(x: Any, sharding: Any) -> Any:
-    """A shape with a sharding."""
+def with_sharding(x: Any, sharding: Any) -> Any:
+    """Returns the shape and dtype of an array with this sharding."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def placement_of(config: Config, spec: ModelSpec, machine: Machine) -> Placement:
-    """The mesh of the settings on the machine.
+    """Builds the mesh of the settings on the machine's devices.
 
     Raises:
-        ConfigError: it does not fit the devices, the model or the prompts.
+        ConfigError: the mesh does not fit the devices, the model or the prompts.
     """
     layout = make_layout(config.mesh, machine.devices)
     check_mesh(layout, spec)
@@ -80,7 +83,7 @@ def placement_of(config: Config, spec: ModelSpec, machine: Machine) -> Placement
 
 
 def abstract_policy(config: Config, folder: Path, spec: ModelSpec, placement: Placement) -> Policy:
-    """What `Policy.from_pretrained` gives, without weights, and without a tokenizer."""
+    """Builds the policy that `Policy.from_pretrained` would return, with shapes instead of weights and without a tokenizer."""
     dtype = jnp.dtype(spec.dtype if config.model.dtype == "auto" else config.model.dtype)
     params = abstract_params(spec, dtype)
     if config.model.quantization != "none":
@@ -89,8 +92,8 @@ def abstract_policy(config: Config, folder: Path, spec: ModelSpec, placement: Pl
     adapters: Params | None = None
     lora = config.lora if config.lora.rank or config.lora.adapter else None
     if lora is not None and lora.adapter is not None:
-        held, lora = load_adapter(Path(lora.adapter).expanduser(), spec)
-        adapters = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), held)
+        loaded, lora = load_adapter(Path(lora.adapter).expanduser(), spec)
+        adapters = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), loaded)
     elif lora is not None:
         chosen = lora
         adapters = jax.eval_shape(lambda: init_lora(spec, chosen, jax.random.key(0)))
@@ -109,7 +112,7 @@ def abstract_policy(config: Config, folder: Path, spec: ModelSpec, placement: Pl
 
 
 def abstract_state(learner: Learner, policy: Policy, placement: Placement) -> TrainState:
-    """What `learner.init` gives."""
+    """Builds the train state that `learner.init` would return, as shapes."""
     source = policy.params if policy.adapters is None else policy.adapters
     trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), source)
     plain = replace(learner, model=learner.model.clone(layout=None))
@@ -117,14 +120,14 @@ def abstract_state(learner: Learner, policy: Policy, placement: Placement) -> Tr
 
 
 def abstract_frozen(config: Config, policy: Policy) -> Frozen:
-    """What an update reads and never changes."""
+    """Returns the arrays that an update reads and never changes: the base weights and the reference."""
     if policy.adapters is None:
         return Frozen({}, policy.params if config.objective.needs_reference else None)
     return Frozen(policy.params, policy.adapters if config.lora.adapter is not None else {})
 
 
 def longest_batch(config: Config, placement: Placement) -> TrainBatch:
-    """A batch of the longest prompts and completions that the settings allow, in the sizes that a run rounds them up to."""
+    """Builds an update's batch with the longest prompts and completions of the settings, rounded up as in a run."""
     prompts, generations = config.train.prompts_per_step, config.rollout.num_generations
     rows, longest = prompts * generations, config.rollout.max_completion_length
     p, c = round_up(config.rollout.max_prompt_length), min(round_up(longest), longest)
@@ -146,16 +149,13 @@ def longest_batch(config: Config, placement: Placement) -> TrainBatch:
 
 
 def device_bytes(tree: Any) -> int:
-    """Bytes of a tree of shapes on one device; on accelerators two 4-bit numbers share a byte."""
+    """Returns the bytes of a tree of shapes on one device; on accelerators two 4-bit elements share a byte."""
     return sum(leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def leaf_bytes(leaf: Any) -> int:
-    """Of one array."""
-    shape = leaf.sharding.shard_shape(leaf.shape)
-    count = 1
-    for size in shape:
-        count *= size
+    """Returns the bytes of one array on one device."""
+    count = math.prod(leaf.sharding.shard_shape(leaf.shape))
     platform = next(iter(leaf.sharding.device_set)).platform
     bits = 8 * leaf.dtype.itemsize
     if jnp.issubdtype(leaf.dtype, jnp.integer) and platform != "cpu":

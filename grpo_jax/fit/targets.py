@@ -1,8 +1,8 @@
-"""Chips that a plan is made for: how large and how fast they are, and how XLA is told of them where they are not here.
+"""Chips that a plan can be made for: memory, speed, and the description XLA needs to compile for one that is not attached.
 
-Enters: a name such as `v6e-8`, `h100x8` or `cpu`. Leaves: a `Machine` with devices that programs are compiled for.
+A name such as `v6e-8`, `h100x8` or `cpu` becomes a `Machine` with devices to compile for.
 Sources: TPU https://cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e; NVIDIA's data sheets of A100, H100, H200 and L4, bfloat16
-without sparsity. What of a TPU's memory a program may fill is what libtpu's compiler says when one is too large.
+without sparsity. A TPU's usable memory is the number in libtpu's error for a program that is too large.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from grpo_kernels.target import Target
 GIB = 2**30
 
 GPU_SHARE = 0.75
-"""Of a GPU's memory JAX takes this share, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+"""Share of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 (https://docs.jax.dev/en/latest/gpu_memory_allocation.html)."""
 
 
 class PlanError(ValueError):
-    """A target that is not known, or that nothing here can compile for; the message says what to do."""
+    """The target is not known, or its compiler is not installed; the message says what to do."""
 
 
 @dataclass(frozen=True)
 class Chip:
-    """One device.
+    """Memory and speed of one device.
 
     Attributes:
-        usable_bytes: of its memory, by programs and their arrays.
-        flops_per_second: of bfloat16 products; half of it is reckoned for float32.
-        bytes_per_second: of its memory.
+        usable_bytes: memory that programs and their arrays can use.
+        flops_per_second: of bfloat16 products; float32 is counted as half of it.
+        bytes_per_second: memory bandwidth.
     """
 
     usable_bytes: int
@@ -53,7 +53,7 @@ class Tpu:
     Attributes:
         vector_memory_bytes: of one core.
         slices: the number in a slice's name → its topology.
-        chip_config: how libtpu is told that both cores of a chip are one device; None where it is so anyhow.
+        chip_config: libtpu's option that makes both cores of a chip one device; None where they are one by default.
     """
 
     chip: Chip
@@ -76,13 +76,13 @@ TPUS = {
 
 @dataclass(frozen=True)
 class Gpu:
-    """What XLA's compiler asks of a GPU (`GpuTargetConfigProto`), and what a plan does.
+    """A GPU's properties that XLA's compiler needs (`GpuTargetConfigProto`), and those that a plan needs.
 
     Attributes:
         capability: CUDA's compute capability.
         cores: streaming multiprocessors.
-        core_threads, core_fpus, core_shared, block_shared: of each of them: threads, float32 units, bytes that blocks share, and
-            bytes of it that one block may take.
+        core_threads, core_fpus, core_shared, block_shared: per multiprocessor: threads, float32 units, bytes of shared memory, and
+            bytes of it that one block may use.
     """
 
     name: str
@@ -154,15 +154,15 @@ ALIASES = {"a100-80": "a100", "a100_80": "a100"}
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan is made for.
+    """The devices that a plan is made for.
 
     Attributes:
         name: as the user wrote it, in lower case.
-        devices: those that programs are compiled for, here or not.
-        chip: numbers of one; None where its speed is not known.
-        limit_bytes: what programs and arrays may take of each device.
-        target: what kernels are told; None where it is this machine.
-        note: what a person should know of the limit.
+        devices: that programs are compiled for, attached or not.
+        chip: memory and speed of one device; None where its speed is not known.
+        limit_bytes: memory that programs and arrays can use on each device; None where it is not known.
+        target: what kernels compile for; None is this machine.
+        note: where the limit comes from, for the user.
     """
 
     name: str
@@ -174,16 +174,16 @@ class Machine:
 
 
 def known_targets() -> str:
-    """All names, for a message."""
+    """Lists all target names for an error message."""
     slices = [f"{name}-{'|'.join(map(str, tpu.slices))}" for name, tpu in TPUS.items()]
     return ", ".join([*slices, *(f"{name} (or {name}x2 to {name}x{GPU_COUNTS[-1]})" for name in GPUS), "cpu"])
 
 
 def machine_of(name: str | None) -> Machine:
-    """The machine of a target's name; None is the one at hand.
+    """Returns the machine with a target's name; None is this machine.
 
     Raises:
-        PlanError: no such target, or the wheels that compile for it are not installed.
+        PlanError: there is no such target, or the wheels that compile for it are not installed.
     """
     if name is None:
         return machine_here()
@@ -199,7 +199,7 @@ def machine_of(name: str | None) -> Machine:
 
 
 def machine_here() -> Machine:
-    """The devices of this process."""
+    """Describes the devices of this process."""
     devices = tuple(jax.devices())
     if devices[0].platform == "cpu":
         return machine_on_cpu()
@@ -216,7 +216,7 @@ def machine_here() -> Machine:
 
 
 def machine_on_cpu() -> Machine:
-    """The CPU devices of this process: they share the memory that is free, and their speed is not known."""
+    """Describes the CPU devices of this process: they share the free memory, and their speed is not known."""
     devices = tuple(jax.devices("cpu"))
     free = free_bytes() if jax.default_backend() == "cpu" else None
     limit = None if free is None else free // len(devices)
@@ -225,19 +225,19 @@ def machine_on_cpu() -> Machine:
 
 
 def tpu_slice(name: str, tpu: Tpu, topology: str) -> Machine:
-    """A slice of TPUs that is not here."""
+    """Describes a slice of TPUs that is not attached."""
     if importlib.util.find_spec("libtpu") is None:
         raise PlanError(f"target {name}: compiling for a TPU needs its compiler, a wheel for Linux on x86-64: pip install libtpu")
     options = {} if tpu.chip_config is None else {"chip_config_name": tpu.chip_config}
-    # libtpu 0.0.42 has no v6e of one chip, whose programs are those of one chip of a host.
-    alone = topology.endswith(":1x1")
-    asked = topology.replace(":1x1", ":2x2")
-    devices = tuple(topologies.get_topology_desc(asked, "tpu", **options).devices)[: 1 if alone else None]
+    # libtpu 0.0.42 knows no v6e of one chip; its programs are the same as those of one chip of a 2x2 host.
+    one_chip = topology.endswith(":1x1")
+    topology = topology.replace(":1x1", ":2x2")
+    devices = tuple(topologies.get_topology_desc(topology, "tpu", **options).devices)[: 1 if one_chip else None]
     return Machine(name, devices, tpu.chip, tpu.chip.usable_bytes, Target("tpu", tpu.vector_memory_bytes))
 
 
 def gpu_host(name: str, gpu: Gpu, count: int) -> Machine:
-    """A host of NVIDIA GPUs that are not here."""
+    """Describes a host of NVIDIA GPUs that is not attached."""
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         jaxlib = importlib.metadata.version("jaxlib")
         raise PlanError(
@@ -245,7 +245,7 @@ def gpu_host(name: str, gpu: Gpu, count: int) -> Machine:
             f"pip install --no-deps jax-cuda13-pjrt=={jaxlib} jax-cuda13-plugin=={jaxlib} "
             "nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt"
         )
-    # `jax.devices` starts the plugins; only then is "cuda" a platform that topologies know.
+    # `jax.devices` loads the plugins; before that, topologies do not know the platform "cuda".
     jax.devices("cpu")
     described = topologies.get_topology_desc(platform="cuda", topology_name=name, target_config=gpu.text, topology=f"1x1x{count}")
     share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_SHARE))

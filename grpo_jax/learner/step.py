@@ -1,19 +1,17 @@
-"""One update: pure, jitted, the state donated.
+"""The GRPO update: pure, jitted by the trainer with the state donated.
 
-Enters: `TrainState`, a `TrainBatch` of completions with their rewards, and the `Frozen` arrays. Leaves: the next state and the
-    step's metrics, packed into one array so that one transfer brings them to the host.
+The batch is split into micro-batches of b prompts and g of their completions; `lax.scan` sums their gradients. The weights of the
+tokens, and with them every denominator, come from the whole batch, so the result does not depend on the split.
 
-The batch is cut into micro-batches of b prompts and g of their completions; gradients are summed over them by `lax.scan`.
-Weights of the tokens (and with them every denominator) come from the whole batch, so the result does not depend on the cut.
-At β = 0 a group without advantage adds nothing to loss or gradient: prompts are sorted so that such groups share micro-batches,
-and a micro-batch of nothing else is left out of forward and backward. Denominators stay; means of metrics (entropy, clipping, the
-difference to the sampler) are over the other groups' tokens.
-With one update a batch the old log-probabilities are the new ones without gradient, and cost no forward; with several, those of
-the first are kept. The reference is scored once a batch, and not at all at β = 0.
-On a mesh (`Transformer.layout`) each device has its share of the prompts, and kernels run on its part; statistics of groups are
-local, since a group is whole on its device, and every sum over the batch is over all devices.
-Where sampling truncates the distribution or bans tokens, log-probabilities of the policy are those of what is left; in the KL term,
-and of the reference, they are those of the whole distribution.
+- β = 0: no reference is computed, and a group without advantage adds nothing. Prompts are sorted so that such groups share
+  micro-batches, and a micro-batch of nothing else is skipped. Denominators stay; means of metrics (entropy, clipping, the
+  difference to the sampler) are over the tokens of the other groups.
+- One update a batch: the old log-probabilities are the new ones without gradient and cost no forward pass. Several updates: those
+  of the first one are the old ones of all.
+- Sampling that truncates the distribution or bans tokens: the policy's log-probabilities are those of the truncated distribution.
+  The KL term and the reference use the untruncated one (`loss.py` says why).
+- On a mesh (`Transformer.layout`) each device has its share of the prompts, with whole groups; sums over the batch are over all
+  devices.
 """
 
 from __future__ import annotations
@@ -25,99 +23,83 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from grpo_jax.config import Config, ObjectiveConfig
 from grpo_jax.learner.advantages import group_advantages
+from grpo_jax.learner.custom_loss import LossFunction, custom_loss, finish_custom_stats
 from grpo_jax.learner.logprobs import completion_logprobs, sampled_logprobs
 from grpo_jax.learner.loss import Stats, finish_stats, kl_reward_penalty, token_weights, total_stats, weighted_loss
-from grpo_jax.learner.micro_batches import Split
+from grpo_jax.learner.metrics import PackedMetrics, batch_metrics, pack
+from grpo_jax.learner.micro_batches import MicroBatches
 from grpo_jax.learner.optim import learning_rate_at, make_optimizer
 from grpo_jax.learner.truncated import Truncation
 from grpo_jax.models.transformer import Transformer
-from grpo_jax.runtime.sharding import ROWS, Layout
+from grpo_jax.runtime.sharding import ROW_AXES, Layout
 from grpo_jax.types import AnyArray, Frozen, Params, TrainBatch, TrainState
 from grpo_jax.weights.axes import model_axes
 
 
-@struct.dataclass
-class PackedMetrics:
-    """A step's metrics in one array.
-
-    Attributes:
-        values: one number per name, then the N advantages.
-        names: the metrics' names.
-    """
-
-    values: Float[Array, "M"]
-    names: tuple[str, ...] = struct.field(pytree_node=False)
-
-    def to_host(self) -> tuple[dict[str, float], np.ndarray]:
-        """The metrics and the advantages [N] on the host, by one transfer."""
-        values = np.asarray(jax.device_get(self.values))
-        return dict(zip(self.names, values.tolist(), strict=False)), values[len(self.names) :]
-
-    def to_dict(self) -> dict[str, float]:
-        """The metrics alone; also one transfer."""
-        return self.to_host()[0]
-
-
-def pack(metrics: dict[str, Array], advantages: Float[Array, "B G"], layout: Layout | None = None) -> PackedMetrics:
-    """{name: scalar} and advantages → `PackedMetrics`; on a mesh every device has them all."""
-    scalars = jnp.stack([value.astype(jnp.float32) for value in metrics.values()])
-    values = jnp.concatenate([scalars, advantages.reshape(-1)])
-    return PackedMetrics(values if layout is None else layout.constrain(values, None), tuple(metrics))
-
-
 @dataclass(frozen=True)
 class Learner:
-    """What an update is made of; static under jit.
+    """The parts of an update; static under jit.
 
     Attributes:
         model: the decoder.
         objective: the settings of the loss.
-        optimizer: the Optax chain.
-        learning_rate: rate by number of updates made, for the metric.
+        optimizer: any Optax transformation.
+        learning_rate: rate by number of updates made, for the metric; None where the optimiser is the user's.
         full: every weight is trained, and there are no adapters.
         temperature: of sampling; divides the logits in all log-probabilities.
         max_completion_length: `dr_grpo`'s constant.
         micro_batch: (prompts, completions of each) whose gradient is computed at once.
-        truncation: what sampling does to the distribution, for the policy's log-probabilities; None where it does nothing to it.
+        truncation: what sampling does to the distribution; None where it does nothing.
+        loss_fn: a user's loss; None is `grpo_loss`.
     """
 
     model: Transformer
     objective: ObjectiveConfig
     optimizer: optax.GradientTransformation
-    learning_rate: Callable[[Array], Array]
+    learning_rate: Callable[[Array], Array] | None
     full: bool
     temperature: float
     max_completion_length: int
     micro_batch: tuple[int, int]
     truncation: Truncation | None = None
+    loss_fn: LossFunction | None = None
 
     @staticmethod
     def of(
-        config: Config, model: Transformer, *, full: bool, micro_batch: tuple[int, int], updates: int, stop_ids: tuple[int, ...]
+        config: Config,
+        model: Transformer,
+        *,
+        full: bool,
+        micro_batch: tuple[int, int],
+        updates: int,
+        stop_ids: tuple[int, ...],
+        optimizer: optax.GradientTransformation | None = None,
+        loss_fn: LossFunction | None = None,
     ) -> Learner:
-        """The learner of a run's settings.
+        """Builds the learner of a run's settings.
 
         Args:
             updates: optimiser updates of the whole run.
             stop_ids: every id that ends a completion.
+            optimizer: used instead of the settings' AdamW.
+            loss_fn: used instead of `grpo_loss`.
         """
         return Learner(
             model=model,
             objective=config.objective,
-            optimizer=make_optimizer(config.optim, updates),
-            learning_rate=functools.partial(learning_rate_at, config.optim, updates),
+            optimizer=optimizer or make_optimizer(config.optim, updates),
+            learning_rate=None if optimizer else functools.partial(learning_rate_at, config.optim, updates),
             full=full,
             temperature=config.rollout.temperature,
             max_completion_length=config.rollout.max_completion_length,
             micro_batch=micro_batch,
             truncation=Truncation.of(config.rollout, stop_ids) if config.objective.match_sampling else None,
+            loss_fn=loss_fn,
         )
 
     def policy(self, trainable: Params, frozen: Frozen) -> Params:
@@ -139,28 +121,58 @@ class Learner:
         layout = self.model.layout
         if layout is None:
             return start(trainable)
-        shardings = layout.tree(jax.eval_shape(start, trainable), model_axes(self.model.spec))
-        return jax.jit(start, out_shardings=shardings)(trainable)
+        return jax.jit(start, out_shardings=self.shardings(jax.eval_shape(start, trainable)))(trainable)
+
+    def shardings(self, tree: Any) -> Any:
+        """Where weights, adapters, or a state of them live on the mesh.
+
+        An optimiser's array that does not have the shape of its parameter (a factored moment) is whole on every device.
+        """
+        layout = self.model.layout
+        assert layout is not None
+        table = model_axes(self.model.spec)
+        if not isinstance(tree, TrainState):
+            return layout.tree(tree, table)
+        shapes = {leaf.shape for leaf in jax.tree.leaves(tree.trainable)}
+
+        def of(leaf: Any) -> Any:
+            return leaf if leaf.shape in shapes else jax.ShapeDtypeStruct((), leaf.dtype)
+
+        return layout.tree(replace(tree, opt_state=jax.tree.map(of, tree.opt_state)), table)
+
+    def placed(self, tree: Any) -> Any:
+        """Inside jit: constrains weights, adapters, or a state of them to their shardings."""
+        return tree if self.model.layout is None else jax.lax.with_sharding_constraint(tree, self.shardings(tree))
+
+    def rate_metrics(self, state: TrainState) -> dict[str, Array]:
+        """The learning rate of the next update.
+
+        Of a user's optimiser only where its state tells it (`optax.inject_hyperparams`).
+        """
+        if self.learning_rate is not None:
+            return {"learning_rate": self.learning_rate(state.step)}
+        rate = optax.tree.get(state.opt_state, "learning_rate", None)
+        return {} if rate is None else {"learning_rate": jnp.asarray(rate, jnp.float32)}
 
     def train_step(self, state: TrainState, batch: TrainBatch, frozen: Frozen) -> tuple[TrainState, PackedMetrics]:
-        """One batch: `objective.num_iterations` updates. Jit it with the state donated."""
-        objective, given = self.objective, batch
+        """Makes `objective.num_iterations` updates on one batch. Jit it with the state donated."""
+        objective, unsorted = self.objective, batch
         ref_logps = old_logps = used = None
         if objective.needs_reference:
-            split = Split.of(batch, self.micro_batch, self.model.layout)
+            split = MicroBatches.of(batch, self.micro_batch, self.model.layout)
             with jax.named_scope("reference"):
                 ref_logps = self.score(self.reference(frozen), split, None)[0]
             rewards = batch.rewards
             if objective.kl_in_reward:
-                old_logps, whole = self.score(self.policy(state.trainable, frozen), split, self.truncation)
-                own = split.join(old_logps if whole is None else whole)
+                old_logps, untruncated = self.score(self.policy(state.trainable, frozen), split, self.truncation)
+                own = split.join(old_logps if untruncated is None else untruncated)
                 penalty = kl_reward_penalty(own, split.join(ref_logps), batch.completion_mask)
                 rewards = rewards - jnp.float32(objective.beta) * penalty.reshape(rewards.shape)
             advantages = ordered = self.advantages(rewards, batch.valid)
         else:
             advantages = self.advantages(batch.rewards, batch.valid)
             batch, ordered = self.sorted(batch, advantages)
-            split = Split.of(batch, self.micro_batch, self.model.layout)
+            split = MicroBatches.of(batch, self.micro_batch, self.model.layout)
             rows = split.rows(jnp.repeat(jnp.any(ordered != 0, axis=1), advantages.shape[1]))
             used, split = jnp.any(rows, axis=1), replace(split, completion_mask=split.completion_mask & rows[:, :, None])
         weights = token_weights(batch.completion_mask, objective, self.max_completion_length)
@@ -174,15 +186,10 @@ class Learner:
             state, _, metrics = self.update(state, split, known | {"old_logps": old_logps}, frozen)
         else:
             state, metrics = self.iterate(state, split, known, old_logps, frozen)
-        return self.placed(state), pack(batch_metrics(given, advantages) | metrics, advantages, self.model.layout)
-
-    def placed(self, tree: Any) -> Any:
-        """Weights, adapters, or a state of them, where the layout says."""
-        layout = self.model.layout
-        return tree if layout is None else layout.constrain_tree(tree, model_axes(self.model.spec))
+        return self.placed(state), pack(batch_metrics(unsorted, advantages) | metrics, advantages, self.model.layout)
 
     def advantages(self, rewards: Float[AnyArray, "B G"], valid: Bool[AnyArray, "B G"]) -> Float[Array, "B G"]:
-        """Of a batch's rewards."""
+        """Advantages of a batch's rewards."""
         objective, layout = self.objective, self.model.layout
 
         def of(rewards: AnyArray, valid: AnyArray) -> Array:
@@ -192,31 +199,27 @@ class Learner:
                 objective.advantage_eps,
                 valid,
                 implementation=self.model.implementation,
-                axis_name=None if layout is None else ROWS,
+                axis_name=None if layout is None else ROW_AXES,
             )
 
-        if layout is None:
-            return of(rewards, valid)
-        rows = layout.spec("prompts")
-        return layout.local(of, (rows, rows), rows)(rewards, valid)
+        return local_prompts(of, layout)(rewards, valid)
 
     def sorted(self, batch: TrainBatch, advantages: Float[Array, "B G"]) -> tuple[TrainBatch, Float[Array, "B G"]]:
-        """A batch, and its advantages, with the groups without any last; on a mesh among the prompts of each row shard."""
-        layout = self.model.layout
+        """The batch and its advantages with the groups without advantage last; on a mesh among the prompts of each row shard."""
 
         def sort(batch: TrainBatch, advantages: Array) -> tuple[TrainBatch, Array]:
             order = jnp.argsort(~jnp.any(advantages != 0, axis=1))
-            return batch.of_prompts(order), advantages[order]
+            return batch.reorder_prompts(order), advantages[order]
 
-        if layout is None:
-            return sort(batch, advantages)
-        rows = layout.spec("prompts")
-        return layout.local(sort, (rows, rows), (rows, rows))(batch, advantages)
+        return local_prompts(sort, self.model.layout)(batch, advantages)
 
     def iterate(
-        self, state: TrainState, split: Split, known: dict[str, Any], old_logps: Array | None, frozen: Frozen
+        self, state: TrainState, split: MicroBatches, known: dict[str, Any], old_logps: Array | None, frozen: Frozen
     ) -> tuple[TrainState, dict[str, Array]]:
-        """Several updates on one batch; the log-probabilities of the first are the old ones of all. The last one's metrics."""
+        """Makes several updates on one batch; the log-probabilities of the first are the old ones of all.
+
+        Metrics are the last one's.
+        """
         start = jnp.zeros(split.completion_ids.shape, jnp.float32) if old_logps is None else old_logps
 
         def body(carry: tuple[TrainState, Array], number: Array) -> tuple[tuple[TrainState, Array], dict[str, Array]]:
@@ -232,16 +235,19 @@ class Learner:
     def logprobs(
         self, variables: Params, rows: tuple[Array, Array, Array], truncation: Truncation | None, head_trainable: bool
     ) -> tuple[Float[Array, "n C"], Float[Array, "n C"] | None, Float[Array, "n C"]]:
-        """Of (prompts, lengths, completions): restricted, whole (None: the same) log-probabilities, and the whole one's entropy."""
+        """Log-probabilities of (prompts, lengths, completions): truncated, untruncated (None.
+
+        The same), and the untruncated entropy.
+        """
         if truncation is None:
             logps, entropy = completion_logprobs(self.model, variables, *rows, self.temperature, head_trainable=head_trainable)
             return logps, None, entropy
         return sampled_logprobs(self.model, variables, *rows, truncation, self.temperature, head_trainable=head_trainable)
 
     def score(
-        self, variables: Params, split: Split, truncation: Truncation | None
+        self, variables: Params, split: MicroBatches, truncation: Truncation | None
     ) -> tuple[Float[Array, "M n C"], Float[Array, "M n C"] | None]:
-        """Restricted and whole (None: the same) log-probabilities without gradient, micro-batch by micro-batch."""
+        """Truncated and untruncated (None: the same) log-probabilities without gradient, micro-batch by micro-batch."""
 
         def one(rows: tuple[Array, Array, Array]) -> tuple[Array, Array | None]:
             return self.logprobs(variables, rows, truncation, head_trainable=False)[:2]
@@ -249,34 +255,41 @@ class Learner:
         return jax.lax.stop_gradient(jax.lax.map(one, (split.prompt_ids, split.prompt_lengths, split.completion_ids)))
 
     def loss(self, tokens: dict[str, Array | None]) -> tuple[Float[Array, ""], Stats]:
-        """`weighted_loss` of some rows; on a mesh the sum of what each device's rows add.
+        """The loss of some rows and the sums for their metrics; on a mesh, summed over the devices' rows.
 
         Args:
-            tokens: its arrays, by argument; one row a completion.
+            tokens: `weighted_loss`'s arrays, by argument name; one row a completion.
         """
-        layout, options = self.model.layout, {"objective": self.objective, "implementation": self.model.implementation}
+        layout, implementation = self.model.layout, self.model.implementation
+
+        def of_rows(tokens: dict[str, Any]) -> tuple[Array, Stats]:
+            if self.loss_fn is not None:
+                return custom_loss(self.loss_fn, tokens, self.objective, self.max_completion_length, implementation)
+            return weighted_loss(**tokens, objective=self.objective, implementation=implementation)
 
         def local(tokens: dict[str, Array | None]) -> tuple[Array, Stats]:
-            loss, stats = weighted_loss(**tokens, **options)
+            loss, stats = of_rows(tokens)
             sums = {
-                name: (jax.lax.pmax if name.endswith("_max") else jax.lax.psum)(jax.lax.stop_gradient(value), ROWS)
+                name: (jax.lax.pmax if name.endswith("_max") else jax.lax.psum)(jax.lax.stop_gradient(value), ROW_AXES)
                 for name, value in stats.items()
             }
-            return jax.lax.psum(loss, ROWS), sums
+            return jax.lax.psum(loss, ROW_AXES), sums
 
         if layout is None:
-            return weighted_loss(**tokens, **options)
+            return of_rows(tokens)
         return layout.local(local, (layout.spec("rows"),), layout.spec())(tokens)
 
     def update(
-        self, state: TrainState, split: Split, known: dict[str, Any], frozen: Frozen
+        self, state: TrainState, split: MicroBatches, known: dict[str, Any], frozen: Frozen
     ) -> tuple[TrainState, Float[Array, "M n C"], dict[str, Array]]:
-        """One optimiser update; also returns the log-probabilities that it was computed from."""
+        """Makes one optimiser update; also returns the log-probabilities that it was computed from."""
 
-        def loss_of(trainable: Params, part: tuple[Split, dict[str, Any]]) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+        def loss_of(trainable: Params, part: tuple[MicroBatches, dict[str, Any]]) -> tuple[Array, tuple[Array, dict[str, Array]]]:
             rows, given = part
             texts = (rows.prompt_ids, rows.prompt_lengths, rows.completion_ids)
-            logps, whole, entropy = self.logprobs(self.policy(trainable, frozen), texts, self.truncation, head_trainable=self.full)
+            logps, untruncated, entropy = self.logprobs(
+                self.policy(trainable, frozen), texts, self.truncation, head_trainable=self.full
+            )
             old = given["old_logps"]
             if "first" in given:
                 old = jnp.where(given["first"], jax.lax.stop_gradient(logps), old)
@@ -288,14 +301,16 @@ class Learner:
                 "completion_mask": rows.completion_mask,
                 "weights": given["weights"],
                 "sampler_logps": rows.sampler_logprobs,
-                "whole_logps": whole,
+                "whole_logps": untruncated,
             }
             loss, stats = self.loss(tokens)
             stats["entropy"] = jnp.sum(jnp.where(rows.completion_mask, jax.lax.stop_gradient(entropy), jnp.float32(0)))
             stats["loss"] = jax.lax.stop_gradient(loss)
             return loss, (logps, stats)
 
-        def accumulate(gradient: Params, part: tuple[Split, dict[str, Any]]) -> tuple[Params, tuple[Array, dict[str, Array]]]:
+        def accumulate(
+            gradient: Params, part: tuple[MicroBatches, dict[str, Any]]
+        ) -> tuple[Params, tuple[Array, dict[str, Array]]]:
             def computed() -> tuple[Params, tuple[Array, dict[str, Array]]]:
                 new, (logps, stats) = jax.grad(loss_of, has_aux=True)(state.trainable, part)
                 return self.placed(jax.tree.map(jnp.add, gradient, new)), (logps, stats)
@@ -309,28 +324,21 @@ class Learner:
         gradient, (logps, stacked) = jax.lax.scan(accumulate, zero, (split, known))
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.trainable)
         sums = total_stats(stacked)
-        metrics = finish_stats(sums) | {
+        metrics = (finish_stats(sums) if self.loss_fn is None else finish_custom_stats(sums)) | {
             "loss": sums["loss"],
             "entropy": sums["entropy"] / jnp.maximum(sums["tokens"], jnp.float32(1)),
             "grad_norm": optax.tree.norm(gradient),
-            "learning_rate": self.learning_rate(state.step),
         }
+        metrics |= self.rate_metrics(state)
         metrics.setdefault("kl_divergence", jnp.float32(0))
         trainable: Any = optax.apply_updates(state.trainable, updates)
         state = TrainState(state.step + 1, trainable, opt_state)
         return state, jax.lax.stop_gradient(logps), metrics
 
 
-def batch_metrics(batch: TrainBatch, advantages: Float[Array, "B G"]) -> dict[str, Array]:
-    """Reward statistics of a batch. `reward/std` is over all valid rows of the step (ddof 1)."""
-    valid, rewards = batch.valid, jnp.where(batch.valid, batch.rewards, jnp.float32(0))
-    count = jnp.maximum(jnp.sum(valid.astype(jnp.float32)), jnp.float32(1))
-    mean = jnp.sum(rewards) / count
-    spread = jnp.where(valid, rewards - mean, jnp.float32(0))
-    variance = jnp.sum(jnp.square(spread)) / jnp.maximum(count - 1, jnp.float32(1))
-    same = jnp.all(advantages == 0, axis=1)
-    return {
-        "reward/mean": mean,
-        "reward/std": jnp.sqrt(variance),
-        "reward/frac_zero_std": jnp.mean(same.astype(jnp.float32)),
-    }
+def local_prompts(function: Callable[..., Any], layout: Layout | None) -> Callable[..., Any]:
+    """A function of two arguments whose first axis is prompts; on a mesh, of each row shard's prompts."""
+    if layout is None:
+        return function
+    rows = layout.spec("prompts")
+    return layout.local(function, (rows, rows), rows)

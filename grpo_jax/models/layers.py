@@ -27,14 +27,14 @@ from grpo_kernels.ops.quantized_matmul import QuantizedWeight, quantized_matmul
 LAYER_INPUT = "layer_input"
 """Name of a layer's input for the choice of what a backward pass keeps."""
 
-Wanted = Callable[[Array], Array]
-"""[B, T, ...] → [B, W, ...]: the tokens whose hidden states are wanted after the last layer, in that order."""
+SelectTokens = Callable[[Array], Array]
+"""[B, T, ...] → [B, W, ...]: picks the tokens whose hidden states are returned, in that order."""
 
 
 class Attend(Protocol):
     """Attention of one layer.
 
-    Takes q [B, T, K, R, Dh] (scaled; R = H/K; in the last layer perhaps only of the `Wanted` tokens), k and v [B, T, K, Dh], the
+    Takes q [B, T, K, R, Dh] (scaled; R = H/K; in the last layer perhaps only of the `SelectTokens` tokens), k and v [B, T, K, Dh], the
     layer's number and window (int32 scalars), the layer's slice of what was handed to `Transformer` as `per_layer`, and the cache.
     Returns [B, T, K, R, Dh], the cache, and what the layers stack.
     """
@@ -178,7 +178,7 @@ class Linear(nn.Module):
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-class Weights(nn.Module):
+class LinearWeights(nn.Module):
     """The variables of a linear layer whose product is computed elsewhere: `kernel`, and `a` and `b` where it has adapters."""
 
     @nn.compact
@@ -213,12 +213,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[Array, Any], layer: dict[str, Any], rope: tuple[Array, Array], wanted: Wanted | None = None
+        self, carry: tuple[Array, Any], layer: dict[str, Any], rope: tuple[Array, Array], select: SelectTokens | None = None
     ) -> tuple[Any, Any]:
         x, cache = carry
         x, spec = checkpoint_name(x, LAYER_INPUT), self.spec
-        mixed, cache, stacked = self.attention(self.norm("attn_norm", x), layer, rope, cache, wanted)
-        x = x if wanted is None else wanted(x)
+        mixed, cache, stacked = self.attention(self.norm("attn_norm", x), layer, rope, cache, select)
+        x = x if select is None else select(x)
         x = x + (self.norm("post_attn_norm", mixed) if spec.sandwich else mixed)
         fed = self.feed_forward(self.norm("ffw_norm", x))
         x = x + (self.norm("post_ffw_norm", fed) if spec.sandwich else fed)
@@ -239,21 +239,21 @@ class Block(nn.Module):
         return jnp.split(self.linear(joined, x), ends[:-1], axis=-1)
 
     def attention(
-        self, x: Array, layer: dict[str, Any], rope: tuple[Array, Array], cache: Any, wanted: Wanted | None
+        self, x: Array, layer: dict[str, Any], rope: tuple[Array, Array], cache: Any, select: SelectTokens | None
     ) -> tuple[Array, Any, Any]:
         spec = self.spec
         heads, kv_heads = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        if wanted is None or self.has_variable("params", "qkv_proj"):
+        if select is None or self.has_variable("params", "qkv_proj"):
             q, k, v = self.linears("qkv_proj", {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}, x)
-            q = q if wanted is None else wanted(q)
+            q = q if select is None else select(q)
         else:
-            q, k, v = self.linear("q_proj", wanted(x)), self.linear("k_proj", x), self.linear("v_proj", x)
+            q, k, v = self.linear("q_proj", select(x)), self.linear("k_proj", x), self.linear("v_proj", x)
         q = q.reshape(*q.shape[:2], spec.heads, spec.head_dim)
         k, v = (y.reshape(*y.shape[:2], spec.kv_heads, spec.head_dim) for y in (k, v))
         if spec.qk_norm:
             q, k = self.norm("q_norm", q, "head_dim"), self.norm("k_norm", k, "head_dim")
         cos, sin = rope[0][layer["rope"]], rope[1][layer["rope"]]
-        q, k = rotate(q, *((cos, sin) if wanted is None else (wanted(cos), wanted(sin)))), rotate(k, cos, sin)
+        q, k = rotate(q, *((cos, sin) if select is None else (select(cos), select(sin)))), rotate(k, cos, sin)
         b, t = q.shape[:2]
         q = (q * jnp.asarray(spec.query_scale, q.dtype)).reshape(b, t, spec.kv_heads, spec.heads // spec.kv_heads, spec.head_dim)
         mixed, cache, stacked = self.attend(
@@ -263,7 +263,7 @@ class Block(nn.Module):
 
     def feed_forward(self, x: Array) -> Array:
         if self.spec.experts:
-            weights = {name: Weights(name=name)() for name in ("router", *EXPERT_LINEARS)}
+            weights = {name: LinearWeights(name=name)() for name in ("router", *EXPERT_LINEARS)}
             return mix_experts(self.spec, x, weights, self.lora_scale, self.implementation, self.layout)
         gate, up = self.linears("gate_up_proj", {"gate_proj": self.spec.ffw, "up_proj": self.spec.ffw}, x)
         active = jax.nn.silu(gate) if self.spec.activation == "silu" else jax.nn.gelu(gate, approximate=True)

@@ -1,9 +1,11 @@
-"""The decoder: embedding, scanned layers, final norm.
+"""The decoder: embedding, layers, final norm; the same module trains, computes prompts and decodes.
 
-Enters: token ids and positions [B, T]. Leaves: hidden states [B, T, D] after the final norm. The vocabulary is not met here:
-    `logprobs.py` and `sampler.py` multiply with the head in their own way, without a [tokens, vocabulary] array.
+`model.apply({"params": base, "lora": adapters}, ...)` is the policy; without `"lora"` it is the base. The head is not part of it: log-probabilities
+and sampling multiply with `head_matrix` without building a [tokens, vocabulary] array.
 
-`model.apply({"params": base, "lora": adapters}, ...)` is the policy; without `"lora"` it is the base.
+Flax gives names, `nn.scan` and `nn.remat`. It does not initialise: `spec.param_specs` declares each parameter's shape, axes and initial values
+once, because loading, sharding and quantised storage need them without running the network. Modules therefore read variables
+(`get_variable`) and declare none.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.models.layers import LAYER_INPUT, Attend, Block, RMSNorm, Wanted, rope_tables
+from grpo_jax.models.layers import LAYER_INPUT, Attend, Block, RMSNorm, SelectTokens, rope_tables
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.sharding import GATHERED, Layout
 from grpo_jax.types import Params
@@ -24,21 +26,21 @@ NO_WINDOW = 2**30
 """Window of a layer that sees every position."""
 
 UNROLLED_LAYERS = 16
-"""On a CPU, models of up to this many layers run without a loop over them; compiling takes longer with each."""
+"""On a CPU, models of up to this many layers run without a loop over layers. Compile time grows with each layer."""
 
 
 class Transformer(nn.Module):
-    """A model family's decoder.
+    """A decoder-only transformer of any supported family.
 
     Attributes:
-        spec: the model.
-        dtype: number format of the computation; weights are cast to it where they are used.
+        spec: sizes and switches of the model.
+        dtype: dtype of the computation; weights are cast to it where they are used.
         lora_scale: factor of the adapters' product.
-        remat: `layer` keeps only each layer's input for the backward pass and computes its inside again; `offload` keeps it in the
-            host's memory.
-        unroll: `forward` runs the layers without a loop over them, unless they are computed again.
-        implementation: of the kernels (`grpo_kernels`), "reference", "tpu" or "gpu"; None goes by the device.
-        layout: where weights and hidden states live; None is one device.
+        remat: `layer` saves only each layer's input for the backward pass and recomputes the rest; `offload` also moves that input to
+            the host's memory.
+        unroll: run the layers one after the other instead of in a scan; ignored with remat.
+        implementation: of the kernels (`grpo_kernels`): "reference", "xla", "mosaic_tpu", or None for the device's.
+        layout: sharding of weights and hidden states; None is one device.
     """
 
     spec: ModelSpec
@@ -49,113 +51,125 @@ class Transformer(nn.Module):
     implementation: str | None = None
     layout: Layout | None = None
 
+    @property
+    def unrolled(self) -> bool:
+        """Whether variables have one entry a layer (`split_layers`) instead of stacked layers."""
+        return self.unroll and self.remat == "none"
+
     @nn.compact
     def __call__(
-        self, ids: Int[Array, "B T"], positions: Int[Array, "B T"], attend: Attend, cache: Any = None, per_layer: Any = None
-    ) -> tuple[Float[Array, "B T D"], Any, Any]:
-        """Runs the layers.
+        self,
+        ids: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        attend: Attend,
+        cache: Any = None,
+        per_layer: Any = None,
+        select: SelectTokens | None = None,
+    ) -> tuple[Float[Array, "B W D"], Any, Any]:
+        """Runs the decoder.
 
         Args:
             ids: token ids.
-            positions: position of each token in its own text, from 0.
-            attend: which keys a query sees; see `layers.Attend`.
-            cache: carried through the layers.
-            per_layer: pytree whose leaves have a leading L axis; each layer's `attend` gets its slice.
+            positions: position of each token in its own sequence, from 0.
+            attend: attention of one layer, which decides what a query sees; see `layers.Attend`.
+            cache: carried from layer to layer; where unrolled, a tuple with each layer's own.
+            per_layer: passed to each layer's `attend`: a pytree with a leading L axis, or a tuple of L where unrolled.
+            select: picks the W tokens whose hidden states are returned; None returns all T.
 
         Returns:
-            Hidden states after the final norm, the cache, and what the layers returned, stacked on a leading L axis.
+            Hidden states after the final norm, the cache, and the layers' outputs, stacked or as tuples where unrolled.
         """
-        spec = self.spec
         x = Embedding(self.layout, name="embed")(ids).astype(self.dtype)
-        x = x * jnp.asarray(spec.embed_scale, self.dtype)
+        x = x * jnp.asarray(self.spec.embed_scale, self.dtype)
+        rope = rope_tables(self.spec, positions)
+        norm = RMSNorm(self.spec.norm_eps, self.spec.norm_offset, self.layout, name="final_norm")
+        if self.unrolled:
+            x, cache, outputs = self.run_unrolled(x, rope, attend, cache, per_layer, select)
+            return norm(x), cache, outputs
+        x, cache, outputs = self.run_scanned(x, rope, attend, cache, per_layer)
+        x = norm(x)
+        return x if select is None else select(x), cache, outputs
+
+    def block(self, kind: Any, attend: Attend, name: str) -> Any:
+        """One layer, or a transformed one."""
+        return kind(self.spec, attend, self.lora_scale, self.implementation, self.layout, name=name)
+
+    def run_scanned(self, x: Array, rope: Any, attend: Attend, cache: Any, per_layer: Any) -> tuple[Array, Any, Any]:
+        """All layers as one scan over stacked variables: compile time does not grow with depth."""
+        spec = self.spec
         gathers = self.layout is not None and self.layout.mesh.shape["fsdp"] > 1
-        keeps_all = self.remat == "none" and not gathers
-        block = Block if keeps_all else nn.remat(Block, prevent_cse=False, policy=kept_by(self.remat))
+        saves_all = self.remat == "none" and not gathers
+        block = Block if saves_all else nn.remat(Block, prevent_cse=False, policy=remat_policy(self.remat))
         per_layer_then_all: Any = (0, nn.broadcast)
-        layers = nn.scan(
+        scanned = nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0},
             split_rngs={"params": True},
             in_axes=per_layer_then_all,
             length=spec.layers,
-        )(spec, attend, self.lora_scale, self.implementation, self.layout, name="layers")
+        )
         layer = {
             "number": jnp.arange(spec.layers, dtype=jnp.int32),
             "window": jnp.array([NO_WINDOW if w is None else w for w in spec.windows], jnp.int32),
             "rope": jnp.array(spec.rope_of_layer, jnp.int32),
             "per_layer": per_layer,
         }
-        (x, cache), stacked = layers((x, cache), layer, rope_tables(spec, positions))
-        return RMSNorm(spec.norm_eps, spec.norm_offset, self.layout, name="final_norm")(x), cache, stacked
+        (x, cache), outputs = self.block(scanned, attend, "layers")((x, cache), layer, rope)
+        return x, cache, outputs
+
+    def run_unrolled(
+        self, x: Array, rope: Any, attend: Attend, cache: Any, per_layer: Any, select: SelectTokens | None
+    ) -> tuple[Array, tuple[Any, ...], tuple[Any, ...]]:
+        """The layers one after the other. Of tokens that are not selected the last layer computes keys and values only.
+
+        On a CPU a scan copies the stacked weights at every layer, and in training everything that the backward pass needs.
+        """
+        spec = self.spec
+        caches, outputs = [], []
+        for number in range(spec.layers):
+            window = spec.windows[number]
+            layer = {
+                "number": jnp.int32(0),  # a cache of one layer has no axis of layers
+                "window": jnp.int32(NO_WINDOW if window is None else window),
+                "rope": spec.rope_of_layer[number],
+                "per_layer": None if per_layer is None else per_layer[number],
+            }
+            carry = (x, None if cache is None else cache[number])
+            last = number == spec.layers - 1
+            (x, own), output = self.block(Block, attend, f"layers_{number}")(carry, layer, rope, select if last else None)
+            caches.append(own)
+            outputs.append(output)
+        return x, tuple(caches), tuple(outputs)
 
 
-def forward(
-    model: Transformer,
-    variables: Params,
-    ids: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    attend: Attend,
-    cache: Any = None,
-    per_layer: Any = None,
-    wanted: Wanted | None = None,
-) -> tuple[Float[Array, "B W D"], Any, Any]:
-    """`model.apply`, or the same without a loop over the layers: where the model says so, or `split_layers` took them apart.
-
-    In the second case `cache` and `per_layer` are tuples of L, and so is the last result; and of tokens that are not wanted the
-    last layer computes keys and values only.
-
-    Args:
-        wanted: picks the tokens whose hidden states are returned; None returns all.
-    """
-    split = not isinstance(variables["params"]["layers"], dict)
-    if model.unroll and model.remat == "none" and not split and cache is None:
-        variables, split = split_layers(variables), True
-    if not split:
-        out: Any = model.apply(variables, ids, positions, attend, cache, per_layer)
-        return out if wanted is None else (wanted(out[0]), *out[1:])
-    spec, params = model.spec, variables["params"]
-    x = embed(params["embed"]["embedding"], ids, model.layout).astype(model.dtype) * jnp.asarray(spec.embed_scale, model.dtype)
-    rope = rope_tables(spec, positions)
-    caches, stacked = [], []
-    for number, weights in enumerate(params["layers"]):
-        own = {"params": weights} | ({"lora": variables["lora"]["layers"][number]} if "lora" in variables else {})
-        window = spec.windows[number]
-        layer = {
-            "number": jnp.int32(0),
-            "window": jnp.int32(NO_WINDOW if window is None else window),
-            "rope": spec.rope_of_layer[number],
-            "per_layer": None if per_layer is None else per_layer[number],
-        }
-        before = (x, None if cache is None else cache[number])
-        out = Block(spec, attend, model.lora_scale, model.implementation, model.layout).apply(
-            own, before, layer, rope, wanted if number == spec.layers - 1 else None
-        )
-        (x, after), kept = out
-        caches.append(after)
-        stacked.append(kept)
-    norm: Any = RMSNorm(spec.norm_eps, spec.norm_offset, model.layout).apply({"params": params["final_norm"]}, x)
-    return norm, tuple(caches), tuple(stacked)
+def forward(model: Transformer, variables: Params, *args: Any, **kwargs: Any) -> tuple[Float[Array, "B W D"], Any, Any]:
+    """`model.apply` to variables in either form: stacked layers are split first where the model runs unrolled."""
+    if model.unrolled and "layers" in variables["params"]:
+        variables = split_layers(variables)
+    out: Any = model.apply(variables, *args, **kwargs)
+    return out
 
 
 def split_layers(variables: Params) -> Params:
-    """The stacked layers as a tuple of single ones.
+    """Stacked `layers` as one entry a layer: `layers_0`, `layers_1`, ..., which is how an unrolled model names its layers."""
 
-    On a CPU a loop over stacked layers copies the weights at every turn, and in training everything that the backward pass needs.
-    """
-
-    def split(layers: Params) -> tuple[Params, ...]:
+    def split(layers: Params) -> list[Params]:
         leaves, tree = jax.tree.flatten(layers)
         # The transpose of a split is one concatenation, that of indexing a sum of padded arrays.
         parts = [[jnp.squeeze(part, 0) for part in jnp.split(leaf, leaf.shape[0])] for leaf in leaves]
-        return tuple(jax.tree.unflatten(tree, own) for own in zip(*parts, strict=True))
+        return [jax.tree.unflatten(tree, own) for own in zip(*parts, strict=True)]
 
-    return {name: tree | {"layers": split(tree["layers"])} for name, tree in variables.items()}
+    return {
+        name: {key: value for key, value in tree.items() if key != "layers"}
+        | {f"layers_{number}": layer for number, layer in enumerate(split(tree["layers"]))}
+        for name, tree in variables.items()
+    }
 
 
-def kept_by(remat: str) -> Any:
-    """What `jax.checkpoint` keeps of a layer beside its inputs: nothing, or its input, on the host instead of the device.
+def remat_policy(remat: str) -> Any:
+    """What `jax.checkpoint` saves of a layer next to its inputs: nothing, or with `offload` its input, on the host.
 
-    With `none` all but the gathered weights, which kept would be the whole model on each device.
+    With `none` it saves all but the gathered weights, which would be the whole model on each device.
     """
     if remat == "none":
         return jax.checkpoint_policies.save_anything_except_these_names(GATHERED)

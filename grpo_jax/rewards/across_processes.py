@@ -1,23 +1,39 @@
-"""A batch of completions scored by all processes together.
+"""Scores a batch in several processes: each one scores its own prompts, with all of their completions, and the values are gathered.
 
-Enters: the whole batch, in every process. Leaves: the whole `ScoredBatch`, in every process. Each process calls the reward
-functions on its own prompts, each with all of its completions, and the numbers are gathered. What a function sees is then a part
-of the step, of whole groups; with one process it is all of it. Scoring itself is `rewards/scoring.py`, which knows of no processes.
+A reward function then sees a part of the step, made of whole groups. This package imports no JAX, so the functions that split and
+gather are passed in as `Processes`; the module `runtime.distributed` is one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from grpo_jax.rewards import Failure, NamedFunction, ScoredBatch, check_failed, score
-from grpo_jax.runtime.distributed import gather_rows, gather_values, own_block, several
+from grpo_jax.rewards.protocol import Failure, NamedFunction, ScoredBatch
+from grpo_jax.rewards.scoring import check_failed, score
 
 
-def score_together(
+class Processes(Protocol):
+    """How the processes of a run split and gather. Every process makes the same calls."""
+
+    def own_block(self, count: int) -> tuple[list[int], slice]:
+        """The number of items of each process, and this process's slice of `count` items."""
+        ...
+
+    def gather_rows(self, own: np.ndarray, sizes: list[int]) -> np.ndarray:
+        """The rows of all processes, in order."""
+        ...
+
+    def gather_values(self, own: Any) -> list[Any]:
+        """One JSON value from each process."""
+        ...
+
+
+def score_across_processes(
+    processes: Processes | None,
     functions: Sequence[NamedFunction],
     weights: Sequence[float] | None = None,
     *,
@@ -28,23 +44,20 @@ def score_together(
     timeout_seconds: float | None,
     max_failed_share: float,
 ) -> ScoredBatch:
-    """Scores N completions of B prompts; arguments, result and errors as `rewards.score` has them, in every process."""
-    if not several():
-        return score(
-            functions,
-            weights,
-            prompts=prompts,
-            completions=completions,
-            completion_ids=completion_ids,
-            columns=columns,
-            timeout_seconds=timeout_seconds,
-            max_failed_share=max_failed_share,
-        )
+    """Scores N completions of B prompts and returns the whole batch in every process; see `score` for arguments and errors.
+
+    Args:
+        processes: None is one process.
+    """
+    if processes is None:
+        sizes, mine = [len(prompts)], slice(0, len(prompts))
+    else:
+        sizes, mine = processes.own_block(len(prompts))
     group = len(completions) // len(prompts)
-    sizes, mine = own_block(len(prompts))
     rows = slice(mine.start * group, mine.stop * group)
     if mine.start == mine.stop:
-        own = no_rows(functions)
+        empty = np.zeros(0, np.float32)
+        own = ScoredBatch(empty, np.zeros(0, bool), {name: empty for name, _ in functions}, [])
     else:
         own = score(
             functions,
@@ -54,34 +67,20 @@ def score_together(
             completion_ids=completion_ids[rows],
             columns={name: values[mine] for name, values in columns.items()},
             timeout_seconds=timeout_seconds,
-            max_failed_share=1.0,  # the share of the whole batch decides, below
+            max_failed_share=max_failed_share if processes is None else 1.0,  # the share of the whole batch decides, below
         )
-    failures = [replace(failure, row=failure.row + rows.start) for failure in own.failures]
-    scored = gathered(own, failures, [size * group for size in sizes])
-    check_failed(scored, max_failed_share)
-    return scored
-
-
-def no_rows(functions: Sequence[NamedFunction]) -> ScoredBatch:
-    """Of a process that has no prompt: functions are not called with nothing."""
-    empty = np.zeros(0, np.float32)
-    return ScoredBatch(empty, np.zeros(0, bool), {name: empty for name, _ in functions}, [])
-
-
-def gathered(own: ScoredBatch, failures: list[Failure], sizes: list[int]) -> ScoredBatch:
-    """The batch of all processes from each one's rows.
-
-    Args:
-        failures: the own ones, with rows of the whole batch.
-        sizes: rows of each process.
-    """
-    columns = [own.rewards, own.valid.astype(np.float32), *own.per_function.values()]
-    table = gather_rows(np.stack(columns, axis=1), sizes)
-    found = [Failure(**failure) for part in gather_values([asdict(failure) for failure in failures]) for failure in part]
+    if processes is None:
+        return own
+    failures = [asdict(replace(failure, row=failure.row + rows.start)) for failure in own.failures]
+    found = [Failure(**failure) for part in processes.gather_values(failures) for failure in part]
+    table = np.stack([own.rewards, own.valid.astype(np.float32), *own.per_function.values()], axis=1)
+    table = processes.gather_rows(table, [size * group for size in sizes])
     order = list(own.per_function)
-    return ScoredBatch(
+    scored = ScoredBatch(
         rewards=table[:, 0],
         valid=table[:, 1] == 1,
         per_function={name: table[:, 2 + number] for number, name in enumerate(order)},
         failures=sorted(found, key=lambda failure: (order.index(failure.function), failure.row)),
     )
+    check_failed(scored, max_failed_share)
+    return scored

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from grpo_jax.runtime.distributed import from_main
+from grpo_jax.runtime.distributed import broadcast_from_main
 
 HOST, STATE = "host", "state"
 SHOWN_DIFFERENCES = 6
@@ -90,7 +90,7 @@ class Checkpointer:
         self.wait()
         if self._read_only:
             self._manager.reload()
-        return from_main(self._latest())
+        return broadcast_from_main(self._latest())
 
     def _latest(self) -> int | None:
         for step in sorted(self._manager.all_steps(), reverse=True):

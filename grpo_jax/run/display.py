@@ -25,7 +25,7 @@ from rich.text import Text
 from grpo_jax.config import Setting
 from grpo_jax.run import tables
 from grpo_jax.run.records import Column, Number
-from grpo_jax.runtime.text import safe_text
+from grpo_jax.runtime.safe_text import safe_text
 
 SHOWN_METRICS = {
     "reward/mean": "reward",

@@ -21,7 +21,7 @@ from rich.text import Text
 from grpo_jax.config import Setting
 from grpo_jax.config.checks import show
 from grpo_jax.run.records import Column, Number
-from grpo_jax.runtime.text import safe_text
+from grpo_jax.runtime.safe_text import safe_text
 
 PROMPT_CHARACTERS, COMPLETION_CHARACTERS = 240, 400
 """Longer texts lose their middle in a table; completions.jsonl has them whole."""

@@ -1,1 +1,1 @@
-"""Commands that use the trainer and that the trainer does not use: plan, bench, quickstart."""
+"""The commands plan, bench and quickstart. They import the trainer; the trainer does not import them."""

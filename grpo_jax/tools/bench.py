@@ -1,9 +1,8 @@
-"""What a step costs: the real loop on made-up prompts, timed by its own clock, beside ceilings measured in the same run.
+"""Benchmarks a training step: the real loop on random prompts, compared with ceilings of the device measured in the same run.
 
-Enters: a model folder and sizes. Leaves: medians over the steps after two warm-up steps, as a table or one line of JSON. Stopping
-is off, so that every completion has the same length; with `ragged` each has a length of its own, drawn from a heavy tail. beta is
-0.04, so that the reference is scored. The rewards are made up; weights are the folder's, or random where it has only a
-config.json.
+The result is the medians over the steps after two warm-up steps. Stop tokens are ignored, so that every completion has the same
+length; with `ragged` each length is drawn from a heavy tail. beta is 0.04, so that the reference is scored. The rewards are
+made up; weights are the folder's, or random where it has only a config.json.
 """
 
 from __future__ import annotations
@@ -12,10 +11,8 @@ import functools
 import importlib.metadata
 import platform
 import statistics
-import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -27,12 +24,11 @@ from grpo_jax.models.layers import precision_of
 from grpo_jax.models.spec import ModelSpec, init_params
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import NamedFunction, resolve_functions
-from grpo_jax.run import Display, RunFolder
-from grpo_jax.run.saved import trainable_of
+from grpo_jax.run.display import Display
 from grpo_jax.runtime.memory import peak_bytes
 from grpo_jax.runtime.programs import compile_seconds
-from grpo_jax.tools.work import Work
-from grpo_jax.trainer import assemble, one_step
+from grpo_jax.steps.grpo import GrpoStep
+from grpo_jax.tools.step_cost import StepCost, StepShapes
 from grpo_jax.types import PromptBatch
 from grpo_jax.weights.hf import find_model, read_folder_spec
 from grpo_jax.weights.lora import init_lora
@@ -46,7 +42,7 @@ MEAN_SHARE = 0.25
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What is measured.
+    """The options of a benchmark.
 
     Args:
         model: Folder of a Hugging Face model; weights are random where it holds only a config.json.
@@ -54,17 +50,17 @@ class BenchOptions:
         num_generations: Completions of each.
         prompt_length: Tokens of every prompt.
         completion_length: Tokens of every completion, or of the longest where ragged.
-        steps: Steps that are measured, after two that are not.
+        steps: Measured steps, after two warm-up steps.
         lora_rank: Rank of the adapters on all linear layers; 0 trains every weight.
         slots: Completions decoded at once; null takes all, or as many as fit into the memory.
-        segment: Tokens decoded between two looks at what has ended; null chooses.
+        segment: Tokens decoded between two checks for completions that have ended; null chooses.
         refill: False lets a free slot wait for all others.
-        capacity: Longest completion that there is room for, where it is more than completion_length.
-        kv_dtype: Number format of kept keys and values, `auto` or `int8`.
+        capacity: Completion length that the KV cache has room for, where it is more than completion_length.
+        kv_dtype: Number format of the KV cache, `auto` or `int8`.
         dtype: Number format of the model, `auto`, `float32` or `bfloat16`.
         remat: As `model.remat`.
         micro_batch_prompts: As `train.micro_batch_prompts`.
-        ragged: Lengths are drawn from a seeded heavy tail, with a mean of a quarter of the longest.
+        ragged: Draws lengths from a seeded heavy tail, with a mean of a quarter of the longest.
     """
 
     model: str
@@ -85,7 +81,7 @@ class BenchOptions:
     ragged: bool = False
 
     def config(self) -> Config:
-        """The settings of the loop."""
+        """Returns the settings of the training loop."""
         longest = self.capacity or self.completion_length
         if longest < self.completion_length:
             raise ConfigError(f"capacity: {longest}; use at least completion_length ({self.completion_length})")
@@ -113,15 +109,22 @@ class BenchOptions:
         )
 
     def limits(self) -> np.ndarray | None:
-        """Longest length of each completion; None where all have `max_completion_length`."""
+        """Returns the length at which each completion ends; None where that is `max_completion_length` for all."""
+        return self.lengths() if self.ragged or self.capacity is not None else None
+
+    def lengths(self) -> np.ndarray:
+        """Returns the tokens of each completion of a step, [N]."""
         rows = self.prompts * self.num_generations
-        if self.ragged:
-            return heavy_tail(rows, self.completion_length)
-        return None if self.capacity is None else np.full(rows, self.completion_length)
+        return heavy_tail(rows, self.completion_length) if self.ragged else np.full(rows, self.completion_length)
+
+    def cost(self, policy: Policy) -> StepCost:
+        """Counts the operations and bytes of a step."""
+        shapes = StepShapes(self.prompts, self.num_generations, self.prompt_length, self.slots, self.lora_rank, self.kv_dtype)
+        return StepCost.of(policy.spec, shapes, self.lengths(), jnp.dtype(policy.dtype).itemsize)
 
 
 def heavy_tail(rows: int, longest: int) -> np.ndarray:
-    """Lengths of which a few are as long as may be: exponential, cut at the longest, and the mean brought to a quarter of it."""
+    """Draws completion lengths: exponential, clipped at the longest, scaled so that their mean is a quarter of it."""
     draws = np.random.default_rng(0).exponential(1.0, rows)
     low, high = 0.0, float(longest)
     for _ in range(60):
@@ -134,33 +137,33 @@ def heavy_tail(rows: int, longest: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class MadeUpPrompts:
-    """Random prompts of one length."""
+class RandomPrompts:
+    """A source of random prompts that all have the same length."""
 
     spec: ModelSpec
     prompts: int
     length: int
 
     def batch(self, step: int) -> PromptBatch:
-        """The prompts of a step."""
+        """Returns the prompts of a step."""
         ids = np.random.default_rng([0, step]).integers(0, self.spec.vocab, (self.prompts, self.length))
         indices = np.arange(step * self.prompts, (step + 1) * self.prompts)
         return PromptBatch(step, indices, [f"prompt {index}" for index in indices], ids.tolist(), {})
 
 
 def made_up_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """A number that differs inside a group."""
+    """Returns rewards that differ within a group."""
     return [float(sum(ids) % 7) for ids in completion_ids]
 
 
 def bench(options: BenchOptions, display: Display) -> dict[str, Any]:
-    """Measures steps.
+    """Runs and measures training steps.
 
     Returns:
-        Medians under the names of the loop's metrics, ceilings, shares of them, and what they were computed from.
+        Medians under the names of the loop's metrics, the ceilings, the reached shares of them, and the counts behind them.
 
     Raises:
-        ConfigError, ModelError: bad input, before anything is compiled.
+        ConfigError, ModelError: the input cannot be used; raised before anything is compiled.
     """
     config = options.config()
     with display.busy(f"reading {options.model}"):
@@ -168,32 +171,29 @@ def bench(options: BenchOptions, display: Display) -> dict[str, Any]:
     if random_weights:
         display.note("weights: random (the folder has only a config.json)")
     functions: list[NamedFunction] = resolve_functions([made_up_reward], max_completion_length=options.completion_length)
-    source = MadeUpPrompts(policy.spec, options.prompts, options.prompt_length)
+    source = RandomPrompts(policy.spec, options.prompts, options.prompt_length)
     limits = options.limits()
-    run = replace(assemble(config, policy, source, functions, display), limits=None if limits is None else limits.tolist())
-    state, steps = run.learner.init(trainable_of(policy)), []
-    with tempfile.TemporaryDirectory() as scratch:
-        config = replace(config, train=replace(config.train, run_dir=str(Path(scratch) / "run")))
-        with RunFolder.create(config.train.run_dir, config, resume=False) as folder, display.progress(config.train.steps, 0):
-            for step in range(config.train.steps):
-                state, metrics = one_step(run, state, folder, step)
-                folder.write_step(step + 1, metrics)
-                display.step(step + 1, {"step": metrics["step_seconds"]})
-                steps.append(metrics)
+    step = GrpoStep.build(config, policy, source, functions, display)
+    step = replace(step, limits=None if limits is None else limits.tolist())
+    state, steps = step.learner.init(policy.trainable()), []
+    with display.progress(config.train.steps, 0):
+        for number in range(config.train.steps):
+            state, metrics, _ = step.run(state, number)
+            display.step(number + 1, {"step": metrics["step_seconds"]})
+            steps.append(metrics)
     with display.busy("measuring the ceilings"):
         flops, transfer = matmul_ceiling(policy), memory_ceiling()
     measured = steps[WARMUP_STEPS:]
     result: dict[str, Any] = {name: statistics.median(step[name] for step in measured) for name in MEDIANS}
-    lengths = np.full(options.prompts * options.num_generations, options.completion_length) if limits is None else limits
-    work = Work.of(policy.spec, options, lengths, jnp.dtype(policy.dtype).itemsize)
+    cost = options.cost(policy)
     result |= {
-        "compile_seconds": compile_seconds(run.update, *run.sampler.programs),
+        "compile_seconds": compile_seconds(*step.programs),
         "peak_memory_bytes": peak_bytes(),
         "matmul_flops_per_second": flops,
         "memory_bytes_per_second": transfer,
-        "mfu": work.update_flops / result["update_seconds"] / flops,
-        "mbu": work.rollout_bytes / result["rollout_seconds"] / transfer,
-        "computed_from": asdict(work) | {"rollout_bytes": work.rollout_bytes},
+        "mfu": cost.update_flops / result["update_seconds"] / flops,
+        "mbu": cost.rollout_bytes / result["rollout_seconds"] / transfer,
+        "computed_from": asdict(cost) | {"rollout_bytes": cost.rollout_bytes},
         "steps": [{name: step[name] for name in MEDIANS} for step in measured],
         "near_ties": statistics.fmean(step["sampling/near_ties"] for step in measured),
         "logp_difference_max": max(step["sampling/logp_difference/max"] for step in measured),
@@ -206,7 +206,7 @@ def bench(options: BenchOptions, display: Display) -> dict[str, Any]:
 
 
 def bench_policy(config: Config) -> tuple[Policy, bool]:
-    """The policy, with stopping off; and whether its weights are random."""
+    """Builds the policy without stop tokens; also returns whether its weights are random."""
     assert config.model.path is not None
     folder = find_model(config.model.path, config.model.revision, weights=False)
     if any(folder.glob("*.safetensors")):
@@ -223,7 +223,7 @@ def bench_policy(config: Config) -> tuple[Policy, bool]:
 
 
 def best_seconds(program: Any, *arguments: Any) -> float:
-    """The shortest of several calls."""
+    """Returns the shortest time of eight calls, after one to warm up."""
     jax.block_until_ready(program(*arguments))
     times = []
     for _ in range(8):
@@ -234,7 +234,7 @@ def best_seconds(program: Any, *arguments: Any) -> float:
 
 
 def matmul_ceiling(policy: Policy) -> float:
-    """Operations a second of large square products in the model's number format."""
+    """Measures the operations per second of a large square matrix product in the model's dtype."""
     size = 2048 if jax.default_backend() == "cpu" else 8192
     x = jnp.ones((size, size), policy.dtype)
     product = jax.jit(lambda a, b: jnp.dot(a, b, precision=precision_of(policy.dtype)))
@@ -242,14 +242,14 @@ def matmul_ceiling(policy: Policy) -> float:
 
 
 def memory_ceiling() -> float:
-    """Bytes a second of a copy of an array that no cache holds; read and written bytes count."""
+    """Measures the bytes per second, read and written, of an addition to an array larger than any cache."""
     count = 2**26 if jax.default_backend() == "cpu" else 2**29
     x = jnp.ones((count,), jnp.float32)
     return 8 * count / best_seconds(jax.jit(lambda a: a + jnp.float32(1)), x)
 
 
 def rows_of(result: dict[str, Any]) -> list[tuple[str, str]]:
-    """The result for a person."""
+    """Formats the result as (label, value) rows of a table."""
     peak = result["peak_memory_bytes"]
     return [
         ("step", f"{result['step_seconds']:.3f} s"),

@@ -1,11 +1,11 @@
-"""The quickstart: a small model and a task made on the spot, warmed up, then improved by GRPO alone.
+"""The quickstart: creates a small random model and an addition task, warms the model up, then improves it with GRPO alone.
 
-Enters: a folder to work in, and the two recipes `quickstart_sft.yaml` and `quickstart.yaml`. Leaves: in that folder the task's
-    data, a random Llama-shaped model with its tokenizer, the warmed-up model, and the GRPO run. Nothing is downloaded.
+Nothing is downloaded. The run folder gets the task's data, a random Llama-shaped model with its tokenizer, the warmed-up model and
+the GRPO run; the settings are the recipes `quickstart_sft.yaml` and `quickstart.yaml`.
 
-The task is addition of two numbers below 100, one token per character. The warm-up imitates a pupil who forgets to carry two
-times out of three, so the warmed-up model is mostly wrong where there is something to carry. GRPO sees no right answer written
-out: only whether a sampled one is right.
+The task is addition of two numbers below 100, one token per character. The warm-up trains on the answers of a pupil who forgets to
+carry two times out of three, so the warmed-up model is mostly wrong where there is something to carry. GRPO is never shown a right
+answer: it only learns whether a sampled one is right.
 """
 
 from __future__ import annotations
@@ -18,13 +18,11 @@ import numpy as np
 
 from grpo_jax.config import ConfigError, load
 from grpo_jax.models.families import read_spec
-from grpo_jax.run.saved import TrainResult
-from grpo_jax.supervised import sft
-from grpo_jax.trainer import train
+from grpo_jax.trainer import TrainResult, sft, train
 
 SYMBOLS = ("<pad>", "<s>", "</s>", *"0123456789+=")
 HELD_OUT, PLAIN_SHARE, FORGETS = 512, 0.5, 2 / 3
-"""Problems that are never trained on; share of the problems without a carry that are used; how often the pupil forgets."""
+"""Number of held-out problems; share of the problems without a carry that are used; how often the pupil forgets to carry."""
 
 MODEL: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -52,11 +50,11 @@ def quickstart(run_dir: str | Path = "runs/quickstart", configs: str | Path = "c
     """Makes the model and the task, warms up, trains, and shows the result.
 
     Args:
-        run_dir: where everything goes; where it is taken, a number is put behind it.
+        run_dir: the folder that everything is written to; if it exists, a number is appended to its name.
         configs: folder with the two recipes.
 
     Raises:
-        ConfigError: the recipes are not there.
+        ConfigError: a recipe is missing.
     """
     recipes = [Path(configs) / name for name in ("quickstart_sft.yaml", "quickstart.yaml")]
     for recipe in recipes:
@@ -77,7 +75,7 @@ def quickstart(run_dir: str | Path = "runs/quickstart", configs: str | Path = "c
 
 
 def overrides(folder: Path, run: str) -> dict[str, str]:
-    """Paths inside the folder."""
+    """Returns the settings that are paths inside the folder, for the run `warmup` or `grpo`."""
     rows, model = ("warmup", "model") if run == "warmup" else ("train", "warm")
     return {
         "model.path": str(folder / model),
@@ -88,7 +86,7 @@ def overrides(folder: Path, run: str) -> dict[str, str]:
 
 
 def free_folder(folder: Path) -> Path:
-    """The folder, or the first of folder-2, folder-3, ... that is not there."""
+    """Returns the folder, or the first of folder-2, folder-3, ... that does not exist."""
     number, chosen = 1, folder
     while chosen.exists():
         number += 1
@@ -97,7 +95,7 @@ def free_folder(folder: Path) -> Path:
 
 
 def make_task(folder: Path, seed: int = 0) -> None:
-    """Writes the rows: demonstrations for the warm-up, problems for GRPO, problems held out of both."""
+    """Writes the task's rows: demonstrations for the warm-up, problems for GRPO, and held-out problems that neither trains on."""
     rng = np.random.default_rng(seed)
     pairs = [(a, b) for a in range(100) for b in range(100) if carries(a, b) or rng.random() < PLAIN_SHARE]
     order = rng.permutation(len(pairs))
@@ -112,7 +110,7 @@ def make_task(folder: Path, seed: int = 0) -> None:
 
 
 def question(a: int, b: int) -> str:
-    """47 and 8 → "47+08="."""
+    """Formats a problem: 47 and 8 → "47+08="."""
     return f"{a:02d}+{b:02d}="
 
 
@@ -122,18 +120,18 @@ def carries(a: int, b: int) -> bool:
 
 
 def pupil(a: int, b: int, rng: np.random.Generator) -> str:
-    """The sum as the pupil writes it, who forgets the carry of the units more often than not."""
+    """Returns the sum as the pupil writes it, who often forgets to carry from the units."""
     forgotten = carries(a, b) and rng.random() < FORGETS
     return str(a + b - 10 * forgotten)
 
 
 def write_rows(file: Path, rows: list[dict[str, str]]) -> None:
-    """One JSON object a line."""
+    """Writes one JSON object per line."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def make_model(folder: Path, seed: int = 0) -> None:
-    """Writes a Hugging Face folder: random weights, config, and a tokenizer with one token per character."""
+    """Writes a Hugging Face model folder: random weights, config, and a tokenizer with one token per character."""
     import jax
     import jax.numpy as jnp
     from safetensors.numpy import save_file
@@ -147,7 +145,7 @@ def make_model(folder: Path, seed: int = 0) -> None:
     tensors = {
         name: np.ascontiguousarray(values.T if source.transposed else values)
         for path, source in tensor_names(spec).items()
-        for name, place in source.places()
+        for name, place in source.entries()
         for values in [read(path, place)]
     }
     folder.mkdir(parents=True)
@@ -160,7 +158,7 @@ def make_model(folder: Path, seed: int = 0) -> None:
 
 
 def make_tokenizer(folder: Path) -> None:
-    """One token per character, `<s>` in front."""
+    """Writes a tokenizer with one token per character that puts `<s>` in front."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
     tokenizer = Tokenizer(models.WordLevel({symbol: number for number, symbol in enumerate(SYMBOLS)}, unk_token="<pad>"))

@@ -1,10 +1,7 @@
-"""What a run needs of a machine, found by compiling for it: without the machine, and without weights.
+"""Plans a run: the memory it needs on a machine, whether it fits, and which settings to change if not.
 
-Enters: settings (`model`, `lora`, `rollout`, `objective`, `train`, `optim`, `mesh`), the model's config.json, a target's name.
-Leaves: a `Plan`: memory by component, whether it fits, and if not, which settings would make it.
-
-`targets.py` knows the chips, `abstract.py` makes a run's arrays as shapes, `phases.py` compiles, `verdict.py` judges, `advice.py`
-tries changes, `micro_batch.py` chooses the micro-batch, `report.py` shows, `work.py` counts operations and bytes.
+Found by compiling for the machine, which may be absent, from settings and the model's config.json; weights are not read. The
+compiling is in `grpo_jax.fit`; `verdict.py` decides whether a run fits, `advice.py` tries changes, `report.py` formats the result.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from grpo_jax.config import Config, ConfigError
 from grpo_jax.fit.targets import Machine, PlanError, machine_of
-from grpo_jax.runtime.programs import Announce, silently
+from grpo_jax.runtime.programs import Announce, no_announcement
 from grpo_jax.tools.plan.advice import Advice, find_advice, for_mesh, with_changes
 from grpo_jax.tools.plan.report import Plan, advice_lines, json_of, rows_of
 from grpo_jax.tools.plan.verdict import Planner
@@ -27,19 +24,19 @@ __all__ = ["Plan", "PlanError", "advice_lines", "json_of", "machine_of", "make_p
 
 
 def make_plan(
-    config: Config, target: str | None = None, *, announce: Announce = silently, show: Callable[[str], None] = lambda _: None
+    config: Config, target: str | None = None, *, announce: Announce = no_announcement, show: Callable[[str], None] = lambda _: None
 ) -> Plan:
-    """Plans a run.
+    """Compiles a run for a machine and, where it does not fit, searches for settings with which it does.
 
     Args:
-        config: the settings; data, rewards and the tokenizer are not looked at.
-        target: such as `v6e-8` or `h100x8`; None is the machine at hand.
+        config: the settings; `data` and `rewards` are not read, nor is the tokenizer.
+        target: such as `v6e-8` or `h100x8`; None is this machine.
         announce: entered around each compilation.
-        show: told of each change that is tried.
+        show: called with a line for each change that is tried.
 
     Raises:
-        ConfigError, ModelError: settings or a model that cannot be used.
-        PlanError: a target that is not known, or cannot be compiled for here.
+        ConfigError, ModelError: the settings or the model cannot be used.
+        PlanError: the target is not known, or its compiler is not installed.
     """
     if config.model.path is None:
         raise ConfigError("model.path is null: give a model folder or a hub id")
@@ -60,7 +57,7 @@ def make_plan(
 
 @contextmanager
 def uncached(machine: Machine) -> Iterator[None]:
-    """Programs for a chip that is not here can be written to JAX's cache on disk, but not read from it."""
+    """Turns off JAX's cache on disk for a chip that is not attached: its programs can be written to it, but not read again."""
     enabled = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined] - flags are made when JAX is imported
     if machine.target is None or not enabled:
         yield

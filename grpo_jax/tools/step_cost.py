@@ -1,52 +1,52 @@
-"""Operations and bytes of a step, counted from the shapes, and the time that they take at least.
+"""Counts the operations and bytes of a training step from its shapes.
 
-Enters: a spec and sizes. Leaves: `Work`. A compiler's own count takes a loop's body once, so it does not serve. Collectives between
-chips are left out.
+The compiler's own count is not used: it counts a loop's body once. Collectives between chips are left out.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec
 
 
-class Shapes(Protocol):
-    """The sizes that a count needs; `bench.BenchOptions` has them."""
+@dataclass(frozen=True)
+class StepShapes:
+    """The sizes of a step that its cost depends on.
 
-    @property
-    def prompts(self) -> int: ...
-    @property
-    def num_generations(self) -> int: ...
-    @property
-    def prompt_length(self) -> int: ...
-    @property
-    def slots(self) -> int | None: ...
-    @property
-    def lora_rank(self) -> int: ...
-    @property
-    def kv_dtype(self) -> str: ...
+    Attributes:
+        prompt_length: tokens of every prompt.
+        slots: completions decoded at once; None is all of them.
+        lora_rank: 0 trains every weight.
+        kv_dtype: of the KV cache, `auto` or `int8`.
+    """
+
+    prompts: int
+    num_generations: int
+    prompt_length: int
+    slots: int | None
+    lora_rank: int
+    kv_dtype: str
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a step needs at least, counted from the shapes.
+class StepCost:
+    """The least operations and bytes that a step needs.
 
     Attributes:
-        layer_parameters: weights of the layers' matrices.
-        active_parameters: of these, those that one token meets: all of them, unless a router chooses among experts.
-        head_parameters: weights of the head.
+        layer_parameters: elements of the layers' matrices.
+        active_parameters: those that one token uses: all of them, unless a router chooses among experts.
+        head_parameters: elements of the head.
         update_tokens: tokens of prompts, counted once, and of completions.
         update_flops: of the reference (forward) and the policy (forward and backward), the head on completion tokens only;
-            recomputing is not counted. 2 operations a weight and token for a forward, 2 for the gradient of the inputs, 2 more
+            recomputing is not counted. 2 operations per weight and token for a forward, 2 for the gradient of the inputs, 2 more
             for that of the weights where they are trained; attention over the keys that a query sees.
         rollout_flops: of prompts, and of every token of a completion.
-        rollout_steps: tokens of the longest completion, or with fewer slots than completions all tokens over the slots.
+        rollout_steps: tokens of the longest completion, or with fewer slots than completions all tokens divided by the slots.
         weight_bytes: of all weights, read at every step of a rollout.
-        past_bytes: the keys and values that the steps' queries see, a prompt's once a group.
+        past_bytes: the keys and values that the steps' queries see, a prompt's once per group.
     """
 
     layer_parameters: int
@@ -61,25 +61,25 @@ class Work:
 
     @property
     def rollout_bytes(self) -> float:
-        """Of all steps, on one device."""
+        """Bytes that all steps of a rollout read, if one device does it."""
         return self.rollout_steps * self.weight_bytes + self.past_bytes
 
     @staticmethod
     def of(
         spec: ModelSpec,
-        shapes: Shapes,
+        shapes: StepShapes,
         lengths: np.ndarray,
         itemsize: int,
         *,
         reference: bool = True,
         layer_itemsize: float | None = None,
-    ) -> Work:
-        """Counts.
+    ) -> StepCost:
+        """Counts a step's operations and bytes.
 
         Args:
             lengths: tokens of each completion.
             itemsize: bytes of a weight.
-            reference: whether it is scored.
+            reference: whether the reference model is scored.
             layer_itemsize: bytes of a weight of the layers, where they are quantised.
         """
         parts = {name: spec.layers * rows * columns for name, (rows, columns) in spec.linear_shapes().items()}
@@ -99,7 +99,7 @@ class Work:
         token = 2 * spec.layers * spec.kv_heads * spec.head_dim * key_bytes
         groups = slots / shapes.num_generations
         past = float((lengths**2 / 2).sum()) + steps * groups * shapes.prompt_length
-        return Work(
+        return StepCost(
             layer_parameters=layers,
             active_parameters=active,
             head_parameters=head,

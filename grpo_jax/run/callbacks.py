@@ -1,0 +1,101 @@
+"""Callbacks: what happens next to training. Subclass `Callback`; display, records and trackers are callbacks themselves.
+
+This is the one class of the package that is made for inheritance: every method does nothing, and a subclass overrides what it
+    needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from grpo_jax.run.display import Display, step_values
+from grpo_jax.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    from grpo_jax.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class StepCompletions:
+    """The completions of one training step: N rows, the G completions of a prompt next to each other.
+
+    Attributes:
+        prompts: B prompts, as rewards get them.
+        texts: N completions, decoded without special tokens.
+        ids: N lists of token ids.
+        rewards: N values by reward function; NaN where a function does not apply or failed.
+        advantages: [N] float32.
+        finish_reasons: N of "stop" or "length".
+    """
+
+    prompts: list[Any]
+    texts: list[str]
+    ids: list[list[int]]
+    rewards: Mapping[str, np.ndarray]
+    advantages: np.ndarray
+    finish_reasons: list[Any]
+
+
+class Callback:
+    """Hooks into a training run.
+
+    Example:
+        class StopWhenSolved(gx.Callback):
+            def on_evaluate(self, trainer, metrics):
+                trainer.should_stop = metrics["accuracy"] > 0.95
+    """
+
+    def on_train_begin(self, trainer: Trainer) -> None:
+        """Called once, before the first step (or evaluation) of this process."""
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any], completions: StepCompletions | None) -> None:
+        """Called after every step; `completions` is None in a supervised warm-up."""
+
+    def on_evaluate(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Called after every evaluation on the held-out part."""
+
+    def on_save(self, trainer: Trainer) -> None:
+        """Called after every checkpoint, which may still be written in the background."""
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Called once, when training ends without an error."""
+
+
+class RecordsCallback(Callback):
+    """Writes metrics, evaluations and completions to the run folder."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any], completions: StepCompletions | None) -> None:
+        if completions is not None:
+            self.folder.write_completions(trainer.steps_done, *completion_columns(completions))
+        self.folder.write_step(trainer.steps_done, metrics)
+
+    def on_evaluate(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        self.folder.write_evaluation(trainer.steps_done, metrics)
+
+
+class DisplayCallback(Callback):
+    """Shows steps, evaluations and now and then a table of completions."""
+
+    def __init__(self, display: Display) -> None:
+        self.display = display
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any], completions: StepCompletions | None) -> None:
+        step, train = trainer.steps_done, trainer.config.train
+        if completions is not None and train.show_every and (step in (1, train.steps) or step % train.show_every == 0):
+            self.display.completions(step, *completion_columns(completions))
+        self.display.step(step, step_values(metrics))
+
+    def on_evaluate(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        self.display.evaluation(trainer.steps_done, metrics["accuracy"], metrics["problems"])
+
+
+def completion_columns(completions: StepCompletions) -> tuple[Any, ...]:
+    """The columns that `RunFolder.write_completions` and `Display.completions` take."""
+    return completions.prompts, completions.texts, completions.rewards, completions.advantages, completions.finish_reasons

@@ -1,0 +1,74 @@
+"""Checks whether a run folder may be used: it is empty, or holds a run that can continue with the same settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from grpo_jax.config import Config, ConfigError, config_to_dict, difference
+
+FREE_ON_RESUME = (
+    "train.steps",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.eval_every",
+    "train.show_every",
+    "train.quiet",
+    "train.track",
+    "train.run_dir",
+)
+"""Settings that may change on resume, as no step's result depends on them. `train.steps` may not where the learning rate's schedule
+ends with it."""
+
+FREE_SECTIONS = ("mesh", "distributed")
+"""Sections that may change on resume: a run can continue on other devices."""
+
+
+class RunFolderError(FileExistsError, ValueError):
+    """A folder cannot be used for this run. The message names it and says what to do."""
+
+
+def check_run_folder(run_dir: str | Path, config: Config, *, resume: bool) -> None:
+    """Checks a folder without writing anything, so that it can be called before anything slow.
+
+    Raises:
+        RunFolderError: the folder holds a run and resume is false; it holds a run with other settings; it is not a folder.
+    """
+    path = Path(run_dir)
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"{path} is a file, not a folder: choose another train.run_dir")
+    if not holds_run(path):
+        return
+    if not resume:
+        raise RunFolderError(f"{path} already holds a run: continue it with --resume, or choose another train.run_dir")
+    if not (path / "config.yaml").is_file():
+        raise RunFolderError(f"{path} holds a run but no config.yaml, so it cannot be resumed: choose another train.run_dir")
+    try:
+        stored = Config.from_yaml(str(path / "config.yaml"))
+    except ConfigError as error:
+        raise RunFolderError(f"{path / 'config.yaml'} cannot be read, so the run cannot be resumed: {error}") from error
+    refused = [line for line in difference(config_to_dict(stored), config_to_dict(config)) if not may_change(line, config)]
+    if refused:
+        listed = "\n  ".join(refused)
+        raise RunFolderError(
+            f"{path} holds a run with other settings (stored -> now):\n  {listed}\n"
+            "resume with the stored ones, or choose another train.run_dir to start anew"
+        )
+
+
+def may_change(line: str, config: Config) -> bool:
+    """Whether a setting may differ on resume.
+
+    Args:
+        line: of `difference`, such as "train.steps: 10 -> 20".
+    """
+    name = line.partition(":")[0]
+    if name == "train.steps":
+        return config.optim.schedule == "constant"
+    return name in FREE_ON_RESUME or name.partition(".")[0] in FREE_SECTIONS
+
+
+def holds_run(path: Path) -> bool:
+    """Whether a folder contains something that could be lost: a finished step, a checkpoint or a summary."""
+    metrics, checkpoints = path / "metrics.jsonl", path / "checkpoints"
+    saved = checkpoints.is_dir() and any(entry.name.isdigit() for entry in checkpoints.iterdir())
+    return saved or (path / "summary.json").exists() or (metrics.is_file() and metrics.stat().st_size > 0)

@@ -1,0 +1,60 @@
+"""Metrics that the host adds to a step: lengths of completions, seconds of each part, speeds."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from grpo_jax.runtime.programs import Program, compile_seconds
+from grpo_jax.types import PromptBatch, Rollout
+
+
+def length_metrics(rollout: Rollout) -> dict[str, float]:
+    """Lengths of the completions in tokens; `clipped_ratio` is the share that no stop token ended."""
+    lengths = np.array([len(ids) for ids in rollout.completion_ids])
+    stopped = np.array([reason == "stop" for reason in rollout.finish_reasons])
+    metrics = {
+        "completions/mean_length": float(lengths.mean()),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": float(1 - stopped.mean()),
+        "sampling/near_ties": rollout.near_ties / max(1.0, float(lengths.sum())),
+    }
+    if stopped.any():
+        metrics["completions/mean_terminated_length"] = float(lengths[stopped].mean())
+    return metrics
+
+
+class Clock:
+    """Seconds of the parts of a step, without compiling."""
+
+    def __init__(self, programs: Sequence[Program]) -> None:
+        self._compiled: Callable[[], float] = functools.partial(compile_seconds, *programs)
+        self.seconds: dict[str, float] = {}
+        self._mark, self._mark_compiled = time.perf_counter(), self._compiled()
+        self._start_compiled = self._mark_compiled
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds of compiling since the clock started."""
+        return self._compiled() - self._start_compiled
+
+    def lap(self, name: str) -> None:
+        """Records the seconds since the last lap under a name."""
+        now, compiled = time.perf_counter(), self._compiled()
+        self.seconds[name] = now - self._mark - (compiled - self._mark_compiled)
+        self._mark, self._mark_compiled = now, compiled
+
+    def metrics(self, prompts: PromptBatch, rollout: Rollout) -> dict[str, float]:
+        """Seconds and speeds. Rollout speed counts completion tokens; update speed counts those and each prompt once."""
+        tokens = sum(len(ids) for ids in rollout.completion_ids)
+        shared = tokens + sum(len(ids) for ids in prompts.prompt_ids)
+        return self.seconds | {
+            "step_seconds": sum(self.seconds.values()),
+            "compile_seconds": self.compile_seconds,
+            "rollout_tokens_per_second": tokens / self.seconds["rollout_seconds"],
+            "update_tokens_per_second": shared / self.seconds["update_seconds"],
+        }

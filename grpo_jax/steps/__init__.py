@@ -1,0 +1,55 @@
+"""The two kinds of training step: GRPO (`grpo`) and the supervised warm-up (`supervised`).
+
+`trainer.py` runs the loop around them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from grpo_jax.config import Config
+from grpo_jax.learner.step import Learner
+from grpo_jax.policy import Policy
+from grpo_jax.run.callbacks import StepCompletions
+from grpo_jax.runtime.programs import Program
+from grpo_jax.types import TrainState
+
+StepResult = tuple[TrainState, dict[str, Any], StepCompletions | None]
+"""The next state, the step's metrics on the host, and its completions."""
+
+
+class Step(Protocol):
+    """One kind of training step."""
+
+    @property
+    def config(self) -> Config:
+        """The settings, with values for what `auto` leaves open."""
+        ...
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that training starts from."""
+        ...
+
+    @property
+    def learner(self) -> Learner:
+        """The pure part of the step."""
+        ...
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """Everything that the step compiles."""
+        ...
+
+    @property
+    def problems(self) -> int:
+        """Number of held-out problems."""
+        ...
+
+    def run(self, state: TrainState, number: int) -> StepResult:
+        """Makes step `number`, from 0."""
+        ...
+
+    def evaluate(self, state: TrainState) -> dict[str, Any] | None:
+        """Metrics on the held-out part; None where nothing is held out."""
+        ...

@@ -1,0 +1,195 @@
+"""A GRPO step, statement by statement: prompts, completions, rewards, update. It stays the same object from step to step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import optax
+
+from grpo_jax.config import Config
+from grpo_jax.data.source import PromptSource
+from grpo_jax.evaluation import evaluate_held_out, reward_columns
+from grpo_jax.fit.auto import fit_run
+from grpo_jax.fit.learners import grpo_learner
+from grpo_jax.fit.micro_batch import micro_batch_of
+from grpo_jax.learner.batches import train_batch
+from grpo_jax.learner.custom_loss import LossFunction
+from grpo_jax.learner.step import Learner
+from grpo_jax.policy import Policy, sampler_of
+from grpo_jax.rewards import NamedFunction, check_functions, failure_lines, resolve_functions, reward_metrics
+from grpo_jax.rewards.across_processes import score_across_processes
+from grpo_jax.rollout.sampler import Sampler
+from grpo_jax.run.callbacks import StepCompletions
+from grpo_jax.run.display import Display
+from grpo_jax.run.step_metrics import Clock, length_metrics
+from grpo_jax.runtime import distributed
+from grpo_jax.runtime.programs import Program
+from grpo_jax.steps import StepResult
+from grpo_jax.steps.setup import placed_policy, read_tokenizer
+from grpo_jax.types import Frozen, Params, PromptBatch, TrainState
+
+TRUNCATED_LINE = (
+    "log-probabilities: truncated as sampling is (top_p, top_k, min_p), so the update computes logits again in its backward pass "
+    "instead of saving one vector a token; objective.match_sampling false uses the untruncated distribution, without that cost"
+)
+
+
+class Prompts(Protocol):
+    """Where prompts come from: a `PromptSource`, or made-up ones in a benchmark."""
+
+    def batch(self, step: int) -> PromptBatch:
+        """The prompts of a step."""
+        ...
+
+
+@dataclass(frozen=True)
+class GrpoStep:
+    """A GRPO step: prompts, G completions of each, rewards, update.
+
+    Attributes:
+        limits: longest length of each of a step's completions in tokens; None is `rollout.max_completion_length` for all.
+    """
+
+    config: Config
+    policy: Policy
+    source: Prompts
+    functions: list[NamedFunction]
+    sampler: Sampler
+    learner: Learner
+    update: Program
+    frozen: Frozen
+    display: Display
+    limits: Sequence[int] | None = None
+
+    @staticmethod
+    def read(
+        config: Config,
+        policy: Policy | None,
+        dataset: Any,
+        eval_dataset: Any,
+        rewards: list[Any],
+        display: Display,
+        *,
+        optimizer: optax.GradientTransformation | None = None,
+        loss_fn: LossFunction | None = None,
+    ) -> GrpoStep:
+        """Reads and checks everything that can be wrong, cheapest first, and the weights last; see `Trainer` for the arguments."""
+        longest = config.rollout.max_completion_length
+        functions = resolve_functions(rewards or config.rewards.functions, max_completion_length=longest)
+        tokenizer = policy.need_tokenizer() if policy is not None else read_tokenizer(config, display)
+        source = PromptSource.build(config, tokenizer, dataset, eval_dataset)
+        display.note(prompts_line(source, config.rollout.max_prompt_length))
+        check_functions(functions, reward_columns(source, config), config.rewards.weights, config.rewards.accuracy)
+        policy = placed_policy(config, policy, display)
+        return GrpoStep.build(config, policy, source, functions, display, optimizer=optimizer, loss_fn=loss_fn)
+
+    @staticmethod
+    def build(
+        config: Config,
+        policy: Policy,
+        source: Prompts,
+        functions: list[NamedFunction],
+        display: Display,
+        *,
+        optimizer: optax.GradientTransformation | None = None,
+        loss_fn: LossFunction | None = None,
+    ) -> GrpoStep:
+        """Builds the step from what has been read and checked. Compiles nothing, but for `train.micro_batch_prompts: auto`."""
+        base = {} if policy.adapters is None else policy.params
+        frozen = Frozen(base, reference_of(policy, config))
+        make_learner = functools.partial(grpo_learner, optimizer=optimizer, loss_fn=loss_fn)
+        if config.train.micro_batch_prompts == "auto":
+            problems = len(source.held_out) if isinstance(source, PromptSource) else 0
+            fit = fit_run(config, policy, frozen, display, problems, make_learner)
+            return GrpoStep(fit.config, policy, source, functions, fit.sampler, fit.learner, fit.update, frozen, display)
+        micro_batch = micro_batch_of(config, policy)
+        learner, remat = make_learner(config, policy, micro_batch)
+        if remat != config.model.remat:
+            display.note(f"model.remat: {config.model.remat} is {remat} here")
+        if config.train.micro_batch_prompts is None and micro_batch[0] < config.train.prompts_per_step:
+            display.note(f"train.micro_batch_prompts: {micro_batch[0]} at once, as many as a processor's cache serves well")
+        if learner.truncation is not None and learner.truncation.truncates:
+            display.note(TRUNCATED_LINE)
+        sampler = sampler_of(policy).announcing(display.compiling)
+        update = Program("update", learner.train_step, donate=(0,), announce=display.compiling)
+        return GrpoStep(config, policy, source, functions, sampler, learner, update, frozen, display)
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        return self.update, *self.sampler.programs
+
+    @property
+    def problems(self) -> int:
+        return len(self.source.held_out) if isinstance(self.source, PromptSource) else 0
+
+    def run(self, state: TrainState, number: int) -> StepResult:
+        config = self.config
+        clock = Clock(self.programs)
+        prompts = self.source.batch(number)
+        rollout = self.sampler.sample(
+            self.learner.policy(state.trainable, self.frozen),
+            prompts.prompt_ids,
+            config.rollout,
+            seed=config.train.seed,
+            step=number,
+            indices=prompts.indices,
+            limits=self.limits,
+        )
+        clock.lap("rollout_seconds")
+        texts = [self.policy.text_of(ids) for ids in rollout.completion_ids]
+        if number == 0 and rollout.slots < len(texts):
+            self.display.note(f"slots: {rollout.slots} of {len(texts)} completions are decoded at once")
+        scored = score_across_processes(
+            distributed if distributed.is_multiprocess() else None,
+            self.functions,
+            config.rewards.weights,
+            prompts=prompts.prompts,
+            completions=texts,
+            completion_ids=rollout.completion_ids,
+            columns=prompts.columns,
+            timeout_seconds=config.rewards.timeout_seconds,
+            max_failed_share=config.rewards.max_failed_share,
+        )
+        for line in failure_lines(scored):
+            self.display.warning(line)
+        clock.lap("reward_seconds")
+        state, packed = self.update(state, train_batch(prompts, rollout, scored, config, self.policy.layout), self.frozen)
+        metrics, advantages = packed.to_host()
+        clock.lap("update_seconds")
+        metrics |= reward_metrics(scored) | length_metrics(rollout) | clock.metrics(prompts, rollout)
+        completions = StepCompletions(
+            prompts.prompts, texts, rollout.completion_ids, scored.per_function, advantages, list(rollout.finish_reasons)
+        )
+        return state, metrics, completions
+
+    def evaluate(self, state: TrainState) -> dict[str, Any] | None:
+        if not isinstance(self.source, PromptSource):
+            return None
+        variables, tokenizer = self.learner.policy(state.trainable, self.frozen), self.policy.need_tokenizer()
+        result = evaluate_held_out(self.sampler, variables, self.source, self.functions, tokenizer, self.config)
+        if result is None:
+            return None
+        return {"accuracy": result.accuracy, "problems": result.problems, "reward/mean": result.reward_mean}
+
+
+def reference_of(policy: Policy, config: Config) -> Params | None:
+    """What turns the base into the reference: nothing, the adapter that training starts from, or in full training the old weights.
+
+    They are the policy's own arrays, no copies: only the state is donated, and it begins as a copy.
+    """
+    if policy.adapters is None:
+        return policy.params if config.objective.needs_reference else None
+    started = any(bool(np.any(policy.on_host(pair["b"]))) for pair in policy.adapters["layers"].values())
+    return policy.adapters if started else {}
+
+
+def prompts_line(source: PromptSource, limit_tokens: int) -> str:
+    """Number of prompts, and what became of those that were too long."""
+    counts = {"dropped": source.dropped, "held-out ones dropped": source.held_out_dropped, "shortened": source.shortened}
+    overlong = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+    said = f"; longer than {limit_tokens} tokens: {overlong}" if overlong else ""
+    return f"prompts: {len(source.train)} to train on, {len(source.held_out)} held out{said}"

@@ -1,0 +1,57 @@
+"""The start of a run: joins processes, checks mesh and run folder, reads tokenizer and weights. Compiles nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from grpo_jax.config import Config, resolved_settings
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.policy import Policy
+from grpo_jax.run.display import Display
+from grpo_jax.run.folder import RunFolder
+from grpo_jax.runtime import distributed
+from grpo_jax.runtime.mesh import check_prompts, make_layout
+from grpo_jax.weights.axes import check_mesh
+from grpo_jax.weights.hf import find_model, read_folder_spec
+
+
+def begin(config: Config, sources: Mapping[str, str] | None, *, resume: bool) -> Display:
+    """Joins the processes that the settings name, checks mesh and run folder, and shows the settings.
+
+    Raises:
+        ConfigError, RunFolderError: they do not fit the devices, the processes or the run.
+    """
+    if config.distributed.explicit:
+        distributed.start(config.distributed)
+    layout = make_layout(config.mesh)
+    check_prompts(layout, config.train.prompts_per_step, config.train.micro_batch_prompts)
+    RunFolder.check(config.train.run_dir, config, resume=resume)
+    distributed.check_shared(Path(config.train.run_dir))
+    display = Display(config.train.quiet, silent=not distributed.is_main())
+    display.settings(resolved_settings(config, sources or {}))
+    if layout is not None:
+        sizes, kind = ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items()), jax.devices()[0].device_kind
+        processes = f" in {jax.process_count()} processes" if distributed.is_multiprocess() else ""
+        display.note(f"mesh: {sizes}; {layout.mesh.size} of {jax.device_count()} devices ({kind}){processes}")
+    return display
+
+
+def read_tokenizer(config: Config, display: Display) -> Tokenizer | None:
+    """The tokenizer of the model that a config names; checks that the mesh fits the model, and downloads no weights."""
+    assert config.model.path is not None
+    with display.busy(f"looking for {config.model.path}"):
+        folder = find_model(config.model.path, config.model.revision, weights=False)
+        check_mesh(make_layout(config.mesh), read_folder_spec(folder))
+        return Tokenizer.from_folder(folder)
+
+
+def placed_policy(config: Config, policy: Policy | None, display: Display) -> Policy:
+    """The policy that a run starts from, on the mesh of its settings."""
+    if policy is None:
+        with display.busy(f"reading {config.model.path}"):
+            policy = Policy.from_config(config)
+    policy.need_tokenizer()
+    return policy.placed(make_layout(config.mesh))
