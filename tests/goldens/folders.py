@@ -1,7 +1,7 @@
-"""Writes the tiny models and adapters as Hugging Face and PEFT folders, and reads what torch computed with them.
+"""Writes the tiny models and adapters as Hugging Face and PEFT folders, and reads torch's results for them.
 
-Each folder beside this file holds `config.json` (as transformers 5 writes it), `config_hub.json` (as most folders on the hub
-still spell it), `tensors.json` (names and shapes; `weights.py` gives the numbers) and `logprobs.npz`. `make_goldens.py` made them.
+Each folder next to this file has `config.json` (as transformers 5 writes it), `config_hub.json` (the older spelling of most
+folders on the hub), `tensors.json` (names and shapes; values: `weights.py`) and `logprobs.npz`. `make_goldens.py` made them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from goldens.weights import tensor
 HERE = Path(__file__).resolve().parent
 FAMILIES = ("llama2", "llama3_scaled", "llama_linear", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gemma2", "gemma3")
 ADAPTERS = {"llama3_all_linear": "llama3_scaled", "qwen2_all_linear": "qwen2", "gemma3_rslora": "gemma3"}
-"""Name of a PEFT adapter → the model that it adapts."""
+"""Name of a PEFT adapter → the family of its base model."""
 
 GENERATION_CONFIG = {"bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": 0, "do_sample": True, "temperature": 0.7}
 
@@ -39,13 +39,13 @@ def build_model_folder(folder: Path, family: str, spelling: Literal["new", "hub"
     """Writes a tiny model's folder: config.json, generation_config.json and safetensors; no tokenizer.
 
     Args:
-        folder: where to put it; a folder `family` is made in it.
+        folder: parent folder.
         family: one of `FAMILIES`.
-        spelling: of config.json: transformers 5's, or that of the hub's older folders.
+        spelling: of config.json: that of transformers 5, or the older one of the hub.
         shards: number of safetensors files; more than one also writes the index.
 
     Returns:
-        The folder that was made.
+        The folder of the model.
     """
     target = folder / f"{family}_{spelling}"
     target.mkdir(parents=True)
@@ -69,10 +69,10 @@ def build_model_folder(folder: Path, family: str, spelling: Literal["new", "hub"
 
 
 def build_adapter_folder(folder: Path, adapter: str) -> Path:
-    """Writes a PEFT adapter's folder, `adapter_config.json` and `adapter_model.safetensors`, as PEFT itself does.
+    """Writes a PEFT adapter's folder: `adapter_config.json` and `adapter_model.safetensors`.
 
     Args:
-        folder: where to put it; a folder named after the adapter is made in it.
+        folder: parent folder.
         adapter: one of `ADAPTERS`.
     """
     target = folder / adapter
@@ -84,7 +84,7 @@ def build_adapter_folder(folder: Path, adapter: str) -> Path:
 
 
 def read_golden(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """What torch computed.
+    """Reads torch's results.
 
     Args:
         name: a family, or `adapters/NAME`.

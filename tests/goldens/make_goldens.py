@@ -1,9 +1,8 @@
-"""Makes the folders beside it with torch, transformers and PEFT; run by hand: `python tests/goldens/make_goldens.py [NAME ...]`.
+"""Makes the golden folders with torch, transformers and PEFT; run by hand: `python tests/goldens/make_goldens.py [NAME ...]`.
 
-For each family: a tiny model with every special feature switched on, its config in both spellings (which must load to the
-same model), and per-token log-probabilities in float32 with eager attention. Each feature is then switched off once, and must
-change them by more than five times what the tests allow: a golden that does not see a feature does not test it. Needs torch,
-transformers 5 and peft, not JAX.
+For each family: a tiny model with every special feature switched on, its config in both spellings (which must load to the same
+model), and per-token log-probabilities in float32 with eager attention. Each feature is then switched off once and must change
+them by more than five times the tests' tolerance; else the golden would not test it. Needs torch, transformers 5 and peft, not JAX.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from goldens.folders import ADAPTERS, HERE, model_tensors
 from goldens.weights import tensor
 
@@ -47,7 +46,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 
-# Family -> (model type, settings, features to switch off one at a time to see that the golden notices).
+# Family -> (model type, settings, features to switch off one at a time).
 NEW: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "llama2": (
         "llama",
@@ -195,13 +194,13 @@ NEW: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
 
 
 def hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The same config as folders from before transformers 5 say it."""
-    since = ("rope_parameters", "dtype", "layer_types", "_sliding_window_pattern", "use_bidirectional_attention")
-    old = {key: value for key, value in config.items() if key not in since}
+    """The same config in the spelling from before transformers 5."""
+    new_names = ("rope_parameters", "dtype", "layer_types", "_sliding_window_pattern", "use_bidirectional_attention")
+    old = {key: value for key, value in config.items() if key not in new_names}
     if family in ("llama2", "llama3_scaled"):
         del old["head_dim"]  # hidden_size / heads
     if family.startswith("gemma"):
-        old.pop("tie_word_embeddings", None)  # Gemma's default, which its files leave out
+        old.pop("tie_word_embeddings", None)  # Gemma's default, which its files omit
     old["torch_dtype"] = "float32"
     old["transformers_version"] = "4.44.0"
     rope = config["rope_parameters"]
@@ -212,7 +211,7 @@ def hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
         old["sliding_window_pattern"] = 6
         old["cache_implementation"] = "hybrid"
         return old
-    if family != "llama2":  # as Llama 2's own file, which leaves the default out
+    if family != "llama2":  # Llama 2's own file omits the default
         old["rope_theta"] = rope["rope_theta"]
     old["rope_scaling"] = None
     if family == "llama_linear":
@@ -223,7 +222,7 @@ def hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
         old["pretraining_tp"] = 1
     if family in ("qwen2", "qwen3"):
         old["max_window_layers"] = 28
-        old["sliding_window"] = 16 if family == "qwen2" else None  # there, and off: use_sliding_window is false
+        old["sliding_window"] = 16 if family == "qwen2" else None  # present but unused: use_sliding_window is false
     if family == "qwen3_moe":
         old["num_experts"] = old.pop("num_local_experts")
         old["max_window_layers"] = 28
@@ -234,21 +233,21 @@ def hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_model(config_file: dict[str, Any], family: str) -> torch.nn.Module:
-    """The transformers model of a config.json with the weights of `weights.py`."""
+    """Loads the transformers model of a config.json with the weights of `weights.py`."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config_file))
         save_file(model_tensors(family), Path(folder) / "model.safetensors", metadata={"format": "pt"})
-        model, told = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
         )
-    wrong = {key: names for key, names in told.items() if names and key != "error_msgs"}
-    if wrong or told["error_msgs"]:
-        raise RuntimeError(f"{family}: {told}")
+    wrong = {key: names for key, names in report.items() if names and key != "error_msgs"}
+    if wrong or report["error_msgs"]:
+        raise RuntimeError(f"{family}: {report}")
     return model.eval()
 
 
 def tensor_shapes(model: torch.nn.Module, *, tied: bool) -> dict[str, list[int]]:
-    """The tensors of a model's files. Those of experts have other names in memory, where all are one."""
+    """Shapes of the tensors in a model's files. In memory all experts are one tensor with another name."""
     tensors = model.state_dict()
     if any(".experts." in name for name in tensors):
         with tempfile.TemporaryDirectory() as folder:
@@ -267,7 +266,7 @@ def logprobs(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
 
 
 def write(folder: Path, shapes: dict[str, list[int]], ids: np.ndarray, logps: np.ndarray) -> None:
-    """Writes what every golden folder has."""
+    """Writes the files that every golden folder has."""
     (folder / "tensors.json").write_text(
         "{\n" + ",\n".join(f"  {json.dumps(name)}: {shape}" for name, shape in shapes.items()) + "\n}\n"
     )
@@ -280,11 +279,11 @@ def make_family(family: str) -> None:
     folder = HERE / family
     folder.mkdir(parents=True, exist_ok=True)
     config = AutoConfig.for_model(model_type, **settings, dtype="float32")
-    shell = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    config.architectures = [type(shell).__name__]
+    empty = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    config.architectures = [type(empty).__name__]
     new = json.loads(config.to_json_string())
     hub = hub_spelling(family, new)
-    shapes = tensor_shapes(shell, tied=config.tie_word_embeddings)
+    shapes = tensor_shapes(empty, tied=config.tie_word_embeddings)
     ids = np.random.default_rng(len(shapes)).integers(3, settings["vocab_size"], (2, LENGTH))
     write(folder, shapes, ids, np.zeros((2, LENGTH - 1), np.float32))
     logps = logprobs(load_model(new, family), ids)
@@ -293,13 +292,13 @@ def make_family(family: str) -> None:
     for feature in features:
         changed = np.abs(logprobs(load_model({**new, **feature}, family), ids) - logps).max()
         if not changed > 5 * TOLERANCE:
-            raise RuntimeError(f"{family}: {feature} changes log-probabilities by {changed} only")
+            raise RuntimeError(f"{family}: {feature} changes log-probabilities by only {changed}")
         print(f"  {family} without {feature}: {changed:.1e}")
     write(folder, shapes, ids, logps)
     for file, content in (("config.json", new), ("config_hub.json", hub)):
         (folder / file).write_text(json.dumps(content, indent=2) + "\n")
     weights = sum(int(np.prod(shape)) for shape in shapes.values())
-    print(f"{family}: mean {logps.mean():.3f}, {weights} weights, {len(features)} features seen")
+    print(f"{family}: mean {logps.mean():.3f}, {weights} weights, {len(features)} features tested")
 
 
 def make_adapter(adapter: str) -> None:

@@ -1,7 +1,7 @@
-"""Weights of the tiny models: NumPy arrays that follow from a tensor's name and shape, so that none need be stored.
+"""Weights of the tiny models: pseudo-random NumPy arrays computed from a tensor's name and shape, so that none are stored.
 
-Enters: a Hugging Face tensor name and a shape. Leaves: float32 numbers, random but the same everywhere. Norm weights and
-biases are random too, and attention is far from uniform, so that a feature left out of a forward pass shows.
+Norm weights and biases are random too, and attention is far from uniform, so that a feature missing in a forward pass changes the
+result.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ import numpy as np
 
 
 def tensor(name: str, shape: tuple[int, ...], *, norm_center: float = 1.0) -> np.ndarray:
-    """The tensor of that name.
+    """The float32 tensor of a name and shape.
 
     Args:
-        name: its name in the safetensors file, of a model or of a PEFT adapter.
-        shape: its shape, a linear layer's (out, in).
-        norm_center: what norm weights scatter around: 1, or 0 where the model adds 1 itself (Gemma).
+        name: its name in a model's or PEFT adapter's safetensors file.
+        shape: of the tensor; a linear layer's is (out, in).
+        norm_center: mean of norm weights: 1, or 0 where the model adds 1 (Gemma).
     """
-    numbers = np.random.default_rng([zlib.crc32(name.encode()), *shape]).standard_normal(shape)
+    values = np.random.default_rng([zlib.crc32(name.encode()), *shape]).standard_normal(shape)
     if "norm" in name:
-        numbers = norm_center + 0.4 * numbers
+        values = norm_center + 0.4 * values
     elif name.endswith(".bias"):
-        numbers = 0.5 * numbers
+        values = 0.5 * values
     elif "embed_tokens" in name:
-        numbers = 0.35 * numbers
+        values = 0.35 * values
     elif "lora_B" in name:
-        numbers = 0.1 * numbers
+        values = 0.1 * values
     elif "lora_A" in name:
-        numbers = numbers / np.sqrt(shape[-1])
+        values = values / np.sqrt(shape[-1])
     else:
-        numbers = 1.5 * numbers / np.sqrt(shape[-1])
-    return numbers.astype(np.float32)
+        values = 1.5 * values / np.sqrt(shape[-1])
+    return values.astype(np.float32)

@@ -1,4 +1,4 @@
-"""config.json → spec: both spellings, published models by their parameter counts, transformers' defaults, and what is refused."""
+"""Reading config.json into a ModelSpec: both spellings, parameter counts of published models, transformers' defaults, refusals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LLAMA3_SCALING = {
     "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3",
 }  # fmt: skip
 
-# Sizes of models on the hub, as their config.json files spell them, and the number of parameters that their pages give.
+# Config.json attributes of models on the hub, and the number of parameters on their pages.
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "Llama-2-7b": (
         {
@@ -131,7 +131,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_both_spellings_of_config_json_are_one_model(family: str) -> None:
+def test_both_spellings_of_config_json_give_the_same_spec(family: str) -> None:
     hub = json.loads((HERE / family / "config_hub.json").read_text())
     assert hub != golden_config(family)
     assert read_spec(hub) == read_spec(golden_config(family))
@@ -143,7 +143,7 @@ def test_published_models_have_their_published_number_of_parameters(model: str) 
     assert count_parameters(read_spec(config)) == parameters
 
 
-def test_what_the_published_configs_say_is_what_is_read() -> None:
+def test_published_configs_are_read_into_the_right_fields() -> None:
     llama = read_spec(PUBLISHED["Llama-3.1-8B"][0])
     assert llama.ropes == (Rope(500000.0, "llama3", 8.0, 1.0, 4.0, 8192),)
     assert (llama.dtype, llama.tied, llama.head_dim, llama.norm_eps) == ("bfloat16", False, 128, 1e-5)
@@ -167,32 +167,32 @@ def test_what_the_published_configs_say_is_what_is_read() -> None:
 
 
 @pytest.mark.parametrize("family", READERS)
-def test_what_a_config_leaves_out_is_what_transformers_takes(family: str) -> None:
-    """transformers' own config classes fill in the rest; they need no torch."""
+def test_missing_attributes_get_transformers_defaults(family: str) -> None:
+    """transformers' config classes give the defaults; they need no torch."""
     from transformers import AutoConfig
 
     full = json.loads(AutoConfig.for_model(family, **SMALL).to_json_string(use_diff=False))
-    left_out = dataclasses.asdict(read_spec(SMALL | {"model_type": family}))
-    assert left_out == dataclasses.asdict(read_spec(full))
+    short = dataclasses.asdict(read_spec(SMALL | {"model_type": family}))
+    assert short == dataclasses.asdict(read_spec(full))
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_windows_of_qwen_begin_where_transformers_begins_them(family: str) -> None:
+def test_qwen_windows_start_at_the_layer_that_transformers_uses(family: str) -> None:
     from transformers import AutoConfig
 
     for settings in ({}, {"sliding_window": 77}, {"sliding_window": 77, "max_window_layers": 3}, {"sliding_window": None}):
-        given = SMALL | {"num_hidden_layers": 30, "use_sliding_window": True} | settings
-        theirs = AutoConfig.for_model(family, **given)
+        config = SMALL | {"num_hidden_layers": 30, "use_sliding_window": True} | settings
+        theirs = AutoConfig.for_model(family, **config)
         expected = tuple(theirs.sliding_window if kind == "sliding_attention" else None for kind in theirs.layer_types)
-        assert read_spec(given | {"model_type": family}).windows == expected, settings
+        assert read_spec(config | {"model_type": family}).windows == expected, settings
 
 
-def test_a_mistral_window_of_null_is_none_and_an_absent_one_the_familys() -> None:
+def test_mistral_window_null_is_none_and_absent_is_the_default() -> None:
     assert set(read_spec(SMALL | {"model_type": "mistral"}).windows) == {4096}
     assert set(read_spec(SMALL | {"model_type": "mistral", "sliding_window": None}).windows) == {None}
 
 
-def test_soft_caps_of_null_are_off() -> None:
+def test_null_soft_caps_are_off() -> None:
     spec = read_spec(SMALL | {"model_type": "gemma2", "attn_logit_softcapping": None, "final_logit_softcapping": None})
     assert (spec.attention_softcap, spec.final_softcap) == (None, None)
 
@@ -220,7 +220,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-REFUSED_OF_EXPERTS: list[tuple[dict[str, Any], str]] = [
+REFUSED_EXPERTS: list[tuple[dict[str, Any], str]] = [
     ({"decoder_sparse_step": 2}, r"decoder_sparse_step = 2 is not supported \(every layer has experts\)"),
     ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] is not supported \(every layer has experts\)"),
     ({"num_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok = 5 is not within 1 to the 4 experts"),
@@ -228,19 +228,19 @@ REFUSED_OF_EXPERTS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "message"), REFUSED_OF_EXPERTS)
+@pytest.mark.parametrize(("change", "message"), REFUSED_EXPERTS)
 def test_layers_without_experts_are_refused_by_name(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         read_spec(SMALL | {"model_type": "qwen3_moe"} | change)
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED)
-def test_what_is_not_known_is_refused_by_name(change: dict[str, Any], message: str) -> None:
+def test_unsupported_attributes_are_refused_by_name(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=f"folder/config.json: .*{message}"):
         read_spec(SMALL | {"model_type": "mistral"} | change, "folder/config.json")
 
 
-def test_gemma_refuses_another_activation_and_attention_to_the_future() -> None:
+def test_gemma_refuses_other_activations_and_bidirectional_attention() -> None:
     for change in ({"hidden_activation": "silu"}, {"use_bidirectional_attention": True}):
         with pytest.raises(ModelError, match=next(iter(change))):
             read_spec(SMALL | {"model_type": "gemma3_text"} | change)

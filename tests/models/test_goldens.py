@@ -1,4 +1,4 @@
-"""Per-token log-probabilities against transformers and PEFT, as stored in `goldens/` (torch itself: `make test-peers`)."""
+"""Per-token log-probabilities against stored results of transformers and PEFT (`goldens/`); against torch: `make test-peers`."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 
 from goldens.folders import ADAPTERS, FAMILIES, build_adapter_folder, build_model_folder, read_golden
 
-TOLERANCE_NATS = 1e-4  # float32 sums in another order; the smallest feature seen changes them by 6e-4
+TOLERANCE_NATS = 1e-4  # float32 sums in another order; the model feature with the smallest effect changes them by 6e-4
 
 
 def assert_matches(folder: Path, golden: str, adapter: Path | None = None) -> None:
-    """Splits the rows into prompts and completions of unequal length, so that padding is crossed; two calls see every token."""
+    """Compares rows split into prompts and completions of unequal length, so that there is padding; two calls cover every token."""
     from grpo_jax.policy import Policy
 
     policy = Policy.from_pretrained(str(folder), dtype="float32", adapter=None if adapter is None else str(adapter))
@@ -31,15 +31,15 @@ def assert_matches(folder: Path, golden: str, adapter: Path | None = None) -> No
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("spelling", ["new", "hub"])
-def test_log_probabilities_are_those_of_transformers(tmp_path: Path, family: str, spelling: Literal["new", "hub"]) -> None:
+def test_log_probabilities_match_transformers(tmp_path: Path, family: str, spelling: Literal["new", "hub"]) -> None:
     assert_matches(build_model_folder(tmp_path, family, spelling), family)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_an_adapter_made_by_peft_gives_the_log_probabilities_of_peft(tmp_path: Path, adapter: str) -> None:
+def test_log_probabilities_with_a_peft_adapter_match_peft(tmp_path: Path, adapter: str) -> None:
     folder = build_model_folder(tmp_path, ADAPTERS[adapter])
     assert_matches(folder, f"adapters/{adapter}", build_adapter_folder(tmp_path, adapter))
 
 
-def test_a_model_in_several_files_is_the_same_model(tmp_path: Path) -> None:
+def test_a_sharded_checkpoint_is_the_same_model(tmp_path: Path) -> None:
     assert_matches(build_model_folder(tmp_path, "qwen3", shards=3), "qwen3")

@@ -1,7 +1,7 @@
-"""Mixture of experts: router and products against loops over tokens in NumPy, gradients against float64; and on eight devices.
+"""Mixture of experts: router and products against loops over tokens in NumPy, gradients against float64, meshes of eight devices.
 
-Each form that a product takes is held to the same oracle. Log-probabilities, sampling and both spellings of config.json are tested
-with those of the other families.
+Every form of the products is compared with the same oracle. Log-probabilities, sampling and both spellings of config.json are
+tested with those of the other families.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from grpo_kernels.ops.quantized_matmul import QuantizedWeight, dequantize, quant
 
 MOE = ("mixtral", "qwen3_moe")
 SPEC = read_spec(golden_config("qwen3_moe"))
-FORMS = ("every", "ragged", "blocks")
+FORMS = ("dense", "ragged", "tiled")
 Leaves = dict[str, dict[str, Any]]
 
 
@@ -47,7 +47,7 @@ def _quick() -> Iterator[None]:
 
 
 def random_layer(spec: ModelSpec, rank: int = 0, seed: int = 0) -> Leaves:
-    """One layer's router and experts, of sizes that keep activations near 1."""
+    """Random router and experts of one layer, scaled so that activations are near 1."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> np.ndarray:
@@ -63,14 +63,14 @@ def random_layer(spec: ModelSpec, rank: int = 0, seed: int = 0) -> Leaves:
 
 
 def loop_over_tokens(spec: ModelSpec, x: np.ndarray, layer: Leaves, scale: float) -> np.ndarray:
-    """[N, D] in float64, token by token and expert by expert."""
+    """The oracle: [N, D] in float64, token by token and expert by expert."""
     wide = {name: {leaf: np.asarray(w, np.float64) for leaf, w in leaves.items()} for name, leaves in layer.items()}
     out = np.zeros(x.shape)
     for token, row in enumerate(np.asarray(x, np.float64)):
         p = np.exp(log_softmax(row @ wide["router"]["kernel"]))
-        chosen = np.argsort(-p, kind="stable")[: spec.experts_per_token]
-        total = p[chosen].sum() if spec.norm_topk_prob else 1.0
-        for e in chosen:
+        selected = np.argsort(-p, kind="stable")[: spec.experts_per_token]
+        total = p[selected].sum() if spec.norm_topk_prob else 1.0
+        for e in selected:
             weight = {
                 name: leaves["kernel"][e] + (scale * leaves["a"][e] @ leaves["b"][e] if "a" in leaves else 0.0)
                 for name, leaves in wide.items()
@@ -83,9 +83,9 @@ def loop_over_tokens(spec: ModelSpec, x: np.ndarray, layer: Leaves, scale: float
 
 @pytest.fixture
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Products in one form, and blocks of a few tiles, so that there are several."""
+    """Sets one form of the products, and small blocks, so that there are several."""
     monkeypatch.setattr(moe, "choose_form", lambda *_, **__: request.param)
-    monkeypatch.setattr(moe, "BLOCK_NUMBERS", 2 * SPEC.width * SPEC.ffw)
+    monkeypatch.setattr(moe, "BLOCK_ELEMENTS", 2 * SPEC.width * SPEC.ffw)
     return request.param
 
 
@@ -94,39 +94,39 @@ def tokens(count: int, seed: int = 1) -> np.ndarray:
 
 
 @pytest.mark.parametrize("normalised", [True, False])
-def test_the_router_is_a_softmax_over_all_and_the_largest_of_it(normalised: bool) -> None:
+def test_the_router_is_the_top_k_of_a_softmax_over_all_experts(normalised: bool) -> None:
     x, router = tokens(40), random_layer(SPEC)["router"]["kernel"]
-    weights, chosen = moe.route(jnp.asarray(x), jnp.asarray(router), 3, normalised=normalised)
+    weights, selected = moe.route(jnp.asarray(x), jnp.asarray(router), 3, normalised=normalised)
     assert weights.dtype == jnp.float32
     p = np.exp(log_softmax(x.astype(np.float64) @ router.astype(np.float64)))
     expected = np.argsort(-p, axis=-1)[:, :3]
-    np.testing.assert_array_equal(np.asarray(chosen), expected)
+    np.testing.assert_array_equal(np.asarray(selected), expected)
     likely = np.take_along_axis(p, expected, axis=-1)
     likely = likely / likely.sum(axis=-1, keepdims=True) if normalised else likely
     np.testing.assert_allclose(weights, likely, rtol=1e-5)
 
 
-def test_a_bfloat16_router_adds_in_float32() -> None:
-    """Logits of bfloat16 would tie: 256 + 1 is 256."""
+def test_a_bfloat16_router_accumulates_in_float32() -> None:
+    """In bfloat16 the logits would tie: 256 + 1 is 256."""
     x, router = np.ones((1, 257), np.float32), np.ones((257, 2), np.float32)
     router[-1] = [0.0, 1.0]
-    weights, chosen = moe.route(jnp.asarray(x, jnp.bfloat16), jnp.asarray(router, jnp.bfloat16), 1, normalised=False)
-    assert int(chosen[0, 0]) == 1
+    weights, selected = moe.route(jnp.asarray(x, jnp.bfloat16), jnp.asarray(router, jnp.bfloat16), 1, normalised=False)
+    assert int(selected[0, 0]) == 1
     assert float(weights[0, 0]) == pytest.approx(1 / (1 + np.exp(-1.0)), rel=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMS, indirect=True)
 @pytest.mark.parametrize(("count", "normalised", "rank"), [(50, True, 0), (50, False, 2), (1, True, 2)])
-def test_a_layer_is_the_weighted_sum_over_each_tokens_experts(form: str, count: int, normalised: bool, rank: int) -> None:
+def test_a_layer_is_the_weighted_sum_of_each_tokens_experts(form: str, count: int, normalised: bool, rank: int) -> None:
     spec = dataclasses.replace(SPEC, norm_topk_prob=normalised)
     x, layer = tokens(count), random_layer(spec, rank)
     got = jax.jit(lambda x, layer: moe.mix_experts(spec, x[None], layer, 2.0))(x, layer)
     np.testing.assert_allclose(got[0], loop_over_tokens(spec, x, layer, 2.0), rtol=0, atol=2e-5)
 
 
-def pointed(layer: Leaves, experts: list[int], among: int) -> tuple[Leaves, np.ndarray]:
+def routed_to(layer: Leaves, experts: list[int], count: int) -> tuple[Leaves, np.ndarray]:
     """Tokens, and a router that sends all of them to the same experts."""
-    x = tokens(among)
+    x = tokens(count)
     x[:, 0] = 10.0
     router = np.zeros_like(layer["router"]["kernel"])
     router[0, experts] = [3.0, 2.5, 2.0]
@@ -134,36 +134,36 @@ def pointed(layer: Leaves, experts: list[int], among: int) -> tuple[Leaves, np.n
 
 
 @pytest.mark.parametrize("form", FORMS, indirect=True)
-def test_no_token_is_dropped_where_some_experts_get_all_and_others_none(form: str) -> None:
-    layer, x = pointed(random_layer(SPEC, 2), [7, 2, 5], 45)
+def test_no_token_is_dropped_where_some_experts_get_all_tokens_and_others_none(form: str) -> None:
+    layer, x = routed_to(random_layer(SPEC, 2), [7, 2, 5], 45)
     got = jax.jit(lambda x, layer: moe.mix_experts(SPEC, x[None], layer, 1.0))(x, layer)
     np.testing.assert_allclose(got[0], loop_over_tokens(SPEC, x, layer, 1.0), rtol=0, atol=2e-5 * 10)
     assert np.all(np.abs(np.asarray(got[0])).sum(axis=-1) > 0)
 
 
 def dense_loss(spec: ModelSpec, x: Any, layer: Leaves, along: Any, scale: float) -> Any:
-    """Every expert of every token, in whatever dtype the arguments have."""
+    """Sum of the output · along, with all experts of all tokens, in the dtype of the arguments."""
     p = jax.nn.softmax(x @ layer["router"]["kernel"], axis=-1)
-    share = jnp.where(p >= jnp.sort(p, axis=-1)[:, -spec.experts_per_token, None], p, jnp.zeros((), p.dtype))
-    share = share / share.sum(axis=-1, keepdims=True) if spec.norm_topk_prob else share
+    weights = jnp.where(p >= jnp.sort(p, axis=-1)[:, -spec.experts_per_token, None], p, jnp.zeros((), p.dtype))
+    weights = weights / weights.sum(axis=-1, keepdims=True) if spec.norm_topk_prob else weights
 
     def linear(name: str, x: Any, e: int) -> Any:
-        own = layer[name]
-        return x @ own["kernel"][e] + scale * (x @ own["a"][e] @ own["b"][e])
+        leaves = layer[name]
+        return x @ leaves["kernel"][e] + scale * (x @ leaves["a"][e] @ leaves["b"][e])
 
     out = jnp.zeros_like(x)
     for e in range(spec.experts):
         gate = linear("gate_proj", x, e)
-        out = out + share[:, e, None] * linear("down_proj", gate * jax.nn.sigmoid(gate) * linear("up_proj", x, e), e)
+        out = out + weights[:, e, None] * linear("down_proj", gate * jax.nn.sigmoid(gate) * linear("up_proj", x, e), e)
     return jnp.sum(out * along)
 
 
 @pytest.mark.parametrize("form", FORMS, indirect=True)
-@pytest.mark.parametrize("routing", ["even", "pointed"])
-def test_gradients_are_those_of_float64(form: str, routing: str) -> None:
+@pytest.mark.parametrize("routing", ["even", "skewed"])
+def test_gradients_match_float64(form: str, routing: str) -> None:
     layer, x = random_layer(SPEC, 2), tokens(50)
-    if routing == "pointed":
-        layer, x = pointed(layer, [7, 2, 5], 50)
+    if routing == "skewed":
+        layer, x = routed_to(layer, [7, 2, 5], 50)
     along = tokens(50, seed=9)
 
     def loss(x: Any, layer: Leaves) -> Any:
@@ -180,9 +180,9 @@ def test_gradients_are_those_of_float64(form: str, routing: str) -> None:
         assert np.linalg.norm(np.asarray(one, np.float64) - other) < 2e-6 * scale + 1e-12, (jax.tree_util.keystr(path), scale)
 
 
-@pytest.mark.parametrize("form", ["blocks"], indirect=True)
-def test_rows_are_not_multiplied_by_the_number_of_experts(form: str) -> None:
-    """Forward and backward over 64 experts: nothing larger than the padded rows, which are twice the pairs here."""
+@pytest.mark.parametrize("form", ["tiled"], indirect=True)
+def test_no_array_grows_with_tokens_times_experts(form: str) -> None:
+    """Forward and backward over 64 experts: no array is larger than the padded rows, which are twice the pairs here."""
     spec = dataclasses.replace(SPEC, experts=64)
     x, layer = tokens(512), random_layer(spec, 2)
     pairs = 512 * spec.experts_per_token
@@ -195,10 +195,10 @@ def test_rows_are_not_multiplied_by_the_number_of_experts(form: str) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["int8", "int4", "nf4"])
-def test_quantised_experts_compute_with_the_rounded_numbers(quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Values, and the gradients of x and of the adapters; blocks of two tiles."""
+def test_quantised_experts_compute_with_the_rounded_weights(quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values, and gradients of x and of the adapters; blocks of two tiles."""
     spec = dataclasses.replace(SPEC, ffw=32)
-    monkeypatch.setattr(moe, "BLOCK_NUMBERS", 2 * spec.width * spec.ffw)
+    monkeypatch.setattr(moe, "BLOCK_ELEMENTS", 2 * spec.width * spec.ffw)
     x, layer, dense = tokens(30), random_layer(spec, 2), random_layer(spec, 2)
     for name in EXPERT_LINEARS:
         rounded = jax.jit(jax.vmap(lambda w: quantize(w, quantization)))(layer[name]["kernel"])
@@ -222,7 +222,7 @@ def with_adapters(layer: Leaves, adapters: Leaves) -> Leaves:
 
 
 @pytest.mark.parametrize("family", MOE)
-def test_reading_rounds_the_experts_and_not_the_router(family: str, tmp_path: Path) -> None:
+def test_loading_quantises_the_experts_and_not_the_router(family: str, tmp_path: Path) -> None:
     folder = build_model_folder(tmp_path, family)
     spec = read_folder_spec(folder)
     dense, read = load_params(folder, spec, jnp.float32), load_params(folder, spec, jnp.float32, quantization="int8")
@@ -235,7 +235,7 @@ def test_reading_rounds_the_experts_and_not_the_router(family: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("quantization", ["int8"])
-def test_a_quantised_mixture_samples_what_it_scores(quantization: str, tmp_path: Path) -> None:
+def test_sampled_and_scored_log_probabilities_of_a_quantised_mixture_match(quantization: str, tmp_path: Path) -> None:
     folder = build_model_folder(tmp_path, "qwen3_moe")
     policy = with_random_adapters(Policy.from_pretrained(folder, lora=LORA, quantization=quantization))
     ((first, second),) = policy.generate([[7, 30, 9]], num_generations=2, max_completion_length=12, seed=3)
@@ -246,7 +246,7 @@ def test_a_quantised_mixture_samples_what_it_scores(quantization: str, tmp_path:
 
 @pytest.mark.parametrize("family", MOE)
 def test_every_expert_has_adapters_and_the_router_none(family: str, tmp_path: Path) -> None:
-    """One pair of tensors an expert, by the names that PEFT gave them as modules; read back as they were."""
+    """One pair of tensors per expert with PEFT's names for modules; reading gives back what was saved."""
     spec = read_spec(golden_config(family))
     adapters = moved(init_lora(spec, LORA, jax.random.key(0)), 1, 0.3)
     assert set(adapters["layers"]) == set(spec.linear_shapes())
@@ -268,7 +268,7 @@ def test_every_expert_has_adapters_and_the_router_none(family: str, tmp_path: Pa
     assert not any("gate.lora" in name for name in tensors)
 
 
-def test_what_peft_would_load_as_another_adapter_is_refused() -> None:
+def test_expert_adapters_that_peft_would_change_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"lora.rslora is true.*twice the rank.*use false"):
         init_lora(SPEC, LoraConfig(rank=2, rslora=True), jax.random.key(0))
     init_lora(SPEC, LoraConfig(rank=2, rslora=True, targets=["q_proj", "down_proj"]), jax.random.key(0))
@@ -292,7 +292,7 @@ def test_merging_adds_each_experts_adapter_to_its_own_tensor(family: str, tmp_pa
     assert {file.name for file in (tmp_path / "merged").iterdir()} == files
 
 
-def test_experts_in_one_tensor_are_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_fused_experts_are_refused_with_the_fix(tmp_path: Path) -> None:
     folder = build_model_folder(tmp_path, "qwen3_moe")
     tensors = load_file(folder / "model.safetensors")
     fused = "model.layers.0.mlp.experts.gate_up_proj"
@@ -303,8 +303,10 @@ def test_experts_in_one_tensor_are_refused_with_the_way_out(tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def on_eight_devices(repository: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """What `expert_mesh.py` found, by case and mesh."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(repository / part) for part in ("", "kernels", "tests"))}
+    """Results of `support/expert_mesh.py`, by case and mesh."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(str(repository / part) for part in ("", "kernels", "tests", "tests/support"))
+    }
     program = [sys.executable, str(repository / "tests" / "expert_mesh.py")]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -314,7 +316,7 @@ def on_eight_devices(repository: Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 MEAN_TERM = 0.3
-"""Below the mean size of a term of the loss, as in `test_mesh_update.py`."""
+"""A little below the mean absolute term of the loss, as in `test_mesh_update.py`."""
 
 
 @pytest.mark.parametrize(
@@ -325,7 +327,7 @@ MEAN_TERM = 0.3
 def test_experts_on_a_mesh_give_the_loss_and_the_gradients_of_one_device(
     on_eight_devices: dict[tuple[str, str], Any], case: tuple[str, str]
 ) -> None:
-    """To 1e-6 of the mean term and 1e-5 of the norm: sums in another order, in float32."""
+    """Tolerances: 1e-6 of the mean term, 1e-5 of the norm; float32 sums in another order."""
     found = on_eight_devices[case]
     assert found["loss"] <= 1e-6 * MEAN_TERM
     assert found["gradient"] <= 1e-5
@@ -334,13 +336,13 @@ def test_experts_on_a_mesh_give_the_loss_and_the_gradients_of_one_device(
 @pytest.mark.parametrize("mesh", ["1x1x4", "2x2x2"])
 @pytest.mark.parametrize("choice", ["many", "one choice"])
 @pytest.mark.parametrize("weights", ["none", "int8"])
-def test_a_decoding_step_on_a_mesh_is_that_of_one_device(
+def test_a_decoding_step_on_a_mesh_matches_one_device(
     on_eight_devices: dict[tuple[str, str], Any], weights: str, choice: str, mesh: str
 ) -> None:
-    """Also where all slots choose experts of one device. Float32 keeps seven digits."""
+    """Also where all slots select experts of one device. Float32 has seven digits."""
     assert on_eight_devices[f"step, {weights}, {choice}", mesh]["hidden"] < 1e-6
 
 
-def test_experts_have_to_divide_by_the_devices(on_eight_devices: dict[tuple[str, str], Any]) -> None:
+def test_an_indivisible_number_of_experts_is_refused(on_eight_devices: dict[tuple[str, str], Any]) -> None:
     message = on_eight_devices["refused", "1x1x4"]["error"]
     assert message.startswith("mesh.tensor is 4: the model's experts are 6")

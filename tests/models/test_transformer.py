@@ -1,4 +1,4 @@
-"""The decoder: held to transformers through the plain forward pass of these tests, and to what its parts promise."""
+"""The decoder: the plain forward pass of these tests against transformers, initial values, ropes, windows, remat, dtypes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from goldens.folders import FAMILIES, model_tensors, read_golden
 from grpo_jax.models.attention import group_attend
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.spec import ModelSpec, Rope, abstract_params, count_parameters, flatten, init_params, nest, param_specs
-from grpo_jax.models.transformer import Transformer
+from grpo_jax.models.transformer import Transformer, forward
 from grpo_jax.types import Params
 from grpo_jax.weights.lora import init_lora
 
@@ -32,21 +32,21 @@ def _quick() -> Iterator[None]:
 
 
 def hidden_states(model: Transformer, variables: Params, ids: np.ndarray) -> np.ndarray:
-    """[B, T, D] of whole texts without padding."""
+    """Hidden states [B, T, D] of texts without padding."""
     b, t = ids.shape
     positions = np.broadcast_to(np.arange(t, dtype=np.int32), (b, t))
 
     @jax.jit
     def run(variables: Params, ids: jax.Array, positions: jax.Array) -> jax.Array:
         attend = group_attend(model.spec, jnp.full((b,), t, jnp.int32), t, 0)
-        hidden, _, _ = model.apply(variables, ids, positions, attend)  # type: ignore[misc] - Flax returns a union
+        hidden, _, _ = forward(model, variables, ids, positions, attend)  # type: ignore[misc] - Flax returns a union
         return hidden
 
     return np.asarray(run(variables, jnp.asarray(ids, jnp.int32), jnp.asarray(positions)).astype(jnp.float32))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_plain_forward_pass_of_these_tests_is_that_of_transformers(family: str) -> None:
+def test_the_plain_forward_pass_of_the_tests_matches_transformers(family: str) -> None:
     ids, expected = read_golden(family)
     logps = log_softmax(plain_model(family)(jnp.asarray(ids, jnp.int32)))[:, :-1]
     picked = np.take_along_axis(logps, ids[:, 1:, None], axis=-1)[..., 0]
@@ -54,13 +54,13 @@ def test_the_plain_forward_pass_of_these_tests_is_that_of_transformers(family: s
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_tensor_of_a_model_has_one_parameter(family: str) -> None:
+def test_parameters_have_as_many_elements_as_the_tensors(family: str) -> None:
     spec = read_spec(golden_config(family))
     assert count_parameters(spec) == sum(array.size for array in model_tensors(family).values())
     assert hash(spec) == hash(dataclasses.replace(spec))
 
 
-def test_new_models_start_as_described() -> None:
+def test_initial_values_have_the_described_distribution() -> None:
     spec = read_spec(STORIES | {"initializer_range": 0.05, "attention_bias": True})
     params = init_params(spec, jax.random.key(0), jnp.bfloat16)
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), params)
@@ -81,7 +81,7 @@ def test_norms_that_add_one_start_at_zero() -> None:
         assert np.all(np.asarray(params["layers"][part]["scale"]) == 0), part
 
 
-def test_every_parameter_names_its_axes() -> None:
+def test_every_dimension_of_a_parameter_has_an_axis() -> None:
     for family in FAMILIES:
         for path, p in param_specs(read_spec(golden_config(family))).items():
             assert len(p.axes) == len(p.shape), path
@@ -93,7 +93,7 @@ def test_nesting_and_flattening_are_inverse() -> None:
     assert dict(flatten(nest(leaves))) == leaves
 
 
-def test_the_story_model_has_as_many_parameters_as_its_description_says() -> None:
+def test_number_of_parameters_of_the_stories_model() -> None:
     assert count_parameters(read_spec(STORIES)) == 260_032
 
 
@@ -101,7 +101,7 @@ def test_rotary_frequencies() -> None:
     # theta 10000, head_dim 4: 1 and 10000^(-1/2).
     assert Rope(10000.0).frequencies(4) == pytest.approx([1.0, 0.01])
     assert Rope(10000.0, "linear", factor=4.0).frequencies(4) == pytest.approx([0.25, 0.0025])
-    # Llama 3.1, worked by hand: 8192 positions are 8192/2π = 1303.8 turns of the first pair (> 4: kept) and 0.0032 of the last
+    # Llama 3.1, worked by hand: 8192 positions are 8192/2π = 1303.8 turns of the first pair (> 4: unchanged) and 0.0032 of the last
     # (< 1: divided by 8). The 32nd of 64 turns by 500000^(-31·2/128) = 0.0017360, 2.26345 times in 8192: blended by 1.26345/3.
     scaled = Rope(500000.0, "llama3", 8.0, 1.0, 4.0, 8192).frequencies(128)
     assert scaled[0] == 1.0
@@ -110,8 +110,8 @@ def test_rotary_frequencies() -> None:
     assert scaled[31] == pytest.approx(turned * (0.42115 + (1 - 0.42115) / 8), rel=1e-4)
 
 
-def test_a_sliding_window_reaches_layers_times_its_width_and_no_further() -> None:
-    policy = tiny_policy("mistral")  # two layers, window 7: a token is felt 2 · 6 positions later, not 13
+def test_a_sliding_window_passes_information_over_layers_times_its_width() -> None:
+    policy = tiny_policy("mistral")  # two layers, window 7: a token has an effect up to 2 · 6 positions later
     ids = np.random.default_rng(1).integers(6, policy.spec.vocab, (1, 24))
     other = ids.copy()
     other[0, 4] = 3 + (ids[0, 4] % 50)
@@ -125,7 +125,7 @@ def test_a_sliding_window_reaches_layers_times_its_width_and_no_further() -> Non
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
-def test_computing_layers_again_changes_nothing(family: str) -> None:
+def test_rematerialised_layers_give_the_same_hidden_states(family: str) -> None:
     policy = tiny_policy(family, LORA)
     ids = np.random.default_rng(2).integers(6, policy.spec.vocab, (2, 9))
     again = Transformer(policy.spec, policy.dtype, LORA.scale, "layer")
@@ -134,7 +134,7 @@ def test_computing_layers_again_changes_nothing(family: str) -> None:
     )
 
 
-def test_new_adapters_leave_the_model_as_it_is_and_moved_ones_do_not() -> None:
+def test_initial_adapters_change_nothing_and_trained_ones_do() -> None:
     policy = tiny_policy("qwen3")
     model = Transformer(policy.spec, policy.dtype, LORA.scale)
     ids = np.random.default_rng(3).integers(6, policy.spec.vocab, (1, 9))
@@ -144,7 +144,7 @@ def test_new_adapters_leave_the_model_as_it_is_and_moved_ones_do_not() -> None:
     assert np.abs(hidden_states(model, tiny_policy("qwen3", LORA).variables, ids) - base).max() > 0.01
 
 
-def test_bfloat16_computes_in_bfloat16_and_stays_near() -> None:
+def test_bfloat16_hidden_states_are_near_those_of_float32() -> None:
     policy = tiny_policy("llama2")
     wide = hidden_states(policy.model, policy.variables, np.arange(6, 20)[None])
     model = Transformer(policy.spec, jnp.dtype("bfloat16"))
@@ -152,7 +152,7 @@ def test_bfloat16_computes_in_bfloat16_and_stays_near() -> None:
     def run(variables: Params) -> jax.Array:
         ids = jnp.arange(6, 20, dtype=jnp.int32)[None]
         attend = group_attend(model.spec, jnp.array([14], jnp.int32), 14, 0)
-        return model.apply(variables, ids, jnp.arange(14, dtype=jnp.int32)[None], attend)[0]  # type: ignore[index] - Flax returns a union
+        return forward(model, variables, ids, jnp.arange(14, dtype=jnp.int32)[None], attend)[0]  # type: ignore[index] - Flax returns a union
 
     narrow = jax.jit(run)(policy.variables)
     assert narrow.dtype == jnp.bfloat16
@@ -165,7 +165,7 @@ def test_compile_time_does_not_grow_with_depth() -> None:
         model = Transformer(spec, jnp.dtype("float32"))
         attend = group_attend(spec, jnp.array([4], jnp.int32), 4, 0)
         ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-        lowered = jax.jit(lambda v, i, p: model.apply(v, i, p, attend)).lower(
+        lowered = jax.jit(lambda v, i, p: forward(model, v, i, p, attend)).lower(
             {"params": abstract_params(spec, "float32")}, ids, ids
         )
         return lowered.as_text().count("\n")

@@ -1,7 +1,7 @@
-"""Experts on meshes of eight CPU devices, held to one device's. A program: devices are made at the start.
+"""Compares experts on meshes of eight CPU devices with one device. A separate program: JAX creates devices once per process.
 
-`python tests/expert_mesh.py`: prints one JSON object a line: the case, and how far an update's loss and gradients, or a decoding
-step's hidden states, are from one device's.
+`python tests/support/expert_mesh.py` prints one JSON object per line: the case, and the difference of an update's loss and
+gradients, or of a decoding step's hidden states, from one device's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 from grpo_jax.config import ConfigError, MeshConfig
 from grpo_jax.models import moe
 from grpo_jax.models.spec import ModelSpec, init_params
-from grpo_jax.runtime.sharding import Layout, make_layout
+from grpo_jax.runtime.mesh import make_layout
+from grpo_jax.runtime.sharding import Layout
 from grpo_jax.weights.axes import check_mesh
 from grpo_jax.weights.quantize import quantize_params
 
@@ -34,12 +35,12 @@ CASES: dict[str, tuple[tuple[str, ...], ModelSpec, dict[str, Any]]] = {
 
 
 def layout_of(mesh: str) -> Layout | None:
-    """By name."""
+    """The layout of a mesh by its name."""
     return make_layout(MeshConfig(*MESHES[mesh]))
 
 
 def decoding_step(layout: Layout | None, quantization: str, shared: bool) -> np.ndarray:
-    """[16, 1, D] of one layer's experts for a token of each of 16 slots, which choose as they like or all the same."""
+    """Output [16, 1, D] of one layer's experts for one token of each of 16 slots; `shared` gives all slots the same token."""
     params = init_params(EXPERTS, jax.random.key(0), jnp.float32)
     params = params if quantization == "none" else quantize_params(EXPERTS, params, quantization)
     names = ("router", "gate_proj", "up_proj", "down_proj")
@@ -47,12 +48,12 @@ def decoding_step(layout: Layout | None, quantization: str, shared: bool) -> np.
     x = np.random.default_rng(0).normal(size=(16, 1, EXPERTS.width)).astype(np.float32)
     if shared:
         x = np.repeat(x[:1], 16, axis=0)
-    whole = None if layout is None else layout.decoding
-    return np.asarray(jax.jit(lambda x, layer: moe.mix_experts(EXPERTS, x, layer, 1.0, None, whole))(x, layer))
+    decoding = None if layout is None else layout.decoding
+    return np.asarray(jax.jit(lambda x, layer: moe.mix_experts(EXPERTS, x, layer, 1.0, None, decoding))(x, layer))
 
 
 def print_updates() -> None:
-    """Every case on its meshes."""
+    """Prints the updates: every case on its meshes."""
     for name, (meshes, spec, how) in CASES.items():
         metrics, gradient, _ = update(spec, None, how)
         for mesh in meshes:
@@ -62,7 +63,7 @@ def print_updates() -> None:
 
 
 def print_steps() -> None:
-    """Slots that spread over the experts, and slots that all choose those of one device."""
+    """Prints the decoding steps: slots with different experts, and slots that all select those of one device."""
     for quantization in ("none", "int8"):
         for shared in (False, True):
             alone = decoding_step(None, quantization, shared)

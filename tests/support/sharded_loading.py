@@ -1,8 +1,8 @@
-"""Loading onto eight CPU devices, looked at from inside the process that does it. A program: devices are made at the start.
+"""Measures loading onto eight CPU devices. A separate program: JAX creates devices once per process.
 
-`python tests/sharded_loading.py large FOLDER`: prints what one loading held in anonymous memory and read from the files.
-`python tests/sharded_loading.py small FOLDER...`: prints, per folder, mesh and format, which parameters differ from one device's.
-The last line is JSON.
+`python tests/support/sharded_loading.py large FOLDER` prints anonymous memory and bytes read during one loading.
+`python tests/support/sharded_loading.py small FOLDER...` prints, per folder, mesh and format, the parameters that differ from one
+device's. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from grpo_jax.config import MeshConfig
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.spec import param_specs
 from grpo_jax.runtime.memory import proc_bytes
-from grpo_jax.runtime.sharding import Layout, make_layout
+from grpo_jax.runtime.mesh import make_layout
+from grpo_jax.runtime.sharding import Layout
 from grpo_jax.weights.axes import model_axes
 from grpo_jax.weights.hf import INDEX, TensorFiles, read_folder_spec, tensor_names
 from grpo_jax.weights.loading import load_params
@@ -35,11 +36,11 @@ CASES = {
     "dense": (("2x2x2", "none"), ("1x1x4", "none"), ("1x8x1", "int4")),
     "experts": (("1x8x1", "none"), ("2x2x2", "int8"), ("2x2x2", "nf4")),
 }
-"""Meshes and formats by the folder's name."""
+"""Meshes and formats, by the folder's name."""
 
 
 def random_folder(folder: Path, config: dict[str, Any], shard_bytes: float, dtype: Any = np.float32) -> int:
-    """A model of random numbers, in several files with an index. Bytes of the largest file."""
+    """Writes a model of random weights in several files with an index; returns the bytes of the largest file."""
     spec = read_spec(config)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
@@ -48,49 +49,48 @@ def random_folder(folder: Path, config: dict[str, Any], shard_bytes: float, dtyp
     for path, source in tensor_names(spec).items():
         inner = specs[path].shape[len(source.stack) :]
         shapes |= dict.fromkeys(source.names, inner[::-1] if source.transposed else inner)
-    # As checkpoints have them: layer by layer.
-    shards: list[dict[str, np.ndarray]] = []
-    placed: dict[str, str] = {}
-    held: dict[str, np.ndarray] = {}
-    largest = 0
+    files: dict[str, str] = {}
+    shard: dict[str, np.ndarray] = {}
+    count, largest = 0, 0
 
     def write() -> None:
-        nonlocal largest
-        name = f"model-{len(shards) + 1:05d}.safetensors"
-        save_file(held, folder / name)
-        largest = max(largest, sum(tensor.nbytes for tensor in held.values()))
-        placed.update(dict.fromkeys(held, name))
-        shards.append({})
-        held.clear()
+        nonlocal count, largest
+        count += 1
+        name = f"model-{count:05d}.safetensors"
+        save_file(shard, folder / name)
+        largest = max(largest, sum(tensor.nbytes for tensor in shard.values()))
+        files.update(dict.fromkeys(shard, name))
+        shard.clear()
 
+    # Layer by layer, as in checkpoints.
     for name in sorted(shapes, key=lambda name: [int(part) if part.isdigit() else -1 for part in name.split(".")[2:3]]):
         tensor = numbers.standard_normal(shapes[name], np.float32).astype(dtype)
-        if held and sum(t.nbytes for t in held.values()) + tensor.nbytes > shard_bytes:
+        if shard and sum(t.nbytes for t in shard.values()) + tensor.nbytes > shard_bytes:
             write()
-        held[name] = tensor
+        shard[name] = tensor
     write()
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": placed}))
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
     return largest
 
 
 def anonymous() -> int:
-    """Memory of this process that no file stands behind."""
-    held = proc_bytes("/proc/self/status", "RssAnon:")
-    assert held is not None
-    return held
+    """Bytes of this process's memory that are not mapped from files."""
+    size = proc_bytes("/proc/self/status", "RssAnon:")
+    assert size is not None
+    return size
 
 
 @contextmanager
 def peak_of() -> Iterator[Callable[[], int]]:
-    """The most anonymous memory while the block runs, looked at every millisecond."""
+    """Peak of anonymous memory while the block runs, sampled every millisecond."""
     seen, stop = [anonymous()], threading.Event()
 
-    def look() -> None:
+    def sample() -> None:
         while not stop.is_set():
             seen[0] = max(seen[0], anonymous())
             time.sleep(0.001)
 
-    thread = threading.Thread(target=look)
+    thread = threading.Thread(target=sample)
     thread.start()
     try:
         yield lambda: seen[0]
@@ -100,11 +100,11 @@ def peak_of() -> Iterator[Callable[[], int]]:
 
 
 def counted_reads() -> list[int]:
-    """Bytes of every part of a tensor that is read from now on."""
+    """Records the bytes of every read of a tensor from now on."""
     sizes: list[int] = []
     read = TensorFiles.read
 
-    def counting(self: TensorFiles, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    def counting(self: TensorFiles, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         part = read(self, name, index)
         sizes.append(part.nbytes)
         return part
@@ -114,12 +114,12 @@ def counted_reads() -> list[int]:
 
 
 def device_bytes(params: Any) -> int:
-    """What the devices of this process hold."""
+    """Bytes of the parameters on all devices of this process."""
     return sum(shard.data.nbytes for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards)
 
 
 def large(folder: Path) -> dict[str, Any]:
-    """One loading of a folder, after one of a small model that has everything ready that JAX keeps."""
+    """Measures one loading of a folder, after loading a small model, so that JAX's own caches exist."""
     spec = read_folder_spec(folder)
     layout = make_layout(MeshConfig(1, 4, 2))
     warm = folder.parent / "warm"
@@ -143,24 +143,24 @@ SMALL = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 8, "vocab_size
 
 
 def differing(layout: Layout, folder: Path, quantization: str, dtype: Any) -> list[str]:
-    """Parameters that are other numbers than on one device, or live elsewhere than their rule says."""
+    """Paths of parameters with other values than on one device, or another sharding than their rule gives."""
     spec = read_folder_spec(folder)
-    want = load_params(folder, spec, dtype, quantization=quantization)
+    expected = load_params(folder, spec, dtype, quantization=quantization)
     got = load_params(folder, spec, dtype, quantization=quantization, layout=layout)
-    places = layout.tree(got, model_axes(spec))
+    shardings = layout.tree(got, model_axes(spec))
     wrong: list[str] = []
 
-    def compare(path: Any, one: Any, other: Any, place: Any) -> None:
+    def compare(path: Any, one: Any, other: Any, sharding: Any) -> None:
         same = one.dtype == other.dtype and np.array_equal(np.asarray(one), np.asarray(other))
-        if not same or not other.sharding.is_equivalent_to(place, other.ndim):
+        if not same or not other.sharding.is_equivalent_to(sharding, other.ndim):
             wrong.append(jax.tree_util.keystr(path))
 
-    jax.tree_util.tree_map_with_path(compare, want, got, places)
+    jax.tree_util.tree_map_with_path(compare, expected, got, shardings)
     return wrong
 
 
 def small(folders: list[Path]) -> dict[str, Any]:
-    """Every case of every folder."""
+    """Runs every case of every folder."""
     found: dict[str, Any] = {}
     for folder in folders:
         for mesh, quantization in CASES[folder.name]:

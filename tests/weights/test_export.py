@@ -1,4 +1,4 @@
-"""Merged models: the same numbers in the original's layout, and the original untouched."""
+"""Merged models: values, layout of the original folder, and the original unchanged."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def logprobs(policy: Policy, family: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("family", ["llama2", "qwen2", "gemma3"])
-def test_a_merged_model_is_the_policy(tmp_path: Path, family: str) -> None:
+def test_a_merged_model_has_the_policys_log_probabilities(tmp_path: Path, family: str) -> None:
     original = build_model_folder(tmp_path, family)
     policy = adapted(original)
     merged = Policy.from_pretrained(policy.save_merged(tmp_path / "new" / "merged"), dtype="float32")
     expected = logprobs(policy, family)
-    np.testing.assert_allclose(logprobs(merged, family), expected, rtol=1e-6, atol=1e-5)  # float32 keeps 7 digits of up to 13 nats
+    np.testing.assert_allclose(logprobs(merged, family), expected, rtol=1e-6, atol=1e-5)  # float32 has 7 digits, of up to 13 nats
     assert np.abs(expected - logprobs(Policy.from_pretrained(original), family)).max() > 0.01
 
 
@@ -74,7 +74,7 @@ def test_new_adapters_merge_to_the_original_bit_for_bit(tmp_path: Path) -> None:
         assert np.array_equal(after[name], array), name
 
 
-def test_shards_and_their_index_stay_as_they_were(tmp_path: Path) -> None:
+def test_shards_and_their_index_are_those_of_the_original(tmp_path: Path) -> None:
     original = build_model_folder(tmp_path, "qwen3", shards=3)
     out = adapted(original).save_merged(tmp_path / "merged")
     assert json.loads((out / INDEX).read_text()) == json.loads((original / INDEX).read_text())
@@ -96,11 +96,11 @@ def test_bfloat16_stays_bfloat16(tmp_path: Path) -> None:
     after = tensors_of(policy.save_merged(tmp_path / "merged"))
     assert {name: array.dtype for name, array in after.items()} == {name: array.dtype for name, array in mixed.items()}
     name, pair = "model.layers.1.mlp.up_proj.weight", policy.adapters["layers"]["up_proj"]  # type: ignore[index] - there are some
-    whole = mixed[name].astype(np.float64) + LORA.scale * (np.asarray(pair["a"][1], np.float64) @ np.asarray(pair["b"][1])).T
-    np.testing.assert_allclose(after[name].astype(np.float64), whole, rtol=2**-8, atol=1e-6)  # one rounding to 8 bits
+    exact = mixed[name].astype(np.float64) + LORA.scale * (np.asarray(pair["a"][1], np.float64) @ np.asarray(pair["b"][1])).T
+    np.testing.assert_allclose(after[name].astype(np.float64), exact, rtol=2**-8, atol=1e-6)  # one rounding to 8 bits
 
 
-def test_a_tied_model_with_a_stored_head_keeps_both_the_same(tmp_path: Path) -> None:
+def test_a_stored_head_of_a_tied_model_equals_the_embedding(tmp_path: Path) -> None:
     original = build_model_folder(tmp_path, "qwen2")
     tensors = load_file(original / WEIGHTS)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
@@ -114,7 +114,7 @@ def test_a_tied_model_with_a_stored_head_keeps_both_the_same(tmp_path: Path) -> 
     assert np.array_equal(after["model.layers.0.self_attn.rotary_emb.inv_freq"], np.arange(4, dtype=np.float32))
 
 
-def test_a_model_whose_every_weight_was_trained(tmp_path: Path) -> None:
+def test_export_after_full_fine_tuning(tmp_path: Path) -> None:
     policy = Policy.from_pretrained(build_model_folder(tmp_path, "gemma3"))
     trained = dataclasses.replace(policy, params=moved(policy.params, 5, 0.02))
     merged = Policy.from_pretrained(trained.save_merged(tmp_path / "merged"))
@@ -123,23 +123,23 @@ def test_a_model_whose_every_weight_was_trained(tmp_path: Path) -> None:
         trained.save_adapter(tmp_path / "adapter")
 
 
-def test_config_and_tokenizer_go_along_and_other_weights_do_not(tmp_path: Path) -> None:
+def test_config_and_tokenizer_are_copied_and_other_weights_are_not(tmp_path: Path) -> None:
     original = build_model_folder(tmp_path, "llama2")
-    kept = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model", "special_tokens_map.json")
-    left = ("pytorch_model.bin", "README.md", "consolidated.safetensors", "model.gguf", "pytorch_model.bin.index.json")
-    for name in (*kept, *left):
+    copied = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model", "special_tokens_map.json")
+    ignored = ("pytorch_model.bin", "README.md", "consolidated.safetensors", "model.gguf", "pytorch_model.bin.index.json")
+    for name in (*copied, *ignored):
         (original / name).write_text(f"content of {name}")
     (original / "onnx").mkdir()
-    (original / "tokenizer.json").unlink()  # a real one only; this folder stays without
+    (original / "tokenizer.json").unlink()  # its content is no tokenizer: the folder has none
     policy = dataclasses.replace(Policy.from_pretrained(build_model_folder(tmp_path / "plain", "llama2")), folder=original)
     out = policy.save_merged(tmp_path / "merged")
-    expected = {WEIGHTS, "config.json", "generation_config.json", *kept} - {"tokenizer.json"}
+    expected = {WEIGHTS, "config.json", "generation_config.json", *copied} - {"tokenizer.json"}
     assert {file.name for file in out.iterdir()} == expected
     for name in expected - {WEIGHTS}:
         assert (out / name).read_bytes() == (original / name).read_bytes()
 
 
-def test_the_original_is_never_written_over(tmp_path: Path) -> None:
+def test_the_original_is_never_overwritten(tmp_path: Path) -> None:
     original = build_model_folder(tmp_path, "llama2")
     before = (original / WEIGHTS).read_bytes()
     policy = adapted(original)
@@ -150,15 +150,15 @@ def test_the_original_is_never_written_over(tmp_path: Path) -> None:
     assert (original / WEIGHTS).read_bytes() == before
 
 
-def test_a_folder_with_other_weights_is_not_mixed_with_them(tmp_path: Path) -> None:
-    whole, parts = build_model_folder(tmp_path / "a", "qwen3"), build_model_folder(tmp_path / "b", "qwen3", shards=3)
-    out = adapted(parts).save_merged(tmp_path / "merged")
+def test_a_folder_with_other_weights_is_refused(tmp_path: Path) -> None:
+    single, sharded = build_model_folder(tmp_path / "a", "qwen3"), build_model_folder(tmp_path / "b", "qwen3", shards=3)
+    out = adapted(sharded).save_merged(tmp_path / "merged")
     with pytest.raises(ModelError, match=r"merged holds other weights.*model-00001-of-00003\.safetensors"):
-        adapted(whole).save_merged(out)
-    adapted(parts).save_merged(out)  # the same files are written anew
+        adapted(single).save_merged(out)
+    adapted(sharded).save_merged(out)  # the same files are overwritten
 
 
-def test_an_original_that_is_gone_is_named(tmp_path: Path) -> None:
+def test_a_missing_original_is_named(tmp_path: Path) -> None:
     original = build_model_folder(tmp_path, "llama2")
     policy = adapted(original)
     original.rename(tmp_path / "elsewhere")

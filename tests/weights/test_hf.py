@@ -1,4 +1,4 @@
-"""Model folders: what is read, what is refused and how it says so, and that a model is never twice in the host's memory."""
+"""Model folders: values of loaded parameters, messages of refusals, downloads, and memory of the host while loading."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from grpo_jax.models.spec import ModelError, flatten, init_params, param_specs
 from grpo_jax.weights.hf import INDEX, WEIGHTS, find_model, read_folder_spec, tensor_names
 from grpo_jax.weights.loading import load_params
 
-SPOILED = "model.layers.1.mlp.up_proj.weight"
+BROKEN_TENSOR = "model.layers.1.mlp.up_proj.weight"
 
 
 def load(folder: Path, dtype: str = "float32") -> dict[str, Any]:
@@ -39,7 +39,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, np.ndarray]], Any]) -> Non
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
-def test_every_tensor_lands_in_its_place(tmp_path: Path, family: str) -> None:
+def test_every_tensor_becomes_its_parameter(tmp_path: Path, family: str) -> None:
     params = load(build_model_folder(tmp_path, family))
     tensors = model_tensors(family)
     layers = params["layers"]
@@ -64,9 +64,9 @@ def test_names_cover_every_parameter_once(tmp_path: Path) -> None:
     assert sorted(names) == sorted(model_tensors("llama2"))
 
 
-def test_shards_are_one_model(tmp_path: Path) -> None:
-    whole, parts = load(build_model_folder(tmp_path / "a", "qwen3")), load(build_model_folder(tmp_path / "b", "qwen3", shards=3))
-    assert jax.tree.all(jax.tree.map(np.array_equal, whole, parts))
+def test_a_sharded_checkpoint_is_the_same_model(tmp_path: Path) -> None:
+    one, several = load(build_model_folder(tmp_path / "a", "qwen3")), load(build_model_folder(tmp_path / "b", "qwen3", shards=3))
+    assert jax.tree.all(jax.tree.map(np.array_equal, one, several))
 
 
 def test_bfloat16_on_disk_and_on_the_device(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_bfloat16_on_disk_and_on_the_device(tmp_path: Path) -> None:
     assert jax.tree.all(jax.tree.map(lambda a, b: np.array_equal(a, np.asarray(b, np.float32)), wide, narrow))
 
 
-def test_a_tied_model_may_carry_its_head_and_old_constants(tmp_path: Path) -> None:
+def test_a_tied_model_may_store_its_head_and_old_constants(tmp_path: Path) -> None:
     folder = build_model_folder(tmp_path, "qwen2")
     plain = load(folder)
     rewrite(
@@ -92,13 +92,13 @@ def test_a_tied_model_may_carry_its_head_and_old_constants(tmp_path: Path) -> No
     assert jax.tree.all(jax.tree.map(np.array_equal, load(folder), plain))
 
 
-def test_other_safetensors_beside_the_model_are_left_alone(tmp_path: Path) -> None:
+def test_other_safetensors_next_to_the_model_are_ignored(tmp_path: Path) -> None:
     folder = build_model_folder(tmp_path, "llama2")
     (folder / "consolidated.safetensors").write_bytes(b"another layout of the same weights")
     load(folder)
 
 
-def test_progress_is_told_parameter_by_parameter(tmp_path: Path) -> None:
+def test_progress_is_reported_per_parameter(tmp_path: Path) -> None:
     folder = build_model_folder(tmp_path, "llama2")
     spec = read_folder_spec(folder)
     calls: list[tuple[int, int]] = []
@@ -107,7 +107,7 @@ def test_progress_is_told_parameter_by_parameter(tmp_path: Path) -> None:
     assert calls == [(n, count) for n in range(1, count + 1)]
 
 
-def cut(file: Path, share: float) -> None:
+def truncate(file: Path, share: float) -> None:
     file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
 
 
@@ -116,12 +116,12 @@ def edit_json(file: Path, **change: Any) -> None:
 
 
 def drop_tensor(folder: Path) -> None:
-    rewrite(folder, lambda tensors: tensors.pop(SPOILED))
+    rewrite(folder, lambda tensors: tensors.pop(BROKEN_TENSOR))
 
 
-def misplace(folder: Path, **places: str) -> None:
+def misplace(folder: Path, file: str) -> None:
     index = json.loads((folder / INDEX).read_text())
-    index["weight_map"][SPOILED] = places["to"]
+    index["weight_map"][BROKEN_TENSOR] = file
     (folder / INDEX).write_text(json.dumps(index))
 
 
@@ -146,21 +146,25 @@ BROKEN: dict[str, tuple[int, Callable[[Path], Any], str]] = {
         lambda f: (f / WEIGHTS).rename(f / "pytorch_model.bin"),
         r"only pytorch_model\.bin.*pickles are never read",
     ),
-    "a truncated file": (1, lambda f: cut(f / WEIGHTS, 0.7), r"model\.safetensors is broken.*download it again"),
-    "an empty file": (1, lambda f: cut(f / WEIGHTS, 0), r"model\.safetensors is broken"),
-    "a missing tensor": (1, drop_tensor, f"tensor {SPOILED} is missing"),
-    "a tensor too many": (1, lambda f: rewrite(f, lambda t: t.update(extra=np.ones(2, np.float32))), "1 tensors.*llama.*extra"),
+    "a truncated file": (1, lambda f: truncate(f / WEIGHTS, 0.7), r"model\.safetensors is broken.*download it again"),
+    "an empty file": (1, lambda f: truncate(f / WEIGHTS, 0), r"model\.safetensors is broken"),
+    "a missing tensor": (1, drop_tensor, f"tensor {BROKEN_TENSOR} is missing"),
+    "an extra tensor": (1, lambda f: rewrite(f, lambda t: t.update(extra=np.ones(2, np.float32))), "1 tensors.*llama.*extra"),
     "a tensor of the wrong shape": (
         1,
-        lambda f: rewrite(f, lambda t: t.update({SPOILED: t[SPOILED].T.copy()})),
-        rf"tensor {SPOILED} has shape \(32, 48\); config.json asks for \(48, 32\)",
+        lambda f: rewrite(f, lambda t: t.update({BROKEN_TENSOR: t[BROKEN_TENSOR].T.copy()})),
+        rf"tensor {BROKEN_TENSOR} has shape \(32, 48\); config.json asks for \(48, 32\)",
     ),
     "another vocabulary": (1, lambda f: edit_json(f / "config.json", vocab_size=98), r"embed_tokens.*\(97, 32\).*\(98, 32\)"),
     "a missing shard": (3, lambda f: (f / "model-00002-of-00003.safetensors").unlink(), r"00002-of-00003\.safetensors is missing"),
-    "a truncated shard": (3, lambda f: cut(f / "model-00002-of-00003.safetensors", 0.5), r"00002-of-00003\.safetensors is broken"),
+    "a truncated shard": (
+        3,
+        lambda f: truncate(f / "model-00002-of-00003.safetensors", 0.5),
+        r"00002-of-00003\.safetensors is broken",
+    ),
     "an index without a map": (3, lambda f: (f / INDEX).write_text("{}"), r"index\.json has no weight_map"),
-    "an index that is wrong": (3, lambda f: misplace(f, to="model-00001-of-00003.safetensors"), f"does not hold {SPOILED}"),
-    "an index that leaves the folder": (3, lambda f: misplace(f, to="../model.safetensors"), "another folder"),
+    "an index that is wrong": (3, lambda f: misplace(f, "model-00001-of-00003.safetensors"), f"does not hold {BROKEN_TENSOR}"),
+    "an index that leaves the folder": (3, lambda f: misplace(f, "../model.safetensors"), "another folder"),
 }
 
 
@@ -174,7 +178,7 @@ def test_a_broken_folder_is_refused_by_name(tmp_path: Path, case: str) -> None:
 
 
 class Trap:
-    """Makes a folder when it is unpickled."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -183,11 +187,11 @@ class Trap:
         return os.mkdir, (str(self.folder),)
 
 
-def test_a_pickle_is_not_read_even_beside_safetensors(tmp_path: Path) -> None:
+def test_a_pickle_is_not_read_even_next_to_safetensors(tmp_path: Path) -> None:
     folder = build_model_folder(tmp_path, "llama2")
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "unpickled")))
     load(folder)
-    assert not (tmp_path / "sprung").exists()
+    assert not (tmp_path / "unpickled").exists()
 
 
 @pytest.mark.parametrize(
@@ -199,7 +203,7 @@ def test_a_path_that_is_neither_folder_nor_hub_id(path: str, message: str) -> No
 
 
 def hub_error(kind: str) -> Exception:
-    """An error as huggingface_hub raises it."""
+    """An error of huggingface_hub."""
     from huggingface_hub import errors
 
     response: Any = SimpleNamespace(headers={}, request=None)
@@ -222,7 +226,7 @@ def hub_error(kind: str) -> Exception:
         ("timeout", "'owner/model'.*hub could not be reached.*timed out"),
     ],
 )
-def test_what_the_hub_refuses_is_told_with_its_mend(monkeypatch: pytest.MonkeyPatch, kind: str, message: str) -> None:
+def test_errors_of_the_hub_name_the_fix(monkeypatch: pytest.MonkeyPatch, kind: str, message: str) -> None:
     import huggingface_hub
 
     def refuse(*_: Any, **__: Any) -> Any:
@@ -247,8 +251,15 @@ def test_a_hub_id_is_downloaded_without_pickles_and_code(monkeypatch: pytest.Mon
     assert find_model("owner/model", "v1") == tmp_path
     (options,) = asked
     assert (options["path"], options["revision"]) == ("owner/model", "v1")
-    wanted = ["config.json", "model-00001-of-00002.safetensors", INDEX, "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
-    unwanted = [
+    included = [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        INDEX,
+        "tokenizer.json",
+        "tokenizer.model",
+        "chat_template.jinja",
+    ]
+    excluded = [
         "pytorch_model.bin",
         "modeling.py",
         "original/consolidated.00.pth",
@@ -256,11 +267,11 @@ def test_a_hub_id_is_downloaded_without_pickles_and_code(monkeypatch: pytest.Mon
         "consolidated.safetensors",
     ]
     patterns = {"allow_patterns": options["allow_patterns"], "ignore_patterns": options["ignore_patterns"]}
-    assert list(filter_repo_objects(wanted + unwanted, **patterns)) == wanted
+    assert list(filter_repo_objects(included + excluded, **patterns)) == included
 
 
 def large_folder(folder: Path) -> tuple[Path, int]:
-    """A model of 30 MB in twelve layers, and the bytes of its weights."""
+    """Writes a model of 30 MB in twelve layers; returns its folder and the bytes of its weights."""
     config = {
         "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12, "num_attention_heads": 4,
         "num_key_value_heads": 4, "vocab_size": 512, "tie_word_embeddings": True,
@@ -271,7 +282,7 @@ def large_folder(folder: Path) -> tuple[Path, int]:
     for path, source in tensor_names(spec).items():
         values = np.asarray(params[path])
         for number, name in enumerate(source.names):
-            one = values[number] if source.stacked else values
+            one = values[number] if source.stack else values
             tensors[name] = np.ascontiguousarray(one.T if source.transposed else one)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -279,15 +290,15 @@ def large_folder(folder: Path) -> tuple[Path, int]:
     return folder, sum(t.nbytes for t in tensors.values())
 
 
-def test_loading_never_holds_a_second_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every device array is asked of the files on its own; what NumPy holds at once stays far below the model's size."""
+def test_loading_never_has_a_second_copy_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every device array is made from its own reads; NumPy's peak memory is far below the model's size."""
     folder, total = large_folder(tmp_path / "large")
     assert total > 30e6
     asked: list[tuple[int, ...]] = []
     make = jax.make_array_from_callback
 
     def copied(shape: Any, sharding: Any, read: Any) -> jax.Array:
-        """On a CPU a device array may be NumPy's own memory: it is copied here, as for any other device."""
+        """On a CPU a device array may share NumPy's memory: it is copied, as for any other device."""
         asked.append(shape)
         return jnp.array(make(shape, sharding, read), copy=True).block_until_ready()
 
@@ -301,16 +312,16 @@ def test_loading_never_holds_a_second_model(tmp_path: Path, monkeypatch: pytest.
     tracemalloc.stop()
     assert sorted(asked) == sorted(p.shape for p in param_specs(spec).values())
     largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
-    assert peak < 2.5 * largest < 0.5 * total  # one that is read, one that JAX has not let go of yet
+    assert peak < 2.5 * largest < 0.5 * total  # one that is read, one that JAX has not freed yet
 
 
-def test_each_device_reads_its_own_part_only(tmp_path: Path) -> None:
-    """A sharding asks for slices; the parts of a transposed, stacked parameter are those of the whole."""
+def test_slices_of_a_parameter_match_the_full_one(tmp_path: Path) -> None:
+    """A sharding asks for slices, here of a transposed, stacked parameter."""
     from grpo_jax.weights.hf import TensorFiles, read_slice
 
     folder = build_model_folder(tmp_path, "llama2")
     spec = read_folder_spec(folder)
-    whole = load(folder)["layers"]["up_proj"]["kernel"]
+    full = load(folder)["layers"]["up_proj"]["kernel"]
     path = ("layers", "up_proj", "kernel")
     with TensorFiles(folder) as files:
         for index in (
@@ -318,11 +329,11 @@ def test_each_device_reads_its_own_part_only(tmp_path: Path) -> None:
             (slice(1, 2), slice(None), slice(0, 24)),
             (slice(0, 2), slice(16, 32), slice(24, 48)),
         ):
-            part = read_slice(files, tensor_names(spec)[path], whole.shape, index, jnp.float32)
-            assert np.array_equal(part, whole[index])
+            part = read_slice(files, tensor_names(spec)[path], index, jnp.float32)
+            assert np.array_equal(part, full[index])
 
 
-def test_a_folder_may_be_moved_while_nothing_is_being_read(tmp_path: Path) -> None:
+def test_a_folder_may_be_removed_after_loading(tmp_path: Path) -> None:
     folder = build_model_folder(tmp_path, "llama2")
     params = load(folder)
     before = np.asarray(params["embed"]["embedding"]).copy()

@@ -1,4 +1,4 @@
-"""Loading onto a mesh: each device's part from the files, and hardly any memory beside what the devices hold."""
+"""Loading onto a mesh: values and shardings of each device's part, and memory of the host besides the devices' copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from sharded_loading import CASES, random_folder
 
-PROGRAM = Path(__file__).parent / "sharded_loading.py"
+PROGRAM = Path(__file__).parents[1] / "support" / "sharded_loading.py"
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8,
@@ -28,8 +28,8 @@ large_only = pytest.mark.skipif(
 
 
 def run(*words: str | Path) -> Any:
-    """The program's result."""
-    root = PROGRAM.parent.parent
+    """Runs the program and returns its result."""
+    root = PROGRAM.parents[2]
     environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'kernels'}"}
     done = subprocess.run([sys.executable, PROGRAM, *words], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -39,19 +39,19 @@ def run(*words: str | Path) -> Any:
 @pytest.mark.parametrize(
     ("config", "shard_bytes"), [(LLAMA, 40e6), pytest.param(THREE_GB, 500e6, marks=large_only)], ids=["200 MB", "3 GB"]
 )
-def test_loading_holds_the_devices_copy_and_little_more(config: dict[str, Any], shard_bytes: float, tmp_path: Path) -> None:
-    """Anonymous memory peaks below the devices' own copy plus 1.3 times the largest file, and nothing is read twice."""
+def test_loading_needs_little_memory_besides_the_devices_copy(config: dict[str, Any], shard_bytes: float, tmp_path: Path) -> None:
+    """Anonymous memory peaks below the devices' copy plus 1.3 times the largest file, and nothing is read twice."""
     shard = random_folder(tmp_path / "model", config, shard_bytes)
     found = run("large", tmp_path / "model")
     assert found["devices"] > 4 * shard
     assert found["grown"] < found["devices"] + 1.3 * shard, found
-    assert found["grown"] > 0.9 * found["devices"]  # it was looked at while it grew
-    # The norms are on every device, the rest once; the headers of the files are the difference.
+    assert found["grown"] > 0.9 * found["devices"]  # it was sampled while it grew
+    # Every tensor is read once; the difference is the headers of the files.
     assert found["read"] <= found["files"] < 1.001 * found["read"]
 
 
-def test_the_parts_are_those_of_one_device(tmp_path: Path) -> None:
-    """Dense and with experts, each mesh and format: same numbers, bit for bit, where the rules say."""
+def test_loading_onto_a_mesh_matches_one_device(tmp_path: Path) -> None:
+    """Dense and with experts, each mesh and format: the same values bit for bit, sharded by the rules."""
     folders = {"dense": DENSE, "experts": EXPERTS}
     for name, config in folders.items():
         random_folder(tmp_path / name, config, 40e3)

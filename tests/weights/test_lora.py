@@ -1,4 +1,4 @@
-"""Adapters: how they start, and PEFT's folders in and out."""
+"""LoRA adapters: initial values, and reading and writing PEFT's folders."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def spec_of(family: str, **change: Any) -> ModelSpec:
     return read_spec(golden_config(family) | change)
 
 
-def test_new_adapters_start_as_pefts_do() -> None:
+def test_initial_adapters_have_pefts_distribution() -> None:
     """A uniform within ±1/√in, B zero: the policy starts as the base."""
     spec = spec_of("qwen3")
     adapters = init_lora(spec, LoraConfig(rank=64), jax.random.key(0))["layers"]
@@ -48,7 +48,7 @@ def test_new_adapters_start_as_pefts_do() -> None:
     assert not np.array_equal(adapters["gate_proj"]["a"], adapters["up_proj"]["a"])
 
 
-def test_the_key_fixes_where_adapters_start() -> None:
+def test_the_key_fixes_initial_adapters() -> None:
     spec, lora = spec_of("qwen3"), LoraConfig(rank=2, targets=["q_proj"])
     one, same, other = (init_lora(spec, lora, jax.random.key(seed)) for seed in (1, 1, 2))
     assert jax.tree.all(jax.tree.map(np.array_equal, one, same))
@@ -64,7 +64,7 @@ def test_only_the_targets_get_adapters() -> None:
     "lora", [LoraConfig(rank=4, alpha=8.0), LoraConfig(rank=3, alpha=8.5, rslora=True, targets=["v_proj", "o_proj"])]
 )
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
-def test_what_is_saved_is_what_is_read_back(tmp_path: Path, family: str, lora: LoraConfig) -> None:
+def test_loading_returns_what_was_saved(tmp_path: Path, family: str, lora: LoraConfig) -> None:
     spec = spec_of(family)
     adapters = moved(init_lora(spec, lora, jax.random.key(0)), 1, 0.3)
     save_adapter(tmp_path / "new" / "adapter", spec, adapters, lora, "owner/base")
@@ -81,7 +81,7 @@ def test_what_is_saved_is_what_is_read_back(tmp_path: Path, family: str, lora: L
     assert read.adapter == str(tmp_path / "new" / "adapter")
 
 
-def test_the_saved_folder_says_what_peft_reads(tmp_path: Path) -> None:
+def test_the_saved_folder_has_pefts_settings_and_names(tmp_path: Path) -> None:
     spec, lora = spec_of("qwen2"), LoraConfig(rank=4, alpha=8.0, targets=["v_proj", "down_proj"])
     save_adapter(tmp_path, spec, init_lora(spec, lora, jax.random.key(0)), lora, "owner/base")
     assert sorted(file.name for file in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
@@ -103,8 +103,8 @@ def test_the_saved_folder_says_what_peft_reads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_an_adapter_of_peft_goes_through_unchanged(tmp_path: Path, adapter: str) -> None:
-    """Names and shapes are those that PEFT itself wrote."""
+def test_loading_and_saving_a_peft_adapter_changes_nothing(tmp_path: Path, adapter: str) -> None:
+    """Names and shapes are those that PEFT wrote."""
     folder, spec = build_adapter_folder(tmp_path, adapter), spec_of(ADAPTERS[adapter])
     adapters, lora = load_adapter(folder, spec)
     save_adapter(tmp_path / "out", spec, adapters, lora, "")
@@ -112,7 +112,7 @@ def test_an_adapter_of_peft_goes_through_unchanged(tmp_path: Path, adapter: str)
     assert {name: array.shape for name, array in written.items()} == read_shapes(f"adapters/{adapter}")
     for name, array in written.items():
         assert np.array_equal(array, tensor(name, array.shape)), name
-    theirs, ours = (json.loads((place / CONFIG).read_text()) for place in (folder, tmp_path / "out"))
+    theirs, ours = (json.loads((where / CONFIG).read_text()) for where in (folder, tmp_path / "out"))
     for name in ("peft_type", "r", "lora_alpha", "use_rslora", "bias", "fan_in_fan_out"):
         assert ours[name] == theirs[name], name
     assert set(ours["target_modules"]) == {name.split(".")[-3] for name in written}
@@ -138,13 +138,17 @@ def drop(folder: Path, name: str) -> None:
     save_file(tensors, folder / WEIGHTS)
 
 
-UNFIT: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
+REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "DoRA": (lambda f: edit(f, use_dora=True), {}, "use_dora = True is not supported"),
     "trained biases": (lambda f: edit(f, bias="all"), {}, "bias = 'all' is not supported"),
     "ranks by layer": (lambda f: edit(f, rank_pattern={"q_proj": 8}), {}, "rank_pattern"),
     "whole modules": (lambda f: edit(f, modules_to_save=["lm_head"]), {}, r"modules_to_save = \['lm_head'\]"),
     "another method": (lambda f: edit(f, peft_type="IA3"), {}, "peft_type 'IA3' is not supported; supported: 'LORA'"),
-    "a start that changed the base": (lambda f: edit(f, init_lora_weights="pissa_niter_4"), {}, "'pissa_niter_4' changed the base"),
+    "an initialisation that changed the base": (
+        lambda f: edit(f, init_lora_weights="pissa_niter_4"),
+        {},
+        "'pissa_niter_4' changed the base",
+    ),
     "no rank": (lambda f: edit(f, r=None), {}, "r is None; it must be a number"),
     "no alpha": (lambda f: edit(f, lora_alpha="big"), {}, "lora_alpha is 'big'"),
     "another rank": (lambda f: edit(f, r=8), {}, r"q_proj\.lora_A\.weight has shape \(4, 32\).*rank 8 ask for \(8, 32\)"),
@@ -155,29 +159,29 @@ UNFIT: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "a missing tensor": (lambda f: drop(f, FIRST), {}, f"tensor {FIRST} is missing"),
     "no adapter": (lambda f: save_file({}, f / WEIGHTS), {}, "holds no adapter"),
     "a deeper model": (lambda f: None, {"num_hidden_layers": 3}, r"layers\.2\.self_attn\.q_proj.*3-layer model"),
-    "a shallower model": (lambda f: None, {"num_hidden_layers": 1}, r"14 tensors have no place.*layers\.1\."),
+    "a shallower model": (lambda f: None, {"num_hidden_layers": 1}, r"14 tensors do not belong.*layers\.1\."),
     "a wider model": (lambda f: None, {"hidden_size": 64, "head_dim": 8}, r"q_proj\.lora_A\.weight has shape \(4, 32\).*\(4, 64\)"),
     "adapted embeddings": (
         lambda f: save_file(
             load_file(f / WEIGHTS) | {"base_model.model.lm_head.lora_A.weight": np.ones((4, 32), np.float32)}, f / WEIGHTS
         ),
         {},
-        r"1 tensors have no place in this llama model: base_model\.model\.lm_head\.lora_A\.weight",
+        r"1 tensors do not belong to this llama model: base_model\.model\.lm_head\.lora_A\.weight",
     ),
 }
 
 
-@pytest.mark.parametrize("case", UNFIT)
+@pytest.mark.parametrize("case", REFUSED)
 def test_an_adapter_that_does_not_fit_is_refused_by_name(tmp_path: Path, case: str) -> None:
-    spoil, change, message = UNFIT[case]
+    spoil, change, message = REFUSED[case]
     folder = build_adapter_folder(tmp_path, ADAPTER)
     spoil(folder)
     with pytest.raises(ModelError, match=message):
         load_adapter(folder, spec_of("llama3_scaled", **change))
 
 
-def test_a_start_that_left_the_base_alone_is_fine(tmp_path: Path) -> None:
-    for start in (True, False, "gaussian", "eva", "orthogonal"):
-        folder = build_adapter_folder(tmp_path / str(start), ADAPTER)
-        edit(folder, init_lora_weights=start, lora_dropout=0.1, some_new_setting_of_peft=None)
+def test_initialisations_that_do_not_change_the_base_are_accepted(tmp_path: Path) -> None:
+    for method in (True, False, "gaussian", "eva", "orthogonal"):
+        folder = build_adapter_folder(tmp_path / str(method), ADAPTER)
+        edit(folder, init_lora_weights=method, lora_dropout=0.1, some_new_setting_of_peft=None)
         load_adapter(folder, spec_of("llama3_scaled"))

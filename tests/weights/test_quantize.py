@@ -1,4 +1,4 @@
-"""A frozen base of few bits: the formats against NumPy, reading and counting it, training and sampling on it, exporting from it."""
+"""Quantised base weights: formats against NumPy, loading, memory, training, sampling, export."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from grpo_jax.learner.step import Learner
 from grpo_jax.models.layers import join_linears
 from grpo_jax.models.spec import ModelError, ModelSpec, Rope, abstract_params, flatten, nest, param_specs
 from grpo_jax.models.transformer import Transformer, split_layers
-from grpo_jax.policy import Policy
-from grpo_jax.run.saved import load_run, settings_of
+from grpo_jax.policy import Policy, config_with_policy
+from grpo_jax.run.saved import load_run
 from grpo_jax.types import Frozen, Params, TrainBatch
 from grpo_jax.weights.hf import read_folder_spec
 from grpo_jax.weights.loading import load_params
@@ -49,12 +49,12 @@ def _quick() -> Iterator[None]:
 
 
 def bfloat16(x: Any) -> np.ndarray:
-    """Rounded to bfloat16, as float32."""
+    """x rounded to bfloat16, as float32."""
     return np.asarray(x, np.float32).astype(jnp.bfloat16).astype(np.float32)
 
 
 def rounded(w: np.ndarray, form: str, group: int) -> np.ndarray:
-    """The nearest matrix of a format, by a search among all numbers that it has in each group."""
+    """The nearest matrix of a format, by a search over all values that each group has."""
     out = np.empty_like(w)
     for start in range(0, len(w), group):
         block = w[start : start + group]
@@ -70,7 +70,7 @@ def rounded(w: np.ndarray, form: str, group: int) -> np.ndarray:
     return out
 
 
-def test_the_codebook_is_qloras() -> None:
+def test_the_codebook_is_that_of_qlora() -> None:
     """Appendix E: quantiles of the normal distribution, evenly spaced in probability, zero among them, largest 1."""
     from scipy.stats import norm
 
@@ -82,8 +82,8 @@ def test_the_codebook_is_qloras() -> None:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_every_number_becomes_the_nearest_one(form: str) -> None:
-    """Groups of 128 and 64, one of zeros; widths that 64 does not divide; and the error that the docstring names."""
+def test_quantising_rounds_to_the_nearest_value(form: str) -> None:
+    """Groups of 128 and 64, one of zeros; widths that 64 does not divide; and the relative error in the docstring."""
     rng = np.random.default_rng(0)
     for inputs, group in [(256, {"int8": 256, "int4": 128, "nf4": 64}), (172, {"int8": 172, "int4": 86, "nf4": 43})]:
         w = rng.normal(size=(inputs, 40)).astype(np.float32)
@@ -93,7 +93,7 @@ def test_every_number_becomes_the_nearest_one(form: str) -> None:
         assert jax.tree.map(lambda x: (x.shape, x.dtype), q) == jax.tree.map(
             lambda x: (x.shape, x.dtype), quantized_shapes(form, (inputs, 40))
         )
-        # A tie between two numbers may go either way; it costs as much.
+        # A tie between two values may go either way, with the same error.
         got, want = np.asarray(dequantize(q)), rounded(w, form, group[form])
         np.testing.assert_allclose(np.abs(got - w), np.abs(want - w), rtol=0, atol=1e-6)
         assert np.all(got[:, 3] == 0)
@@ -101,8 +101,8 @@ def test_every_number_becomes_the_nearest_one(form: str) -> None:
         assert error < {"int8": 0.008, "int4": 0.107, "nf4": 0.1}[form]
 
 
-def test_qwix_reads_the_same_numbers() -> None:
-    """Its struct is another name for ours; compared where it is installed."""
+def test_qwix_dequantises_to_the_same_values() -> None:
+    """Its struct has the same parts; compared where it is installed."""
     qwix = pytest.importorskip("qwix")
     w = jnp.asarray(np.random.default_rng(1).normal(size=(128, 6)), jnp.float32)
     for form in FORMATS:
@@ -126,17 +126,17 @@ def test_a_width_without_groups_is_refused_by_name(tmp_path: Path) -> None:
 
 @functools.cache
 def policy_of(form: str, dtype: str = "float32") -> Policy:
-    """The tiny model with random adapters."""
+    """The tiny model in a format, with random adapters."""
     return with_random_adapters(Policy.from_pretrained(tiny_runs.tiny_model(), lora=LORA, dtype=dtype, quantization=form))
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_reading_quantises_the_layers_matrices_alone(form: str) -> None:
-    """Each as `quantize` has it; everything else bit for bit."""
+def test_loading_quantises_only_the_layers_matrices(form: str) -> None:
+    """Each as `quantize` gives it; all other parameters are unchanged bit for bit."""
     dense = dict(flatten(policy_of("none").params))
-    read = policy_of(form).params
-    assert (quantization_of(read), quantization_of(policy_of("none").params)) == (form, "none")
-    for path, leaf in flatten(read):
+    loaded = policy_of(form).params
+    assert (quantization_of(loaded), quantization_of(policy_of("none").params)) == (form, "none")
+    for path, leaf in flatten(loaded):
         if path[-1] != "kernel":
             np.testing.assert_array_equal(leaf, dense[path])
             continue
@@ -144,24 +144,24 @@ def test_reading_quantises_the_layers_matrices_alone(form: str) -> None:
         for layer, matrix in enumerate(dense[path]):
             tiny_runs.assert_same_arrays(jax.tree.map(lambda x, n=layer: x[n], leaf), rounding(matrix, form))
     again = jax.jit(lambda params: quantize_params(policy_of(form).spec, params, form))(policy_of("none").params)
-    tiny_runs.assert_same_arrays(again, read)
+    tiny_runs.assert_same_arrays(again, loaded)
 
 
-def test_the_memory_of_a_base_is_counted() -> None:
-    """Llama-3.1-8B's feed-forward matrix: 4 bits a number and 16 a group of 128; and the tiny model's as they are."""
+def test_bytes_of_a_quantised_base() -> None:
+    """A feed-forward matrix of Llama-3.1-8B: 4 bits per value and 16 per group of 128; and the tiny model."""
     assert weight_bytes(quantized_shapes("int4", (4096, 14336))) == 4096 * 14336 // 2 + 32 * 14336 * 2
     assert weight_bytes(quantized_shapes("nf4", (4096, 14336))) == 4096 * 14336 // 2 + 64 * 14336 * 2
     assert weight_bytes(quantized_shapes("int8", (4096, 14336))) == 4096 * 14336 + 4 * 14336
-    held = {form: params_bytes(policy_of(form).params) for form in ("none", *FORMATS)}
+    sizes = {form: params_bytes(policy_of(form).params) for form in ("none", *FORMATS)}
     matrices, outputs = 2 * (32 * (32 + 16 + 16 + 32) + 3 * 32 * 48), 2 * (32 + 16 + 16 + 32 + 48 + 48 + 32)
     rest = 4 * (261 * 32 + 5 * 32)
-    assert held["none"] == 4 * matrices + rest
-    assert held["int8"] == matrices + 4 * outputs + rest
-    assert held["int4"] == held["nf4"] == matrices // 2 + 2 * outputs + rest  # one group: no width is above 48
+    assert sizes["none"] == 4 * matrices + rest
+    assert sizes["int8"] == matrices + 4 * outputs + rest
+    assert sizes["int4"] == sizes["nf4"] == matrices // 2 + 2 * outputs + rest  # one group: no width is above 48
 
 
 def test_one_dense_matrix_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """While reading: what is put on the device is never larger than one matrix or the embedding, in the file's own format."""
+    """While loading, no array put on the device is larger than one matrix or the embedding, in the file's dtype."""
     sizes: list[int] = []
     put = jax.device_put
 
@@ -177,38 +177,42 @@ def test_one_dense_matrix_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("form", ["int8", "nf4"])
-def test_log_probabilities_are_those_of_the_rounded_weights(form: str) -> None:
-    """Of a dense model that holds the same numbers, adapters and all."""
-    own = policy_of(form)
-    whole = {path: leaf.astype(jnp.float32) if isinstance(leaf, QuantizedWeight) else leaf for path, leaf in flatten(own.params)}
-    dense = dataclasses.replace(own, params=nest(whole), _scorer=[])
+def test_log_probabilities_match_a_dense_model_of_the_rounded_weights(form: str) -> None:
+    """Both with adapters."""
+    quantized = policy_of(form)
+    weights = {
+        path: leaf.astype(jnp.float32) if isinstance(leaf, QuantizedWeight) else leaf for path, leaf in flatten(quantized.params)
+    }
+    dense = dataclasses.replace(quantized, params=nest(weights), _scorer=[])
     prompts, completions = [[5, 9, 17], [40, 7]], [[3, 88, 61, 12], [200, 4]]
-    for one, other in zip(own.logprobs(prompts, completions), dense.logprobs(prompts, completions), strict=True):
+    for one, other in zip(quantized.logprobs(prompts, completions), dense.logprobs(prompts, completions), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)  # sums in another order
 
 
-def test_layers_are_taken_apart_and_joined_as_dense_ones_are() -> None:
-    """As a CPU decodes: the joined weight stands for the single ones side by side."""
-    layer = split_layers({"params": policy_of("nf4").params})["params"]["layers"][1]
+def test_split_and_joined_layers_have_the_same_weights() -> None:
+    """As in decoding on a CPU: the joined weight is the concatenation of the single ones."""
+    layer = split_layers({"params": policy_of("nf4").params})["params"]["layers_1"]
     joined = join_linears(layer)["qkv_proj"]["kernel"]
     parts = [np.asarray(dequantize(layer[name]["kernel"])) for name in ("q_proj", "k_proj", "v_proj")]
     np.testing.assert_array_equal(np.asarray(dequantize(joined)), np.concatenate(parts, axis=1))
 
 
-def test_a_run_is_read_again_as_it_was_trained(tmp_path: Path) -> None:
-    """In bfloat16, where the sampler keeps adapters apart; and a policy without adapters is refused."""
+def test_a_saved_run_loads_with_the_same_weights(tmp_path: Path) -> None:
+    """In bfloat16, where the sampler does not merge adapters; and a policy without adapters is refused."""
     model = {"quantization": "nf4", "dtype": "bfloat16"}
     config = tiny_runs.config_of(tmp_path / "run", model=model, train={"save_every": 1, "steps": 1})
     result = tiny_runs.run(config).result
-    assert result.history[0]["sampling/logp_difference/max"] < 0.2  # bfloat16 numbers in this model's logits are 0.03 apart
+    assert (
+        result.history[0]["sampling/logp_difference/max"] < 0.2
+    )  # bfloat16 values are 0.03 apart at the size of this model's logits
     again = load_run(tmp_path / "run")[1]
     tiny_runs.assert_same_arrays(again.variables, result.policy.variables)
     with pytest.raises(ConfigError, match=r"model.quantization is 'nf4'.*lora.rank"):
-        settings_of(Config(), dataclasses.replace(again, adapters=None, lora=None))
+        config_with_policy(Config(), dataclasses.replace(again, adapters=None, lora=None))
 
 
 def test_merging_adds_the_adapters_to_the_original(tmp_path: Path) -> None:
-    """Not to the rounded weights; and the adapter folder is the same as ever."""
+    """Not to the rounded weights; and the adapter folder does not depend on the format."""
     own, dense = policy_of("int4"), policy_of("none")
     merged = load_file(own.save_merged(tmp_path / "int4") / "model.safetensors")
     for name, tensor in load_file(dense.save_merged(tmp_path / "none") / "model.safetensors").items():
@@ -232,16 +236,16 @@ TRAINED = ["int4", "nf4"]
 
 @functools.cache
 def trained(form: str) -> tiny_runs.Finished:
-    """Two steps on a quantised base with a KL term."""
-    place = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, place, ignore_errors=True)
-    config = tiny_runs.config_of(place / "run", model={"quantization": form}, objective={"beta": 0.1})
+    """Trains two steps on a quantised base with a KL term."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    config = tiny_runs.config_of(folder / "run", model={"quantization": form}, objective={"beta": 0.1})
     return tiny_runs.run(config)
 
 
 @pytest.mark.parametrize("form", TRAINED)
-def test_training_moves_the_adapters_alone(form: str) -> None:
-    """The base is what the file's numbers round to; the reference is that base, so the divergence starts at zero."""
+def test_training_changes_only_the_adapters(form: str) -> None:
+    """The base stays at the rounded weights; the reference is that base, so the divergence starts at zero."""
     result = trained(form).result
     fresh = Policy.from_pretrained(tiny_runs.tiny_model(), lora=LORA, quantization=form)
     tiny_runs.assert_same_arrays(result.policy.params, fresh.params)
@@ -252,7 +256,7 @@ def test_training_moves_the_adapters_alone(form: str) -> None:
 
 @pytest.mark.parametrize("form", TRAINED)
 def test_sampler_and_trainer_agree(form: str) -> None:
-    """In float32, where the sampler adds the adapters to the dense weights once a rollout and the trainer never does."""
+    """In float32, where the sampler merges the adapters into dense weights once per rollout and the trainer never does."""
     for metrics in trained(form).result.history:
         assert metrics["sampling/logp_difference/max"] < 1e-4
 
@@ -263,7 +267,7 @@ know what to do. She said, "I want to play with your ball, but I can't find it."
 
 
 def test_the_effect_on_a_story_models_log_probabilities(shared_data: Path) -> None:
-    """Mean |difference| in nats a token of the 260K-parameter Llama; its widths of 64 and 172 make groups of 64, 86 and 43."""
+    """Mean |difference| in nats per token of the 260K-parameter Llama; its widths of 64 and 172 give groups of 64, 86 and 43."""
     folder = shared_data / "stories260k"
     if not (folder / "config.json").is_file():
         pytest.skip("needs shared/data/stories260k")
@@ -279,7 +283,7 @@ def test_the_effect_on_a_story_models_log_probabilities(shared_data: Path) -> No
     want, effect, noise = logprobs(dense.params), {}, {}
     for form in FORMATS:
         effect[form] = np.abs(logprobs(changed(lambda w, f=form: dequantize(quantize(w, f)))) - want).mean()
-        # Errors of the same size without any pattern: a format must not do worse.
+        # Random errors of the same size: a format must not be much worse.
         error = lambda w, f=form: jnp.std(dequantize(quantize(w, f)) - w)  # noqa: E731
         blur = lambda w, e=error: w + e(w) * jax.random.normal(jax.random.key(0), w.shape)  # noqa: E731
         noise[form] = np.abs(logprobs(changed(blur)) - want).mean()
@@ -307,11 +311,11 @@ WIDE = ModelSpec(
     rope_of_layer=(0,) * LAYERS,
     query_scale=128**-0.5,
 )
-"""As wide as blocks of the kernels, and little else: few tokens and a small vocabulary."""
+"""As wide as the blocks of the kernels; everything else is small."""
 
 
-def test_an_update_keeps_no_dense_weight(chips: dict[str, SingleDeviceSharding]) -> None:
-    """Compiled for a v6e: of eight layers, all temporaries together are less than two layers' matrices in bfloat16."""
+def test_an_update_stores_no_dense_weight(chips: dict[str, SingleDeviceSharding]) -> None:
+    """Compiled for a v6e with eight layers: all temporaries together are below two layers' matrices in bfloat16."""
 
     def on(tree: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=chips["v6e"]), tree)
@@ -334,8 +338,8 @@ def test_an_update_keeps_no_dense_weight(chips: dict[str, SingleDeviceSharding])
         valid=jax.ShapeDtypeStruct(row, jnp.bool_),
     )
     arguments = on((jax.eval_shape(learner.init, adapters), batch, Frozen(nest(base), {})))
-    told: Any = jax.jit(learner.train_step, donate_argnums=0).lower(*arguments).compile().memory_analysis()
-    print(f"v6e, int4: temporaries {told.temp_size_in_bytes / 2**20:.2f} MiB")
+    memory: Any = jax.jit(learner.train_step, donate_argnums=0).lower(*arguments).compile().memory_analysis()
+    print(f"v6e, int4: temporaries {memory.temp_size_in_bytes / 2**20:.2f} MiB")
     layer = 2 * (4 * WIDE.width**2 + 3 * WIDE.width * WIDE.ffw)
-    assert told.temp_size_in_bytes < 2 * layer
-    assert told.argument_size_in_bytes < LAYERS * layer / 2
+    assert memory.temp_size_in_bytes < 2 * layer
+    assert memory.argument_size_in_bytes < LAYERS * layer / 2
