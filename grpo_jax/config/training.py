@@ -53,7 +53,7 @@ class TrainConfig:
         prompts_per_step: B, number of prompts in a step (of rows, in supervised warm-up).
         micro_batch_prompts: Prompts whose gradient is computed at once, on a mesh at least one on each of its data · fsdp shards;
             null takes all prompts of the step, or on a CPU as many as its cache holds.
-            `auto` takes the most that fit into memory, found by compiling before the first step; micro_batch_completions too.
+            `auto` finds the most that fit into memory by compiling before the first step; it sets micro_batch_completions too.
         micro_batch_completions: Completions of a prompt whose gradient is computed at once; null takes the whole group.
         seed: Seed of the order of the data, of the adapters' initial values and of every sampled token.
         run_dir: Folder for all files that the run writes.
