@@ -1,7 +1,6 @@
-"""The picture of a run: small multiples over the steps, one panel a quantity.
+"""Draws a run's curves as a PNG: one panel per metric over the steps.
 
-Enters: the metrics of each step and the evaluations. Leaves: a PNG. Panels appear where there is something to show, so the same
-function serves GRPO and supervised warm-up. Left out on purpose: anything interactive, for which there are TensorBoard's events.
+Only panels with data are drawn, so the same function serves GRPO and supervised warm-up. For interactive plots use TensorBoard.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ Records = Sequence[Mapping[str, Any]]
 INK, FAINT, GRID = "#1f2430", "#8a93a3", "#e6e9ef"
 COLOURS = ("#2463c9", "#d9480f", "#2b8a3e", "#7a3fb0", "#c2255c", "#0b7285", "#8f6200", "#495057")
 SMOOTHED_FROM = 30
-"""From this many steps on, a line is drawn as a moving mean over a tenth of them, with the raw values faint behind it."""
+"""From this many steps on, a line is a moving mean over a tenth of them, with the raw values drawn faintly behind it."""
 
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -40,12 +39,12 @@ STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel.
+    """A panel of the picture.
 
     Attributes:
-        title: what it shows, with its unit.
-        metrics: names that must all be there.
-        draw: draws it into axes, given the records.
+        title: the quantity and its unit.
+        metrics: names that must all have values.
+        draw: draws the records into axes.
     """
 
     title: str
@@ -57,13 +56,13 @@ def draw_curves(path: str | Path, history: Records, evaluations: Records = (), t
     """Draws the curves of a run.
 
     Args:
-        path: The PNG that is written.
-        history: One dict of metrics a step, with "step".
+        path: Of the PNG.
+        history: One dict of metrics per step, with "step".
         evaluations: Dicts with "step" and "accuracy" (0 to 1).
-        title: Written above; the run's folder.
+        title: Above the panels, such as the run's folder.
 
     Returns:
-        The path, or None where there is nothing to draw and nothing was written.
+        The path, or None where there is nothing to draw; then nothing is written.
     """
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -76,7 +75,7 @@ def draw_curves(path: str | Path, history: Records, evaluations: Records = (), t
     columns = 2 if len(panels) == 4 else min(len(panels), 3)
     rows = -(-len(panels) // columns)
     last = max(float(record["step"]) for record in (*history, *evaluations))
-    # pyplot is not used: it would change the user's backend and keep the figure.
+    # pyplot would change the user's backend and keep a reference to the figure.
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.3 * columns, 2.7 * rows + 0.5), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
@@ -95,7 +94,7 @@ def draw_curves(path: str | Path, history: Records, evaluations: Records = (), t
 
 
 def chosen_panels(history: Records, evaluations: Records) -> list[Panel]:
-    """The panels that these records can fill, in the order they are drawn; at most 6, and never 5, so that they fill their rows."""
+    """Chooses the panels that have data, in drawing order; at most 6, and never 5, so that rows are filled."""
     by_function = tuple(name for name in names_in(history) if name.startswith("rewards/") and name.endswith("/mean"))
     panels = [
         Panel("Reward (mean ± deviation)", ("reward/mean",), draw_reward),
@@ -117,23 +116,23 @@ def chosen_panels(history: Records, evaluations: Records) -> list[Panel]:
 
 
 def names_in(records: Records) -> dict[str, None]:
-    """Names of the metrics with a finite value somewhere, in order of appearance."""
+    """Returns the names of metrics with at least one finite value, in order of appearance."""
     return {name: None for record in records for name, value in record.items() if is_number(value)}
 
 
 def is_number(value: Any) -> bool:
-    """Whether it can be drawn."""
+    """Whether a value can be drawn: a finite number."""
     return isinstance(value, int | float) and bool(np.isfinite(value))
 
 
 def series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and finite values of a metric."""
+    """Returns the steps and values of a metric where it is finite."""
     points = [(record["step"], record[name]) for record in records if is_number(record.get(name))]
     return np.array([step for step, _ in points]), np.array([value for _, value in points], np.float64)
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Centred moving mean over a tenth of the values, over what there is of them at either end; short runs are left as they are."""
+    """Returns a centred moving mean over a tenth of the values, over fewer at both ends; short series are returned unchanged."""
     if len(values) < SMOOTHED_FROM:
         return values
     half = max(1, len(values) // 20)
@@ -144,7 +143,7 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def draw_line(axes: Any, records: Records, name: str, colour: int = 0, label: str | None = None) -> None:
-    """A metric as a line, smoothed over its raw values in a long run; a mark where there is a single step."""
+    """Draws a metric as a line, in a long run smoothed over its raw values; a single step is drawn as a marker."""
     steps, values = series(records, name)
     mean = smoothed(values)
     if mean is not values:
@@ -153,7 +152,7 @@ def draw_line(axes: Any, records: Records, name: str, colour: int = 0, label: st
 
 
 def draw_reward(axes: Any, records: Records) -> None:
-    """Mean reward, with a band of one standard deviation to either side where it is known."""
+    """Draws the mean reward with a band of one standard deviation to each side where that is known."""
     draw_line(axes, records, "reward/mean")
     both = [record for record in records if is_number(record.get("reward/mean")) and is_number(record.get("reward/std"))]
     if both:
@@ -163,12 +162,12 @@ def draw_reward(axes: Any, records: Records) -> None:
 
 
 def draw_share(axes: Any, records: Records, name: str) -> None:
-    """A share of one as a line in percent."""
+    """Draws a share (0 to 1) as a line in percent."""
     draw_line(axes, [{**record, name: 100 * record[name]} for record in records if is_number(record.get(name))], name, 2)
 
 
 def draw_accuracy(axes: Any, records: Records) -> None:
-    """Held-out accuracy as points that carry their value."""
+    """Draws held-out accuracy as points labelled with their value."""
     steps, values = series(records, "accuracy")
     axes.plot(steps, 100 * values, color=COLOURS[2], linewidth=1, alpha=0.5)
     axes.plot(steps, 100 * values, "o", color=COLOURS[2], markersize=5, clip_on=False)
@@ -182,17 +181,17 @@ def draw_accuracy(axes: Any, records: Records) -> None:
 
 
 def draw_kl(axes: Any, records: Records) -> None:
-    """Divergence from the reference; its axis starts at 0."""
+    """Draws the KL divergence from the reference on an axis that starts at 0."""
     draw_line(axes, records, "kl_divergence", 1)
     axes.set_ylim(bottom=min(0.0, float(series(records, "kl_divergence")[1].min())))
 
 
 def draw_length(axes: Any, records: Records) -> None:
-    """Mean completion length, with a band from the shortest to the longest where they are known."""
+    """Draws the mean completion length, with a band from the shortest to the longest where they are known."""
     names = ("completions/mean_length", "completions/min_length", "completions/max_length")
-    whole = [record for record in records if all(is_number(record.get(name)) for name in names)]
-    if whole:
-        steps, shortest, longest = series(whole, names[1])[0], series(whole, names[1])[1], series(whole, names[2])[1]
+    complete = [record for record in records if all(is_number(record.get(name)) for name in names)]
+    if complete:
+        (steps, shortest), (_, longest) = series(complete, names[1]), series(complete, names[2])
         axes.fill_between(steps, shortest, longest, color=COLOURS[5], alpha=0.13, linewidth=0, label="shortest to longest")
         axes.legend(loc="best")
     draw_line(axes, records, names[0], 5)
@@ -200,7 +199,7 @@ def draw_length(axes: Any, records: Records) -> None:
 
 
 def draw_functions(axes: Any, records: Records, names: Sequence[str]) -> None:
-    """Mean of each reward function, unweighted."""
+    """Draws the unweighted mean of each reward function."""
     for index, name in enumerate(names):
         label = name.removeprefix("rewards/").removesuffix("/mean").replace("$", r"\$")
         draw_line(axes, records, name, index % len(COLOURS), label)
@@ -208,7 +207,7 @@ def draw_functions(axes: Any, records: Records, names: Sequence[str]) -> None:
 
 
 def draw_seconds(axes: Any, records: Records) -> None:
-    """Where the time of a step goes; the first step, which may hold the compiling, is left out where there are more."""
+    """Draws the seconds of each part of a step, without the first step if there are more, as it may include compiling."""
     parts = {"rollout_seconds": "rollout", "reward_seconds": "scoring", "update_seconds": "update"}
     later = records[1:] if "update_seconds" in names_in(records[1:]) else records
     for index, (name, label) in enumerate(parts.items()):

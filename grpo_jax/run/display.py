@@ -1,8 +1,7 @@
-"""What a person sees while a run goes on: settings, compile times, a live bar, sampled completions, the result.
+"""Shows a run to the user: settings, compile times, a progress bar, sampled completions, the result.
 
-Enters: the same calls whatever the output is. Leaves, on a terminal or in a notebook: tables and one live bar below them. In quiet
-mode, and wherever the output is not a terminal, plain lines without control codes, one a step, made for logs. Left out on purpose:
-anything that a run computes; nothing here touches a device.
+On a terminal or in a notebook it prints tables and one live bar below them. In quiet mode, and where the output is not a terminal,
+it prints plain lines without control codes, one per step, for logs. Nothing here computes or uses a device.
 """
 
 from __future__ import annotations
@@ -37,21 +36,21 @@ SHOWN_METRICS = {
     "reward_seconds": "scoring seconds",
     "update_seconds": "update seconds",
 }
-"""What the bar shows of a step's metrics, under which name; a name that ends in "seconds" is shown as a time."""
+"""The metrics that the bar shows, each with its label; a label that ends in "seconds" is shown as a time."""
 
 
 def step_values(metrics: Mapping[str, Any]) -> dict[str, Number]:
-    """Picks what the bar shows out of a step's metrics, in the order it is shown."""
+    """Selects the metrics of a step that the bar shows, by label, in the bar's order."""
     return {label: metrics[name] for name, label in SHOWN_METRICS.items() if name in metrics}
 
 
 class Display:
-    """Talks to whoever watches a run.
+    """Prints a run's progress for the user.
 
     Args:
         quiet: Plain lines, and no completions, even on a terminal.
-        console: Where it goes; None is the standard output, whatever that is at the moment.
-        silent: Nothing at all: for all processes of a run but one.
+        console: The output; None is the standard output at the time of each call.
+        silent: Prints nothing: for all processes of a run but one.
 
     Example:
         display = Display(quiet=False)
@@ -60,7 +59,7 @@ class Display:
     """
 
     def __init__(self, quiet: bool = False, console: Console | None = None, silent: bool = False) -> None:
-        # Legacy options of rich that would read strings as markup, emoji codes or highlights are off for good.
+        # Without these options rich would interpret strings as markup, emoji codes or highlights.
         self._console = console or Console(highlight=False, markup=False, emoji=False)
         self.quiet, self._silent = quiet or silent, silent
         self.plain = self.quiet or not _can_redraw(self._console)
@@ -73,11 +72,11 @@ class Display:
         self._print(Text(safe_text(text)), text)
 
     def warning(self, text: str) -> None:
-        """Shows one line that should not be missed."""
+        """Shows a warning line."""
         self._print(Text(f"warning: {safe_text(text)}", style="yellow"), f"warning: {text}")
 
     def settings(self, settings: Sequence[Setting]) -> None:
-        """Shows the resolved settings, those that somebody chose first."""
+        """Shows the resolved settings, those that the user chose first."""
         if self.plain:
             self._lines(tables.settings_lines(settings))
         else:
@@ -85,11 +84,11 @@ class Display:
 
     @contextmanager
     def busy(self, doing: str, done: str | None = None) -> Iterator[None]:
-        """Shows that something is going on, and for how long; afterwards a line with its seconds.
+        """Shows what is being done while the block runs, and afterwards a line with the seconds it took.
 
         Args:
             doing: Such as "reading the model".
-            done: What the line afterwards says; the same, if None.
+            done: The text of the line afterwards; None is `doing`.
         """
         started = time.perf_counter()
         if self.plain:
@@ -105,18 +104,18 @@ class Display:
 
     @contextmanager
     def compiling(self, what: str) -> Iterator[None]:
-        """Shows that a program is compiled, such as "rollout", and how long that took."""
+        """Shows that a program, such as "rollout", is being compiled, and how long it took."""
         with self.busy(f"compiling {what}", f"compiled {what}"):
             yield
 
     @contextmanager
     def progress(self, total: int, done: int = 0, noun: str = "step") -> Iterator[None]:
-        """Shows a bar while steps are made, each reported by `step`.
+        """Shows a progress bar while the block runs; the block reports each step with `step`.
 
         Args:
             total: Number of steps.
-            done: Steps that were finished before, by the run that is resumed.
-            noun: What is counted.
+            done: Steps that were finished before the run was resumed.
+            noun: Name of what is counted.
         """
         outer, self._bar = self._bar, _Bar(total, done, noun)
         try:
@@ -130,7 +129,7 @@ class Display:
 
         Args:
             step: Its number, of the total.
-            values: What to show, by name; a name that ends in "seconds" is shown as a time. See `step_values`.
+            values: Values to show, by label; a label that ends in "seconds" is shown as a time. See `step_values`.
         """
         if self._bar is None:
             raise RuntimeError("Display.step is called outside of Display.progress")
@@ -152,12 +151,12 @@ class Display:
 
         Args:
             step: Its number.
-            prompts: B prompts, each of N/B completions in a row.
+            prompts: B prompts, each for N/B consecutive completions.
             completions: N texts or conversations.
             rewards: N values by function.
             advantages: N values.
             finish_reasons: N of "stop" or "length".
-            count: The most that are shown.
+            count: How many are shown at most.
         """
         if self.quiet or not completions:
             return
@@ -168,26 +167,26 @@ class Display:
             self._console.print(tables.completions_table(step, samples))
 
     def evaluation(self, step: int, accuracy: Number, problems: int) -> None:
-        """Shows the held-out accuracy (0 to 1) after a step; step 0 is before the first."""
+        """Shows the held-out accuracy (0 to 1) after a step; step 0 is before training."""
         when = "before training" if step == 0 else f"after step {step}"
         line = f"held-out accuracy {when}: {100 * accuracy:.1f} %  ({problems} problems, greedy)"
         self._print(Text(line, style="bold"), line)
 
     def report(self, summary: Mapping[str, Any], files: Mapping[str, str], title: str = "Result") -> None:
-        """Shows the result.
+        """Shows the result of a run.
 
         Args:
             summary: As `RunFolder.write_summary` returns it.
-            files: Paths that were written, each with what it holds; `RunFolder.written`.
-            title: Above it.
+            files: Paths of the written files, each with a description; see `RunFolder.written`.
+            title: Of the table.
         """
         self.table(title, tables.report_rows(summary), files)
 
     def table(self, title: str, rows: Sequence[tuple[str, str]], files: Mapping[str, str]) -> None:
-        """Shows names with what belongs to them.
+        """Shows a table of labels and values.
 
         Args:
-            files: Paths below them, each with what it holds; may be none.
+            files: Paths to list below, each with a description; may be empty.
         """
         if self.plain:
             self._lines(tables.report_lines(rows, files))
@@ -201,7 +200,7 @@ class Display:
             self._console.print(rich)
 
     def _lines(self, lines: Sequence[str]) -> None:
-        """Writes plain lines, past rich, so that nothing wraps them or adds codes to them."""
+        """Writes plain lines without rich, which would wrap them and add control codes."""
         if self._silent:
             return
         file = self._console.file
@@ -213,7 +212,7 @@ class Display:
 
     @contextmanager
     def _shown(self) -> Iterator[None]:
-        """Keeps the live part on screen while the block runs; a nested block shares the one that is there."""
+        """Shows the live area while the block runs; a nested block shares the outer one."""
         if self.plain or self._live is not None:
             yield
             return
@@ -232,7 +231,7 @@ class Display:
 
 
 class _Bar:
-    """The state of a bar: written by the loop, read by rich's drawing thread."""
+    """The state of a progress bar: written by the training loop, read by rich's drawing thread."""
 
     def __init__(self, total: int, done: int, noun: str) -> None:
         self.total, self.done, self.noun = total, done, noun
@@ -242,7 +241,7 @@ class _Bar:
 
     def finish(self, step: int, values: Mapping[str, Number]) -> None:
         self.done, self.values = step, values
-        if self.first is None:  # it holds the compiling, so the time left is reckoned from the steps after it
+        if self.first is None:  # the first step includes compiling: the time left is estimated from the later ones
             self.first = (step, time.perf_counter())
 
     def render(self) -> list[RenderableType]:
@@ -261,7 +260,7 @@ class _Bar:
 
 
 def spell_values(values: Mapping[str, Number]) -> str:
-    """Values on one line: "reward 0.412  KL 0.0031  rollout 1.20 s"."""
+    """Formats values on one line: "reward 0.412  KL 0.0031  rollout 1.20 s"."""
     return "  ".join(f"{_label(name)} {_spell(name, value)}" for name, value in values.items())
 
 
@@ -282,6 +281,6 @@ def _can_redraw(console: Console) -> bool:
     """Whether a live bar can be drawn: a terminal that can move its cursor and show the bar, or a notebook with widgets."""
     if console.is_jupyter:
         return importlib.util.find_spec("ipywidgets") is not None
-    # rich also believes FORCE_COLOR, which build servers set: colours in a log may be wanted, redrawing is not.
+    # rich also takes FORCE_COLOR for a terminal. Build servers set it to get colours in a log, where redrawing is no use.
     terminal = console.is_terminal and (console.file is not sys.stdout or sys.stdout.isatty())
     return terminal and not console.is_dumb_terminal and console.encoding.lower().startswith("utf")

@@ -1,7 +1,7 @@
-"""Files of records, one JSON object a line, each with the step that it belongs to, in the order of the steps.
+"""Reads and writes JSON Lines files whose records each have a step, in the order of the steps.
 
-Enters: dicts of plain values. Leaves: a file that is whole up to its last flushed line, whatever ends the process, and that can be
-cut back to a step. Numbers that JSON does not know (NaN, infinities) are stored as null.
+However the process ends, a file is complete up to its last flushed line, and it can be cut back to a step. NaN and infinities,
+which JSON does not have, are stored as null.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 
 Number: TypeAlias = float | int | np.floating | np.integer
 Column: TypeAlias = Sequence[Any] | np.ndarray
-"""One value a row."""
+"""One value per row."""
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON holds it: NumPy and device scalars become numbers, those that are not finite become None."""
+    """Converts a value for JSON: NumPy arrays and device scalars become lists and numbers, non-finite numbers become None."""
     if value is None or isinstance(value, str | bool):
         return value
     if isinstance(value, Mapping):
@@ -35,10 +35,10 @@ def plain(value: Any) -> Any:
 
 
 class RecordFile:
-    """One file of records, open for appending.
+    """A JSON Lines file that records are appended to.
 
     Args:
-        path: Where it is, or will be with the first record.
+        path: Of the file; the first record creates it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -48,22 +48,22 @@ class RecordFile:
     def append(self, *records: Mapping[str, Any]) -> None:
         """Writes records and flushes them."""
         if self._file is None:
-            # A lone surrogate, which a damaged completion may hold, comes out as the escape that JSON has for it.
+            # A lone surrogate, which a damaged completion may contain, is written as its JSON escape.
             self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
         self._file.write("".join(json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records))
         self._file.flush()
 
     def read(self) -> list[dict[str, Any]]:
-        """Every whole record; [] where there is no file."""
-        return [record for _, record in _whole_records(self.path)]
+        """Returns every complete record; [] where there is no file."""
+        return [record for _, record in _complete_records(self.path)]
 
     def cut_back(self, step: int) -> None:
-        """Drops the records after a step, and a last line that was cut short."""
+        """Removes the records after a step, and an incomplete last line."""
         self.close()
         if not self.path.exists():
             return
         end = 0
-        for position, record in _whole_records(self.path):
+        for position, record in _complete_records(self.path):
             if record["step"] > step:
                 break
             end = position
@@ -77,8 +77,8 @@ class RecordFile:
             self._file = None
 
 
-def _whole_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each record with the position of its end in bytes, up to the first line that is not whole."""
+def _complete_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields each record with the position of its end in bytes, up to the first incomplete line."""
     if not path.exists():
         return
     position = 0

@@ -1,8 +1,7 @@
-"""What is shown of settings, completions and results: as tables for a terminal, and as plain lines for a log.
+"""Formats settings, completions and results as rich tables for a terminal, and as plain lines for a log.
 
-Enters: settings, completions with their rewards, a summary. Leaves: rich renderables, or strings without any control code. Text
-from a model or a dataset passes through `safe_text` and then into `rich.text.Text`, which interprets nothing; it is never handed
-over as a string, which rich would read as markup.
+Text from a model or a dataset goes through `safe_text` into `rich.text.Text`, which interprets nothing; passed as a plain string,
+rich would read it as markup.
 """
 
 from __future__ import annotations
@@ -24,18 +23,18 @@ from grpo_jax.run.records import Column, Number
 from grpo_jax.runtime.safe_text import safe_text
 
 PROMPT_CHARACTERS, COMPLETION_CHARACTERS = 240, 400
-"""Longer texts lose their middle in a table; completions.jsonl has them whole."""
+"""Longer texts lose their middle in a table; completions.jsonl has the full text."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A completion as it is shown.
+    """A completion to show.
 
     Attributes:
         prompt: text, or a conversation.
         completion: text, or a conversation.
-        rewards: value by function; NaN where it does not apply.
-        advantage: as it entered the loss.
+        rewards: value by function; NaN where the function does not apply.
+        advantage: the one used in the loss.
         finish_reason: "stop" or "length".
 
     Example:
@@ -57,15 +56,15 @@ def choose_samples(
     finish_reasons: Sequence[str],
     count: int = 4,
 ) -> list[Sample]:
-    """The completions to show: the best and the worst of the first prompts, one alone where a group has equal advantages.
+    """Chooses the completions to show: the best and the worst of the first prompts, one where a group's advantages are equal.
 
     Args:
-        prompts: B prompts, each of N/B completions in a row.
+        prompts: B prompts, each for N/B consecutive completions.
         completions: N texts or conversations.
         rewards: N values by function.
         advantages: N values.
         finish_reasons: N reasons.
-        count: The most that are shown.
+        count: How many are chosen at most.
     """
     group = len(completions) // len(prompts)
     rows: list[int] = []
@@ -86,7 +85,7 @@ def choose_samples(
 
 
 def message_text(value: Any) -> str:
-    """A text as it is, or the last message of a conversation."""
+    """Returns a text unchanged, or the content of a conversation's last message."""
     if isinstance(value, str):
         return value
     content = value[-1].get("content", "") if value else ""
@@ -94,7 +93,7 @@ def message_text(value: Any) -> str:
 
 
 def shorten(text: str, limit: int) -> str:
-    """Cuts the middle out of a long text: prompts ask and completions answer at their ends."""
+    """Removes the middle of a long text: questions and answers tend to be at the end."""
     if len(text) <= limit:
         return text
     tail = limit // 3
@@ -102,32 +101,32 @@ def shorten(text: str, limit: int) -> str:
 
 
 def cell(value: Any, limit: int) -> str:
-    """A text of a model or a dataset on one line, without anything that steers a terminal."""
+    """Formats a text of a model or a dataset on one line, without terminal control codes."""
     return safe_text(shorten(message_text(value), limit), one_line=True)
 
 
 def number(value: float, signed: bool = False) -> str:
-    """A reward or an advantage."""
+    """Formats a reward or an advantage."""
     return "-" if math.isnan(value) else f"{value:+.2f}" if signed else f"{value:.2f}"
 
 
 def duration(seconds: Number) -> str:
-    """A time for people: 0.84 s, 12.3 s, 2 m 05 s, 1 h 02 m."""
+    """Formats a time as 0.84 s, 12.3 s, 2 m 05 s, 1 h 02 m."""
     if seconds < 59.95:
         return f"{seconds:.2f} s" if seconds < 9.995 else f"{seconds:.1f} s"
-    whole = round(seconds)
-    return f"{whole // 60} m {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} m"
+    rounded = round(seconds)
+    return f"{rounded // 60} m {rounded % 60:02d} s" if rounded < 3600 else f"{rounded // 3600} h {rounded % 3600 // 60:02d} m"
 
 
 def clock(seconds: Number) -> str:
-    """A time that runs: 0:07, 12:34, 1:02:03."""
-    whole = max(0, round(seconds))
-    hours, minutes = whole // 3600, whole // 60 % 60
-    return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
+    """Formats a running time as 0:07, 12:34, 1:02:03."""
+    rounded = max(0, round(seconds))
+    hours, minutes = rounded // 3600, rounded // 60 % 60
+    return f"{hours}:{minutes:02d}:{rounded % 60:02d}" if hours else f"{minutes}:{rounded % 60:02d}"
 
 
 def completions_table(step: int, samples: Sequence[Sample]) -> RenderableType:
-    """One row a completion, one column a reward function."""
+    """Builds a table with one row per completion and one column per reward function."""
     table = Table(title=f"Completions of step {step}", title_justify="left", box=box.ROUNDED, show_lines=True, expand=True)
     table.add_column("prompt", ratio=2, overflow="fold")
     table.add_column("completion", ratio=3, overflow="fold")
@@ -154,7 +153,7 @@ def completions_table(step: int, samples: Sequence[Sample]) -> RenderableType:
 
 
 def completions_lines(step: int, samples: Sequence[Sample]) -> list[str]:
-    """The same as plain lines."""
+    """Formats completions as plain lines."""
     lines = []
     for sample in samples:
         rewards = "  ".join(f"{safe_text(name, one_line=True)} {number(value)}" for name, value in sample.rewards.items())
@@ -168,7 +167,7 @@ def completions_lines(step: int, samples: Sequence[Sample]) -> list[str]:
 
 
 def split_settings(settings: Sequence[Setting]) -> tuple[list[Setting], dict[str, str]]:
-    """The settings that somebody chose, and the defaults as one line a section."""
+    """Separates the settings that the user chose from the defaults, which become one line per section."""
     given = [setting for setting in settings if setting.source != "default"]
     defaults: dict[str, list[str]] = {}
     for setting in settings:
@@ -179,13 +178,13 @@ def split_settings(settings: Sequence[Setting]) -> tuple[list[Setting], dict[str
 
 
 def spell(value: Any) -> str:
-    """A setting's value on one line."""
+    """Formats a setting's value on one line."""
     text = value if isinstance(value, str) and value else show(value)
     return safe_text(text, one_line=True)
 
 
 def settings_table(settings: Sequence[Setting]) -> RenderableType:
-    """Chosen settings with their sources, then the defaults, dimmed, one row a section."""
+    """Builds a table of chosen settings with their sources, then the defaults, dimmed, one row per section."""
     given, defaults = split_settings(settings)
     table = Table(title="Settings", title_justify="left", box=box.ROUNDED, show_lines=False)
     table.add_column("setting", no_wrap=True)
@@ -201,7 +200,7 @@ def settings_table(settings: Sequence[Setting]) -> RenderableType:
 
 
 def settings_lines(settings: Sequence[Setting]) -> list[str]:
-    """The same as plain lines."""
+    """Formats settings as plain lines."""
     given, defaults = split_settings(settings)
     width = max((len(setting.name) for setting in given), default=0)
     lines = []
@@ -212,7 +211,7 @@ def settings_lines(settings: Sequence[Setting]) -> list[str]:
 
 
 def report_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The result as (what, value), from a summary as `RunFolder.write_summary` returns it."""
+    """Formats a summary, as `RunFolder.write_summary` returns it, as (label, value) rows."""
     rows = []
     before, after, problems = summary.get("accuracy_before"), summary.get("accuracy_after"), summary.get("held_out_problems", 0)
     if after is not None:
@@ -229,20 +228,20 @@ def report_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def report_panel(title: str, rows: Sequence[tuple[str, str]], files: Mapping[str, str]) -> RenderableType:
-    """The result and the files that were written, framed."""
+    """Builds a panel with the result and the written files."""
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
         table.add_row(Text(name), Text(value, style="bold"))
-    for index, (path, what) in enumerate(files.items()):
+    for index, (path, description) in enumerate(files.items()):
         line = Text(safe_text(path, one_line=True))
-        line.append(f"  {what}", style="dim")
+        line.append(f"  {description}", style="dim")
         table.add_row(Text("written" if index == 0 else ""), line)
     return Panel(table, title=Text(title), title_align="left", expand=False)
 
 
 def report_lines(rows: Sequence[tuple[str, str]], files: Mapping[str, str]) -> list[str]:
-    """The same as plain lines."""
+    """Formats the result and the written files as plain lines."""
     results = [f"{name}: {value}" for name, value in rows]
-    return results + [f"written: {safe_text(path, one_line=True)}  {what}" for path, what in files.items()]
+    return results + [f"written: {safe_text(path, one_line=True)}  {description}" for path, description in files.items()]

@@ -1,6 +1,7 @@
 """Sends metrics to Weights & Biases, where `train.track` asks for it.
 
-W&B's own environment variables (WANDB_PROJECT, WANDB_MODE, ...) say where. Other services read the TensorBoard events in the run folder.
+W&B's own environment variables (WANDB_PROJECT, WANDB_MODE, ...) choose the project. Other services can read the TensorBoard events
+in the run folder.
 """
 
 from __future__ import annotations

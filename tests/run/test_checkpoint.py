@@ -1,4 +1,4 @@
-"""Checkpoints: what was saved comes back bit for bit, whatever happened to the state or the process since."""
+"""Checkpoints: a saved state is restored bit for bit, whatever happened to the state or the process since."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Tree = dict[str, Any]
 
 
 def make_state(step: int = 3, width: int = 5, seed: int = 0) -> Tree:
-    """A small state with every kind of leaf that occurs: float32, bfloat16, integers, scalars, NamedTuples of Optax."""
+    """Makes a small state with every kind of leaf that occurs: float32, bfloat16, integers, scalars, NamedTuples of Optax."""
     keys = jax.random.split(jax.random.key(seed), 3)
     params = {
         "layers": {"q_proj": {"a": jax.random.normal(keys[0], (2, 3, width)), "b": jnp.zeros((2, width, 3))}},
@@ -45,7 +45,7 @@ def to_bytes(tree: object) -> list[tuple[str, tuple[int, ...], bytes]]:
     return [(str(x.dtype), x.shape, np.asarray(x).tobytes()) for x in jax.tree.leaves(tree)]
 
 
-def test_a_state_comes_back_bit_for_bit_with_its_structure_and_host_values(tmp_path: Path) -> None:
+def test_a_state_is_restored_bit_for_bit_with_its_structure_and_host_values(tmp_path: Path) -> None:
     state = make_state()
     with Checkpointer(tmp_path / "checkpoints", keep=2) as checkpoints:
         checkpoints.save(3, state, HOST)
@@ -58,7 +58,7 @@ def test_a_state_comes_back_bit_for_bit_with_its_structure_and_host_values(tmp_p
     assert host == HOST
 
 
-def test_a_concrete_train_state_can_stand_for_the_abstract_one(tmp_path: Path) -> None:
+def test_a_concrete_train_state_can_replace_the_abstract_one(tmp_path: Path) -> None:
     state, other = TrainState(**make_state(seed=1)), TrainState(**make_state(seed=2))
     with Checkpointer(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, state, {})
@@ -90,7 +90,7 @@ def test_the_state_may_be_donated_at_once(tmp_path: Path) -> None:
         assert int(update(restored)["step"]) == 4
 
 
-def test_host_values_are_those_of_the_call(tmp_path: Path) -> None:
+def test_host_values_are_copied_when_saving(tmp_path: Path) -> None:
     host = {"next_row": 1, "list": [1]}
     with Checkpointer(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, make_state(), host)
@@ -109,7 +109,7 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
         assert checkpoints.host(10) == {"step": 10}
 
 
-def test_saving_a_step_twice_keeps_the_first(tmp_path: Path) -> None:
+def test_saving_a_step_twice_writes_only_the_first(tmp_path: Path) -> None:
     with Checkpointer(tmp_path, keep=2) as checkpoints:
         checkpoints.save(5, make_state(seed=1), {"n": 1})
         checkpoints.save(5, make_state(seed=2), {"n": 2})
@@ -143,8 +143,8 @@ os._exit(9)  # as a kill does: the background thread stops in the middle of writ
 """
 
 
-def test_a_save_that_was_killed_is_not_taken(tmp_path: Path) -> None:
-    root = Path(__file__).resolve().parents[1]
+def test_a_save_that_was_killed_is_not_used(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -160,7 +160,7 @@ def test_a_save_that_was_killed_is_not_taken(tmp_path: Path) -> None:
         assert checkpoints.host() == {"n": 22}
 
 
-def test_a_checkpoint_that_lost_its_host_values_is_passed_over_and_replaced(tmp_path: Path) -> None:
+def test_a_checkpoint_that_lost_its_host_values_is_skipped_and_replaced(tmp_path: Path) -> None:
     with Checkpointer(tmp_path, keep=3) as checkpoints:
         checkpoints.save(1, make_state(step=1), {"n": 1})
         checkpoints.save(5, make_state(step=5), {"n": 5})
@@ -177,7 +177,7 @@ def test_a_checkpoint_that_lost_its_host_values_is_passed_over_and_replaced(tmp_
 
 
 @pytest.mark.parametrize("damage", ["remove", "truncate", "change"])
-def test_damaged_arrays_raise_and_are_never_filled_in(tmp_path: Path, damage: str) -> None:
+def test_damaged_arrays_raise(tmp_path: Path, damage: str) -> None:
     state = {"w": jax.random.normal(jax.random.key(0), (5000,))}
     with Checkpointer(tmp_path, keep=3) as checkpoints:
         checkpoints.save(5, state, {})
@@ -269,7 +269,7 @@ with Checkpointer(sys.argv[1], keep=1) as checkpoints:
         assert restored["w"].sharding == sharding, restored["w"].sharding
         np.testing.assert_array_equal(np.asarray(restored["w"]), w)
 """
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(root)}
     command = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
     process = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""What a person sees of a run: readable on a terminal, plain in a log, and never steered by a model's text."""
+"""The display: readable on a terminal, plain in a log, and safe against control codes in a model's text."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 from rich.console import Console
 
 from grpo_jax.config import Config, Setting, resolved_settings
-from grpo_jax.run import Display, step_values
+from grpo_jax.run.display import Display, step_values
 from grpo_jax.run.tables import choose_samples, clock, duration, shorten
 
 EVIL = "[bold red]hi[/] :smile: [/] [link=https://x.y]z[/link] \x1b]0;title\x07\x1b[2J\x9b1m\r\nnew \u202egnp \ud800"
 
 
 class Output:
-    """A display and what it wrote."""
+    """A display with its recorded output."""
 
     def __init__(self, *, terminal: bool, quiet: bool = False, width: int = 100, encoding: str = "utf-8") -> None:
         self.bytes = io.BytesIO()
@@ -35,7 +35,7 @@ class Output:
 
 
 def show_a_run(display: Display) -> None:
-    """Every call that a run makes, with hostile text wherever text comes from outside."""
+    """Makes every call that a run makes, with hostile text wherever text comes from outside."""
     config = Config.from_dict({"model": {"path": EVIL}, "train": {"steps": 2}})
     display.settings(resolved_settings(config, {"model.path": EVIL}))
     display.note(f"note {EVIL}")
@@ -118,7 +118,7 @@ def test_a_forced_colour_does_not_make_a_pipe_a_terminal(
     assert capsys.readouterr().out == "hello\n"
 
 
-def test_the_bar_shows_compiling_and_gives_the_screen_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bar_shows_compiling_and_restores_the_screen_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     output = Output(terminal=True)
     stdout = sys.stdout
 
@@ -163,7 +163,7 @@ def test_the_best_and_the_worst_of_the_first_prompts_are_shown() -> None:
     assert [(sample.prompt, sample.completion) for sample in samples] == [("p", "c2"), ("p", "c0"), ("q", "c3"), ("r", "c6")]
 
 
-def test_the_bar_picks_the_metrics_that_people_look_for() -> None:
+def test_the_bar_shows_the_main_metrics_in_order() -> None:
     metrics = {"update_seconds": 3.0, "reward/mean": 0.5, "kl_divergence": 0.1, "entropy": 2.0, "rollout_seconds": 1.0}
     assert list(step_values(metrics).items()) == [("reward", 0.5), ("KL", 0.1), ("rollout seconds", 1.0), ("update seconds", 3.0)]
 
@@ -178,7 +178,7 @@ def test_the_bar_picks_the_metrics_that_people_look_for() -> None:
         (125, "2 m 05 s", "2:05"),
     ],
 )
-def test_times_are_spelled_for_people(seconds: float, text: str, running: str) -> None:
+def test_times_are_formatted_for_people(seconds: float, text: str, running: str) -> None:
     assert duration(seconds) == text
     assert clock(seconds) == running
     assert (duration(3725), clock(3725)) == ("1 h 02 m", "1:02:05")

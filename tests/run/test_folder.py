@@ -1,4 +1,4 @@
-"""The run folder: files that survive a kill and read, after a resume, as one uninterrupted run; and the curves drawn from them."""
+"""The run folder: files survive a kill, and after a resume equal those of an uninterrupted run; and the curves drawn from them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 
 from grpo_jax.config import Config, ConfigError
-from grpo_jax.run import RunFolder, RunFolderError, draw_curves
-from grpo_jax.run.curves import chosen_panels, smoothed
+from grpo_jax.run.curves import chosen_panels, draw_curves, smoothed
+from grpo_jax.run.folder import RunFolder
 from grpo_jax.run.records import RecordFile
+from grpo_jax.run.resume import RunFolderError
+from grpo_jax.run.tracking import tracker_callbacks
 
 EVIL = "[bold red]hi[/] :smile: [/] [link=https://x.y]z[/link] \x1b]0;title\x07\x1b[2J\x9b1m\r\nnew \u202egnp \ud800"
 
@@ -34,7 +36,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_board(folder: Path) -> list[tuple[str, int, float]]:
-    """Every scalar in TensorBoard's files, in the order of the files, with those that a purge hides left out."""
+    """Reads every scalar in TensorBoard's files, in the order of the files, without those that a purge hides."""
     from tensorboardX.proto import event_pb2  # its classes are made when it is imported: pyright sees none
 
     scalars: list[tuple[str, int, float]] = []
@@ -132,7 +134,7 @@ def test_a_folder_with_a_run_is_refused_without_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("left_behind", ["checkpoint", "summary"])
-def test_whatever_could_be_lost_makes_it_a_run(tmp_path: Path, left_behind: str) -> None:
+def test_a_checkpoint_or_a_summary_makes_a_folder_a_run(tmp_path: Path, left_behind: str) -> None:
     if left_behind == "checkpoint":
         (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     else:
@@ -156,7 +158,7 @@ def test_a_run_that_ended_before_its_first_step_does_not_block_the_folder(tmp_pa
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:
+def test_a_file_instead_of_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("")
     with pytest.raises(RunFolderError, match="is a file"):
         RunFolder.create(tmp_path / "run", make_config(), resume=True)
@@ -181,7 +183,7 @@ def test_resume_refuses_changed_settings_and_shows_them(tmp_path: Path) -> None:
     assert (tmp_path / "config.yaml").read_bytes() == before
 
 
-def test_resume_takes_settings_that_no_step_depends_on(tmp_path: Path) -> None:
+def test_resume_accepts_changed_settings_that_no_step_depends_on(tmp_path: Path) -> None:
     with RunFolder.create(tmp_path / "old", make_config(), resume=False) as folder:
         folder.write_step(1, {"reward/mean": 0.1})
     (tmp_path / "old").rename(tmp_path / "new")
@@ -230,7 +232,7 @@ def test_a_resumed_runs_files_equal_those_of_an_uninterrupted_one(tmp_path: Path
         folder.cut_back(3)
         assert [record["step"] for record in folder.history()] == [1, 2, 3]
         write_steps(folder, range(4, 8))
-        assert str(folder.history()) == str(whole)  # as text, for NaN equals nothing
+        assert str(folder.history()) == str(whole)  # as text, because NaN is not equal to itself
         assert folder.evaluations()[0] == {"step": 0, "accuracy": 0.0, "problems": 4}
     for name in ("metrics.jsonl", "completions.jsonl", "evaluations.jsonl", "config.yaml"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
@@ -247,7 +249,7 @@ def test_a_run_resumed_before_its_first_checkpoint_starts_over_with_its_first_ev
         assert folder.evaluations() == {0: {"step": 0, "accuracy": 0.5, "problems": 4}}
 
 
-def test_a_number_survives_the_file_exactly(tmp_path: Path) -> None:
+def test_numbers_are_read_back_exactly(tmp_path: Path) -> None:
     values = [0.1, 1 / 3, 1e-300, float(np.float32(0.1)), -0.0, 2**53 + 1]
     records = RecordFile(tmp_path / "r.jsonl")
     records.append({"step": 1, "values": values})
@@ -283,21 +285,21 @@ def test_curves_without_records_are_not_drawn(tmp_path: Path) -> None:
     assert not (tmp_path / "c.png").exists()
 
 
-def test_panels_are_those_with_something_to_show() -> None:
+def test_panels_without_data_are_left_out() -> None:
     titles = [panel.title.partition(" (")[0] for panel in chosen_panels(make_history(2), [{"step": 0, "accuracy": 0.5}])]
     assert titles == ["Reward", "Held-out accuracy", "KL to the reference", "Completion length", "Reward by function", "Entropy"]
     warm_up = [{"step": 1, "loss": 2.0, "token_accuracy": 0.5, "kl_divergence": math.nan}]
     assert [panel.title.partition(" (")[0] for panel in chosen_panels(warm_up, [])] == ["Loss", "Tokens predicted right"]
 
 
-def test_smoothing_is_the_mean_of_a_tenth_around() -> None:
+def test_smoothing_is_a_centred_mean_over_a_tenth() -> None:
     values = np.random.default_rng(0).random(60)
     expected = [np.mean(values[max(0, i - 3) : i + 4]) for i in range(60)]
     np.testing.assert_allclose(smoothed(values), expected, rtol=1e-12)
     np.testing.assert_array_equal(smoothed(values[:29]), values[:29])
 
 
-def test_a_step_reaches_wandb_under_the_same_run_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_steps_are_sent_to_the_same_wandb_run_after_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[tuple[str, object]] = []
 
     class Run:
@@ -313,9 +315,12 @@ def test_a_step_reaches_wandb_under_the_same_run_after_a_resume(tmp_path: Path, 
 
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
     config = Config.from_dict({"train": {"track": "wandb"}})
-    for resume in (False, True):
-        with RunFolder.create(tmp_path / "run", config, resume=resume) as folder:
-            folder.write_step(1, {"reward/mean": 0.5, "kl_divergence": float("nan")})
+    trainer: Any = types.SimpleNamespace(steps_done=1)
+    for _ in range(2):
+        (tracker,) = tracker_callbacks(config, tmp_path / "run", writes=True)
+        tracker.on_step_end(trainer, {"reward/mean": 0.5, "kl_divergence": float("nan")}, None)
+        tracker.on_train_end(trainer)
+    assert tracker_callbacks(config, tmp_path / "run", writes=False) == []
     first, again = (named for kind, named in calls if kind == "init")
     assert first == again
     assert [entry for entry in calls if entry[0] != "init"] == [("log", (1, {"reward/mean": 0.5})), ("finish", None)] * 2
@@ -324,4 +329,4 @@ def test_a_step_reaches_wandb_under_the_same_run_after_a_resume(tmp_path: Path, 
 def test_wandb_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"train\.track: 'wandb' is not installed; run pip install"):
-        RunFolder.create(tmp_path / "run", Config.from_dict({"train": {"track": "wandb"}}), resume=False)
+        tracker_callbacks(Config.from_dict({"train": {"track": "wandb"}}), tmp_path / "run", writes=True)
