@@ -78,7 +78,7 @@ def grpo_loss(
         old_logps: [N, C], of the policy before the first update on this batch; None = the same as logps (one update a batch).
         ref_logps: [N, C], of the reference; may be None where the loss has no KL term.
         advantages: [N].
-        completion_mask: [N, C], True = the token is trained. Values at other tokens, NaN included, have no effect. A row without any
+        completion_mask: [N, C], True = the token is trained. Values at other tokens, even NaN, have no effect. A row without any
             True gives 0 and stays in the denominators that count rows.
         objective: the settings.
         sampler_logps: [N, C], of the distribution that the tokens were drawn from, as the sampler computed them.

@@ -1,4 +1,4 @@
-"""Per-token log-probabilities: a prompt that is computed once for all its completions, a vocabulary that is never spread out."""
+"""Per-token log-probabilities: a prompt is computed once for all its completions, and no logits of all tokens exist."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _quick() -> Iterator[None]:
 
 
 def batch(vocabulary: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Prompts [B, P], completions [N, C], and how much each token counts in a scalar [N, C]; numbers everywhere, padding too."""
+    """Prompts [B, P], completions [N, C], and the weight of each token in a scalar [N, C]; padding is random too."""
     rng = np.random.default_rng(seed)
     prompts = rng.integers(6, vocabulary, (B, P)).astype(np.int32)
     completions = rng.integers(6, vocabulary, (B * G, C)).astype(np.int32)
@@ -76,7 +76,7 @@ def assert_near_in_norm(got: np.ndarray, expected: np.ndarray, share: float = 1e
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_completions_that_share_a_prompt_are_as_if_each_had_its_own(family: str) -> None:
+def test_completions_that_share_a_prompt_equal_completions_with_their_own(family: str) -> None:
     policy = tiny_policy(family, LORA)
     assert policy.adapters is not None
     prompts, completions, counts = batch(policy.spec.vocab)
@@ -92,7 +92,7 @@ def test_completions_that_share_a_prompt_are_as_if_each_had_its_own(family: str)
 
 
 def plain_table(prompts: np.ndarray, lengths: np.ndarray, completions: np.ndarray) -> np.ndarray:
-    """[N, P + C] each prompt without its padding, then a completion; zeros to the end."""
+    """Returns [N, P + C]: each prompt without its padding, then a completion, then zeros."""
     table = np.zeros((len(completions), P + C), np.int32)
     for row, completion in enumerate(completions):
         n = lengths[row // G]
@@ -131,9 +131,9 @@ def test_computing_layers_again_in_the_backward_pass_changes_nothing(family: str
     prompts, completions, counts = batch(policy.spec.vocab)
     arguments = (policy.params, policy.adapters, prompts, PROMPT_LENGTHS, completions, counts)
     stacked = policy.model.clone(unroll=False)
-    kept, gradient = values_and_gradient(stacked, *arguments)
+    saved, gradient = values_and_gradient(stacked, *arguments)
     again, again_gradient = values_and_gradient(stacked.clone(remat=remat), *arguments)
-    np.testing.assert_allclose(again, kept, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(again, saved, rtol=0, atol=1e-6)
     assert_near_in_norm(again_gradient, gradient)
 
 
@@ -149,7 +149,7 @@ def test_layers_without_a_loop_over_them_are_the_same_layers(family: str) -> Non
     assert_near_in_norm(single_gradient, gradient)
 
 
-def test_what_stands_in_the_padding_changes_nothing() -> None:
+def test_padding_changes_nothing() -> None:
     policy = tiny_policy("mistral", LORA)
     assert policy.adapters is not None
     prompts, completions, counts = batch(policy.spec.vocab)
@@ -167,10 +167,10 @@ def test_what_stands_in_the_padding_changes_nothing() -> None:
 def test_a_completion_of_one_token() -> None:
     policy = tiny_policy("llama2", LORA)
     prompts, completions, _ = batch(policy.spec.vocab)
-    whole, _ = scored(policy, prompts, completions)
+    longer, _ = scored(policy, prompts, completions)
     first, _ = scored(policy, prompts, completions[:, :1])
     assert first.shape == (B * G, 1)
-    np.testing.assert_allclose(first[:, 0], whole[:, 0], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(first[:, 0], longer[:, 0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -205,14 +205,14 @@ def test_the_trainer_has_the_log_probabilities_that_the_sampler_returned(family:
     mask = np.arange(C)[None, :] < np.array([len(row.ids) for row in rows])[:, None]
     padded = np.array([row + [0] * (P - len(row)) for row in prompts], np.int32)
     run = jax.jit(lambda v, p, n, c: sampled_logprobs(policy.model, v, p, n, c, truncation, 0.7))
-    logps, whole, entropy = run(policy.variables, padded, PROMPT_LENGTHS, table)
+    logps, untruncated, entropy = run(policy.variables, padded, PROMPT_LENGTHS, table)
     assert np.abs(np.asarray(logps) - theirs)[mask].max() < 1e-4
     plain, plain_entropy = scored(policy, padded, table, 0.7)
-    np.testing.assert_allclose(np.asarray(whole)[mask], np.asarray(plain)[mask], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(untruncated)[mask], np.asarray(plain)[mask], rtol=0, atol=1e-5)
     np.testing.assert_allclose(np.asarray(entropy)[mask], np.asarray(plain_entropy)[mask], rtol=0, atol=1e-5)
-    assert np.all(np.asarray(logps - whole)[mask] >= -1e-5)
+    assert np.all(np.asarray(logps - untruncated)[mask] >= -1e-5)
     if truncation.truncates:
-        assert np.abs(np.asarray(whole) - theirs)[mask].mean() > 0.1
+        assert np.abs(np.asarray(untruncated) - theirs)[mask].mean() > 0.1
 
 
 @pytest.mark.parametrize("truncation", [None, Truncation(top_p=0.9), Truncation(stop_ids=(2,), min_length=100)])
@@ -227,8 +227,10 @@ def test_there_is_never_an_array_of_rows_by_tokens_by_vocabulary(trainable: bool
         variables = {"params": params}
         if truncation is None:
             return jnp.sum(completion_logprobs(model, variables, prompts, lengths, completions, head_trainable=trainable)[0])
-        logps, whole, _ = sampled_logprobs(model, variables, prompts, lengths, completions, truncation, head_trainable=trainable)
-        return jnp.sum(logps + whole)
+        logps, untruncated, _ = sampled_logprobs(
+            model, variables, prompts, lengths, completions, truncation, head_trainable=trainable
+        )
+        return jnp.sum(logps + untruncated)
 
     largest = array_sizes(jax.make_jaxpr(jax.grad(scalar))(abstract_params(spec, "float32"), *shapes))
     assert largest < rows * tokens * vocabulary / 10

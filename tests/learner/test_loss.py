@@ -103,7 +103,7 @@ def oracle_kl(policy: float, reference: float, kind: str) -> float:
 
 
 def oracle_loss(case: Case, s: ObjectiveConfig, logps: np.ndarray, frozen: np.ndarray, constant: int | None = None) -> float:
-    """The table of the loss, row by row. `frozen` stands where the formula stops the gradient."""
+    """Computes the module's table of losses row by row. `frozen` is used where the formula stops the gradient."""
     rows, length = case.mask.shape
     row_sums, row_tokens = np.zeros(rows), np.zeros(rows)
     for i in range(rows):
@@ -227,7 +227,7 @@ def test_hand_worked_metrics() -> None:
 @pytest.mark.parametrize(
     ("settings", "low", "high"),
     [
-        ({"loss": "grpo", "delta": 1.6}, 1 / 5, 2 / 5),  # δ holds the 2 where A = -1
+        ({"loss": "grpo", "delta": 1.6}, 1 / 5, 2 / 5),  # δ clips the 2 where A = -1
         ({"loss": "cispo", "epsilon_max": 1.4}, 0, 2 / 5),
         ({"loss": "gspo", "epsilon": 0.01, "epsilon_high": 0.01}, 3 / 5, 0),  # row 1: 0.965 < 0.99, A < 0
         ({"loss": "reinforce"}, 0, 0),
@@ -235,7 +235,7 @@ def test_hand_worked_metrics() -> None:
     ],
     ids=lambda value: value["loss"] if isinstance(value, dict) else "",
 )
-def test_clip_ratios_count_the_tokens_that_are_held(settings: dict[str, Any], low: float, high: float) -> None:
+def test_clip_ratios_count_the_tokens_that_are_clipped(settings: dict[str, Any], low: float, high: float) -> None:
     _, metrics = GOLDEN.loss(objective(**{"epsilon": 0.2, "epsilon_high": 0.3, **settings}))
     np.testing.assert_allclose(metrics["clip_ratio/low"], low, atol=1e-7)
     np.testing.assert_allclose(metrics["clip_ratio/high"], high, atol=1e-7)
@@ -296,7 +296,7 @@ def test_k3_of_nearly_equal_policies_keeps_its_digits() -> None:
 def test_any_split_of_the_rows_gives_the_same_loss_gradient_and_metrics(loss: str, pieces: list[int]) -> None:
     settings = objective(loss=loss, beta=0.2, epsilon=0.15, importance_cap=1.5)
     case = random_case(rows=12, seed=5)
-    whole, whole_metrics = case.loss(settings, max_completion_length=9)
+    unsplit, unsplit_metrics = case.loss(settings, max_completion_length=9)
     weights = token_weights(case.mask, settings, max_completion_length=9)
 
     of_a_piece = jax.jit(jax.value_and_grad(weighted_loss, has_aux=True), static_argnums=(5,))
@@ -309,11 +309,11 @@ def test_any_split_of_the_rows_gives_the_same_loss_gradient_and_metrics(loss: st
         total += np.asarray(value)
         sums.append(stats)
 
-    assert abs(float(total - whole)) <= 1e-6 * float(np.abs(case.advantages).mean())  # the size of a term
+    assert abs(float(total - unsplit)) <= 1e-6 * float(np.abs(case.advantages).mean())  # the size of a term
     np.testing.assert_allclose(gradient, case.gradient(settings, max_completion_length=9), rtol=1e-6, atol=1e-9)
     metrics = finish_stats(total_stats(jax.tree.map(lambda *leaves: jnp.stack(leaves), *sums)))
-    assert set(metrics) == set(whole_metrics)
-    for name, value in whole_metrics.items():
+    assert set(metrics) == set(unsplit_metrics)
+    for name, value in unsplit_metrics.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
 
 
@@ -357,7 +357,7 @@ def test_equal_rewards_give_exactly_zero_loss_and_gradient(loss: str) -> None:
     assert np.all(case.gradient(settings) == 0)
 
 
-def test_a_group_with_equal_rewards_can_leave_the_batch_when_the_weights_stay() -> None:
+def test_a_group_with_equal_rewards_can_be_left_out_when_the_weights_stay() -> None:
     settings = objective(loss="dapo")
     case = random_case(rows=12)
     case.advantages[4:8] = 0
@@ -409,7 +409,7 @@ def test_old_logps_left_out_are_the_policys_own_without_gradient(loss: str) -> N
     np.testing.assert_allclose(left_out[1], expected, rtol=2e-6, atol=1e-9)
 
 
-def test_at_ratio_one_the_gradient_is_whole_even_without_a_clip_range() -> None:
+def test_at_ratio_one_the_gradient_is_unclipped_even_without_a_clip_range() -> None:
     settings = objective(loss="grpo", epsilon=0.0)
     case = random_case(seed=2)
     case.old[:] = case.logps

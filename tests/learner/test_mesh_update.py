@@ -1,6 +1,6 @@
 """The update on a mesh is the update on one device: losses, gradients, collectives; and it compiles for four TPU chips.
 
-Meshes are of eight CPU devices, in a program of their own: `mesh_update.py`.
+The meshes have eight CPU devices, in a process of its own: `mesh_update.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from grpo_jax.config import LoraConfig, MeshConfig, ObjectiveConfig, OptimConfig
 from grpo_jax.learner.optim import make_optimizer
 from grpo_jax.learner.step import Learner
 from grpo_jax.models.transformer import Transformer
-from grpo_jax.runtime.sharding import BATCH, make_layout
+from grpo_jax.runtime.mesh import make_layout
+from grpo_jax.runtime.sharding import BATCH_AXES
 from grpo_jax.types import Frozen
 from grpo_jax.weights.axes import model_axes
 from grpo_jax.weights.lora import init_lora
@@ -34,7 +35,7 @@ MEAN_TERM = 0.3
 few groups have none."""
 
 ROWS = 32
-"""Completions of a step of the program."""
+"""Completions of a step in `mesh_update.py`."""
 
 CASES = [("lora", "8x1x1"), ("lora", "1x8x1"), ("lora", "1x1x4"), ("lora", "2x2x2")] + [
     (name, "2x2x2") for name in ("micro", "full", "beta0", "experts")
@@ -43,8 +44,10 @@ CASES = [("lora", "8x1x1"), ("lora", "1x8x1"), ("lora", "1x1x4"), ("lora", "2x2x
 
 @pytest.fixture(scope="module")
 def results(repository: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """What the program found, by case and mesh."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(repository / part) for part in ("", "kernels", "tests"))}
+    """Runs `mesh_update.py`; its results by case and mesh."""
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(str(repository / part) for part in ("", "kernels", "tests", "tests/support"))
+    }
     program = [sys.executable, str(repository / "tests" / "mesh_update.py")]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -64,7 +67,7 @@ def test_a_mesh_gives_the_loss_and_the_gradients_of_one_device(results: dict[tup
 
 
 def test_an_update_over_fsdp_gathers_weights_and_adds_up_gradients(results: dict[tuple[str, str], Any]) -> None:
-    """And nothing else but scalars and the step's N advantages: no logits, no hidden states, no batch."""
+    """Otherwise only scalars and the step's N advantages are moved: no logits, no hidden states, no batch."""
     found = results["lora", "1x8x1"]
     weights, adapters = ({tuple(shape) for shape in found[name]} for name in ("weights", "adapters"))
     one_layer = {shape[1:] for shape in weights | adapters}
@@ -86,7 +89,7 @@ def test_an_update_over_fsdp_gathers_weights_and_adds_up_gradients(results: dict
 
 
 def test_an_update_compiles_for_four_tpu_chips(chips: Any) -> None:
-    """With Pallas kernels, each on its chip's part; the base in int4, whose groups are cut over both axes."""
+    """With Pallas kernels, each on its chip's part; the base is int4, its groups sharded over both axes."""
     from jax.experimental import topologies
 
     devices = topologies.get_topology_desc("v6e:2x2", "tpu").devices
@@ -115,6 +118,6 @@ def test_an_update_compiles_for_four_tpu_chips(chips: Any) -> None:
 
     state = on(jax.eval_shape(learner.init, adapters), axes)
     frozen = on(Frozen(base_of(spec, jnp.bfloat16, "int4"), {}), axes)
-    lowered = jax.jit(learner.train_step, donate_argnums=0).lower(state, on(batch_of(4, 2, 128, 128), BATCH), frozen)
+    lowered = jax.jit(learner.train_step, donate_argnums=0).lower(state, on(batch_of(4, 2, 128, 128), BATCH_AXES), frozen)
     text = lowered.compile().as_text()
     assert text.count("tpu_custom_call") >= 4  # attention, head, loss, advantages

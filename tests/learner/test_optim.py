@@ -121,7 +121,7 @@ def test_the_state_and_the_updates_are_float32(dtype: Any) -> None:
 
 
 def test_gradients_are_scaled_to_the_global_norm() -> None:
-    # Adam does not see the size of a gradient, except beside eps: with a large eps the update is close to proportional to it.
+    # Adam does not see the size of a gradient, except next to eps: with a large eps the update is close to proportional to it.
     params = {"a": jnp.zeros((1, 1)), "b": jnp.zeros((1, 1))}
     grads = {"a": jnp.full((1, 1), 3.0), "b": jnp.full((1, 1), 4.0)}
     updates = one_update(OptimConfig(learning_rate=1.0, max_grad_norm=0.5, eps=1e4), params, grads)

@@ -76,21 +76,21 @@ def test_the_update_compiles_for_a_tpu(chips: Any, model: Transformer):
     state = on(chips["v5e"], jax.eval_shape(learner.init, variables["lora"]))
     train_step = jax.jit(learner.train_step, donate_argnums=0)
     update = compiled_for(train_step, state, on(chips["v5e"], batch), Frozen(variables["params"], {}))
-    # The new state takes over the old one's memory.
+    # The new state uses the memory of the old one.
     assert update.memory_analysis().alias_size_in_bytes >= bytes_of(state)
 
 
 @pytest.mark.parametrize(("refilled", "past_blocks", "int8"), [(False, 1, False), (True, 2, False), (True, 1, True)])
 def test_the_rollout_compiles_for_a_tpu(chips: Any, model: Transformer, refilled: bool, past_blocks: int, int8: bool):
-    """In the stacked form and with the kernels, as on a TPU."""
+    """With stacked layers and the TPU's kernels."""
     model = model.clone(implementation="mosaic_tpu")
     slots, length = (6 if refilled else B * G), 8
 
     def shape(*size: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(size, dtype, sharding=chips["v5e"])
 
-    ready = functools.partial(prepare_weights, model, unroll=False)
-    weights = compiled_for(jax.jit(ready), variables_of(model, chips["v5e"]))
+    prepared = functools.partial(prepare_weights, model, unroll=False)
+    weights = compiled_for(jax.jit(prepared), variables_of(model, chips["v5e"]))
     assert weights.out_info["params"]["layers"]["q_proj"]["kernel"].shape[0] == model.spec.layers
     weights = on(chips["v5e"], weights.out_info)
 
@@ -110,8 +110,8 @@ def test_the_rollout_compiles_for_a_tpu(chips: Any, model: Transformer, refilled
         )
         for _ in range(past_blocks)
     ]
-    numbers = [shape(slots) for _ in range(7)]
-    state = SlotState(*numbers, live=shape(slots, dtype=jnp.bool_), begins=shape(slots, dtype=jnp.bool_))
+    integers = [shape(slots) for _ in range(7)]
+    state = SlotState(*integers, live=shape(slots, dtype=jnp.bool_), begins=shape(slots, dtype=jnp.bool_))
     table = shape(B, G) if refilled else None
     controls = on(chips["v5e"], controls_of(RolloutConfig(num_generations=G, max_completion_length=C, top_p=0.9), seed=0, step=0))
     program = jax.jit(functools.partial(decode_segment, model, STOPS, length=length))
@@ -121,5 +121,5 @@ def test_the_rollout_compiles_for_a_tpu(chips: Any, model: Transformer, refilled
     compiled = compiled_for(writing, tuple(past), on(chips["v5e"], segment_cache), shape(slots))
     after = compiled.out_info
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(lambda x: (x.shape, x.dtype), tuple(past))
-    # The segment is written where the past lies.
+    # The segment is written in place.
     assert compiled.memory_analysis().alias_size_in_bytes >= bytes_of(past)

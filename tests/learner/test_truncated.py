@@ -1,4 +1,4 @@
-"""Log-probabilities of what completions are drawn from: truncated, stop tokens banned; held to float64 and sorting."""
+"""Log-probabilities under truncated distributions and banned stop tokens, against float64 and sorting."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plain_oracles import kept_tokens, log_softmax, quick_compiling
+from plain_oracles import log_softmax, quick_compiling, staying_tokens
 from tiny_runs import config_of, run
 
 from grpo_jax.config import ObjectiveConfig, RolloutConfig
@@ -24,7 +24,7 @@ from grpo_kernels.ops.head_logprob import head_logprob
 N, C, D, V = 3, 5, 16, 37
 STOPS = (2, 5, 30)
 
-RESTRICTIONS = {
+TRUNCATIONS = {
     "top_k": Truncation(top_k=4),
     "top_p": Truncation(top_p=0.8),
     "min_p": Truncation(min_p=0.1),
@@ -58,7 +58,7 @@ def problem(seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def plain(
     hidden: Any, head: Any, ids: np.ndarray, truncation: Truncation, temperature: float, softcap: float | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """The three results by the formulas in float64, token by token, and how many tokens had to be added to the set."""
+    """Computes the three results in float64, token by token, and how many sampled tokens had to be added to the set."""
     logits = np.asarray(hidden, np.float64) @ np.asarray(head, np.float64).T
     if softcap is not None:
         logits = softcap * np.tanh(logits / softcap)
@@ -69,11 +69,11 @@ def plain(
         allowed = row.copy()
         if t < truncation.min_length:
             allowed[[s for s in truncation.stop_ids if s < len(row)]] = -np.inf
-        stay = kept_tokens(allowed, truncation.top_k, truncation.top_p, truncation.min_p) & (allowed > -np.inf)
+        stay = staying_tokens(allowed, truncation.top_k, truncation.top_p, truncation.min_p) & (allowed > -np.inf)
         added += not stay[y]
         stay[y] = True
-        whole = log_softmax(row)
-        results[:, n, t] = row[y] - np.log(np.exp(row[stay]).sum()), whole[y], -(np.exp(whole) * whole).sum()
+        untruncated = log_softmax(row)
+        results[:, n, t] = row[y] - np.log(np.exp(row[stay]).sum()), untruncated[y], -(np.exp(untruncated) * untruncated).sum()
     return results[0], results[1], results[2], added
 
 
@@ -86,38 +86,38 @@ def ours(
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("trainable", [False, True])
-@pytest.mark.parametrize("name", RESTRICTIONS)
+@pytest.mark.parametrize("name", TRUNCATIONS)
 def test_values_are_those_of_sorting_in_float64(name: str, trainable: bool, softcap: float | None) -> None:
-    truncation = RESTRICTIONS[name]
-    logps, whole, entropy, added = plain(*problem(), truncation, 0.7, softcap)
+    truncation = TRUNCATIONS[name]
+    logps, untruncated, entropy, added = plain(*problem(), truncation, 0.7, softcap)
     got = ours(*problem(), truncation, 0.7, softcap, head_trainable=trainable)
-    for ours_, theirs in zip(got, (logps, whole, entropy), strict=True):
+    for ours_, theirs in zip(got, (logps, untruncated, entropy), strict=True):
         np.testing.assert_allclose(ours_, theirs, rtol=0, atol=1e-5)  # float32 keeps 7 digits of up to 20 nats
     if truncation.truncates:
         assert 0 < added < N * C  # some sampled tokens were in the set, others had to be added
-        assert np.all(np.asarray(got[0]) >= np.asarray(whole))
+        assert np.all(np.asarray(got[0]) >= np.asarray(untruncated))
     else:  # after the ban they are the same
         late = np.arange(C) >= truncation.min_length
         assert np.array_equal(np.asarray(got[0])[:, late], np.asarray(got[1])[:, late])
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("name", RESTRICTIONS)
+@pytest.mark.parametrize("name", TRUNCATIONS)
 def test_gradients_are_those_of_differences_in_float64(name: str, softcap: float | None) -> None:
-    """Of a weighted sum of both log-probabilities, along random directions; the set does not change on so short a way."""
-    truncation, (hidden, head, ids) = RESTRICTIONS[name], problem()
+    """Of a weighted sum of both log-probabilities, along random directions; the set does not change over so small a step."""
+    truncation, (hidden, head, ids) = TRUNCATIONS[name], problem()
     rng = np.random.default_rng(1)
     weights = rng.normal(size=(2, N, C))
 
     def scalar(hidden: Any, head: Any, trainable: bool) -> Any:
-        logps, whole, _ = truncated_logprobs(
+        logps, untruncated, _ = truncated_logprobs(
             hidden, head, jnp.asarray(ids), truncation, temperature=0.7, softcap=softcap, head_trainable=trainable
         )
-        return jnp.sum(logps * weights[0].astype(np.float32) + whole * weights[1].astype(np.float32))
+        return jnp.sum(logps * weights[0].astype(np.float32) + untruncated * weights[1].astype(np.float32))
 
     def exact(hidden: np.ndarray, head: np.ndarray) -> float:
-        logps, whole, *_ = plain(hidden, head, ids, truncation, 0.7, softcap)
-        return float((logps * weights[0] + whole * weights[1]).sum())
+        logps, untruncated, *_ = plain(hidden, head, ids, truncation, 0.7, softcap)
+        return float((logps * weights[0] + untruncated * weights[1]).sum())
 
     frozen, none = jax.jit(jax.grad(functools.partial(scalar, trainable=False), argnums=(0, 1)))(hidden, head)
     of_hidden, of_head = jax.jit(jax.grad(functools.partial(scalar, trainable=True), argnums=(0, 1)))(hidden, head)
@@ -133,21 +133,21 @@ def test_gradients_are_those_of_differences_in_float64(name: str, softcap: float
 
 
 def logits_as_hidden(logits: np.ndarray, ids: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A head of ones on the diagonal, so that hidden states are the logits, one token a row."""
+    """Returns hidden states that are the logits, an identity head, and ids, one token a row."""
     return np.asarray(logits, np.float32)[:, None], np.eye(logits.shape[1], dtype=np.float32), np.array(ids, np.int32)[:, None]
 
 
-def test_numbers_by_hand() -> None:
+def test_hand_worked_values() -> None:
     logits = np.log(np.array([[0.5, 0.25, 0.15, 0.1]] * 4))
     arguments = logits_as_hidden(logits, [0, 1, 2, 3])
     got = ours(*arguments, Truncation(top_p=0.7))[0][:, 0]  # {0, 1} stay; 2 and 3 are added where they were sampled
     np.testing.assert_allclose(got, np.log([0.5 / 0.75, 0.25 / 0.75, 0.15 / 0.9, 0.1 / 0.85]), atol=1e-6)
-    logps, whole, _ = ours(*arguments, Truncation(top_k=1, stop_ids=(0,), min_length=1))  # {1}, and what was sampled
+    logps, untruncated, _ = ours(*arguments, Truncation(top_k=1, stop_ids=(0,), min_length=1))  # {1}, and what was sampled
     np.testing.assert_allclose(logps[1:, 0], np.log([1, 0.15 / 0.4, 0.1 / 0.35]), atol=1e-6)
-    np.testing.assert_allclose(whole[:, 0], logits[0], atol=1e-6)
-    logps, whole, _ = ours(*arguments, Truncation(stop_ids=(0, 3), min_length=1))
+    np.testing.assert_allclose(untruncated[:, 0], logits[0], atol=1e-6)
+    logps, untruncated, _ = ours(*arguments, Truncation(stop_ids=(0, 3), min_length=1))
     np.testing.assert_allclose(logps[1:3, 0], np.log([0.625, 0.375]), atol=1e-6)
-    np.testing.assert_allclose(whole[1:3, 0], logits[0, 1:3], atol=1e-6)
+    np.testing.assert_allclose(untruncated[1:3, 0], logits[0, 1:3], atol=1e-6)
 
 
 def test_ties_at_the_threshold_stay_together() -> None:
@@ -160,17 +160,17 @@ def test_ties_at_the_threshold_stay_together() -> None:
 
 
 @pytest.mark.parametrize("sure", [5.0, 20.0, 60.0])
-def test_a_ban_keeps_its_digits_where_the_model_is_sure_to_stop(sure: float) -> None:
+def test_a_ban_keeps_its_precision_where_the_model_is_sure_to_stop(sure: float) -> None:
     """1 − e⁻⁶⁰ is 1 in float32, and the rest of the distribution would be gone."""
     rng = np.random.default_rng(2)
     logits = rng.normal(size=(6, 50)) * 2
     logits[:, 7] += sure
     hidden, head, ids = logits_as_hidden(logits, [0, 1, 2, 40, 41, 42])
     truncation = Truncation(stop_ids=(7, 8), min_length=1)
-    logps, whole, entropy, _ = plain(hidden, head, ids, truncation, 1.0, None)
+    logps, untruncated, entropy, _ = plain(hidden, head, ids, truncation, 1.0, None)
     got = ours(hidden, head, ids, truncation)
     np.testing.assert_allclose(got[0], logps, rtol=0, atol=2e-6)
-    np.testing.assert_allclose(got[1], whole, rtol=1e-6, atol=2e-6)
+    np.testing.assert_allclose(got[1], untruncated, rtol=1e-6, atol=2e-6)
     np.testing.assert_allclose(got[2], entropy, rtol=0, atol=1e-5)
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(truncated_logprobs(x, jnp.asarray(head), jnp.asarray(ids), truncation)[0])))(
         hidden
@@ -180,8 +180,8 @@ def test_a_ban_keeps_its_digits_where_the_model_is_sure_to_stop(sure: float) -> 
     np.testing.assert_allclose(gradient[:, 0], expected, rtol=0, atol=2e-6)
 
 
-def test_a_likely_token_that_lends_its_row_costs_no_digits() -> None:
-    """Token 0 stands in for the stops and has nearly all of the probability."""
+def test_a_likely_token_whose_row_is_copied_costs_no_precision() -> None:
+    """The row of token 0 is copied over the stop's, and has nearly all of the probability."""
     logits = np.array([[30.0, 1.0, 2.0, 25.0, 3.0]])
     arguments = logits_as_hidden(logits, [4])
     logps, *_ = plain(*arguments, Truncation(stop_ids=(3,), min_length=1), 1.0, None)
@@ -194,8 +194,8 @@ def test_a_banned_token_in_the_padding_gives_finite_numbers_and_gradients(name: 
     ids = np.full((N, C), STOPS[0], np.int32)
 
     def scalar(hidden: Any) -> Any:
-        logps, whole, _ = truncated_logprobs(hidden, jnp.asarray(head), jnp.asarray(ids), RESTRICTIONS[name])
-        return jnp.sum(logps + whole)
+        logps, untruncated, _ = truncated_logprobs(hidden, jnp.asarray(head), jnp.asarray(ids), TRUNCATIONS[name])
+        return jnp.sum(logps + untruncated)
 
     value, gradient = jax.jit(jax.value_and_grad(scalar))(hidden)
     assert np.isfinite(value)
@@ -208,7 +208,7 @@ def test_a_ban_of_every_token_is_refused() -> None:
         ours(hidden, head, ids, Truncation(stop_ids=tuple(range(V)), min_length=2))
 
 
-def test_a_restriction_that_does_nothing_is_the_plain_log_probability() -> None:
+def test_a_truncation_that_does_nothing_is_the_plain_log_probability() -> None:
     hidden, head, ids = problem()
     logps, entropy, _ = jax.jit(head_logprob)(hidden.reshape(-1, D), head, ids.reshape(-1))
     got = ours(hidden, head, ids, Truncation())
@@ -216,7 +216,7 @@ def test_a_restriction_that_does_nothing_is_the_plain_log_probability() -> None:
         np.testing.assert_array_equal(np.ravel(ours_), theirs)
 
 
-def test_settings_make_a_restriction_only_where_sampling_does_something() -> None:
+def test_settings_make_a_truncation_only_where_sampling_changes_the_distribution() -> None:
     assert Truncation.of(RolloutConfig(), STOPS) is None
     assert Truncation.of(RolloutConfig(min_completion_length=3), ()) is None
     assert Truncation.of(RolloutConfig(temperature=0.5), STOPS) is None
@@ -232,8 +232,8 @@ def test_settings_make_a_restriction_only_where_sampling_does_something() -> Non
         assert made.truncates
 
 
-def test_a_cut_separates_exactly_what_stays() -> None:
-    """Also between neighbours among float32 numbers, ties, and where −inf is in the row."""
+def test_the_threshold_separates_exactly_what_stays() -> None:
+    """Also between adjacent float32 values, with ties, and with −inf in the row."""
     rng = np.random.default_rng(3)
     near = np.float32(1) + np.arange(12, dtype=np.float32) * np.float32(2**-23)
     logits = np.concatenate(
@@ -254,17 +254,17 @@ def test_a_cut_separates_exactly_what_stays() -> None:
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, head, ids = problem()
-    truncation = RESTRICTIONS["all, ban"]
+    truncation = TRUNCATIONS["all, ban"]
 
     def scalar(hidden: Any, head: Any) -> Any:
-        logps, whole, entropy = truncated_logprobs(hidden, head, jnp.asarray(ids), truncation, head_trainable=True)
-        return jnp.sum(logps * logps + whole), (logps, whole, entropy)
+        logps, untruncated, entropy = truncated_logprobs(hidden, head, jnp.asarray(ids), truncation, head_trainable=True)
+        return jnp.sum(logps * logps + untruncated), (logps, untruncated, entropy)
 
-    whole = jax.jit(jax.grad(scalar, argnums=(0, 1), has_aux=True))(hidden, head)
+    at_once = jax.jit(jax.grad(scalar, argnums=(0, 1), has_aux=True))(hidden, head)
     monkeypatch.setattr(truncated, "CHUNK_LOGITS", 1)
     monkeypatch.setattr(truncated, "CHUNK_TOKENS", 4)  # 15 tokens: three chunks and a part of one
     parts = jax.jit(jax.grad(scalar, argnums=(0, 1), has_aux=True))(hidden, head)
-    for one, other in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+    for one, other in zip(jax.tree.leaves(at_once), jax.tree.leaves(parts), strict=True):
         np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5)
 
 
@@ -290,28 +290,28 @@ def test_the_backward_pass_does_not_look_for_the_set_again(monkeypatch: pytest.M
     assert searched == [5, 5, 5]
 
 
-def test_the_kl_term_takes_the_whole_distribution_and_the_rest_the_truncated_one() -> None:
+def test_the_kl_term_uses_the_untruncated_distribution_and_the_policy_term_the_truncated_one() -> None:
     rng = np.random.default_rng(4)
-    logps, old, ref, whole = (-rng.exponential(size=(4, 3, 6))).astype(np.float32)
+    logps, old, ref, untruncated = (-rng.exponential(size=(4, 3, 6))).astype(np.float32)
     mask, advantages = rng.random((3, 6)) < 0.8, np.array([1.0, -0.5, 2.0], np.float32)
     settings = ObjectiveConfig(loss="dapo", beta=0.3)
-    value, metrics = grpo_loss(logps, old, ref, advantages, mask, settings, whole_logps=whole)
-    x = {name: np.asarray(array, np.float64) for name, array in {"l": logps, "o": old, "r": ref, "w": whole}.items()}
-    ratio, d, a = np.exp(x["l"] - x["o"]), x["r"] - x["w"], advantages[:, None].astype(np.float64)
+    value, metrics = grpo_loss(logps, old, ref, advantages, mask, settings, whole_logps=untruncated)
+    x = {name: np.asarray(array, np.float64) for name, array in {"l": logps, "o": old, "r": ref, "u": untruncated}.items()}
+    ratio, d, a = np.exp(x["l"] - x["o"]), x["r"] - x["u"], advantages[:, None].astype(np.float64)
     term = -np.minimum(ratio * a, np.clip(ratio, 0.8, 1.2) * a)
     k3 = np.exp(d) - d - 1
     assert float(value) == pytest.approx(((term + 0.3 * k3) * mask).sum() / mask.sum(), rel=1e-5)
     assert float(metrics["kl_divergence"]) == pytest.approx(k3[mask].mean(), rel=1e-5)
 
-    def loss(logps: Any, whole: Any) -> Any:
-        return grpo_loss(logps, old, ref, advantages, mask, settings, whole_logps=whole)[0]
+    def loss(logps: Any, untruncated: Any) -> Any:
+        return grpo_loss(logps, old, ref, advantages, mask, settings, whole_logps=untruncated)[0]
 
-    of_logps, of_whole = jax.grad(loss, argnums=(0, 1))(logps, whole)
+    of_logps, of_untruncated = jax.grad(loss, argnums=(0, 1))(logps, untruncated)
     cut = ((a > 0) & (ratio > 1.2)) | ((a < 0) & (ratio < 0.8))
     np.testing.assert_allclose(of_logps, -ratio * a * ~cut * mask / mask.sum(), rtol=1e-4, atol=1e-7)
-    np.testing.assert_allclose(of_whole, 0.3 * (1 - np.exp(d)) * mask / mask.sum(), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(of_untruncated, 0.3 * (1 - np.exp(d)) * mask / mask.sum(), rtol=1e-4, atol=1e-7)
     with pytest.raises(ValueError, match="whole_logps has shape"):
-        grpo_loss(logps, old, ref, advantages, mask, settings, whole_logps=whole[:, :2])
+        grpo_loss(logps, old, ref, advantages, mask, settings, whole_logps=untruncated[:, :2])
 
 
 TRUNCATED: dict[str, Any] = {"top_p": 0.9, "top_k": 5, "min_p": 0.05, "temperature": 0.8, "min_completion_length": 4}
@@ -327,7 +327,7 @@ def test_a_run_reports_that_sampler_and_trainer_agree(sampling: dict[str, Any], 
     assert done.result.history[0]["kl_divergence"] < 1e-9
 
 
-def test_a_run_with_the_setting_off_takes_whole_distributions_and_says_nothing(tmp_path: Path) -> None:
+def test_a_run_with_the_setting_off_uses_untruncated_distributions_and_prints_nothing(tmp_path: Path) -> None:
     done = run(config_of(tmp_path, objective={"match_sampling": False}, rollout=TRUNCATED, train={"steps": 1}))
     assert "truncated as sampling is" not in done.printed
     assert done.result.history[0]["sampling/logp_difference/mean"] > 0.3

@@ -1,4 +1,4 @@
-"""What an update computes, counted from the compiled program."""
+"""Operations of an update, counted from the compiled program."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def test_operations_of_products_are_counted_with_loops_multiplied_out() -> None:
 
 
 def own_product(op_name: str) -> bool:
-    """Of the policy, and not between queries, keys and values."""
+    """Tells whether a product is of the policy, and not between queries, keys and values."""
     return "reference" not in op_name and not ("attention" in op_name and "_proj" not in op_name)
 
 
 @pytest.mark.parametrize(("remat", "most"), [("none", 4.6), ("layer", 6.7)])
-def test_an_update_multiplies_with_each_weight_as_often_as_it_must(remat: str, most: float) -> None:
+def test_an_update_multiplies_with_each_weight_no_more_often_than_needed(remat: str, most: float) -> None:
     """Forward and gradient of the hidden states: 4 operations a weight and token; the layers' second forward: 2 more.
 
-    The adapters' own products come on top. The head meets completion tokens alone.
+    The adapters' own products come on top. The head computes completion tokens only.
     """
     batch, cpu = batch_of(1, GENERATIONS, TOKENS, TOKENS), SingleDeviceSharding(jax.devices("cpu")[0])
     lowered = lowered_update(SPEC, batch, cpu, micro_batch=(1, GENERATIONS), lora=LoraConfig(rank=16), remat=remat)
@@ -58,7 +58,7 @@ def test_an_update_multiplies_with_each_weight_as_often_as_it_must(remat: str, m
     reference = matmul_operations(text, lambda op_name: "reference" in op_name and "_proj" in op_name)
     print(f"remat {remat}: {counted / tokens / (layers + head):.2f} N a token")
     assert counted <= most * tokens * (layers + head)
-    # The head of all tokens, or a prompt that is computed again for each completion, would not fit into this either.
+    # The head on all tokens, or a prompt that is computed again for each completion, would exceed this.
     passes = 4 if remat == "none" else 6
     assert counted <= 1.12 * (passes * tokens * layers + 4 * completions * head)
     assert reference <= 2 * tokens * layers

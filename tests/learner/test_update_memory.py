@@ -1,4 +1,4 @@
-"""What an update of Llama-3.1-8B at a context of 20,480 tokens holds on a v6e, compiled without one."""
+"""Memory of an update of Llama-3.1-8B at a context of 20,480 tokens on a v6e, compiled without the chip."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GB = 10**9
 
 
 def lowered(chip: Any, quantization: str) -> Any:
-    """One group of eight completions, of which one at a time goes through the model."""
+    """Lowers an update of one group of eight completions, one per micro-batch."""
     return lowered_update(
         LLAMA_8B,
         batch_of(1, 8, PROMPT, COMPLETION),
@@ -35,7 +35,7 @@ def lowered(chip: Any, quantization: str) -> Any:
 
 
 def arrays(program: Any) -> set[tuple[tuple[int, ...], str]]:
-    """Shapes and number formats of all arrays of a lowered program."""
+    """Returns shapes and dtypes of all arrays of a lowered program."""
     found = re.findall(r"tensor<((?:\d+x)*)(\w+)>", program.as_text())
     return {(tuple(int(number) for number in dims.split("x") if number), kind) for dims, kind in found}
 
@@ -44,7 +44,7 @@ def arrays(program: Any) -> set[tuple[tuple[int, ...], str]]:
 def test_no_logits_no_scores_and_no_dense_copy_of_a_quantised_weight(chips: Any, quantization: str) -> None:
     spec, found = LLAMA_8B, arrays(lowered(chips["v6e"], quantization))
     shapes = {shape for shape, _ in found}
-    # Tokens go by one sequence (prompt and completion but its last token) or by its predicting tokens.
+    # Tokens are one sequence (the prompt and the completion without its last token) or its predicting tokens.
     tokens = {TOKENS, TOKENS - 1, COMPLETION, COMPLETION + 1, PROMPT + COMPLETION}
     long = {shape for shape in shapes if any(size in tokens for size in shape)}
     assert any(spec.width in shape for shape in long), "the hidden states are found"

@@ -1,4 +1,4 @@
-"""Attention of decoding against one softmax over all keys in NumPy, and keys and values in int8."""
+"""Decode attention against one softmax over all keys in NumPy, the int8 KV cache, and writing segments behind the past."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _quick() -> Iterator[None]:
 
 
 def spec_of(softcap: float | None) -> ModelSpec:
-    """Of this only the soft cap enters."""
+    """A spec of which only the soft cap is used."""
     return dataclasses.replace(tiny_policy("gemma2").spec, attention_softcap=softcap)
 
 
@@ -37,28 +37,28 @@ def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def test_int8_numbers_are_within_half_a_step() -> None:
+def test_int8_values_are_within_half_a_step() -> None:
     x = normal(0, 50, 7) * np.exp(3 * normal(1, 50, 1))
     x[3] = 0
-    numbers, scale = (np.asarray(y) for y in quantize_int8(jnp.asarray(x)))
-    assert (numbers.dtype, scale.dtype, numbers.shape, scale.shape) == (np.int8, np.float32, (50, 7), (50,))
+    values, scale = (np.asarray(y) for y in quantize_int8(jnp.asarray(x)))
+    assert (values.dtype, scale.dtype, values.shape, scale.shape) == (np.int8, np.float32, (50, 7), (50,))
     largest = np.abs(x).max(axis=1)
     np.testing.assert_allclose(scale, largest / 127, rtol=1e-6)
-    back = numbers * scale[:, None].astype(np.float64)
+    back = values * scale[:, None].astype(np.float64)
     assert np.all(np.abs(back - x) <= 0.5001 * scale[:, None])
-    assert np.all(np.abs(numbers).max(axis=1) == np.where(largest > 0, 127, 0))
-    assert np.all(numbers[3] == 0)
+    assert np.all(np.abs(values).max(axis=1) == np.where(largest > 0, 127, 0))
+    assert np.all(values[3] == 0)
 
 
-def test_each_token_and_head_has_a_scale_of_its_own() -> None:
+def test_each_token_and_head_has_its_own_scale() -> None:
     k, v = normal(2, 3, K, 5, DH), normal(3, 3, K, 5, DH)
     k[1, 0, 2] *= 1000
     cache = to_cache(jnp.asarray(k), jnp.asarray(v), int8=True)
     assert cache.k_scale is not None
     assert cache.v_scale is not None
-    for x, numbers, scale in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):
+    for x, values, scale in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):
         step = np.abs(x).max(axis=-1) / 127
-        assert np.all(np.abs(np.asarray(numbers) * np.asarray(scale)[..., None] - x) <= 0.5001 * step[..., None])
+        assert np.all(np.abs(np.asarray(values) * np.asarray(scale)[..., None] - x) <= 0.5001 * step[..., None])
     same = to_cache(jnp.asarray(k), jnp.asarray(v), int8=False)
     assert same.k_scale is None
     np.testing.assert_array_equal(same.k, k)
@@ -78,9 +78,9 @@ def softmax_over(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, 
 def test_one_token_sees_its_prompt_its_past_and_this_segment(
     together: bool, window: int, softcap: float | None, int8: bool
 ) -> None:
-    """Parts of which nothing is seen are among them: no past yet, or a prompt that lies behind the window.
+    """Some parts are not visible: no past yet, or a prompt outside the window.
 
-    Where slots are refilled, prefix and past are handed over with all layers together, as a kernel wants them.
+    Where slots are refilled, prefix and past are passed with all layers together, as a kernel reads them.
     """
     prompt_slots, slot_indices = ([0, 0, 1, 1, 2, 2], [0, 1] * 3) if together else ([2, 0, 2, 1, 2, 0], [1, 0, 0, 2, 2, 1])
     base = [4] * 6 if together else [4, 0, 8, 0, 4, 12]
@@ -98,8 +98,8 @@ def test_one_token_sees_its_prompt_its_past_and_this_segment(
     slot_map = None if together else SlotMap(*(jnp.asarray(x, jnp.int32) for x in (prompt_slots, table, slot_indices)))
     per_layer = (cache(prefix), (cache(past, slice(0, 8)), cache(past, slice(8, 12))))
     all_layers = None if together else jax.tree.map(lambda x: jnp.stack([x + jnp.ones_like(x), x]), per_layer)
-    numbers = (jnp.asarray(x, jnp.int32) for x in (lengths, base, step))
-    attend = decode_attend(spec_of(softcap), *numbers, slot_map, all_layers=all_layers)
+    scalars = (jnp.asarray(x, jnp.int32) for x in (lengths, base, step))
+    attend = decode_attend(spec_of(softcap), *scalars, slot_map, all_layers=all_layers)
     cache = jax.tree.map(lambda x: jnp.stack([x + jnp.ones_like(x), x]), cache(segment_cache))  # of two layers, this is the second
     settings = {"layer": jnp.int32(1), "window": jnp.int32(window), "per_layer": per_layer if together else None, "cache": cache}
     out, cache, _ = jax.jit(functools.partial(attend, **settings))(*(jnp.asarray(x[:, None]) for x in (q, k, v)))
@@ -122,15 +122,15 @@ def test_one_token_sees_its_prompt_its_past_and_this_segment(
         for head in range(K):
             keys, mixed = (values(x[head]) for x in both)
             expected = softmax_over(q[slot, head], keys, mixed, mask, softcap)
-            np.testing.assert_allclose(out[slot, 0, head], expected, rtol=0, atol=1e-5)  # scores reach 20
+            np.testing.assert_allclose(out[slot, 0, head], expected, rtol=0, atol=1e-5)  # scores are up to 20
     written = np.asarray(cache.k[1, :, :, step], np.float32)
     if int8:
         written = written * np.asarray(cache.k_scale[1, :, :, step])[..., None]
     np.testing.assert_allclose(written, values(k), rtol=0, atol=1e-6)
 
 
-def untwisted(cache: KVCache) -> list[np.ndarray]:
-    """Its arrays, all with X as axis 3."""
+def untransposed(cache: KVCache) -> list[np.ndarray]:
+    """Returns the arrays of a cache, all with X as axis 3."""
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(cache)]
     return [np.swapaxes(leaves[0], -1, -2), *leaves[1:]] if cache.transposed else leaves
 
@@ -147,8 +147,10 @@ def test_a_segment_goes_behind_each_slots_past(int8: bool, transposed: bool) -> 
 
     past_blocks, segment_cache = tuple(cache(10 * n, size) for n, size in enumerate(sizes)), cache(100, length)
     got = jax.jit(lambda *x: write_segment(*x, together=False))(past_blocks, segment_cache, jnp.asarray(base, jnp.int32))
-    joined, result = ([np.concatenate(parts, axis=3) for parts in zip(*map(untwisted, x), strict=True)] for x in (past_blocks, got))
-    for old, new, own in zip(joined, result, untwisted(segment_cache), strict=True):
+    joined, result = (
+        [np.concatenate(parts, axis=3) for parts in zip(*map(untransposed, x), strict=True)] for x in (past_blocks, got)
+    )
+    for old, new, own in zip(joined, result, untransposed(segment_cache), strict=True):
         expected = old.copy()
         for slot, start in enumerate(base):
             if start < sum(sizes):
@@ -156,7 +158,7 @@ def test_a_segment_goes_behind_each_slots_past(int8: bool, transposed: bool) -> 
         np.testing.assert_array_equal(new, expected)
 
 
-def test_a_segment_of_slots_that_began_together_goes_into_the_last_level() -> None:
+def test_a_segment_of_slots_that_began_together_goes_into_the_last_past_block() -> None:
     zeros = jnp.zeros((1, 3, K, 8, DH))
     past_blocks = (KVCache(zeros, zeros), KVCache(zeros, zeros))
     own = jnp.asarray(normal(0, 1, 3, K, 4, DH))
@@ -173,21 +175,21 @@ LONG = RolloutConfig(num_generations=3, max_completion_length=20, temperature=0.
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
-def test_int8_changes_a_rollout_as_rounding_does_and_slots_and_segments_still_nothing(family: str) -> None:
-    """Against the plain sampler whose completions see quantize_int8 keys and values.
+def test_int8_changes_a_rollout_as_rounding_does_and_slots_and_segments_change_nothing(family: str) -> None:
+    """Compared with the plain sampler whose completions see rounded keys and values.
 
-    A number so near to half a step that float32 takes it the other way would move log-probabilities by about a hundredth of what
+    A value so close to half a step that float32 rounds it the other way would move log-probabilities by about a hundredth of what
     rounding does, 2e-4; there is none here.
     """
     task = Task(family, LONG, seed=1)
-    whole = plain(task)
+    expected = plain(task)
     for slots, segment in ((4, 3), (None, None)):
         other = task.but(slots=slots, segment=segment)
-        assert_same(other, engine(other, stacked=slots is not None), whole)
+        assert_same(other, engine(other, stacked=slots is not None), expected)
 
 
-def test_int8_keeps_log_probabilities_near_the_models_own() -> None:
-    """Numbers of a head have a deviation of about half their largest, rounding one of 1 / (127 · √12) of it: half a percent.
+def test_int8_log_probabilities_are_near_the_models_own() -> None:
+    """The values of a head have a deviation of about half the largest, rounding one of 1 / (127 · √12) of it: half a percent.
 
     Log-probabilities, which have a deviation of 1.7 nats here, differ by about as much in each of two layers, twice (keys and
     values): 1.7 · 0.005 · 2 = 0.017 nats.
@@ -203,6 +205,6 @@ def test_int8_keeps_log_probabilities_near_the_models_own() -> None:
     np.testing.assert_allclose([x[0] for x in got.logprobs], [x[0] for x in trained], rtol=0, atol=1e-5)
 
 
-def test_a_kept_number_takes_a_byte() -> None:
+def test_an_int8_value_takes_a_byte() -> None:
     cache = to_cache(jnp.zeros((2, K, 5, DH)), jnp.zeros((2, K, 5, DH)), int8=True)
     assert sum(x.nbytes for x in jax.tree.leaves(cache)) == 2 * (2 * K * 5) * (DH + 4)

@@ -1,14 +1,14 @@
-"""The rollout's memory on a v6e, compiled without one, at the shapes of an 8B model."""
+"""Memory of the rollout on a v6e at the shapes of an 8B model, compiled without the chip."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from compiled_rollout import assert_nothing_is_copied_at_every_token, assert_nothing_is_there_twice, line, segment_memory
+from compiled_rollout import assert_nothing_is_copied_at_every_token, assert_nothing_is_stored_twice, line, segment_memory
 
 
-def test_a_prompt_is_held_once_and_nothing_is_copied(chips: Any) -> None:
+def test_a_prompt_is_stored_once_and_nothing_is_copied(chips: Any) -> None:
     memory = segment_memory(chips["v6e"], refilled=True, implementation="tpu")
     print(line("v6e, refilled", memory))
-    assert_nothing_is_there_twice(memory)
+    assert_nothing_is_stored_twice(memory)
     assert_nothing_is_copied_at_every_token(memory)

@@ -20,7 +20,7 @@ from compiled_rollout import (
     PROMPT_TOKENS,
     PROMPTS,
     assert_nothing_is_copied_at_every_token,
-    assert_nothing_is_there_twice,
+    assert_nothing_is_stored_twice,
     line,
     segment_memory,
 )
@@ -36,12 +36,12 @@ from grpo_jax.runtime.mesh import make_layout
 Results = dict[str, dict[str, Any]]
 
 WIDTH, VOCAB, SEGMENT = 32, 288, 4
-"""Of the program's model and settings."""
+"""Of the model and settings in `mesh_sampler.py`."""
 
 
 @pytest.fixture(scope="module")
 def results(repository: Path) -> Results:
-    """What the program says of each case."""
+    """Runs `mesh_sampler.py`; its result of each case."""
     paths = os.pathsep.join(str(repository / name) for name in (".", "kernels", "tests", "tests/support"))
     command = [sys.executable, str(repository / "tests" / "support" / "mesh_sampler.py")]
     run = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
@@ -51,7 +51,7 @@ def results(repository: Path) -> Results:
 
 
 MESHES = {"8x1x1": (8, 1), "1x8x1": (8, 1), "1x1x4": (1, 4), "2x2x2": (4, 2)}
-"""Row shards, and devices of each."""
+"""Row shards, and devices of each row shard."""
 
 CASES = {f"{mesh} {how}": 8 for mesh in MESHES for how in ("refill", "refill greedy")} | {
     "1x8x1 all at once": 48,  # ten prompts are two for each of eight shards
@@ -68,7 +68,7 @@ CASES = {f"{mesh} {how}": 8 for mesh in MESHES for how in ("refill", "refill gre
 
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_are_those_of_one_device(results: Results, case: str) -> None:
-    """With fewer slots than rows and with all, with rows of various lengths, and with shards that have nothing to do."""
+    """With fewer slots than rows and with all, with rows of various lengths, and with shards without work."""
     result = results[case]
     assert result["differences"] == []
     assert result["near_ties"] <= MOST_TIES
@@ -78,8 +78,8 @@ def test_tokens_are_those_of_one_device(results: Results, case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_between_devices_pass_tokens_and_sums_alone(results: Results, case: str) -> None:
-    """Of the compiled segments: no cache, no weight, no logits but where they are truncated."""
+def test_devices_communicate_only_tokens_and_sums(results: Results, case: str) -> None:
+    """The compiled segments move no cache and no weight, and logits only where they are truncated."""
     shards, tensor = MESHES[case.split()[0]]
     slots = CASES[case]
     own = slots // shards
@@ -89,11 +89,11 @@ def test_between_devices_pass_tokens_and_sums_alone(results: Results, case: str)
     sums = 4 * 6 * tensor * own if tensor > 1 else 0
     logits = 4 * own * VOCAB if "top-p" in case else 0
     assert max(size for kind, size in found if kind == "all-gather") <= max(tokens, sums, logits)
-    # Of hidden states, and whether all is done.
+    # Sums of hidden states, and whether all slots are done.
     assert max(size for kind, size in found if kind == "all-reduce") <= (4 * own * WIDTH if tensor > 1 else 1)
 
 
-def test_weights_are_gathered_over_fsdp_alone_and_before_the_first_token(results: Results) -> None:
+def test_weights_are_gathered_over_fsdp_only_and_before_the_first_token(results: Results) -> None:
     for case in CASES:
         assert results[case]["weights"] == [], case
 
@@ -103,7 +103,7 @@ def test_a_policy_generates_the_same(results: Results) -> None:
 
 
 def test_a_token_is_the_same_when_the_vocabulary_lies_on_four_devices(results: Results) -> None:
-    """Both implementations of `head_sample`, 32 rows; 297 tokens a device are no whole blocks."""
+    """Both implementations of `head_sample`, 32 rows; the 297 tokens of a device are not a multiple of the block."""
     for name, found in results["draws"].items():
         if not isinstance(found, dict):
             continue
@@ -116,7 +116,7 @@ def test_a_token_is_the_same_when_the_vocabulary_lies_on_four_devices(results: R
             assert found["tied"] == 7  # the first of two, on two devices
 
 
-def test_slots_that_do_not_spread_over_the_mesh_are_refused() -> None:
+def test_slots_that_the_row_shards_do_not_divide_are_refused() -> None:
     spec, rollout = tiny_policy("qwen3").spec, RolloutConfig(num_generations=4, slots=12)
     with pytest.raises(ConfigError, match=r"rollout.slots is 12: .*multiple of 8"):
         choose_slots(spec, rollout, 16, 9, 4, None, shards=8)
@@ -142,20 +142,20 @@ def sizes_of_shard(slots: int, prompt_slots: int) -> Sizes:
 def test_every_row_is_decoded_once_by_the_shard_that_has_its_prompt(prompts: int, shards: int) -> None:
     schedule = ShardedSchedule.of(sizes_of_shard(2, 2), prompts, 2, shards=shards)
     lengths = np.random.default_rng(0).integers(1, 5, prompts * 2)
-    held, done, left = list(schedule.prompts_in_slots), [], lengths.copy()
-    assert len(held) == 2 * shards
+    prompts_in_slots, done, left = list(schedule.prompts_in_slots), [], lengths.copy()
+    assert len(prompts_in_slots) == 2 * shards
     while not schedule.finished:
         rounds, begun = schedule.admit()
-        for places in rounds:
-            assert len(places) == shards
-            for shard, (prompt_slot, prompt) in enumerate(places):
+        for pairs in rounds:
+            assert len(pairs) == shards
+            for shard, (prompt_slot, prompt) in enumerate(pairs):
                 if prompt is not None:
-                    held[2 * shard + prompt_slot] = prompt
+                    prompts_in_slots[2 * shard + prompt_slot] = prompt
         rows, (prompt_slots, table) = schedule.rows, schedule.slot_map()
         assert all(rows[slot] >= 0 for slot in begun)
         for slot in np.flatnonzero(rows >= 0):
             shard, own = divmod(int(slot), 2)
-            assert held[2 * shard + prompt_slots[slot]] == rows[slot] // 2
+            assert prompts_in_slots[2 * shard + prompt_slots[slot]] == rows[slot] // 2
             assert table[2 * shard + prompt_slots[slot], schedule.slot_indices[slot]] == own
             left[rows[slot]] -= 1
         ended = [int(slot) for slot in np.flatnonzero(rows >= 0) if left[rows[slot]] == 0]
@@ -165,20 +165,17 @@ def test_every_row_is_decoded_once_by_the_shard_that_has_its_prompt(prompts: int
     assert np.all(left == 0)
 
 
-def test_a_chip_of_four_holds_its_share(chips: dict[str, SingleDeviceSharding]) -> None:
-    """Llama-3.1-8B on a v6e 2x2, two row shards and two chips of each for the heads: each has a quarter of all keys and values.
-
-    What passes between them is small, but for sums of hidden states.
-    """
+def test_a_chip_of_four_stores_a_quarter_of_the_kv_cache(chips: dict[str, SingleDeviceSharding]) -> None:
+    """Llama-3.1-8B on a v6e 2x2: two row shards of two chips, which communicate little but sums of hidden states."""
     from jax.experimental import topologies
 
     layout = make_layout(MeshConfig(data=1, fsdp=2, tensor=2), topologies.get_topology_desc("v6e:2x2", "tpu").devices)
     assert layout is not None
     memory = segment_memory(layout, refilled=True, implementation="tpu", rank=16)
     print(line("four v6e, 1x2x2", memory))
-    assert_nothing_is_there_twice(memory)
+    assert_nothing_is_stored_twice(memory)
     assert_nothing_is_copied_at_every_token(memory)
     assert memory.passed < 2**16
-    prefix = 2 * 2 * LAYERS * PROMPTS * KV_HEADS * PROMPT_TOKENS * HEAD_DIM  # keys and values of two bytes
+    prefix = 2 * 2 * LAYERS * PROMPTS * KV_HEADS * PROMPT_TOKENS * HEAD_DIM  # keys and values, two bytes each
     assert prefix / 4 < memory.prefix < prefix / 4 + 2**20  # and a few hidden states
     assert memory.past == prefix / 4 * GENERATIONS * sum(PAST_BLOCKS) / PROMPT_TOKENS

@@ -1,4 +1,4 @@
-"""Sampling against a sampler without a cache, and what a completion may depend on."""
+"""The sampler against one without a KV cache, and what a completion may depend on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from plain_oracles import LORA, STOPS, kept_tokens, log_softmax, plain_model, quick_compiling, tiny_policy
+from plain_oracles import LORA, STOPS, log_softmax, plain_model, quick_compiling, staying_tokens, tiny_policy
 from rollouts import MANY_STOPS, PROMPTS, SETTINGS, Task, assert_same, drawing_margins, engine, plain, rows_of
 from scipy.stats import chisquare
 
@@ -20,7 +20,7 @@ from grpo_jax.rollout import sampling
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import pad_rows
 
-WHOLE = Task("qwen2")
+TASK = Task("qwen2")
 LONG = {"max_completion_length": 20}
 
 
@@ -31,8 +31,8 @@ def _quick() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sampling_is_what_it_is_without_a_cache_and_what_the_trainer_computes(family: str) -> None:
-    """Completions three times as long as the sliding windows; four slots for nine of them, in the form of accelerators."""
+def test_sampling_equals_sampling_without_a_cache_and_the_trainers_log_probabilities(family: str) -> None:
+    """Nine completions, three times as long as the sliding windows, in four slots; the loop over layers as on accelerators."""
     for temperature in (0.7, 0.0):
         task = Task(family, seed=3, step=5).but(temperature=temperature, slots=4, segment=8, **LONG)
         got = engine(task, stacked=True)
@@ -48,7 +48,7 @@ def test_sampling_is_what_it_is_without_a_cache_and_what_the_trainer_computes(fa
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma2"])
-def test_all_completions_at_once_are_what_they_are_without_a_cache(family: str) -> None:
+def test_all_completions_at_once_equal_sampling_without_a_cache(family: str) -> None:
     for temperature in (0.7, 0.0):
         task = Task(family).but(temperature=temperature)
         got = engine(task)
@@ -57,13 +57,13 @@ def test_all_completions_at_once_are_what_they_are_without_a_cache(family: str) 
 
 
 @pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.2}, {"top_k": 20, "top_p": 0.9, "min_p": 0.02}])
-def test_truncated_sampling_returns_the_log_probabilities_of_what_was_sampled(cut: dict[str, Any]) -> None:
-    task = WHOLE.but(temperature=1.3, **cut)
+def test_truncated_sampling_returns_the_log_probabilities_of_the_truncated_distribution(cut: dict[str, Any]) -> None:
+    task = TASK.but(temperature=1.3, **cut)
     assert_same(task, engine(task), plain(task))
 
 
 def test_the_same_seed_and_step_give_the_same_and_others_do_not() -> None:
-    task = dataclasses.replace(WHOLE, seed=1, step=2)
+    task = dataclasses.replace(TASK, seed=1, step=2)
     first = engine(task)
     assert_same(task, engine(task), first, 0)
     for other in ({"seed": 2}, {"step": 3}, {"indices": (0, 9, 2)}):
@@ -71,7 +71,7 @@ def test_the_same_seed_and_step_give_the_same_and_others_do_not() -> None:
 
 
 def test_the_largest_seed_and_step_work() -> None:
-    task = dataclasses.replace(WHOLE, seed=2**32 - 1, step=2**31 - 1)
+    task = dataclasses.replace(TASK, seed=2**32 - 1, step=2**31 - 1)
     assert_same(task, engine(task), plain(task))
 
 
@@ -90,21 +90,21 @@ def test_a_completion_does_not_depend_on_how_many_there_are() -> None:
 
 
 def test_more_slots_than_rows_are_all_of_them() -> None:
-    task = WHOLE.but(slots=300)
-    assert_same(task, engine(task), engine(WHOLE), 0)
+    task = TASK.but(slots=300)
+    assert_same(task, engine(task), engine(TASK), 0)
     assert engine(task).slots == 9
 
 
 def test_no_stop_token_before_the_least_length() -> None:
-    task = WHOLE.but(min_completion_length=6)
+    task = TASK.but(min_completion_length=6)
     got = engine(task)
     assert_same(task, got, plain(task))
     assert min(map(len, got.completion_ids)) > 6  # the first stop token may be the seventh
-    assert min(len(ids) for ids in engine(WHOLE).completion_ids) < 6
+    assert min(len(ids) for ids in engine(TASK).completion_ids) < 6
 
 
-def test_the_stop_token_is_kept_and_ends_the_completion() -> None:
-    got = engine(WHOLE)
+def test_the_stop_token_is_returned_and_ends_the_completion() -> None:
+    got = engine(TASK)
     assert {"stop", "length"} == set(got.finish_reasons)
     for ids, logps, reason in zip(got.completion_ids, got.logprobs, got.finish_reasons, strict=True):
         assert len(ids) == len(logps)
@@ -113,26 +113,26 @@ def test_the_stop_token_is_kept_and_ends_the_completion() -> None:
         assert reason == "stop" or len(ids) == SETTINGS.max_completion_length
 
 
-def test_a_stop_token_at_the_last_place_is_a_stop() -> None:
-    rollout = engine(WHOLE)
+def test_a_stop_token_at_the_limit_is_a_stop() -> None:
+    rollout = engine(TASK)
     row = next(row for row, ids in enumerate(rollout.completion_ids) if 1 < len(ids) < 10)
     limits = [10] * 9
     limits[row] = len(rollout.completion_ids[row])
-    got = engine(dataclasses.replace(WHOLE, limits=tuple(limits)))
+    got = engine(dataclasses.replace(TASK, limits=tuple(limits)))
     assert got.completion_ids == rollout.completion_ids
     assert got.finish_reasons[row] == "stop"
     limits[row] -= 1
-    assert engine(dataclasses.replace(WHOLE, limits=tuple(limits))).finish_reasons[row] == "length"
+    assert engine(dataclasses.replace(TASK, limits=tuple(limits))).finish_reasons[row] == "length"
 
 
 def test_a_completion_of_one_token() -> None:
-    task = WHOLE.but(max_completion_length=1)
+    task = TASK.but(max_completion_length=1)
     assert_same(task, engine(task), plain(task))
 
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_in_bfloat16_sampler_and_trainer_differ_by_rounding_only(trained: bool) -> None:
-    """Also where every weight is trained: those are float32 then, and are rounded in the same places."""
+    """Also where every weight is trained: weights are then float32, and are rounded at the same points."""
     policy = tiny_policy("llama2", LORA, "bfloat16")
     variables = policy.variables
     if trained:
@@ -147,7 +147,7 @@ def test_in_bfloat16_sampler_and_trainer_differ_by_rounding_only(trained: bool) 
     wide = tiny_policy("llama2", LORA)
     exact_variables = {"params": wide.params} if trained else wide.variables
     exact = np.asarray(jax.jit(lambda v, *rest: completion_logprobs(wide.model, v, *rest)[0])(exact_variables, *arguments))
-    # Both round; the rounding of the weights is shared, so they are nearer to each other than either is to float32.
+    # Both round, and share the rounding of the weights, so they are closer to each other than either is to float32.
     assert np.abs(np.stack(got.logprobs) - theirs).mean() < 0.6 * np.abs(theirs - exact).mean()
 
 
@@ -155,7 +155,7 @@ CUTS = ({"temperature": 0.6}, {"top_k": 10}, {"top_p": 0.7}, {"min_p": 0.08})
 
 
 def test_frequencies_are_those_of_the_exact_distribution() -> None:
-    """Of the first token, which the prompt gives, and of the second, which decoding does."""
+    """Of the first token, drawn from the prompt, and of the second, drawn by decoding."""
     generations, prompt = 2000, (7, 30, 9)
     base = Task("qwen2", RolloutConfig(num_generations=generations, max_completion_length=2), (prompt,), stops=())
     table = np.array([(*prompt, token) for token in range(base.policy.spec.vocab)], np.int32)
@@ -163,8 +163,8 @@ def test_frequencies_are_those_of_the_exact_distribution() -> None:
 
     def exact(own: np.ndarray, settings: RolloutConfig) -> np.ndarray:
         own = own / settings.temperature
-        kept = kept_tokens(own, settings.top_k, settings.top_p, settings.min_p)
-        return np.exp(log_softmax(np.where(kept, own, -np.inf)))
+        stay = staying_tokens(own, settings.top_k, settings.top_p, settings.min_p)
+        return np.exp(log_softmax(np.where(stay, own, -np.inf)))
 
     for number, cut in enumerate(CUTS):
         task = dataclasses.replace(base.but(**cut), seed=number)
@@ -175,17 +175,17 @@ def test_frequencies_are_those_of_the_exact_distribution() -> None:
             counts = np.bincount(drawn[:, column], minlength=len(p))
             assert np.all(counts[p == 0] == 0)
             rare = generations * p < 5  # chi-square wants five in a cell
-            counts, wanted = (np.append(x[~rare], x[rare].sum()) for x in (counts, generations * p))
-            possible = wanted > 0
+            counts, expected = (np.append(x[~rare], x[rare].sum()) for x in (counts, generations * p))
+            possible = expected > 0
             assert possible.sum() > 3
-            assert chisquare(counts[possible], wanted[possible]).pvalue > 1e-3, (cut, column)
+            assert chisquare(counts[possible], expected[possible]).pvalue > 1e-3, (cut, column)
 
 
 def test_near_ties_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With five hundred times the nearness, so that there are some."""
+    """With five hundred times `NEAR_LOGITS`, so that there are some."""
     near = 0.05
     monkeypatch.setattr(sampling, "NEAR_LOGITS", near)
-    task = WHOLE.but(slots=4, segment=8, **LONG)
+    task = TASK.but(slots=4, segment=8, **LONG)
     sampler = Sampler.build(task.policy.model.clone(unroll=False), task.stops)
     for temperature in (1.0, 0.0):
         task = task.but(temperature=temperature)
@@ -202,7 +202,7 @@ def test_sampling_again_compiles_nothing() -> None:
     sampler = Sampler.build(tiny_policy("qwen2", LORA).model, STOPS)
     compiled: list[str] = []
 
-    class Counted:
+    class CountCompilations:
         def __init__(self, name: str) -> None:
             compiled.append(name)
 
@@ -210,7 +210,7 @@ def test_sampling_again_compiles_nothing() -> None:
 
         def __exit__(self, *_: object) -> None: ...
 
-    sampler.announcing(Counted)
+    sampler.announcing(CountCompilations)
     for settings, prompts in (
         (SETTINGS, PROMPTS),
         (dataclasses.replace(SETTINGS, temperature=0.0), PROMPTS[::-1]),

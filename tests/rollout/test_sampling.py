@@ -1,4 +1,4 @@
-"""From logits to a token: what stays, which token is drawn, and how often."""
+"""Sampling from logits: which tokens stay, which token is drawn, and how often."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plain_oracles import kept_tokens, log_softmax, quick_compiling
+from plain_oracles import log_softmax, quick_compiling, staying_tokens
 from scipy.stats import chisquare
 
 from grpo_jax.rollout.sampling import NEAR_LOGITS, Thresholds, draw, sample_inverse_cdf, truncate
@@ -24,43 +24,43 @@ def _quick() -> Iterator[None]:
         yield
 
 
-def truncation(top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Thresholds:
+def thresholds(top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Thresholds:
     return Thresholds(jnp.int32(top_k), jnp.float32(top_p), jnp.float32(min_p))
 
 
-def kept(logits: np.ndarray, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> list[list[int]]:
-    """Numbers of the tokens that stay, row by row."""
-    mask = np.asarray(jit_truncate(jnp.asarray(logits, jnp.float32), truncation(top_k, top_p, min_p)))
+def staying(logits: np.ndarray, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> list[list[int]]:
+    """Returns the ids of the tokens that stay, row by row."""
+    mask = np.asarray(jit_truncate(jnp.asarray(logits, jnp.float32), thresholds(top_k, top_p, min_p)))
     return [np.flatnonzero(row).tolist() for row in mask]
 
 
 def test_top_k_keeps_the_k_largest_and_all_that_tie_with_the_last() -> None:
     logits = np.array([[1.0, 4.0, 2.0, 3.0], [2.0, 2.0, 1.0, 2.0], [-1.0, -2.0, -3.0, -2.0]])
-    assert kept(logits, top_k=1) == [[1], [0, 1, 3], [0]]
-    assert kept(logits, top_k=2) == [[1, 3], [0, 1, 3], [0, 1, 3]]
-    assert kept(logits, top_k=4) == kept(logits, top_k=99) == kept(logits) == [[0, 1, 2, 3]] * 3
+    assert staying(logits, top_k=1) == [[1], [0, 1, 3], [0]]
+    assert staying(logits, top_k=2) == [[1, 3], [0, 1, 3], [0, 1, 3]]
+    assert staying(logits, top_k=4) == staying(logits, top_k=99) == staying(logits) == [[0, 1, 2, 3]] * 3
 
 
-def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
+def test_top_p_keeps_the_smallest_set_with_that_probability() -> None:
     logits = np.log([[0.1, 0.5, 0.15, 0.25]])
-    assert kept(logits, top_p=0.4) == [[1]]
-    assert kept(logits, top_p=0.51) == [[1, 3]]
-    assert kept(logits, top_p=0.76) == [[1, 2, 3]]
-    assert kept(logits, top_p=0.95) == kept(logits, top_p=1.0) == [[0, 1, 2, 3]]
-    assert kept(logits, top_p=1e-9) == [[1]]
-    assert kept(np.zeros((1, 4)), top_p=0.5) == [[0, 1, 2, 3]]  # ties stay together
+    assert staying(logits, top_p=0.4) == [[1]]
+    assert staying(logits, top_p=0.51) == [[1, 3]]
+    assert staying(logits, top_p=0.76) == [[1, 2, 3]]
+    assert staying(logits, top_p=0.95) == staying(logits, top_p=1.0) == [[0, 1, 2, 3]]
+    assert staying(logits, top_p=1e-9) == [[1]]
+    assert staying(np.zeros((1, 4)), top_p=0.5) == [[0, 1, 2, 3]]  # ties stay together
 
 
 def test_min_p_is_a_share_of_the_most_probable() -> None:
     logits = np.log([[0.05, 0.5, 0.2, 0.25]])
-    assert kept(logits, min_p=0.45) == [[1, 3]]
-    assert kept(logits, min_p=0.35) == [[1, 2, 3]]
-    assert kept(logits, min_p=1.0) == [[1]]
+    assert staying(logits, min_p=0.45) == [[1, 3]]
+    assert staying(logits, min_p=0.35) == [[1, 2, 3]]
+    assert staying(logits, min_p=1.0) == [[1]]
 
 
 def test_top_p_counts_what_top_k_left() -> None:
-    # Of 0.4 and 0.3 the first is 4/7 = 0.571 of what is left: it reaches 0.55, which 0.4 would not.
-    assert kept(np.log([[0.4, 0.3, 0.2, 0.1]]), top_k=2, top_p=0.55) == [[0]]
+    # Of 0.4 and 0.3 the first is 4/7 = 0.571 of what is left: that is at least 0.55, which 0.4 is not.
+    assert staying(np.log([[0.4, 0.3, 0.2, 0.1]]), top_k=2, top_p=0.55) == [[0]]
 
 
 @pytest.mark.parametrize("vocabulary", [1, 2, 37, 300])
@@ -76,8 +76,8 @@ def test_what_stays_is_what_sorting_says(vocabulary: int) -> None:
     ).astype(np.float32)
     logits[-2:, 0] = 0.5
     for top_k, top_p, min_p in itertools.product((0, 1, 5), (1.0, 0.93, 0.31), (0.0, 0.07)):
-        expected = [np.flatnonzero(kept_tokens(row, top_k, top_p, min_p) & (row > -np.inf)).tolist() for row in logits]
-        got = kept(logits, top_k, top_p, min_p)
+        expected = [np.flatnonzero(staying_tokens(row, top_k, top_p, min_p) & (row > -np.inf)).tolist() for row in logits]
+        got = staying(logits, top_k, top_p, min_p)
         assert [[i for i in row if logits[n, i] > -np.inf] for n, row in enumerate(got)] == expected, (top_k, top_p, min_p)
 
 
@@ -92,7 +92,7 @@ def test_a_token_is_where_the_running_sum_passes_the_number(vocabulary: int) -> 
     target = uniform.astype(np.float64) * running[:, -1]
     expected = np.array([np.searchsorted(row, t, side="right") for row, t in zip(running, target, strict=True)])
     assert np.all(weights[np.arange(400), got] > 0)
-    close = np.abs(running - target[:, None]).min(axis=1) < 1e-5 * running[:, -1]  # the border itself is rounding's
+    close = np.abs(running - target[:, None]).min(axis=1) < 1e-5 * running[:, -1]  # next to the border rounding decides
     assert np.array_equal(got[~close], expected[~close])
     assert close.mean() < 0.05
 
@@ -117,9 +117,9 @@ def test_frequencies_and_log_probabilities_are_those_of_the_truncated_distributi
     logits = np.array([0.3, -1.0, 2.0, 1.1, -0.4, 0.9, 1.6, -2.5], np.float32)
     uniform = jnp.asarray(np.random.default_rng(3).random(draws), jnp.float32)
     table = jnp.broadcast_to(jnp.asarray(logits)[None, :], (draws, len(logits)))
-    ids, logps, _ = jit_draw(table, uniform, jnp.float32(temperature), None if settings == OFF else truncation(*settings))
+    ids, logps, _ = jit_draw(table, uniform, jnp.float32(temperature), None if settings == OFF else thresholds(*settings))
     scaled = logits.astype(np.float64) / temperature
-    expected = log_softmax(np.where(kept_tokens(scaled, *settings), scaled, -np.inf))
+    expected = log_softmax(np.where(staying_tokens(scaled, *settings), scaled, -np.inf))
     np.testing.assert_allclose(logps, expected[np.asarray(ids)], rtol=0, atol=1e-6)
     counts = np.bincount(np.asarray(ids), minlength=len(logits))
     possible = expected > -np.inf
@@ -130,7 +130,7 @@ def test_frequencies_and_log_probabilities_are_those_of_the_truncated_distributi
 
 def test_greedy_takes_the_most_probable_at_temperature_one_untruncated() -> None:
     logits = np.random.default_rng(4).normal(size=(50, 30)).astype(np.float32) * 3
-    for cut in (None, truncation(2, 0.3, 0.2)):
+    for cut in (None, thresholds(2, 0.3, 0.2)):
         ids, logps, _ = jit_draw(jnp.asarray(logits), jnp.full((50,), 0.999, jnp.float32), jnp.float32(0), cut)
         assert np.array_equal(ids, logits.argmax(axis=1))
         np.testing.assert_allclose(logps, log_softmax(logits).max(axis=1), rtol=0, atol=1e-6)
@@ -143,7 +143,7 @@ def test_minus_infinity_is_never_drawn(temperature: float) -> None:
     logits[:, ::2] = -np.inf
     logits[0, 1:] = -np.inf
     logits[0, 0] = -3.0
-    for cut in (None, truncation(0, 0.9, 0.0), truncation(100, 1.0, 0.0)):
+    for cut in (None, thresholds(0, 0.9, 0.0), thresholds(100, 1.0, 0.0)):
         ids, logps, _ = jit_draw(jnp.asarray(logits), jnp.asarray(rng.random(1000), jnp.float32), jnp.float32(temperature), cut)
         assert np.all(np.asarray(ids)[1:] % 2 == 1)
         assert (int(ids[0]), float(logps[0])) == (0, 0.0)
@@ -153,19 +153,19 @@ def test_minus_infinity_is_never_drawn(temperature: float) -> None:
 @pytest.mark.parametrize("temperature", [1e-4, 100.0])
 def test_extreme_temperatures_give_numbers(temperature: float) -> None:
     logits = np.random.default_rng(6).normal(size=(100, 50)).astype(np.float32) * 30
-    ids, logps, _ = jit_draw(jnp.asarray(logits), jnp.linspace(0, 0.999, 100), jnp.float32(temperature), truncation(0, 0.99, 0.0))
+    ids, logps, _ = jit_draw(jnp.asarray(logits), jnp.linspace(0, 0.999, 100), jnp.float32(temperature), thresholds(0, 0.99, 0.0))
     assert np.all(np.isfinite(logps))
     if temperature < 1:
         assert np.array_equal(ids, logits.argmax(axis=1))
 
 
 def test_one_token_leaves_no_choice() -> None:
-    ids, logps, _ = jit_draw(jnp.array([[-7.0]]), jnp.array([0.3]), jnp.float32(1), truncation(3, 0.5, 0.5))
+    ids, logps, _ = jit_draw(jnp.array([[-7.0]]), jnp.array([0.3]), jnp.float32(1), thresholds(3, 0.5, 0.5))
     assert (int(ids[0]), float(logps[0])) == (0, 0.0)
 
 
 def draws(logits: np.ndarray, uniform: np.ndarray, temperature: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens, and whether each draw was close, of logits [V] for many numbers."""
+    """Draws from logits [V] with many random numbers; returns tokens and whether each draw was a near-tie."""
     table = jnp.broadcast_to(jnp.asarray(logits, jnp.float32)[None, :], (len(uniform), len(logits)))
     ids, _, close = jit_draw(table, jnp.asarray(uniform, jnp.float32), jnp.float32(temperature), None)
     return np.asarray(ids), np.asarray(close)
@@ -174,21 +174,21 @@ def draws(logits: np.ndarray, uniform: np.ndarray, temperature: float = 1.0) -> 
 @pytest.mark.parametrize("vocabulary", [2, 5, 60])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_a_draw_near_a_border_is_close_and_others_are_not(vocabulary: int, temperature: float) -> None:
-    """How far a border moves is found by moving the logits: each by a normal number of deviation `NEAR_LOGITS`, many times."""
+    """How far a border moves is measured by adding normal noise of deviation `NEAR_LOGITS` to the logits, many times."""
     rng = np.random.default_rng(vocabulary)
     logits = rng.normal(size=vocabulary) * temperature
     scaled = logits.astype(np.float32).astype(np.float64) / temperature
     borders = np.cumsum(np.exp(log_softmax(scaled)))[:-1]
     moved = np.cumsum(np.exp(log_softmax(scaled + NEAR_LOGITS * rng.normal(size=(2000, vocabulary)))), axis=1)[:, :-1]
     deviation = (moved - borders).std(axis=0)
-    some = np.flatnonzero(deviation > 2e-6)  # below that float32's rounding of a sum near 1 counts
+    some = np.flatnonzero(deviation > 2e-6)  # below this, float32 rounding of a sum near 1 dominates
     assert len(some) >= vocabulary // 2
     gap = np.diff(np.concatenate([[0], borders, [1]]))
     for border in some:
         for side, room in ((-1, gap[border]), (1, gap[border + 1])):
             numbers = borders[border] + side * deviation[border] * np.array([0.3, 0.8, 6.0])
             ids, close = draws(logits, numbers, temperature)
-            if room > 20 * deviation.max():  # else another border is near
+            if room > 20 * deviation.max():  # else another border is close
                 assert close.tolist() == [True, True, False]
                 assert set(ids) == {border + (side > 0)}
 
@@ -211,44 +211,44 @@ def test_two_most_probable_tokens_that_nearly_tie_are_close_when_greedy() -> Non
 
 @pytest.mark.parametrize("cut", [(2, 1.0, 0.0), (0, 0.7, 0.0)])
 def test_a_tie_between_a_token_that_stays_and_one_that_goes_is_close(cut: tuple[int, float, float]) -> None:
-    """Other rounding keeps the other of the two, and here it is the one that is drawn."""
+    """With other rounding the other of the two stays, and here it is the one that is drawn."""
     logits = np.array([2.0, 1.0 - 5e-5, 1.0, -3.0], np.float32)
-    assert kept(logits[None], *cut) == [[0, 2]]
-    assert kept(logits[None] + [[0, 1e-4, 0, 0]], *cut) == [[0, 1]]
-    ids, _, close = jit_draw(jnp.asarray(logits[None]), jnp.array([0.9]), jnp.float32(1), truncation(*cut))
+    assert staying(logits[None], *cut) == [[0, 2]]
+    assert staying(logits[None] + [[0, 1e-4, 0, 0]], *cut) == [[0, 1]]
+    ids, _, close = jit_draw(jnp.asarray(logits[None]), jnp.array([0.9]), jnp.float32(1), thresholds(*cut))
     assert (ids.tolist(), close.tolist()) == ([2], [True])
 
 
 @pytest.mark.parametrize("cut", [(2, 1.0, 0.0), (0, 0.7, 0.0)])
 def test_a_tie_at_the_border_is_not_close_where_the_draw_stays_the_same(cut: tuple[int, float, float]) -> None:
     logits = np.array([2.0, 1.0 - 5e-5, 1.0, -3.0], np.float32)
-    ids, _, close = jit_draw(jnp.asarray(logits[None]), jnp.array([0.3]), jnp.float32(1), truncation(*cut))
+    ids, _, close = jit_draw(jnp.asarray(logits[None]), jnp.array([0.3]), jnp.float32(1), thresholds(*cut))
     assert (ids.tolist(), close.tolist()) == ([0], [False])
 
 
 def test_a_token_at_the_border_of_min_p_is_close_where_it_matters() -> None:
     logits = np.array([[1.0, 1.0 + np.log(0.1) + 5e-5, -4.0], [1.0, 1.0 + np.log(0.1) - 5e-5, -4.0]], np.float32)
-    assert kept(logits, 0, 1.0, 0.1) == [[0, 1], [0]]
+    assert staying(logits, 0, 1.0, 0.1) == [[0, 1], [0]]
     for number, near in ((0.95, True), (0.5, False)):
-        ids, _, close = jit_draw(jnp.asarray(logits), jnp.full((2,), number, jnp.float32), jnp.float32(1), truncation(0, 1.0, 0.1))
+        ids, _, close = jit_draw(jnp.asarray(logits), jnp.full((2,), number, jnp.float32), jnp.float32(1), thresholds(0, 1.0, 0.1))
         assert (ids.tolist(), close.tolist()) == ([int(near), 0], [near, near])
 
 
 @pytest.mark.parametrize("cut", [(3, 1.0, 0.0), (0, 0.8, 0.0), (5, 0.9, 0.0)])
 def test_draws_that_small_changes_of_the_logits_alter_are_close(cut: tuple[int, float, float]) -> None:
-    """Rows in which two neighbours in size nearly tie are drawn from again after small moves: a token that changes was close."""
+    """Rows in which two adjacent logits nearly tie are drawn again after small changes: a draw that changes was a near-tie."""
     rng = np.random.default_rng(3)
     rows, vocabulary = 4000, 8
     logits = np.sort(rng.normal(size=(rows, vocabulary)), axis=1).astype(np.float32)
-    place = rng.integers(1, vocabulary, size=rows)
-    logits[np.arange(rows), place] = logits[np.arange(rows), place - 1] + np.float32(3e-5)
+    column = rng.integers(1, vocabulary, size=rows)
+    logits[np.arange(rows), column] = logits[np.arange(rows), column - 1] + np.float32(3e-5)
     logits = rng.permuted(logits, axis=1)
     uniform = rng.random(rows).astype(np.float32)
-    first, _, close = jit_draw(jnp.asarray(logits), jnp.asarray(uniform), jnp.float32(1), truncation(*cut))
+    first, _, close = jit_draw(jnp.asarray(logits), jnp.asarray(uniform), jnp.float32(1), thresholds(*cut))
     differs = np.zeros(rows, bool)
     for _ in range(20):
         moved = logits + rng.normal(size=logits.shape).astype(np.float32) * np.float32(2e-5)
-        again = jit_draw(jnp.asarray(moved), jnp.asarray(uniform), jnp.float32(1), truncation(*cut))[0]
+        again = jit_draw(jnp.asarray(moved), jnp.asarray(uniform), jnp.float32(1), thresholds(*cut))[0]
         differs |= np.asarray(again) != np.asarray(first)
     assert differs.sum() > 50
     assert not (differs & ~np.asarray(close)).any()

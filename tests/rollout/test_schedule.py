@@ -1,4 +1,4 @@
-"""Which completion is decoded where, and the sizes of a rollout; no model."""
+"""The schedule of completions on slots, and the sizes of a rollout; no model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,13 @@ from grpo_jax.rollout.shapes import (
 
 def sizes(slots: int, prompt_slots: int, slots_per_prompt: int) -> Sizes:
     return Sizes(
-        slots=slots, prompt_slots=prompt_slots, slots_per_prompt=slots_per_prompt, prompt=8, segment=4, past_blocks=(8,), fixed=False
+        slots=slots,
+        prompt_slots=prompt_slots,
+        slots_per_prompt=slots_per_prompt,
+        prompt=8,
+        segment=4,
+        past_blocks=(8,),
+        fixed=False,
     )
 
 
@@ -48,7 +54,7 @@ def test_completions_begin_in_order_and_take_the_first_free_slots() -> None:
     schedule.end([0])
     assert schedule.admit() == ([], [0])
     assert schedule.rows.tolist() == [6, 4, 2, 5]
-    schedule.end([2])  # prompt 0 is done: its prompt_slot is free
+    schedule.end([2])  # prompt 0 is done: its prompt slot is free
     assert schedule.prompt_slots.tolist() == [-1, 1, 2]
     assert begun_rows(schedule, schedule.admit()[1]) == [7]
     schedule.end([0, 1])
@@ -57,7 +63,7 @@ def test_completions_begin_in_order_and_take_the_first_free_slots() -> None:
     assert schedule.prompt_slots.tolist() == [3, 1, 2]
 
 
-def test_a_prompt_waits_for_a_lane() -> None:
+def test_a_prompt_waits_for_a_prompt_slot() -> None:
     schedule = Schedule.of(sizes(slots=3, prompt_slots=2, slots_per_prompt=2), prompts=3, generations=2)
     schedule.admit()
     assert schedule.rows.tolist() == [0, 1, 2]
@@ -67,7 +73,7 @@ def test_a_prompt_waits_for_a_lane() -> None:
     assert schedule.admit() == ([(1, 2)], [1, 2])
     assert schedule.rows.tolist() == [0, 4, 5]
     one = Schedule.of(sizes(slots=3, prompt_slots=1, slots_per_prompt=2), prompts=3, generations=2)
-    assert one.admit() == ([], [0, 1])  # the third slot has nothing to do: there is one prompt_slot
+    assert one.admit() == ([], [0, 1])  # the third slot has nothing to do: there is one prompt slot
     one.end([0])
     assert one.admit() == ([], [])
     one.end([1])
@@ -87,7 +93,7 @@ def test_without_refilling_all_wait_for_the_last() -> None:
     assert schedule.finished
 
 
-def test_places_say_where_each_slots_prompt_is_and_who_continues_it() -> None:
+def test_the_slot_map_has_each_slots_prompt_slot_and_each_prompt_slots_slots() -> None:
     schedule = Schedule.of(sizes(slots=5, prompt_slots=3, slots_per_prompt=3), prompts=4, generations=3)
     schedule.admit()
     schedule.end([0, 4])
@@ -109,15 +115,15 @@ class Decoded:
 
 
 def simulate(lengths: np.ndarray, sizes: Sizes, generations: int, refill: bool) -> Decoded:
-    """Runs a schedule on rows of given lengths, and checks at every segment what must hold."""
+    """Runs a schedule on rows of given lengths, and checks the invariants at every segment."""
     schedule = Schedule.of(sizes, len(lengths) // generations, generations, refill=refill)
     done = Decoded([0] * len(lengths))
-    held = list(range(sizes.prompt_slots))  # the prompt in each prompt_slot
+    prompts_in_slots = list(range(sizes.prompt_slots))
     while not schedule.finished:
         before = schedule.rows.copy()
         computed, begun = schedule.admit()
         for prompt_slot, prompt in computed:
-            held[prompt_slot] = prompt
+            prompts_in_slots[prompt_slot] = prompt
         live = schedule.rows >= 0
         assert live.any()
         assert refill or not begun or not np.any(before >= 0)
@@ -128,7 +134,7 @@ def simulate(lengths: np.ndarray, sizes: Sizes, generations: int, refill: bool) 
         slot_indices = [(int(prompt_slots[slot]), int(schedule.slot_indices[slot])) for slot in np.flatnonzero(live)]
         assert len(set(slot_indices)) == len(slot_indices)
         for slot, (prompt_slot, slot_index) in zip(np.flatnonzero(live), slot_indices, strict=True):
-            assert held[prompt_slot] == schedule.rows[slot] // generations
+            assert prompts_in_slots[prompt_slot] == schedule.rows[slot] // generations
             assert slot_index < sizes.slots_per_prompt
             assert table[prompt_slot, slot_index] == slot
         rows = schedule.rows.copy()
@@ -153,9 +159,9 @@ def test_everything_is_decoded_once_whatever_the_lengths(seed: int) -> None:
         done = simulate(lengths, shape, generations, refill)
         assert done.tokens == needed.tolist()  # nothing goes on after its end, nothing is left out
         assert done.begun == list(range(len(lengths)))
-    # With refilling a slot is free only while no prompt can begin: never, where prompt_slots suffice.
-    whole = Sizes(slots, prompts, min(generations, slots), 8, 4, (64,), False)
-    done = simulate(lengths, whole, generations, True)
+    # With refilling a slot is free only while no prompt can begin: never, where there are enough prompt slots.
+    enough = Sizes(slots, prompts, min(generations, slots), 8, 4, (64,), False)
+    done = simulate(lengths, enough, generations, True)
     longest, total = max(needed) // 4, needed.sum() // 4
     assert done.segments <= longest + (total - longest) / slots  # Graham 1969, https://doi.org/10.1137/0117039
 
@@ -182,10 +188,10 @@ def test_rows_are_padded_on_the_right() -> None:
 
 
 @pytest.mark.parametrize("segment", [1, 3, 8, 32, 64, 100])
-def test_levels_hold_what_is_read_again_and_are_equal_at_first_and_then_double(segment: int) -> None:
+def test_past_blocks_have_room_for_what_is_read_again_and_are_equal_at_first_and_then_double(segment: int) -> None:
     for longest in (1, 2, segment, segment + 1, segment + 2, 65, 128, 300, 1000, 5000):
         past_blocks = past_block_sizes(longest, segment)
-        # The first segment gives its length and one token more; of the last one no key is read again.
+        # The first segment has one token more than its length; keys of the last one are never read again.
         segments = max(1, -(-(longest - 1) // segment))
         assert sum(past_blocks) == (segments - 1) * segment
         assert all(size % segment == 0 for size in past_blocks)
@@ -196,7 +202,7 @@ def test_levels_hold_what_is_read_again_and_are_equal_at_first_and_then_double(s
         assert len(past_blocks) <= 4 + max(0, int(np.ceil(np.log2(max(1, longest / (4 * FIRST_PAST_BLOCK))))))
 
 
-def test_as_many_levels_as_the_tokens_need() -> None:
+def test_as_many_past_blocks_as_the_tokens_need() -> None:
     shape = Sizes(slots=1, prompt_slots=1, slots_per_prompt=1, prompt=8, segment=8, past_blocks=(16, 16, 32), fixed=True)
     assert [shape.past_blocks_for(n) for n in (0, 1, 16, 17, 32, 33, 64)] == [0, 1, 1, 2, 2, 3, 3]
 
@@ -212,10 +218,10 @@ def test_a_segment_is_as_set_and_never_longer_than_a_completion() -> None:
     assert [length(n, True) for n in (1, 7, 8, 64, 256, 300, 512, 1024, 4096)] == [1, 7, 8, 8, 16, 16, 32, 64, 64]
 
 
-def test_slots_below_all_rows_hold_a_few_prompts_more_than_they_fill() -> None:
+def test_with_fewer_slots_than_rows_there_are_a_few_spare_prompt_slots() -> None:
     rollout = RolloutConfig(num_generations=4, max_completion_length=64)
-    whole = sizes_of(rollout, prompts=5, width=9, slots=20)
-    assert (whole.fixed, whole.prompt_slots, whole.slots_per_prompt, whole.prompt) == (True, 5, 4, 12)
+    all_rows = sizes_of(rollout, prompts=5, width=9, slots=20)
+    assert (all_rows.fixed, all_rows.prompt_slots, all_rows.slots_per_prompt, all_rows.prompt) == (True, 5, 4, 12)
     some = sizes_of(rollout, prompts=50, width=9, slots=10)
     assert (some.fixed, some.prompt_slots, some.slots_per_prompt) == (False, 3 + SPARE_PROMPT_SLOTS, 4)
     few = sizes_of(rollout, prompts=5, width=9, slots=3)
@@ -236,7 +242,7 @@ def test_slots_are_as_set_or_all_of_the_step() -> None:
     assert choose_slots(SPEC, free, 5, 9, 4, free_bytes=2**40) == 20
 
 
-def test_where_not_all_fit_there_are_whole_groups() -> None:
+def test_where_not_all_fit_groups_are_complete() -> None:
     rollout = RolloutConfig(num_generations=4, max_completion_length=100)
     one = slot_bytes(SPEC, rollout, 9, 4)
     # Keys and values of the completion, float32, are most of it.

@@ -1,4 +1,4 @@
-"""A rollout in segments: neither their length nor the slots, the past_blocks of the past, or the refilling change what is drawn."""
+"""A rollout in segments: the length of a segment, slots, past blocks and refilling do not change what is drawn."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from grpo_jax.rollout.decode import SlotState
 from plain_oracles import quick_compiling
 from rollouts import PROMPTS, SAMPLERS, Task, assert_same, engine, plain
 
 from grpo_jax.config import RolloutConfig
 from grpo_jax.rollout import shapes
+from grpo_jax.rollout.decode import SlotState
 from grpo_jax.runtime.programs import Program, no_announcement
 
 C = 24
@@ -36,8 +36,8 @@ def _quick() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _small_levels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the past of short completions lies in several arrays."""
+def _small_past_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the past of short completions is in several blocks."""
     monkeypatch.setattr(shapes, "FIRST_PAST_BLOCK", 8)
 
 
@@ -90,7 +90,7 @@ def test_no_stop_token_before_the_least_length_in_any_segment() -> None:
 
 
 def test_prompts_that_come_in_later_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two prompts are held at once, of six."""
+    """Two prompt slots for six prompts."""
     monkeypatch.setattr(shapes, "SPARE_PROMPT_SLOTS", 0)
     prompts = (*PROMPTS, (90, 3), (33, 34, 35, 36, 37), (8,) * 12)
     task = dataclasses.replace(task_of("mistral", num_generations=2, slots=3, segment=8), prompts=prompts)
@@ -104,7 +104,7 @@ def test_one_prompt_of_one_token_and_one_completion() -> None:
     assert_same(task, engine(task, stacked=True), plain(task))
 
 
-def test_other_prompts_and_settings_compile_nothing_and_only_levels_in_use_are_read() -> None:
+def test_other_prompts_and_settings_compile_nothing_and_only_past_blocks_in_use_are_read() -> None:
     task = task_of("gemma2", slots=5, segment=3)
     engine(task, stacked=True)
     sampler = SAMPLERS[task.family, FEW_STOPS, None, True]
@@ -112,7 +112,7 @@ def test_other_prompts_and_settings_compile_nothing_and_only_levels_in_use_are_r
 
     @dataclass
     class Watched:
-        """The compiled segment, and what it is called with."""
+        """The compiled segment; records its arguments."""
 
         program: Program
 
@@ -127,13 +127,13 @@ def test_other_prompts_and_settings_compile_nothing_and_only_levels_in_use_are_r
 
     watched = dataclasses.replace(sampler.announcing(refuse), decode_segment=Watched(sampler.decode_segment))  # type: ignore[arg-type] - a stand-in
     rng = np.random.default_rng(0)
-    for number in range(3):
-        prompts = [rng.integers(6, 100, size).tolist() for size in (12, 1, number + 1)]
-        settings = dataclasses.replace(task.settings, temperature=(0.0, 1.0)[number % 2], min_completion_length=10 * number)
-        watched.sample(task.policy.variables, prompts, settings, seed=number, limits=rng.integers(1, C + 1, 9))
+    for run in range(3):
+        prompts = [rng.integers(6, 100, size).tolist() for size in (12, 1, run + 1)]
+        settings = dataclasses.replace(task.settings, temperature=(0.0, 1.0)[run % 2], min_completion_length=10 * run)
+        watched.sample(task.policy.variables, prompts, settings, seed=run, limits=rng.integers(1, C + 1, 9))
     sampler.announcing(no_announcement)  # others use it too
     assert {past_blocks for _, past_blocks in read} == {0, 1, 2, 3}
     for base, past_blocks in read:
-        held = (0, 9, 18, 21)
-        assert held[past_blocks] >= base  # the past is there
-        assert past_blocks == 0 or held[past_blocks - 1] < base  # and no past_block without any of it
+        capacity = (0, 9, 18, 21)
+        assert capacity[past_blocks] >= base  # the past fits
+        assert past_blocks == 0 or capacity[past_blocks - 1] < base  # and no past block is empty

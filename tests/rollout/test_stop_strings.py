@@ -1,4 +1,4 @@
-"""Texts that end a completion: the kept tokens are the fewest whose text holds one, whatever the segments."""
+"""Stop strings: a completion has the fewest tokens whose text contains one, whatever the segments."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _quick() -> Iterator[None]:
 
 
 def scripted(script: Sequence[Sequence[int]], generations: int, decode_text: DecodeText) -> Sampler:
-    """A sampler that does not draw: row n says what `script[n]` holds, in segments as the compiled one does."""
+    """Makes a sampler that does not draw: row n returns `script[n]`, in segments as the compiled one does."""
 
     def segment(_: Any, prompts: Any, past_blocks: Any, slots: SlotState, table: Any, controls: Any, *, length: int) -> Any:
         count = len(slots.base)
@@ -51,7 +51,7 @@ def scripted(script: Sequence[Sequence[int]], generations: int, decode_text: Dec
         none = np.zeros(count, np.int32)
         return SegmentTokens(ids, logps.astype(np.float32), ends, stopped, none, none > 0), past_blocks  # type: ignore[arg-type] - NumPy
 
-    def prepare(variables: Any, *, unroll: bool) -> Any:
+    def prepare_weights(variables: Any, *, unroll: bool) -> Any:
         return variables
 
     def prompts(*_: Any, **__: Any) -> PrefilledPrompts:
@@ -60,12 +60,12 @@ def scripted(script: Sequence[Sequence[int]], generations: int, decode_text: Dec
     def write(past_blocks: Any, *_: Any, **__: Any) -> Any:
         return past_blocks
 
-    parts: tuple[Any, ...] = (prepare, prompts, prompts, segment, write, prompts)
+    parts: tuple[Any, ...] = (prepare_weights, prompts, prompts, segment, write, prompts)
     return Sampler(tiny_policy("qwen3").model, (STOP_ID,), decode_text, *parts)
 
 
 def expected_row(ids: Sequence[int], strings: Sequence[str], decode_text: DecodeText) -> tuple[list[int], str]:
-    """What is kept of a row, found by asking about every length."""
+    """Returns the expected tokens of a row and its finish reason, by trying every length."""
     for count in range(1, len(ids) + 1):
         if ids[count - 1] == STOP_ID or any(string in decode_text(list(ids[:count])) for string in strings):
             return list(ids[:count]), "stop"
@@ -73,7 +73,7 @@ def expected_row(ids: Sequence[int], strings: Sequence[str], decode_text: Decode
 
 
 def check(script: Sequence[Sequence[int]], strings: Sequence[str], decode_text: DecodeText, generations: int = 1) -> Rollout:
-    """Holds every way of going through the script to `expected_row`; returns what is kept."""
+    """Compares several segment lengths and slots with `expected_row`; returns the last rollout."""
     longest = max(map(len, script))
     script = [[*row, *[STOP_ID] * (longest - len(row))] for row in script]
     prompts = [[7]] * (len(script) // generations)
@@ -82,11 +82,11 @@ def check(script: Sequence[Sequence[int]], strings: Sequence[str], decode_text: 
             num_generations=generations, max_completion_length=longest, stop=list(strings), segment=segment, slots=slots
         )
         got = scripted(script, generations, decode_text).sample({}, prompts, settings, seed=0)
-        for row, ids in enumerate(script):
-            kept, reason = expected_row(ids, strings, decode_text)
-            assert (got.completion_ids[row], got.finish_reasons[row]) == (kept, reason), f"segment {segment}, slots {slots}"
-            # The log-probabilities are made from token and place, so that each is seen to be its own token's.
-            np.testing.assert_array_equal(got.logprobs[row], -np.array(kept) - np.arange(len(kept)) / 64)
+        for row, script_ids in enumerate(script):
+            ids, reason = expected_row(script_ids, strings, decode_text)
+            assert (got.completion_ids[row], got.finish_reasons[row]) == (ids, reason), f"segment {segment}, slots {slots}"
+            # Token and position determine the log-probability, so that a shift would be seen.
+            np.testing.assert_array_equal(got.logprobs[row], -np.array(ids) - np.arange(len(ids)) / 64)
     return got
 
 
@@ -94,12 +94,12 @@ TEXT = "Hello world ### more"
 
 
 @pytest.mark.parametrize(
-    ("strings", "kept"),
+    ("strings", "expected"),
     [
         (["###"], "Hello world ###"),  # three tokens
         (["d #"], "Hello world #"),
         (["o wor"], "Hello wor"),  # ends inside no token, begins inside one
-        (["w"], "Hello wor"),  # the token that holds it is kept whole
+        (["w"], "Hello wor"),  # the token that contains it is not cut
         (["H"], "H"),  # the very first token
         (["# m", "ld", "zzz"], "Hello world"),  # the first of several
         (["world", "worl"], "Hello worl"),
@@ -108,10 +108,10 @@ TEXT = "Hello world ### more"
         (["?", "hello"], TEXT),  # none
     ],
 )
-def test_the_fewest_tokens_whose_text_holds_the_string_are_kept(strings: list[str], kept: str) -> None:
+def test_a_completion_has_the_fewest_tokens_whose_text_contains_the_string(strings: list[str], expected: str) -> None:
     got = check([encode(TEXT)], strings, decode)
-    assert decode(got.completion_ids[0]) == kept
-    assert len(got.completion_ids[0]) == len(got.logprobs[0]) == len(encode(kept))
+    assert decode(got.completion_ids[0]) == expected
+    assert len(got.completion_ids[0]) == len(got.logprobs[0]) == len(encode(expected))
 
 
 def test_characters_of_several_tokens() -> None:
@@ -122,7 +122,7 @@ def test_characters_of_several_tokens() -> None:
 
 
 def test_tokens_without_text_lie_between() -> None:
-    """Special tokens, and ids of a padded embedding, are left out of the text, however many there are."""
+    """Special tokens, and ids of a padded embedding, have no text, however many there are."""
     pad = [0, 300]
     a, b = encode("a"), encode("b")
     assert decode([*a, *pad, *b]) == "ab"
@@ -130,7 +130,7 @@ def test_tokens_without_text_lie_between() -> None:
 
 
 def by_runs(ids: list[int]) -> str:
-    """Text of ids as tokenizers with byte fallback make it: the bytes 0 to 255 join their neighbours, and a broken run is all �."""
+    """Decodes ids as tokenizers with byte fallback do: ids 0 to 255 are bytes; an invalid run of bytes is all �."""
     out, run = "", b""
     for token in [*ids, -1]:
         if 0 <= token < 256:
@@ -145,7 +145,7 @@ def by_runs(ids: list[int]) -> str:
 
 
 def test_a_string_that_later_bytes_hide_for_a_while() -> None:
-    """Llama 2 spells a line break as a byte; a character of four bytes behind it is broken until it is whole."""
+    """Llama 2 has a line break as a byte; a character of four bytes after it is invalid until it is complete."""
     letters = [ord(c) + 256 for c in "ab"]
     face = list("😀".encode())
     assert by_runs([*letters, 10, *face]).endswith("\n😀")
@@ -174,7 +174,7 @@ def test_a_stop_token_and_a_string_in_one_segment() -> None:
 
 
 def letters(ids: list[int]) -> str:
-    """Eight letters, and nothing for every ninth id."""
+    """Decodes ids to eight letters, and every ninth id to nothing."""
     return "".join("abcdefgh "[i % 9].strip() for i in ids)
 
 

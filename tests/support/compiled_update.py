@@ -1,7 +1,4 @@
-"""A whole update at the shapes of real models, lowered and compiled without weights or a chip.
-
-Enters: a spec, sizes, a device that need not be there. Leaves: the lowered `train_step`, to be compiled.
-"""
+"""Lowers a complete update at the shapes of real models, without weights, for a device that need not exist."""
 
 from __future__ import annotations
 
@@ -22,12 +19,12 @@ from grpo_jax.weights.quantize import quantized_specs
 
 
 def on(device: Any, tree: Any) -> Any:
-    """The shapes of a tree, on the device."""
+    """Returns the shapes of a tree, on the device."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
 
 
 def batch_of(prompts: int, generations: int, prompt_tokens: int, completion_tokens: int) -> TrainBatch:
-    """Shapes of a batch."""
+    """Returns the shapes of a batch."""
     rows = prompts * generations
 
     def array(dtype: Any, *shape: int) -> Any:
@@ -45,7 +42,7 @@ def batch_of(prompts: int, generations: int, prompt_tokens: int, completion_toke
 
 
 def base_of(spec: ModelSpec, dtype: Any, quantization: str) -> Any:
-    """Shapes of the frozen weights."""
+    """Returns the shapes of the frozen weights."""
     dense = abstract_params(spec, dtype)
     if quantization == "none":
         return dense
@@ -67,7 +64,7 @@ def lowered_update(
     quantization: str = "none",
     unroll: bool = False,
 ) -> Any:
-    """The update of a LoRA run, the state donated.
+    """Lowers the update of a LoRA run, with the state donated.
 
     Args:
         quantization: of the layers' matrices.

@@ -1,7 +1,6 @@
-"""What a compiled program computes and holds, read from its HLO text.
+"""Counts operations of matrix products, and lists array sizes, from the HLO text of a compiled program (`compiled.as_text()`).
 
-Enters: `compiled.as_text()`. Leaves: operations of its matrix products, with loops multiplied out, and the sizes of its arrays.
-XLA's own `cost_analysis` counts a loop's body once, so it does not serve.
+Loops are multiplied out. XLA's own `cost_analysis` counts a loop's body once, so it cannot be used.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ CALLED = re.compile(r"(?:body|calls|to_apply|branch_computations)=\{?(%[\w.\-]+(
 
 @dataclass
 class Computation:
-    """Instructions by name: each is its whole line after the equals sign."""
+    """Instructions by name: each is its line after the equals sign."""
 
     lines: dict[str, str] = field(default_factory=dict)
 
 
 def computations(text: str) -> tuple[dict[str, Computation], str]:
-    """All computations of a module, and the name of the one that is run."""
+    """Returns all computations of a module, and the name of its entry computation."""
     found: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -39,14 +38,14 @@ def computations(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def dims(text: str) -> tuple[int, ...]:
-    """The first shape in a text."""
+    """Returns the first shape in a text."""
     shape = SHAPE.search(text)
     assert shape, text
     return tuple(int(number) for number in shape[2].split(",") if number)
 
 
 def product_operations(line: str, lines: dict[str, str]) -> float:
-    """2 · elements of the result · length of what is summed over."""
+    """Returns 2 · elements of the result · length of the contracted dimensions."""
     operand = re.search(r" dot\(([^)]*)\)", line)
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line)
     assert operand, line
@@ -58,13 +57,13 @@ def product_operations(line: str, lines: dict[str, str]) -> float:
 
 
 def matmul_operations(text: str, counted: Callable[[str], bool] = lambda op_name: True) -> float:
-    """Operations of all matrix products that a run makes.
+    """Counts the operations of all matrix products of one run.
+
+    A loop counts as often as it runs; XLA must know how often, unless the loop itself is not counted. Of a conditional the most
+    expensive branch counts.
 
     Args:
-        counted: of a product's `op_name` (the scopes that it was traced in), whether it counts.
-
-    A loop counts as often as it runs; XLA must know how often, unless the loop itself is not counted. Of a conditional the dearest
-    branch counts.
+        counted: tells whether a product counts, by its `op_name` (the scopes that it was traced in).
     """
     found, entry = computations(text)
     known: dict[str, float] = {}
@@ -95,7 +94,7 @@ def matmul_operations(text: str, counted: Callable[[str], bool] = lambda op_name
 
 
 def array_sizes(text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """(number format, dims) of every array that an instruction outside fusions makes."""
+    """Yields (dtype, dims) of every array that is the result of an instruction outside fusions."""
     found, _ = computations(text)
     fused = {
         name.lstrip("%")

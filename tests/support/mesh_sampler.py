@@ -1,7 +1,7 @@
-"""Rollouts on meshes of eight CPU devices, held to one device's. A program: devices are made at the start.
+"""Compares rollouts on meshes of eight CPU devices with one device's. A program, because JAX makes devices at the start.
 
-`python tests/mesh_sampler.py`: prints one JSON object a line: the case, in what its rollout differs, how many near-ties there were,
-and the collectives of its compiled segments.
+`python tests/support/mesh_sampler.py` prints one JSON object per case: differences, near-ties, and the collectives of the compiled
+segments.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from grpo_kernels.ops.head_sample import head_sample
 LORA = LoraConfig(rank=2)
 SPEC = ModelSpec(
     family="gemma2",
-    vocab=288,  # three blocks of the draw on one device; on four each has part of one
+    vocab=288,  # three blocks of the draw on one device; on four devices each has part of a block
     layers=2,
     width=32,
     ffw=48,
@@ -85,7 +85,7 @@ CASES: dict[str, dict[str, Any]] = {
     "2x2x2 quantised": {"mesh": "2x2x2", "slots": 8, "model": "int8"},
     "2x2x2 experts": {"mesh": "2x2x2", "slots": 8, "model": "experts"},
 }
-"""By name: the mesh, the settings of the rollout, and what else differs."""
+"""By name: the mesh, settings of the rollout, and other differences."""
 
 
 @functools.cache
@@ -95,7 +95,7 @@ def spec_of(model: str) -> ModelSpec:
 
 @functools.cache
 def variables_of(model: str) -> Params:
-    """Random weights and adapters, on one device."""
+    """Makes random weights and adapters, on one device."""
     spec = spec_of(model)
     params = init_params(spec, jax.random.key(0), jnp.float32)
     params = quantize_params(spec, params, model) if model == "int8" else params
@@ -113,7 +113,7 @@ def layout_of(mesh: str | None) -> Layout | None:
 
 @functools.cache
 def placed(mesh: str | None, model: str) -> Params:
-    """The weights as they are trained."""
+    """Returns the weights in the training layout."""
     layout, variables = layout_of(mesh), variables_of(model)
     if layout is None:
         return variables
@@ -132,7 +132,7 @@ def sampler_for(mesh: str | None, how: dict[str, Any]) -> Sampler:
 
 
 def rollout_of(mesh: str | None, how: dict[str, Any]) -> Rollout:
-    """A case's rollout, on the mesh or on one device."""
+    """Runs a case on the mesh or on one device."""
     settings = dataclasses.replace(
         SETTINGS, **{name: value for name, value in how.items() if name in RolloutConfig.__dataclass_fields__}
     )
@@ -142,7 +142,7 @@ def rollout_of(mesh: str | None, how: dict[str, Any]) -> Rollout:
 
 @functools.partial(jax.jit, static_argnums=0)
 def next_logits(spec: ModelSpec, variables: Params, ids: jax.Array, length: jax.Array) -> jax.Array:
-    """[V] after a text, on one device and without a cache."""
+    """Computes logits [V] after a text, on one device and without a cache."""
     model = Transformer(spec, jnp.dtype(jnp.float32), LORA.scale)
     positions = jnp.arange(ids.shape[0], dtype=jnp.int32)[None, :]
     hidden, _, _ = forward(model, variables, ids[None], positions, group_attend(SPEC, length[None], ids.shape[0], 0))
@@ -151,7 +151,7 @@ def next_logits(spec: ModelSpec, variables: Params, ids: jax.Array, length: jax.
 
 
 def is_near_tie(how: dict[str, Any], row: int, ids: Sequence[int], near: float) -> bool:
-    """Whether logits that differ by `near` may give another token after `ids`. Rounded keys and values are left out of it."""
+    """Tells whether logits that differ by `near` may give another token after `ids`, without rounding keys and values."""
     prompt, temperature = PROMPTS[row // G], how.get("temperature", SETTINGS.temperature)
     text = [*prompt, *ids]
     table = jnp.asarray(pad_rows([text], LONGEST + 8)[0])
@@ -165,9 +165,9 @@ def is_near_tie(how: dict[str, Any], row: int, ids: Sequence[int], near: float) 
 
 
 def differences(how: dict[str, Any], got: Rollout, expected: Rollout) -> tuple[list[str], int]:
-    """What is not the same, row by row up to a near-tie; and the number of these.
+    """Returns differences, row by row up to a near-tie, and the number of near-ties.
 
-    An int8 number so near to half a step that float32 takes it the other way moves log-probabilities by 2e-4.
+    An int8 value so close to half a step that float32 rounds it the other way moves log-probabilities by 2e-4.
     """
     near = 10 * NEAR_LOGITS if how.get("kv_dtype") == "int8" else NEAR_LOGITS
     found, ties = [], 0
@@ -186,7 +186,7 @@ def differences(how: dict[str, Any], got: Rollout, expected: Rollout) -> tuple[l
 
 
 def misplaced(spec: ModelSpec, variables: Params, layout: Layout) -> list[str]:
-    """Weights for decoding that do not lie whole along fsdp and cut over tensor as their axes say."""
+    """Lists decoding weights that are sharded over fsdp, or not sharded over tensor as their axes say."""
     table, found = model_axes(spec), []
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
@@ -199,7 +199,7 @@ def misplaced(spec: ModelSpec, variables: Params, layout: Layout) -> list[str]:
 
 
 def run(name: str) -> dict[str, Any]:
-    """A case on its mesh against one device with all slots."""
+    """Compares a case on its mesh with one device with all slots."""
     how = CASES[name]
     sampler, known = sampler_for(how["mesh"], how), set(sampler_for(how["mesh"], how).decode_segment._compiled)
     got = rollout_of(how["mesh"], how)
@@ -222,7 +222,7 @@ def run(name: str) -> dict[str, Any]:
 
 
 def draws() -> dict[str, Any]:
-    """`head_sample` with its vocabulary on four devices against one device: how many tokens differ that were not close."""
+    """Compares `head_sample` with its vocabulary on four devices to one device: tokens that differ and are no near-ties."""
     layout = layout_of("1x1x4")
     assert layout is not None
     rng = np.random.default_rng(0)
@@ -260,7 +260,7 @@ def draws() -> dict[str, Any]:
 
 
 def generated() -> dict[str, Any]:
-    """`Policy.generate` of three prompts on eight devices, as on one."""
+    """Compares `Policy.generate` of three prompts on eight devices with one device."""
     policy = tiny_policy("qwen2", LORA)
     options: dict[str, Any] = {"num_generations": 2, "max_completion_length": 4}
     alone, spread = (own.generate([[7, 30, 9], [11], [50, 6]], **options) for own in (policy, policy.placed(layout_of("8x1x1"))))

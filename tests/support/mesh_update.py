@@ -1,6 +1,6 @@
-"""Updates on meshes of eight CPU devices, held to one device's. A program: devices are made at the start.
+"""Compares updates on meshes of eight CPU devices with one device's. A program, because JAX makes devices at the start.
 
-`python tests/mesh_update.py`: prints one JSON object a line: the case, and how far loss and gradients are from one device's.
+`python tests/support/mesh_update.py` prints one JSON object per case and mesh: the differences of loss and gradients.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from grpo_jax.learner.step import Learner
 from grpo_jax.learner.truncated import Truncation
 from grpo_jax.models.spec import ModelSpec, Rope, init_params, lora_specs, param_specs
 from grpo_jax.models.transformer import Transformer
-from grpo_jax.runtime.sharding import BATCH, Layout, make_layout
+from grpo_jax.runtime.mesh import make_layout
+from grpo_jax.runtime.sharding import BATCH_AXES, Layout
 from grpo_jax.types import Frozen, TrainBatch
 from grpo_jax.weights.axes import check_mesh, model_axes
 from grpo_jax.weights.lora import init_lora
@@ -37,7 +38,7 @@ COLLECTIVE = re.compile(
     r"(?:-start)?\("
 )
 ALONE = re.compile(r"replica_groups=(?:\[\d+,1\]<=|\{\{\d+\}[,}]|mesh\[[^\]]*'tensor'=1\] \{'tensor'\})")
-"""Groups of one device, as XLA writes them in its versions."""
+"""Groups of one device, as different versions of XLA write them."""
 B, G, P, C = 16, 2, 5, 6
 LORA = LoraConfig(rank=2)
 SPEC = ModelSpec(
@@ -63,7 +64,7 @@ SPEC = ModelSpec(
 
 
 def keep_gradient() -> optax.GradientTransformation:
-    """Changes nothing, and has the gradient as its state."""
+    """Makes an optimiser that changes nothing and stores the gradient as its state."""
 
     def zeros(tree: Any) -> Any:
         return jax.tree.map(jnp.zeros_like, tree)
@@ -72,7 +73,7 @@ def keep_gradient() -> optax.GradientTransformation:
 
 
 def batch_of(spec: ModelSpec, *, equal_groups: int) -> TrainBatch:
-    """Random texts; so many of the first groups have equal rewards."""
+    """Makes a random batch; the first `equal_groups` groups have equal rewards."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, P + 1, B).astype(np.int32)
     rewards = rng.normal(size=(B, G)).astype(np.float32)
@@ -101,7 +102,7 @@ def learner_of(
     rollout: dict[str, Any],
     implementation: str | None,
 ) -> Learner:
-    """What an update is made of."""
+    """Makes the learner of a case."""
     model = Transformer(spec, jnp.dtype(jnp.float32), LORA.scale, remat, unroll, implementation, layout)
     return Learner(
         model=model,
@@ -117,7 +118,7 @@ def learner_of(
 
 
 def update(spec: ModelSpec, layout: Layout | None, how: dict[str, Any]) -> tuple[dict[str, float], Any, str]:
-    """Metrics, gradient, and the compiled program."""
+    """Runs an update; returns metrics, gradient, and the compiled program."""
     options = {"micro": B, "full": False, "objective": {}, "remat": "none", "unroll": False, "rollout": {}, "implementation": None}
     quantization, equal = how.get("quantization", "none"), how.get("equal_groups", 3)
     options |= {name: value for name, value in how.items() if name in options}
@@ -135,13 +136,13 @@ def update(spec: ModelSpec, layout: Layout | None, how: dict[str, Any]) -> tuple
     else:
         check_mesh(layout, spec)
         axes = model_axes(spec)
-        started, frozen, batch = layout.put_tree(started, axes), layout.put_tree(frozen, axes), layout.put_tree(batch, BATCH)
+        started, frozen, batch = layout.put_tree(started, axes), layout.put_tree(frozen, axes), layout.put_tree(batch, BATCH_AXES)
     state = learner.init(started)
     compiled = jax.jit(learner.train_step, donate_argnums=0).lower(state, batch, frozen).compile()
     after, packed = compiled(state, batch, frozen)
     if layout is not None:
-        wanted = layout.tree(after, model_axes(spec))
-        assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), after, wanted)), "moved"
+        shardings = layout.tree(after, model_axes(spec))
+        assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), after, shardings)), "moved"
     return packed.to_dict(), jax.device_get(after.opt_state), compiled.as_text()
 
 
@@ -163,13 +164,13 @@ CASES: dict[str, tuple[tuple[str, ...], ModelSpec, dict[str, Any]]] = {
 
 
 def distance(got: Any, expected: Any) -> float:
-    """Norm of the difference over the norm."""
+    """Returns the norm of the difference divided by the norm."""
     one, other = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (got, expected))
     return float(np.linalg.norm(one - other) / np.linalg.norm(other))
 
 
 def collectives(text: str) -> list[tuple[str, list[int]]]:
-    """Name and dimensions of every result of a collective; left out are those among groups of one device, which move nothing."""
+    """Returns name and dimensions of every result of a collective, without those in groups of one device, which move nothing."""
     found = []
     for line in text.splitlines():
         match = COLLECTIVE.search(line)

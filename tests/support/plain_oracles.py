@@ -1,7 +1,7 @@
-"""Plain forms of what the package computes in clever ways, and tiny policies to hold to them.
+"""Plain implementations to test the package against, and tiny policies.
 
-The forward pass here takes one text at a time, Hugging Face's tensors by name and config.json as it is: no scan, no cache, no
-shared prompt, whole logits. `test_models.py` holds it to the stored results of transformers, so that it may be an oracle.
+The forward pass here computes one text at a time from Hugging Face's tensors and config.json: no scan, no cache, no shared prompt,
+full logits. `test_models.py` compares it with the stored results of transformers, so it can be an oracle.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LORA = LoraConfig(rank=4, alpha=8.0)
 
 @contextlib.contextmanager
 def quick_compiling() -> Iterator[None]:
-    """Compiles with few optimisations: half the time for tiny programs that run once, and the same numbers."""
+    """Compiles with few optimisations: half the time for tiny programs that run once, and the same results."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
@@ -39,20 +39,20 @@ def quick_compiling() -> Iterator[None]:
 
 
 def golden_config(family: str) -> dict[str, Any]:
-    """config.json of a tiny model, as transformers 5 spells it."""
+    """Returns config.json of a tiny model, as transformers 5 writes it."""
     return json.loads((HERE / family / "config.json").read_text())
 
 
 @functools.cache
 def tiny_policy(family: str, lora: LoraConfig | None = None, dtype: str = "float32") -> Policy:
-    """The tiny model of a family, with random adapters where `lora` is given; its folder is gone."""
+    """Makes the tiny model of a family, with random adapters where `lora` is given; its folder is deleted."""
     with tempfile.TemporaryDirectory() as folder:
         policy = Policy.from_pretrained(build_model_folder(Path(folder), family), lora=lora, dtype=dtype)
     return policy if lora is None else with_random_adapters(policy)
 
 
 def with_random_adapters(policy: Policy, seed: int = 7, size: float = 0.1) -> Policy:
-    """The policy with every adapter weight moved off its start, where B is zero."""
+    """Returns the policy with noise added to every adapter weight; at the start B is zero."""
     import dataclasses
 
     assert policy.adapters is not None
@@ -60,7 +60,7 @@ def with_random_adapters(policy: Policy, seed: int = 7, size: float = 0.1) -> Po
 
 
 def moved(tree: Params, seed: int, size: float) -> Params:
-    """A tree with normal noise of deviation `size` added to every leaf."""
+    """Adds normal noise of deviation `size` to every leaf of a tree."""
     leaves, shape = jax.tree.flatten(tree)
     rng = np.random.default_rng(seed)
     new = [leaf + jnp.asarray(size * rng.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves]
@@ -68,7 +68,7 @@ def moved(tree: Params, seed: int, size: float) -> Params:
 
 
 def layer_kinds(config: dict[str, Any]) -> list[tuple[int | None, dict[str, Any]]]:
-    """(window, rotary parameters) of each layer."""
+    """Returns (window, rotary parameters) of each layer."""
     layers, window = config["num_hidden_layers"], config.get("sliding_window")
     windowed = window and (config["model_type"] in ("mistral", "mixtral") or config.get("use_sliding_window"))
     default = ["sliding_attention" if windowed else "full_attention"] * layers
@@ -79,7 +79,7 @@ def layer_kinds(config: dict[str, Any]) -> list[tuple[int | None, dict[str, Any]
 
 
 def angles(rope: dict[str, Any], half: int, length: int) -> np.ndarray:
-    """[T, Dh/2] radians; Llama 3's scaling in the words of its paper's code: by wavelength."""
+    """Computes rotary angles [T, Dh/2] in radians; Llama 3's scaling by wavelength, as in its code."""
     frequencies = rope["rope_theta"] ** (-np.arange(half) / half)
     if rope["rope_type"] == "linear":
         frequencies = frequencies / rope["factor"]
@@ -92,13 +92,13 @@ def angles(rope: dict[str, Any], half: int, length: int) -> np.ndarray:
 
 
 def int8_steps(x: Any) -> Any:
-    """Numbers rounded to 255 steps of the largest magnitude among the last axis."""
+    """Rounds values to 255 steps of the largest magnitude along the last axis."""
     step = jnp.maximum(jnp.abs(x).max(axis=-1, keepdims=True), 1e-30) / 127
     return jnp.round(x / step) * step
 
 
 def plain_experts(config: dict[str, Any], x: Any, router: Any, expert: Callable[[Any, int], Any]) -> Any:
-    """[T, D]: every expert computes all tokens, and a token takes the sum of the likeliest, by their probabilities.
+    """Computes [T, D]: every expert computes all tokens, and a token sums its most probable experts, by their probabilities.
 
     Args:
         router: [E, D].
@@ -115,10 +115,10 @@ def plain_experts(config: dict[str, Any], x: Any, router: Any, expert: Callable[
 def plain_logits(
     config: dict[str, Any], weights: Params, ids: Any, adapter: Params | None = None, scale: float = 0.0, int8_from: Any = None
 ) -> Any:
-    """[T, V] logits of one text.
+    """Computes logits [T, V] of one text.
 
     Args:
-        config: config.json, as transformers 5 spells it.
+        config: config.json, as transformers 5 writes it.
         weights: Hugging Face's tensors by name.
         ids: [T].
         adapter: the `lora` collection, [L, in, r] and [L, r, out] a target; of experts [L, E, ...].
@@ -195,7 +195,7 @@ def plain_logits(
 
 @functools.cache
 def plain_model(family: str, scale: float = 0.0) -> Callable[..., Any]:
-    """Jitted (ids [N, T], adapter or None, int8_from [N] or None) → logits [N, T, V] of a tiny model."""
+    """Returns a jitted (ids [N, T], adapter or None, int8_from [N] or None) → logits [N, T, V] of a tiny model."""
     config = golden_config(family)
     weights = {name: jnp.asarray(array) for name, array in model_tensors(family).items()}
 
@@ -210,14 +210,14 @@ def plain_model(family: str, scale: float = 0.0) -> Callable[..., Any]:
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
-    """Over the last axis, float64."""
+    """Computes log-softmax over the last axis in float64."""
     x = np.asarray(x, np.float64)
     x = x - x.max(axis=-1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
-def kept_tokens(logits: np.ndarray, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
-    """[V] True = stays, by sorting: top-k (ties in), then top-p of what is left (smallest set, ties in), then min-p."""
+def staying_tokens(logits: np.ndarray, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> np.ndarray:
+    """Returns which of [V] tokens stay, by sorting: top-k with ties, then top-p of the rest with ties, then min-p."""
     logits = np.asarray(logits, np.float64)
     stay = np.ones(logits.shape, bool)
     falling = np.sort(logits)[::-1]
@@ -234,7 +234,7 @@ def kept_tokens(logits: np.ndarray, top_k: int = 0, top_p: float = 1.0, min_p: f
 
 
 def array_sizes(jaxpr: Any) -> int:
-    """Number of elements of the largest array that a traced program computes, inner programs included."""
+    """Returns the number of elements of the largest array that a traced program computes, inner programs included."""
     largest = 0
     for equation in jaxpr.eqns:
         shapes = [getattr(v.aval, "shape", ()) for v in equation.outvars]

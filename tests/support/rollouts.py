@@ -1,7 +1,7 @@
-"""Rollouts of tiny models: the engine's, those of a sampler without a cache, and whether two of them are the same.
+"""Rollouts of tiny models: by the sampler under test, by a plain sampler without a cache, and their comparison.
 
-The plain sampler runs a whole forward pass per token, each row on its own, and draws in float64. Float32 tokens may differ where
-two tokens were nearly as good: `assert_same` asks the plain model whether that is so.
+The plain sampler runs a full forward pass per token, each row separately, and draws in float64. Float32 tokens may differ where two
+tokens nearly tie: `assert_same` asks the plain model whether they do.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from plain_oracles import LORA, STOPS, kept_tokens, log_softmax, plain_model, tiny_policy
+from plain_oracles import LORA, STOPS, log_softmax, plain_model, staying_tokens, tiny_policy
 
 from grpo_jax.config import RolloutConfig
 from grpo_jax.policy import Policy
@@ -21,11 +21,11 @@ from grpo_jax.rollout.sampling import NEAR_LOGITS
 from grpo_jax.types import Rollout
 
 PROMPTS = ((7, 30, 9), (11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21), (50, 6, 6, 31, 8, 77, 40))
-MANY_STOPS = (*STOPS, *range(10, 97, 8))  # so that rows of a random model stop at various lengths
+MANY_STOPS = (*STOPS, *range(10, 97, 8))  # rows of a random model stop at various lengths
 SETTINGS = RolloutConfig(num_generations=3, max_completion_length=10, temperature=0.7)
 
 MOST_TIES = 2
-"""Rows that may part at a near-tie in one comparison; the chance of one is about 1e-4 a token."""
+"""Rows that may differ from a near-tie on in one comparison; the chance of one is about 1e-4 a token."""
 
 SAMPLERS: dict[object, Sampler] = {}
 PLAIN: dict[str, Rollout] = {}
@@ -33,12 +33,12 @@ PLAIN: dict[str, Rollout] = {}
 
 @dataclass(frozen=True)
 class Task:
-    """What a rollout is asked for.
+    """A rollout to run.
 
     Attributes:
-        indices: numbers of the prompts in the random numbers; 0, 1, ... where None.
-        limits: longest length of each row.
-        decode_text: text of token ids, where there are stop strings.
+        indices: prompt indices of the random numbers; None = 0, 1, ...
+        limits: maximum length of each row.
+        decode_text: token ids → text, for stop strings.
     """
 
     family: str = "qwen2"
@@ -52,7 +52,7 @@ class Task:
     decode_text: Callable[[list[int]], str] | None = None
 
     def but(self, **settings: object) -> Task:
-        """The same with other settings of the rollout."""
+        """Returns the task with other settings of the rollout."""
         return dataclasses.replace(self, settings=dataclasses.replace(self.settings, **settings))  # type: ignore[arg-type] - fields by name
 
     @property
@@ -62,10 +62,10 @@ class Task:
 
 
 def engine(task: Task, *, stacked: bool = False) -> Rollout:
-    """The engine's completions. One sampler serves all tasks of a model.
+    """Runs a task with the sampler under test. One sampler serves all tasks of a model.
 
     Args:
-        stacked: loop over the layers, as accelerators do.
+        stacked: loop over the layers, as on accelerators.
     """
     key = (task.family, task.stops, task.decode_text, stacked)
     if key not in SAMPLERS:
@@ -84,7 +84,7 @@ def engine(task: Task, *, stacked: bool = False) -> Rollout:
 
 @jax.jit
 def folded_numbers(seed: jax.Array, names: jax.Array) -> jax.Array:
-    """The numbers that fix tokens: each name, (step, index, generation, position), folded into the key in turn."""
+    """Computes the random numbers of tokens: step, index, generation and position are folded into the key one after the other."""
 
     def one(row: jax.Array) -> jax.Array:
         key = jax.random.key(seed)
@@ -96,7 +96,7 @@ def folded_numbers(seed: jax.Array, names: jax.Array) -> jax.Array:
 
 
 def uniform_numbers(task: Task) -> np.ndarray:
-    """[N, C] float64."""
+    """Returns the random numbers [N, C] of a task, float64."""
     g, c = task.settings.num_generations, task.settings.max_completion_length
     indices = task.indices or range(len(task.prompts))
     names = [(task.step, index, generation, at) for index in indices for generation in range(g) for at in range(c)]
@@ -105,7 +105,7 @@ def uniform_numbers(task: Task) -> np.ndarray:
 
 
 def next_logits(task: Task, rows: Sequence[Sequence[int]]) -> np.ndarray:
-    """[N, V] float64 logits after each row; the prompts' rows are next to each other."""
+    """Computes float64 logits [N, V] after each row; the rows of a prompt are next to each other."""
     width = max(map(len, task.prompts)) + task.settings.max_completion_length
     table = np.zeros((len(task.prompts) * task.settings.num_generations, width), np.int32)
     for number, row in enumerate(rows):
@@ -118,18 +118,18 @@ def next_logits(task: Task, rows: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def scaled(task: Task, logits: np.ndarray, at: int) -> np.ndarray:
-    """[V] logits over the temperature, without what cannot be drawn at that place; greedy: the logits."""
+    """Divides logits [V] by the temperature and removes what cannot be drawn at that position; greedy: the logits."""
     settings, own = task.settings, logits.copy()
     if at < settings.min_completion_length:
         own[list(task.stops)] = -np.inf
     if settings.temperature > 0:
         own = own / settings.temperature
-        own[~kept_tokens(own, settings.top_k, settings.top_p, settings.min_p)] = -np.inf
+        own[~staying_tokens(own, settings.top_k, settings.top_p, settings.min_p)] = -np.inf
     return own
 
 
 def plain(task: Task) -> Rollout:
-    """The completions of a sampler without a cache; near-ties are not counted."""
+    """Runs a task with the plain sampler, once; near-ties are not counted."""
     same = task.but(slots=None, segment=None, refill=True)
     if repr(same) not in PLAIN:
         PLAIN[repr(same)] = plain_sample(same)
@@ -137,7 +137,7 @@ def plain(task: Task) -> Rollout:
 
 
 def plain_sample(task: Task) -> Rollout:
-    """The same, computed."""
+    """Runs a task with the plain sampler."""
     settings = task.settings
     starts = [len(prompt) for prompt in task.prompts for _ in range(settings.num_generations)]
     rows = [list(prompt) for prompt in task.prompts for _ in range(settings.num_generations)]
@@ -164,10 +164,11 @@ def plain_sample(task: Task) -> Rollout:
 
 
 def nearness(own: np.ndarray, number: float, temperature: float, near: float) -> tuple[bool, bool]:
-    """Whether logits that are a little different would give another token: surely, and possibly.
+    """Tells whether slightly different logits would give another token: surely, and possibly.
 
-    Surely: the nearest border between tokens lies within the deviation that independent changes of deviation `near` give it.
-    Possibly: any border lies within the most that changes of at most `near` can move it, 2 · F · (1 - F) · near at share F.
+    Surely: the nearest border between tokens is within the deviation that independent changes of deviation `near` give it.
+    Possibly: any border is within the most that changes of at most `near` can move it, 2 · F · (1 - F) · near at cumulative
+    probability F.
     """
     if temperature == 0:
         first, second = np.sort(own)[::-1][:2]
@@ -184,7 +185,7 @@ def nearness(own: np.ndarray, number: float, temperature: float, near: float) ->
 
 
 def drawing_margins(task: Task, rollout: Rollout, near: float) -> list[tuple[bool, bool]]:
-    """`nearness` of every token of a rollout, in the plain model and in float64."""
+    """Computes `nearness` of every token of a rollout, in the plain model and in float64."""
     starts = [list(prompt) for prompt in task.prompts for _ in range(task.settings.num_generations)]
     numbers, found = uniform_numbers(task), []
     for t in range(max(map(len, rollout.completion_ids))):
@@ -196,14 +197,14 @@ def drawing_margins(task: Task, rollout: Rollout, near: float) -> list[tuple[boo
 
 
 def is_near_tie(task: Task, row: int, ids: Sequence[int], near: float = NEAR_LOGITS) -> bool:
-    """Whether logits that differ by `near` may give another token after `ids`, in the plain model and in float64."""
+    """Tells whether logits that differ by `near` may give another token after `ids`, in the plain model and in float64."""
     starts = [list(prompt) for prompt in task.prompts for _ in range(task.settings.num_generations)]
     own = scaled(task, next_logits(task, [*starts[:row], [*starts[row], *ids]])[row], len(ids))
     return nearness(own, uniform_numbers(task)[row, len(ids)], task.settings.temperature, near)[1]
 
 
 def assert_same(task: Task, got: Rollout, expected: Rollout, tolerance_nats: float = 1e-4, near: float = NEAR_LOGITS) -> None:
-    """The same tokens, log-probabilities and reasons, row by row up to a near-tie; these are printed, and few."""
+    """Asserts equal tokens, log-probabilities and reasons, row by row up to a near-tie. Near-ties are printed, and few."""
     assert len(got.completion_ids) == len(expected.completion_ids)
     ties = 0
     for row, (ours, theirs) in enumerate(zip(got.completion_ids, expected.completion_ids, strict=True)):
@@ -222,7 +223,7 @@ def assert_same(task: Task, got: Rollout, expected: Rollout, tolerance_nats: flo
 
 
 def rows_of(rollout: Rollout, rows: Sequence[int]) -> Rollout:
-    """Some rows of a rollout."""
+    """Returns some rows of a rollout."""
     return Rollout(
         completion_ids=[rollout.completion_ids[row] for row in rows],
         logprobs=[rollout.logprobs[row] for row in rows],
