@@ -125,8 +125,7 @@ def completion_pairs(
         return encoded._replace(completion_ids=ids)
 
     splits = read_splits(config, encode, check_table, dataset, eval_dataset)
-    counts = (splits.dropped, splits.shortened, splits.held_out_dropped)
-    return CompletionSource(splits.train, splits.held_out, *counts, data, config.train.prompts_per_step, config.train.seed)
+    return CompletionSource(*splits, data, config.train.prompts_per_step, config.train.seed)
 
 
 def check_table(table: Table, data: DataConfig) -> None:

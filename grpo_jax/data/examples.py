@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -80,8 +80,7 @@ class Examples:
         return self.completion_ids[int(self.list_numbers[position])]
 
 
-@dataclass(frozen=True, eq=False)
-class DataSplits:
+class DataSplits(NamedTuple):
     """Training rows, held-out rows, and how many rows were dropped or shortened.
 
     Attributes:

@@ -74,8 +74,7 @@ class PromptSource:
             return encode_within_limit(prompt, known, config.data, limit, where)
 
         splits = read_splits(config, encode, check_prompt_table, dataset, eval_dataset, only_held_out)
-        counts = (splits.dropped, splits.shortened, splits.held_out_dropped)
-        return PromptSource(splits.train, splits.held_out, *counts, config.data, config.train.prompts_per_step, config.train.seed)
+        return PromptSource(*splits, config.data, config.train.prompts_per_step, config.train.seed)
 
     def batch(self, step: int) -> PromptBatch:
         """Returns the prompts of a training step: B different rows, a pure function of seed and step."""
