@@ -1,5 +1,6 @@
 # make quickstart   create .venv, install, train a small model with GRPO
 # make test         create .venv, install with what tests need, run them      (ARGS="-k loss" picks some)
+# make test-slow    what is slow: 8B models compiled for TPUs, runs in four processes
 # make lint         ruff, pyright, import-linter
 # make test-peers   live comparisons with torch, transformers and PEFT, in an environment of their own (large: torch)
 # make test-gpu-compile   compile for an H200 without one, in an environment of its own (NVIDIA's compiler wheels)
@@ -17,7 +18,7 @@ PIP_FLAGS = --quiet --disable-pip-version-check --constraint constraints.txt
 NEEDS = pyproject.toml constraints.txt
 ARGS ?=
 
-.PHONY: help quickstart test lint test-peers test-gpu-compile clean
+.PHONY: help quickstart test test-slow lint test-peers test-gpu-compile clean
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
 
@@ -26,7 +27,10 @@ quickstart: $(VENV)/.installed
 	@ls /dev/accel* /dev/vfio/[0-9]* /dev/nvidia0 >/dev/null 2>&1 || export JAX_PLATFORMS=cpu; $(VENV)/bin/grpo-jax quickstart $(ARGS)
 
 test: $(VENV)/.installed-test
-	JAX_PLATFORMS=cpu $(VENV)/bin/pytest -n 2 $(ARGS)
+	JAX_PLATFORMS=cpu $(VENV)/bin/pytest -n 2 -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.installed-test
+	JAX_PLATFORMS=cpu $(VENV)/bin/pytest -n 2 -m slow $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	@status=0; for tool in "ruff check --quiet" "lint-imports --no-logo --no-cache" "pyright --pythonpath $(VENV)/bin/python"; do \
