@@ -159,7 +159,7 @@ def empty_tokens(slots: SlotState, length: int) -> SegmentTokens:
 def record_tokens(
     tokens: SegmentTokens, drawn: Drawn, column: Array, live: Bool[Array, "S"], slots: SlotState, stop_ids: tuple[int, ...]
 ) -> SegmentTokens:
-    """Writes drawn tokens into a column; slots that are not live stay as they are."""
+    """Writes drawn tokens into a column; slots that are not live are unchanged."""
     ids, logps, close = drawn
     stop = jnp.isin(ids, jnp.array(stop_ids, jnp.int32)) & live if stop_ids else jnp.zeros_like(live)
     at = (jnp.int32(0), column)
