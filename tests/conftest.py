@@ -88,23 +88,32 @@ def shared_data() -> Path:
     pytest.skip("needs the data folder shared/data beside the checkout")
 
 
+class Chips(dict[str, SingleDeviceSharding]):
+    """One device of each generation of TPUs, by name; it is described when it is first used."""
+
+    def __missing__(self, name: str) -> SingleDeviceSharding:
+        from jax.experimental import topologies
+
+        topology = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}[name]
+        options = {"chip_config_name": "megacore"} if name == "v4" else {}
+        self[name] = SingleDeviceSharding(topologies.get_topology_desc(topology, "tpu", **options).devices[0])
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def chips() -> Iterator[dict[str, SingleDeviceSharding]]:
-    """TPUs that are not there, by generation: XLA's compiler for them needs the libtpu wheel alone.
+    """TPUs that are absent, by generation: XLA's compiler for them needs the libtpu wheel alone.
 
     Programs for them can be written to the cache on disk, but not read without one. All optimisations are on, so that memory is
     what users get.
     """
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("needs the libtpu wheel, which is for Linux on x86-64")
-    from jax.experimental import topologies
-
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
-    named = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
-    yield {chip: SingleDeviceSharding(topologies.get_topology_desc(name, "tpu").devices[0]) for chip, name in named.items()}
+    yield Chips()
     jax.config.update("jax_disable_most_optimizations", before)
     jax.config.update("jax_enable_compilation_cache", True)
     compilation_cache.reset_cache()

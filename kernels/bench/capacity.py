@@ -1,9 +1,9 @@
-"""Seconds of a rollout where there is room for longer completions, against one whose room is filled, by turns in one process.
+"""Time of a rollout whose KV cache has room for longer completions, next to one whose cache is filled, interleaved in one process.
 
     python kernels/bench/capacity.py --model runs/random_qwen3 --completion_length 128 --capacity 1024
 
-Enters: a model folder and the shape of a step. Leaves: a line with medians, their ratio, and the median of the pairs' ratios. Both
-rollouts draw completions of the same lengths; only `rollout.max_completion_length` differs.
+Prints medians, their ratio, and the median of the pairs' ratios. Both rollouts draw completions of the same lengths; only
+`rollout.max_completion_length` differs.
 """
 
 from __future__ import annotations

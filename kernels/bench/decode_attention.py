@@ -1,8 +1,7 @@
-"""Time of `decode_attention` on the device that is there, against the bytes that it has to read.
+"""Time of `decode_attention` on this device, next to the bytes that it must read.
 
-`python kernels/bench/decode_attention.py [--slots 64] [--filled 512] [--kv int8] [--implementation tpu]`: one layer at the sizes of
-an 8B model, every slot with `filled` tokens behind it. The bandwidth is that of a sum over an array of the same size, measured in
-the same run.
+`python kernels/bench/decode_attention.py [--slots 64] [--filled 512] [--kv int8] [--implementation xla]`: one layer at the sizes of an 8B
+model, every slot with `filled` past tokens. The bandwidth is that of a sum over an array of the same size, measured in the same run.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_kernels.ops.decode_attention import KVCache, decode_attention
+from grpo_kernels import KVCache, decode_attention
 from grpo_kernels.ops.decode_attention.shapes import EIGHT_B, Shape
 
 
@@ -62,7 +61,7 @@ def main() -> None:
     array = jnp.zeros((int(needed) // 4,), jnp.float32)
     bandwidth = needed / seconds_of(jax.jit(jnp.sum), array)
     print(f"{jax.devices()[0].device_kind}: {needed / 2**20:,.0f} MiB to read, sum over as much at {bandwidth / 1e9:,.0f} GB/s")
-    default = ["reference", "gpu", "tpu"] if jax.default_backend() == "tpu" else ["reference", "gpu"]
+    default = ["reference", "xla", "mosaic_tpu"] if jax.default_backend() == "tpu" else ["reference", "xla"]
     for name in args.implementation or default:
         program = jax.jit(functools.partial(decode_attention, implementation=name))
         seconds = seconds_of(program, q, prefix, numbers[0], past_blocks, segment_cache, numbers[1], jnp.int32(0))

@@ -1,8 +1,8 @@
-"""Time of `group_attention` on the device that is there: `python kernels/bench/group_attention.py [--prompt 512] ...`.
+"""Time of `group_attention` on this device: `python kernels/bench/group_attention.py [--prompt 512] ...`.
 
-Forward and backward of one layer, each implementation, the shortest of several runs by turns. Beside the milliseconds: operations
-of the pairs of tokens that see each other (14 · H · Dh a pair: 4 forward, 10 backward), as a share of what a matrix product of the
-same dtype reaches in the same run; and the bytes of q, k, v, the result and their gradients, each once.
+Forward and backward of one layer, each implementation, the shortest of several interleaved runs. Next to the milliseconds:
+operations of the pairs of tokens that see each other (14 · H · Dh a pair: 4 forward, 10 backward), as a share of what a matrix
+product of the same dtype reaches in the same run; and the bytes of q, k, v, the result and their gradients, each once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_kernels.ops.group_attention import group_attention
+from grpo_kernels import group_attention
 from grpo_kernels.ops.group_attention.shapes import EVEN, PUBLISHED, SMALL, Lengths, Shape
 
 REPEATS = 7
@@ -26,14 +26,14 @@ PRODUCT = 2048
 
 
 def seconds(program: Callable[..., Any], *arguments: Any) -> float:
-    """One run."""
+    """Times one run."""
     start = time.perf_counter()
     jax.block_until_ready(program(*arguments))
     return time.perf_counter() - start
 
 
 def operations_per_second(dtype: str) -> float:
-    """Of a square matrix product."""
+    """Returns the operations a second of a square matrix product."""
     x = jnp.ones((PRODUCT, PRODUCT), dtype)
     program = jax.jit(functools.partial(jnp.dot, precision="highest" if dtype == "float32" else None))
     seconds(program, x, x)
@@ -53,7 +53,7 @@ def forward_and_backward(implementation: str | None, lengths: Lengths) -> Callab
 
 
 def visible_pairs(lengths: Lengths, window: int) -> int:
-    """Pairs of a query and a key that it sees, of one head, prompts being full."""
+    """Counts the pairs of a query and a key that it sees, of one head with full prompts."""
 
     def causal(tokens: int, before: int) -> int:
         return sum(min(before + at + 1, window) for at in range(tokens))
@@ -74,8 +74,7 @@ def main() -> None:
     lengths = dataclasses.replace(Lengths(4, 8, 512, 128) if device == "cpu" else EVEN, **given)
     shapes: dict[str, Shape] = {"small": SMALL} if device == "cpu" else PUBLISHED
     dtype = "float32" if device == "cpu" else "bfloat16"
-    names = args.implementation or (["reference", "gpu", "tpu"] if device == "tpu" else ["reference", "gpu"])
-    names = [*names, None] if device == "cpu" else names
+    names = args.implementation or (["reference", "xla", "mosaic_tpu"] if device == "tpu" else ["reference", "xla"])
     limit = operations_per_second(dtype)
     print(f"{jax.devices()[0].device_kind}: {limit / 1e12:.2f} TFLOP/s in {dtype}; {lengths}")
     tokens = lengths.prompt + lengths.generations * lengths.completion
@@ -96,7 +95,7 @@ def main() -> None:
         moved = 2 * (2 * q.nbytes + k.nbytes + v.nbytes)
         for name, times in taken.items():
             best = min(times)
-            print(f"{title} {name or 'None':9} {1e3 * best:9.2f} ms, {work / best / limit:4.0%}, {moved / best / 1e9:.1f} GB/s")
+            print(f"{title} {name:10} {1e3 * best:9.2f} ms, {work / best / limit:4.0%}, {moved / best / 1e9:.1f} GB/s")
 
 
 if __name__ == "__main__":

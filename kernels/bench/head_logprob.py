@@ -1,10 +1,10 @@
-"""Time and memory of `head_logprob` on the device that is there, by turns with the plain form, against a product's speed.
+"""Time and memory of `head_logprob` on this device, next to the plain form and a product's speed.
 
     python kernels/bench/head_logprob.py [--tokens 2048 --width 1024 --vocabulary 151936 --dtype float32]
 
-The default shape is that of a CPU: a small model with a large vocabulary. `reference` is what one writes at first, with all logits.
-Operations are 4·T·V·H with the gradient and 2·T·V·H without one; the speed that they are held to is that of a product of T
-tokens with a part of the head, measured in the same run. bfloat16 is what a model has on a TPU or GPU.
+The default shape suits a CPU: a small model with a large vocabulary. `reference` is the plain form with all logits.
+Operations are 4·T·V·H with the gradient and 2·T·V·H without one; they are compared with a product of T
+tokens with a part of the head, measured in the same run. Use bfloat16 on a TPU or GPU.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from timing import seconds_by_turns
+from timing import seconds_interleaved
 
-from grpo_kernels.ops.head_logprob import head_logprob
+from grpo_kernels import head_logprob
 from grpo_kernels.ops.head_logprob.shapes import LAPTOP
 
 PART = 8192
@@ -48,7 +48,7 @@ def main() -> None:
     x = jax.random.normal(keys[0], (given.tokens, given.width), given.dtype)
     w = jax.random.normal(keys[1], (given.vocabulary, given.width), given.dtype) * jnp.asarray(0.02, given.dtype)
     ids = jax.random.randint(keys[2], (given.tokens,), 0, given.vocabulary)
-    names = given.implementation or ["reference", "gpu"] + ["tpu"] * (jax.default_backend() == "tpu")
+    names = given.implementation or ["reference", "xla"] + ["mosaic_tpu"] * (jax.default_backend() == "tpu")
     forms = {name: functools.partial(head_logprob, implementation=name) for name in names}
 
     part = w[: min(PART, given.vocabulary)]
@@ -63,7 +63,7 @@ def main() -> None:
             memory: Any = compiled.memory_analysis()
             operations = passes * 2.0 * given.tokens * given.vocabulary * given.width
             lines.append((key, operations, memory.temp_size_in_bytes))
-    seconds = seconds_by_turns(programs, given.rounds)
+    seconds = seconds_interleaved(programs, given.rounds)
     speed = 2.0 * given.tokens * part.size / seconds["product"]
     shape = f"T {given.tokens:,}, H {given.width:,}, V {given.vocabulary:,}, {given.dtype}"
     print(f"{jax.devices()[0].device_kind}: {shape}; a product does {speed / 1e12:.3g} tera-operations a second")

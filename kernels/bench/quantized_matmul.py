@@ -1,6 +1,6 @@
-"""Times `quantized_matmul` on the device that is there, against a dense product and the bytes that the weight has.
+"""Time of `quantized_matmul` on this device, next to a dense product and the reading of the weight.
 
-`python kernels/bench/quantized_matmul.py [--rows 2048 64] [--format int4] [--implementation tpu]`: Llama-3.1-8B's feed-forward
+`python kernels/bench/quantized_matmul.py [--rows 2048 64] [--format int4] [--implementation xla]`: Llama-3.1-8B's feed-forward
 matrix, x W and dy Wᵀ in bfloat16. Shares are of the time that a dense bfloat16 product takes in the same run, and of the time that
 reading the quantised weight takes at the bandwidth of a sum over an array of 256 MiB.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_kernels.ops.quantized_matmul import quantize, quantized_matmul, weight_bytes
+from grpo_kernels import quantize, quantized_matmul, weight_bytes
 from grpo_kernels.ops.quantized_matmul.shapes import LLAMA_3_8B_UP, ROWS
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     array = jnp.zeros((2**26,), jnp.float32)
     bandwidth = array.nbytes / seconds_of(jax.jit(jnp.sum), array, times=args.times)
     print(f"{jax.devices()[0].device_kind}: {bandwidth / 1e9:,.0f} GB/s")
-    default = ["reference", "gpu", "tpu"] if jax.default_backend() == "tpu" else ["reference", "gpu"]
+    default = ["reference", "xla", "mosaic_tpu"] if jax.default_backend() == "tpu" else ["reference", "xla"]
     w = jax.random.normal(jax.random.key(0), (args.inputs, args.outputs), jnp.bfloat16)
     for rows in args.rows:
         for transpose in (False, True):
@@ -57,7 +57,7 @@ def main() -> None:
                 for name in args.implementation or default:
                     program = jax.jit(functools.partial(quantized_matmul, transpose=transpose, implementation=name))
                     taken = seconds_of(program, x, small, times=args.times)
-                    print(f"  {form:4} {name:9} {1e3 * taken:8.3f} ms; dense {dense / taken:4.0%}, reading {reading / taken:4.0%}")
+                    print(f"  {form:4} {name:10} {1e3 * taken:8.3f} ms; dense {dense / taken:4.0%}, reading {reading / taken:4.0%}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Seconds of an update whose completions share their prompt, against one in which each has a copy of its own, by turns.
+"""Time of an update whose completions share their prompt, next to one in which each has its own copy, interleaved.
 
     python kernels/bench/shared_prompt.py --model runs/random_qwen3 --prompt_length 512
 
-Enters: a model folder and the shape of a step. Leaves: a line with medians and their ratio. An update here is the reference's
-log-probabilities, the policy's, and the adapters' gradient.
+Prints medians and their ratio. An update here is the reference's log-probabilities, the policy's, and the adapters' gradient.
 """
 
 from __future__ import annotations

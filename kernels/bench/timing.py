@@ -1,4 +1,4 @@
-"""Times of programs that take turns, so that what else the machine does falls on all of them."""
+"""Times of programs that run interleaved, so that other load of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import jax
 
 
-def seconds_by_turns(programs: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dict[str, float]:
-    """The shortest of several runs of each, after one that compiles and is not counted.
+def seconds_interleaved(programs: Mapping[str, Callable[[], Any]], rounds: int = 5) -> dict[str, float]:
+    """Returns the shortest of several runs of each program, after one that compiles and is not counted.
 
     Args:
-        programs: without arguments, by name; each returns arrays, which are waited for.
-        rounds: runs of each, one after the other in every round.
+        programs: functions without arguments, by name; each returns arrays, which are waited for.
+        rounds: runs of each program, one after the other in every round.
     """
     for program in programs.values():
         jax.block_until_ready(program())

@@ -1,1 +1,46 @@
-"""Operations with a plain JAX reference each and, where it pays, a Pallas kernel for TPU or GPU; `kernels/README.md` lists them."""
+"""Operations of GRPO training with a plain JAX reference each and Pallas kernels for TPUs; `kernels/README.md` lists them.
+
+Example:
+    from grpo_kernels import head_logprob
+    logp, entropy, lse = head_logprob(hidden, head, ids, implementation="xla")
+"""
+
+from grpo_kernels.numerics import NO_WINDOW
+from grpo_kernels.ops.decode_attention import KVCache, SlotMap, decode_attention
+from grpo_kernels.ops.group_advantages import group_advantages
+from grpo_kernels.ops.group_attention import group_attention
+from grpo_kernels.ops.grpo_loss import LossSettings, grpo_loss
+from grpo_kernels.ops.head_logprob import head_logprob
+from grpo_kernels.ops.head_sample import Draws, head_sample
+from grpo_kernels.ops.quantized_matmul import (
+    QuantizedWeight,
+    dequantize,
+    quantize,
+    quantized_matmul,
+    quantized_shapes,
+    weight_bytes,
+)
+from grpo_kernels.target import Implementation, Target, tracing_for
+
+__all__ = [
+    "NO_WINDOW",
+    "Draws",
+    "Implementation",
+    "KVCache",
+    "LossSettings",
+    "QuantizedWeight",
+    "SlotMap",
+    "Target",
+    "decode_attention",
+    "dequantize",
+    "group_advantages",
+    "group_attention",
+    "grpo_loss",
+    "head_logprob",
+    "head_sample",
+    "quantize",
+    "quantized_matmul",
+    "quantized_shapes",
+    "tracing_for",
+    "weight_bytes",
+]

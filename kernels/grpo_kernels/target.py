@@ -1,7 +1,7 @@
-"""Which kind of chip a program is traced for: this process's own, or one that is not here and is only compiled for.
+"""The kind of chip that a program is traced for, and which implementation of an operation runs there.
 
-Enters: a `Target` for the time of `tracing_for`. Leaves: `platform()`, by which operations choose their implementation where none
-is named. It is part of the key of JAX's caches, so that nothing traced for one chip is taken for another.
+`tracing_for` names a chip that is absent and only compiled for; without it the chip is this process's own. The choice is part of
+the key of JAX's caches, so that nothing traced for one chip is used for another.
 """
 
 from __future__ import annotations
@@ -11,17 +11,24 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 
 Platform = Literal["cpu", "gpu", "tpu"]
+
+Implementation = Literal["reference", "xla", "mosaic_tpu"]
+"""`reference` is plain JAX without blocks; `xla` is blocked JAX for any device; `mosaic_tpu` is a Pallas kernel for TPUs."""
+
+LEAST_VECTOR_MEMORY = 16 * 2**20
+"""Bytes of a v4's core, the least of the TPUs supported; what a chip is assumed to have where nothing says more."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A chip that is not here.
+    """A chip that is absent.
 
     Attributes:
-        platform: as `jax.default_backend()` would say.
-        vector_memory_bytes: of a TPU's core; 0 elsewhere.
+        platform: as `jax.default_backend()` would return it.
+        vector_memory_bytes: of a TPU's core; 0 where it is unknown, and on other platforms.
     """
 
     platform: Platform
@@ -32,16 +39,42 @@ TARGET: Any = jax.make_user_context(default_value=None)
 
 
 def tracing_for(target: Target | None) -> AbstractContextManager[Any]:
-    """Within it programs are traced for the chip; None is this process's own."""
+    """Context in which programs are traced for a chip; None is this process's own."""
     return TARGET(target)
 
 
 def target() -> Target | None:
-    """The chip that is traced for, where it is not this process's own."""
+    """The chip that programs are traced for; None where it is this process's own."""
     return TARGET.value
 
 
 def platform() -> str:
-    """`jax.default_backend()`, or that of the chip that is traced for."""
+    """The platform that programs are traced for: that of `tracing_for`'s chip, else `jax.default_backend()`."""
     chosen = target()
     return jax.default_backend() if chosen is None else chosen.platform
+
+
+def vector_memory_bytes() -> int:
+    """Vector memory of a core of the TPU that is traced for: 16 MiB on v4, 64 on v5p and v7x, 128 on v5e and v6e; else 16."""
+    chip = target()
+    if chip is not None:
+        return chip.vector_memory_bytes or LEAST_VECTOR_MEMORY
+    if jax.default_backend() == "tpu":
+        return pltpu.get_tpu_info().vmem_capacity_bytes
+    return LEAST_VECTOR_MEMORY
+
+
+def resolve_implementation(
+    operation: str, named: str | None, default: Implementation, supported: tuple[str, ...] = ("reference", "xla", "mosaic_tpu")
+) -> str:
+    """The implementation that runs: the named one, or the default for None. There is no fallback from a named one.
+
+    Raises:
+        ValueError: the operation has no implementation of that name.
+    """
+    if named is None:
+        return default
+    if named not in supported:
+        choices = ", ".join(repr(name) for name in supported)
+        raise ValueError(f"{operation}: implementation {named!r} is unknown; use {choices} or None, which goes by the device")
+    return named

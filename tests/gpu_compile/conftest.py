@@ -1,4 +1,4 @@
-"""What tests for GPUs that are not here share."""
+"""Fixtures of the tests that compile for GPUs that are absent."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from grpo_kernels.target import tracing_for
 
 @pytest.fixture(scope="module")
 def h200() -> Iterator[SingleDeviceSharding]:
-    """One H200 that is not there. Programs for it can be written to the cache on disk, but not read without one."""
+    """One H200 that is absent. Programs for it can be written to the cache on disk, but not read without one."""
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()
     machine = machine_of("h200")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,15 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import SingleDeviceSharding
+from kernel_checks import CHIPS, compiled_for, no_race
 from plain_oracles import array_sizes, quick_compiling
 
-from grpo_kernels.ops.decode_attention import NO_WINDOW, KVCache, SlotMap, decode_attention, pallas_tpu
+from grpo_kernels import NO_WINDOW, KVCache, SlotMap, decode_attention
+from grpo_kernels.ops.decode_attention import BlockSizes, mosaic_tpu
 from grpo_kernels.ops.decode_attention.shapes import EIGHT_B, GEMMA_3_12B, Shape
 
 K, DH, SEGMENT = 2, 16, 4
-CHIPS = ["v5e", "v6e"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -31,7 +29,7 @@ def _quick() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """What is asked for. Blocks are of 8 columns here, so that arrays have several, the last of them not always whole.
+    """Sizes of a test. Blocks have 8 columns here, so that arrays have several, the last of them not always whole.
 
     Attributes:
         prompt_slots: each slot's prompt; None where they lie in order.
@@ -63,7 +61,7 @@ CASES = {
 }
 
 
-ACROSS = KVCache(jnp.zeros((4, K, DH, SEGMENT)), jnp.zeros((4, K, SEGMENT, DH)), transposed=True)
+TRANSPOSED = KVCache(jnp.zeros((4, K, DH, SEGMENT)), jnp.zeros((4, K, SEGMENT, DH)), transposed=True)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -71,7 +69,7 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 
 def cache(seed: int, case: Case, texts: int, size: int, *, transposed: bool = False) -> tuple[KVCache, list[np.ndarray]]:
-    """Random keys and values, and the numbers that they stand for in float64, [texts, K, size, Dh]."""
+    """Random keys and values, and the values that they stand for in float64, [texts, K, size, Dh]."""
     arrays = [normal(seed + n, texts, K, size, DH) for n in range(2)]
     if not case.int8:
         rounded = [jnp.asarray(x, case.dtype) for x in arrays]
@@ -84,8 +82,8 @@ def cache(seed: int, case: Case, texts: int, size: int, *, transposed: bool = Fa
     return held, [x.astype(np.float64) * scale[..., None] for x, scale in zip(numbers, scales, strict=True)]
 
 
-def places_of(prompt_slots: tuple[int, ...], prompts: int) -> SlotMap:
-    """Spots are given out from the last, and no slot is at slot_index 0 of the last prompt."""
+def slot_map_of(prompt_slots: tuple[int, ...], prompts: int) -> SlotMap:
+    """Slot indices are assigned from the last slot on, and no slot has index 0 of the last prompt."""
     slot_indices = [
         len([x for x in prompt_slots[n + 1 :] if x == prompt_slot]) + (prompt_slot == prompts - 1)
         for n, prompt_slot in enumerate(prompt_slots)
@@ -100,9 +98,9 @@ def problem(case: Case, *, transposed: bool = False) -> tuple[dict[str, Any], np
     slots, prompts = len(case.base), len(case.lengths)
     prompt_slots = case.prompt_slots or tuple(np.arange(slots) // (slots // prompts))
     q = jnp.asarray(2 * normal(0, slots, K, case.queries, DH), case.dtype)
-    prefix, prefix_numbers = cache(10, case, prompts, case.prompt, transposed=transposed)
+    prefix, prefix_values = cache(10, case, prompts, case.prompt, transposed=transposed)
     past_blocks = [cache(20 + 10 * n, case, slots, size, transposed=transposed) for n, size in enumerate(case.past_blocks)]
-    segment_cache, newest_numbers = cache(90, case, slots, SEGMENT, transposed=transposed)
+    segment_cache, own_values = cache(90, case, slots, SEGMENT, transposed=transposed)
     arguments: dict[str, Any] = {
         "q": q,
         "prefix": prefix,
@@ -112,7 +110,7 @@ def problem(case: Case, *, transposed: bool = False) -> tuple[dict[str, Any], np
         "base": jnp.asarray(case.base, jnp.int32),
         "step": jnp.int32(case.step),
         "window": jnp.int32(case.window),
-        "slot_map": None if case.prompt_slots is None else places_of(case.prompt_slots, prompts),
+        "slot_map": None if case.prompt_slots is None else slot_map_of(case.prompt_slots, prompts),
     }
     out = np.zeros(q.shape)
     for slot, (prompt_slot, base) in enumerate(zip(prompt_slots, case.base, strict=True)):
@@ -122,7 +120,7 @@ def problem(case: Case, *, transposed: bool = False) -> tuple[dict[str, Any], np
         ]
         k, v = (
             np.concatenate(
-                [x for x in (prefix_numbers[n][prompt_slot, :, : case.lengths[prompt_slot]], past[n], newest_numbers[n][slot, :, : case.step + 1])
+                [x for x in (prefix_values[n][prompt_slot, :, : case.lengths[prompt_slot]], past[n], own_values[n][slot, :, : case.step + 1])
                  if x is not None],
                 axis=1,
             )[:, -case.window :]
@@ -142,17 +140,10 @@ def stacked(arguments: dict[str, Any]) -> dict[str, Any]:
     return arguments | layers | {"layer": jnp.int32(1)}
 
 
-def mixed(implementation: str, case: Case, arguments: dict[str, Any], params: Any = None) -> np.ndarray:
-    """Compiled; the Pallas kernel is interpreted."""
-    program = jax.jit(functools.partial(decode_attention, softcap=case.softcap, implementation=implementation))
-    interpreted = pltpu.force_tpu_interpret_mode(*[] if params is None else [params])
-    with interpreted if implementation == "tpu" else contextlib.nullcontext():
-        return np.asarray(program(**arguments).astype(jnp.float32))
-
-
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pallas_tpu, "BLOCKS", (8,))
+def attention(implementation: str, case: Case, arguments: dict[str, Any]) -> np.ndarray:
+    """Compiled, with small blocks."""
+    options: dict[str, Any] = {"softcap": case.softcap, "implementation": implementation, "block_sizes": BlockSizes(8, 8)}
+    return np.asarray(jax.jit(functools.partial(decode_attention, **options))(**arguments).astype(jnp.float32))
 
 
 def tolerance(case: Case) -> float:
@@ -160,40 +151,38 @@ def tolerance(case: Case) -> float:
     return 2e-2 if case.dtype == "bfloat16" else 2e-5
 
 
-@pytest.mark.parametrize("implementation", ["reference", "gpu"])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("case", list(CASES.values()), ids=list(CASES))
 def test_one_token_sees_its_prompt_its_past_and_this_segment(case: Case, transposed: bool, implementation: str) -> None:
     arguments, expected = problem(case, transposed=transposed)
-    np.testing.assert_allclose(mixed(implementation, case, arguments), expected, rtol=0, atol=tolerance(case))
+    np.testing.assert_allclose(attention(implementation, case, arguments), expected, rtol=0, atol=tolerance(case))
 
 
-@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("name", ["in order", "no past", "one query", "anywhere"])
 def test_the_kernel_gives_the_same_and_has_no_race(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """And reads no memory that nothing was written to: the interpreter fills that with numbers that are none."""
+    """And reads no memory that nothing was written to, which the interpreter fills with NaN."""
     case = CASES[name]
     arguments, expected = problem(case)
-    got = mixed("tpu", case, stacked(arguments), pltpu.InterpretParams(detect_races=True))
+    with no_race(capsys):
+        got = attention("mosaic_tpu", case, stacked(arguments))
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance(case))
-    assert "RACE" not in capsys.readouterr().out.upper()
 
 
 def test_one_layer_of_several_is_read() -> None:
     arguments, expected = problem(ANYWHERE)
-    np.testing.assert_allclose(mixed("gpu", ANYWHERE, stacked(arguments)), expected, rtol=0, atol=tolerance(ANYWHERE))
+    np.testing.assert_allclose(attention("xla", ANYWHERE, stacked(arguments)), expected, rtol=0, atol=tolerance(ANYWHERE))
 
 
-@pytest.mark.usefixtures("small_blocks")
 def test_only_filled_blocks_are_fetched() -> None:
-    """Those where the index changes. A grid begins with some block, here of slot 0, which is empty."""
+    """Blocks are fetched where the index changes. A grid begins with some block, here of slot 0, which is empty."""
     base, past_blocks = np.array([0, 28, 4, 0, 20, 8]), (8, 20)
     ends = np.stack([np.clip(base - start, 0, size) for start, size in zip((0, 8), past_blocks, strict=True)])
-    spans = pallas_tpu.spans_of(jnp.zeros_like(ends, jnp.int32), jnp.asarray(ends, jnp.int32))
-    parts, steps = pallas_tpu.plan(past_blocks, 1, 1)
+    ranges = mosaic_tpu.column_ranges(jnp.zeros_like(ends, jnp.int32), jnp.asarray(ends, jnp.int32))
+    parts, steps = mosaic_tpu.grid_steps(past_blocks, 8)
     found = []
     for part in parts:
-        index = functools.partial(pallas_tpu.block_index(part, 5), layer=np.zeros(1, np.int32), spans=spans)
+        index = functools.partial(mosaic_tpu.block_index(part, 5), layer=np.zeros(1, np.int32), ranges=ranges)
         numbers = [jnp.asarray(x.ravel(), jnp.int32) for x in np.mgrid[: len(base), :steps]]
         where = jax.jit(jax.vmap(index))(*numbers)
         pairs = [(int(text), int(block)) for text, block in zip(where[1], where[3], strict=True)]
@@ -203,18 +192,18 @@ def test_only_filled_blocks_are_fetched() -> None:
 
 
 def test_small_arrays_share_a_grid_step_and_large_ones_take_several() -> None:
-    parts, steps = pallas_tpu.plan((64, 64, 128, 256, 512, 1024, 32), 1, 1)
+    parts, steps = mosaic_tpu.grid_steps((64, 64, 128, 256, 512, 1024, 32), 512)
     assert [(part.block, part.start, part.blocks) for part in parts] == [
         (64, 0, 1), (64, 0, 1), (128, 0, 1), (256, 0, 1), (512, 1, 1), (512, 2, 2), (32, 4, 1),
     ]  # fmt: skip
     assert steps == 5
 
 
-def shapes_of(shape: Shape, device: Any, layers: int, *, int8: bool) -> dict[str, Any]:
+def shapes_of(shape: Shape, layers: int, *, int8: bool) -> dict[str, Any]:
     """Arguments of one layer of several."""
 
     def array(*size: int, dtype: Any = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct(size, dtype, sharding=device)
+        return jax.ShapeDtypeStruct(size, dtype)
 
     def blank(texts: int, size: int) -> KVCache:
         wide = array(layers, texts, shape.kv_heads, size, shape.width, dtype=jnp.int8 if int8 else jnp.bfloat16)
@@ -237,31 +226,29 @@ def shapes_of(shape: Shape, device: Any, layers: int, *, int8: bool) -> dict[str
 
 @pytest.mark.parametrize(
     ("chip", "shape", "int8"),
-    [(CHIPS[0], EIGHT_B, False), (CHIPS[1], EIGHT_B, True), (CHIPS[0], GEMMA_3_12B, True), (CHIPS[1], GEMMA_3_12B, False)],
+    zip(CHIPS, (GEMMA_3_12B, EIGHT_B, GEMMA_3_12B, EIGHT_B), (False, False, True, True), strict=True),
+    ids=str,
 )
-def test_on_a_tpu_there_are_neither_scores_nor_copies(
-    chips: dict[str, SingleDeviceSharding], chip: str, shape: Shape, int8: bool
-) -> None:
+def test_on_a_tpu_there_are_neither_scores_nor_copies(chips: dict[str, Any], chip: str, shape: Shape, int8: bool) -> None:
     """In the compiled program, at the sizes of published models.
 
-    Where they are arguments, scales of the segment_cache part have a layout without padding, and are copied into rows of 128. In a rollout
-    the program makes them itself, in the right one.
+    Where they are arguments, scales of the segment cache have a layout without padding, and are copied into rows of 128. In a
+    rollout the program makes them itself, in the right layout.
     """
-    program = jax.jit(functools.partial(decode_attention, softcap=50.0, implementation="tpu"))
-    compiled = program.lower(**shapes_of(shape, chips[chip], 24, int8=int8)).compile()
-    told: Any = compiled.memory_analysis()
-    print(f"{chip} {shape} int8={int8}: temporaries {told.temp_size_in_bytes / 2**20:.2f} MiB")
+    program = functools.partial(decode_attention, softcap=50.0, implementation="mosaic_tpu")
+    memory = compiled_for(chips, chip, program, **shapes_of(shape, 24, int8=int8))
+    print(f"{chip} {shape} int8={int8}: temporaries {memory.temp_size_in_bytes / 2**20:.2f} MiB")
     heads = shape.kv_heads * shape.queries
     scores = 4 * shape.slots * heads * (shape.prompt + sum(shape.past_blocks) + shape.segment)
-    layer = told.argument_size_in_bytes / 24
+    layer = memory.argument_size_in_bytes / 24
     scales = 2 * 24 * shape.slots * shape.kv_heads * 128 * 4 if int8 else 0
-    assert told.temp_size_in_bytes < min(scores, layer) / 4 + scales
+    assert memory.temp_size_in_bytes < min(scores, layer) / 4 + scales
 
 
 def test_the_traced_program_holds_no_array_of_heads_by_keys() -> None:
-    given = shapes_of(GEMMA_3_12B, None, 2, int8=False)
+    given = shapes_of(GEMMA_3_12B, 2, int8=False)
     arguments = jax.tree.leaves(given)
-    largest = array_sizes(jax.make_jaxpr(functools.partial(decode_attention, implementation="tpu"))(**given))
+    largest = array_sizes(jax.make_jaxpr(functools.partial(decode_attention, implementation="mosaic_tpu"))(**given))
     assert largest <= max(x.size for x in arguments)
 
 
@@ -276,8 +263,8 @@ def test_the_traced_program_holds_no_array_of_heads_by_keys() -> None:
         ({"prefix": KVCache(jnp.zeros((4, K, 4, DH)), jnp.zeros((4, K, 4, DH)))}, "prefix"),
         ({"past_blocks": [KVCache(*[jnp.zeros((4, K, 4, DH), jnp.int8)] * 2)]}, r"past_blocks\[0\] is int8"),
         ({"layer": jnp.int32(0)}, "prefix"),
-        ({"segment_cache": ACROSS, "implementation": "tpu"}, "transposed"),
-        ({"implementation": "xla"}, "xla"),
+        ({"segment_cache": TRANSPOSED, "implementation": "mosaic_tpu"}, "transposed"),
+        ({"implementation": "tpu"}, "unknown"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:

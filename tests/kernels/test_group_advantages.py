@@ -1,8 +1,7 @@
-"""`group_advantages`, every implementation, against NumPy in float64; its TPU kernel interpreted, and compiled for the chips."""
+"""`group_advantages`, every implementation, against NumPy in float64; its TPU kernel interpreted, and compiled for TPUs."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -11,18 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import SingleDeviceSharding
+from kernel_checks import CHIPS, interpreted, no_race
 from plain_oracles import quick_compiling
 
 from grpo_jax.fit.scratch import scratch_counted
-from grpo_kernels.ops.group_advantages import group_advantages, pallas_tpu
+from grpo_jax.fit.targets import TPUS
+from grpo_kernels import group_advantages
+from grpo_kernels.ops.group_advantages import BlockSizes, choose_block_sizes
 from grpo_kernels.ops.group_advantages.shapes import PUBLISHED, Shape
 from grpo_kernels.target import Target, tracing_for
 
-IMPLEMENTATIONS = ["reference", "gpu", "tpu"]
+IMPLEMENTATIONS = ["reference", "xla", "mosaic_tpu"]
 SCALES = ["group", "batch", "none"]
-CHIPS = ["v5e", "v6e"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,18 +58,17 @@ def expected(rewards: np.ndarray, valid: np.ndarray, scale: str, eps: float) -> 
 def computed(implementation: str, rewards: Any, valid: Any, **options: Any) -> np.ndarray:
     """Compiled; the kernel is interpreted."""
     program = jax.jit(functools.partial(group_advantages, implementation=implementation, **options))
-    with pltpu.force_tpu_interpret_mode() if implementation == "tpu" else contextlib.nullcontext():
+    with interpreted(implementation):
         return np.asarray(program(jnp.asarray(rewards), valid=jnp.asarray(valid)))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("size", [(13, 2), (5, 16), (1, 7), (3, 1), (8, 131)], ids=str)
-def test_advantages(size: tuple[int, int], scale: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_advantages(size: tuple[int, int], scale: str, implementation: str) -> None:
     """Two tiles of groups where there are more than 8. Float32 of numbers near 1."""
-    monkeypatch.setattr(pallas_tpu, "groups_in_block", lambda groups, _: min(groups, 8))
     rewards, valid = case(*size)
-    got = computed(implementation, rewards, valid, scale=scale, eps=1e-4)
+    got = computed(implementation, rewards, valid, scale=scale, eps=1e-4, block_sizes=BlockSizes(min(size[0], 8)))
     np.testing.assert_allclose(got, expected(rewards, valid, scale, 1e-4), rtol=1e-5, atol=1e-6)
     assert np.all(got[~valid] == 0)
     assert np.all(got[:4] == 0) or size[0] < 4
@@ -102,46 +100,51 @@ def test_under_shard_map(scale: str) -> None:
     part = jax.sharding.PartitionSpec("fsdp")
 
     def of_a_device(rewards: Any, valid: Any) -> Any:
-        return group_advantages(rewards, scale=scale, valid=valid, axis_name="fsdp", implementation="tpu")
+        return group_advantages(rewards, scale=scale, valid=valid, axis_name="fsdp", implementation="mosaic_tpu")
 
     program = jax.jit(jax.shard_map(of_a_device, mesh=mesh, in_specs=(part, part), out_specs=part, check_vma=False))
-    with pltpu.force_tpu_interpret_mode():
+    with interpreted("mosaic_tpu"):
         got = np.asarray(program(jnp.asarray(rewards), jnp.asarray(valid)))
     np.testing.assert_allclose(got, expected(rewards, valid, scale, 1e-4), rtol=1e-5, atol=1e-6)
 
 
-def test_the_kernel_has_no_race(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two tiles of groups; the interpreter prints the races that it finds."""
-    monkeypatch.setattr(pallas_tpu, "groups_in_block", lambda *_: 8)
+def test_the_kernel_has_no_race(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two tiles of groups."""
     rewards, valid = case(13, 5)
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
-        got = np.asarray(jax.jit(functools.partial(group_advantages, implementation="tpu"))(rewards, valid=valid))
+    program = jax.jit(functools.partial(group_advantages, implementation="mosaic_tpu", block_sizes=BlockSizes(8)))
+    with no_race(capsys):
+        got = np.asarray(program(rewards, valid=valid))
     np.testing.assert_allclose(got, expected(rewards, valid, "group", 1e-4), rtol=1e-5, atol=1e-6)
-    assert "RACE" not in capsys.readouterr().out.upper()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_nothing_has_a_gradient(implementation: str) -> None:
     rewards = jnp.asarray([[0.0, 1.0, 3.0]], jnp.float32)
-    with pltpu.force_tpu_interpret_mode():
+    with interpreted(implementation):
         gradient = jax.jit(jax.grad(lambda r: jnp.sum(jnp.square(group_advantages(r, implementation=implementation)))))(rewards)
     assert np.all(np.asarray(gradient) == 0)
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("scale", ["group", "batch"])
-@pytest.mark.parametrize("shape", list(PUBLISHED.values()), ids=list(PUBLISHED))
-def test_it_compiles_for_a_tpu(chips: dict[str, SingleDeviceSharding], shape: Shape, scale: str, chip: str) -> None:
+def test_block_sizes_are_what_a_tpu_takes() -> None:
+    for shape in (*PUBLISHED.values(), Shape(5, 7), Shape(100_000, 8)):
+        groups = choose_block_sizes(shape.groups, shape.size).groups
+        assert groups % 8 == 0 or groups == shape.groups
+        assert 4 * groups * max(shape.size, 128) <= 2**17
+
+
+@pytest.mark.parametrize(("chip", "scale"), zip(CHIPS, ("group", "batch", "none", "batch"), strict=True))
+def test_it_compiles_for_a_tpu(chips: dict[str, Any], scale: str, chip: str) -> None:
+    """The rewards, in the chip's layout, need no copy; for the batch's deviation XLA takes 80 to 112 KiB by its version."""
+    shape = PUBLISHED["1024x64"]
+
     def array(dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((shape.groups, shape.size), dtype, sharding=chips[chip])
 
-    program = jax.jit(functools.partial(group_advantages, scale=scale, implementation="tpu"))
-    lowered = program.lower(array(jnp.float32), valid=array(jnp.bool_))
-    with tracing_for(Target("tpu")), scratch_counted() as (options, scratch_of):
+    program = jax.jit(functools.partial(group_advantages, scale=scale, implementation="mosaic_tpu"))
+    with tracing_for(Target("tpu", TPUS[chip].vector_memory_bytes)), scratch_counted() as (options, scratch_of):
+        lowered = program.lower(array(jnp.float32), valid=array(jnp.bool_))
         temporaries = scratch_of(lowered.compile(compiler_options=options))
     print(f"{chip} {shape} {scale}: temporaries {temporaries / 1024:.0f} KiB")
-    # The rewards, in the chip's layout, need no copy; for the batch's deviation XLA asks for 80 to 112 KiB by its version,
-    # whatever the size.
     assert temporaries <= (128 * 1024 if scale == "batch" else 0)
 
 
@@ -152,7 +155,7 @@ def test_it_compiles_for_a_tpu(chips: dict[str, SingleDeviceSharding], shape: Sh
         ({"valid": np.ones((3, 2), bool)}, r"valid has shape \(3, 2\)"),
         ({"scale": "row"}, "scale is 'row': choose from group"),
         ({"eps": -1.0}, "eps is -1.0"),
-        ({"implementation": "cuda"}, "implementation is 'cuda'"),
+        ({"implementation": "cuda"}, "implementation 'cuda' is unknown"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -11,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import SingleDeviceSharding
+from kernel_checks import CHIPS, compiled_for, interpreted, no_race
 from plain_oracles import quick_compiling
 
-from grpo_kernels.ops.grpo_loss import LossSettings, grpo_loss, pallas_tpu
+from grpo_kernels import LossSettings, grpo_loss
+from grpo_kernels.ops.grpo_loss import BlockSizes, choose_block_sizes
+from grpo_kernels.ops.grpo_loss.block_sizes import BLOCK_TOKENS
 from grpo_kernels.ops.grpo_loss.shapes import LONG, SHORT, Shape
 
-IMPLEMENTATIONS = ["reference", "gpu", "tpu"]
-CHIPS = ["v5e", "v6e"]
-RAGGED = (13, 300)  # two tiles of rows and three of tokens, both with a tail, where tiles are (8, 128)
+IMPLEMENTATIONS = ["reference", "xla", "mosaic_tpu"]
+RAGGED = (13, 300)  # two blocks of rows and three of tokens, both with a tail, where blocks are (8, 128)
 Case = dict[str, Any]
 
 
@@ -28,11 +27,6 @@ Case = dict[str, Any]
 def _quick() -> Iterator[None]:
     with quick_compiling():
         yield
-
-
-@pytest.fixture
-def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pallas_tpu, "tile", lambda rows, length: (min(rows, 8), min(length, 128)))
 
 
 @functools.cache
@@ -62,7 +56,8 @@ def program(implementation: str, settings: LossSettings) -> Any:
     def loss_of(logps: Any, whole: Any, given: Case, factor: Any) -> Any:
         arrays = (logps, given["old"], given["ref"], given["advantages"], given["mask"], given["weights"])
         options = {"sampler_logps": given["sampler"], "whole_logps": whole, "implementation": implementation}
-        loss, sums = grpo_loss(*arrays, settings=settings, **options)
+        blocks = BlockSizes(min(logps.shape[0], 8), min(logps.shape[1], 128))
+        loss, sums = grpo_loss(*arrays, settings=settings, block_sizes=blocks, **options)
         return factor * loss, (loss, sums)
 
     return jax.jit(jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True))
@@ -72,7 +67,7 @@ def computed(implementation: str, x: Case, settings: LossSettings, leave_out: tu
     """(loss, sums, slope by logps, slope by whole), compiled; the kernel interpreted. `factor` times the loss is differentiated."""
     given = {name: None if name in leave_out else jnp.asarray(array) for name, array in x.items()}
     arguments = (given.pop("logps"), given.pop("whole"), given, jnp.float32(factor))
-    with pltpu.force_tpu_interpret_mode() if implementation == "tpu" else contextlib.nullcontext():
+    with interpreted(implementation):
         (_, (loss, sums)), slopes = jax.tree.map(np.asarray, program(implementation, settings)(*arguments))
     return loss, sums, *slopes
 
@@ -181,7 +176,6 @@ def named(value: Any) -> str:
     )
 
 
-@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("settings", "leave_out"), SETTINGS, ids=named)
 def test_loss_sums_and_slopes(settings: dict[str, Any], leave_out: tuple[str, ...], implementation: str) -> None:
@@ -190,7 +184,6 @@ def test_loss_sums_and_slopes(settings: dict[str, Any], leave_out: tuple[str, ..
     assert_equal(computed(implementation, x, s, leave_out), expected(x, s, leave_out), x)
 
 
-@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("size", [(1, 1), (16, 1), (2, 131)], ids=str)
 def test_odd_sizes(size: tuple[int, int], implementation: str) -> None:
@@ -198,12 +191,12 @@ def test_odd_sizes(size: tuple[int, int], implementation: str) -> None:
     assert_equal(computed(implementation, x, s, ("sampler", "whole")), expected(x, s, ("sampler", "whole")), x)
 
 
-def test_the_tiles_are_what_the_chip_takes() -> None:
+def test_block_sizes_are_what_a_tpu_takes() -> None:
     for rows, length in [(64, 1024), (64, 20_480), (7, 5), (13, 1187), (300, 1), (5, 5000)]:
-        size_rows, size_tokens = pallas_tpu.tile(rows, length)
-        assert size_rows % 8 == 0 or size_rows == rows
-        assert size_tokens % 128 == 0 or size_tokens == length
-        assert size_rows * size_tokens <= pallas_tpu.BLOCK_TOKENS
+        blocks = choose_block_sizes(rows, length)
+        assert blocks.rows % 32 == 0 or blocks.rows == rows
+        assert blocks.tokens % 128 == 0 or blocks.tokens == length
+        assert blocks.rows * blocks.tokens <= BLOCK_TOKENS
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -246,7 +239,7 @@ def test_slopes_are_all_that_the_backward_pass_keeps_and_only_the_policy_has_the
         return grpo_loss(*arrays, settings=s, sampler_logps=x["sampler"], whole_logps=x["whole"], implementation=implementation)
 
     del x["mask"]
-    with pltpu.force_tpu_interpret_mode():
+    with interpreted(implementation):
         (again, pull, _), (value, _) = jax.jit(lambda x: (jax.vjp(loss_of, x, has_aux=True), loss_of(x)))(x)
         (gradient,) = jax.jit(pull)(jnp.float32(1))
     assert sorted(leaf.shape for leaf in jax.tree.leaves(pull) if leaf.size > 1) == [(4, 7), (4, 7)]
@@ -255,52 +248,52 @@ def test_slopes_are_all_that_the_backward_pass_keeps_and_only_the_policy_has_the
         assert np.any(np.asarray(slope)) == (name in ("logps", "whole")), name
 
 
-@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("loss", ["grpo", "gspo"])
 def test_the_kernel_has_no_race(loss: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two tiles of rows, three of tokens; the interpreter prints the races that it finds."""
+    """Two blocks of rows, three of tokens."""
     x, s = case(*RAGGED), LossSettings(loss=loss, beta=0.2)
     arrays = [jnp.asarray(x[name]) for name in ("logps", "old", "ref", "advantages", "mask", "weights")]
 
     def loss_of(logps: Any) -> Any:
-        return grpo_loss(logps, *arrays[1:], settings=s, implementation="tpu")[0]
+        return grpo_loss(logps, *arrays[1:], settings=s, implementation="mosaic_tpu", block_sizes=BlockSizes(8, 128))[0]
 
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
-        slope = jax.jit(jax.grad(loss_of))(arrays[0])
-        jax.block_until_ready(slope)
+    with no_race(capsys):
+        slope = jax.block_until_ready(jax.jit(jax.grad(loss_of))(arrays[0]))
     right = expected(x, s, ("sampler", "whole"))[2]
     np.testing.assert_allclose(slope, right, rtol=2e-5, atol=1e-6 * np.abs(right).max())
-    assert "RACE" not in capsys.readouterr().out.upper()
 
 
-@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(
-    ("shape", "losses"),
-    [(SHORT, ("reinforce", "dapo", "gspo", "cispo", "sapo")), (LONG, ("dapo", "gspo")), (Shape(13, 1187), ("gspo",))],
+    ("chip", "shape", "losses"),
+    zip(
+        CHIPS,
+        (SHORT, LONG, Shape(13, 1187), SHORT),
+        (("cispo", "gspo"), ("dapo", "gspo"), ("gspo",), ("reinforce", "dapo", "sapo")),
+        strict=True,
+    ),
     ids=str,
 )
 def test_on_a_tpu_no_array_is_stored_but_the_slopes(
-    chips: dict[str, SingleDeviceSharding], chip: str, shape: Shape, losses: tuple[str, ...]
+    chips: dict[str, Any], chip: str, shape: Shape, losses: tuple[str, ...]
 ) -> None:
     """In the compiled program, of losses with everything that can be on; the mask's copy is the one temporary array."""
 
     def array(*size: int, dtype: Any = jnp.float32) -> Any:
-        return jax.ShapeDtypeStruct(size, dtype, sharding=chips[chip])
+        return jax.ShapeDtypeStruct(size, dtype)
 
     def slopes_of(logps: Any, whole: Any, old: Any, ref: Any, sampler: Any, advantages: Any, mask: Any, weights: Any) -> Any:
         def loss_of(logps: Any, whole: Any, loss: str) -> Any:
             s = LossSettings(loss=loss, beta=0.1, delta=3.0, importance_cap=2.0)
             arrays = (logps, old, ref, advantages, mask, weights)
-            return grpo_loss(*arrays, settings=s, sampler_logps=sampler, whole_logps=whole, implementation="tpu")
+            return grpo_loss(*arrays, settings=s, sampler_logps=sampler, whole_logps=whole, implementation="mosaic_tpu")
 
         of = functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
         return [of(functools.partial(loss_of, loss=loss))(logps, whole) for loss in losses]
 
     tokens, flags = array(shape.rows, shape.length), array(shape.rows, shape.length, dtype=jnp.bool_)
-    program = jax.jit(slopes_of).lower(*[tokens] * 5, array(shape.rows), flags, tokens)
-    told: Any = program.compile().memory_analysis()
-    print(f"{chip} {shape} {losses}: temporaries {told.temp_size_in_bytes / 2**20:.2f} MiB")
-    assert told.temp_size_in_bytes <= 2 * shape.rows * shape.length
+    memory = compiled_for(chips, chip, slopes_of, *[tokens] * 5, array(shape.rows), flags, tokens)
+    print(f"{chip} {shape} {losses}: temporaries {memory.temp_size_in_bytes / 2**20:.2f} MiB")
+    assert memory.temp_size_in_bytes <= 2 * shape.rows * shape.length
 
 
 @pytest.mark.parametrize(
@@ -311,7 +304,7 @@ def test_on_a_tpu_no_array_is_stored_but_the_slopes(
         ({"advantages": np.zeros(3)}, r"advantages has shape \(3,\): it must be \[N\]"),
         ({"sampler_logps": None}, "sampler_logps is None, but importance_cap is 2"),
         ({"ref_logps": None}, "ref_logps is None, but beta is 0.1"),
-        ({"implementation": "cuda"}, "implementation is 'cuda'"),
+        ({"implementation": "cuda"}, "implementation 'cuda' is unknown"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -1,8 +1,7 @@
-"""`head_logprob` against NumPy in float64, every implementation; its TPU kernel interpreted here, and compiled for the chips."""
+"""`head_logprob` against NumPy in float64, every implementation; its TPU kernel interpreted here, and compiled for TPUs."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import subprocess
@@ -15,36 +14,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
+from kernel_checks import CHIPS, MIB, compiled_for, interpreted, no_race
 from plain_oracles import array_sizes, log_softmax, quick_compiling
 
-from grpo_kernels.ops.head_logprob import frozen, head_logprob, pallas_tpu, trained, xla
+from grpo_kernels import head_logprob
+from grpo_kernels.ops.head_logprob import BlockSizes, choose_block_sizes, frozen, trained
 from grpo_kernels.ops.head_logprob.shapes import GEMMA_2_2B, GEMMA_3_4B, LAPTOP, LLAMA_3_8B, QWEN3_8B, Shape
+from grpo_kernels.target import Target, tracing_for
 
 T, H, V = 23, 16, 1187  # a prime vocabulary, and tokens that no tile of 5 divides
 CASES = [(T, None, 0.7), (T, 3.0, 1.6), (1, None, 1.0), (1, 3.0, 1.0)]  # tokens, soft cap, temperature
-IMPLEMENTATIONS = ["reference", "gpu", "tpu"]
+IMPLEMENTATIONS = ["reference", "xla", "mosaic_tpu"]
 NAMES: list[str] = ["logp", "entropy", "lse"]
-MIB = 2**20
+SMALL = {name: BlockSizes(128 if name == "mosaic_tpu" else 5, 256) for name in IMPLEMENTATIONS}
+"""Several tiles of tokens and chunks of the vocabulary, the last ones ragged."""
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _quick() -> Iterator[None]:
     with quick_compiling():
         yield
-
-
-@pytest.fixture
-def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several tiles of tokens and chunks of the vocabulary, the last ones ragged."""
-    set_tiles(monkeypatch, 5, 256)
-
-
-def set_tiles(monkeypatch: pytest.MonkeyPatch, tokens: int, vocabulary: int) -> None:
-    monkeypatch.setattr(xla, "tile_tokens", lambda: tokens)
-    monkeypatch.setattr(xla, "VOCABULARY", vocabulary)
-    monkeypatch.setattr(trained, "VOCABULARY", vocabulary)
-    monkeypatch.setattr(pallas_tpu, "tile_and_block", lambda *_: (128, vocabulary))
 
 
 def inputs(tokens: int = T, dtype: Any = jnp.float32) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -79,17 +68,14 @@ def directions(tokens: int, *names: str) -> dict[str, np.ndarray]:
     return {name: rng.normal(size=tokens).astype(np.float32) for name in names or NAMES}
 
 
-def interpreted(implementation: str | None) -> Any:
-    return pltpu.force_tpu_interpret_mode() if implementation == "tpu" else contextlib.nullcontext()
-
-
 def outcome(
-    x: jax.Array, w: jax.Array, ids: jax.Array, *alongs: dict[str, np.ndarray], **options: Any
+    x: jax.Array, w: jax.Array, ids: jax.Array, *alongs: dict[str, np.ndarray], implementation: str, **options: Any
 ) -> tuple[dict[str, np.ndarray], list[tuple[np.ndarray, np.ndarray]]]:
     """The outputs, and gradients with respect to x and w of their sums along directions.
 
-    Without a gradient the outputs come from another program, which is held to the same numbers.
+    Blocks are small where nothing else is said. Without a gradient the outputs come from another program, which must agree.
     """
+    options = {"implementation": implementation, "block_sizes": SMALL[implementation]} | options
 
     def program(x: jax.Array, w: jax.Array, ids: jax.Array) -> Any:
         alone = head_logprob(x, w, ids, **options)
@@ -99,7 +85,7 @@ def outcome(
         vectors = [tuple(jnp.asarray(along.get(name, np.zeros(len(x), np.float32))) for name in NAMES) for along in alongs]
         return alone, outputs, [back(vector) for vector in vectors]
 
-    with interpreted(options.get("implementation")):
+    with interpreted(implementation):
         alone, outputs, pulled = jax.jit(program)(x, w, ids)
     for one, other in zip(alone, outputs, strict=True):
         assert one.dtype == other.dtype == jnp.float32
@@ -123,7 +109,6 @@ def relative(got: np.ndarray, expected: np.ndarray) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
-@pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize(("tokens", "softcap", "temperature"), CASES)
 def test_a_frozen_head(tokens: int, softcap: float | None, temperature: float, implementation: str) -> None:
@@ -139,8 +124,7 @@ def test_a_frozen_head(tokens: int, softcap: float | None, temperature: float, i
         assert np.all(dw == 0)
 
 
-@pytest.mark.usefixtures("_small_tiles")
-@pytest.mark.parametrize("implementation", ["reference", "gpu"])
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize(("tokens", "softcap", "temperature"), CASES)
 def test_a_trained_head(tokens: int, softcap: float | None, temperature: float, implementation: str) -> None:
     x, w, ids = inputs(tokens)
@@ -160,10 +144,9 @@ def test_for_a_tpu_too_a_trained_head_is_plain() -> None:
     def of_entropy(name: str) -> Any:
         return jax.jit(jax.grad(lambda x: jnp.sum(head_logprob(x, w, ids, head_trainable=True, implementation=name)[1])))(x)
 
-    np.testing.assert_array_equal(of_entropy("tpu"), of_entropy("gpu"))
+    np.testing.assert_array_equal(of_entropy("mosaic_tpu"), of_entropy("xla"))
 
 
-@pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_bfloat16(implementation: str, softcap: float | None) -> None:
@@ -177,19 +160,17 @@ def test_bfloat16(implementation: str, softcap: float | None) -> None:
         assert relative(dx, raw_gradient(expected, along) @ np.asarray(w, np.float64)) < 3e-3
 
 
-@pytest.mark.usefixtures("_small_tiles")
 def test_bfloat16_where_the_head_trains() -> None:
     """Gradients of the logits are rounded to 8 bits, then results."""
     x, w, ids = inputs(dtype=jnp.bfloat16)
     expected, along = oracle(x.astype(jnp.float32), w.astype(jnp.float32), ids, None, 1.0), directions(T)
     d_raw = raw_gradient(expected, along)
-    _, [(dx, dw)] = outcome(x, w, ids, along, head_trainable=True)
+    _, [(dx, dw)] = outcome(x, w, ids, along, head_trainable=True, implementation="xla")
     assert relative(dx, d_raw @ np.asarray(w, np.float64)) < 5e-3
     assert relative(dw, d_raw.T @ np.asarray(x, np.float64)) < 5e-3
 
 
-@pytest.mark.usefixtures("_small_tiles")
-@pytest.mark.parametrize("implementation", ["gpu", "tpu"])
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
 def test_a_sure_token_keeps_the_digits_of_its_gradient(implementation: str) -> None:
     """Each token by itself, in bfloat16, where 1 − p is about 1e-3 and W[y] − E_p[W] would be a difference of near numbers."""
     x, w, ids = inputs(dtype=jnp.bfloat16)
@@ -202,23 +183,21 @@ def test_a_sure_token_keeps_the_digits_of_its_gradient(implementation: str) -> N
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, trainable: bool) -> None:
-    """The kernel's are others in the tests above, in that of races, and where nothing is set."""
+def test_block_sizes_change_nothing(trainable: bool) -> None:
+    """The chosen sizes, other sizes, and for a frozen head the kernel's chosen sizes."""
     x, w, ids = inputs()
+    others = [("xla", BlockSizes(22, 1152))] + [("mosaic_tpu", None)] * (not trainable)
 
-    def everything(implementation: str) -> Any:
-        return outcome(x, w, ids, directions(T), temperature=0.7, head_trainable=trainable, implementation=implementation)
+    def everything(implementation: str, blocks: BlockSizes | None) -> Any:
+        options: dict[str, Any] = {"temperature": 0.7, "head_trainable": trainable, "block_sizes": blocks}
+        return outcome(x, w, ids, directions(T), implementation=implementation, **options)
 
-    whole = everything("gpu")
-    others = [] if trainable else [everything("tpu")]
-    set_tiles(monkeypatch, 22, 1152)
-    others.append(everything("gpu"))
+    chosen = everything("xla", None)
     for other in others:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), other, whole)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), everything(*other), chosen)
 
 
-@pytest.mark.usefixtures("_small_tiles")
-@pytest.mark.parametrize(("implementation", "trainable"), [("gpu", False), ("gpu", True), ("tpu", False)])
+@pytest.mark.parametrize(("implementation", "trainable"), [("xla", False), ("xla", True), ("mosaic_tpu", False)])
 def test_extreme_logits_neither_overflow_nor_give_nan(implementation: str, trainable: bool) -> None:
     x, w, ids = inputs()
     got, pulled = outcome(x * 1e3, w, ids, directions(T), head_trainable=trainable, implementation=implementation)
@@ -227,7 +206,6 @@ def test_extreme_logits_neither_overflow_nor_give_nan(implementation: str, train
     assert got["logp"].max() <= 0
 
 
-@pytest.mark.usefixtures("_small_tiles")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_token_that_is_no_row_of_the_head_has_no_probability(implementation: str) -> None:
     x, w, ids = inputs()
@@ -239,22 +217,21 @@ def test_a_token_that_is_no_row_of_the_head_has_no_probability(implementation: s
     assert relative(dx, raw_gradient(expected, along) @ np.asarray(w, np.float64)) < 1e-5
 
 
-def test_the_kernel_has_no_race(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two tiles of tokens, three blocks of the vocabulary; the interpreter prints the races that it finds."""
-    monkeypatch.setattr(pallas_tpu, "tile_and_block", lambda *_: (128, 512))
+def test_the_kernel_has_no_race(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two tiles of tokens, three blocks of the vocabulary."""
     x, w, ids = inputs(140)
     along = jnp.asarray(directions(140)["logp"])
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
-        dx = jax.jit(jax.grad(lambda x: jnp.sum(along * head_logprob(x, w, ids, implementation="tpu")[0])))(x)
+    options: dict[str, Any] = {"implementation": "mosaic_tpu", "block_sizes": BlockSizes(128, 512)}
+    with no_race(capsys):
+        dx = jax.block_until_ready(jax.jit(jax.grad(lambda x: jnp.sum(along * head_logprob(x, w, ids, **options)[0])))(x))
     exact = along[:, None] * (oracle(x, w, ids, None, 1.0)["d_logp"] @ np.asarray(w, np.float64))
     assert relative(np.asarray(dx, np.float64), np.asarray(exact)) < 1e-5
-    assert "RACE" not in capsys.readouterr().out.upper()
 
 
 def test_a_head_on_four_devices(repository: Path) -> None:
     """Every implementation, against the reference on one device."""
     paths = os.pathsep.join([str(repository / "kernels"), os.environ.get("PYTHONPATH", "")])
-    program = [sys.executable, str(repository / "tests" / "vocabulary_parallel.py")]
+    program = [sys.executable, str(repository / "tests" / "support" / "vocabulary_parallel.py")]
     done = subprocess.run(program, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -263,11 +240,11 @@ def test_the_backward_pass_of_a_frozen_head_talks_to_no_other_device() -> None:
     """It runs where there is no axis to talk along."""
     numbers, vectors = jnp.ones((T,)), jnp.ones((T, H))
     kept = (vectors, vectors[:0], vectors, jnp.zeros((T,), jnp.int32), numbers, numbers, jnp.float32(1))
-    how = frozen.How("gpu", None, "model")
-    assert frozen.frozen_head_backward(how, kept, (numbers, numbers, numbers))[0].shape == (T, H)
+    options = frozen.HeadOptions("xla", None, "model", (SMALL["xla"], SMALL["xla"]))
+    assert frozen.frozen_head_backward(options, kept, (numbers, numbers, numbers))[0].shape == (T, H)
 
 
-@pytest.mark.parametrize("implementation", ["gpu", "tpu"])
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_tpu"])
 @pytest.mark.parametrize("trainable", [False, True])
 def test_there_is_never_an_array_of_tokens_by_vocabulary(trainable: bool, implementation: str) -> None:
     tokens, vocabulary, width = 8192, 32768, 8
@@ -286,63 +263,48 @@ def test_there_is_never_an_array_of_tokens_by_vocabulary(trainable: bool, implem
     assert array_sizes(traced) <= trained.CHUNK_LOGITS < tokens * vocabulary / 16
 
 
-def temporary_bytes(program: Any, shape: Shape, dtype: Any, sharding: Any = None) -> int:
-    x = jax.ShapeDtypeStruct((shape.tokens, shape.width), dtype, sharding=sharding)
-    w = jax.ShapeDtypeStruct((shape.vocabulary, shape.width), dtype, sharding=sharding)
-    ids = jax.ShapeDtypeStruct((shape.tokens,), jnp.int32, sharding=sharding)
-    memory: Any = jax.jit(program).lower(x, w, ids).compile().memory_analysis()
-    return memory.temp_size_in_bytes
+def arguments_of(shape: Shape, dtype: Any) -> tuple[jax.ShapeDtypeStruct, ...]:
+    x, w = (jax.ShapeDtypeStruct((rows, shape.width), dtype) for rows in (shape.tokens, shape.vocabulary))
+    return x, w, jax.ShapeDtypeStruct((shape.tokens,), jnp.int32)
 
 
 def value_and_gradient(x: Any, w: Any, ids: Any, **options: Any) -> Any:
     return jax.value_and_grad(lambda x: jnp.sum(head_logprob(x, w, ids, **options)[0]))(x)
 
 
-def values_and_kept(x: Any, w: Any, ids: Any, **options: Any) -> Any:
-    return jax.vjp(lambda x: head_logprob(x, w, ids, **options), x)
-
-
 def test_on_a_cpu_it_takes_a_twentieth_of_the_memory() -> None:
-    own, plain = (
-        temporary_bytes(functools.partial(value_and_gradient, implementation=name), LAPTOP, jnp.float32)
-        for name in (None, "reference")
-    )
+    def temporaries(name: str) -> int:
+        program = jax.jit(functools.partial(value_and_gradient, implementation=name))
+        return program.lower(*arguments_of(LAPTOP, jnp.float32)).compile().memory_analysis().temp_size_in_bytes
+
+    own, plain = temporaries("xla"), temporaries("reference")
     print(f"{LAPTOP}: temporaries {own / MIB:.0f} MiB, plain {plain / MIB:.0f}")
     assert own < plain / 20
 
 
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-@pytest.mark.parametrize(
-    "shape", [QWEN3_8B, LLAMA_3_8B, GEMMA_3_4B, GEMMA_2_2B], ids=["Qwen3-8B", "Llama-3.1-8B", "Gemma-3-4B", "Gemma-2-2B"]
-)
-def test_on_a_tpu_values_and_what_is_kept_take_no_temporaries(chips: dict[str, Any], chip: str, shape: Shape) -> None:
-    if shape == GEMMA_2_2B and chip == "v5e":
-        pytest.skip("the soft cap once")
-    program = functools.partial(values_and_kept, implementation="tpu", softcap=shape.softcap)
-    assert temporary_bytes(program, shape, jnp.bfloat16, chips[chip]) == 0
+@pytest.mark.parametrize(("chip", "shape"), zip(CHIPS, (QWEN3_8B, LLAMA_3_8B, GEMMA_3_4B, GEMMA_2_2B), strict=True), ids=str)
+def test_on_a_tpu_a_gradient_takes_the_kept_vector_and_no_more(chips: dict[str, Any], chip: str, shape: Shape) -> None:
+    """Next to one [T, H] array in bfloat16 a few numbers a token."""
+    gradient = functools.partial(value_and_gradient, implementation="mosaic_tpu", softcap=shape.softcap)
+    memory = compiled_for(chips, chip, gradient, *arguments_of(shape, jnp.bfloat16))
+    assert memory.temp_size_in_bytes < 2 * shape.tokens * shape.width + MIB
 
 
-def test_on_a_tpu_a_gradient_takes_the_kept_vector_and_no_more(chips: dict[str, Any]) -> None:
-    """Beside one [T, H] array in bfloat16 a few numbers a token; and nothing where no gradient is wanted."""
-    gradient = functools.partial(value_and_gradient, implementation="tpu")
-    alone = functools.partial(head_logprob, implementation="tpu")
-    kept = 2 * QWEN3_8B.tokens * QWEN3_8B.width
-    assert temporary_bytes(gradient, QWEN3_8B, jnp.bfloat16, chips["v6e"]) < kept + MIB
-    assert temporary_bytes(alone, QWEN3_8B, jnp.bfloat16, chips["v6e"]) == 0
+def test_on_a_tpu_values_take_no_temporaries_and_odd_sizes_compile(chips: dict[str, Any]) -> None:
+    alone = functools.partial(head_logprob, implementation="mosaic_tpu")
+    assert compiled_for(chips, "v6e", alone, *arguments_of(QWEN3_8B, jnp.bfloat16)).temp_size_in_bytes == 0
+    gradient = functools.partial(value_and_gradient, implementation="mosaic_tpu", softcap=3.0)
+    odd = arguments_of(Shape(1, 64, 1187), jnp.float32)
+    assert compiled_for(chips, "v5e", gradient, *odd).temp_size_in_bytes < MIB
 
 
-@pytest.mark.parametrize("tokens", [1, 300])
-def test_on_a_tpu_odd_sizes_compile(chips: dict[str, Any], tokens: int) -> None:
-    program = functools.partial(value_and_gradient, implementation="tpu", softcap=3.0)
-    assert temporary_bytes(program, Shape(tokens, 64, 1187), jnp.float32, chips["v5e"]) < MIB
-
-
-def test_an_older_tpu_gets_smaller_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A v4 has 16 MiB of vector memory."""
-    tile, block = pallas_tpu.tile_and_block(8192, 4096, 151_936, 2, True, 12 * MIB)
-    needed = tile * 4096 * (2 * 2 + 4 + 2 * 2) + 2 * 2 * block * 4096
-    assert (tile, block) == (128, 256)
-    assert needed < 12 * MIB
+def test_a_tpu_with_less_vector_memory_gets_smaller_blocks() -> None:
+    sizes = []
+    for memory in (16, 64, 128):
+        with tracing_for(Target("tpu", memory * MIB)):
+            sizes.append(choose_block_sizes(8192, 4096, 151_936, 2, "mosaic_tpu", with_mean=True))
+    assert sizes == [BlockSizes(128, 256), BlockSizes(512, 512), BlockSizes(512, 512)]
+    assert 12 * MIB > 128 * 4096 * (2 * 2 + 4 + 2 * 2) + 2 * 2 * 256 * 4096
 
 
 @pytest.mark.parametrize(
@@ -353,8 +315,8 @@ def test_an_older_tpu_gets_smaller_tiles(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"x": jnp.zeros((0, 4)), "ids": jnp.zeros((0,), jnp.int32)}, "empty"),
         ({"ids": jnp.zeros((2,), jnp.int32)}, r"ids \(2,\)"),
         ({"w": jnp.zeros((7, 4), jnp.bfloat16)}, "bfloat16"),
-        ({"implementation": "xla"}, "xla"),
-        ({"implementation": "tpu"}, "interpret"),
+        ({"implementation": "tpu"}, "unknown"),
+        ({"implementation": "mosaic_tpu"}, "interpret"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:

@@ -1,8 +1,7 @@
-"""`head_sample` against NumPy in float64, every implementation; its TPU kernels interpreted here, and compiled for the chips."""
+"""`head_sample` against NumPy in float64, every implementation; its TPU kernels interpreted here, and compiled for TPUs."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -11,17 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import SingleDeviceSharding
+from kernel_checks import CHIPS, compiled_for, interpreted, no_race
 from plain_oracles import array_sizes, log_softmax, quick_compiling
 
-from grpo_kernels.ops.head_sample import Draws, head_sample, pallas_tpu
+from grpo_kernels import Draws, head_sample
+from grpo_kernels.ops.head_sample import BlockSizes
 from grpo_kernels.ops.head_sample.shapes import PUBLISHED, Shape
 
 H = 16
-IMPLEMENTATIONS = ["reference", "tpu"]
+IMPLEMENTATIONS = ["reference", "mosaic_tpu"]
 SIZES = [(5, 1187), (1, 1187), (16, 384), (5, 128), (5, 100)]  # rows and vocabulary, which 128 divides or not
-CHIPS = ["v5e", "v6e"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -41,7 +39,7 @@ def inputs(rows: int, vocabulary: int, dtype: str = "float32") -> tuple[jax.Arra
 def drawn(implementation: str, *arrays: jax.Array, temperature: float = 1.0, **options: Any) -> Draws:
     """Compiled; Pallas kernels are interpreted."""
     program = jax.jit(functools.partial(head_sample, implementation=implementation, **options))
-    with pltpu.force_tpu_interpret_mode() if implementation == "tpu" else contextlib.nullcontext():
+    with interpreted(implementation):
         return jax.tree.map(np.asarray, program(*arrays, temperature=jnp.float32(temperature)))
 
 
@@ -144,43 +142,37 @@ def test_logits_far_apart_give_numbers(implementation: str) -> None:
         np.testing.assert_allclose(nats, 0, rtol=0, atol=0.1)  # numbers near a million are 0.06 apart in float32
 
 
-def test_the_kernels_have_no_race(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two tiles of rows, three blocks of the vocabulary; the interpreter prints the races that it finds."""
-    monkeypatch.setattr(pallas_tpu, "row_tile", lambda *_: 128)
-    monkeypatch.setattr(pallas_tpu, "vocabulary_block", lambda *_: 256)
+def test_the_kernels_have_no_race(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two tiles of rows, three blocks of the vocabulary."""
     x, w, uniform = inputs(140, 600)
-    program = jax.jit(functools.partial(head_sample, implementation="tpu"))
-    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+    program = jax.jit(functools.partial(head_sample, implementation="mosaic_tpu", block_sizes=BlockSizes(128, 256)))
+    with no_race(capsys):
         got: Draws = jax.tree.map(np.asarray, program(x, w, uniform, temperature=jnp.float32(1)))
     assert_right(got, scaled_logits(x, w, 1.0), uniform, greedy=False)
-    assert "RACE" not in capsys.readouterr().out.upper()
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("shape", list(PUBLISHED.values()), ids=list(PUBLISHED))
-def test_on_a_tpu_there_are_no_logits(chips: dict[str, SingleDeviceSharding], chip: str, shape: Shape) -> None:
+@pytest.mark.parametrize(("chip", "shape"), zip(CHIPS, [*PUBLISHED.values(), PUBLISHED["Gemma-3-4B"]], strict=True), ids=str)
+def test_on_a_tpu_there_are_no_logits(chips: dict[str, Any], chip: str, shape: Shape) -> None:
     """In the compiled program, at the sizes of published models. The rows of W that are read twice are not stored either."""
 
     def array(*size: int, dtype: Any = jnp.bfloat16) -> Any:
-        return jax.ShapeDtypeStruct(size, dtype, sharding=chips[chip])
+        return jax.ShapeDtypeStruct(size, dtype)
 
-    program = jax.jit(functools.partial(head_sample, banned_ids=(1, shape.vocabulary - 1), implementation="tpu"))
+    program = functools.partial(head_sample, banned_ids=(1, shape.vocabulary - 1), implementation="mosaic_tpu")
     hidden, head = array(shape.rows, shape.width), array(shape.vocabulary, shape.width)
     numbers, flags = array(shape.rows, dtype=jnp.float32), array(shape.rows, dtype=jnp.bool_)
-    arguments: dict[str, Any] = {"temperature": array(dtype=jnp.float32), "banned": flags}
-    compiled = program.lower(hidden, head, numbers, **arguments).compile()
-    told: Any = compiled.memory_analysis()
-    print(f"{chip} {shape}: temporaries {told.temp_size_in_bytes / 2**20:.2f} MiB")
+    memory = compiled_for(chips, chip, program, hidden, head, numbers, temperature=array(dtype=jnp.float32), banned=flags)
+    print(f"{chip} {shape}: temporaries {memory.temp_size_in_bytes / 2**20:.2f} MiB")
     logits = 4 * shape.rows * shape.vocabulary
     # A few numbers for each group of 128 tokens. The 128 rows of W that each row reads again would be `gathered` bytes.
     gathered = 2 * shape.rows * 128 * shape.width
-    assert told.temp_size_in_bytes < logits / 10 < gathered
+    assert memory.temp_size_in_bytes < logits / 10 < gathered
 
 
 def test_the_traced_program_holds_no_array_of_rows_by_vocabulary() -> None:
     rows, vocabulary = 64, 32_768
     shapes = [jax.ShapeDtypeStruct(size, jnp.float32) for size in ((rows, H), (vocabulary, H), (rows,))]
-    trace = jax.make_jaxpr(functools.partial(head_sample, temperature=jnp.float32(1), implementation="tpu"))
+    trace = jax.make_jaxpr(functools.partial(head_sample, temperature=jnp.float32(1), implementation="mosaic_tpu"))
     assert array_sizes(trace(*shapes)) <= 1024 * rows < rows * vocabulary
 
 
@@ -192,7 +184,7 @@ def test_the_traced_program_holds_no_array_of_rows_by_vocabulary() -> None:
         ({"uniform": jnp.zeros((2,))}, r"uniform \(2,\)"),
         ({"w": jnp.zeros((7, 4), jnp.bfloat16)}, "bfloat16"),
         ({"banned_ids": (-1,)}, "banned_ids"),
-        ({"implementation": "gpu"}, "gpu"),
+        ({"implementation": "xla"}, "xla"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:

@@ -1,6 +1,6 @@
 """`head_logprob` with its head on four devices, held to the reference on one. A program: devices are made at the start.
 
-`python tests/vocabulary_parallel.py`: ends without a word, or with what differs. One token is no row of the head.
+`python tests/support/vocabulary_parallel.py` ends silently, or with what differs. One token is no row of the head.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, Mesh, PartitionSpec
 
-from grpo_kernels.ops.head_logprob import head_logprob
+from grpo_kernels import head_logprob
 
 T, H, V = 23, 16, 4 * 297
 ABSENT = 3
@@ -45,7 +45,7 @@ def agree(implementation: str, trainable: bool, checked: bool) -> None:
     parts = (PartitionSpec(), PartitionSpec("model"))
     mesh = Mesh(np.array(jax.devices()), ("model",), axis_types=(AxisType.Auto,))
     spread = jax.shard_map(both("model", implementation), mesh=mesh, in_specs=parts, out_specs=PartitionSpec(), check_vma=checked)
-    with pltpu.force_tpu_interpret_mode() if implementation == "tpu" else contextlib.nullcontext():
+    with pltpu.force_tpu_interpret_mode() if implementation == "mosaic_tpu" else contextlib.nullcontext():
         got = jax.jit(jax.value_and_grad(spread, argnums=(0, 1), has_aux=True))(x, w)
     expected = jax.jit(jax.value_and_grad(both(None, "reference"), argnums=(0, 1), has_aux=True))(x, w)
     assert np.isneginf(got[0][1][0][ABSENT])
@@ -60,10 +60,10 @@ if __name__ == "__main__":
     jax.config.update("jax_disable_most_optimizations", True)
     for case in (
         ("reference", True, True),
-        ("gpu", False, True),
-        ("gpu", False, False),
-        ("gpu", True, True),
-        ("gpu", True, False),
-        ("tpu", False, True),
+        ("xla", False, True),
+        ("xla", False, False),
+        ("xla", True, True),
+        ("xla", True, False),
+        ("mosaic_tpu", False, True),
     ):
         agree(*case)

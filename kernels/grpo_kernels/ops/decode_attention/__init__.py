@@ -1,43 +1,42 @@
-"""Attention of decoding: one new token a slot, whose keys lie in three slot_map.
+"""Attention of decoding: one new token a slot, whose keys are in three caches.
 
-    prefix   one copy a prompt, shared by the slots that continue it; their queries are the rows of one product (Hydragen,
-             https://arxiv.org/abs/2402.05099)
-    past_blocks   each slot's own past, in arrays of growing size, one behind the other; each slot has filled `base` columns of them
+    prefix          one copy a prompt, shared by its slots; their queries are the rows of one product (Hydragen,
+                    https://arxiv.org/abs/2402.05099)
+    past_blocks     each slot's past tokens, in arrays of growing size, one after the other; each slot fills `base` columns of them
     segment_cache   the tokens of the segment that is being decoded, the same number for every slot
 
-The parts are merged by log-sum-exp, exactly. What leaves is the softmax over everything that a slot sees; no array of scores of a
-slot's heads over all keys is stored by the TPU's kernel.
+The parts are merged by log-sum-exp, exactly. The result is the softmax over everything that a slot sees; the TPU kernel stores no
+array of scores of a slot's heads over all keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from grpo_kernels.ops.decode_attention.kv_cache import NO_WINDOW, KVCache, SlotMap, layer_of
-from grpo_kernels.ops.decode_attention.mosaic_tpu import decode_attention_tpu
+from grpo_kernels.numerics import NO_WINDOW
+from grpo_kernels.ops.decode_attention.block_sizes import BlockSizes, choose_block_sizes
+from grpo_kernels.ops.decode_attention.kv_cache import KVCache, SlotMap, layer_of
+from grpo_kernels.ops.decode_attention.mosaic_tpu import decode_attention_mosaic_tpu
 from grpo_kernels.ops.decode_attention.reference import decode_attention_reference
 from grpo_kernels.ops.decode_attention.xla import decode_attention_xla
-from grpo_kernels.target import platform
+from grpo_kernels.target import platform, resolve_implementation
 
-__all__ = ["NO_WINDOW", "Implementation", "KVCache", "SlotMap", "chosen", "decode_attention", "layer_of"]
-
-Implementation = Literal["reference", "tpu", "gpu"]
-
+__all__ = ["NO_WINDOW", "BlockSizes", "KVCache", "SlotMap", "choose_block_sizes", "chosen", "decode_attention", "layer_of"]
 
 TILE_COLUMNS = 128
-"""Numbers in a row of a TPU's tile."""
+"""Elements in a row of a TPU's tile."""
 
 
 def chosen(implementation: str | None, width: int) -> str:
-    """The named implementation, or what None stands for with heads of that width.
+    """The named implementation, or the one that None resolves to for heads of that width.
 
-    Heads that do not fill whole tiles XLA lays out with X inside, and a kernel would be handed a padded copy of everything.
+    XLA lays out heads that do not fill whole tiles with X innermost, so the kernel would get a padded copy of everything.
     """
-    return implementation or ("tpu" if platform() == "tpu" and width % TILE_COLUMNS == 0 else "gpu")
+    default = "mosaic_tpu" if platform() == "tpu" and width % TILE_COLUMNS == 0 else "xla"
+    return resolve_implementation("decode_attention", implementation, default)
 
 
 def decode_attention(
@@ -54,52 +53,54 @@ def decode_attention(
     layer: Int[Array, ""] | None = None,
     softcap: float | None = None,
     implementation: str | None = None,
+    block_sizes: BlockSizes | None = None,
 ) -> Float[Array, "S K R Dh"]:
-    """Mixed values of one new token a slot. Nothing has a gradient.
+    """Computes attention of one new token a slot over its prompt and its own tokens. Has no gradient.
 
-    A slot of prompt b whose token is number base + step of its completion is at position lengths[b] + base + step. It sees the
-    first lengths[b] columns of its prompt, `base` columns of the past_blocks taken together, and columns 0 to `step` of the segment_cache part;
-    of these, positions fewer than `window` back.
+    A slot of prompt b whose token has index base + step in its completion is at position lengths[b] + base + step. It sees the
+    first lengths[b] columns of its prompt, the first `base` columns of all past blocks together, and columns 0 to `step` of the
+    segment cache; of these, positions fewer than `window` back.
 
     Args:
         q: float32 or bfloat16 queries, scaled; R heads to each key/value head.
         prefix: [B, K, P, Dh].
         lengths: int32, tokens of each prompt.
-        past_blocks: each [S, K, X, Dh], all lengths X; none at the beginning.
+        past_blocks: each [S, K, X, Dh], of any length X; empty at the beginning.
         segment_cache: [S, K, C, Dh]; column `step` is the new token's.
         base: int32, tokens of each slot's completion before this segment.
         step: int32, tokens of this segment before the new one.
         slot_map: which slots continue which prompt; None where the slots of prompt b are b·M, ..., b·M + M - 1, M = S / B.
-        window: positions that are seen, the token's own among them.
-        layer: where all cache arrays have an axis of layers in front, the one to read. A kernel then reads it in place: a slice
-            would be a copy.
+        window: positions that are seen, the token's own included.
+        layer: index of the layer to read, where all cache arrays have an axis of layers in front. The kernel reads it in place,
+            where a slice would be a copy.
         softcap: c in c·tanh(score / c), before the mask; None is off.
-        implementation: `reference` (plain, builds [S, K, R, P + X + C]), `tpu` (Pallas), `gpu` (XLA; runs everywhere), or None:
-            `tpu` on a TPU where Dh is a multiple of 128, else `gpu`.
+        implementation: "reference" (plain, builds [S, K, R, P + X + C]), "xla" (plain JAX, merges parts; runs anywhere),
+            "mosaic_tpu" (Pallas), or None: "mosaic_tpu" on a TPU where Dh is a multiple of 128, else "xla".
+        block_sizes: of "mosaic_tpu"; None = `choose_block_sizes`.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or an unknown implementation.
     """
     check(q, prefix, lengths, past_blocks, segment_cache, base, slot_map, layer)
-    implementation = chosen(implementation, q.shape[-1])
+    named = chosen(implementation, q.shape[-1])
     window = jnp.asarray(window, jnp.int32)
-    if implementation == "tpu":
+    (s, kv, r, _), b = q.shape, lengths.shape[0]
+    if named == "mosaic_tpu":
         if any(cache.transposed for cache in (prefix, *past_blocks, segment_cache)):
-            raise ValueError(
-                "decode_attention: keys lie transposed, [K, Dh, X], which is for a CPU; keep them as [K, X, Dh] for 'tpu'"
-            )
-        return decode_attention_tpu(
-            q, prefix, lengths, tuple(past_blocks), segment_cache, base, step, slot_map, window, layer, softcap
+            raise ValueError("decode_attention: keys are transposed, [K, Dh, X]; 'mosaic_tpu' needs [K, X, Dh], 'xla' takes both")
+        own, table_width = [*past_blocks, segment_cache], s // b if slot_map is None else slot_map.table.shape[1]
+        blocks = block_sizes or choose_block_sizes(
+            prefix.v.shape[-2], [cache.v.shape[-2] for cache in own], prefix.column_bytes, kv, r, table_width
+        )
+        return decode_attention_mosaic_tpu(
+            q, prefix, lengths, tuple(past_blocks), segment_cache, base, step, slot_map, window, layer, softcap, blocks
         )
     prefix, segment_cache = layer_of(prefix, layer), layer_of(segment_cache, layer)
     past_blocks = [layer_of(past_block, layer) for past_block in past_blocks]
-    if implementation == "gpu":
+    if named == "xla":
         return decode_attention_xla(q, prefix, lengths, past_blocks, segment_cache, base, step, slot_map, window, softcap)
-    if implementation == "reference":
-        s = q.shape[0]
-        prompt_slots = jnp.arange(s, dtype=jnp.int32) // (s // lengths.shape[0]) if slot_map is None else slot_map.prompt_slots
-        return decode_attention_reference(q, prefix, lengths, past_blocks, segment_cache, base, step, prompt_slots, window, softcap)
-    raise ValueError(f"decode_attention: implementation {implementation!r} is unknown; use 'reference', 'tpu', 'gpu' or None")
+    prompt_slots = jnp.arange(s, dtype=jnp.int32) // (s // b) if slot_map is None else slot_map.prompt_slots
+    return decode_attention_reference(q, prefix, lengths, past_blocks, segment_cache, base, step, prompt_slots, window, softcap)
 
 
 def check(

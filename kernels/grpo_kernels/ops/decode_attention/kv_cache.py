@@ -1,4 +1,4 @@
-"""Keys and values that decoding keeps, and which slots share a prompt: the arguments of `decode_attention`."""
+"""KV cache of decoding, and the map of slots to prompts: arguments of `decode_attention`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ import jax
 from flax import struct
 from jaxtyping import Array, Int
 
-NO_WINDOW = 2**30
-"""Window of a layer that sees every position."""
-
 
 @struct.dataclass
 class KVCache:
-    """Keys and values that are cache, of one layer or, with one more axis in front, of several.
+    """Keys and values of one layer or, with one more axis in front, of several layers.
 
     Attributes:
         k, v: [..., K, X, Dh], in the model's dtype or int8.
@@ -28,8 +25,15 @@ class KVCache:
     v_scale: Array | None = None
     transposed: bool = struct.field(pytree_node=False, default=False)
 
+    @property
+    def column_bytes(self) -> int:
+        """Bytes of one column: keys, values and scales of all heads."""
+        heads, width = self.v.shape[-3], self.v.shape[-1]
+        scales = [x.dtype.itemsize for x in (self.k_scale, self.v_scale) if x is not None]
+        return heads * (width * (self.k.dtype.itemsize + self.v.dtype.itemsize) + sum(scales))
+
     def with_each(self, function: Callable[[Array, Array, int], Array], other: KVCache) -> KVCache:
-        """`function` of both arrays and the axis of X, counted from the end, for each of the arrays."""
+        """Applies `function(array of self, array of other, axis of X from the end)` to each of the arrays."""
         k, v = function(self.k, other.k, -1 if self.transposed else -2), function(self.v, other.v, -2)
         if self.k_scale is None or self.v_scale is None or other.k_scale is None or other.v_scale is None:
             return KVCache(k, v, transposed=self.transposed)
@@ -38,7 +42,7 @@ class KVCache:
 
 
 def layer_of(cache: KVCache, layer: Array | int | None) -> KVCache:
-    """One layer of several; the argument itself where it holds one alone."""
+    """Returns one layer of a cache of several layers; None returns a cache of one layer unchanged."""
     if layer is None:
         return cache
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), cache)
@@ -50,7 +54,7 @@ class SlotMap:
 
     Attributes:
         prompt_slots: [S] the slot's prompt, an index into the prefixes.
-        table: [B, M] the slots of each prompt; any number where there are fewer than M.
+        table: [B, M] the slots of each prompt; any slot where there are fewer than M.
         slot_indices: [S] the slot's column in `table`.
     """
 

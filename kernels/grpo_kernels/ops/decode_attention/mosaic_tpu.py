@@ -1,11 +1,11 @@
-"""`decode_attention` on a TPU: one kernel, run twice. No array of scores leaves the chip's vector memory.
+"""`decode_attention` on a TPU: one Pallas kernel, run twice. Scores stay in the chip's vector memory.
 
 1. Over the prompts: the rows of a prompt's product are the queries of all its slots, so its keys and values are read once.
-2. Over the slots: each one's own past and the segment_cache part, merged with what the first run gave for it.
+2. Over the slots: each one's past blocks and segment cache, merged with the first run's result for it.
 
-A grid step is a block of columns of one array, all heads at once; small arrays share a step. Which columns are seen is known
-beforehand. Blocks without any are not fetched: their index is that of the block that is there already, so that nothing moves. The
-cache arrays of all layers are arguments as they are, and the layer is part of the index, so that nothing is copied either.
+A grid step is a block of columns of one array, all heads at once; small arrays share a step. The visible columns are known before
+the kernel runs. Blocks without any are not fetched: their index repeats that of the block that is already loaded. The cache arrays
+of all layers are arguments without a copy, as the layer is part of the index.
 """
 
 from __future__ import annotations
@@ -22,27 +22,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from grpo_kernels.numerics import EMPTY_MAX, MASK_VALUE, einsum_float32, round_up, soft_cap
+from grpo_kernels.ops.decode_attention.block_sizes import KERNEL_MEMORY, SUBLANES, BlockSizes, kernel_bytes
 from grpo_kernels.ops.decode_attention.kv_cache import KVCache, SlotMap
 
-LOWEST = float(jnp.finfo(jnp.float32).min) / 2
-"""Stands for minus infinity: the largest score, or the log-sum-exp, of nothing."""
 
-SUBLANES = 8
-"""Rows of a float32 tile; a slot's queries are padded to whole tiles, so that splitting rows by slots moves nothing."""
-
-VMEM_BYTES = 12 * 2**20
-"""Room for blocks and what is computed of them; a v5e gives a kernel 16 MiB unless it asks for more."""
-
-BLOCKS = (512, 256, 128)
-"""Columns of a block, the most that fit."""
-
-
-class Spans(NamedTuple):
-    """Columns of each part that each text sees: a number, for each of n parts and N texts.
+class ColumnRanges(NamedTuple):
+    """The columns of each of n arrays that each of N texts sees.
 
     Attributes:
-        begin, end: the first column, and the one behind the last; both 0 where none is seen.
-        source: the last text up to this one that sees any: its last block is the one that lies there.
+        begin, end: the first column, and the one after the last; both 0 where none is seen.
+        source: the last text up to this one that sees any column: its last block is the one in memory.
     """
 
     begin: Int[Array, "n N"]
@@ -51,11 +41,11 @@ class Spans(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
-    """How the grid goes through one array.
+class ArrayBlocks:
+    """The grid steps that read one array.
 
     Attributes:
-        number: which one.
+        number: index of the array.
         size: its columns, X.
         block: columns of a block.
         start: the grid step of its first block.
@@ -68,53 +58,41 @@ class Part:
 
     @property
     def blocks(self) -> int:
-        """Grid steps that it takes."""
+        """Number of blocks, each one grid step."""
         return pl.cdiv(self.size, self.block)
 
 
-def spans_of(begin: Int[Array, "n N"], end: Int[Array, "n N"]) -> Spans:
-    """Columns from begin up to end."""
+def column_ranges(begin: Int[Array, "n N"], end: Int[Array, "n N"]) -> ColumnRanges:
+    """Ranges of the columns from begin up to end."""
     some = end > begin
     texts = jnp.broadcast_to(jnp.arange(begin.shape[1], dtype=jnp.int32)[None, :], begin.shape)
     source = jax.lax.cummax(jnp.where(some, texts, 0), axis=1)
-    return Spans(jnp.where(some, begin, 0), jnp.where(some, end, 0), source)
+    return ColumnRanges(jnp.where(some, begin, 0), jnp.where(some, end, 0), source)
 
 
-def scratch_bytes(sizes: Sequence[int], block: int, column: int, rows: int) -> int:
-    """Two buffers of every array's block, and four arrays of the size of the largest one's scores."""
-    blocks = [min(size, block) for size in sizes]
-    return 2 * sum(blocks) * column + 4 * 4 * max(blocks) * rows
+def grid_steps(sizes: Sequence[int], block: int) -> tuple[tuple[ArrayBlocks, ...], int]:
+    """Assigns the arrays' blocks to grid steps; returns them and the number of steps.
 
-
-def plan(sizes: Sequence[int], column: int, rows: int) -> tuple[tuple[Part, ...], int]:
-    """The parts and the number of grid steps. A step takes one block of a large array, or several small arrays whole.
+    A step reads one block of a large array, or several small arrays whole.
 
     Args:
-        column: bytes of a column of all heads, keys and values together.
-        rows: rows of queries, all heads together.
+        sizes: columns of each array.
+        block: most columns of a step.
     """
-    block = next((x for x in BLOCKS if scratch_bytes(sizes, x, column, rows) <= VMEM_BYTES), BLOCKS[-1])
-    parts: list[Part] = []
+    parts: list[ArrayBlocks] = []
     step, room = -1, 0
     for number, size in enumerate(sizes):
         if size > room:
             step, room = step + 1, block
-        part = Part(number, size, min(size, block), step)
+        part = ArrayBlocks(number, size, min(size, block), step)
         parts.append(part)
         step, room = step + part.blocks - 1, room - size
     return tuple(parts), step + 1
 
 
-def product(a: Array, b: Array, contract: int) -> Array:
-    """[K, Q, m] with [K, X, Dh], over one axis of the latter; float32, and of float32 numbers exactly so."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    transposed = (((2,), (contract,)), ((0,), (0,)))
-    return jax.lax.dot_general(a, b, transposed, precision=precision, preferred_element_type=jnp.float32)
-
-
 def attend_kernel(
     layer: Any,
-    spans: Spans,
+    ranges: ColumnRanges,
     prompt_slots: Any,
     slot_indices: Any,
     q: Any,
@@ -122,7 +100,7 @@ def attend_kernel(
     before: Any,
     cache: tuple[KVCache, ...],
     *rest: Any,
-    parts: tuple[Part, ...],
+    parts: tuple[ArrayBlocks, ...],
     softcap: float | None,
 ) -> None:
     """One grid step of one text.
@@ -130,37 +108,39 @@ def attend_kernel(
     Args:
         layer, prompt_slots, slot_indices: for the index maps.
         q: [K, Q, Dh].
-        first_seen: the first column that each row sees, [Q, 1]; None where that is the same for all, and in `spans`.
-        before: what to go on from, (mixed values [K, Q, Dh], their log-sum-exp [K, Q, 1]); None at the beginning.
-        cache: of each part a block, [K, block, Dh].
-        rest: out, the mixed values and, where there was nothing before, their log-sum-exp; then scratch, cache from step to step:
-            the largest score, the sum of exp(score - largest), and of that times v.
+        first_seen: the first column that each row sees, [Q, 1]; None where `ranges` has it, the same for all rows.
+        before: a softmax to merge with, (attention output [K, Q, Dh], its log-sum-exp [K, Q, 1]); None starts with no keys.
+        cache: a block of each array, [K, block, Dh].
+        rest: out, the attention output and, without `before`, its log-sum-exp; then scratch that lasts over the steps: the
+            largest score, Σ exp(score - largest), and Σ exp(score - largest) · v.
     """
     text, turn = pl.program_id(0), pl.program_id(1)
     *out, top, total, mixed = rest
 
     @pl.when(turn == 0)
     def _() -> None:
-        top[...] = jnp.full_like(top, LOWEST) if before is None else before[1][...]
-        total[...] = jnp.zeros_like(total) if before is None else (before[1][...] > LOWEST).astype(jnp.float32)
+        top[...] = jnp.full_like(top, EMPTY_MAX) if before is None else before[1][...]
+        total[...] = jnp.zeros_like(total) if before is None else (before[1][...] > EMPTY_MAX).astype(jnp.float32)
         mixed[...] = jnp.zeros_like(mixed) if before is None else before[0][...]
 
     for part in parts:
-        begin, end = spans.begin[part.number, text], spans.end[part.number, text]
+        begin, end = ranges.begin[part.number, text], ranges.end[part.number, text]
         start = (jax.lax.div(begin, part.block) + turn - part.start) * part.block
 
         @pl.when((turn >= part.start) & (start < end))
         def _(
-            own: KVCache = cache[part.number], part: Part = part, begin: Array = begin, end: Array = end, start: Array = start
+            own: KVCache = cache[part.number],
+            part: ArrayBlocks = part,
+            begin: Array = begin,
+            end: Array = end,
+            start: Array = start,
         ) -> None:
             columns = start + jax.lax.broadcasted_iota(jnp.int32, (1, 1, part.block), 2)
             mask = (columns >= (begin if first_seen is None else first_seen[...][None])) & (columns < end)
-            scores = product(q[...], own.k[...].astype(q.dtype), 2)
+            scores = einsum_float32("kqd,kxd->kqx", q[...], own.k[...].astype(q.dtype))
             if own.k_scale is not None:
                 scores = scores * own.k_scale[...][:, None, :]
-            if softcap is not None:
-                scores = jnp.float32(softcap) * jnp.tanh(scores / jnp.float32(softcap))
-            scores = jnp.where(mask, scores, jnp.float32(LOWEST * 2))
+            scores = jnp.where(mask, soft_cap(scores, softcap), jnp.float32(MASK_VALUE))
             higher = jnp.maximum(top[...], jnp.max(scores, axis=-1, keepdims=True))
             weights, factor = jnp.exp(scores - higher), jnp.exp(top[...] - higher)
             top[...] = higher
@@ -168,10 +148,10 @@ def attend_kernel(
             v = own.v[...].astype(q.dtype)
             if own.v_scale is not None:
                 weights = jnp.where(mask, weights * own.v_scale[...][:, None, :], jnp.float32(0))
-            if part.size % part.block:  # Behind the array's end there may be anything, and 0 times that is not always 0.
+            if part.size % part.block:  # Past the array's end values are undefined, and 0 · NaN is NaN.
                 rows = start + jax.lax.broadcasted_iota(jnp.int32, v.shape, 1)
                 v = jnp.where(rows < part.size, v, jnp.zeros_like(v))
-            mixed[...] = mixed[...] * factor + product(weights.astype(q.dtype), v, 1)
+            mixed[...] = mixed[...] * factor + einsum_float32("kqx,kxd->kqd", weights.astype(q.dtype), v)
 
     @pl.when(turn == pl.num_programs(1) - 1)
     def _() -> None:
@@ -179,28 +159,28 @@ def attend_kernel(
         safe = jnp.where(some, total[...], jnp.float32(1))
         out[0][...] = (mixed[...] / safe).astype(out[0].dtype)
         if before is None:
-            out[1][...] = jnp.where(some, top[...] + jnp.log(safe), jnp.float32(LOWEST))
+            out[1][...] = jnp.where(some, top[...] + jnp.log(safe), jnp.float32(EMPTY_MAX))
 
 
-def block_index(part: Part, arrays: int) -> Callable[..., tuple[Any, ...]]:
-    """Which block of a part is there at a grid step: of a cache array [L, N, K, X, Dh], or of its scales [L, N, K, X].
+def block_index(part: ArrayBlocks, arrays: int) -> Callable[..., tuple[Any, ...]]:
+    """Index map of an array's block at a grid step: of keys or values [L, N, K, X, Dh], or of their scales [L, N, K, X].
 
-    Until the part's own steps, and where the text sees nothing of it, it is the last one that was needed.
+    Before the array's own steps, and where the text sees none of it, the index is that of the last block that was needed.
     """
 
-    def index(text: Array, turn: Array, layer: Any, spans: Spans, *_: Any) -> tuple[Any, ...]:
+    def index(text: Array, turn: Array, layer: Any, ranges: ColumnRanges, *_: Any) -> tuple[Any, ...]:
         own_turn = turn - part.start
-        source = spans.source[part.number, jnp.where(own_turn < 0, jnp.maximum(text - 1, 0), text)]
-        last = jax.lax.div(jnp.maximum(spans.end[part.number, source] - 1, 0), part.block)
-        first = jax.lax.div(spans.begin[part.number, source], part.block)
+        source = ranges.source[part.number, jnp.where(own_turn < 0, jnp.maximum(text - 1, 0), text)]
+        last = jax.lax.div(jnp.maximum(ranges.end[part.number, source] - 1, 0), part.block)
+        first = jax.lax.div(ranges.begin[part.number, source], part.block)
         here = jnp.where(source == text, jnp.minimum(first + jnp.maximum(own_turn, 0), last), last)
         return (layer[0], source, 0, here, 0)[:arrays]
 
     return index
 
 
-def cache_specs(cache: KVCache, part: Part) -> KVCache:
-    """Blocks of one part."""
+def cache_specs(cache: KVCache, part: ArrayBlocks) -> KVCache:
+    """Block specs of one cache."""
     _, _, kv, _, dh = cache.v.shape
     wide = pl.BlockSpec((None, None, kv, part.block, dh), block_index(part, 5))
     if cache.k_scale is None:
@@ -213,8 +193,9 @@ def attend(
     q: Float[Array, "N K Q Dh"],
     cache: tuple[KVCache, ...],
     layer: Int[Array, "1"],
-    spans: Spans,
+    ranges: ColumnRanges,
     softcap: float | None,
+    block: int,
     *,
     first_seen: Int[Array, "N Q"] | None = None,
     before: tuple[Array, Array] | None = None,
@@ -224,28 +205,30 @@ def attend(
     """Runs the kernel over N texts, each with Q rows of queries a head.
 
     Args:
-        cache: the parts, each [L, N, K, X, Dh].
+        cache: the arrays, each [L, N, K, X, Dh].
+        block: columns of a block.
         first_seen: the first column that each row sees.
-        before: what to go on from, mixed values [B, K, M, Q, Dh] and their log-sum-exp; text n's is at [prompt_slots[n], :, slot_indices[n]].
+        before: a softmax to merge with: attention output [B, K, M, Q, Dh] and its log-sum-exp, text n's at
+            [prompt_slots[n], :, slot_indices[n]].
 
     Returns:
-        Without `before`, mixed values and log-sum-exp, float32 [N, K, Q, Dh] and [N, K, Q, 1]; else the values in q's dtype.
+        Without `before`, attention output and log-sum-exp, float32 [N, K, Q, Dh] and [N, K, Q, 1]; else the output in q's dtype.
     """
     n, kv, rows, dh = q.shape
-    column = sum(x.dtype.itemsize * kv * (dh if x.ndim == 5 else 1) for x in jax.tree.leaves(cache[0]))
+    column = cache[0].column_bytes
     sizes = [part.v.shape[3] for part in cache]
-    parts, steps = plan(sizes, column, kv * rows)
-    need = scratch_bytes(sizes, max(part.block for part in parts), column, kv * rows)
-    # XLA would move a part that fits into the vector memory there and back for each layer, all layers of it.
+    parts, steps = grid_steps(sizes, block)
+    need = kernel_bytes(sizes, max(part.block for part in parts), column, kv * rows)
+    # Without the constraint XLA moves an array that fits into vector memory there and back for each layer, with all its layers.
     cache = jax.tree.map(lambda x: pltpu.with_memory_space_constraint(x, pltpu.HBM), cache)
     nothing = jnp.zeros((n,), jnp.int32)
 
     def whole(*shape: int | None) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda text, *_: (text, *[0] * (len(shape) - 1)))
 
-    def held(*shape: int | None) -> pl.BlockSpec:
+    def merged(*shape: int | None) -> pl.BlockSpec:
         return pl.BlockSpec(
-            shape, lambda text, turn, layer, spans, prompt_slots, slot_indices: (prompt_slots[text], 0, slot_indices[text], 0, 0)
+            shape, lambda text, turn, layer, ranges, prompt_slots, slot_indices: (prompt_slots[text], 0, slot_indices[text], 0, 0)
         )
 
     grid = pltpu.PrefetchScalarGridSpec(
@@ -254,7 +237,7 @@ def attend(
         in_specs=[
             whole(None, kv, rows, dh),
             None if first_seen is None else whole(None, rows, 1),
-            None if before is None else (held(None, kv, None, rows, dh), held(None, kv, None, rows, 1)),
+            None if before is None else (merged(None, kv, None, rows, dh), merged(None, kv, None, rows, 1)),
             tuple(cache_specs(own, part) for own, part in zip(cache, parts, strict=True)),
         ],
         out_specs=(whole(None, kv, rows, dh), whole(None, kv, rows, 1)) if before is None else whole(None, kv, rows, dh),
@@ -267,12 +250,17 @@ def attend(
         out_shape=(values, jax.ShapeDtypeStruct((n, kv, rows, 1), jnp.float32)) if before is None else values,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=None if need <= VMEM_BYTES else need * 4 // 3,
+            vmem_limit_bytes=None if need <= KERNEL_MEMORY else need * 4 // 3,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * n * kv * rows * dh * sum(sizes),
+            bytes_accessed=n * sum(sizes) * column + (4 if before is None else 2) * q.nbytes,
+            transcendentals=n * kv * rows * sum(sizes),
         ),
         name="decode_attention_prefix" if before is None else "decode_attention_own",
     )(
         layer,
-        spans,
+        ranges,
         nothing if prompt_slots is None else prompt_slots,
         nothing if slot_indices is None else slot_indices,
         q,
@@ -282,7 +270,7 @@ def attend(
     )
 
 
-def decode_attention_tpu(
+def decode_attention_mosaic_tpu(
     q: Float[Array, "S K R Dh"],
     prefix: KVCache,
     lengths: Int[Array, "B"],
@@ -294,8 +282,9 @@ def decode_attention_tpu(
     window: Int[Array, ""],
     layer: Int[Array, ""] | None,
     softcap: float | None,
+    blocks: BlockSizes,
 ) -> Float[Array, "S K R Dh"]:
-    """See `decode_attention`."""
+    """Computes `decode_attention` by two runs of the kernel."""
     (s, kv, r, dh), b = q.shape, lengths.shape[0]
     if slot_map is None:
         numbers = jnp.arange(s, dtype=jnp.int32)
@@ -305,17 +294,19 @@ def decode_attention_tpu(
     if layer is None:
         prefix, past_blocks, segment_cache = jax.tree.map(lambda x: x[None], (prefix, past_blocks, segment_cache))
     number = jnp.zeros((1,), jnp.int32) if layer is None else layer.reshape(1).astype(jnp.int32)
-    queries = -(-r // SUBLANES) * SUBLANES
+    queries = round_up(r, SUBLANES)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, queries - r), (0, 0)))
     at = base + step
 
-    # Positions are counted in a slot's whole text. An entry of the table that is no slot's is some slot's of another prompt.
+    # Positions count from the prompt's first token. An unused entry of the table names a slot of another prompt.
     own_lengths = lengths[slot_map.prompt_slots]
     used = jnp.zeros((b,), bool).at[slot_map.prompt_slots].set(True)
     since = (lengths[:, None] + at[slot_map.table] - window + 1).clip(0)
-    spans = spans_of(jnp.min(since, axis=1)[None], jnp.where(used, lengths, 0)[None])
+    ranges = column_ranges(jnp.min(since, axis=1)[None], jnp.where(used, lengths, 0)[None])
     rows = jnp.swapaxes(q[slot_map.table], 1, 2).reshape(b, kv, m * queries, dh)
-    mixed, lse = attend(rows, (prefix,), number, spans, softcap, first_seen=jnp.repeat(since, queries, axis=1))
+    mixed, lse = attend(
+        rows, (prefix,), number, ranges, softcap, blocks.prefix_columns, first_seen=jnp.repeat(since, queries, axis=1)
+    )
 
     sizes = np.array([past_block.v.shape[3] for past_block in past_blocks], np.int32)[:, None]
     starts = np.cumsum(sizes, axis=0, dtype=np.int32) - sizes
@@ -323,13 +314,14 @@ def decode_attention_tpu(
     end = jnp.concatenate([jnp.clip(base[None, :] - starts, 0, sizes), jnp.broadcast_to(step + 1, (1, s))])
     begin = jnp.maximum((own_lengths + at - window + 1)[None, :] - first, 0)
     before = (mixed.reshape(b, kv, m, queries, dh), lse.reshape(b, kv, m, queries, 1))
-    own = spans_of(begin, end)
+    own = column_ranges(begin, end)
     out = attend(
         q,
         (*past_blocks, segment_cache),
         number,
         own,
         softcap,
+        blocks.own_columns,
         before=before,
         prompt_slots=slot_map.prompt_slots,
         slot_indices=slot_map.slot_indices,

@@ -1,4 +1,4 @@
-"""`decode_attention` in plain XLA, for CPU and GPU: the prefix, the past and the segment_cache part merged by log-sum-exp."""
+"""`decode_attention` in plain JAX, for CPU and GPU: the softmaxes over prompt and own keys are merged by log-sum-exp."""
 
 from __future__ import annotations
 
@@ -10,19 +10,17 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from grpo_kernels.numerics import EMPTY_MAX, MASK_VALUE, einsum_float32, in_window, soft_cap
 from grpo_kernels.ops.decode_attention.kv_cache import KVCache, SlotMap
-
-LOWEST = float(jnp.finfo(jnp.float32).min) / 2
-"""Stands for minus infinity in a maximum of nothing."""
 
 
 @struct.dataclass
-class Partial:
+class PartialSoftmax:
     """A softmax over some of the keys, not yet divided.
 
     Attributes:
-        mixed: [..., Dh] sum of exp(score - top) · v, float32.
-        top, total: [..., 1] the largest score, and the sum of exp(score - top).
+        mixed: [..., Dh] Σ exp(score - top) · v, float32.
+        top, total: [..., 1] the largest score, and Σ exp(score - top).
     """
 
     mixed: Array
@@ -30,35 +28,23 @@ class Partial:
     total: Array
 
 
-def product(letters: str, a: Array, b: Array) -> Array:
-    """A matrix product with a float32 result; of float32 numbers in float32, which a TPU and NVIDIA do not do by default."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jnp.einsum(letters, a, b, precision=precision, preferred_element_type=jnp.float32)
-
-
-def seen(query: Int[Array, "..."], key: Int[Array, "..."], window: Int[Array, ""]) -> Bool[Array, "..."]:
-    """Whether a query at one position sees a key at another."""
-    distance = query - key
-    return (distance >= 0) & (distance < window)
-
-
 def scores_of(
     q: Float[Array, "N K Q Dh"], cache: KVCache, mask: Bool[Array, "..."], softcap: float | None
 ) -> Float[Array, "N K Q X"]:
-    """Scores of Q queries of each of N texts over the texts' cache keys; `mask` broadcasts to [N, K, Q, X]."""
-    scores = product("nkqd,nkdx->nkqx" if cache.transposed else "nkqd,nkxd->nkqx", q, cache.k.astype(q.dtype))
+    """Computes scores of Q queries of each of N texts over the texts' keys; `mask` broadcasts to [N, K, Q, X]."""
+    scores = einsum_float32("nkqd,nkdx->nkqx" if cache.transposed else "nkqd,nkxd->nkqx", q, cache.k.astype(q.dtype))
     if cache.k_scale is not None:
         scores = scores * cache.k_scale[:, :, None, :]
-    if softcap is not None:
-        scores = jnp.float32(softcap) * jnp.tanh(scores / jnp.float32(softcap))
-    return jnp.where(mask, scores, jnp.float32(LOWEST * 2))
+    return jnp.where(mask, soft_cap(scores, softcap), jnp.float32(MASK_VALUE))
 
 
-def partial(q: Float[Array, "N K Q Dh"], parts: Sequence[tuple[KVCache, Bool[Array, "..."]]], softcap: float | None) -> Partial:
-    """Softmax over several cache parts taken together, each with what is seen of it."""
+def partial_softmax(
+    q: Float[Array, "N K Q Dh"], parts: Sequence[tuple[KVCache, Bool[Array, "..."]]], softcap: float | None
+) -> PartialSoftmax:
+    """Computes one softmax over several caches together, each with its mask, True = seen."""
     scores = jnp.concatenate([scores_of(q, cache, mask, softcap) for cache, mask in parts], axis=-1)
-    # Where nothing is seen every score is the lowest, and exp(score - top) would be 1.
-    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.float32(LOWEST))
+    # Where nothing is seen every score is MASK_VALUE, and without EMPTY_MAX exp(score - top) would be 1.
+    top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.float32(EMPTY_MAX))
     weights = jnp.exp(scores - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     mixed, start = jnp.float32(0), 0
@@ -67,12 +53,12 @@ def partial(q: Float[Array, "N K Q Dh"], parts: Sequence[tuple[KVCache, Bool[Arr
         start += cache.v.shape[2]
         if cache.v_scale is not None:
             own = own * cache.v_scale[:, :, None, :]
-        mixed = mixed + product("nkqx,nkxd->nkqd", own.astype(q.dtype), cache.v.astype(q.dtype))
-    return Partial(mixed, top, total)
+        mixed = mixed + einsum_float32("nkqx,nkxd->nkqd", own.astype(q.dtype), cache.v.astype(q.dtype))
+    return PartialSoftmax(mixed, top, total)
 
 
-def merge(parts: list[Partial]) -> Float[Array, "..."]:
-    """The softmax over all keys of all parts, float32."""
+def merge(parts: list[PartialSoftmax]) -> Float[Array, "..."]:
+    """Merges the softmaxes of several parts into that over all their keys, float32."""
     top = parts[0].top
     for part in parts[1:]:
         top = jnp.maximum(top, part.top)
@@ -90,8 +76,8 @@ def shared_prefix(
     slot_map: SlotMap | None,
     window: Array,
     cap: Any,
-) -> Partial:
-    """Every slot over its prompt, the slots of a prompt in one product.
+) -> PartialSoftmax:
+    """Computes the softmax of every slot over its prompt, the slots of a prompt in one product.
 
     Args:
         at: index of the new token in its completion.
@@ -110,11 +96,11 @@ def shared_prefix(
 
     position = lengths[:, None] + to_table(at)
     keys = jnp.arange(p, dtype=jnp.int32)
-    mask = seen(position[:, :, None], keys[None, None, :], window) & (keys[None, :] < lengths[:, None])[:, None, :]
+    mask = in_window(position[:, :, None], keys[None, None, :], window) & (keys[None, :] < lengths[:, None])[:, None, :]
     mask = jnp.broadcast_to(mask[:, :, None, :], (b, m, r, p)).reshape(b, 1, m * r, p)
     rows = jnp.swapaxes(to_table(q), 1, 2).reshape(b, kv, m * r, dh)
-    part = partial(rows, [(cache, mask)], cap)
-    return Partial(to_slots(part.mixed), to_slots(part.top), to_slots(part.total))
+    part = partial_softmax(rows, [(cache, mask)], cap)
+    return PartialSoftmax(to_slots(part.mixed), to_slots(part.top), to_slots(part.total))
 
 
 def decode_attention_xla(
@@ -129,16 +115,16 @@ def decode_attention_xla(
     window: Int[Array, ""],
     softcap: float | None,
 ) -> Float[Array, "S K R Dh"]:
-    """See `decode_attention`."""
+    """Computes `decode_attention` in two parts: each slot's prompt, and its own keys."""
     at = base + step
     own: list[tuple[KVCache, Any]] = []
-    held = 0
+    start = 0
     for past_block in past_blocks:
-        index = held + jnp.arange(past_block.v.shape[2], dtype=jnp.int32)[None, :]
+        index = start + jnp.arange(past_block.v.shape[2], dtype=jnp.int32)[None, :]
         mask = (index < base[:, None]) & (at[:, None] - index < window)
         own.append((past_block, mask[:, None, None, :]))
-        held += past_block.v.shape[2]
+        start += past_block.v.shape[2]
     index = jnp.arange(segment_cache.v.shape[2], dtype=jnp.int32)
-    own.append((segment_cache, seen(step, index, window)[None, None, None, :]))
-    parts = [shared_prefix(q, prefix, lengths, at, slot_map, window, softcap), partial(q, own, softcap)]
+    own.append((segment_cache, in_window(step, index, window)[None, None, None, :]))
+    parts = [shared_prefix(q, prefix, lengths, at, slot_map, window, softcap), partial_softmax(q, own, softcap)]
     return merge(parts).astype(q.dtype)

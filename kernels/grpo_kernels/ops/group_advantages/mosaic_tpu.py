@@ -1,6 +1,6 @@
-"""`group_advantages` on a TPU: one kernel over tiles of groups, which reads the rewards once and keeps nothing in between.
+"""`group_advantages` on a TPU: one Pallas kernel over blocks of groups, which reads each reward once and stores no intermediate.
 
-The batch's deviation, where that divides, comes in as a scalar: it may be that of several devices.
+The batch's deviation, where that divides, is an argument: it may be computed over several devices.
 """
 
 from __future__ import annotations
@@ -14,40 +14,41 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
+from grpo_kernels.ops.group_advantages.block_sizes import BlockSizes
 from grpo_kernels.ops.group_advantages.reference import advantages_of
 
-LANES = 128
-BLOCK_REWARDS = 2**15
-"""Rewards in a block, with the lanes that a small group leaves empty."""
-
-
-def groups_in_block(groups: int, size: int) -> int:
-    """A multiple of 8, or all."""
-    lanes = pl.cdiv(size, LANES) * LANES
-    return min(groups, max(8, BLOCK_REWARDS // lanes // 8 * 8))
+FLOPS_PER_REWARD = 20
+"""Roughly: minimum, maximum, sums and the division."""
 
 
 def advantages_kernel(rewards: Any, valid: Any, *refs: Any, scale: str, eps: float) -> None:
-    """A tile of whole groups, with the batch's deviation where that divides; what lies past the last group is not stored."""
+    """One block of whole groups; rows past the last group are not stored. refs: the batch's deviation if there is one, out."""
     *deviation, advantages = refs
     batch = deviation[0][0] if deviation else None
     advantages[...] = advantages_of(rewards[...], valid[...] != 0, batch, scale, eps)
 
 
-def group_advantages_tpu(
-    rewards: Float[Array, "B G"], valid: Bool[Array, "B G"], batch: Float[Array, ""] | None, scale: str, eps: float
+def group_advantages_mosaic_tpu(
+    rewards: Float[Array, "B G"],
+    valid: Bool[Array, "B G"],
+    batch: Float[Array, ""] | None,
+    scale: str,
+    eps: float,
+    blocks: BlockSizes,
 ) -> Float[Array, "B G"]:
-    """See `reference.advantages_of`."""
+    """Computes `reference.advantages_of` by the kernel."""
     groups, size = rewards.shape
-    tile = groups_in_block(groups, size)
-    block = pl.BlockSpec((tile, size), lambda i: (i, 0))
+    block = pl.BlockSpec((blocks.groups, size), lambda i: (i, 0))
     deviation = [] if batch is None else [batch.reshape(1)]
     return pl.pallas_call(
         functools.partial(advantages_kernel, scale=scale, eps=eps),
-        grid=(pl.cdiv(groups, tile),),
+        grid=(pl.cdiv(groups, blocks.groups),),
         in_specs=[block, block, *[pl.BlockSpec(memory_space=pltpu.SMEM)] * len(deviation)],
         out_specs=block,
         out_shape=jax.ShapeDtypeStruct((groups, size), jnp.float32),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+        cost_estimate=pl.CostEstimate(
+            flops=FLOPS_PER_REWARD * rewards.size, bytes_accessed=3 * 4 * rewards.size, transcendentals=groups
+        ),
         name=f"group_advantages_{scale}",
     )(rewards, valid.astype(jnp.int32), *deviation)

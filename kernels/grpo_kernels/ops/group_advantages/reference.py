@@ -1,4 +1,4 @@
-"""The plain form of `group_advantages`; its functions are what the kernel computes too, tile by tile."""
+"""Plain JAX for `group_advantages`. The TPU kernel runs the same functions, a block of groups at a time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from jaxtyping import Array, Bool, Float
 
 
 class Statistics(NamedTuple):
-    """Of each group, or of the batch. The second and third have size 1 along the axes that were reduced."""
+    """Statistics of each group, or of the batch.
+
+    Attributes:
+        centred: reward − mean.
+        deviation: standard deviation, ddof 1; size 1 along the reduced axes.
+        comparable: whether two rewards differ at all; size 1 along the reduced axes.
+    """
 
     centred: Float[Array, "B G"]
     deviation: Float[Array, "_ 1"]
@@ -20,10 +26,9 @@ class Statistics(NamedTuple):
 def statistics(
     rewards: Float[Array, "B G"], valid: Bool[Array, "B G"], axis: int | None, axis_name: str | tuple[str, ...] | None = None
 ) -> Statistics:
-    """Differences from the mean, deviation (ddof 1), and whether there are two different rewards at all.
+    """Computes `Statistics` along an axis (None: of all rewards), and over the devices of a mesh axis if one is named.
 
-    Computed on (r − min) / (max − min), so that neither a large common offset nor the square of a tiny or huge reward loses digits.
-    With a mesh axis, of the rewards of all its devices.
+    Works on (r − min) / (max − min), so that neither a large common offset nor the square of a tiny or huge reward loses digits.
     """
 
     def total(array: Float[Array, "B G"]) -> Float[Array, "_ 1"]:
@@ -35,7 +40,7 @@ def statistics(
     if axis_name is not None:
         lowest, highest = jax.lax.pmin(lowest, axis_name), jax.lax.pmax(highest, axis_name)
     count = total(valid.astype(jnp.float32))
-    # A NaN is not 0, so it comes out as NaN instead of as a silent 0; rewards whose difference underflows are equal.
+    # NaN != 0, so a NaN reward gives NaN and not a silent 0. Rewards whose difference underflows count as equal.
     comparable = (count >= 2) & (highest - lowest != 0)
     spread = jnp.where(comparable, highest - lowest, jnp.float32(1))
     unit = jnp.where(valid & comparable, (rewards - lowest) / spread, jnp.float32(0))
@@ -48,7 +53,7 @@ def statistics(
 def advantages_of(
     rewards: Float[Array, "B G"], valid: Bool[Array, "B G"], batch: Float[Array, ""] | None, scale: str, eps: float
 ) -> Float[Array, "B G"]:
-    """Of whole groups; `batch` is the batch's deviation where that divides."""
+    """Advantages of whole groups; `batch` is the batch's deviation, given where that divides."""
     group = statistics(rewards, valid, axis=1)
     compared = valid & group.comparable
     if scale == "none":

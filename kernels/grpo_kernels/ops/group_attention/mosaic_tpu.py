@@ -1,10 +1,10 @@
-"""`group_attention` on a TPU: three kernels over the pairs of blocks that see each other; see `blocks.py`.
+"""`group_attention` on a TPU: three Pallas kernels over the pairs of blocks that see each other; `block_pairs.py` lists them.
 
 Forward and backward are FlashAttention-2's (https://arxiv.org/abs/2307.08691, algorithms 1 and 2), with one pass for dq and one
-for dk and dv, so that nothing is stored by pairs. The R heads that share a key's head are R times as many queries of a block.
-A key's gradient sums over those and over all that see it: for the prompt's, the queries of all completions.
+for dk and dv, so that nothing is stored per pair. The R heads that share a key's head make R times as many queries of a block.
+A key's gradient sums over those and over all queries that see it: for the prompt's keys, the queries of all completions.
 
-Scores lie as [keys, queries]: statistics of a query are then rows, and reductions stay within lanes.
+Scores are laid out as [keys, queries]: statistics of a query are then rows, and reductions stay within lanes.
 """
 
 from __future__ import annotations
@@ -20,59 +20,45 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from grpo_kernels.ops.group_attention.blocks import (
+from grpo_kernels.numerics import EMPTY_MAX, MASK_VALUE, einsum_float32, in_window, soft_cap_and_slope
+from grpo_kernels.ops.group_attention.block_pairs import (
     MOST_PAIRS,
     PAIR_BITS,
-    Layout,
-    Work,
-    choose_layout,
-    heads_first,
-    list_work,
+    BlockPairs,
+    GroupBlocks,
+    from_blocks,
+    list_block_pairs,
     most_pairs,
-    tokens_first,
+    to_blocks,
 )
-
-LOW = -1e30
-"""A score that weighs nothing; finite, so that differences of two are numbers."""
+from grpo_kernels.ops.group_attention.block_sizes import BlockSizes
 
 PREFETCHED = 5
-"""Arguments in scalar memory: the work list's four arrays and the window."""
-
-
-def product(a: Array, b: Array, a_axis: int, b_axis: int) -> Array:
-    """Contracts one axis of each, float32. A TPU's default for float32 is one bfloat16 pass."""
-    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    dims = (((a_axis,), (b_axis,)), ((), ()))
-    return jax.lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+"""Arguments in scalar memory: the four arrays of `BlockPairs` and the window."""
 
 
 def capped_scores(k: Array, q: Array, softcap: float | None) -> tuple[Array, Array | None]:
-    """cap(k qᵀ), and ∂ cap / ∂ score where there is a cap."""
-    scores = product(k, q, 1, 1)
-    if softcap is None:
-        return scores, None
-    ratio = jnp.tanh(scores / jnp.float32(softcap))
-    return jnp.float32(softcap) * ratio, 1 - jnp.square(ratio)
+    """Computes cap(k qᵀ) [keys, queries], and ∂ cap / ∂ score where there is a cap."""
+    return soft_cap_and_slope(einsum_float32("kd,qd->kq", k, q), softcap)
 
 
-def on_pair(work: Any, window: Any, layout: Layout, by_key: bool, step: Any) -> None:
-    """Runs `step(mask)` for this grid step's pair; `mask` takes scores and makes those low that do not count."""
-    pairs, q_start, k_start, k_end = work
+def on_pair(listed: Any, window: Any, blocks: GroupBlocks, by_key: bool, step: Any) -> None:
+    """Runs `step(mask)` for this grid step's pair; `mask` maps scores to scores with `MASK_VALUE` where a key is not seen."""
+    pairs, q_start, k_start, k_end = listed
     at = pl.program_id(1)
     outer, inner = pairs[at] >> PAIR_BITS, pairs[at] & (2**PAIR_BITS - 1)
     query, key = (inner, outer) if by_key else (outer, inner)
     first_q, first_k, end_k = q_start[query], k_start[key], k_end[key]
-    nearest = first_q - (first_k + (layout.k_block - 1))
-    farthest = first_q + (layout.q_block - 1) - first_k
-    all_seen = (nearest >= 0) & (farthest < window) & (first_k + layout.k_block <= end_k)
+    nearest = first_q - (first_k + (blocks.k_block - 1))
+    farthest = first_q + (blocks.q_block - 1) - first_k
+    all_seen = (nearest >= 0) & (farthest < window) & (first_k + blocks.k_block <= end_k)
 
     def mask(scores: Array) -> Array:
         keys, queries = scores.shape
         k_at = first_k + jax.lax.broadcasted_iota(jnp.int32, (keys, 1), 0)
         k_at = jnp.where(k_at < end_k, k_at, jnp.int32(2**30))
-        q_at = first_q + jax.lax.broadcasted_iota(jnp.int32, (1, queries), 1) % layout.q_block
-        distance = q_at - k_at
-        return jnp.where((distance >= 0) & (distance < window), scores, jnp.float32(LOW))
+        q_at = first_q + jax.lax.broadcasted_iota(jnp.int32, (1, queries), 1) % blocks.q_block
+        return jnp.where(in_window(q_at, k_at, window), scores, jnp.float32(MASK_VALUE))
 
     @pl.when(all_seen)
     def _() -> None:
@@ -101,21 +87,21 @@ def rows_of(x: Any) -> Array:
     return x[0, 0].reshape(r * block, width)
 
 
-def forward_kernel(*refs: Any, layout: Layout, softcap: float | None) -> None:
+def forward_kernel(*refs: Any, blocks: GroupBlocks, softcap: float | None) -> None:
     """One block of queries against one of keys.
 
     Args:
-        refs: the work list (5), q [R·block, Dh], k, v [block, Dh]; out, lse [1, R·block]; then scratch: Σ p v as [Dh, queries],
-            the largest score and Σ p of each query.
+        refs: `PREFETCHED` scalars, q [R·block, Dh], k, v [block, Dh]; out, lse [1, R·block]; then scratch: Σ p v
+            as [Dh, queries], the largest score and Σ p of each query.
     """
-    *work, window, q, k, v, out, lse, mixed, top, total = refs
-    pairs = work[0]
+    *listed, window, q, k, v, out, lse, mixed, top, total = refs
+    pairs = listed[0]
 
     @pl.when(is_first(pairs))
     def _() -> None:
         mixed[...] = jnp.zeros_like(mixed)
         total[...] = jnp.zeros_like(total)
-        top[...] = jnp.full_like(top, LOW / 2)  # above LOW: where nothing is seen, weights are exp(LOW / 2) = 0
+        top[...] = jnp.full_like(top, EMPTY_MAX)
 
     def step(mask: Callable[[Array], Array]) -> None:
         scores = mask(capped_scores(k[0, 0], rows_of(q), softcap)[0])
@@ -124,9 +110,9 @@ def forward_kernel(*refs: Any, layout: Layout, softcap: float | None) -> None:
         weights, fade = jnp.exp(scores - now), jnp.exp(before - now)
         top[...] = now
         total[...] = total[...] * fade + jnp.sum(weights, axis=0, keepdims=True)
-        mixed[...] = mixed[...] * fade + product(v[0, 0], weights.astype(v.dtype), 0, 0)
+        mixed[...] = mixed[...] * fade + einsum_float32("kd,kq->dq", v[0, 0], weights.astype(v.dtype))
 
-    on_pair(work, window[0], layout, False, step)
+    on_pair(listed, window[0], blocks, False, step)
 
     @pl.when(is_last(pairs))
     def _() -> None:
@@ -136,50 +122,50 @@ def forward_kernel(*refs: Any, layout: Layout, softcap: float | None) -> None:
 
 
 def score_gradients(refs: Any, mask: Callable[[Array], Array], softcap: float | None) -> tuple[Array, Array]:
-    """p and ∂ loss / ∂ score of a pair, computed again from the log-sum-exp."""
+    """Computes p and ∂ loss / ∂ score of a pair, from the log-sum-exp."""
     q, k, v, d_out, lse, delta = refs
     scores, slope = capped_scores(k[0, 0], rows_of(q), softcap)
     weights = jnp.exp(mask(scores) - lse[0, 0, 0])
-    d_scores = weights * (product(v[0, 0], rows_of(d_out), 1, 1) - delta[0, 0, 0])
+    d_scores = weights * (einsum_float32("kd,qd->kq", v[0, 0], rows_of(d_out)) - delta[0, 0, 0])
     return weights, d_scores if slope is None else d_scores * slope
 
 
-def dq_kernel(*refs: Any, layout: Layout, softcap: float | None) -> None:
-    """As `forward_kernel`; refs: the work list, q, k, v, d_out, lse, delta; dq; scratch: dq as [Dh, queries]."""
-    *work, window, q, k, v, d_out, lse, delta, dq, summed = refs
+def dq_kernel(*refs: Any, blocks: GroupBlocks, softcap: float | None) -> None:
+    """As `forward_kernel`; refs: scalars, q, k, v, d_out, lse, delta; out: dq; scratch: dq as [Dh, queries]."""
+    *listed, window, q, k, v, d_out, lse, delta, dq, summed = refs
 
-    @pl.when(is_first(work[0]))
+    @pl.when(is_first(listed[0]))
     def _() -> None:
         summed[...] = jnp.zeros_like(summed)
 
     def step(mask: Callable[[Array], Array]) -> None:
         _, d_scores = score_gradients((q, k, v, d_out, lse, delta), mask, softcap)
-        summed[...] += product(k[0, 0], d_scores.astype(k.dtype), 0, 0)
+        summed[...] += einsum_float32("kd,kq->dq", k[0, 0], d_scores.astype(k.dtype))
 
-    on_pair(work, window[0], layout, False, step)
+    on_pair(listed, window[0], blocks, False, step)
 
-    @pl.when(is_last(work[0]))
+    @pl.when(is_last(listed[0]))
     def _() -> None:
         dq[0, 0] = summed[...].T.astype(dq.dtype).reshape(dq.shape[2:])
 
 
-def dkv_kernel(*refs: Any, layout: Layout, softcap: float | None) -> None:
-    """As `dq_kernel`, pairs by their keys; refs: the work list, q, k, v, d_out, lse, delta; dk, dv; scratch: dk, dv."""
-    *work, window, q, k, v, d_out, lse, delta, dk, dv, sum_k, sum_v = refs
+def dkv_kernel(*refs: Any, blocks: GroupBlocks, softcap: float | None) -> None:
+    """As `dq_kernel`, pairs grouped by keys; refs: scalars, q, k, v, d_out, lse, delta; out: dk, dv; scratch: dk, dv."""
+    *listed, window, q, k, v, d_out, lse, delta, dk, dv, sum_k, sum_v = refs
 
-    @pl.when(is_first(work[0]))
+    @pl.when(is_first(listed[0]))
     def _() -> None:
         sum_k[...] = jnp.zeros_like(sum_k)
         sum_v[...] = jnp.zeros_like(sum_v)
 
     def step(mask: Callable[[Array], Array]) -> None:
         weights, d_scores = score_gradients((q, k, v, d_out, lse, delta), mask, softcap)
-        sum_v[...] += product(weights.astype(d_out.dtype), rows_of(d_out), 1, 0)
-        sum_k[...] += product(d_scores.astype(q.dtype), rows_of(q), 1, 0)
+        sum_v[...] += einsum_float32("kq,qd->kd", weights.astype(d_out.dtype), rows_of(d_out))
+        sum_k[...] += einsum_float32("kq,qd->kd", d_scores.astype(q.dtype), rows_of(q))
 
-    on_pair(work, window[0], layout, True, step)
+    on_pair(listed, window[0], blocks, True, step)
 
-    @pl.when(is_last(work[0]))
+    @pl.when(is_last(listed[0]))
     def _() -> None:
         dk[0, 0] = sum_k[...].astype(dk.dtype)
         dv[0, 0] = sum_v[...].astype(dv.dtype)
@@ -188,13 +174,14 @@ def dkv_kernel(*refs: Any, layout: Layout, softcap: float | None) -> None:
 def run(
     kernel: Any,
     name: str,
-    layout: Layout,
-    work: Work,
+    blocks: GroupBlocks,
+    pairs: BlockPairs,
     window: Int[Array, ""],
     arrays: dict[str, Array],
     results: list[str],
     scratch: list[tuple[int, int]],
     *,
+    products: int,
     by_key: bool,
     softcap: float | None,
     in_place: bool = False,
@@ -203,40 +190,42 @@ def run(
 
     Args:
         arrays: by kind: q, d_out [B, K, R, T, Dh]; k, v [B, K, T, Dh]; lse, delta [B, K, blocks, 1, R · block].
-        results: kinds of the results, each shaped as `arrays` has it: q for dq, and so on.
-        scratch: float32 arrays.
-        in_place: the result takes the memory of `arrays["q"]`, the first of them.
+        results: kinds of the results, each shaped as in `arrays`: q for dq, and so on.
+        scratch: shapes of float32 arrays.
+        products: matrix products of a pair, for the cost estimate.
+        in_place: the result is written over `arrays["q"]`.
     """
     b, kv, r, _, width = arrays["q"].shape
-    rows = r * layout.q_block
+    rows = r * blocks.q_block
 
-    def of_query(head: Array, at: Array, pairs: Any, *_: Any) -> tuple[Any, Any]:
-        block = pairs[at] & (2**PAIR_BITS - 1) if by_key else pairs[at] >> PAIR_BITS
-        return jax.lax.div(block, jnp.int32(layout.q_blocks)), jax.lax.rem(block, jnp.int32(layout.q_blocks))
+    def of_query(head: Array, at: Array, listed: Any, *_: Any) -> tuple[Any, Any]:
+        block = listed[at] & (2**PAIR_BITS - 1) if by_key else listed[at] >> PAIR_BITS
+        return jax.lax.div(block, jnp.int32(blocks.q_blocks)), jax.lax.rem(block, jnp.int32(blocks.q_blocks))
 
-    def of_key(head: Array, at: Array, pairs: Any, *_: Any) -> tuple[Any, ...]:
-        block = pairs[at] >> PAIR_BITS if by_key else pairs[at] & (2**PAIR_BITS - 1)
-        prompt, own = jax.lax.div(block, jnp.int32(layout.k_blocks)), jax.lax.rem(block, jnp.int32(layout.k_blocks))
+    def of_key(head: Array, at: Array, listed: Any, *_: Any) -> tuple[Any, ...]:
+        block = listed[at] >> PAIR_BITS if by_key else listed[at] & (2**PAIR_BITS - 1)
+        prompt, own = jax.lax.div(block, jnp.int32(blocks.k_blocks)), jax.lax.rem(block, jnp.int32(blocks.k_blocks))
         return prompt, head, own, 0
 
-    def queries(head: Array, at: Array, *work: Any) -> tuple[Any, ...]:
-        prompt, own = of_query(head, at, *work)
+    def queries(head: Array, at: Array, *scalars: Any) -> tuple[Any, ...]:
+        prompt, own = of_query(head, at, *scalars)
         return prompt, head, 0, own, 0
 
-    def statistics(head: Array, at: Array, *work: Any) -> tuple[Any, ...]:
-        prompt, own = of_query(head, at, *work)
+    def statistics(head: Array, at: Array, *scalars: Any) -> tuple[Any, ...]:
+        prompt, own = of_query(head, at, *scalars)
         return prompt, head, own, 0, 0
 
-    of_rows = pl.BlockSpec((1, 1, r, layout.q_block, width), queries)
-    of_keys = pl.BlockSpec((1, 1, layout.k_block, width), of_key)
+    of_rows = pl.BlockSpec((1, 1, r, blocks.q_block, width), queries)
+    of_keys = pl.BlockSpec((1, 1, blocks.k_block, width), of_key)
     of_statistics = pl.BlockSpec((1, 1, 1, 1, rows), statistics)
     specs = {"q": of_rows, "d_out": of_rows, "k": of_keys, "v": of_keys, "lse": of_statistics, "delta": of_statistics}
-    like: dict[str, Any] = arrays | {"lse": jax.ShapeDtypeStruct((b, kv, layout.q_blocks, 1, rows), jnp.float32)}
+    like: dict[str, Any] = arrays | {"lse": jax.ShapeDtypeStruct((b, kv, blocks.q_blocks, 1, rows), jnp.float32)}
+    scores = kv * (pairs.pairs.size - 1) * rows * blocks.k_block  # at most; the window and padding leave some out
     return pl.pallas_call(
-        functools.partial(kernel, layout=layout, softcap=softcap),
+        functools.partial(kernel, blocks=blocks, softcap=softcap),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=PREFETCHED,
-            grid=(kv, work.count),
+            grid=(kv, pairs.count),
             in_specs=[specs[kind] for kind in arrays],
             out_specs=[specs[kind] for kind in results],
             scratch_shapes=[pltpu.VMEM(size, jnp.float32) for size in scratch],
@@ -244,8 +233,13 @@ def run(
         out_shape=[jax.ShapeDtypeStruct(like[kind].shape, like[kind].dtype) for kind in results],
         input_output_aliases={PREFETCHED: 0} if in_place else {},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * products * scores * width,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays.values(), *(like[kind] for kind in results))),
+            transcendentals=scores * (1 if softcap is None else 2),
+        ),
         name=name,
-    )(work.pairs, work.q_start, work.k_start, work.k_end, window[None], *arrays.values())
+    )(pairs.pairs, pairs.q_start, pairs.k_start, pairs.k_end, window[None], *arrays.values())
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -255,54 +249,54 @@ def attention(
     v: Float[Array, "B T K Dh"],
     lengths: Int[Array, "B"],
     window: Int[Array, ""],
-    layout: Layout,
+    blocks: GroupBlocks,
     softcap: float | None,
 ) -> Float[Array, "B T K R Dh"]:
-    """`group_attention_tpu` of as many prompts as one list of pairs holds."""
-    return attention_forward(q, k, v, lengths, window, layout, softcap)[0]
+    """Computes `group_attention_mosaic_tpu` of as many prompts as one list of pairs covers."""
+    return attention_forward(q, k, v, lengths, window, blocks, softcap)[0]
 
 
 def attention_forward(
-    q: Array, k: Array, v: Array, lengths: Array, window: Array, layout: Layout, softcap: float | None
+    q: Array, k: Array, v: Array, lengths: Array, window: Array, blocks: GroupBlocks, softcap: float | None
 ) -> tuple[Array, Any]:
-    """`attention`, and what its backward pass keeps."""
-    work = list_work(layout, lengths, window, by_key=False)
-    arrays = {name: heads_first(x, layout) for name, x in (("q", q), ("k", k), ("v", v))}
-    rows, width = q.shape[3] * layout.q_block, q.shape[-1]
+    """Computes `attention`, and the arrays that its backward pass needs."""
+    pairs = list_block_pairs(blocks, lengths, window, by_key=False)
+    arrays = {name: to_blocks(x, blocks) for name, x in (("q", q), ("k", k), ("v", v))}
+    rows, width = q.shape[3] * blocks.q_block, q.shape[-1]
     scratch = [(width, rows), (1, rows), (1, rows)]
-    options: Any = {"by_key": False, "softcap": softcap}
-    out, lse = run(forward_kernel, "group_attention", layout, work, window, arrays, ["q", "lse"], scratch, **options)
-    out = tokens_first(out, layout)
+    options: Any = {"products": 2, "by_key": False, "softcap": softcap}
+    out, lse = run(forward_kernel, "group_attention", blocks, pairs, window, arrays, ["q", "lse"], scratch, **options)
+    out = from_blocks(out, blocks)
     return out, (q, k, v, lengths, window, out, lse)
 
 
-def attention_backward(layout: Layout, softcap: float | None, kept: Any, d_out: Array) -> tuple[Any, ...]:
-    """Gradients of q, k and v."""
-    q, k, v, lengths, window, out, lse = kept
+def attention_backward(blocks: GroupBlocks, softcap: float | None, residuals: Any, d_out: Array) -> tuple[Any, ...]:
+    """Computes gradients of q, k and v."""
+    q, k, v, lengths, window, out, lse = residuals
     b, _, kv, r, width = q.shape
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    delta = heads_first(delta, layout).reshape(b, kv, r, layout.q_blocks, layout.q_block)
+    delta = to_blocks(delta, blocks).reshape(b, kv, r, blocks.q_blocks, blocks.q_block)
     delta = jnp.moveaxis(delta, 2, 3).reshape(lse.shape)
-    arrays = {name: heads_first(x, layout) for name, x in (("q", q), ("k", k), ("v", v), ("d_out", d_out))}
+    arrays = {name: to_blocks(x, blocks) for name, x in (("q", q), ("k", k), ("v", v), ("d_out", d_out))}
     arrays |= {"lse": lse, "delta": delta}
 
     def gradients(kernel: Any, name: str, results: list[str], scratch: tuple[int, int], **options: Any) -> Any:
-        work = list_work(layout, lengths, window, by_key=options["by_key"])
-        return run(kernel, name, layout, work, window, arrays, results, [scratch] * len(results), softcap=softcap, **options)
+        pairs = list_block_pairs(blocks, lengths, window, by_key=options["by_key"])
+        return run(kernel, name, blocks, pairs, window, arrays, results, [scratch] * len(results), softcap=softcap, **options)
 
-    dk, dv = gradients(dkv_kernel, "group_attention_dkv", ["k", "v"], (layout.k_block, width), by_key=True)
-    # dq is written over q, block by block; q is not needed any more once dk is there.
+    dk, dv = gradients(dkv_kernel, "group_attention_dkv", ["k", "v"], (blocks.k_block, width), products=4, by_key=True)
+    # dq is written over q, block by block; the barrier keeps q until dk, its last other use, is computed.
     arrays["q"], dk = jax.lax.optimization_barrier((arrays["q"], dk))
-    scratch = (width, r * layout.q_block)
-    (dq,) = gradients(dq_kernel, "group_attention_dq", ["q"], scratch, by_key=False, in_place=True)
+    scratch = (width, r * blocks.q_block)
+    (dq,) = gradients(dq_kernel, "group_attention_dq", ["q"], scratch, products=3, by_key=False, in_place=True)
     none = (np.zeros(lengths.shape, jax.dtypes.float0), np.zeros((), jax.dtypes.float0))
-    return tokens_first(dq, layout), tokens_first(dk, layout), tokens_first(dv, layout), *none
+    return from_blocks(dq, blocks), from_blocks(dk, blocks), from_blocks(dv, blocks), *none
 
 
 attention.defvjp(attention_forward, attention_backward)
 
 
-def group_attention_tpu(
+def group_attention_mosaic_tpu(
     q: Float[Array, "B T K R Dh"],
     k: Float[Array, "B T K Dh"],
     v: Float[Array, "B T K Dh"],
@@ -311,22 +305,20 @@ def group_attention_tpu(
     generations: int,
     window: Int[Array, ""],
     softcap: float | None,
+    sizes: BlockSizes,
 ) -> Float[Array, "B T K R Dh"]:
-    """See `group_attention`. A few prompts at a time where the list of pairs would be too long."""
-    b, tokens, _, r, _ = q.shape
+    """Computes `group_attention`, `sizes.prompts` prompts at a time."""
+    b, tokens = q.shape[:2]
     each = (tokens - prompt_width) // max(generations, 1)
-    layout = choose_layout(prompt_width, each, generations if each else 0, r)
-    pairs = most_pairs(layout)
-    size = max(
-        [n for n in range(1, b + 1) if b % n == 0 and n * pairs <= MOST_PAIRS and n * layout.q_blocks <= 2**PAIR_BITS], default=0
-    )
-    if size == 0:
+    blocks = GroupBlocks(prompt_width, each, generations if each else 0, sizes.queries, sizes.keys)
+    if sizes.prompts == 0:
         raise ValueError(
-            f"group_attention: prompt_width {prompt_width} and {generations} completions of {each} tokens make {pairs} pairs of "
-            f"blocks, more than {MOST_PAIRS}; split the group over micro-batches"
+            f"group_attention: prompt_width {prompt_width} and {generations} completions of {each} tokens make "
+            f"{most_pairs(blocks)} pairs of blocks, more than {MOST_PAIRS}; split the group over micro-batches"
         )
+    size = sizes.prompts_at_once(b)
     if size == b:
-        return attention(q, k, v, prompt_lengths, window, layout, softcap)
+        return attention(q, k, v, prompt_lengths, window, blocks, softcap)
     parts = jax.tree.map(lambda x: x.reshape(b // size, size, *x.shape[1:]), (q, k, v, prompt_lengths))
-    out: Any = jax.lax.map(lambda part: attention(*part, window, layout, softcap), parts)
+    out: Any = jax.lax.map(lambda part: attention(*part, window, blocks, softcap), parts)
     return out.reshape(q.shape)

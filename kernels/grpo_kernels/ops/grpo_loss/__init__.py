@@ -1,6 +1,6 @@
-"""The policy loss with its KL term, the sums of a step's metrics, and the loss's slope at every token, in one pass over the tokens.
+"""The policy loss with its KL term, sums for metrics, and the loss's slope at every token, in one pass over the tokens.
 
-The slope is all that the backward pass keeps: there it is a product per element.
+The backward pass keeps the slopes alone and is a product per element.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
-from grpo_kernels.ops.grpo_loss.mosaic_tpu import grpo_loss_tpu
+from grpo_kernels.ops.grpo_loss.block_sizes import BlockSizes, choose_block_sizes
+from grpo_kernels.ops.grpo_loss.mosaic_tpu import grpo_loss_mosaic_tpu
 from grpo_kernels.ops.grpo_loss.reference import Constants, Sums, grpo_loss_reference
 from grpo_kernels.ops.grpo_loss.settings import LossSettings
 from grpo_kernels.ops.grpo_loss.xla import Slopes, grpo_loss_and_slopes
-from grpo_kernels.target import platform
+from grpo_kernels.target import platform, resolve_implementation
 
-__all__ = ["LossSettings", "check_shapes", "checked", "grpo_loss"]
+__all__ = ["BlockSizes", "LossSettings", "check_shapes", "checked", "choose_block_sizes", "grpo_loss"]
 
 
 def grpo_loss(
@@ -34,39 +35,40 @@ def grpo_loss(
     sampler_logps: ArrayLike | None = None,
     whole_logps: ArrayLike | None = None,
     implementation: str | None = None,
+    block_sizes: BlockSizes | None = None,
 ) -> tuple[Float[Array, ""], Sums]:
-    """Σ weights·(m + β·KL) over the trained tokens of some rows of a batch, and sums for metrics; `reference` has the formulas.
+    """Computes Σ weights·(m + β·KL) over the trained tokens of some rows of a batch, and sums for metrics.
+
+    `reference` has the formulas.
 
     Log-probabilities are nats per token, taken as float32. Gradients flow through `logps` and `whole_logps`; the sums have none.
     Every result is a sum (or a maximum) over tokens: results of pieces of whole rows add up. So under `shard_map` over rows, call
-    it on each device's rows (with `check_vma=False`, which a Pallas call needs) and `psum` what it returns (`pmax` where the name
-    ends in "_max"); the gradient needs no communication. The weights hold the denominators, and so come from the whole batch.
+    it on each device's rows (with `check_vma=False`, which a Pallas call needs) and `psum` the results (`pmax` where the name
+    ends in "_max"); the gradient needs no communication. The weights contain the denominators, which come from the whole batch.
 
     Args:
         logps: [N, C], of the policy that is trained.
         old_logps: [N, C], of the policy before the first update on this batch; None = the same as logps, without gradient.
         ref_logps: [N, C], of the reference; None where there is none.
         advantages: [N].
-        completion_mask: [N, C], True = the token is trained. What stands elsewhere, NaN included, changes nothing.
+        completion_mask: [N, C], True = the token is trained. Values elsewhere, NaN included, change nothing.
         weights: [N, C], of each token in the loss.
-        settings: static.
+        settings: static settings.
         sampler_logps: [N, C], of the distribution that the tokens were drawn from, as the sampler computed them.
-        whole_logps: [N, C], of the policy's whole distribution, for KL, where logps are of a truncated one; None = logps.
-        implementation: "reference" (plain, differentiated by JAX), "tpu" (Pallas), "gpu" (XLA's fused loops, on any device), or
-            None: "tpu" on a TPU, else "gpu".
+        whole_logps: [N, C], of the policy's untruncated distribution, for KL, where logps are of a truncated one; None = logps.
+        implementation: "reference" (plain JAX, differentiated by JAX), "xla" (plain JAX, keeps slopes), "mosaic_tpu" (Pallas), or
+            None: "mosaic_tpu" on a TPU, else "xla".
+        block_sizes: of "mosaic_tpu"; None = `choose_block_sizes`.
 
     Returns:
-        The loss, and float32 sums: `tokens`, `clipped_low` and `clipped_high` (tokens whose ratio is held by a bound),
+        The loss, and float32 sums: `tokens`, `clipped_low` and `clipped_high` (tokens whose ratio is clipped at a bound),
         `policy_loss` (the loss without β·KL); with a reference `kl` (k3, nats); with the sampler's `logp_difference` and
         `logp_difference_max` (|logπ_old − logπ_sampler|, nats).
 
     Raises:
-        ValueError: shapes do not agree, the settings need log-probabilities that are not given, or an unknown implementation.
+        ValueError: shapes do not agree, the settings need log-probabilities that are missing, or an unknown implementation.
     """
-    if implementation is None:
-        implementation = "tpu" if platform() == "tpu" else "gpu"
-    if implementation not in ("reference", "tpu", "gpu"):
-        raise ValueError(f"implementation is {implementation!r}: choose from reference, tpu, gpu, or None")
+    named = resolve_implementation("grpo_loss", implementation, "mosaic_tpu" if platform() == "tpu" else "xla")
     policy, whole, constants = checked(
         logps,
         old_logps,
@@ -78,9 +80,10 @@ def grpo_loss(
         sampler_logps=sampler_logps,
         whole_logps=whole_logps,
     )
-    if implementation == "reference":
+    if named == "reference":
         return grpo_loss_reference(policy, whole, constants, settings)
-    return compiled(policy, whole, constants, settings, implementation)
+    blocks = (block_sizes or choose_block_sizes(*policy.shape)) if named == "mosaic_tpu" else None
+    return compiled(policy, whole, constants, settings, blocks)
 
 
 def checked(
@@ -95,7 +98,7 @@ def checked(
     sampler_logps: ArrayLike | None,
     whole_logps: ArrayLike | None,
 ) -> tuple[Float[Array, "N C"], Float[Array, "N C"] | None, Constants]:
-    """The arguments of `grpo_loss` as float32 arrays that agree: logps, whole, and what has no gradient.
+    """Checks the arguments of `grpo_loss` and returns them as float32 arrays: logps, whole, and those without a gradient.
 
     Raises:
         ValueError: as `grpo_loss`.
@@ -122,10 +125,10 @@ def checked(
 
 
 def check_shapes(logps: ArrayLike, advantages: ArrayLike | None = None, **others: ArrayLike | None) -> None:
-    """Refuses logps that are not [N, C], and what does not fit them.
+    """Checks that logps are [N, C] and that the other arrays have fitting shapes.
 
     Raises:
-        ValueError: names the argument, its shape and the right one.
+        ValueError: names the argument, its shape and the required one.
     """
     shape = jnp.shape(logps)
     if len(shape) != 2 or 0 in shape:
@@ -138,29 +141,31 @@ def check_shapes(logps: ArrayLike, advantages: ArrayLike | None = None, **others
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def one_pass(logps: Array, whole: Array | None, constants: Constants, settings: LossSettings, implementation: str) -> Any:
-    """No gradient is wanted: no slopes are computed."""
-    if implementation == "tpu":
-        return grpo_loss_tpu(logps, whole, constants, settings, slopes=False)[0]
-    return grpo_loss_reference(logps, whole, constants, settings)
+def one_pass(
+    logps: Array, whole: Array | None, constants: Constants, settings: LossSettings, blocks: BlockSizes | None
+) -> tuple[Array, Sums]:
+    """Computes the loss and the sums without slopes; `blocks` are the TPU kernel's, None runs plain JAX."""
+    if blocks is None:
+        return grpo_loss_reference(logps, whole, constants, settings)
+    return grpo_loss_mosaic_tpu(logps, whole, constants, settings, blocks, slopes=False)[0]
 
 
 def one_pass_forward(
-    logps: Array, whole: Array | None, constants: Constants, settings: LossSettings, implementation: str
+    logps: Array, whole: Array | None, constants: Constants, settings: LossSettings, blocks: BlockSizes | None
 ) -> tuple[tuple[Array, Sums], Slopes | None]:
-    """The result, and the slopes for the backward pass."""
-    if implementation == "tpu":
-        return grpo_loss_tpu(logps, whole, constants, settings, slopes=True)
-    return grpo_loss_and_slopes(logps, whole, constants, settings)
+    """Computes the result, and the slopes for the backward pass."""
+    if blocks is None:
+        return grpo_loss_and_slopes(logps, whole, constants, settings)
+    return grpo_loss_mosaic_tpu(logps, whole, constants, settings, blocks, slopes=True)
 
 
-def one_pass_backward(settings: LossSettings, implementation: str, slopes: Slopes, cotangents: tuple[Array, Sums]) -> tuple:
-    """A product per element."""
-    of_logps, of_whole = slopes
-    return cotangents[0] * of_logps, None if of_whole is None else cotangents[0] * of_whole, None
+def one_pass_backward(settings: LossSettings, blocks: BlockSizes | None, slopes: Slopes, cotangents: tuple[Array, Sums]) -> tuple:
+    """Multiplies the slopes by the loss's cotangent."""
+    by_logps, by_whole = slopes
+    return cotangents[0] * by_logps, None if by_whole is None else cotangents[0] * by_whole, None
 
 
 one_pass.defvjp(one_pass_forward, one_pass_backward)
 
-# One program even where nothing around it is compiled.
 compiled = jax.jit(one_pass, static_argnums=(3, 4))
+"""`one_pass` as one program, even where nothing around the call is compiled."""

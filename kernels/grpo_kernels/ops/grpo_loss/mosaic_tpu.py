@@ -1,12 +1,12 @@
-"""`grpo_loss` on a TPU: one kernel over tiles of rows and tokens, which reads each array once and writes the slopes.
+"""`grpo_loss` on a TPU: one Pallas kernel over blocks of rows and tokens, which reads each array once and writes the slopes.
 
-The formulas are the reference's own functions, traced in the kernel; their slopes are the forward-mode derivatives of these, since
-one token's term depends on that token alone. `gspo` is the exception: its ratio is of the row. So it sweeps a tile of rows twice,
-first for the row's sums and then as the others do. Where a row fits one block the second sweep finds it in vector memory, and
-nothing is read twice.
+The kernel traces the reference's own formulas. The slopes are their forward-mode derivatives, since one token's term depends on
+that token alone. `gspo` is the exception: its ratio belongs to the row. The kernel then sweeps a block of rows twice, first for the
+row's sums and then as for the other losses. Where a row fits one block, the second sweep finds it in vector memory and nothing is
+read twice.
 
-Sums over tokens add up in scalar memory, block after block, so the grid runs in order. Tails are masked in the kernel: nothing is
-padded. Only the mask is copied, to one byte a token.
+Sums over tokens accumulate in scalar memory, block after block, so the grid runs in order. Tails are masked in the kernel: nothing
+is padded. Only the mask is copied, to one byte a token.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
+from grpo_kernels.ops.grpo_loss.block_sizes import BlockSizes
 from grpo_kernels.ops.grpo_loss.reference import (
     Constants,
     Sums,
@@ -39,24 +40,12 @@ from grpo_kernels.ops.grpo_loss.reference import (
 from grpo_kernels.ops.grpo_loss.settings import LossSettings
 from grpo_kernels.ops.grpo_loss.xla import Slopes
 
-LANES = 128
-BLOCK_TOKENS = 2**15
-"""Tokens in a block: 128 KiB of each array, of which up to seven enter and two leave, in two buffers each."""
-BLOCK_LENGTH = 1024
-"""Tokens of one row in a block. A row up to this long is one block."""
-BLOCK_ROWS = 32
-"""Rows in a block are a multiple of this: the mask has one byte a token, of which a tile holds 32 rows."""
-
-
-def tile(rows: int, length: int) -> tuple[int, int]:
-    """Rows and tokens in a block: multiples of 32 and 128, or the whole dimension."""
-    tokens = min(length, BLOCK_LENGTH)
-    lanes = pl.cdiv(tokens, LANES) * LANES
-    return min(rows, max(BLOCK_ROWS, BLOCK_TOKENS // lanes // BLOCK_ROWS * BLOCK_ROWS)), tokens
+FLOPS_PER_TOKEN, EXPONENTIALS_PER_TOKEN = 40, 2
+"""Roughly, for the cost estimate: the ratio, its clip, the KL term, their derivatives and the sums."""
 
 
 class RowSums(NamedTuple):
-    """`gspo`: of each row, Σ log-ratio, the number of tokens, and Σ weight · importance."""
+    """Sums over each row, for `gspo`: Σ log-ratio, the number of trained tokens, and Σ weight · importance."""
 
     log_ratio: Any
     count: Any
@@ -64,14 +53,14 @@ class RowSums(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What the kernel's references are.
+class KernelArrays:
+    """Names and sizes of the arrays that the kernel is called with.
 
     Attributes:
-        rows, length: N and C; blocks may reach beyond.
-        inputs: names of the arrays that enter, among logps, whole, old, ref, sampler, weights, mask, advantage.
+        rows, length: N and C; the last blocks may reach beyond.
+        inputs: names of the input arrays, among logps, whole, old, ref, sampler, weights, mask, advantage.
         sums: names of the sums, in their order in scalar memory.
-        slopes: arrays of slopes that leave: 0, 1 (logps), or 2 (and whole, by the KL term).
+        slopes: number of slope arrays that are written: 0, 1 (by logps), or 2 (also by whole, from the KL term).
     """
 
     rows: int
@@ -81,18 +70,18 @@ class Layout:
     slopes: int
 
 
-def load(inputs: dict[str, Any], layout: Layout, row_block: Any, token_block: Any) -> Tokens:
-    """A block, with 0 where nothing is trained and past the arrays' ends."""
+def load(inputs: dict[str, Any], arrays: KernelArrays, row_block: Any, token_block: Any) -> Tokens:
+    """Loads one block, with 0 where no token is trained and past the arrays' ends."""
     blocks: dict[str, Any] = dict.fromkeys(("whole", "old", "ref", "sampler")) | {name: ref[...] for name, ref in inputs.items()}
     mask = blocks.pop("mask").astype(jnp.int32) != 0
     size = mask.shape
     row = row_block * size[0] + jax.lax.broadcasted_iota(jnp.int32, size, 0)
     token = token_block * size[1] + jax.lax.broadcasted_iota(jnp.int32, size, 1)
-    return masked(**blocks, mask=mask & (row < layout.rows) & (token < layout.length))
+    return masked(**blocks, mask=mask & (row < arrays.rows) & (token < arrays.length))
 
 
 def row_sums(tokens: Tokens, settings: LossSettings) -> RowSums:
-    """Of this block's tokens."""
+    """Computes `RowSums` over this block's tokens."""
     factor = importance(tokens, settings)
     mass = tokens.weights if factor is None else tokens.weights * factor
     parts = (bounded(tokens.logps - tokens.old), tokens.mask.astype(jnp.float32), mass)
@@ -100,7 +89,11 @@ def row_sums(tokens: Tokens, settings: LossSettings) -> RowSums:
 
 
 def terms_and_slopes(tokens: Tokens, settings: LossSettings, row: RowSums | None) -> tuple[Terms, Array, Array | None]:
-    """The terms, and the slopes of the loss by the policy term and by the KL term; `row` is for `gspo`, of whole rows."""
+    """Computes the terms and the loss's slopes through the policy term and through the KL term.
+
+    Args:
+        row: sums over whole rows, for `gspo`; None for the other losses.
+    """
     mask, one = tokens.mask, jnp.ones_like(tokens.logps)
 
     if row is None:
@@ -135,27 +128,27 @@ def terms_and_slopes(tokens: Tokens, settings: LossSettings, row: RowSums | None
     return Terms(only(mask, policy), kl, low, high), only(mask, slope), kl_slope
 
 
-def loss_kernel(*refs: Any, layout: Layout, settings: LossSettings) -> None:
-    """One block of tokens: refs are the layout's inputs [rows, tokens], the sums in scalar memory, slopes, and gspo's row sums."""
-    inputs = dict(zip(layout.inputs, refs, strict=False))
+def loss_kernel(*refs: Any, arrays: KernelArrays, settings: LossSettings) -> None:
+    """One block. refs: `arrays.inputs` [rows, tokens], the sums in scalar memory, the slopes, and gspo's row sums as scratch."""
+    inputs = dict(zip(arrays.inputs, refs, strict=False))
     sums, *rest = refs[len(inputs) :]
-    slopes, scratch = rest[: layout.slopes], rest[layout.slopes :]
+    slopes, scratch = rest[: arrays.slopes], rest[arrays.slopes :]
     row_block, sweep, token_block = (pl.program_id(axis) for axis in range(3))
-    tokens = load(inputs, layout, row_block, token_block)
+    tokens = load(inputs, arrays, row_block, token_block)
 
     @pl.when((row_block == 0) & (sweep == 0) & (token_block == 0))
     def _() -> None:
-        for index in range(len(layout.sums)):
+        for index in range(len(arrays.sums)):
             sums[index] = jnp.float32(0)
 
     def finish(row: RowSums | None) -> None:
         terms, slope, kl_slope = terms_and_slopes(tokens, settings, row)
         new = {"loss": jnp.sum(tokens.weights * per_token(terms)), **token_sums(tokens, terms)}
-        for index, name in enumerate(layout.sums):
+        for index, name in enumerate(arrays.sums):
             sums[index] = jnp.maximum(sums[index], new[name]) if name.endswith("_max") else sums[index] + new[name]
-        if layout.slopes == 2:
+        if arrays.slopes == 2:
             slopes[0][...], slopes[1][...] = slope, kl_slope
-        elif layout.slopes == 1:
+        elif arrays.slopes == 1:
             slopes[0][...] = slope if kl_slope is None else slope + kl_slope
 
     if settings.loss != "gspo":
@@ -172,44 +165,55 @@ def loss_kernel(*refs: Any, layout: Layout, settings: LossSettings) -> None:
         finish(RowSums(*(total[...] for total in scratch)))
 
 
-def grpo_loss_tpu(
-    logps: Float[Array, "N C"], whole: Float[Array, "N C"] | None, constants: Constants, settings: LossSettings, slopes: bool
+def grpo_loss_mosaic_tpu(
+    logps: Float[Array, "N C"],
+    whole: Float[Array, "N C"] | None,
+    constants: Constants,
+    settings: LossSettings,
+    blocks: BlockSizes,
+    slopes: bool,
 ) -> tuple[tuple[Float[Array, ""], Sums], Slopes | None]:
-    """See `grpo_loss`; no slopes where they are not asked for."""
-    (rows, length), (size_rows, size_tokens) = logps.shape, tile(*logps.shape)
-    # What does not enter is not handed over: some versions of libtpu return zeros where a kernel leaves an operand unused.
+    """Computes `grpo_loss` by the kernel; the slopes are None where they are not asked for."""
+    rows, length = logps.shape
+    # An array that is not used is not passed: some versions of libtpu return zeros where a kernel leaves an operand unused.
     uses_whole = whole is not None and constants.ref is not None
     uses_old = settings.loss != "reinforce" or constants.sampler is not None
     given = {"logps": logps, "ref": constants.ref, "sampler": constants.sampler}
     given |= {"whole": whole} if uses_whole else {}
     given |= {"old": constants.old} if uses_old else {}
-    arrays = {name: array for name, array in given.items() if array is not None}
-    arrays |= {"weights": constants.weights, "mask": constants.mask.astype(jnp.int8), "advantage": constants.advantages[:, None]}
+    inputs = {name: array for name, array in given.items() if array is not None}
+    inputs |= {"weights": constants.weights, "mask": constants.mask.astype(jnp.int8), "advantage": constants.advantages[:, None]}
     names = ["loss", "policy_loss", "tokens", "clipped_low", "clipped_high"]
     names += ["kl"] if constants.ref is not None else []
     names += ["logp_difference", "logp_difference_max"] if constants.sampler is not None else []
     has_kl_term = settings.beta > 0 and constants.ref is not None
     count = (2 if uses_whole and has_kl_term else 1) if slopes else 0
-    layout = Layout(rows, length, tuple(arrays), tuple(names), count)
+    arrays = KernelArrays(rows, length, tuple(inputs), tuple(names), count)
 
     twice = settings.loss == "gspo"
-    block = pl.BlockSpec((size_rows, size_tokens), lambda i, sweep, j: (i, j))
-    # In the first of two sweeps nothing is written: the block stays the first, which the second sweep then begins with.
-    written = pl.BlockSpec((size_rows, size_tokens), lambda i, sweep, j: (i, sweep * j if twice else j))
-    column = pl.BlockSpec((size_rows, 1), lambda i, sweep, j: (i, 0))
+    block = pl.BlockSpec((blocks.rows, blocks.tokens), lambda i, sweep, j: (i, j))
+    # The first of two sweeps writes nothing: its block stays the first one, with which the second sweep begins.
+    written = pl.BlockSpec((blocks.rows, blocks.tokens), lambda i, sweep, j: (i, sweep * j if twice else j))
+    column = pl.BlockSpec((blocks.rows, 1), lambda i, sweep, j: (i, 0))
+    sweeps, read_twice = 1 + twice, twice and length > blocks.tokens
     sums, *out = pl.pallas_call(
-        functools.partial(loss_kernel, layout=layout, settings=settings),
-        grid=(pl.cdiv(rows, size_rows), 2 if twice else 1, pl.cdiv(length, size_tokens)),
-        in_specs=[column if name == "advantage" else block for name in arrays],
+        functools.partial(loss_kernel, arrays=arrays, settings=settings),
+        grid=(pl.cdiv(rows, blocks.rows), sweeps, pl.cdiv(length, blocks.tokens)),
+        in_specs=[column if name == "advantage" else block for name in inputs],
         out_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), *[written] * count],
         out_shape=[jax.ShapeDtypeStruct((len(names),), jnp.float32), *[jax.ShapeDtypeStruct((rows, length), jnp.float32)] * count],
-        scratch_shapes=[pltpu.VMEM((size_rows, 1), jnp.float32)] * (3 if twice else 0),
+        scratch_shapes=[pltpu.VMEM((blocks.rows, 1), jnp.float32)] * (3 if twice else 0),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",) * 3),
+        cost_estimate=pl.CostEstimate(
+            flops=FLOPS_PER_TOKEN * sweeps * logps.size,
+            bytes_accessed=sum(x.nbytes for x in inputs.values()) * (1 + read_twice) + 4 * count * logps.size,
+            transcendentals=EXPONENTIALS_PER_TOKEN * logps.size,
+        ),
         name=f"grpo_loss_{settings.loss}",
-    )(*arrays.values())
+    )(*inputs.values())
     results = dict(zip(names, sums, strict=True))
     loss = results.pop("loss")
     if not slopes:
         return (loss, results), None
-    of_whole = None if whole is None else out[1] if count == 2 else jnp.zeros_like(whole)
-    return (loss, results), (out[0], of_whole)
+    by_whole = None if whole is None else out[1] if count == 2 else jnp.zeros_like(whole)
+    return (loss, results), (out[0], by_whole)

@@ -1,4 +1,4 @@
-"""The plain form of `grpo_loss`, and the formulas that the kernel shares with it: pure functions of arrays of any tiling.
+"""Plain JAX for `grpo_loss`. The TPU kernel uses the same formulas, as pure functions of arrays of any block size.
 
 ρ = exp(logπ − logπ_old) per token, A = advantage of the row, T_i = trained tokens of row i, sg = stop-gradient; the policy term m:
 
@@ -8,7 +8,7 @@
     cispo                       −sg(min(ρ, ε_max))·A·logπ
     sapo                        −(4/τ)·σ(τ(ρ−1))·A, τ by the sign of A
 
-Their sources, and the choices made where these leave some, are listed once, in `grpo_jax.learner.loss`.
+`grpo_jax.learner.loss` lists their sources, and what was chosen where a source leaves a choice.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ SAPO_TAU_POSITIVE = 1.0
 SAPO_TAU_NEGATIVE = 1.05
 
 Sums = dict[str, Float[Array, ""]]
-"""Over trained tokens; a maximum where the name ends in "_max"."""
+"""Sums over trained tokens, by name; a maximum where the name ends in "_max"."""
 
 
 class Constants(NamedTuple):
-    """What has no gradient, as it was given. `old` None is the same as logps; without `ref` or `sampler` no sums of theirs."""
+    """Arguments without a gradient. `old` None means logps itself; without `ref` or `sampler` their sums are left out."""
 
     old: Float[Array, "N C"] | None
     ref: Float[Array, "N C"] | None
@@ -44,7 +44,7 @@ class Constants(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What enters the formulas: 0 wherever the mask is False, so that nothing that stands there matters."""
+    """Arguments of the formulas, set to 0 wherever the mask is False, so that values there change nothing."""
 
     logps: Float[Array, "n c"]
     whole: Float[Array, "n c"]
@@ -57,7 +57,7 @@ class Tokens(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """Of each token: m with its importance weight, β·KL (None without), and whether ρ is held by a lower or an upper bound."""
+    """Terms of each token: m with its importance weight, β·KL or None, and whether ρ is clipped at a lower or an upper bound."""
 
     policy: Float[Array, "n c"]
     kl: Float[Array, "n c"] | None
@@ -66,17 +66,17 @@ class Terms(NamedTuple):
 
 
 def only(mask: Bool[Array, "..."], array: Float[Array, "..."]) -> Float[Array, "..."]:
-    """0 where the mask is False."""
+    """Sets to 0 where the mask is False."""
     return jnp.where(mask, array, jnp.float32(0))
 
 
 def bounded(log_ratio: Float[Array, "..."]) -> Float[Array, "..."]:
-    """At most ±80 nats, without gradient beyond."""
+    """Clips a log-ratio to ±80 nats; the gradient is 0 beyond."""
     return jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def at_least_one(count: Array) -> Float[Array, "..."]:
-    """A denominator for what may be empty."""
+    """A count as a denominator: 1 where it is 0."""
     return jnp.maximum(count, 1).astype(jnp.float32)
 
 
@@ -90,7 +90,7 @@ def masked(
     advantage: Float[Array, "n 1"],
     mask: Bool[Array, "n c"],
 ) -> Tokens:
-    """Zeroes what is not trained; fills in `old` and `whole`; gradients flow through logps and whole alone."""
+    """Zeroes tokens that are not trained and fills in `old` and `whole`. Gradients flow through logps and whole alone."""
 
     def constant(array: Array | None) -> Array | None:
         return None if array is None else stop_gradient(only(mask, array))
@@ -112,7 +112,7 @@ def masked(
 def policy_term(
     logps: Float[Array, "n c"], log_ratio: Float[Array, "n _"], advantage: Float[Array, "n 1"], settings: LossSettings
 ) -> tuple[Float[Array, "n _"], tuple[Bool[Array, "n _"], Bool[Array, "n _"]]]:
-    """The term m of the table, and where it is held by a lower and by an upper bound; of `gspo` one column serves, its ratio."""
+    """Computes m of the module's table, and where ρ is clipped low and high. For `gspo` the log-ratio may be one column."""
     nowhere = jnp.zeros(log_ratio.shape, bool)
     if settings.loss == "reinforce":
         return -advantage * logps, (nowhere, nowhere)
@@ -124,7 +124,7 @@ def policy_term(
         tau = jnp.where(advantage > 0, jnp.float32(SAPO_TAU_POSITIVE), jnp.float32(SAPO_TAU_NEGATIVE))
         return -4 / tau * jax.nn.sigmoid(tau * (ratio - 1)) * advantage, (nowhere, nowhere)
 
-    # The min of the table, by cases, so that the sums count exactly the tokens whose gradient is cut.
+    # The table's min is written by cases, so that the sums count exactly the tokens whose gradient is cut.
     low, high = jnp.float32(1 - settings.epsilon), jnp.float32(1 + settings.epsilon_high)
     cut_low = (advantage < 0) & (ratio < low)
     cut_high = (advantage > 0) & (ratio > high)
@@ -137,20 +137,23 @@ def policy_term(
 
 
 def importance(tokens: Tokens, settings: LossSettings) -> Float[Array, "n c"] | None:
-    """min(π_old/π_sampler, cap) of each token; None where it is off."""
+    """Importance weight min(π_old/π_sampler, cap) of each token; None where it is off."""
     if settings.importance_cap is None or tokens.sampler is None:
         return None
     return jnp.minimum(jnp.exp(bounded(tokens.old - tokens.sampler)), jnp.float32(settings.importance_cap))
 
 
 def kl_estimate(logps: Float[Array, "..."], ref_logps: Float[Array, "..."], kind: str) -> Float[Array, "..."]:
-    """http://joschu.net/blog/kl-approx.html, d = logπ_ref − logπ: k1 = −d, k2 = d²/2, k3 = e^d − d − 1 with d at most ±80 nats."""
+    """Estimates KL of each token, d = logπ_ref − logπ: k1 = −d, k2 = d²/2, k3 = e^d − d − 1 with d clipped to ±80 nats.
+
+    http://joschu.net/blog/kl-approx.html
+    """
     d = ref_logps - logps
     if kind == "k1":
         return -d
     if kind == "k2":
         return jnp.float32(0.5) * jnp.square(d)
-    # Near 0 the difference would cancel: Taylor's series, to 1e-8 of its value. (A TPU's kernels have no expm1, which cancels too.)
+    # Near 0 the difference cancels, so Taylor's series is used, exact to 1e-8. (TPU kernels have no expm1, which cancels too.)
     d = bounded(d)
     series = jnp.ones_like(d)
     for n in range(9, 2, -1):
@@ -160,7 +163,7 @@ def kl_estimate(logps: Float[Array, "..."], ref_logps: Float[Array, "..."], kind
 
 
 def token_terms(tokens: Tokens, settings: LossSettings) -> Terms:
-    """Whole rows."""
+    """Computes the terms of every token of whole rows."""
     log_ratio = bounded(tokens.logps - tokens.old)
     if settings.loss == "gspo":
         count = at_least_one(jnp.sum(tokens.mask, axis=1, keepdims=True))
@@ -174,12 +177,12 @@ def token_terms(tokens: Tokens, settings: LossSettings) -> Terms:
 
 
 def per_token(terms: Terms) -> Float[Array, "n c"]:
-    """m + β·KL: what a token adds to the loss before its weight."""
+    """m + β·KL, a token's loss before its weight."""
     return terms.policy if terms.kl is None else terms.policy + terms.kl
 
 
 def token_sums(tokens: Tokens, terms: Terms) -> Sums:
-    """Sums without gradient, which add up over pieces of a batch. The KL sum is always k3, whatever the loss uses."""
+    """Computes the sums for metrics, which add up over pieces of a batch. The KL sum is always k3, whatever the loss uses."""
 
     def count(of: Bool[Array, "n c"]) -> Float[Array, ""]:
         return jnp.sum((of & tokens.mask).astype(jnp.float32))
@@ -196,7 +199,7 @@ def token_sums(tokens: Tokens, terms: Terms) -> Sums:
 
 
 def tokens_of(logps: Float[Array, "N C"], whole: Float[Array, "N C"] | None, constants: Constants) -> Tokens:
-    """The whole arrays, masked."""
+    """Masks the arrays of all rows."""
     old, ref, sampler, advantages, mask, weights = constants
     return masked(logps, whole, old, ref, sampler, weights, advantages[:, None], mask)
 
@@ -204,7 +207,7 @@ def tokens_of(logps: Float[Array, "N C"], whole: Float[Array, "N C"] | None, con
 def grpo_loss_reference(
     logps: Float[Array, "N C"], whole: Float[Array, "N C"] | None, constants: Constants, settings: LossSettings
 ) -> tuple[Float[Array, ""], Sums]:
-    """See `grpo_loss`; JAX differentiates it."""
+    """Computes `grpo_loss`; JAX differentiates it."""
     tokens = tokens_of(logps, whole, constants)
     terms = token_terms(tokens, settings)
     return jnp.sum(tokens.weights * per_token(terms)), token_sums(tokens, terms)

@@ -1,4 +1,4 @@
-"""What `grpo_loss` is compiled for: the choice of the loss and its numbers."""
+"""Static settings of `grpo_loss`: which loss, its clip range and its KL term."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ KL_KINDS = ("k1", "k2", "k3")
 
 @dataclass(frozen=True)
 class LossSettings:
-    """Static settings; `grpo_loss.reference` has the formulas.
+    """Settings that `grpo_loss` is compiled for; `grpo_loss.reference` has the formulas.
 
     Attributes:
-        loss: one of `LOSSES`. `grpo`, `bnpo`, `dr_grpo` and `dapo` differ in the weights alone, which are given.
-        beta: weight of the KL term; 0 leaves it out, and a reference then only serves the KL sum.
+        loss: one of `LOSSES`. `grpo`, `bnpo`, `dr_grpo` and `dapo` differ only in the weights, which are an argument.
+        beta: weight of the KL term; 0 leaves it out, and a reference is then used for the KL sum alone.
         kl: estimator in the loss, one of `KL_KINDS`.
         epsilon, epsilon_high: clip range of the ratio, below and above 1.
-        epsilon_max: `cispo`'s cap on the ratio, an absolute number.
+        epsilon_max: `cispo`'s upper bound on the ratio.
         delta: upper bound on the ratio where the advantage is negative; None is off.
         importance_cap: cap of the weight π_old/π_sampler; None applies none.
 
     Raises:
-        ValueError: a choice that does not exist, or a number out of its range.
+        ValueError: an unknown choice, or a number out of its range.
     """
 
     loss: str = "dapo"
@@ -48,6 +48,6 @@ class LossSettings:
             "delta": (self.delta is None or self.delta > bound, f"use more than 1 + epsilon_high = {bound:g}, or None"),
             "importance_cap": (self.importance_cap is None or self.importance_cap > 0, "use a positive cap such as 2, or None"),
         }
-        for name, (right, mend) in checks.items():
+        for name, (right, fix) in checks.items():
             if not right:
-                raise ValueError(f"{name} is {self.__dict__[name]:g}: {mend}")
+                raise ValueError(f"{name} is {self.__dict__[name]:g}: {fix}")

@@ -1,4 +1,4 @@
-"""`grpo_loss` as XLA compiles it, on any device: value and slopes together, in fused loops over the tokens."""
+"""`grpo_loss` in plain JAX with its slopes computed along with the value, which XLA fuses into loops over the tokens."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from grpo_kernels.ops.grpo_loss.reference import Constants, Sums, grpo_loss_refe
 from grpo_kernels.ops.grpo_loss.settings import LossSettings
 
 Slopes = tuple[Float[Array, "N C"], Float[Array, "N C"] | None]
-"""∂ loss / ∂ logps, and ∂ loss / ∂ whole where it is given."""
+"""∂ loss / ∂ logps, and ∂ loss / ∂ whole or None where that is not given."""
 
 
 def grpo_loss_and_slopes(
     logps: Float[Array, "N C"], whole: Float[Array, "N C"] | None, constants: Constants, settings: LossSettings
 ) -> tuple[tuple[Float[Array, ""], Sums], Slopes]:
-    """The reference and its gradient. Without a use of the slopes XLA leaves them out."""
+    """Computes the reference and its gradient. XLA drops the slopes where nothing uses them."""
 
     def loss_of(logps: Array, whole: Array | None) -> tuple[Array, Sums]:
         return grpo_loss_reference(logps, whole, constants, settings)

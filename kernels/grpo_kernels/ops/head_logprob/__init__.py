@@ -1,4 +1,4 @@
-"""The last layer, its log-softmax and the gather of the tokens, without a [tokens, vocabulary] array."""
+"""Log-probabilities of tokens from hidden states and the head, in one pass over the vocabulary: no [tokens, vocabulary] array."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from grpo_kernels.ops.head_logprob.frozen import How, frozen_head
+from grpo_kernels.ops.head_logprob.block_sizes import BlockSizes, choose_block_sizes
+from grpo_kernels.ops.head_logprob.frozen import HeadOptions, frozen_head
 from grpo_kernels.ops.head_logprob.reference import head_logprob_reference
 from grpo_kernels.ops.head_logprob.trained import trained_head
-from grpo_kernels.target import platform
+from grpo_kernels.target import platform, resolve_implementation
 
-__all__ = ["head_logprob"]
+__all__ = ["BlockSizes", "choose_block_sizes", "head_logprob"]
 
 
 def head_logprob(
@@ -24,24 +25,26 @@ def head_logprob(
     head_trainable: bool = False,
     vocab_axis: str | None = None,
     implementation: str | None = None,
+    block_sizes: BlockSizes | None = None,
 ) -> tuple[Float[Array, "T"], Float[Array, "T"], Float[Array, "T"]]:
-    """Log-probability of each token, and the entropy and log-sum-exp of its distribution.
+    """Computes the log-probability of each token, and the entropy and log-sum-exp of its distribution.
 
     Args:
         x: hidden states, float32 or bfloat16; with `w` in the same dtype.
         w: the head, one row per vocabulary entry.
-        ids: the tokens. One that is no row of the head has probability 0, logp −∞.
+        ids: the tokens. A token that is no row of the head has probability 0, logp −∞.
         temperature: divides the (capped) logits; has no gradient.
         softcap: c in c·tanh(logit / c); None is off.
         head_trainable: whether `w`, or the entropy, needs a gradient. If not, the gradient with respect to x takes one vector per
             token, found in the forward pass, and entropy has none. If so, every implementation but `reference` computes logits
-            again in the backward pass, in plain XLA, `tpu` too: twice the operations.
-        vocab_axis: within `shard_map`, the mesh axis along which the head lies: `w` is this device's rows, equally many on each,
-            in the order of the axis; ids count through all of them, and x and ids are the same on each. So are the results, and a
-            frozen head's gradient, whose backward pass has no collective. Take gradients outside of `shard_map`, or within one
-            that checks how values vary (its default).
-        implementation: `reference` (plain, builds [T, V]), `tpu` (Pallas, no logits in device memory), `gpu` (plain XLA, at most
-            4,096 × 2,048 logits at once; runs anywhere), or None: `tpu` on a TPU, else `gpu`.
+            again in the backward pass, in plain JAX ("mosaic_tpu" too): twice the operations.
+        vocab_axis: within `shard_map`, the mesh axis along which the head is split: `w` has this device's rows, equally many on
+            each device, in the order of the axis; ids index the rows of all devices. x and ids are the same on each device, and so
+            are the results and a frozen head's gradient, whose backward pass has no collective. Take gradients outside of
+            `shard_map`, or within one that checks how values vary (its default).
+        implementation: "reference" (plain, builds [T, V]), "xla" (plain JAX, at most 4,096 × 2,048 logits at once; runs anywhere),
+            "mosaic_tpu" (Pallas, no logits in device memory), or None: "mosaic_tpu" on a TPU, else "xla".
+        block_sizes: of "xla" and "mosaic_tpu"; None = `choose_block_sizes`.
 
     Returns:
         (logp, entropy, lse), float32 nats.
@@ -57,17 +60,17 @@ def head_logprob(
         raise ValueError(f"head_logprob: ids {ids.shape} do not fit x {x.shape}; one id per row")
     if x.dtype != w.dtype or x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"head_logprob: x is {x.dtype} and w is {w.dtype}; make both float32 or both bfloat16")
-    if implementation is None:
-        implementation = "tpu" if platform() == "tpu" else "gpu"
-    if implementation not in ("reference", "tpu", "gpu"):
-        raise ValueError(
-            f"head_logprob: implementation {implementation!r} is unknown; use 'reference', 'tpu', 'gpu' or None for the device's"
-        )
+    named = resolve_implementation("head_logprob", implementation, "mosaic_tpu" if platform() == "tpu" else "xla")
     ids, tau = ids.astype(jnp.int32), jnp.asarray(temperature, jnp.float32)
     w = w if head_trainable else jax.lax.stop_gradient(w)
-    if implementation == "reference":
+    if named == "reference":
         logp, entropy, lse = head_logprob_reference(x, w, ids, tau, softcap, vocab_axis)
         return logp, entropy if head_trainable else jax.lax.stop_gradient(entropy), lse
+
+    def blocks(with_mean: bool) -> BlockSizes:
+        (tokens, width), form = x.shape, "xla" if head_trainable else named
+        return block_sizes or choose_block_sizes(tokens, width, w.shape[0], x.dtype.itemsize, form, with_mean=with_mean)
+
     if head_trainable:
-        return trained_head(x, w, ids, tau, softcap, vocab_axis)
-    return frozen_head(x, w, ids, tau, How(implementation, softcap, vocab_axis))
+        return trained_head(x, w, ids, tau, softcap, vocab_axis, blocks(False))
+    return frozen_head(x, w, ids, tau, HeadOptions(named, softcap, vocab_axis, (blocks(False), blocks(True))))

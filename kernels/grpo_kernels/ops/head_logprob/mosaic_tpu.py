@@ -1,8 +1,8 @@
-"""`head_logprob`'s one pass over the vocabulary on a TPU: tiles of tokens, blocks of W, and no array of logits.
+"""The pass over the vocabulary of `head_logprob` on a TPU, one Pallas kernel: tiles of tokens, blocks of W, no array of logits.
 
-Grid: (tiles of tokens, blocks of the vocabulary). A tile's hidden states and its float32 H-vector a token stay in vector memory
-while W goes by; W is read once a tile. What leaves is what a token needs and, where a gradient is wanted, the H-vector in the
-dtype of x, after its division: beside it no temporary in device memory. The vocabulary's tail is masked here, W is not padded.
+Grid: (tiles of tokens, blocks of the vocabulary). A tile's hidden states and its float32 `mean` stay in vector memory while the
+blocks of W pass; W is read once a tile. Written are a few values a token and, where a gradient is wanted, `mean` in the dtype of x,
+already divided: there is no other temporary in device memory. The vocabulary's tail is masked in the kernel; W is not padded.
 """
 
 from __future__ import annotations
@@ -16,52 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from grpo_kernels.ops.head_logprob.sums import LOWEST, Sums, cap_and_slope, has_row, product_precision, vary_like
-from grpo_kernels.target import platform, target
-
-LANES = 128
-ROWS = 256
-"""Tokens whose logits are computed at once: more only makes the program longer."""
+from grpo_kernels.numerics import MASK_VALUE, einsum_float32, soft_cap_and_slope
+from grpo_kernels.ops.head_logprob.block_sizes import ROWS, BlockSizes, kernel_memory_bytes
+from grpo_kernels.ops.head_logprob.online_softmax import OnlineSoftmax, has_row, vary_like
 
 COLUMNS = 512
-"""Numbers of the H-vectors that are added to at once."""
-
-
-def vector_memory() -> int:
-    """Bytes that blocks and what is computed of them may take: three quarters of a chip's vector memory.
-
-    That is 16 MiB up to v4, 64 on v5p and v7x, 128 on v5e and v6e. Where the chip is not there to ask, and for those with more, 64.
-    """
-    whole = 64 * 2**20
-    chip = target()
-    if chip is not None and chip.vector_memory_bytes:
-        whole = min(whole, chip.vector_memory_bytes)
-    elif platform() == "tpu":
-        whole = min(whole, pltpu.get_tpu_info().vmem_capacity_bytes)
-    return whole * 3 // 4
-
-
-def up(size: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-size // multiple) * multiple
-
-
-def tile_and_block(tokens: int, width: int, vocabulary: int, itemsize: int, with_mean: bool, memory: int) -> tuple[int, int]:
-    """Tokens of a tile and rows of W in a block.
-
-    A large tile reads W less often (2·tile operations a byte in bfloat16 without the H-vectors, 4·tile with); a large block adds
-    to the H-vectors less often.
-    """
-    width = up(width, LANES)
-    a_token = 2 * width * itemsize + (4 * width + 2 * width * itemsize if with_mean else 0) + 6 * 4 * LANES
-
-    def fits(tile: int, block: int) -> bool:
-        return tile * a_token + 2 * block * width * itemsize + 8 * 4 * min(tile, ROWS) * block <= memory
-
-    tiles = [tile for tile in (128, 256, 512) if tile < 2 * tokens or tile == LANES]
-    sizes = [(tile, block) for tile in tiles for block in (128, 256, 512, 1024) if fits(tile, block)]
-    tile, block = max(sizes, key=lambda pair: (min(pair[0], 2 * pair[1]), pair)) if sizes else (LANES, LANES)
-    return tile, min(block, up(vocabulary, LANES))
+"""Columns of `mean` that are added to at once."""
 
 
 def kernel(
@@ -75,18 +35,18 @@ def kernel(
         x: [tile, H].
         w: [block, H].
         refs: out, four of [1, tile] and `mean` [tile, H] where wanted; then scratch: the ids and the four as columns [tile, 1],
-            and the H-vectors [tile, H], float32.
+            and `mean` [tile, H] in float32.
     """
     outs, scratch = (refs[:5], refs[5:]) if with_mean else (refs[:4], refs[4:])
     column, top, rest, gaps, target = scratch[:5]
     number = pl.program_id(1)
     (tile, width), size = x.shape, w.shape[0]
-    rows, precision = min(tile, ROWS), product_precision(w.dtype)
+    rows = min(tile, ROWS)
 
     @pl.when(number == 0)
     def _() -> None:
         column[...] = jnp.transpose(ids[...])
-        top[...] = jnp.full(top.shape, LOWEST, jnp.float32)
+        top[...] = jnp.full(top.shape, MASK_VALUE, jnp.float32)
         for ref in scratch[2:]:
             ref[...] = jnp.zeros(ref.shape, jnp.float32)
 
@@ -101,13 +61,11 @@ def kernel(
 
     def step(part: Any, _: Any) -> None:
         at = pl.ds(pl.multiple_of(part * rows, rows), rows)
-        across = (((1,), (1,)), ((), ()))
-        raw = jax.lax.dot_general(x[at, :], w[...], across, precision=precision, preferred_element_type=jnp.float32)
-        logits, slope = cap_and_slope(raw, softcap)
+        logits, slope = soft_cap_and_slope(einsum_float32("th,vh->tv", x[at, :], w[...]), softcap)
         token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
         logits = logits * scale[0]
         if vocabulary % size:
-            logits = jnp.where(token < left, logits, jnp.float32(LOWEST))
+            logits = jnp.where(token < left, logits, jnp.float32(MASK_VALUE))
         own = token == column[at, :] - number * size
         before = top[at, :]
         after = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
@@ -123,8 +81,7 @@ def kernel(
         factors = (weights if slope is None else weights * slope).astype(w.dtype)
         for start in range(0, width, COLUMNS):
             on = slice(start, min(start + COLUMNS, width))
-            more = jnp.dot(factors, w[:, on], precision=precision, preferred_element_type=jnp.float32)
-            scratch[5][at, on] = keep * scratch[5][at, on] + more
+            scratch[5][at, on] = keep * scratch[5][at, on] + einsum_float32("tv,vh->th", factors, w[:, on])
 
     jax.lax.fori_loop(0, tile // rows, step, None)
 
@@ -133,24 +90,24 @@ def kernel(
         for out, ref in zip(outs, scratch[1:5], strict=False):
             out[...] = jnp.transpose(ref[...])
         if with_mean:
-            # The token's own weight, where its row is among these.
+            # The weight of the token itself, where this device has its row.
             weight = jnp.where(has_row(column[...], vocabulary), jnp.exp(target[...] - top[...]), jnp.float32(0))
             outs[4][...] = (scratch[5][...] / (rest[...] + weight)).astype(outs[4].dtype)
 
 
-def sums_tpu(
+def online_softmax_mosaic_tpu(
     x: Float[Array, "T H"],
     w: Float[Array, "V H"],
     ids: Int[Array, "T"],
     temperature: Float[Array, ""],
     softcap: float | None,
     with_mean: bool,
-) -> Sums:
-    """See `Sums`."""
+    blocks: BlockSizes,
+) -> OnlineSoftmax:
+    """Computes `OnlineSoftmax` for all tokens."""
     (tokens, width), vocabulary = x.shape, w.shape[0]
-    memory = vector_memory()
-    tile, size = tile_and_block(tokens, width, vocabulary, x.dtype.itemsize, with_mean, memory)
-    blocks = pl.cdiv(vocabulary, size)
+    tile, size = blocks.tokens, blocks.vocabulary
+    tiles, steps = pl.cdiv(tokens, tile), pl.cdiv(vocabulary, size)
     x, w, ids, temperature = vary_like((x, w, ids, temperature), x, w, ids, temperature)
     axes = jax.typeof(x).manual_axis_type
 
@@ -160,8 +117,8 @@ def sums_tpu(
     row = pl.BlockSpec((1, tile), lambda i, j: (0, i))
     hidden = pl.BlockSpec((tile, width), lambda i, j: (i, 0))
     outs = pl.pallas_call(
-        functools.partial(kernel, vocabulary=vocabulary, blocks=blocks, softcap=softcap, with_mean=with_mean),
-        grid=(pl.cdiv(tokens, tile), blocks),
+        functools.partial(kernel, vocabulary=vocabulary, blocks=steps, softcap=softcap, with_mean=with_mean),
+        grid=(tiles, steps),
         in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), row, hidden, pl.BlockSpec((size, width), lambda i, j: (j, 0))],
         out_specs=[row] * 4 + [hidden] * with_mean,
         out_shape=[out((1, tokens), jnp.float32)] * 4 + [out((tokens, width), x.dtype)] * with_mean,
@@ -173,9 +130,14 @@ def sums_tpu(
         compiler_params=pltpu.CompilerParams(
             # The compiler's own limit of 16 or 32 MiB would make tiles too small to keep the matrix unit busy.
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=memory * 6 // 5,
+            vmem_limit_bytes=kernel_memory_bytes() * 6 // 5,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=(4 if with_mean else 2) * tokens * vocabulary * width,
+            bytes_accessed=tiles * w.nbytes + (2 if with_mean else 1) * x.nbytes + 5 * 4 * tokens,
+            transcendentals=(1 if softcap is None else 2) * tokens * vocabulary,
         ),
         name="head_logprob",
     )((1 / temperature)[None], ids[None, :], x, w)
     top, rest, gaps, target = (numbers[0] for numbers in outs[:4])
-    return Sums(top, rest, gaps, target, outs[4] if with_mean else None)
+    return OnlineSoftmax(top, rest, gaps, target, outs[4] if with_mean else None)

@@ -1,8 +1,8 @@
-"""`head_logprob` in plain XLA, for CPU and GPU: tiles of tokens against chunks of the vocabulary, with the sums kept as they go.
+"""`head_logprob` in plain JAX, for CPU and GPU: tiles of tokens against chunks of the vocabulary, with running sums.
 
-A tile's sums and its H-vector a token (float32) are carried over the chunks, as flash attention carries its output. Never more
-than `tile_tokens` × `VOCABULARY` logits exist. W is read once a tile, neither padded nor copied: the last chunk starts early, and
-what was seen before is masked.
+The sums of a tile and its float32 `mean` are carried over the chunks, as flash attention carries its output. The logits of one tile
+and one chunk exist at once. W is read once a tile, neither padded nor copied: the last chunk starts early, and rows of earlier
+chunks are masked.
 """
 
 from __future__ import annotations
@@ -13,26 +13,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from grpo_kernels.ops.head_logprob.sums import LOWEST, Sums, cap_and_slope, has_row, product_precision, vary_like
-from grpo_kernels.target import platform
-
-TOKENS = 4096
-"""Tokens of a tile: a GPU wants large products, each of which costs a launch."""
-
-TOKENS_ON_CPU = 1024
-"""A CPU wants what its caches hold; a tenth faster than 2,048 at H = 1,024."""
-
-VOCABULARY = 2048
-"""Rows of W in a chunk."""
+from grpo_kernels.numerics import MASK_VALUE, einsum_float32, soft_cap_and_slope
+from grpo_kernels.ops.head_logprob.block_sizes import BlockSizes
+from grpo_kernels.ops.head_logprob.online_softmax import OnlineSoftmax, has_row, vary_like
 
 
-def tile_tokens() -> int:
-    """By the device of this process."""
-    return TOKENS_ON_CPU if platform() == "cpu" else TOKENS
-
-
-def pieces(size: int, most: int, multiple: int) -> tuple[int, int]:
-    """How many pieces, and of what size; the last may overlap the one before it."""
+def equal_parts(size: int, most: int, multiple: int) -> tuple[int, int]:
+    """The number of parts and their common size, a multiple; the last part may overlap the one before it."""
     count = -(-size // most)
     each = min(size, -(-size // (count * multiple)) * multiple)
     return -(-size // each), each
@@ -41,25 +28,29 @@ def pieces(size: int, most: int, multiple: int) -> tuple[int, int]:
 def chunk_logits(
     x: Array, w: Array, number: Any, size: int, temperature: Array, softcap: float | None
 ) -> tuple[Array, Array, Array, Array | None]:
-    """Rows of W, the first one's number, their logits (capped, over temperature; lowest where seen before) and slopes."""
+    """One chunk: its rows of W, the index of the first, their logits (capped, over temperature) and the soft cap's slopes.
+
+    Logits of rows that an earlier chunk had are masked.
+    """
     vocabulary = w.shape[0]
     start = jnp.minimum(number * size, vocabulary - size)
     part = jax.lax.dynamic_slice_in_dim(w, start, size)
-    raw = jnp.einsum("th,vh->tv", x, part, precision=product_precision(x.dtype), preferred_element_type=jnp.float32)
-    logits, slope = cap_and_slope(raw, softcap)
+    logits, slope = soft_cap_and_slope(einsum_float32("th,vh->tv", x, part), softcap)
     logits = logits / temperature
     if vocabulary % size:
         new = start + jnp.arange(size, dtype=jnp.int32) >= number * size
-        logits = jnp.where(new[None, :], logits, jnp.float32(LOWEST))
+        logits = jnp.where(new[None, :], logits, jnp.float32(MASK_VALUE))
     return part, start, logits, slope
 
 
-def tile_sums(x: Array, ids: Array, w: Array, temperature: Array, softcap: float | None, with_mean: bool) -> Sums:
-    """One tile of tokens against the vocabulary."""
+def tile_sums(
+    x: Array, ids: Array, w: Array, temperature: Array, softcap: float | None, with_mean: bool, most: int
+) -> OnlineSoftmax:
+    """Computes the sums of one tile of tokens over the vocabulary, at most `most` rows of W at a time."""
     tokens, width = x.shape
-    chunks, size = pieces(w.shape[0], VOCABULARY, 128)
+    chunks, size = equal_parts(w.shape[0], most, 128)
 
-    def step(before: Sums, number: Any) -> tuple[Sums, None]:
+    def step(before: OnlineSoftmax, number: Any) -> tuple[OnlineSoftmax, None]:
         part, start, logits, slope = chunk_logits(x, w, number, size, temperature, softcap)
         at = ids - start
         own = at[:, None] == jnp.arange(size, dtype=jnp.int32)[None, :]
@@ -75,12 +66,11 @@ def tile_sums(x: Array, ids: Array, w: Array, temperature: Array, softcap: float
         mean = None
         if before.mean is not None:
             factors = (weights if slope is None else weights * slope).astype(x.dtype)
-            more = jnp.einsum("tv,vh->th", factors, part, precision=product_precision(x.dtype), preferred_element_type=jnp.float32)
-            mean = keep[:, None] * before.mean + more
-        return Sums(top, rest, gaps, target, mean), None
+            mean = keep[:, None] * before.mean + einsum_float32("tv,vh->th", factors, part)
+        return OnlineSoftmax(top, rest, gaps, target, mean), None
 
-    lowest, zeros = jnp.full((tokens,), LOWEST, jnp.float32), jnp.zeros((tokens,), jnp.float32)
-    blank = Sums(lowest, zeros, zeros, lowest, jnp.zeros((tokens, width), jnp.float32) if with_mean else None)
+    lowest, zeros = jnp.full((tokens,), MASK_VALUE, jnp.float32), jnp.zeros((tokens,), jnp.float32)
+    blank = OnlineSoftmax(lowest, zeros, zeros, lowest, jnp.zeros((tokens, width), jnp.float32) if with_mean else None)
     blank = vary_like(blank, x, w, ids, temperature)
     sums, _ = jax.lax.scan(step, blank, jnp.arange(chunks, dtype=jnp.int32))
     if sums.mean is None:
@@ -89,26 +79,27 @@ def tile_sums(x: Array, ids: Array, w: Array, temperature: Array, softcap: float
     return sums._replace(mean=(sums.mean / jnp.where(total > 0, total, jnp.float32(1))[:, None]).astype(x.dtype))
 
 
-def sums_xla(
+def online_softmax_xla(
     x: Float[Array, "T H"],
     w: Float[Array, "V H"],
     ids: Int[Array, "T"],
     temperature: Float[Array, ""],
     softcap: float | None,
     with_mean: bool,
-) -> Sums:
-    """See `Sums`; the last tile of tokens starts early and computes what the one before it had too."""
+    blocks: BlockSizes,
+) -> OnlineSoftmax:
+    """Computes `OnlineSoftmax` for all tokens. The last tile starts early and repeats tokens of the one before it."""
     tokens = x.shape[0]
-    tiles, size = pieces(tokens, tile_tokens(), 1)
+    tiles, size = equal_parts(tokens, blocks.tokens, 1)
     if tiles == 1:
-        return tile_sums(x, ids, w, temperature, softcap, with_mean)
+        return tile_sums(x, ids, w, temperature, softcap, with_mean, blocks.vocabulary)
 
-    def tile(number: Any, whole: Sums) -> Sums:
+    def tile(number: Any, whole: OnlineSoftmax) -> OnlineSoftmax:
         start = jnp.minimum(number * size, tokens - size)
         rows, own = (jax.lax.dynamic_slice_in_dim(part, start, size) for part in (x, ids))
-        sums = tile_sums(rows, own, w, temperature, softcap, with_mean)
+        sums = tile_sums(rows, own, w, temperature, softcap, with_mean, blocks.vocabulary)
         return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, start, 0), whole, sums)
 
     numbers = jnp.zeros((tokens,), jnp.float32)
-    blank = Sums(numbers, numbers, numbers, numbers, jnp.zeros(x.shape, x.dtype) if with_mean else None)
+    blank = OnlineSoftmax(numbers, numbers, numbers, numbers, jnp.zeros(x.shape, x.dtype) if with_mean else None)
     return jax.lax.fori_loop(0, tiles, tile, vary_like(blank, x, w, ids, temperature))

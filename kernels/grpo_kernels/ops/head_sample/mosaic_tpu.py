@@ -1,10 +1,10 @@
-"""`head_sample` on a TPU: W is read once, and of the logits only sums over groups of 128 tokens are kept.
+"""`head_sample` on a TPU: W is read once, and of the logits only sums over groups of 128 tokens are stored.
 
-1. A kernel over blocks of W: of each row and group, with l the logits and m the largest of the group: m, Σ exp(l − m),
-   Σ exp(l − m)·(l − m) and Σ exp(2(l − m)). Logits lie as [tokens, rows], so that sums over a group stay within lanes.
-2. Which group, from those.
-3. A kernel over rows: the logits of the group that the row drew, from 128 rows of W again. It reads S·128·H numbers (5 % of W
-   for 64 rows and Qwen3's vocabulary) and stores none of them; gathering them first would take more memory than all logits.
+1. A kernel over blocks of W computes, for each row and group, with l the logits and m the largest of the group: m, Σ exp(l − m),
+   Σ exp(l − m)·(l − m) and Σ exp(2(l − m)). Logits are laid out as [tokens, rows], so that sums over a group stay within lanes.
+2. Those sums choose the group of each row.
+3. A kernel over rows computes the logits of the row's group, from 128 rows of W again. It reads S·128·H numbers (5 % of W for 64
+   rows and Qwen3's vocabulary) and stores none of them; gathering them first would take more memory than all logits.
 
 The vocabulary's tail is masked in the kernel; W is neither padded nor copied.
 """
@@ -20,38 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_kernels.ops.head_sample.across import Own, Whole, from_holder, whole_of
-from grpo_kernels.ops.head_sample.draws import BLOCK, Draws, is_near, passes, pick_block, pick_within, take
-
-LANES = 128
-VMEM_BYTES = 12 * 2**20
-"""Room for blocks and what is computed of them; a v5e gives a kernel 16 MiB."""
-
-
-def row_tile(rows: int, width: int, itemsize: int) -> int:
-    """Rows in one pass over W: all up to 256, or 128 where two buffers of wide hidden states would fill the memory."""
-    most = 2 * LANES if 2 * 2 * LANES * width * itemsize <= VMEM_BYTES // 3 else LANES
-    return min(rows, most)
-
-
-def vocabulary_block(tile: int, width: int, itemsize: int) -> int:
-    """Rows of W in a block: two buffers of it, two of the hidden states, and eight arrays of the size of its logits."""
-    lanes = -(-tile // LANES) * LANES
-
-    def fits(block: int) -> bool:
-        return 2 * (block + lanes) * width * itemsize + 8 * 4 * block * lanes <= VMEM_BYTES
-
-    return next((block for block in (1024, 512, 256) if fits(block)), BLOCK)
-
-
-def product_precision(dtype: Any) -> jax.lax.Precision:
-    """A TPU's default for float32 is one bfloat16 pass."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-
-
-def capped(logits: Array, softcap: float | None) -> Array:
-    """c·tanh(logits / c)."""
-    return logits if softcap is None else jnp.float32(softcap) * jnp.tanh(logits / jnp.float32(softcap))
+from grpo_kernels.numerics import einsum_float32, soft_cap
+from grpo_kernels.ops.head_sample.block_sizes import BlockSizes
+from grpo_kernels.ops.head_sample.inverse_cdf import BLOCK, Draws, find_block, is_near, pick_block, pick_within, take
+from grpo_kernels.ops.head_sample.vocab_parallel import GlobalSums, LocalSums, broadcast_draws, gather_sums
 
 
 def statistics_kernel(
@@ -69,14 +41,13 @@ def statistics_kernel(
 
     Args:
         scale: 1 / temperature, a scalar.
-        first: number of W's first token, a scalar.
+        first: id of W's first token, a scalar.
         x: hidden states, [H, rows].
         banned: [1, rows], not 0 where `banned_ids` may not be drawn.
         w: [block, H].
         sums: out, four of [1, block / 128, rows].
     """
-    logits = jnp.dot(w[...], x[...], precision=product_precision(w.dtype), preferred_element_type=jnp.float32)
-    logits = capped(logits, softcap) * scale[0]
+    logits = soft_cap(einsum_float32("vh,hs->vs", w[...], x[...]), softcap) * scale[0]
     size, rows = logits.shape
     token = pl.program_id(1) * size + jax.lax.broadcasted_iota(jnp.int32, (size, rows), 0)
     drop = token >= vocabulary
@@ -101,16 +72,16 @@ def group_statistics(
     banned_ids: tuple[int, ...],
     banned: Bool[Array, "S"] | None,
     first: Int[Array, ""],
+    block_sizes: BlockSizes,
 ) -> tuple[Float[Array, "S B"], ...]:
-    """m, Σ exp(l − m), Σ exp(l − m)·(l − m) and Σ exp(2(l − m)) of each group; B covers V, groups past its end are empty."""
+    """Computes m, Σ exp(l − m), Σ exp(l − m)·(l − m) and Σ exp(2(l − m)) of each group; groups past V's end are empty."""
     (rows, width), vocabulary = x.shape, w.shape[0]
-    tile = row_tile(rows, width, x.dtype.itemsize)
-    size = vocabulary_block(tile, width, x.dtype.itemsize)
-    blocks, groups = pl.cdiv(vocabulary, size), size // BLOCK
+    tile, size = block_sizes.rows, block_sizes.vocabulary
+    blocks, groups, tiles = pl.cdiv(vocabulary, size), size // BLOCK, pl.cdiv(rows, tile)
     flags = jnp.zeros((1, rows), jnp.int32) if banned is None else banned.astype(jnp.int32)[None, :]
     sums = pl.pallas_call(
         functools.partial(statistics_kernel, vocabulary=vocabulary, softcap=softcap, banned_ids=banned_ids),
-        grid=(pl.cdiv(rows, tile), blocks),
+        grid=(tiles, blocks),
         in_specs=[
             pl.BlockSpec(memory_space=pltpu.SMEM),
             pl.BlockSpec(memory_space=pltpu.SMEM),
@@ -121,20 +92,23 @@ def group_statistics(
         out_specs=[pl.BlockSpec((1, groups, tile), lambda i, j: (j, 0, i))] * 4,
         out_shape=[jax.ShapeDtypeStruct((blocks, groups, rows), jnp.float32)] * 4,
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * rows * vocabulary * width,
+            bytes_accessed=tiles * w.nbytes + x.nbytes + 4 * 4 * rows * blocks * groups,
+            transcendentals=(1 if softcap is None else 2) * rows * vocabulary,
+        ),
         name="head_sample_statistics",
     )(scale[None], first[None], x.T, flags, w)
     return tuple(part.reshape(blocks * groups, rows).T for part in sums)
 
 
-def own_kernel(_: Any, x: Any, w: Any, logits: Any) -> None:
+def group_logits_kernel(_: Any, x: Any, w: Any, logits: Any) -> None:
     """One row against the 128 rows of W of its group."""
-    across = (((1,), (1,)), ((), ()))
-    precision = product_precision(w.dtype)
-    logits[0] = jax.lax.dot_general(x[0], w[...], across, precision=precision, preferred_element_type=jnp.float32)
+    logits[0] = einsum_float32("sh,vh->sv", x[0], w[...])
 
 
-def own_logits(x: Float[Array, "S H"], w: Float[Array, "V H"], group: Int[Array, "S"]) -> Float[Array, "S W"]:
-    """x Wᵀ of each row's group alone; past the vocabulary's end anything."""
+def group_logits(x: Float[Array, "S H"], w: Float[Array, "V H"], group: Int[Array, "S"]) -> Float[Array, "S W"]:
+    """Computes x Wᵀ of each row's group alone; values past the vocabulary's end are undefined."""
     rows, width = x.shape
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=1,
@@ -146,17 +120,25 @@ def own_logits(x: Float[Array, "S H"], w: Float[Array, "V H"], group: Int[Array,
         out_specs=pl.BlockSpec((1, 1, BLOCK), lambda i, group: (i, 0, 0)),
     )
     return pl.pallas_call(
-        own_kernel, grid_spec=grid, out_shape=jax.ShapeDtypeStruct((rows, 1, BLOCK), jnp.float32), name="head_sample_own"
+        group_logits_kernel,
+        grid_spec=grid,
+        out_shape=jax.ShapeDtypeStruct((rows, 1, BLOCK), jnp.float32),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * rows * BLOCK * width,
+            bytes_accessed=x.nbytes + rows * BLOCK * (width * w.dtype.itemsize + 4),
+            transcendentals=0,
+        ),
+        name="head_sample_group_logits",
     )(group, x[:, None, :], w)[:, 0]
 
 
 def drawn_group(
-    weights: Float[Array, "S B"], own: Own, uniform: Float[Array, "S"], greedy: Bool[Array, ""], near: float, axis: str | None
-) -> tuple[Float[Array, "S B"], Int[Array, "S"], Float[Array, "S"], Whole]:
-    """The group that each row draws.
+    weights: Float[Array, "S B"], own: LocalSums, uniform: Float[Array, "S"], greedy: Bool[Array, ""], near: float, axis: str | None
+) -> tuple[Float[Array, "S B"], Int[Array, "S"], Float[Array, "S"], GlobalSums]:
+    """Samples the group of each row.
 
     Returns:
-        (weights of the groups in the whole vocabulary's unit, the group, the sum before it, the whole vocabulary's numbers).
+        (weights of the groups relative to the largest logit of all devices, the group, the sum before it, sums over all devices).
     """
     if axis is None:
         group, before, target, drawn = pick_block(weights, uniform)
@@ -164,16 +146,16 @@ def drawn_group(
         entropy = jnp.maximum(log_total - own.gaps / own.total, jnp.float32(0))
         spread = jnp.sqrt(own.squares) / own.total
         one, nothing = jnp.ones_like(drawn), jnp.zeros_like(drawn)
-        whole = Whole(one > 0, one, nothing, target, drawn, own.top, log_total, entropy, spread, own.near)
-        return weights, group, before, whole
+        everywhere = GlobalSums(one > 0, one, nothing, target, drawn, own.top, log_total, entropy, spread, own.near)
+        return weights, group, before, everywhere
     running = jnp.cumsum(weights, axis=-1)
-    whole = whole_of(own._replace(drawn=running[:, -1]), uniform, greedy, near, axis)
-    weights = weights * whole.factor[:, None]
-    group, before = passes(weights, running * whole.factor[:, None], whole.target - whole.before)
-    return weights, group, whole.before + before, whole
+    everywhere = gather_sums(own._replace(drawn=running[:, -1]), uniform, greedy, near, axis)
+    weights = weights * everywhere.factor[:, None]
+    group, before = find_block(weights, running * everywhere.factor[:, None], everywhere.target - everywhere.before)
+    return weights, group, everywhere.before + before, everywhere
 
 
-def head_sample_tpu(
+def head_sample_mosaic_tpu(
     x: Float[Array, "S H"],
     w: Float[Array, "V H"],
     uniform: Float[Array, "S"],
@@ -183,17 +165,18 @@ def head_sample_tpu(
     banned: Bool[Array, "S"] | None,
     near: float,
     axis: str | None,
+    block_sizes: BlockSizes,
 ) -> Draws:
-    """See `head_sample`."""
+    """Computes `head_sample` by the two kernels."""
     greedy, vocabulary = temperature <= 0, w.shape[0]
     scale = 1 / jnp.where(greedy, jnp.float32(1), temperature)
     first = jnp.int32(0) if axis is None else jax.lax.axis_index(axis) * vocabulary
-    tops, sums, gaps, squares = group_statistics(x, w, scale, softcap, banned_ids, banned, first)
+    tops, sums, gaps, squares = group_statistics(x, w, scale, softcap, banned_ids, banned, first, block_sizes)
     top = jnp.max(tops, axis=-1)
     below = jnp.where(sums > 0, tops - top[:, None], jnp.float32(0))
     share = jnp.where(sums > 0, jnp.exp(below), jnp.float32(0))
     weights = sums * share
-    own = Own(
+    own = LocalSums(
         top=top,
         total=jnp.sum(weights, axis=-1),
         gaps=jnp.sum(share * (gaps + sums * below), axis=-1),
@@ -201,12 +184,12 @@ def head_sample_tpu(
         drawn=top,
         near=jnp.sum(tops > (top - jnp.float32(near))[:, None], axis=-1, dtype=jnp.float32),
     )
-    # Greedy is the same draw among the groups of the most probable alone, at 0: the first of them.
+    # Greedy is the same draw with uniform 0 among the groups of the most probable tokens alone: the first of them.
     weights = jnp.where(greedy, ((tops == top[:, None]) & (sums > 0)).astype(jnp.float32), weights)
     uniform = jnp.where(greedy, jnp.float32(0), uniform)
-    weights, group, before, whole = drawn_group(weights, own, uniform, greedy, near, axis)
+    weights, group, before, everywhere = drawn_group(weights, own, uniform, greedy, near, axis)
 
-    logits = capped(own_logits(x, w, group), softcap) * scale
+    logits = soft_cap(group_logits(x, w, group), softcap) * scale
     tokens = group[:, None] * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)[None, :]
     drop = tokens >= vocabulary
     if banned is not None:
@@ -214,13 +197,13 @@ def head_sample_tpu(
     logits = jnp.where(drop, -jnp.inf, logits)
     highest = jnp.max(logits, axis=-1, keepdims=True)
     within = jnp.where(greedy, (logits == highest).astype(jnp.float32), jnp.exp(logits - highest))
-    # The two kernels round differently: within the group shares count, and its sum stays the one that it was drawn by.
+    # The two kernels round differently, so the logits here only split the group's weight that it was drawn by.
     within = within * (take(weights, group) / jnp.sum(within, axis=-1))[:, None]
-    index, start, end = pick_within(within, before, whole.target, whole.drawn)
+    index, start, end = pick_within(within, before, everywhere.target, everywhere.drawn)
 
-    border = is_near(uniform, start, whole.spread, near) | is_near(uniform, end, whole.spread, near)
+    border = is_near(uniform, start, everywhere.spread, near) | is_near(uniform, end, everywhere.spread, near)
     same_group = jnp.sum(logits > highest - jnp.float32(near), axis=-1, dtype=jnp.int32) > 1
-    close = jnp.where(greedy, (whole.near > 1) | same_group, border)
-    logp = jnp.minimum(take(logits, index) - whole.top - whole.log_total, jnp.float32(0))
-    draws = Draws(group * BLOCK + index, logp, whole.entropy, close)
-    return draws if axis is None else from_holder(draws, whole.here, vocabulary, axis)
+    close = jnp.where(greedy, (everywhere.near > 1) | same_group, border)
+    logp = jnp.minimum(take(logits, index) - everywhere.top - everywhere.log_total, jnp.float32(0))
+    draws = Draws(group * BLOCK + index, logp, everywhere.entropy, close)
+    return draws if axis is None else broadcast_draws(draws, everywhere.here, vocabulary, axis)

@@ -1,4 +1,4 @@
-"""The plain form of `head_sample`: all logits, and the inverse distribution function. It is the oracle, and fast on a CPU."""
+"""Plain JAX for `head_sample`: all logits, then inverse CDF sampling. It is fast on a CPU, and the others are tested against it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from grpo_kernels.ops.head_sample.across import draw_scaled_across
-from grpo_kernels.ops.head_sample.draws import Draws, draw_scaled
+from grpo_kernels.numerics import einsum_float32, soft_cap
+from grpo_kernels.ops.head_sample.inverse_cdf import Draws, draw_scaled
+from grpo_kernels.ops.head_sample.vocab_parallel import draw_scaled_vocab_parallel
 
 
 def head_sample_reference(
@@ -21,19 +22,16 @@ def head_sample_reference(
     near: float,
     axis: str | None,
 ) -> Draws:
-    """See `head_sample`."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    logits = jnp.einsum("sh,vh->sv", x, w, precision=precision, preferred_element_type=jnp.float32)
-    if softcap is not None:
-        logits = jnp.float32(softcap) * jnp.tanh(logits / jnp.float32(softcap))
+    """Computes `head_sample` from the whole [S, V] logits."""
+    logits = soft_cap(einsum_float32("sh,vh->sv", x, w), softcap)
     if banned is not None:
         ids = jnp.array(banned_ids, jnp.int32)
-        if axis is not None:  # Counted from this device's first token; other devices' are past the end, where nothing is written.
+        if axis is not None:  # Ids from this device's first token on; those of other devices become V, which `.at[].set` drops.
             ids = ids - jax.lax.axis_index(axis) * w.shape[0]
             ids = jnp.where((ids >= 0) & (ids < w.shape[0]), ids, w.shape[0])
         logits = logits.at[:, ids].set(jnp.where(banned[:, None], -jnp.inf, logits[:, ids]))
     greedy = temperature <= 0
     scaled = logits / jnp.where(greedy, jnp.float32(1), temperature)
     if axis is not None:
-        return draw_scaled_across(scaled, uniform, greedy, near, axis)
+        return draw_scaled_vocab_parallel(scaled, uniform, greedy, near, axis)
     return draw_scaled(scaled, uniform, greedy, near)

@@ -1,7 +1,7 @@
-"""The draw where the vocabulary lies over several devices, each with as many tokens, in the order of a mesh axis.
+"""Inverse CDF sampling where the vocabulary is split over devices, equally many tokens on each, in the order of a mesh axis.
 
-Each device sums up its own tokens; of every row six numbers are gathered, from which all devices know which one holds the drawn
-token. That one looks for it as a single device does, and its result is everyone's. Under `shard_map(check_vma=False)`.
+Each device sums its own tokens. Six numbers a row are gathered, from which all devices know which one has the drawn token. That
+device finds it as a single device does, and its result is broadcast. Runs under `shard_map(check_vma=False)`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from grpo_kernels.ops.head_sample.draws import BLOCK, Draws, in_blocks, is_near, passes, pick_block, pick_within, take
+from grpo_kernels.ops.head_sample.inverse_cdf import BLOCK, Draws, find_block, in_blocks, is_near, pick_block, pick_within, take
 
 
-class Own(NamedTuple):
-    """Sums over a device's own tokens; weights are exp(l - top), with l the logits over temperature.
+class LocalSums(NamedTuple):
+    """Sums over one device's tokens; weights are exp(l - top), with l the logits over temperature.
 
     Attributes:
         top: the largest l; -inf where no token may be drawn.
         total: Σ weights.
         gaps: Σ weights · (l - top).
         squares: Σ weights².
-        drawn: what the draw goes by: total, or where greedy the number of tokens, or groups of them, at the top.
+        drawn: the sum that is sampled from: total, or where greedy the number of tokens, or groups of them, at the top.
         near: number of tokens, or of groups, at or nearly at the top.
     """
 
@@ -35,15 +35,15 @@ class Own(NamedTuple):
     near: Float[Array, "S"]
 
 
-class Whole(NamedTuple):
-    """What this device has to know of all of them; sums are those of exp(l - top) over all tokens.
+class GlobalSums(NamedTuple):
+    """Sums over all devices, and where this device stands in them; weights are exp(l - top) with `top` of all tokens.
 
     Attributes:
         here: whether the drawn token is one of this device's.
-        factor: of this device's weights.
+        factor: converts this device's weights to `top` of all tokens.
         before: sum over the devices before the drawn token's.
-        target: at which the running sum finds the token.
-        drawn: sum of what the draw goes by.
+        target: value of the running sum at which the token is drawn.
+        drawn: the sum that is sampled from.
         top, log_total, entropy, spread: of the distribution; spread is √(Σ p²).
         near: number of tokens, or of groups, at or nearly at the top.
     """
@@ -60,10 +60,10 @@ class Whole(NamedTuple):
     near: Float[Array, "S"]
 
 
-def whole_of(own: Own, uniform: Float[Array, "S"], greedy: Bool[Array, ""], near: float, axis: str) -> Whole:
-    """Gathers each device's sums."""
+def gather_sums(own: LocalSums, uniform: Float[Array, "S"], greedy: Bool[Array, ""], near: float, axis: str) -> GlobalSums:
+    """Gathers the sums of every device and combines them."""
     device = jax.lax.axis_index(axis)
-    each = Own(*(x.T for x in jnp.moveaxis(jax.lax.all_gather(jnp.stack(own, axis=-1), axis), -1, 0)))
+    each = LocalSums(*(x.T for x in jnp.moveaxis(jax.lax.all_gather(jnp.stack(own, axis=-1), axis), -1, 0)))
     top = jnp.max(each.top, axis=-1)
     below = jnp.where(each.total > 0, each.top - top[:, None], jnp.float32(0))
     share = jnp.where(each.total > 0, jnp.exp(below), jnp.float32(0))
@@ -71,7 +71,7 @@ def whole_of(own: Own, uniform: Float[Array, "S"], greedy: Bool[Array, ""], near
     entropy = jnp.log(total) - jnp.sum(share * (each.gaps + each.total * below), axis=-1) / total
     factor = jnp.where(greedy, (each.top == top[:, None]).astype(jnp.float32), share)
     holder, before, target, drawn = pick_block(each.drawn * factor, jnp.where(greedy, jnp.float32(0), uniform))
-    return Whole(
+    return GlobalSums(
         here=holder == device,
         factor=jax.lax.dynamic_index_in_dim(factor, device, axis=1, keepdims=False),
         before=before,
@@ -85,8 +85,8 @@ def whole_of(own: Own, uniform: Float[Array, "S"], greedy: Bool[Array, ""], near
     )
 
 
-def from_holder(draws: Draws, here: Bool[Array, "S"], vocabulary: int, axis: str) -> Draws:
-    """The draws of the devices that hold the tokens, whose numbers are counted through all devices.
+def broadcast_draws(draws: Draws, here: Bool[Array, "S"], vocabulary: int, axis: str) -> Draws:
+    """Broadcasts each row's draw from the device that has the token; ids then index the whole vocabulary.
 
     Args:
         vocabulary: tokens of a device.
@@ -99,17 +99,17 @@ def from_holder(draws: Draws, here: Bool[Array, "S"], vocabulary: int, axis: str
     return Draws(one(ids), one(draws.logp), one(draws.entropy), one(draws.close.astype(jnp.int32)) > 0)
 
 
-def draw_scaled_across(
+def draw_scaled_vocab_parallel(
     scaled: Float[Array, "N V"], uniform: Float[Array, "N"], greedy: Bool[Array, ""], near: float, axis: str
 ) -> Draws:
-    """`draw_scaled` of a device's own tokens' logits and those of the others along the axis."""
+    """Samples as `draw_scaled`, from this device's logits and those of the other devices along the axis."""
     top = jnp.max(scaled, axis=-1)
     gap = scaled - jnp.where(top > -jnp.inf, top, jnp.float32(0))[:, None]
     weights = jnp.exp(gap)
     blocks = in_blocks(jnp.where(greedy, ((gap == 0) & (weights > 0)).astype(jnp.float32), weights))
     sums = jnp.sum(blocks, axis=-1)
     running = jnp.cumsum(sums, axis=-1)
-    own = Own(
+    own = LocalSums(
         top=top,
         total=jnp.sum(weights, axis=-1),
         gaps=jnp.sum(weights * jnp.where(weights > 0, gap, jnp.float32(0)), axis=-1),
@@ -117,13 +117,13 @@ def draw_scaled_across(
         drawn=running[:, -1],
         near=jnp.sum(gap > -jnp.float32(near), axis=-1, dtype=jnp.float32),
     )
-    at = whole_of(own, uniform, greedy, near, axis)
+    at = gather_sums(own, uniform, greedy, near, axis)
     factor = at.factor[:, None]
-    block, before = passes(sums * factor, running * factor, at.target - at.before)
+    block, before = find_block(sums * factor, running * factor, at.target - at.before)
     within = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0] * factor
     index, start, end = pick_within(within, at.before + before, at.target, at.drawn)
     ids = block * BLOCK + index
     number = jnp.where(greedy, jnp.float32(0), uniform)
     border = is_near(number, start, at.spread, near) | is_near(number, end, at.spread, near)
     logp = take(scaled, jnp.minimum(ids, scaled.shape[-1] - 1)) - at.top - at.log_total
-    return from_holder(Draws(ids, logp, at.entropy, jnp.where(greedy, at.near > 1, border)), at.here, scaled.shape[-1], axis)
+    return broadcast_draws(Draws(ids, logp, at.entropy, jnp.where(greedy, at.near > 1, border)), at.here, scaled.shape[-1], axis)

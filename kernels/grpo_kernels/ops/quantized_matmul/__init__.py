@@ -1,4 +1,4 @@
-"""Products with a frozen weight of few bits: x W and x Wᵀ, the weight never dense in memory, and its gradient never asked for."""
+"""Matrix products with a frozen quantised weight: x W and x Wᵀ, without a dense copy of the weight and without its gradient."""
 
 from __future__ import annotations
 
@@ -9,36 +9,51 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from grpo_kernels.ops.quantized_matmul.block_sizes import BlockSizes, choose_block_sizes
 from grpo_kernels.ops.quantized_matmul.formats import Format, QuantizedWeight, dequantize, quantize, quantized_shapes, weight_bytes
-from grpo_kernels.ops.quantized_matmul.mosaic_tpu import quantized_matmul_tpu, refusal
+from grpo_kernels.ops.quantized_matmul.mosaic_tpu import quantized_matmul_mosaic_tpu, refusal
 from grpo_kernels.ops.quantized_matmul.reference import quantized_matmul_reference
 from grpo_kernels.ops.quantized_matmul.xla import quantized_matmul_xla
-from grpo_kernels.target import platform
+from grpo_kernels.target import platform, resolve_implementation
 
-__all__ = ["Format", "QuantizedWeight", "dequantize", "quantize", "quantized_matmul", "quantized_shapes", "weight_bytes"]
-
-FUNCTIONS = {"reference": quantized_matmul_reference, "tpu": quantized_matmul_tpu, "gpu": quantized_matmul_xla}
+__all__ = [
+    "BlockSizes",
+    "Format",
+    "QuantizedWeight",
+    "choose_block_sizes",
+    "dequantize",
+    "quantize",
+    "quantized_matmul",
+    "quantized_shapes",
+    "weight_bytes",
+]
 
 
 def quantized_matmul(
-    x: Float[Array, "T I"], w: QuantizedWeight, *, transpose: bool = False, implementation: str | None = None
+    x: Float[Array, "T I"],
+    w: QuantizedWeight,
+    *,
+    transpose: bool = False,
+    implementation: str | None = None,
+    block_sizes: BlockSizes | None = None,
 ) -> Float[Array, "T O"]:
-    """x W of a quantised weight, or x Wᵀ; differentiable in x, with the quantised weight itself as all that is kept.
+    """Computes x W or x Wᵀ of a quantised weight; differentiable in x, and the backward pass keeps only the quantised weight.
 
-    Dequantising inside a differentiated layer would keep a dense W for the backward pass. W̃ stands for values · scale rounded to
-    x's dtype: y = x W̃ and dx = dy W̃ᵀ, both summed in float32. W gets no gradient.
+    Dequantising inside a differentiated layer would keep a dense W for the backward pass. With W̃ = values · scale rounded to x's
+    dtype: y = x W̃ and dx = dy W̃ᵀ, both summed in float32. W gets no gradient.
 
     Args:
         x: float32 or bfloat16, [T, I]; transposed [T, O].
         w: one matrix [I, O].
-        implementation: `reference` (plain, a dense W), `tpu` (Pallas), `gpu` (XLA: the weight in parts of 16 MiB; runs
-            anywhere), or None: `tpu` on a TPU where the kernel takes the weight's groups, else `gpu`.
+        implementation: "reference" (plain, a dense W), "xla" (plain JAX, the weight in parts of 16 MiB; runs anywhere),
+            "mosaic_tpu" (Pallas), or None: "mosaic_tpu" on a TPU where the kernel takes the weight's groups, else "xla".
+        block_sizes: of "xla" and "mosaic_tpu"; None = `choose_block_sizes`.
 
     Returns:
         [T, O], transposed [T, I], in x's dtype.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, an unknown implementation, or `tpu` for groups that it cannot take.
+        ValueError: shapes or dtypes that do not fit, an unknown implementation, or "mosaic_tpu" for groups that it cannot take.
     """
     if x.ndim != 2 or w.values.ndim != 2 or x.shape[1] != w.shape[1 if transpose else 0]:
         raise ValueError(
@@ -48,30 +63,36 @@ def quantized_matmul(
         raise ValueError(f"quantized_matmul: scale {w.scale.shape} does not fit values {w.shape}; it is [I / group, O]")
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"quantized_matmul: x is {x.dtype}; make it float32 or bfloat16")
-    why = refusal(w)
-    if implementation is None:
-        implementation = "tpu" if platform() == "tpu" and why is None else "gpu"
-    if implementation not in FUNCTIONS:
-        raise ValueError(f"quantized_matmul: implementation {implementation!r} is unknown; use 'reference', 'tpu', 'gpu' or None")
-    if implementation == "tpu" and why is not None:
-        raise ValueError(f"quantized_matmul: implementation 'tpu' cannot take this weight: {why}; use 'gpu'")
-    return product(x, w, transpose, implementation)
+    reason = refusal(w)
+    default = "mosaic_tpu" if platform() == "tpu" and reason is None else "xla"
+    named = resolve_implementation("quantized_matmul", implementation, default)
+    if named == "mosaic_tpu" and reason is not None:
+        raise ValueError(f"quantized_matmul: implementation 'mosaic_tpu' cannot take this weight: {reason}; use 'xla'")
+    blocks = block_sizes or choose_block_sizes(x.shape[0], w, x.dtype.itemsize, named)
+    return frozen_product(x, w, transpose, named, blocks)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def product(x: Array, w: QuantizedWeight, transpose: bool, implementation: str) -> Array:
-    """`quantized_matmul` after its checks."""
-    return FUNCTIONS[implementation](x, w, transpose)
+def run(x: Array, w: QuantizedWeight, transpose: bool, named: str, blocks: BlockSizes) -> Array:
+    """Runs one product by the named implementation."""
+    if named == "reference":
+        return quantized_matmul_reference(x, w, transpose)
+    return (quantized_matmul_mosaic_tpu if named == "mosaic_tpu" else quantized_matmul_xla)(x, w, transpose, blocks)
 
 
-def forward(x: Array, w: QuantizedWeight, transpose: bool, implementation: str) -> tuple[Array, QuantizedWeight]:
-    """The product, and what its backward pass keeps."""
-    return product(x, w, transpose, implementation), w
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def frozen_product(x: Array, w: QuantizedWeight, transpose: bool, named: str, blocks: BlockSizes) -> Array:
+    """Computes `quantized_matmul` after its checks."""
+    return run(x, w, transpose, named, blocks)
 
 
-def backward(transpose: bool, implementation: str, w: QuantizedWeight, dy: Array) -> tuple[Any, None]:
-    """dx; the weight is frozen."""
-    return FUNCTIONS[implementation](dy, w, not transpose), None
+def forward(x: Array, w: QuantizedWeight, transpose: bool, named: str, blocks: BlockSizes) -> tuple[Array, QuantizedWeight]:
+    """Computes the product; the backward pass needs the weight alone."""
+    return frozen_product(x, w, transpose, named, blocks), w
 
 
-product.defvjp(forward, backward)
+def backward(transpose: bool, named: str, blocks: BlockSizes, w: QuantizedWeight, dy: Array) -> tuple[Any, None]:
+    """Computes dx; the weight is frozen."""
+    return run(dy, w, not transpose, named, blocks), None
+
+
+frozen_product.defvjp(forward, backward)

@@ -1,9 +1,9 @@
-"""Weights of few bits: int8 with a scale per output channel, int4 and nf4 with a scale per group of inputs.
+"""Quantised weights: int8 with a scale per output channel, int4 and nf4 with a scale per group of inputs.
 
-Enters: a matrix [I, O]. Leaves: a `QuantizedWeight`, native int8, int4 or uint4 (never two numbers in a byte: XLA packs them
-    on accelerators) and scales. It holds what `qwix.QArray(values, scale, None, qtype)` holds; qwix itself is not imported,
-    because its search in the codebook and its look-up are gathers that Pallas does not lower, and because its int4 loses the
-    step that the sign of a scale buys here. Zero points and double quantisation of the scales are left out.
+`quantize` turns a matrix [I, O] into a `QuantizedWeight` of native int8, int4 or uint4 values (never two in a byte: XLA packs them
+on accelerators) and scales, the arrays of `qwix.QArray(values, scale, None, qtype)`. qwix itself is not imported: its codebook
+search and look-up are gathers that Pallas does not lower, and its int4 lacks the step that the sign of a scale adds here. Zero
+points and double quantisation of the scales are left out.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ NF4 = (
 DTYPES: dict[Format, Any] = {"int8": jnp.int8, "int4": jnp.int4, "nf4": jnp.uint4}
 
 SMALLEST_GROUP = 16
-"""With fewer numbers to a scale the format is hardly smaller than bfloat16."""
+"""With fewer values to a scale the format is hardly smaller than bfloat16."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight, or a stack of them with leading dimensions: values · scale.
+    """A quantised weight, or a stack of them with leading dimensions: values · scale.
 
     Attributes:
-        values: [..., I, O]; int8 and int4 count steps, uint4 is a place in `NF4`.
+        values: [..., I, O]; int8 and int4 count steps, uint4 is an index into `NF4`.
         scale: [..., I / group, O] in bfloat16, the width of a step; float32 and one group for int8.
 
     Example:
@@ -49,12 +49,12 @@ class QuantizedWeight:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Shape of the weight."""
         return self.values.shape
 
     @property
     def format(self) -> Format:
-        """Which one it is; ValueError where the dtype belongs to none."""
+        """Name of the format; ValueError where the dtype belongs to none."""
         for name, dtype in DTYPES.items():
             if self.values.dtype == dtype:
                 return name
@@ -62,7 +62,7 @@ class QuantizedWeight:
 
     @property
     def group(self) -> int:
-        """Inputs that share a scale."""
+        """Number of inputs that share a scale."""
         return self.values.shape[-2] // self.scale.shape[-2]
 
     def astype(self, dtype: Any) -> Array:
@@ -71,7 +71,7 @@ class QuantizedWeight:
 
 
 def group_size(format: str, inputs: int, name: str = "weight") -> int:
-    """Inputs that share a scale: all for int8; 128 for int4 and 64 for nf4, or fewer where the width asks.
+    """Returns how many inputs share a scale: all for int8; 128 for int4 and 64 for nf4, or fewer where that does not divide I.
 
     Args:
         format: see `Format`.
@@ -96,7 +96,7 @@ def group_size(format: str, inputs: int, name: str = "weight") -> int:
 
 
 def quantized_shapes(format: str, shape: tuple[int, ...], name: str = "weight") -> QuantizedWeight:
-    """Shapes and dtypes of a quantised [..., I, O]; nothing is allocated. Errors as in `group_size`."""
+    """Returns shapes and dtypes of a quantised [..., I, O] without allocating it. Raises what `group_size` raises."""
     groups = shape[-2] // group_size(format, shape[-2], name)
     scale_dtype = jnp.float32 if format == "int8" else jnp.bfloat16
     return QuantizedWeight(
@@ -106,12 +106,12 @@ def quantized_shapes(format: str, shape: tuple[int, ...], name: str = "weight") 
 
 
 def quantize(w: Float[Array, "I O"], format: str, name: str = "weight") -> QuantizedWeight:
-    """Rounds a matrix to the nearest numbers of a format.
+    """Rounds a matrix to the nearest values of a format.
 
-    int8: steps of the channel's largest magnitude / 127. int4: the number of largest magnitude in a group becomes exactly −8
-    steps, its sign going into the scale, so that all 16 numbers are used (root mean square error of normal weights 0.103 of
+    int8: steps of the channel's largest magnitude / 127. int4: the element of largest magnitude in a group becomes exactly −8
+    steps, its sign goes into the scale, so that all 16 values are used (root mean square error of normal weights 0.103 of
     their deviation, against 0.117 with magnitude / 7). nf4: the largest magnitude times a codebook of 16 (0.09). Scales are
-    rounded to bfloat16 before the numbers are, which costs nothing that can be seen.
+    rounded to bfloat16 before the elements are, which has no visible cost.
 
     Args:
         w: any float dtype.
@@ -142,25 +142,25 @@ def quantize(w: Float[Array, "I O"], format: str, name: str = "weight") -> Quant
 
 
 def decode(values: Array) -> Float[Array, "..."]:
-    """The numbers that values stand for, before the scale, in float32."""
+    """Decodes values to float32, before the scale."""
     if values.dtype != jnp.uint4:
         return values.astype(jnp.float32)
-    # Four levels of choices run at the width of the processor, and a look-up in a table would not.
-    places, level = values.astype(jnp.int32), [jnp.float32(number) for number in NF4]
+    # A tree of four selections is vectorised, and a look-up in a table would not be.
+    indices, choices = values.astype(jnp.int32), [jnp.float32(entry) for entry in NF4]
     for bit in range(4):
-        high = (places >> bit) & 1 == 1
-        level = [jnp.where(high, upper, lower) for lower, upper in zip(level[::2], level[1::2], strict=True)]
-    return level[0]
+        high = (indices >> bit) & 1 == 1
+        choices = [jnp.where(high, upper, lower) for lower, upper in zip(choices[::2], choices[1::2], strict=True)]
+    return choices[0]
 
 
 def dequantize(w: QuantizedWeight, dtype: Any = jnp.float32) -> Float[Array, "..."]:
-    """The weight that `w` stands for, [..., I, O], rounded once to `dtype`."""
+    """Returns the dense weight [..., I, O], rounded once to `dtype`."""
     *stack, inputs, outputs = w.shape
     blocks = decode(w.values).reshape(*stack, -1, w.group, outputs) * w.scale.astype(jnp.float32)[..., None, :]
     return blocks.reshape(*stack, inputs, outputs).astype(dtype)
 
 
 def weight_bytes(w: QuantizedWeight) -> int:
-    """Bytes on an accelerator, where two 4-bit numbers share one; a CPU gives each its own."""
+    """Returns the weight's bytes on an accelerator, where two 4-bit values share one; on a CPU each has its own."""
     bits = 8 if w.format == "int8" else 4
     return w.values.size * bits // 8 + w.scale.size * w.scale.dtype.itemsize

@@ -1,9 +1,9 @@
 """`quantized_matmul` on a TPU: blocks of the quantised weight become dense in vector memory, and nowhere else.
 
-A block of W is read in its few bits, decoded group by group into a scratch array in x's dtype, and multiplied with 1,024 rows of
-x, so that decoding is a small part of the work. Products accumulate in float32. nf4 looks its codebook up by a gather within
-128 lanes, one operation a number. Tails of rows, inputs and outputs are masked; nothing is padded or copied. A v5e and a v6e
-read int4 and uint4 arrays as they are (XLA packs them eight rows to a 32-bit word); older chips were not tried.
+The Pallas kernel reads a block of W in its few bits, decodes it group by group into a scratch array in x's dtype, and multiplies it
+with many rows of x (1,024 where they fit), so that decoding is a small part of the work. Products accumulate in float32. nf4 looks
+its codebook up by a gather within 128 lanes, one operation an element. Tails of rows, inputs and outputs are masked; nothing is
+padded or copied: TPUs read int4 and uint4 arrays in place (XLA packs them eight rows to a 32-bit word).
 """
 
 from __future__ import annotations
@@ -17,47 +17,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
-from grpo_kernels.ops.quantized_matmul.formats import NF4, QuantizedWeight
-
-LANES, SUBLANES = 128, 8
-ROWS = 1024
-"""Rows of x, and the most inputs and outputs in a block."""
-
-VMEM_BYTES = 48 * 2**20
-"""What the kernel may use; a v5e and a v6e have 128 MiB."""
+from grpo_kernels.numerics import einsum_float32
+from grpo_kernels.ops.quantized_matmul.block_sizes import LANES, SUBLANES, BlockSizes, kernel_memory_bytes
+from grpo_kernels.ops.quantized_matmul.formats import NF4, QuantizedWeight, weight_bytes
 
 
 def refusal(w: QuantizedWeight) -> str | None:
-    """Why the kernel cannot take a weight; None where it can."""
+    """Returns why the kernel cannot take a weight; None where it can."""
     if w.format == "int8" or w.group % 64 == 0:
         return None
     return f"groups of {w.group} inputs (input width {w.shape[0]}) are no multiple of 64"
 
 
-def output_block(size: int) -> int:
-    """All of it, or the multiple of 128 from 512 to 1,024 that wastes least."""
-    if size <= ROWS:
-        return size
-    return min(range(ROWS, ROWS // 2 - 1, -LANES), key=lambda block: -(-size // block) * block)
-
-
-def input_block(size: int, group: int) -> int:
-    """All of it, or a block with a multiple of eight groups, as a block of scales must have."""
-    if size <= 2 * ROWS:
-        return size
-    if group >= size:
-        return output_block(size)
-    smallest = SUBLANES * group
-    return smallest if size % ROWS and size % smallest == 0 else max(ROWS, smallest)
-
-
-def lookup(places: Array, table: Array) -> Array:
-    """table[place] of each; table [8, 128] has the codebook in the lanes of every row."""
-    rows, width = places.shape
+def lookup(indices: Array, table: Array) -> Array:
+    """Returns table[index] of each index; table [8, 128] has the codebook in the lanes of every row."""
+    rows, width = indices.shape
     codes = jnp.broadcast_to(table[:1], (rows, LANES))
     parts = []
     for start in range(0, width, LANES):
-        own = places[:, start : start + LANES]
+        own = indices[:, start : start + LANES]
         missing = LANES - own.shape[1]
         own = jnp.concatenate([own, jnp.zeros((rows, missing), own.dtype)], axis=1) if missing else own
         found = jnp.take_along_axis(codes, own, axis=1, mode="promise_in_bounds")
@@ -78,13 +56,13 @@ def kernel(
     group: int,
     transpose: bool,
 ) -> None:
-    """One block of W against one tile of rows; the last grid axis runs along what is summed over.
+    """One block of W against one tile of rows; the last grid axis runs along the summed dimension.
 
     Args:
         x: [rows, inputs] (transposed: outputs).
         values: [inputs, outputs].
         scale: [inputs / group, outputs], or [1, outputs].
-        table: see `lookup`; used by nf4 alone.
+        table: see `lookup`; only nf4 uses it.
         out: [rows, outputs] (transposed: inputs).
         total: scratch, float32, of out's shape.
         dense: scratch, the block of W in x's dtype.
@@ -105,34 +83,33 @@ def kernel(
     for start in range(0, rows, size):
         part = pl.ds(start, min(size, rows - start))
         own = scale[pl.ds(start // group, 1), :].astype(jnp.float32)
-        # Past the weight's end anything may lie, NaN too in scales and in x.
+        # Past the weight's end scales and x are undefined, perhaps NaN.
         if ragged and transpose:
             own = jnp.where(jax.lax.broadcasted_iota(jnp.int32, own.shape, 1) < left, own, jnp.float32(0))
         elif ragged:
             own = jnp.where(start < left, own, jnp.float32(0))
-        places = values[part, :]
-        numbers = lookup(places.astype(jnp.int32), table[...]) if values.dtype == jnp.uint4 else places.astype(jnp.float32)
-        dense[part, :] = (numbers * own).astype(dense.dtype)
+        codes = values[part, :]
+        decoded = lookup(codes.astype(jnp.int32), table[...]) if values.dtype == jnp.uint4 else codes.astype(jnp.float32)
+        dense[part, :] = (decoded * own).astype(dense.dtype)
     hidden = x[...]
     if ragged:
         hidden = jnp.where(jax.lax.broadcasted_iota(jnp.int32, hidden.shape, 1) < left, hidden, jnp.zeros((), hidden.dtype))
-    dims = (((1,), (1 if transpose else 0,)), ((), ()))
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    total[...] += jax.lax.dot_general(hidden, dense[...], dims, precision=precision, preferred_element_type=jnp.float32)
+    total[...] += einsum_float32("to,io->ti" if transpose else "ti,io->to", hidden, dense[...])
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _() -> None:
         out[...] = total[...].astype(out.dtype)
 
 
-def quantized_matmul_tpu(x: Float[Array, "T I"], w: QuantizedWeight, transpose: bool) -> Float[Array, "T O"]:
-    """See `quantized_matmul`."""
-    (inputs, outputs), rows = w.shape, min(x.shape[0], ROWS)
-    block_in, block_out = input_block(inputs, w.group), output_block(outputs)
+def quantized_matmul_mosaic_tpu(
+    x: Float[Array, "T I"], w: QuantizedWeight, transpose: bool, blocks: BlockSizes
+) -> Float[Array, "T O"]:
+    """Computes x W or x Wᵀ by the kernel."""
+    (inputs, outputs), rows, block_in, block_out = w.shape, blocks.rows, blocks.inputs, blocks.outputs
     kept, summed = (block_in, block_out) if transpose else (block_out, block_in)
     size = inputs if transpose else outputs
 
-    def place(t: Any, n: Any, k: Any) -> tuple[Any, Any]:
+    def of_weight(t: Any, n: Any, k: Any) -> tuple[Any, Any]:
         return (n, k) if transpose else (k, n)
 
     groups = 1 if w.group == inputs else block_in // w.group
@@ -143,15 +120,20 @@ def quantized_matmul_tpu(x: Float[Array, "T I"], w: QuantizedWeight, transpose: 
         grid=grid,
         in_specs=[
             pl.BlockSpec((rows, summed), lambda t, n, k: (t, k)),
-            pl.BlockSpec((block_in, block_out), place),
-            pl.BlockSpec((groups, block_out), place if w.group < inputs else lambda t, n, k: (0, place(t, n, k)[1])),
+            pl.BlockSpec((block_in, block_out), of_weight),
+            pl.BlockSpec((groups, block_out), of_weight if w.group < inputs else lambda t, n, k: (0, of_weight(t, n, k)[1])),
             pl.BlockSpec((SUBLANES, LANES), lambda t, n, k: (0, 0)),
         ],
         out_specs=pl.BlockSpec((rows, kept), lambda t, n, k: (t, n)),
         out_shape=jax.ShapeDtypeStruct((x.shape[0], size), x.dtype),
         scratch_shapes=[pltpu.VMEM((rows, kept), jnp.float32), pltpu.VMEM((block_in, block_out), x.dtype)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=kernel_memory_bytes()
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * x.shape[0] * inputs * outputs + 2 * grid[0] * inputs * outputs,
+            bytes_accessed=grid[0] * weight_bytes(w) + grid[1] * x.nbytes + x.shape[0] * size * x.dtype.itemsize,
+            transcendentals=0,
         ),
         name="quantized_matmul_transposed" if transpose else "quantized_matmul",
     )(x, w.values, w.scale, table)

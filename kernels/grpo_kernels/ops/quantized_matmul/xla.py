@@ -1,60 +1,42 @@
-"""`quantized_matmul` for GPUs and CPUs, in XLA's own operations: never the whole weight at once.
+"""`quantized_matmul` in plain JAX, for GPU and CPU: the whole weight is never dense at once.
 
-int8: a scale per output channel goes onto the product (or, transposed, onto the input), so that the compiler converts numbers
-as it reads them. Groups: a loop over parts of the output, each with its own part of the weight, dequantised, of at most
-`PART_BYTES`. Parts of the input would need an accumulator of the output's size. On a GPU int4 values are cut as bytes: of 4-bit
-operands of a product XLA makes there a transposed copy first, and of layers stacked for a loop one of the whole stack.
+int8: a scale per output channel is applied to the product (transposed, to the input), so that the compiler converts values as it
+reads them. int4 and nf4: a loop over parts of the output, each with its own dequantised part of the weight (`PART_BYTES`). Parts of
+the input would need an accumulator of the output's size. On a GPU int4 values are sliced as bytes: of a product's 4-bit operands
+XLA makes a transposed copy there, and of layers stacked for a loop one of the whole stack.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from grpo_kernels.numerics import einsum_float32
+from grpo_kernels.ops.quantized_matmul.block_sizes import BlockSizes
 from grpo_kernels.ops.quantized_matmul.formats import QuantizedWeight, dequantize
 from grpo_kernels.target import platform
-
-PART_BYTES = 16 * 2**20
-"""Of a part of the weight after dequantising."""
-
-LANES = 128
 
 
 def product(x: Array, w: Array, transpose: bool) -> Float[Array, "T O"]:
     """x w or x wᵀ, accumulated in float32."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    dims = (((1,), (1 if transpose else 0,)), ((), ()))
-    return jax.lax.dot_general(x, w, dims, precision=precision, preferred_element_type=jnp.float32)
-
-
-def part_size(w: QuantizedWeight, transpose: bool, itemsize: int) -> int:
-    """Output channels of a part; all where the weight is small."""
-    inputs, outputs = w.shape
-    across, along = (outputs, inputs) if transpose else (inputs, outputs)
-    step = math.lcm(w.group, LANES) if transpose else LANES
-    most = max(PART_BYTES // (across * itemsize) // step * step, step)
-    if most >= along:
-        return along
-    parts = -(-along // most)
-    return -(-along // parts // step) * step  # parts of about one size
+    return einsum_float32("to,io->ti" if transpose else "ti,io->to", x, w)
 
 
 def in_bytes(values: Array) -> Array:
-    """[I, O] numbers of 4 bits as bytes [I, O / 2], the first of two in the lower half."""
+    """Packs [I, O] values of 4 bits as bytes [I, O / 2], the first of two in the lower half."""
     return jax.lax.bitcast_convert_type(values.reshape(values.shape[0], -1, 2), jnp.uint8)
 
 
-def from_bytes(held: Array, dtype: Any) -> Array:
+def from_bytes(packed: Array, dtype: Any) -> Array:
     """The inverse of `in_bytes`."""
-    return jax.lax.bitcast_convert_type(held, dtype).reshape(held.shape[0], -1)
+    return jax.lax.bitcast_convert_type(packed, dtype).reshape(packed.shape[0], -1)
 
 
-def quantized_matmul_xla(x: Float[Array, "T I"], w: QuantizedWeight, transpose: bool) -> Float[Array, "T O"]:
-    """See `quantized_matmul`."""
+def quantized_matmul_xla(x: Float[Array, "T I"], w: QuantizedWeight, transpose: bool, blocks: BlockSizes) -> Float[Array, "T O"]:
+    """Computes x W or x Wᵀ a part of the weight at a time."""
     if w.scale.shape[0] == 1:
         values, scale = w.values, w.scale.astype(jnp.float32)
         if w.format != "int8":
@@ -62,8 +44,7 @@ def quantized_matmul_xla(x: Float[Array, "T I"], w: QuantizedWeight, transpose: 
         if transpose:
             return product((x.astype(jnp.float32) * scale).astype(x.dtype), values.astype(x.dtype), True).astype(x.dtype)
         return (product(x, values.astype(x.dtype), False) * scale).astype(x.dtype)
-    along = w.shape[0 if transpose else 1]
-    size = part_size(w, transpose, x.dtype.itemsize)
+    along, size = (w.shape[0], blocks.inputs) if transpose else (w.shape[1], blocks.outputs)
     packed = w.format == "int4" and w.shape[1] % 2 == 0 and platform() == "gpu"
     values = jax.lax.optimization_barrier(in_bytes(w.values)) if packed else w.values
 

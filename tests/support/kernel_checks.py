@@ -1,0 +1,48 @@
+"""Helpers of the tests of `grpo_kernels`: interpreted TPU kernels, and programs compiled for TPUs that are absent."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import SingleDeviceSharding
+
+from grpo_jax.fit.targets import TPUS
+from grpo_kernels.target import Target, tracing_for
+
+CHIPS = ["v4", "v5e", "v5p", "v6e"]
+MIB = 2**20
+
+
+def interpreted(implementation: str | None) -> AbstractContextManager[Any]:
+    """Interprets Pallas kernels where the implementation is one."""
+    return pltpu.force_tpu_interpret_mode() if implementation == "mosaic_tpu" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def no_race(capsys: pytest.CaptureFixture[str]) -> Iterator[None]:
+    """Interprets Pallas kernels with a detector of races, which prints the races that it finds.
+
+    It also fills memory that nothing was written to with NaN.
+    """
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        yield
+    assert "RACE" not in capsys.readouterr().out.upper()
+
+
+def compiled_for(
+    chips: dict[str, SingleDeviceSharding], chip: str, program: Callable[..., Any], *arguments: Any, **named: Any
+) -> Any:
+    """Compiles a program for a chip, with block sizes for its vector memory; returns the memory that it takes."""
+
+    def place(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=chips[chip])
+
+    placed, placed_names = jax.tree.map(place, (arguments, named))
+    with tracing_for(Target("tpu", TPUS[chip].vector_memory_bytes)):
+        return jax.jit(program).lower(*placed, **placed_names).compile().memory_analysis()
