@@ -1,4 +1,4 @@
-"""Bad input, through the command and `train`: one message that names field, value and mend, before anything is compiled."""
+"""Bad input, through the command and `train`: one message that names field, value and fix, before anything is compiled."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import grpo_jax as gx
 from grpo_jax import cli
 from grpo_jax.config import Config
 from grpo_jax.models.spec import ModelError
-from grpo_jax.run import RunFolder
+from grpo_jax.run.folder import RunFolder
 from grpo_jax.runtime.programs import Program
 from grpo_jax.weights.hf import read_folder_spec
 from grpo_jax.weights.lora import init_lora, save_adapter
@@ -261,7 +261,7 @@ CASES: dict[str, tuple[Callable[[Path], Input], list[str]]] = {
         adapter(nothing, hidden_size=64),
         ["adapter: tensor base_model.model.model.layers.0", "has shape (2, 64)", "(2, 32)"],
     ),
-    "an adapter of a deeper model": (adapter(nothing, num_hidden_layers=3), ["adapter: 14 tensors have no place", "layers.2"]),
+    "an adapter of a deeper model": (adapter(nothing, num_hidden_layers=3), ["adapter: 14 tensors do not belong", "layers.2"]),
     "an adapter of a shallower model": (
         adapter(nothing, num_hidden_layers=1),
         ["adapter: tensor", "layers.1", "is missing", "2-layer model"],

@@ -33,7 +33,7 @@ class Calls:
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, name: str, answer: Any = None) -> Calls:
-    """Puts a module with one recording function in the place of `grpo_jax.<module>`."""
+    """Replaces `grpo_jax.<module>` by a module with one recording function."""
     calls = Calls(answer)
     fake = types.ModuleType(f"grpo_jax.{module}")
     fake.__dict__[name] = calls
@@ -52,7 +52,7 @@ def fails(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize("command", ["train", "sft"])
 def test_training_gets_the_config_its_sources_and_resume(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    calls = stand_in(monkeypatch, {"train": "grpo", "sft": "sft"}[command], command)
+    calls = stand_in(monkeypatch, "trainer", command)
     path = tmp_path / "run.yaml"
     path.write_text("train: {steps: 5, seed: 1}\n")
     words = [
@@ -84,20 +84,20 @@ def test_training_gets_the_config_its_sources_and_resume(command: str, monkeypat
 
 
 def test_training_without_options_is_the_defaults_and_no_resume(monkeypatch: pytest.MonkeyPatch):
-    calls = stand_in(monkeypatch, "grpo", "train")
+    calls = stand_in(monkeypatch, "trainer", "train")
     assert cli.main(["train"]) == 0
     assert (calls.arguments, calls.named) == ((Config(),), {"resume": False, "sources": {}})
 
 
 def test_a_flag_may_be_switched_off_and_a_value_joined_by_an_equals_sign(monkeypatch: pytest.MonkeyPatch):
-    calls = stand_in(monkeypatch, "grpo", "train")
+    calls = stand_in(monkeypatch, "trainer", "train")
     assert cli.main(["train", "--data.shuffle=false", "--train.quiet", "--rewards.accuracy_threshold=-1e-1"]) == 0
     (config,) = calls.arguments
     assert (config.data.shuffle, config.train.quiet, config.rewards.accuracy_threshold) == (False, True, -0.1)
 
 
 def test_evaluation_takes_a_config_or_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    calls = stand_in(monkeypatch, "evaluate", "evaluate")
+    calls = stand_in(monkeypatch, "evaluation", "evaluate")
     path = tmp_path / "run.yaml"
     path.write_text("data: {eval_size: 5}\n")
     assert cli.main(["eval", "--config", str(path), "--data.eval_size", "6", "--pass_k", "4"]) == 0
@@ -107,21 +107,21 @@ def test_evaluation_takes_a_config_or_a_run(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_evaluation_of_a_run_takes_no_other_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    stand_in(monkeypatch, "evaluate", "evaluate")
+    stand_in(monkeypatch, "evaluation", "evaluate")
     assert "data.eval_size is '5': a run is evaluated with its own settings" in fails(
         ["eval", "--run", "r", "--data.eval_size", "5"], capsys
     )
 
 
 def test_export_gets_run_out_and_format(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    calls = stand_in(monkeypatch, "runs", "export_run")
+    calls = stand_in(monkeypatch, "run.saved", "export_run")
     assert cli.main(["export", "--run", "runs/a", "--out", "out", "--format", "merged"]) == 0
     assert calls.arguments == ("runs/a", "out", "merged")
     assert capsys.readouterr().out == "wrote merged to out\n"
 
 
 def test_quickstart_gets_its_folder(monkeypatch: pytest.MonkeyPatch):
-    calls = stand_in(monkeypatch, "quickstart", "quickstart")
+    calls = stand_in(monkeypatch, "tools.quickstart", "quickstart")
     assert cli.main(["quickstart", "--run_dir", "here"]) == 0
     assert calls.arguments == ("here",)
 
@@ -220,9 +220,9 @@ def test_errors_of_this_package_are_messages_and_others_are_bugs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     for error in (ConfigError("one\ntwo \x1b[2J"), FileExistsError("one\ntwo \x1b[2J")):
-        stand_in(monkeypatch, "grpo", "train", error)
+        stand_in(monkeypatch, "trainer", "train", error)
         assert fails(["train"], capsys) == "error: one\n       two \\x1b[2J\n"
-    stand_in(monkeypatch, "grpo", "train", ZeroDivisionError("a bug"))
+    stand_in(monkeypatch, "trainer", "train", ZeroDivisionError("a bug"))
     with pytest.raises(ZeroDivisionError):
         cli.main(["train"])
 
@@ -230,10 +230,10 @@ def test_errors_of_this_package_are_messages_and_others_are_bugs(
 def test_an_interrupt_says_how_to_continue(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     path = tmp_path / "my run.yaml"
     path.write_text("")
-    stand_in(monkeypatch, "grpo", "train", KeyboardInterrupt())
+    stand_in(monkeypatch, "trainer", "train", KeyboardInterrupt())
     assert cli.main(["train", "--config", str(path), "--train.steps", "7"]) == 130
     assert f"grpo-jax train --config '{path}' --train.steps 7 --resume\n" in capsys.readouterr().err
-    stand_in(monkeypatch, "runs", "export_run", KeyboardInterrupt())
+    stand_in(monkeypatch, "run.saved", "export_run", KeyboardInterrupt())
     assert cli.main(["export", "--run", "a", "--out", "b", "--format", "adapter"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
@@ -246,7 +246,9 @@ def test_training_help_explains_every_setting(capsys: pytest.CaptureFixture[str]
     assert "--resume" in shown
     for name in setting_types():
         assert f"--{name} " in shown
-    assert "--rollout.top_p VALUE Sample from the smallest set of tokens with at least this probability; 1 takes all tokens." in shown
+    assert (
+        "--rollout.top_p VALUE Sample from the smallest set of tokens with at least this probability; 1 takes all tokens." in shown
+    )
     assert "(a finite number; default 1e-05)" in shown
 
 
@@ -285,7 +287,7 @@ def test_the_package_is_lazy_and_knows_its_names():
 import sys
 import grpo_jax as gx
 assert not any(name.startswith("grpo_jax.") for name in sys.modules)
-assert set(gx.HOMES) | {"__version__"} == set(gx.__all__) == set(dir(gx))
+assert set(gx.MODULES) | {"__version__"} == set(gx.__all__) == set(dir(gx))
 assert gx.Config().train.steps == 100
 assert gx.ConfigError.__module__ == "grpo_jax.config.checks"
 assert "jax" not in sys.modules

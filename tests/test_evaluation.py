@@ -15,7 +15,7 @@ from grpo_jax import cli
 from grpo_jax.config import Config, RolloutConfig
 from grpo_jax.data import PromptSource
 from grpo_jax.data.tokenizer import Tokenizer
-from grpo_jax.evaluation import Evaluation, evaluate_held_out, evaluate_run, reward_columns
+from grpo_jax.evaluation import Evaluation, evaluate, evaluate_held_out, reward_columns
 from grpo_jax.rewards import RewardError, resolve_functions
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.types import Rollout
@@ -53,7 +53,7 @@ def tokenizer() -> Tokenizer:
     return known
 
 
-def evaluate(
+def evaluate_texts(
     texts: list[str], config: Config, samples: int | None = None, functions: Any = ("exact_match",)
 ) -> tuple[Evaluation, Canned]:
     sampler = Canned(**vars(gx.Policy.from_pretrained(tiny_model()).sampler), texts=texts)
@@ -65,7 +65,7 @@ def evaluate(
 
 def test_greedy_accuracy_is_the_share_of_right_answers(tmp_path: Path):
     config = config_of(tmp_path)
-    found, sampler = evaluate(["1", "2", "7", "4 "], config)
+    found, sampler = evaluate_texts(["1", "2", "7", "4 "], config)
     assert found == Evaluation(accuracy=0.75, problems=4, reward_mean=0.75, pass_at_k=None)
     ((rollout, seed, indices),) = sampler.asked
     assert (rollout.num_generations, rollout.temperature, seed) == (1, 0.0, config.train.seed)
@@ -75,7 +75,7 @@ def test_greedy_accuracy_is_the_share_of_right_answers(tmp_path: Path):
 
 def test_pass_at_k_is_the_share_of_problems_with_a_right_sample(tmp_path: Path):
     texts = ["1", "x", "1", "x", "x", "x", "x", "x", "3", "x", "4", "4"]  # right: 2 of 3, 0 of 3, 1 of 3, 2 of 3
-    found, sampler = evaluate(texts, config_of(tmp_path, rollout={"temperature": 0.7, "top_k": 9}), samples=3)
+    found, sampler = evaluate_texts(texts, config_of(tmp_path, rollout={"temperature": 0.7, "top_k": 9}), samples=3)
     assert found.pass_at_k == pytest.approx(3 / 4)
     assert found.accuracy == pytest.approx(5 / 12)
     ((rollout, _, _),) = sampler.asked
@@ -86,8 +86,8 @@ def test_pass_at_k_is_the_share_of_problems_with_a_right_sample(tmp_path: Path):
 
 def test_no_more_completions_are_decoded_at_once_than_in_training(tmp_path: Path):
     config = config_of(tmp_path, train={"prompts_per_step": 1})
-    _, greedy = evaluate(["1"] * 4, config)
-    _, sampled = evaluate(["1"] * 8, config, samples=2)
+    _, greedy = evaluate_texts(["1"] * 4, config)
+    _, sampled = evaluate_texts(["1"] * 8, config, samples=2)
     assert [sampler.asked[0][0].slots for sampler in (greedy, sampled)] == [4, 4]  # one prompt of G = 4 in training
     assert G == 4
 
@@ -97,7 +97,7 @@ def test_the_named_function_and_its_threshold_say_what_is_right(tmp_path: Path):
         return [0.5 if text == "ok" else 0.25 for text in completions]
 
     config = config_of(tmp_path, rewards={"accuracy": "half", "accuracy_threshold": 0.5, "weights": [1.0, 2.0]})
-    found, _ = evaluate(["ok", "2", "ok", "ok"], config, functions=["exact_match", half])
+    found, _ = evaluate_texts(["ok", "2", "ok", "ok"], config, functions=["exact_match", half])
     assert found.accuracy == 0.75
     assert found.reward_mean == pytest.approx((1.0 + 1.5 + 1.0 + 1.0) / 4)
 
@@ -108,10 +108,10 @@ def test_an_answer_that_cannot_be_scored_is_not_right_and_too_many_stop_the_run(
             raise ValueError("what?")
         return [1.0] * len(completions)
 
-    found, _ = evaluate(["1", "?", "3", "4"], config_of(tmp_path), functions=picky)
+    found, _ = evaluate_texts(["1", "?", "3", "4"], config_of(tmp_path), functions=picky)
     assert (found.accuracy, found.reward_mean) == (0.75, 1.0)
     with pytest.raises(RewardError, match="2 of 4 rows could not be scored"):
-        evaluate(["1", "?", "?", "4"], config_of(tmp_path), functions=picky)
+        evaluate_texts(["1", "?", "?", "4"], config_of(tmp_path), functions=picky)
 
 
 def test_where_nothing_is_held_out_there_is_no_accuracy(tmp_path: Path):
@@ -130,9 +130,9 @@ def test_columns_without_the_prompts_reach_the_rewards(tmp_path: Path):
 def test_a_run_of_python_rows_or_functions_says_what_is_missing(tmp_path: Path):
     config = config_of(tmp_path, data={"path": None})
     with pytest.raises(gx.ConfigError, match=r"rewards\.functions is empty"):
-        evaluate_run(config)
+        evaluate(config)
     with pytest.raises(gx.ConfigError, match=r"data\.path is null"):
-        evaluate_run(replace(config, rewards=gx.RewardsConfig(functions=["exact_match"])))
+        evaluate(replace(config, rewards=gx.RewardsConfig(functions=["exact_match"])))
 
 
 def test_an_evaluation_without_held_out_rows_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

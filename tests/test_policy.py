@@ -225,7 +225,7 @@ def test_stop_strings_end_a_completion() -> None:
 def test_stop_strings_need_a_tokenizer_and_text() -> None:
     with pytest.raises(ModelError, match=r"has no tokenizer.*needs text"):
         generate([[7]], stop=["a"])
-    with pytest.raises(ConfigError, match=r"rollout.stop.*empty text"):
+    with pytest.raises(ConfigError, match=r"rollout.stop.*empty string"):
         generate([[7]], stop=[""])
 
 

@@ -20,9 +20,9 @@ import grpo_jax as gx
 from grpo_jax import cli
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import RewardError
-from grpo_jax.run import RunFolderError
 from grpo_jax.run.checkpoint import Checkpointer
-from grpo_jax.run.saved import TrainResult
+from grpo_jax.run.resume import RunFolderError
+from grpo_jax.trainer import TrainResult
 
 ROWS = additions()
 LORA: dict[str, Any] = {
@@ -224,7 +224,7 @@ def test_ctrl_c_ends_the_command_with_the_line_that_continues_the_run(tmp_path: 
 
 def make_run(folder: Path, **sections: Any) -> None:
     """A folder that looks like a run: its settings and a finished step."""
-    from grpo_jax.run import RunFolder
+    from grpo_jax.run.folder import RunFolder
 
     with RunFolder.create(folder, config_of(folder, **sections), resume=False) as made:
         made.write_step(1, {"reward/mean": np.float32(0.5)})

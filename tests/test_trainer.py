@@ -34,9 +34,10 @@ from tiny_runs import (
 
 import grpo_jax as gx
 from grpo_jax import cli
-from grpo_jax import trainer as grpo
+from grpo_jax.data.source import PromptSource
 from grpo_jax.policy import Policy
 from grpo_jax.run.folder import FILES
+from grpo_jax.steps.grpo import GrpoStep
 
 ROWS = additions()
 HELD_OUT = [{"prompt": f"{i}-{j}=", "answer": str(i - j)} for i in (7, 8, 9) for j in (1, 2)]
@@ -181,7 +182,7 @@ def test_one_fetch_of_the_rollout_and_one_of_the_metrics_bring_a_step_to_the_hos
     # are counted where they are made, and every other way for a value to leave raises.
     fetched: list[int] = []
     inside = [False]
-    real_get, real_step, array = jax.device_get, grpo.one_step, type(jax.numpy.zeros(1))
+    real_get, real_step, array = jax.device_get, GrpoStep.run, type(jax.numpy.zeros(1))
 
     def device_get(tree: Any) -> Any:
         if inside[0]:
@@ -213,7 +214,7 @@ def test_one_fetch_of_the_rollout_and_one_of_the_metrics_bring_a_step_to_the_hos
     for name in ("asarray", "array"):
         monkeypatch.setattr(np, name, watched(np, name))
     monkeypatch.setattr(jax, "device_get", device_get)
-    monkeypatch.setattr(grpo, "one_step", one_step)
+    monkeypatch.setattr(GrpoStep, "run", one_step)
     gx.train(config_of(tmp_path), dataset=ROWS, reward_funcs=letters)
     assert fetched == [6, 1] * 2  # arrays of the one segment's tokens, and the packed metrics
 
@@ -256,9 +257,7 @@ def test_conversations_are_rendered_by_the_chat_template_and_reach_the_rewards_a
         assert prompt[0]["content"] == "Add."
         assert [message["role"] for message in completion] == ["assistant"]
     # What was sampled from is the rendered conversation: its ids, drawn again from the same seed, give the same texts.
-    source = grpo.PromptSource.build(
-        config_of(tmp_path, data={"system_prompt": "Add."}, **sections), done.result.policy.tokenizer, rows
-    )
+    source = PromptSource.build(config_of(tmp_path, data={"system_prompt": "Add."}, **sections), done.result.policy.tokenizer, rows)
     batch = source.batch(0)
     rendered = "<|im_start|>system\nAdd.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
     tokenizer = done.result.policy.need_tokenizer()

@@ -25,10 +25,10 @@ from tiny_runs import (
 )
 
 import grpo_jax as gx
-from grpo_jax import trainer as grpo
 from grpo_jax.config.presets import PRESETS
+from grpo_jax.learner.batches import train_batch
 from grpo_jax.policy import Policy
-from grpo_jax.rewards import RewardError
+from grpo_jax.rewards import RewardError, ScoredBatch
 from grpo_jax.types import PromptBatch, Rollout
 
 ROWS = additions()
@@ -119,9 +119,9 @@ def test_a_masked_truncated_completion_is_in_no_loss():
         ids = [[7, 8, 4], [9, 9, 9]]
         rollout = Rollout(ids, [np.zeros(3, np.float32)] * 2, ["stop", "length"])
         prompts = PromptBatch(0, np.array([0]), ["x"], [[5, 6]], {})
-        scored = grpo.ScoredBatch(np.ones(2, np.float32), np.ones(2, bool), {}, [])
+        scored = ScoredBatch(np.ones(2, np.float32), np.ones(2, bool), {}, [])
         config = replace(gx.Config(), objective=gx.ObjectiveConfig(mask_truncated=masked))
-        return grpo.train_batch(prompts, rollout, scored, config)
+        return train_batch(prompts, rollout, scored, config)
 
     np.testing.assert_array_equal(np.asarray(batch_for(False).completion_mask).sum(axis=1), [3, 3])
     np.testing.assert_array_equal(np.asarray(batch_for(True).completion_mask).sum(axis=1), [3, 0])
