@@ -1,7 +1,6 @@
 """Builds a run's arrays as shapes with shardings, without weights, from a model's config.json.
 
-The machine may be absent: shardings can name devices of a compile-only topology. `update.py` and `rollout.py` pass these shapes to
-the programs.
+The machine may be absent: shardings can name devices of a compile-only topology. `phases.py` passes these shapes to the programs.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ def fit_run(
     """Chooses the largest micro-batch that fits, and the numbers of slots where they are not set.
 
     Args:
-        make_learner: `grpo_learner`, perhaps with an optimiser and a loss of the user's.
         problems: number of held-out problems; where there are some, their evaluation has to fit too.
+        make_learner: `grpo_learner`, or a variant of it with the user's optimiser and loss.
 
     Raises:
         ConfigError: nothing fits.

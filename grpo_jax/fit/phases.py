@@ -178,7 +178,9 @@ def rollout_memory(run: RunShapes, limit_bytes: int | None, sampler: Sampler | N
     if decoded is not None and past_blocks:
         segment_cache = decoded[1]
         with_segment = live | {"temporaries": live["temporaries"] + device_bytes(segment_cache)}
-        compiled.compile(sampler.write_segment, (past_blocks, segment_cache, arguments[3].base), {"together": sizes.fixed}, with_segment)
+        compiled.compile(
+            sampler.write_segment, (past_blocks, segment_cache, arguments[3].base), {"together": sizes.fixed}, with_segment
+        )
     return RolloutMemory(compiled.use, slots, sizes)
 
 

@@ -64,13 +64,13 @@ def quickstart(run_dir: str | Path = "runs/quickstart", configs: str | Path = "c
     make_task(folder / "task")
     make_model(folder / "model")
     print(
-        f"made a random model and {HELD_OUT} held-out additions in {folder}; now a pupil who forgets to carry is imitated",
+        f"made a random model and {HELD_OUT} held-out additions in {folder}; now the warm-up on a pupil who forgets to carry",
         flush=True,
     )
     settings = [load(recipe, overrides(folder, step)) for recipe, step in zip(recipes, ("warmup", "grpo"), strict=True)]
     warm = sft(settings[0].config, sources=settings[0].sources)
     warm.policy.save_merged(folder / "warm")
-    print("now GRPO alone, on whether its own answers are right", flush=True)
+    print("now GRPO alone, rewarded where its own answers are right", flush=True)
     return train(settings[1].config, sources=settings[1].sources)
 
 

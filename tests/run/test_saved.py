@@ -1,4 +1,4 @@
-"""A run on disk: read back, evaluated, exported, and started from again."""
+"""A finished run is read from disk, evaluated, exported, and used to start another run."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ from tiny_runs import (
 import grpo_jax as gx
 from grpo_jax import cli
 from grpo_jax.models.spec import ModelError
-from grpo_jax.policy import Policy
+from grpo_jax.policy import Policy, config_with_policy
 from grpo_jax.run.checkpoint import CheckpointError
-from grpo_jax.run.saved import evaluates_after, export_run, load_run, saves_after, settings_of
+from grpo_jax.run.saved import export_run, load_run
+from grpo_jax.trainer import evaluates_after, saves_after
 
 PROMPTS, COMPLETIONS = [[54, 48, 54, 66], [57, 48]], [[40, 41, 42], [60, 61, 62, 63, 4]]
 
@@ -45,14 +46,14 @@ def quickly():
 
 @pytest.fixture(scope="module")
 def lora_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """Two steps with adapters of another kind than the default: rank-stabilised, on some layers."""
+    """Runs two steps with adapters that differ from the default: rank-stabilised, on some layers."""
     lora = {"rank": 4, "alpha": 6.0, "rslora": True, "targets": ["q_proj", "v_proj", "down_proj"]}
     return run(config_of(tmp_path_factory.mktemp("lora"), lora=lora, train={"save_every": 1}))
 
 
 @pytest.fixture(scope="module")
 def full_run(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """Two steps that train every weight, without a KL term."""
+    """Runs two steps that train every weight, without a KL term."""
     sections = {"lora": {"rank": 0}, "optim": {"learning_rate": 1e-3}, "objective": {"beta": 0.0}}
     return run(config_of(tmp_path_factory.mktemp("full"), **sections))
 
@@ -61,7 +62,7 @@ def logprobs(policy: Policy) -> np.ndarray:
     return np.concatenate(policy.logprobs(PROMPTS, COMPLETIONS))
 
 
-def test_a_run_read_back_is_the_policy_that_it_ended_with(lora_run: Finished, full_run: Finished):
+def test_a_loaded_run_has_the_policy_that_it_ended_with(lora_run: Finished, full_run: Finished):
     for finished in (lora_run, full_run):
         config, policy = load_run(finished.result.run_dir)
         trained = finished.result.policy
@@ -89,7 +90,7 @@ def test_an_exported_adapter_loads_again_as_the_trained_policy(
     again = Policy.from_pretrained(tiny_model(), adapter=tmp_path / "adapter")
     assert_same_arrays(again.adapters, lora_run.result.policy.adapters)
     np.testing.assert_array_equal(logprobs(again), logprobs(lora_run.result.policy))
-    # What the run itself wrote at its end is the same.
+    # The run itself wrote the same adapter at its end.
     written = [
         load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "adapter", lora_run.result.run_dir / "adapter")
     ]
@@ -106,11 +107,11 @@ def test_an_exported_model_loads_again_as_the_trained_policy(kind: str, lora_run
     np.testing.assert_allclose(logprobs(merged), logprobs(finished.result.policy), atol=2e-5)
     base = Policy.from_pretrained(tiny_model())
     assert np.abs(logprobs(merged) - logprobs(base)).max() > 1e-3
-    spoken = [
+    texts = [
         policy.generate(["1+1="], max_completion_length=8, temperature=0.0)[0][0].text
         for policy in (merged, finished.result.policy)
     ]
-    assert spoken[0] == spoken[1]
+    assert texts[0] == texts[1]
     original = {path.name for path in tiny_model().iterdir()}
     assert {path.name for path in (tmp_path / "merged").iterdir()} == original
 
@@ -130,7 +131,7 @@ def test_merging_adds_the_scaled_product_of_the_adapters(lora_run: Finished, tmp
     assert touched == 6
 
 
-def test_no_adapter_comes_from_a_run_that_trained_every_weight(
+def test_a_run_that_trained_every_weight_has_no_adapter_to_export(
     full_run: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     words = ["export", "--run", str(full_run.result.run_dir), "--out", str(tmp_path / "out"), "--format", "adapter"]
@@ -161,7 +162,7 @@ def by_policy(folder: Path, adapter: Path) -> Finished:
 
 
 def by_the_result(folder: Path, adapter: Path) -> Finished:
-    """As with `result.policy` of the run before: nothing says that the adapters come from a folder."""
+    """Trains a policy like `result.policy` of an earlier run, whose settings do not name an adapter folder."""
     result = Policy.from_pretrained(tiny_model(), adapter=adapter)
     bare = gx.LoraConfig(rank=4, alpha=6.0, rslora=True, targets=["q_proj", "v_proj", "down_proj"])
     return run(config_of(folder, lora=dict(gx.LoraConfig().__dict__)), policy=replace(result, lora=bare))
@@ -175,10 +176,10 @@ def test_training_from_an_adapter_has_that_adapter_as_the_reference(
     first, second = finished.result.history
     assert first["kl_divergence"] == pytest.approx(0, abs=1e-9)
     assert second["kl_divergence"] > 1e-6
-    # Were the base the reference, the first step would see this much.
+    # If the base were the reference, the divergence of the first step would be this large.
     started, base = Policy.from_pretrained(tiny_model(), adapter=exported), Policy.from_pretrained(tiny_model())
     assert np.abs(logprobs(started) - logprobs(base)).mean() > 1e-3
-    # The kind of adapter is that of the folder, whatever the settings say, and training moved it.
+    # Rank, alpha and targets are those of the adapter folder, whatever the settings say, and training changed the adapter.
     lora = finished.result.policy.lora
     assert lora is not None
     assert (lora.rank, lora.alpha, lora.rslora, set(lora.targets)) == (4, 6.0, True, {"q_proj", "v_proj", "down_proj"})
@@ -205,11 +206,11 @@ def test_a_run_is_evaluated_with_its_own_settings(tmp_path: Path, capsys: pytest
     assert f"greedy accuracy {summary['accuracy_before']:.1%}, pass@4 " in capsys.readouterr().out
 
 
-def test_the_original_folder_may_be_gone_where_the_name_still_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    place = {"now": build_model(tmp_path / "cache")}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **named: str(place["now"]))
+def test_the_model_folder_may_be_gone_if_its_name_still_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = {"model": build_model(tmp_path / "cache")}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **named: str(folder["model"]))
     finished = run(config_of(tmp_path / "run", model={"path": "someone/a-model", "remat": "none"}, train={"steps": 1}))
-    place["now"] = (tmp_path / "cache").rename(tmp_path / "elsewhere")
+    folder["model"] = (tmp_path / "cache").rename(tmp_path / "elsewhere")
     _, policy = load_run(tmp_path / "run")
     assert policy.name == "someone/a-model"
     assert_same_arrays(policy.variables, finished.result.policy.variables)
@@ -224,11 +225,11 @@ def test_evaluations_and_checkpoints_are_due_at_fixed_steps():
     assert [step for step in range(1, 8) if saves_after(train, step)] == [7]
 
 
-def test_settings_name_the_model_and_the_adapters_of_a_policy_that_was_handed_over():
+def test_settings_take_the_model_and_the_adapters_from_a_given_policy():
     lora = gx.LoraConfig(rank=2, alpha=3.0)
     policy = Policy.from_pretrained(tiny_model(), lora=lora, dtype="bfloat16")
-    own = settings_of(gx.Config(), policy)
+    own = config_with_policy(gx.Config(), policy)
     assert (own.model.path, own.model.dtype, own.lora) == (str(tiny_model()), "bfloat16", lora)
-    assert settings_of(own, policy) == own
+    assert config_with_policy(own, policy) == own
     bare = Policy.from_pretrained(tiny_model())
-    assert settings_of(gx.Config(lora=gx.LoraConfig(rank=0)), bare).lora.rank == 0
+    assert config_with_policy(gx.Config(lora=gx.LoraConfig(rank=0)), bare).lora.rank == 0

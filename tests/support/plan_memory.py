@@ -1,6 +1,6 @@
-"""How far this process's anonymous memory grows in an update, against what its plan said: run as a script, prints one line of JSON.
+"""Compares a plan's memory of an update on a CPU with the growth of this process's anonymous memory while the update runs.
 
-Enters: nothing. Leaves: the plan's bytes, and the growth from after compiling to the peak while the update runs, on a CPU.
+Run as a script; prints one line of JSON: the planned bytes, and the growth from after compiling to the peak.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import jax.numpy as jnp
 
 from grpo_jax.config import Config
 from grpo_jax.fit.abstract import abstract_policy, longest_batch, placement_of
-from grpo_jax.fit.micro_batch import micro_batch_of, tokens_of
-from grpo_jax.fit.phases import Subject, update_needs
+from grpo_jax.fit.learners import grpo_learner
+from grpo_jax.fit.micro_batch import micro_batch_of
+from grpo_jax.fit.phases import RunShapes, update_memory
 from grpo_jax.fit.targets import machine_of
-from grpo_jax.policy import trained_model
 from grpo_jax.runtime.memory import proc_bytes
-from grpo_jax.runtime.programs import Program, silently
+from grpo_jax.runtime.programs import Program, no_announcement
 from grpo_jax.weights.hf import read_folder_spec
 
 MODEL: dict[str, Any] = {
@@ -42,19 +42,19 @@ MODEL: dict[str, Any] = {
 
 
 def anonymous_bytes() -> int:
-    """Of this process."""
-    held = proc_bytes("/proc/self/status", "RssAnon:")
-    assert held is not None
-    return held
+    """Returns the anonymous memory of this process."""
+    rss = proc_bytes("/proc/self/status", "RssAnon:")
+    assert rss is not None
+    return rss
 
 
 def filled(tree: Any) -> Any:
-    """Arrays of a tree's shapes, written, so that the system has given their memory."""
+    """Makes arrays from a tree of shapes; they are written, so that the system has allocated their memory."""
     return jax.tree.map(lambda x: jnp.full(x.shape, 1, x.dtype), tree)
 
 
 class Peak:
-    """The most anonymous memory while something runs, looked at every millisecond."""
+    """Records the peak of the anonymous memory while a block runs, sampled every millisecond."""
 
     def __enter__(self) -> Peak:
         self.bytes, self.running = anonymous_bytes(), True
@@ -73,32 +73,32 @@ class Peak:
 
 
 def main() -> None:
-    """Compiles from shapes, then makes the arrays and runs."""
-    with tempfile.TemporaryDirectory() as place:
-        (Path(place) / "config.json").write_text(json.dumps(MODEL))
+    """Compiles an update from shapes, then makes its arrays and runs it."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(MODEL))
         config = Config.from_dict(
             {
-                "model": {"path": place, "remat": "none"},
+                "model": {"path": folder, "remat": "none"},
                 "rollout": {"num_generations": 4, "max_prompt_length": 64, "max_completion_length": 96},
                 "train": {"prompts_per_step": 8, "micro_batch_prompts": 4},
             }
         )
-        spec, machine = read_folder_spec(Path(place)), machine_of("cpu")
+        spec, machine = read_folder_spec(Path(folder)), machine_of("cpu")
         placement = placement_of(config, spec, machine)
-        policy = abstract_policy(config, Path(place), spec, placement)
+        policy = abstract_policy(config, Path(folder), spec, placement)
     micro_batch = micro_batch_of(config, policy)
-    model, _ = trained_model(policy, config.model.remat, tokens_of(config, micro_batch))
-    subject = Subject.of(config, policy, placement, model, micro_batch, silently)
-    program = Program("update", subject.learner.train_step, donate=(0,))
-    needs = update_needs(subject, program)
+    learner, _ = grpo_learner(config, policy, micro_batch)
+    run = RunShapes.of(config, policy, placement, learner, no_announcement)
+    program = Program("update", run.learner.train_step, donate=(0,))
+    use = update_memory(run, program)
     before = anonymous_bytes()
     with Peak() as peak:
         own = filled(policy.adapters)
-        arguments = filled((subject.state, longest_batch(config, placement), subject.frozen))
+        arguments = filled((run.state, longest_batch(config, placement), run.frozen))
         jax.block_until_ready((own, arguments))
         arrays = anonymous_bytes() - before
         jax.block_until_ready(program(*arguments))
-    print(json.dumps({"planned": needs.peak_bytes, "grown": peak.bytes - before, "arrays": arrays, "memory": needs.memory}))
+    print(json.dumps({"planned": use.peak_bytes, "grown": peak.bytes - before, "arrays": arrays, "memory": use.components}))
 
 
 if __name__ == "__main__":

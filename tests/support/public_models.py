@@ -1,4 +1,4 @@
-"""config.json of the public models that recipes name, as the hub has them, and the parameters that their pages count."""
+"""The config.json of each public model that a recipe names, as on the Hugging Face hub, and its number of parameters."""
 
 from __future__ import annotations
 
@@ -140,4 +140,4 @@ PARAMETERS = {
     "Qwen/Qwen3-30B-A3B": 30_532_122_624,
     "google/gemma-3-1b-it": 999_885_952,
 }
-"""Total of the safetensors files; a tied head is counted once."""
+"""Total elements of the safetensors files; a tied head is counted once."""

@@ -1,4 +1,4 @@
-"""The benchmark: what it counts, what it writes, and that it runs the loop's own step."""
+"""The benchmark: its counts, its output, and that it runs the training loop's own step."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiny_runs import CONFIG, tiny_model
 
 from grpo_jax.cli import main
 from grpo_jax.config import ConfigError
-from grpo_jax.tools.bench import MEDIANS, BenchOptions, MadeUpPrompts, Work, bench_policy, heavy_tail
+from grpo_jax.tools.bench import MEDIANS, BenchOptions, RandomPrompts, bench_policy, heavy_tail
 from grpo_jax.weights.hf import read_folder_spec
 
 WORDS = [
@@ -42,7 +42,7 @@ def test_lengths_have_a_heavy_tail_with_the_mean_and_the_end_they_should() -> No
 
 
 def test_prompts_are_the_same_for_the_same_step_and_differ_between_steps() -> None:
-    source = MadeUpPrompts(read_folder_spec(tiny_model()), 3, 6)
+    source = RandomPrompts(read_folder_spec(tiny_model()), 3, 6)
     first, again, next_one = source.batch(4), source.batch(4), source.batch(5)
     assert first.prompt_ids == again.prompt_ids != next_one.prompt_ids
     assert [len(ids) for ids in first.prompt_ids] == [6, 6, 6]
@@ -50,8 +50,8 @@ def test_prompts_are_the_same_for_the_same_step_and_differ_between_steps() -> No
     assert not set(first.indices) & set(next_one.indices)
 
 
-def counted(spec: Any, options: BenchOptions, lengths: list[int]) -> tuple[float, float]:
-    """Operations of the update and bytes of the rollout, token by token; float32."""
+def counted_by_token(spec: Any, options: BenchOptions, lengths: list[int]) -> tuple[float, float]:
+    """Counts the operations of the update and the bytes of the rollout token by token, in float32."""
     matrices = spec.layers * sum(a * b for a, b in spec.linear_shapes().values())
     head, p = spec.vocab * spec.width, options.prompt_length
     forward = backward = 0.0
@@ -63,22 +63,22 @@ def counted(spec: Any, options: BenchOptions, lengths: list[int]) -> tuple[float
             attention = 4 * spec.layers * spec.heads * spec.head_dim * (p + t + 0.5)
             forward += 2 * matrices + 2 * head + attention
             backward += 2 * matrices + 2 * head + 2 * attention
-    kept = 2 * spec.layers * spec.kv_heads * spec.head_dim * 4
+    token_bytes = 2 * spec.layers * spec.kv_heads * spec.head_dim * 4
     traffic = 0.0
     for t in range(max(lengths)):
-        traffic += 4 * (matrices + head) + kept * options.prompts * p
-        traffic += sum(kept * (t + 0.5) for length in lengths if t < length)
+        traffic += 4 * (matrices + head) + token_bytes * options.prompts * p
+        traffic += sum(token_bytes * (t + 0.5) for length in lengths if t < length)
     return 2 * forward + backward, traffic
 
 
-def test_work_is_counted_from_the_shapes() -> None:
-    spec = read_folder_spec(tiny_model())
-    options = BenchOptions(model="", prompts=2, num_generations=2, prompt_length=6, completion_length=9)
-    work = Work.of(spec, options, np.full(4, 9), 4)
-    flops, traffic = counted(spec, options, [9] * 4)
-    assert work.update_tokens == 2 * 6 + 4 * 9
-    np.testing.assert_allclose(work.update_flops, flops, rtol=1e-9)
-    np.testing.assert_allclose(work.rollout_bytes, traffic, rtol=1e-9)
+def test_the_cost_of_a_step_is_counted_from_the_shapes() -> None:
+    options = BenchOptions(model=str(tiny_model()), prompts=2, num_generations=2, prompt_length=6, completion_length=9)
+    policy, _ = bench_policy(options.config())
+    cost = options.cost(policy)
+    flops, traffic = counted_by_token(policy.spec, options, [9] * 4)
+    assert cost.update_tokens == 2 * 6 + 4 * 9
+    np.testing.assert_allclose(cost.update_flops, flops, rtol=1e-9)
+    np.testing.assert_allclose(cost.rollout_bytes, traffic, rtol=1e-9)
 
 
 def test_one_line_of_json_is_the_last_that_is_written(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,17 +89,17 @@ def test_one_line_of_json_is_the_last_that_is_written(capsys: pytest.CaptureFixt
         assert [step[name] for step in result["steps"]] == [result[name]]
     step = result["steps"][0]
     assert result["step_seconds"] >= step["rollout_seconds"] + step["update_seconds"]
-    work = result["computed_from"]
+    cost = result["computed_from"]
     np.testing.assert_allclose(result["rollout_tokens_per_second"] * result["rollout_seconds"], 2 * 3 * 7, rtol=1e-6)
     np.testing.assert_allclose(result["update_tokens_per_second"] * result["update_seconds"], 2 * 5 + 2 * 3 * 7, rtol=1e-6)
-    assert result["mfu"] == work["update_flops"] / result["update_seconds"] / result["matmul_flops_per_second"]
-    assert result["mbu"] == work["rollout_bytes"] / result["rollout_seconds"] / result["memory_bytes_per_second"]
+    assert result["mfu"] == cost["update_flops"] / result["update_seconds"] / result["matmul_flops_per_second"]
+    assert result["mbu"] == cost["rollout_bytes"] / result["rollout_seconds"] / result["memory_bytes_per_second"]
     assert result["compile_seconds"] > 0
     assert result["logp_difference_max"] < 1e-4
     assert not result["random_weights"]
 
 
-def test_a_person_gets_a_table_and_a_folder_without_weights_random_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_default_output_is_a_table_and_missing_weights_are_random(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     assert main(["bench", "--model", str(tmp_path), *WORDS, "--ragged", "--slots", "2"]) == 0
     out = capsys.readouterr().out
@@ -108,7 +108,7 @@ def test_a_person_gets_a_table_and_a_folder_without_weights_random_ones(tmp_path
     assert "update against matmuls:" in out
 
 
-def test_stopping_is_off_and_lengths_are_what_was_asked_for() -> None:
+def test_stop_tokens_are_ignored_and_lengths_are_as_requested() -> None:
     options = BenchOptions(model=str(tiny_model()), prompts=2, num_generations=2, completion_length=10, capacity=80)
     policy, random_weights = bench_policy(options.config())
     assert policy.stop_ids == ()
