@@ -1,7 +1,9 @@
 """Time of `decode_attention` on this device, next to the bytes that it must read.
 
-`python kernels/bench/decode_attention.py [--slots 64] [--filled 512] [--kv int8] [--implementation xla]`: one layer at the sizes of an 8B
-model, every slot with `filled` past tokens. The bandwidth is that of a sum over an array of the same size, measured in the same run.
+    python kernels/bench/decode_attention.py [--slots 64] [--filled 512] [--kv int8] [--implementation xla]
+
+One layer at the sizes of an 8B model, every slot with `filled` past tokens. The bandwidth is that of a sum over an array of the
+same size, measured in the same run.
 """
 
 from __future__ import annotations

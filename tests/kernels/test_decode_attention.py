@@ -114,18 +114,12 @@ def problem(case: Case, *, transposed: bool = False) -> tuple[dict[str, Any], np
     }
     out = np.zeros(q.shape)
     for slot, (prompt_slot, base) in enumerate(zip(prompt_slots, case.base, strict=True)):
-        past = [
-            np.concatenate([numbers[n][slot] for _, numbers in past_blocks], axis=1)[:, :base] if past_blocks else None
-            for n in range(2)
-        ]
-        k, v = (
-            np.concatenate(
-                [x for x in (prefix_values[n][prompt_slot, :, : case.lengths[prompt_slot]], past[n], own_values[n][slot, :, : case.step + 1])
-                 if x is not None],
-                axis=1,
-            )[:, -case.window :]
-            for n in range(2)
-        )  # fmt: skip
+        past = [np.concatenate([x[n][slot] for _, x in past_blocks], axis=1)[:, :base] for n in range(2)] if past_blocks else []
+        seen = []
+        for n in range(2):
+            parts = [prefix_values[n][prompt_slot, :, : case.lengths[prompt_slot]], *past[n : n + 1]]
+            seen.append(np.concatenate([*parts, own_values[n][slot, :, : case.step + 1]], axis=1)[:, -case.window :])
+        k, v = seen
         scores = np.einsum("krd,kxd->krx", np.asarray(q[slot], np.float64), k)
         scores = scores if case.softcap is None else case.softcap * np.tanh(scores / case.softcap)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
@@ -226,7 +220,7 @@ def shapes_of(shape: Shape, layers: int, *, int8: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("chip", "shape", "int8"),
-    zip(CHIPS, (GEMMA_3_12B, EIGHT_B, GEMMA_3_12B, EIGHT_B), (False, False, True, True), strict=True),
+    list(zip(CHIPS, (GEMMA_3_12B, GEMMA_3_12B, EIGHT_B, EIGHT_B), (False, True, False, True), strict=True)),
     ids=str,
 )
 def test_on_a_tpu_there_are_neither_scores_nor_copies(chips: dict[str, Any], chip: str, shape: Shape, int8: bool) -> None:
@@ -242,7 +236,9 @@ def test_on_a_tpu_there_are_neither_scores_nor_copies(chips: dict[str, Any], chi
     scores = 4 * shape.slots * heads * (shape.prompt + sum(shape.past_blocks) + shape.segment)
     layer = memory.argument_size_in_bytes / 24
     scales = 2 * 24 * shape.slots * shape.kv_heads * 128 * 4 if int8 else 0
-    assert memory.temp_size_in_bytes < min(scores, layer) / 4 + scales
+    # A v5p keeps queries and the prefix's output, of rows padded to 8, in device memory instead of vector memory.
+    of_queries = 12 * shape.slots * shape.kv_heads * 8 * shape.width if chip == "v5p" else 0
+    assert memory.temp_size_in_bytes < min(scores, layer) / 4 + scales + of_queries
 
 
 def test_the_traced_program_holds_no_array_of_heads_by_keys() -> None:

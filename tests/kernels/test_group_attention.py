@@ -253,7 +253,7 @@ def test_blocks_of_a_cpu_and_a_gpu() -> None:
 
 @pytest.mark.parametrize(
     ("chip", "shape", "softcap"),
-    zip(CHIPS, (QWEN3_8B, GEMMA_3_12B, QWEN3_8B, GEMMA_3_4B), (None, 50.0, None, None), strict=True),
+    list(zip(CHIPS, (QWEN3_8B, GEMMA_3_12B, QWEN3_8B, GEMMA_3_4B), (None, 50.0, None, None), strict=True)),
     ids=str,
 )
 def test_on_a_tpu_there_are_no_scores(chips: dict[str, Any], chip: str, shape: Shape, softcap: float | None) -> None:

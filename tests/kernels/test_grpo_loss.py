@@ -265,11 +265,13 @@ def test_the_kernel_has_no_race(loss: str, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize(
     ("chip", "shape", "losses"),
-    zip(
-        CHIPS,
-        (SHORT, LONG, Shape(13, 1187), SHORT),
-        (("cispo", "gspo"), ("dapo", "gspo"), ("gspo",), ("reinforce", "dapo", "sapo")),
-        strict=True,
+    list(
+        zip(
+            CHIPS,
+            (SHORT, LONG, SHORT, Shape(13, 1187)),
+            (("cispo", "gspo"), ("dapo", "gspo"), ("reinforce", "dapo", "sapo"), ("gspo",)),
+            strict=True,
+        )
     ),
     ids=str,
 )

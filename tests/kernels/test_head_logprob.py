@@ -282,7 +282,7 @@ def test_on_a_cpu_it_takes_a_twentieth_of_the_memory() -> None:
     assert own < plain / 20
 
 
-@pytest.mark.parametrize(("chip", "shape"), zip(CHIPS, (QWEN3_8B, LLAMA_3_8B, GEMMA_3_4B, GEMMA_2_2B), strict=True), ids=str)
+@pytest.mark.parametrize(("chip", "shape"), list(zip(CHIPS, (QWEN3_8B, LLAMA_3_8B, GEMMA_3_4B, GEMMA_2_2B), strict=True)), ids=str)
 def test_on_a_tpu_a_gradient_takes_the_kept_vector_and_no_more(chips: dict[str, Any], chip: str, shape: Shape) -> None:
     """Next to one [T, H] array in bfloat16 a few numbers a token."""
     gradient = functools.partial(value_and_gradient, implementation="mosaic_tpu", softcap=shape.softcap)

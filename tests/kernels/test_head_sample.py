@@ -151,7 +151,7 @@ def test_the_kernels_have_no_race(capsys: pytest.CaptureFixture[str]) -> None:
     assert_right(got, scaled_logits(x, w, 1.0), uniform, greedy=False)
 
 
-@pytest.mark.parametrize(("chip", "shape"), zip(CHIPS, [*PUBLISHED.values(), PUBLISHED["Gemma-3-4B"]], strict=True), ids=str)
+@pytest.mark.parametrize(("chip", "shape"), list(zip(CHIPS, [*PUBLISHED.values(), PUBLISHED["Gemma-3-4B"]], strict=True)), ids=str)
 def test_on_a_tpu_there_are_no_logits(chips: dict[str, Any], chip: str, shape: Shape) -> None:
     """In the compiled program, at the sizes of published models. The rows of W that are read twice are not stored either."""
 
