@@ -9,7 +9,7 @@ from grpo_kernels.numerics import round_up
 LANES, SUBLANES = 128, 8
 
 BLOCK_REWARDS = 2**15
-"""Rewards in a block, the lanes that a small group leaves empty included: 128 KiB of each array on every TPU."""
+"""Rewards in a block, with a group's padding to whole rows of 128: 128 KiB of each array on every TPU."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Forward and backward are FlashAttention-2's (https://arxiv.org/abs/2307.08691, a
 for dk and dv, so that nothing is stored per pair. The R heads that share a key's head make R times as many queries of a block.
 A key's gradient sums over those and over all queries that see it: for the prompt's keys, the queries of all completions.
 
-Scores are laid out as [keys, queries]: statistics of a query are then rows, and reductions stay within lanes.
+Scores are laid out as [keys, queries]: statistics of a query are then rows, and reductions do not cross columns.
 """
 
 from __future__ import annotations

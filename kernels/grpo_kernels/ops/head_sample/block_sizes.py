@@ -36,9 +36,9 @@ def choose_block_sizes(rows: int, width: int, itemsize: int) -> BlockSizes:
     """
     most = 2 * LANES if 2 * 2 * LANES * width * itemsize <= KERNEL_MEMORY // 3 else LANES
     tile = min(rows, most)
-    lanes = round_up(tile, LANES)
+    padded = round_up(tile, LANES)
 
     def fits(block: int) -> bool:
-        return 2 * (block + lanes) * width * itemsize + 8 * 4 * block * lanes <= KERNEL_MEMORY
+        return 2 * (block + padded) * width * itemsize + 8 * 4 * block * padded <= KERNEL_MEMORY
 
     return BlockSizes(tile, next((block for block in (1024, 512, 256) if fits(block)), BLOCK))

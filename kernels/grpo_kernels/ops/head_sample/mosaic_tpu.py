@@ -1,7 +1,7 @@
 """`head_sample` on a TPU: W is read once, and of the logits only sums over groups of 128 tokens are stored.
 
 1. A kernel over blocks of W computes, for each row and group, with l the logits and m the largest of the group: m, Σ exp(l − m),
-   Σ exp(l − m)·(l − m) and Σ exp(2(l − m)). Logits are laid out as [tokens, rows], so that sums over a group stay within lanes.
+   Σ exp(l − m)·(l − m) and Σ exp(2(l − m)). Logits are laid out as [tokens, rows], so that sums over a group do not cross columns.
 2. Those sums choose the group of each row.
 3. A kernel over rows computes the logits of the row's group, from 128 rows of W again. It reads S·128·H numbers (5 % of W for 64
    rows and Qwen3's vocabulary) and stores none of them; gathering them first would take more memory than all logits.

@@ -2,7 +2,7 @@
 
 The Pallas kernel reads a block of W in its few bits, decodes it group by group into a scratch array in x's dtype, and multiplies it
 with many rows of x (1,024 where they fit), so that decoding is a small part of the work. Products accumulate in float32. nf4 looks
-its codebook up by a gather within 128 lanes, one operation an element. Tails of rows, inputs and outputs are masked; nothing is
+its codebook up by a gather within a row of 128, one operation an element. Tails of rows, inputs and outputs are masked; nothing is
 padded or copied: TPUs read int4 and uint4 arrays in place (XLA packs them eight rows to a 32-bit word).
 """
 
@@ -30,7 +30,7 @@ def refusal(w: QuantizedWeight) -> str | None:
 
 
 def lookup(indices: Array, table: Array) -> Array:
-    """Returns table[index] of each index; table [8, 128] has the codebook in the lanes of every row."""
+    """Returns table[index] of each index; table [8, 128] has the codebook in every row."""
     rows, width = indices.shape
     codes = jnp.broadcast_to(table[:1], (rows, LANES))
     parts = []
