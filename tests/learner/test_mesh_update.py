@@ -107,7 +107,7 @@ def test_an_update_compiles_for_four_tpu_chips(chips: Any) -> None:
         windows=(None, 64),
         rope_of_layer=(0, 0),
     )
-    model = Transformer(spec, jnp.dtype(jnp.bfloat16), 1.0, "layer", implementation="tpu", layout=layout)
+    model = Transformer(spec, jnp.dtype(jnp.bfloat16), 1.0, "layer", implementation="mosaic_tpu", layout=layout)
     optimizer = make_optimizer(OptimConfig(), 10)
     learner = Learner(model, ObjectiveConfig(beta=0.04), optimizer, lambda _: jnp.float32(1), False, 1.0, 128, (2, 2))
     adapters = jax.eval_shape(lambda: init_lora(spec, LoraConfig(rank=8), jax.random.key(0)))

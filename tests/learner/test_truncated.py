@@ -19,7 +19,7 @@ from grpo_jax.learner import truncated
 from grpo_jax.learner.loss import grpo_loss
 from grpo_jax.learner.truncated import Truncation, separating_logit, truncated_logprobs
 from grpo_jax.rollout.sampling import Thresholds, truncate
-from grpo_kernels.ops.head_logprob import head_logprob
+from grpo_kernels import head_logprob
 
 N, C, D, V = 3, 5, 16, 37
 STOPS = (2, 5, 30)

@@ -29,7 +29,7 @@ def lowered(chip: Any, quantization: str) -> Any:
         chip,
         micro_batch=(1, 1),
         lora=LoraConfig(rank=32),
-        implementation="tpu",
+        implementation="mosaic_tpu",
         quantization=quantization,
     )
 

@@ -8,7 +8,7 @@ from compiled_rollout import assert_nothing_is_copied_at_every_token, assert_not
 
 
 def test_a_prompt_is_stored_once_and_nothing_is_copied(chips: Any) -> None:
-    memory = segment_memory(chips["v6e"], refilled=True, implementation="tpu")
+    memory = segment_memory(chips["v6e"], refilled=True, implementation="mosaic_tpu")
     print(line("v6e, refilled", memory))
     assert_nothing_is_stored_twice(memory)
     assert_nothing_is_copied_at_every_token(memory)

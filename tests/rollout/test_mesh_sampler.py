@@ -171,7 +171,7 @@ def test_a_chip_of_four_stores_a_quarter_of_the_kv_cache(chips: dict[str, Single
 
     layout = make_layout(MeshConfig(data=1, fsdp=2, tensor=2), topologies.get_topology_desc("v6e:2x2", "tpu").devices)
     assert layout is not None
-    memory = segment_memory(layout, refilled=True, implementation="tpu", rank=16)
+    memory = segment_memory(layout, refilled=True, implementation="mosaic_tpu", rank=16)
     print(line("four v6e, 1x2x2", memory))
     assert_nothing_is_stored_twice(memory)
     assert_nothing_is_copied_at_every_token(memory)

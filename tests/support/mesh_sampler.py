@@ -41,7 +41,7 @@ from grpo_jax.types import Params, Rollout
 from grpo_jax.weights.axes import model_axes
 from grpo_jax.weights.lora import init_lora
 from grpo_jax.weights.quantize import quantize_params
-from grpo_kernels.ops.head_sample import head_sample
+from grpo_kernels import head_sample
 
 LORA = LoraConfig(rank=2)
 SPEC = ModelSpec(
@@ -232,7 +232,7 @@ def draws() -> dict[str, Any]:
     w = w.at[jnp.array([7, 700])].set(3 * x[5])  # ties, on two devices
     uniform, banned = jnp.asarray(rng.random(rows), jnp.float32), jnp.asarray(np.arange(rows) % 2 == 0)
     found: dict[str, Any] = {}
-    for implementation in ("reference", "tpu"):
+    for implementation in ("reference", "mosaic_tpu"):
         for temperature in (0.7, 0.0):
             options: dict[str, Any] = {"softcap": 8.0, "banned_ids": banned_ids, "near": 1e-3}
 

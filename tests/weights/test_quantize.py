@@ -33,7 +33,7 @@ from grpo_jax.weights.hf import read_folder_spec
 from grpo_jax.weights.loading import load_params
 from grpo_jax.weights.lora import init_lora
 from grpo_jax.weights.quantize import params_bytes, quantization_of, quantize_params, quantized_specs
-from grpo_kernels.ops.quantized_matmul import QuantizedWeight, dequantize, quantize, quantized_shapes, weight_bytes
+from grpo_kernels import QuantizedWeight, dequantize, quantize, quantized_shapes, weight_bytes
 from grpo_kernels.ops.quantized_matmul.formats import NF4, group_size
 
 FORMATS = ["int8", "int4", "nf4"]
@@ -323,7 +323,7 @@ def test_an_update_stores_no_dense_weight(chips: dict[str, SingleDeviceSharding]
     b, g, length = 1, 4, 16
     base = dict(flatten(abstract_params(WIDE, jnp.bfloat16))) | quantized_specs(param_specs(WIDE), "int4")
     adapters = jax.eval_shape(lambda: init_lora(WIDE, LORA, jax.random.key(0)))
-    model = Transformer(WIDE, jnp.dtype("bfloat16"), LORA.scale, "layer", implementation="tpu")
+    model = Transformer(WIDE, jnp.dtype("bfloat16"), LORA.scale, "layer", implementation="mosaic_tpu")
     optim = OptimConfig()
     rate = functools.partial(learning_rate_at, optim, 10)
     learner = Learner(model, ObjectiveConfig(), make_optimizer(optim, 10), rate, False, 1.0, length, (b, g))
