@@ -133,7 +133,7 @@ class Checkpointer:
             step: Which checkpoint; None is the newest complete one.
 
         Raises:
-            CheckpointError: there is none, or it is damaged.
+            CheckpointError: there is none, it is damaged, or it has no such part.
         """
         step = self._chosen(step)
         tree: dict[str, Any] = {}
@@ -145,6 +145,8 @@ class Checkpointer:
             for key in path:
                 node = node.setdefault(key, {})
             node[leaf] = jax.ShapeDtypeStruct(tuple(shape), dtype)
+        if not tree:
+            raise CheckpointError(f"{self.folder / str(step)} holds no array under {part!r}; it is no checkpoint of a training run")
         targets = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings(tree))
         flat = {f"{part}.{name}": leaf for name, leaf in _by_name(targets).items()}
         args = ocp.args.PyTreeRestore(flat, ocp.checkpoint_utils.construct_restore_args(flat), partial_restore=True)

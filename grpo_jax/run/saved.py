@@ -47,7 +47,7 @@ def load_run(run_dir: str | Path) -> tuple[Config, Policy]:
         source = values["model"] if Path(values["model"]).is_dir() else values["name"]
         mesh = available_mesh(config, read_folder_spec(find_model(source)))
         base = Policy.from_pretrained(source, dtype=values["dtype"], quantization=values.get("quantization", "none"), mesh=mesh)
-        policy = replace(base, name=values["name"], lora=lora)
+        policy = replace(base, name=values["name"], lora=lora, adapters=None if lora is None else {})
         trainable = checkpoints.restore_part("trainable", lambda tree: shardings_of(policy, tree))
     return config, policy.with_trained(trainable)
 
