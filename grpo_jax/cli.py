@@ -1,11 +1,11 @@
-"""The command line: `grpo-jax train | sft | eval | generate | export | bench | quickstart`.
+"""The command line: `grpo-jax train | sft | eval | generate | export | plan | bench | quickstart`.
 
-Enters: words. Leaves: an exit status: 0, 2 for a mistake of the user's (one block on standard error, no traceback), 130 for Ctrl-C.
-Each command only reads its words, builds the config and calls one function of the package; JAX is imported when a command runs,
-never for `--help`. Every setting is an option `--section.field`, its help the entry in the section's docstring.
+Each command parses its options, builds the config and calls one function of the package. JAX is imported when a command runs,
+never for `--help`. Every setting is an option `--section.field`, whose help is the entry in the section's docstring. Exit status:
+0; 2 for a mistake of the user's (one block on standard error, no traceback); 130 for Ctrl-C.
 
 argparse splits the words and `config.load` gives the values their types, as it does for YAML: one set of rules, and errors that
-name the setting. (jsonargparse would read quoted text inside a mapping once more, so that `{year: "2024"}` became a number.)
+name the setting. (jsonargparse would parse quoted text inside a mapping a second time, so that `{year: "2024"}` became a number.)
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""The handle that a user holds: a model, its adapters and its tokenizer. It generates, scores, and saves folders that other tools
-load.
+"""The handle that a user holds: a model, its adapters and its tokenizer. It generates, scores and saves.
 
 Training takes a policy and returns a new one; the arrays of a policy never change.
 """
@@ -60,7 +59,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Policy:
-    """A model that can be sampled, scored, trained and saved.
+    """A model with its adapters and tokenizer: it can be sampled, scored, trained and saved.
 
     Attributes:
         spec: sizes and switches of the model.
@@ -72,7 +71,7 @@ class Policy:
         stop_ids: every id that ends a completion.
         folder: where the model was read from.
         name: the path or hub id as the user wrote it.
-        layout: where weights and adapters live; None is one device.
+        layout: sharding of weights and adapters; None is one device.
 
     Example:
         policy = Policy.from_pretrained("Qwen/Qwen2.5-0.5B-Instruct", lora=LoraConfig(rank=16))
@@ -104,7 +103,7 @@ class Policy:
         seed: int = 0,
         mesh: MeshConfig | None = None,
     ) -> Policy:
-        """Reads a model.
+        """Reads a model from a folder or the hub.
 
         Args:
             path: folder or hub id; safetensors only.
@@ -199,7 +198,7 @@ class Policy:
         return replace(self, params=move(self.params), adapters=adapters, layout=layout, _sampler=[], _scorer=[])
 
     def on_host(self, tree: Any) -> Any:
-        """Arrays of this policy on the host, whole; of several processes all have to ask together."""
+        """Copies arrays of this policy to the host, unsharded. In a run of several processes, all of them make this call."""
         return jax.device_get(tree) if self.layout is None else self.layout.get(tree)
 
     @property
@@ -211,7 +210,7 @@ class Policy:
 
     @property
     def variables(self) -> Params:
-        """What `model.apply` takes."""
+        """The variables of `model`: {"params": base} and, with adapters, {"lora": adapters}."""
         return {"params": self.params} if self.adapters is None else {"params": self.params, "lora": self.adapters}
 
     @property
@@ -228,7 +227,7 @@ class Policy:
         return self.tokenizer
 
     def text_of(self, ids: list[int]) -> str:
-        """Token ids as text, without special tokens; "" where the folder has no tokenizer."""
+        """Decodes token ids without special tokens; "" where the folder has no tokenizer."""
         return "" if self.tokenizer is None else self.tokenizer.decode(ids)
 
     def generate(
@@ -248,7 +247,7 @@ class Policy:
         seed: int = 0,
         template_arguments: dict[str, Any] | None = None,
     ) -> list[list[Completion]]:
-        """Samples completions.
+        """Samples completions of prompts.
 
         Args:
             prompts: texts, conversations ({"role", "content"} messages, rendered by the chat template), or lists of token ids.
@@ -297,7 +296,7 @@ class Policy:
     def logprobs(
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], *, temperature: float = 1.0
     ) -> list[np.ndarray]:
-        """Log-probability of every completion token.
+        """Computes the log-probability of every completion token.
 
         Args:
             prompt_ids: one list of ids per completion, none empty.
@@ -339,7 +338,7 @@ class Policy:
         return results
 
     def save_adapter(self, folder: str | Path) -> Path:
-        """Writes the adapters as a PEFT folder, which transformers, PEFT and vLLM load. Of several processes the first writes.
+        """Writes the adapters as a PEFT folder, which transformers, PEFT and vLLM load. Only the first of several processes writes.
 
         Raises:
             ModelError: the policy has no adapters.
@@ -354,9 +353,10 @@ class Policy:
     def save_merged(self, folder: str | Path) -> Path:
         """Writes the whole model with the adapters multiplied in.
 
-        Tensor names, number formats, shards, config and tokenizer are the original's. Adapters of a quantised model are added to
-        the original's weights, read again: the merged model is not rounded, so its log-probabilities differ a little. Of several
-        processes all have to call this, and the first writes.
+        Tensor names, dtypes, shards, config and tokenizer are the original's. Adapters of a quantised model are added to the
+        original's
+        weights, which are read again: the merged model is not rounded, so its log-probabilities differ a little. All processes of
+        a run make this call, and the first one writes.
         """
         read = merged_weights(self.spec, self.params, self.adapters, self.lora, self.folder, self.on_host)
         save_merged(Path(folder), self.folder, self.spec, read, writes=is_main())
@@ -364,7 +364,7 @@ class Policy:
 
 
 def sampler_of(policy: Policy) -> Sampler:
-    """A new sampler of a policy's model. Stop strings are looked for with special tokens left out, as rewards see the text."""
+    """Builds a sampler of a policy's model. Stop strings are looked for in text without special tokens, as rewards see it."""
     text_of = None if policy.tokenizer is None else policy.tokenizer.decode
     return Sampler.build(policy.model, policy.stop_ids, decode_text=text_of, quantization=quantization_of(policy.params))
 
@@ -389,7 +389,7 @@ def config_with_policy(config: Config, policy: Policy) -> Config:
 
 
 def check_rows(name: str, rows: Sequence[Sequence[Any]], vocab: int, *, empty: bool = False) -> None:
-    """Refuses no rows, empty rows and ids outside the vocabulary."""
+    """Raises ConfigError for no rows, an empty row, or ids outside the vocabulary."""
     if not rows:
         raise ConfigError(f"{name}: the list is empty; give at least one")
     for number, row in enumerate(rows):

@@ -20,7 +20,9 @@ import pytest
 @pytest.fixture(scope="module")
 def found(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What the program printed."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(repository / part) for part in ("", "kernels", "tests"))}
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(str(repository / part) for part in ("", "kernels", "tests", "tests/support"))
+    }
     program = [sys.executable, str(repository / "tests" / "mesh_run.py"), str(tmp_path_factory.mktemp("runs"))]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]

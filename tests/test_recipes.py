@@ -16,16 +16,19 @@ import yaml
 from public_models import CONFIGS, PARAMETERS
 
 from grpo_jax.config import Config, LoraConfig
+from grpo_jax.learner.metrics import PackedMetrics
 from grpo_jax.learner.optim import learning_rate_at, make_optimizer
-from grpo_jax.learner.step import Learner, PackedMetrics
+from grpo_jax.learner.step import Learner
+from grpo_jax.learner.supervised import supervised_step
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.spec import ModelSpec, abstract_params, count_parameters, flatten, param_specs
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.rewards import check_functions, number_match, regex_format, resolve_functions
-from grpo_jax.rollout.device import Slots, blank_level, prefill, segment
-from grpo_jax.rollout.sampler import controls_of
+from grpo_jax.rollout.decode import SlotState, decode_segment
+from grpo_jax.rollout.kv_cache import empty_past_block
+from grpo_jax.rollout.prefill import prefill
+from grpo_jax.rollout.sampling import controls_of
 from grpo_jax.rollout.shapes import Sizes, choose_slots, round_up, sizes_of
-from grpo_jax.supervised import supervised_step
 from grpo_jax.types import Frozen, TrainBatch
 from grpo_jax.weights.lora import init_lora
 
@@ -133,7 +136,7 @@ def test_the_model_of_a_recipe_is_built_abstractly_and_its_step_traces(name: str
     assert tokens.ends.shape == tokens.stopped.shape == (sizes.slots,)
     assert str(tokens.logps.dtype) == "float32"
     # The last segment's keys and values are never read again, and the last token has none.
-    assert sum(sizes.levels) + sizes.segment + 1 >= config.rollout.max_completion_length
+    assert sum(sizes.past_blocks) + sizes.segment + 1 >= config.rollout.max_completion_length
 
 
 def learner_of(config: Config, spec: ModelSpec, dtype: str, group: int) -> Learner:
@@ -181,15 +184,15 @@ def rollout_shapes(config: Config, spec: ModelSpec, dtype: str, variables: Any) 
         return jax.ShapeDtypeStruct(size, kind)
 
     computed = functools.partial(prefill, model, int8=False)
-    held = jax.eval_shape(computed, variables, shape(sizes.lanes, sizes.prompt), shape(sizes.lanes))
-    past = functools.partial(blank_level, spec, model.dtype, sizes.slots, int8=False, unroll=False)
-    levels = tuple(jax.eval_shape(functools.partial(past, size)) for size in sizes.levels)
+    held = jax.eval_shape(computed, variables, shape(sizes.prompt_slots, sizes.prompt), shape(sizes.prompt_slots))
+    past = functools.partial(empty_past_block, spec, model.dtype, sizes.slots, int8=False, unroll=False)
+    past_blocks = tuple(jax.eval_shape(functools.partial(past, size)) for size in sizes.past_blocks)
     flag = shape(sizes.slots, kind=jnp.bool_)
-    schedule = Slots(*[shape(sizes.slots)] * 7, live=flag, begins=flag)
-    table = None if sizes.fixed else shape(sizes.lanes, sizes.spots)
+    schedule = SlotState(*[shape(sizes.slots)] * 7, live=flag, begins=flag)
+    table = None if sizes.fixed else shape(sizes.prompt_slots, sizes.slots_per_prompt)
     controls = jax.eval_shape(lambda: controls_of(rollout, 0, 0))
-    program = functools.partial(segment, model, (1,), length=sizes.segment)
-    return sizes, jax.eval_shape(program, variables, held, levels, schedule, table, controls)[0]
+    program = functools.partial(decode_segment, model, (1,), length=sizes.segment)
+    return sizes, jax.eval_shape(program, variables, held, past_blocks, schedule, table, controls)[0]
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if not name.endswith("_sft.yaml")])

@@ -29,10 +29,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.config import RolloutConfig
 from grpo_jax.models.head import head_logprobs, with_full_head
-from grpo_jax.models.layers import precision_of, soft_cap
 from grpo_jax.rollout.sampling import Thresholds, truncate
 from grpo_jax.runtime.sharding import Layout
-from grpo_kernels.ops.head_logprob import head_logprob
+from grpo_kernels import head_logprob
+from grpo_kernels.numerics import precision_of, soft_cap
 
 CHUNK_LOGITS = 2**20
 """Logits computed at once where the distribution is truncated: 4 MiB in float32, because the search for S reads them many times."""

@@ -1,1 +1,1 @@
-"""The network: a spec read from config.json and the decoder that it describes. Weights are read and written by `grpo_jax.weights`."""
+"""The network: a spec read from config.json, and the decoder that it describes. `grpo_jax.weights` reads and writes its weights."""

@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 from grpo_jax.models.layers import Attend, SelectTokens
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.sharding import Layout
-from grpo_kernels.ops.group_attention import group_attention
+from grpo_kernels import group_attention
 
 
 def group_attend(

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.models.spec import precision_of
-from grpo_kernels.ops.quantized_matmul import QuantizedWeight
+from grpo_kernels import QuantizedWeight
+from grpo_kernels.numerics import precision_of
 
 
 @struct.dataclass

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.runtime.sharding import Layout
-from grpo_kernels.ops.head_logprob import head_logprob
+from grpo_kernels import head_logprob
 
 
 def head_logprobs(

@@ -1,8 +1,8 @@
-"""The inside of one transformer layer, for every family.
+"""One transformer layer, for every family: attention, feed-forward, norms, linear layers with adapters.
 
-Enters: hidden states [B, T, D] and what `attend` needs. Leaves: hidden states of the same shape. Which keys a query sees, and
-    where keys and values are kept, is `attend`'s business (`attention.py`): training, prefill and decoding are the same layer
-    with another `attend`.
+Training, prefill and decoding are the same layer. They differ in `attend`, which decides which keys a query sees and where keys
+and values
+are stored: `attention.py`, `rollout/kv_cache.py`.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.moe import mix_experts
-from grpo_jax.models.spec import EXPERT_LINEARS, LINEAR_AXES, ModelSpec, precision_of
+from grpo_jax.models.spec import EXPERT_LINEARS, LINEAR_AXES, ModelSpec
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params
-from grpo_kernels.ops.quantized_matmul import QuantizedWeight, quantized_matmul
+from grpo_kernels import QuantizedWeight, quantized_matmul
+from grpo_kernels.numerics import precision_of
 
 LAYER_INPUT = "layer_input"
-"""Name of a layer's input for the choice of what a backward pass keeps."""
+"""Name by which `jax.checkpoint` policies find a layer's input."""
 
 SelectTokens = Callable[[Array], Array]
 """[B, T, ...] → [B, W, ...]: picks the tokens whose hidden states are returned, in that order."""
@@ -34,9 +35,9 @@ SelectTokens = Callable[[Array], Array]
 class Attend(Protocol):
     """Attention of one layer.
 
-    Takes q [B, T, K, R, Dh] (scaled; R = H/K; in the last layer perhaps only of the `SelectTokens` tokens), k and v [B, T, K, Dh], the
-    layer's number and window (int32 scalars), the layer's slice of what was handed to `Transformer` as `per_layer`, and the cache.
-    Returns [B, T, K, R, Dh], the cache, and what the layers stack.
+    Takes q [B, T, K, R, Dh] (scaled; R = H/K; in the last layer perhaps only of the selected tokens), k and v [B, T, K, Dh], the
+    layer's number and window (int32 scalars), the layer's part of `Transformer`'s `per_layer`, and the cache.
+    Returns the attention's output [B, T, K, R, Dh], the cache, and the layer's output for `Transformer` to stack.
     """
 
     def __call__(
@@ -44,20 +45,15 @@ class Attend(Protocol):
     ) -> tuple[Array, Any, Any]: ...
 
 
-def soft_cap(x: Array, cap: float | None) -> Array:
-    """cap · tanh(x / cap)."""
-    return x if cap is None else jnp.float32(cap) * jnp.tanh(x / jnp.float32(cap))
-
-
 def rope_tables(spec: ModelSpec, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
-    """cos and sin of every angle, float32 [ropes, B, T, head_dim / 2]."""
+    """Cosines and sines of every rotary angle, float32 [ropes, B, T, head_dim / 2]."""
     frequencies = jnp.array([rope.frequencies(spec.head_dim) for rope in spec.ropes], jnp.float32)
     angles = positions.astype(jnp.float32)[None, :, :, None] * frequencies[:, None, None, :]
     return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: Float[Array, "B T K Dh"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]) -> Array:
-    """Rotates the pairs (i, i + Dh/2), as Hugging Face lays Llama's heads out."""
+    """Applies rotary position embedding to the pairs (i, i + Dh/2), Hugging Face's order of a head's dimensions."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     c, s = cos[:, :, None, :], sin[:, :, None, :]
     return jnp.concatenate([first * c - second * s, second * c + first * s], axis=-1).astype(x.dtype)
@@ -82,23 +78,23 @@ class RMSNorm(nn.Module):
 
 @jax.custom_vjp
 def merged_product(x: Float[Array, "N I"], w: Float[Array, "I O"], a: Float[Array, "I r"], b: Float[Array, "r O"]) -> Array:
-    """x (W + A B) with W frozen: one large product forward and one for dx, where x W + (x A) B takes two more of width r each.
+    """x (W + A B) with W frozen: one large product forward and one for dx, where x W + (x A) B takes two more products of width r.
 
-    Only for float32: in bfloat16 the sum would round small adapters away. W gets no gradient.
+    Only for float32: in bfloat16 the sum would lose small adapters to rounding. W gets no gradient.
     """
     return merged_forward(x, w, a, b)[0]
 
 
 def merged_forward(x: Array, w: Array, a: Array, b: Array) -> tuple[Array, Any]:
-    """`merged_product`, and what its backward pass keeps."""
+    """`merged_product`, and the arrays that its backward pass needs."""
     precision = precision_of(x.dtype)
     merged = w + jnp.dot(a, b, precision=precision)
     return jnp.dot(x, merged, precision=precision), (x, merged, a, b)
 
 
-def merged_backward(kept: Any, dy: Array) -> tuple[Array, ...]:
+def merged_backward(residuals: Any, dy: Array) -> tuple[Array, ...]:
     """dx, dA and dB."""
-    x, merged, a, b = kept
+    x, merged, a, b = residuals
     precision = precision_of(x.dtype)
     dx = jnp.dot(dy, merged.T, precision=precision)
     da = jnp.dot(x.T, jnp.dot(dy, b.T, precision=precision), precision=precision)
@@ -110,14 +106,14 @@ merged_product.defvjp(merged_forward, merged_backward)
 
 
 def gather(layout: Layout | None, x: Array, *axes: str | None) -> Array:
-    """A weight for a product: on a mesh it is gathered over fsdp first."""
+    """A weight ready for a product; on a mesh it is gathered over fsdp."""
     return x if layout is None else layout.gather(x, *axes)
 
 
 def frozen_product(
     rows: Float[Array, "N I"], weight: QuantizedWeight, axes: tuple[str, str], implementation: str | None, layout: Layout | None
 ) -> Float[Array, "N O"]:
-    """`quantized_matmul`; on a mesh of each device's rows and its part of the weight, gathered over fsdp."""
+    """`quantized_matmul`; on a mesh, each device multiplies its rows with its part of the weight, gathered over fsdp."""
     if layout is None:
         return quantized_matmul(rows, weight, implementation=implementation)
     whole = layout.decoding
@@ -131,12 +127,12 @@ def frozen_product(
     inputs = (whole.spec("rows", axes[0]), parts)
     if within is None:
         return layout.local(local, inputs, whole.spec("rows", axes[1]))(rows, weight)
-    # Each device's part of the sum, added up outside: a sum inside would be one more in the backward pass.
+    # The devices' partial sums are added outside of shard_map: a psum inside would add another one to the backward pass.
     return jnp.sum(layout.local(local, inputs, PartitionSpec(within, rows_axes, None))(rows, weight), axis=0)
 
 
 class Linear(nn.Module):
-    """x W + bias, plus scale · (x A) B where the `lora` collection holds adapters for it. W may be quantised; then it is frozen.
+    """x W + bias, plus scale · (x A) B where the `lora` collection has adapters for it. A quantised W is frozen.
 
     Attributes:
         axes: logical axes of W.
@@ -179,7 +175,7 @@ class Linear(nn.Module):
 
 
 class LinearWeights(nn.Module):
-    """The variables of a linear layer whose product is computed elsewhere: `kernel`, and `a` and `b` where it has adapters."""
+    """Returns the variables of a linear layer that is computed elsewhere: `kernel`, and `a` and `b` where it has adapters."""
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:
@@ -191,19 +187,19 @@ JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_pro
 
 
 def join_linears(layer: Params) -> Params:
-    """A layer's weights with those side by side that meet the same input: one product of few rows is quicker than three."""
-    groups = {whole: names for whole, names in JOINED.items() if len(layer[names[0]]["kernel"].shape) == 2}  # not of experts
+    """Joins a layer's weights that have the same input into one matrix: one product of few rows is quicker than three."""
+    groups = {joined: names for joined, names in JOINED.items() if len(layer[names[0]]["kernel"].shape) == 2}  # not experts
     parts = {name for names in groups.values() for name in names}
 
-    def beside(*leaves: Array) -> Array:
+    def join(*leaves: Array) -> Array:
         return jnp.concatenate(leaves, axis=-1)
 
-    joined = {whole: jax.tree.map(beside, *(layer[name] for name in names)) for whole, names in groups.items()}
-    return {name: leaves for name, leaves in layer.items() if name not in parts} | joined
+    made = {joined: jax.tree.map(join, *(layer[name] for name in names)) for joined, names in groups.items()}
+    return {name: leaves for name, leaves in layer.items() if name not in parts} | made
 
 
 class Block(nn.Module):
-    """One layer, in the form that `nn.scan` wants: carry = (hidden states, cache)."""
+    """One layer, with the signature that `nn.scan` needs: carry = (hidden states, cache)."""
 
     spec: ModelSpec
     attend: Attend
@@ -232,7 +228,7 @@ class Block(nn.Module):
         return Linear(self.lora_scale, self.implementation, self.layout, axes, name=name)(x)
 
     def linears(self, joined: str, parts: dict[str, int], x: Array) -> list[Array]:
-        """Several linear layers of one input, as one where `join_linears` has joined them."""
+        """Several linear layers of one input; one product where `join_linears` has joined their weights."""
         if not self.has_variable("params", joined):
             return [self.linear(name, x) for name in parts]
         ends = list(itertools.accumulate(parts.values()))

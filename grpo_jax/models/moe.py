@@ -25,9 +25,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.expert_products import dense_product, group_by_expert, ragged_product, take_rows, tiled_product
-from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec, precision_of
+from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec
 from grpo_jax.runtime.sharding import Layout
-from grpo_kernels.ops.quantized_matmul import QuantizedWeight
+from grpo_kernels import QuantizedWeight
+from grpo_kernels.numerics import precision_of
 from grpo_kernels.target import platform
 
 Form = Literal["dense", "ragged", "tiled"]
@@ -63,11 +64,11 @@ def choose_form(spec: ModelSpec, tokens: int, implementation: str | None, *, qua
     """Form of the products; see the module's docstring.
 
     Args:
-        implementation: `reference` is dense; `tpu`, `gpu`, or None for the device that runs it.
+        implementation: `reference` is dense, `mosaic_tpu` has a TPU's form; `xla` and None have that of the device.
     """
     if implementation == "reference" and not quantized:
         return "dense"
-    backend = platform() if implementation in (None, "reference") else implementation
+    backend = "tpu" if implementation == "mosaic_tpu" else platform()
     backend = backend if backend in DENSE_TOKENS else "cpu"
     if not quantized and tokens <= DENSE_TOKENS[backend] and tokens * spec.experts_per_token >= spec.experts:
         return "dense"

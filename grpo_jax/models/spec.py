@@ -17,11 +17,6 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from grpo_jax.types import Params
 
 
-def precision_of(dtype: Any) -> jax.lax.Precision:
-    """Precision of a matmul: HIGHEST for float32, where a TPU's default is one bfloat16 pass and NVIDIA's is TF32."""
-    return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else jax.lax.Precision.DEFAULT
-
-
 class ModelError(ValueError):
     """A model folder that cannot be read; the message names the file and the fix."""
 

@@ -1,10 +1,10 @@
-"""The decoder: embedding, layers, final norm; the same module trains, computes prompts and decodes.
+"""The decoder: embedding, layers, final norm. The same module trains, computes prompts and decodes.
 
-`model.apply({"params": base, "lora": adapters}, ...)` is the policy; without `"lora"` it is the base. The head is not part of it: log-probabilities
-and sampling multiply with `head_matrix` without building a [tokens, vocabulary] array.
+`model.apply({"params": base, "lora": adapters}, ...)` is the policy; without `"lora"` it is the base. The head is not part of it:
+log-probabilities and sampling multiply with `head_matrix` without building a [tokens, vocabulary] array.
 
-Flax gives names, `nn.scan` and `nn.remat`. It does not initialise: `spec.param_specs` declares each parameter's shape, axes and initial values
-once, because loading, sharding and quantised storage need them without running the network. Modules therefore read variables
+Flax gives names, `nn.scan` and `nn.remat`; it does not initialise. `spec.param_specs` declares each parameter's shape, axes and initial
+values once, because loading, sharding and quantised storage need them without running the network. Modules therefore read variables
 (`get_variable`) and declare none.
 """
 
@@ -36,8 +36,8 @@ class Transformer(nn.Module):
         spec: sizes and switches of the model.
         dtype: dtype of the computation; weights are cast to it where they are used.
         lora_scale: factor of the adapters' product.
-        remat: `layer` saves only each layer's input for the backward pass and recomputes the rest; `offload` also moves that input to
-            the host's memory.
+        remat: `layer` saves only each layer's input for the backward pass and recomputes the rest; `offload` also moves that input
+            to the host's memory.
         unroll: run the layers one after the other instead of in a scan; ignored with remat.
         implementation: of the kernels (`grpo_kernels`): "reference", "xla", "mosaic_tpu", or None for the device's.
         layout: sharding of weights and hidden states; None is one device.

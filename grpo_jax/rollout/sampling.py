@@ -16,10 +16,10 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from grpo_jax.config import RolloutConfig
-from grpo_jax.models.layers import precision_of, soft_cap
 from grpo_jax.rollout.shapes import truncates
 from grpo_jax.runtime.sharding import Layout
-from grpo_kernels.ops.head_sample import head_sample
+from grpo_kernels import head_sample
+from grpo_kernels.numerics import precision_of, soft_cap
 from grpo_kernels.ops.head_sample.inverse_cdf import BLOCK, NEAR_LOGITS, draw_scaled, is_near, sample_inverse_cdf
 
 __all__ = [

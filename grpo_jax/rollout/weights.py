@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.models.layers import join_linears, precision_of
+from grpo_jax.models.layers import join_linears
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.models.transformer import Transformer, split_layers
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params
 from grpo_jax.weights.axes import model_axes
-from grpo_kernels.ops.quantized_matmul import QuantizedWeight
+from grpo_kernels import QuantizedWeight
+from grpo_kernels.numerics import precision_of
 
 
 def prepare_weights(model: Transformer, variables: Params, *, unroll: bool) -> Params:

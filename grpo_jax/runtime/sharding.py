@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from grpo_jax.config import MeshConfig
-from grpo_kernels.ops.quantized_matmul import QuantizedWeight
+from grpo_kernels import QuantizedWeight
 
 GATHERED = "gathered"
 """Name of gathered weights, by which `jax.checkpoint` policies can choose not to store them."""

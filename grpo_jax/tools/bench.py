@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import Config, ConfigError, LoraConfig, ModelConfig, ObjectiveConfig, RolloutConfig, TrainConfig
-from grpo_jax.models.layers import precision_of
 from grpo_jax.models.spec import ModelSpec, init_params
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import NamedFunction, resolve_functions
@@ -33,6 +32,7 @@ from grpo_jax.types import PromptBatch
 from grpo_jax.weights.hf import find_model, read_folder_spec
 from grpo_jax.weights.lora import init_lora
 from grpo_jax.weights.quantize import quantize_params
+from grpo_kernels.numerics import precision_of
 
 WARMUP_STEPS = 2
 MEDIANS = ("step_seconds", "rollout_seconds", "update_seconds", "rollout_tokens_per_second", "update_tokens_per_second")

@@ -19,7 +19,7 @@ from grpo_jax.config import LoraConfig
 from grpo_jax.models.spec import ModelError, ModelSpec, flatten
 from grpo_jax.types import Params
 from grpo_jax.weights.hf import INDEX, TensorFiles, read_tensor, tensor_names
-from grpo_kernels.ops.quantized_matmul import QuantizedWeight
+from grpo_kernels import QuantizedWeight
 
 # Endings of files that are not copied: weights in any format, and files of the hub's page.
 NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md", ".gitattributes", ".index.json")

@@ -24,7 +24,7 @@ from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params
 from grpo_jax.weights.hf import TensorFiles, TensorSource, check_tensors, read_slice, read_tensor, tensor_names
 from grpo_jax.weights.quantize import quantized_specs
-from grpo_kernels.ops.quantized_matmul import QuantizedWeight, quantize
+from grpo_kernels import QuantizedWeight, quantize
 
 Index = tuple[slice, ...]
 

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from grpo_jax.models.spec import ModelError, ModelSpec, ParamSpec, flatten, nest, param_specs
 from grpo_jax.types import Params
-from grpo_kernels.ops.quantized_matmul import QuantizedWeight, quantize, quantized_shapes, weight_bytes
+from grpo_kernels import QuantizedWeight, quantize, quantized_shapes, weight_bytes
 
 
 def quantized_specs(specs: dict[tuple[str, ...], ParamSpec], quantization: str) -> dict[tuple[str, ...], QuantizedWeight]:

@@ -32,7 +32,7 @@ from grpo_jax.weights.hf import read_folder_spec
 from grpo_jax.weights.loading import load_params
 from grpo_jax.weights.lora import init_lora, load_adapter, save_adapter
 from grpo_jax.weights.quantize import quantize_params
-from grpo_kernels.ops.quantized_matmul import QuantizedWeight, dequantize, quantize
+from grpo_kernels import QuantizedWeight, dequantize, quantize
 
 MOE = ("mixtral", "qwen3_moe")
 SPEC = read_spec(golden_config("qwen3_moe"))
@@ -307,7 +307,7 @@ def on_eight_devices(repository: Path) -> dict[tuple[str, str], dict[str, Any]]:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(str(repository / part) for part in ("", "kernels", "tests", "tests/support"))
     }
-    program = [sys.executable, str(repository / "tests" / "expert_mesh.py")]
+    program = [sys.executable, str(repository / "tests" / "support" / "expert_mesh.py")]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]

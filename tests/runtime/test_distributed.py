@@ -22,7 +22,8 @@ from tiny_runs import additions, config_of, records, run, settings, write_rows
 from grpo_jax.cli import parser
 from grpo_jax.config import Config, ConfigError, DistributedConfig
 from grpo_jax.config.load import setting_types
-from grpo_jax.run import Display, RunFolder
+from grpo_jax.run.display import Display
+from grpo_jax.run.folder import RunFolder
 from grpo_jax.runtime.distributed import detected_cluster, gather_rows, gather_values, own_block, start
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,7 +21,7 @@ from tiny_runs import additions, build_model, records, run, settings, tiny_model
 from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig
 from grpo_jax.policy import Policy
 from grpo_jax.run.saved import load_run
-from grpo_jax.supervised import sft
+from grpo_jax.trainer import sft
 
 ONE, SPREAD, OTHER = {"data": 1, "fsdp": 1}, {"data": 2, "fsdp": -1}, {"data": -1, "fsdp": 2}
 ALL_AXES = {"data": 2, "fsdp": 2, "tensor": 2}

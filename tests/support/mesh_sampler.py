@@ -29,7 +29,6 @@ from rollouts import folded_numbers, nearness
 
 from grpo_jax.config import LoraConfig, MeshConfig, RolloutConfig
 from grpo_jax.models.attention import group_attend
-from grpo_jax.models.layers import soft_cap
 from grpo_jax.models.spec import ModelSpec, Rope, init_params
 from grpo_jax.models.transformer import Transformer, forward, head_matrix
 from grpo_jax.rollout.sampler import Sampler
@@ -42,6 +41,7 @@ from grpo_jax.weights.axes import model_axes
 from grpo_jax.weights.lora import init_lora
 from grpo_jax.weights.quantize import quantize_params
 from grpo_kernels import head_sample
+from grpo_kernels.numerics import soft_cap
 
 LORA = LoraConfig(rank=2)
 SPEC = ModelSpec(
