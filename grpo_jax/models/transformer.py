@@ -3,9 +3,9 @@
 `model.apply({"params": base, "lora": adapters}, ...)` is the policy; without `"lora"` it is the base. The head is not part of it:
 log-probabilities and sampling multiply with `head_matrix` without building a [tokens, vocabulary] array.
 
-Flax gives names, `nn.scan` and `nn.remat`; it does not initialise. `spec.param_specs` declares each parameter's shape, axes and initial
-values once, because loading, sharding and quantised storage need them without running the network. Modules therefore read variables
-(`get_variable`) and declare none.
+Flax gives names, `nn.scan` and `nn.remat`; it does not initialise. `spec.param_specs` declares each parameter's shape, axes and
+initial values once, because loading, sharding and quantised storage need them without running the network. Modules therefore read
+variables (`get_variable`) and declare none.
 """
 
 from __future__ import annotations
