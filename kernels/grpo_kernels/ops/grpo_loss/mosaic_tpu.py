@@ -101,7 +101,7 @@ def terms_and_slopes(tokens: Tokens, settings: LossSettings, row: RowSums | None
         def term_of(logps: Array) -> Any:
             return policy_term(logps, bounded(logps - tokens.old), tokens.advantage, settings)
 
-        policy, slope, held = jax.jvp(term_of, (tokens.logps,), (one,), has_aux=True)
+        policy, slope, clipped = jax.jvp(term_of, (tokens.logps,), (one,), has_aux=True)
     else:
 
         def term_of_row(mean: Array) -> Any:
@@ -109,9 +109,9 @@ def terms_and_slopes(tokens: Tokens, settings: LossSettings, row: RowSums | None
 
         count = at_least_one(row.count)
         mean = row.log_ratio / count
-        policy, slope, held = jax.jvp(term_of_row, (mean,), (jnp.ones_like(mean),), has_aux=True)
+        policy, slope, clipped = jax.jvp(term_of_row, (mean,), (jnp.ones_like(mean),), has_aux=True)
         slope = slope * row.mass / count * jax.jvp(bounded, (tokens.logps - tokens.old,), (one,))[1]
-    low, high = (jnp.broadcast_to(where, mask.shape) for where in held)
+    low, high = (jnp.broadcast_to(where, mask.shape) for where in clipped)
 
     factor = importance(tokens, settings)
     policy = jnp.broadcast_to(policy, mask.shape)

@@ -128,12 +128,12 @@ def policy_term(
     low, high = jnp.float32(1 - settings.epsilon), jnp.float32(1 + settings.epsilon_high)
     cut_low = (advantage < 0) & (ratio < low)
     cut_high = (advantage > 0) & (ratio > high)
-    held = jnp.where(cut_high, high, jnp.where(cut_low, low, ratio))
+    clipped = jnp.where(cut_high, high, jnp.where(cut_low, low, ratio))
     if settings.delta is not None:
         delta = jnp.float32(settings.delta)
         cut_delta = (advantage < 0) & (ratio > delta)
-        held, cut_high = jnp.where(cut_delta, delta, held), cut_high | cut_delta
-    return -held * advantage, (cut_low, cut_high)
+        clipped, cut_high = jnp.where(cut_delta, delta, clipped), cut_high | cut_delta
+    return -clipped * advantage, (cut_low, cut_high)
 
 
 def importance(tokens: Tokens, settings: LossSettings) -> Float[Array, "n c"] | None:

@@ -106,7 +106,7 @@ def quantized_matmul_mosaic_tpu(
 ) -> Float[Array, "T O"]:
     """Computes x W or x Wᵀ by the kernel."""
     (inputs, outputs), rows, block_in, block_out = w.shape, blocks.rows, blocks.inputs, blocks.outputs
-    kept, summed = (block_in, block_out) if transpose else (block_out, block_in)
+    output, summed = (block_in, block_out) if transpose else (block_out, block_in)
     size = inputs if transpose else outputs
 
     def of_weight(t: Any, n: Any, k: Any) -> tuple[Any, Any]:
@@ -114,7 +114,7 @@ def quantized_matmul_mosaic_tpu(
 
     groups = 1 if w.group == inputs else block_in // w.group
     table = jnp.zeros((SUBLANES, LANES), jnp.float32).at[:, : len(NF4)].set(jnp.array(NF4, jnp.float32)[None, :])
-    grid = (pl.cdiv(x.shape[0], rows), pl.cdiv(size, kept), pl.cdiv(outputs if transpose else inputs, summed))
+    grid = (pl.cdiv(x.shape[0], rows), pl.cdiv(size, output), pl.cdiv(outputs if transpose else inputs, summed))
     return pl.pallas_call(
         functools.partial(kernel, shape=(inputs, outputs), group=w.group, transpose=transpose),
         grid=grid,
@@ -124,9 +124,9 @@ def quantized_matmul_mosaic_tpu(
             pl.BlockSpec((groups, block_out), of_weight if w.group < inputs else lambda t, n, k: (0, of_weight(t, n, k)[1])),
             pl.BlockSpec((SUBLANES, LANES), lambda t, n, k: (0, 0)),
         ],
-        out_specs=pl.BlockSpec((rows, kept), lambda t, n, k: (t, n)),
+        out_specs=pl.BlockSpec((rows, output), lambda t, n, k: (t, n)),
         out_shape=jax.ShapeDtypeStruct((x.shape[0], size), x.dtype),
-        scratch_shapes=[pltpu.VMEM((rows, kept), jnp.float32), pltpu.VMEM((block_in, block_out), x.dtype)],
+        scratch_shapes=[pltpu.VMEM((rows, output), jnp.float32), pltpu.VMEM((block_in, block_out), x.dtype)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=kernel_memory_bytes()
         ),
