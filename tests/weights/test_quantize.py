@@ -327,15 +327,16 @@ def test_an_update_stores_no_dense_weight(chips: dict[str, SingleDeviceSharding]
     optim = OptimConfig()
     rate = functools.partial(learning_rate_at, optim, 10)
     learner = Learner(model, ObjectiveConfig(), make_optimizer(optim, 10), rate, False, 1.0, length, (b, g))
-    whole, row = (b * g, length), (b, g)
+    completions, groups = (b * g, length), (b, g)
+    shape: Any = jax.ShapeDtypeStruct
     batch = TrainBatch(
-        prompt_ids=jax.ShapeDtypeStruct((b, length), jnp.int32),
-        prompt_lengths=jax.ShapeDtypeStruct((b,), jnp.int32),
-        completion_ids=jax.ShapeDtypeStruct(whole, jnp.int32),
-        completion_mask=jax.ShapeDtypeStruct(whole, jnp.bool_),
-        sampler_logprobs=jax.ShapeDtypeStruct(whole, jnp.float32),
-        rewards=jax.ShapeDtypeStruct(row, jnp.float32),
-        valid=jax.ShapeDtypeStruct(row, jnp.bool_),
+        prompt_ids=shape((b, length), jnp.int32),
+        prompt_lengths=shape((b,), jnp.int32),
+        completion_ids=shape(completions, jnp.int32),
+        completion_mask=shape(completions, jnp.bool_),
+        sampler_logprobs=shape(completions, jnp.float32),
+        rewards=shape(groups, jnp.float32),
+        valid=shape(groups, jnp.bool_),
     )
     arguments = on((jax.eval_shape(learner.init, adapters), batch, Frozen(nest(base), {})))
     memory: Any = jax.jit(learner.train_step, donate_argnums=0).lower(*arguments).compile().memory_analysis()
