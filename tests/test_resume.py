@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from plain_oracles import quick_compiling
-from tiny_runs import additions, assert_same_arrays, config_of, letters, records, settings, tiny_model, words_of, write_rows
+from tiny_runs import B, G, additions, assert_same_arrays, config_of, letters, records, settings, tiny_model, words_of, write_rows
 
 import grpo_jax as gx
 from grpo_jax import cli
@@ -191,6 +191,25 @@ def test_a_run_folder_that_is_taken_is_refused_without_resume_and_with_other_set
     assert "holds a run with other settings (stored -> now):" in lines[0]
     assert [line.strip() for line in lines[1:3]] == ["rollout.top_k: 0 -> 5", "optim.learning_rate: 0.01 -> 0.02"]
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_that_needs_less_memory_continues(tmp_path: Path, uninterrupted: Callable[[str], TrainResult]):
+    with pytest.raises(KeyboardInterrupt):
+        train(config_of(tmp_path, **SECTIONS["bare"]), stopping(3, KeyboardInterrupt()))
+    smaller = {
+        "model": {"remat": "layer"},
+        "rollout": {"slots": 4, "segment": 4, "refill": False},
+        "rewards": {"timeout_seconds": 60.0, "max_failed_share": 0.5},
+    }
+    train_section = SECTIONS["bare"]["train"] | {"micro_batch_prompts": 1, "micro_batch_completions": 2, "eval_slots": 2}
+    base = config_of(tmp_path, train=train_section)
+    sections = {name: replace(getattr(base, name), **values) for name, values in smaller.items()}
+    resumed, whole = train(replace(base, **sections), resume=True), uninterrupted("bare")
+    assert [record["step"] for record in resumed.history] == [1, 2, 3]
+    assert (tmp_path / "completions.jsonl").read_text().count('"step": 3') == B * G
+    for one, other in zip(resumed.history, whole.history, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
 
 
 def test_more_steps_are_refused_where_the_rate_ends_with_them(tmp_path: Path, no_program: None):

@@ -7,17 +7,26 @@ from pathlib import Path
 from grpo_jax.config import Config, ConfigError, config_to_dict, difference
 
 FREE_ON_RESUME = (
-    "train.steps",
-    "train.save_every",
-    "train.keep_checkpoints",
+    "model.remat",
+    "rewards.max_failed_share",
+    "rewards.timeout_seconds",
+    "rollout.refill",
+    "rollout.segment",
+    "rollout.slots",
     "train.eval_every",
-    "train.show_every",
+    "train.eval_slots",
+    "train.keep_checkpoints",
+    "train.micro_batch_completions",
+    "train.micro_batch_prompts",
     "train.quiet",
-    "train.track",
     "train.run_dir",
+    "train.save_every",
+    "train.show_every",
+    "train.steps",
+    "train.track",
 )
-"""Settings that may change on resume, as no step's result depends on them. `train.steps` may not where the learning rate's schedule
-ends with it."""
+"""Settings that may change on resume, because a step's result does not depend on them but for rounding: an interrupted run can
+continue with less memory. `train.steps` may not change where the learning rate's schedule ends with it."""
 
 FREE_SECTIONS = ("mesh", "distributed")
 """Sections that may change on resume: a run can continue on other devices."""

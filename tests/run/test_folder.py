@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.config import Config, ConfigError
+from grpo_jax.config import Config, ConfigError, ModelConfig, RewardsConfig, RolloutConfig
 from grpo_jax.run.curves import chosen_panels, draw_curves, smoothed
 from grpo_jax.run.folder import RunFolder
 from grpo_jax.run.records import RecordFile
@@ -196,7 +197,14 @@ def test_resume_accepts_changed_settings_that_no_step_depends_on(tmp_path: Path)
         "quiet": True,
         "run_dir": "elsewhere",
     }
-    with RunFolder.create(tmp_path / "new", make_config(**free), resume=True) as folder:
+    free |= {"micro_batch_prompts": 2, "micro_batch_completions": 1, "eval_slots": 3}
+    changed = replace(
+        make_config(**free),
+        model=ModelConfig(path="m", remat="layer"),
+        rollout=RolloutConfig(slots=3, segment=5, refill=False),
+        rewards=RewardsConfig(timeout_seconds=9.0, max_failed_share=0.5),
+    )
+    with RunFolder.create(tmp_path / "new", changed, resume=True) as folder:
         assert folder.resumed
     assert Config.from_yaml(str(tmp_path / "new" / "config.yaml")).train.steps == 20
 
