@@ -182,3 +182,23 @@ def test_micro_batches_train_the_same_policy(lora_run: Finished, tmp_path: Path)
     old, new = arrays(lora_run.result.policy.adapters), arrays(done.result.policy.adapters)
     for name in old:
         np.testing.assert_allclose(new[name], old[name], atol=2e-4, err_msg=name)
+
+
+def test_without_a_kl_term_no_divergence_is_shown_and_evaluations_compute_it_where_asked(tmp_path: Path):
+    held_out = ROWS[:5]
+    sections = {"objective": {"beta": 0.0}, "train": {"steps": 2, "eval_kl": True, "micro_batch_prompts": 1}}
+    done = run(config_of(tmp_path, **sections), eval_dataset=held_out)
+    assert all(np.isnan(record["kl_divergence"]) for record in done.result.history)
+    assert [record["kl_divergence"] for record in records(tmp_path / "metrics.jsonl")] == [None, None]
+    assert "KL not computed" in done.printed
+    assert "kl_divergence_last" not in done.result.summary
+    before, after = records(tmp_path / "evaluations.jsonl")
+    assert before["kl_divergence"] == pytest.approx(0, abs=1e-9)
+    trained, base = done.result.policy, gx.Policy.from_pretrained(tiny_model())
+    prompts = [row["prompt"] for row in held_out]
+    ids = [own[0].ids for own in trained.generate(prompts, max_completion_length=C, seed=0)]
+    prompt_ids = [trained.need_tokenizer().encode_prompt(prompt, chat=False) for prompt in prompts]
+    d = np.concatenate(base.logprobs(prompt_ids, ids)) - np.concatenate(trained.logprobs(prompt_ids, ids))
+    assert after["kl_divergence"] == pytest.approx(float(np.mean(np.exp(d) - d - 1)), rel=1e-3)
+    assert after["kl_divergence"] > 1e-6
+    assert f"KL to the reference {after['kl_divergence']:.4f} nats a token" in done.printed

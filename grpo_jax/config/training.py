@@ -60,6 +60,8 @@ class TrainConfig:
         save_every: Steps between checkpoints; 0 saves only the last state.
         keep_checkpoints: Number of checkpoints that stay on disk.
         eval_every: Steps between evaluations; 0 evaluates only before and after training.
+        eval_kl: Compute the KL divergence from the reference at evaluations too, on one completion sampled of each held-out
+            prompt; with objective.beta 0 it is computed nowhere else.
         eval_slots: Completions that are decoded at once in evaluation, each of another prompt; null takes `rollout.slots`, or
             as many as a step has.
         show_every: Steps between tables of sampled completions on the terminal; 0 shows none.
@@ -76,6 +78,7 @@ class TrainConfig:
     save_every: int = 50
     keep_checkpoints: int = 2
     eval_every: int = 0
+    eval_kl: bool = False
     eval_slots: int | None = None
     show_every: int = 10
     quiet: bool = False

@@ -5,8 +5,11 @@ Widths are rounded up to a few sizes, so that a run compiles a handful of times.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import jax
 import numpy as np
+from jaxtyping import Array
 
 from grpo_jax.config import Config
 from grpo_jax.data.completions import CompletionBatch
@@ -38,6 +41,25 @@ def train_batch(
         valid=scored.valid.reshape(b, -1),
     )
     return on_devices(batch, layout)
+
+
+def text_batches(
+    prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], rows: int, layout: Layout | None
+) -> Iterator[tuple[tuple[Array, Array, Array], Array]]:
+    """Batches of prompts with one completion each: padded prompts, their lengths, padded completions; and the tokens' mask.
+
+    The last batch repeats its last row, without any token in its mask, so that all have one shape.
+    """
+    p, c = (round_up(max(map(len, ids))) for ids in (prompt_ids, completion_ids))
+    for start in range(0, len(prompt_ids), rows):
+        prompts, own = (list(ids[start : start + rows]) for ids in (prompt_ids, completion_ids))
+        missing = rows - len(prompts)
+        lengths = np.array([len(ids) for ids in own] + [0] * missing)
+        prompts, own = prompts + [prompts[-1]] * missing, own + [own[-1]] * missing
+        sizes = np.array([len(ids) for ids in prompts], np.int32)
+        arrays = pad_rows(prompts, p), sizes, pad_rows(own, c), np.arange(c)[None, :] < lengths[:, None]
+        placed = jax.device_put(arrays) if layout is None else tuple(layout.put(x, ("rows",)) for x in arrays)
+        yield placed[:3], placed[3]
 
 
 def supervised_batch(batch: CompletionBatch, config: Config, layout: Layout | None = None) -> TrainBatch:

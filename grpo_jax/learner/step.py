@@ -30,7 +30,7 @@ from grpo_jax.config import Config, ObjectiveConfig
 from grpo_jax.learner.advantages import group_advantages
 from grpo_jax.learner.custom_loss import LossFunction, custom_loss, finish_custom_stats
 from grpo_jax.learner.logprobs import completion_logprobs, sampled_logprobs
-from grpo_jax.learner.loss import Stats, finish_stats, kl_reward_penalty, token_weights, total_stats, weighted_loss
+from grpo_jax.learner.loss import Stats, finish_stats, kl_per_token, kl_reward_penalty, token_weights, total_stats, weighted_loss
 from grpo_jax.learner.metrics import PackedMetrics, batch_metrics, pack
 from grpo_jax.learner.micro_batches import MicroBatches
 from grpo_jax.learner.optim import learning_rate_at, make_optimizer
@@ -139,6 +139,21 @@ class Learner:
             return leaf if leaf.shape in shapes else jax.ShapeDtypeStruct((), leaf.dtype)
 
         return layout.tree(replace(tree, opt_state=jax.tree.map(of, tree.opt_state)), table)
+
+    def kl_sums(
+        self, trainable: Params, texts: tuple[Array, Array, Array], mask: Bool[Array, "N C"], frozen: Frozen
+    ) -> Float[Array, "2"]:
+        """Sums k3 from the reference over the tokens of some completions, one of each prompt, and counts the tokens.
+
+        Args:
+            texts: prompts [N, P], their lengths [N], completions [N, C].
+            mask: True = there is a token.
+        """
+        options: Any = {"temperature": self.temperature}
+        logps, _ = completion_logprobs(self.model, self.policy(trainable, frozen), *texts, **options)
+        ref_logps, _ = completion_logprobs(self.model, self.reference(frozen), *texts, **options)
+        k3 = jnp.where(mask, kl_per_token(logps, ref_logps, "k3"), jnp.float32(0))
+        return jnp.stack([jnp.sum(k3), jnp.sum(mask.astype(jnp.float32))])
 
     def placed(self, tree: Any) -> Any:
         """Inside jit: constrains weights, adapters, or a state of them to their shardings."""
@@ -330,7 +345,6 @@ class Learner:
             "grad_norm": optax.tree.norm(gradient),
         }
         metrics |= self.rate_metrics(state)
-        metrics.setdefault("kl_divergence", jnp.float32(0))
         trainable: Any = optax.apply_updates(state.trainable, updates)
         state = TrainState(state.step + 1, trainable, opt_state)
         return state, jax.lax.stop_gradient(logps), metrics

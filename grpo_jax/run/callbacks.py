@@ -93,7 +93,7 @@ class DisplayCallback(Callback):
         self.display.step(step, step_values(metrics))
 
     def on_evaluate(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
-        self.display.evaluation(trainer.steps_done, metrics["accuracy"], metrics["problems"])
+        self.display.evaluation(trainer.steps_done, metrics["accuracy"], metrics["problems"], metrics.get("kl_divergence"))
 
 
 def completion_columns(completions: StepCompletions) -> tuple[Any, ...]:

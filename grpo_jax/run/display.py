@@ -39,7 +39,7 @@ SHOWN_METRICS = {
 """The metrics that the bar shows, each with its label; a label that ends in "seconds" is shown as a time."""
 
 
-def step_values(metrics: Mapping[str, Any]) -> dict[str, Number]:
+def step_values(metrics: Mapping[str, Any]) -> dict[str, Number | None]:
     """Selects the metrics of a step that the bar shows, by label, in the bar's order."""
     return {label: metrics[name] for name, label in SHOWN_METRICS.items() if name in metrics}
 
@@ -124,7 +124,7 @@ class Display:
         finally:
             self._bar = outer
 
-    def step(self, step: int, values: Mapping[str, Number]) -> None:
+    def step(self, step: int, values: Mapping[str, Number | None]) -> None:
         """Reports a finished step inside `progress`.
 
         Args:
@@ -166,10 +166,11 @@ class Display:
         else:
             self._console.print(tables.completions_table(step, samples))
 
-    def evaluation(self, step: int, accuracy: Number, problems: int) -> None:
-        """Shows the held-out accuracy (0 to 1) after a step; step 0 is before training."""
+    def evaluation(self, step: int, accuracy: Number, problems: int, kl: Number | None = None) -> None:
+        """Shows the held-out accuracy (0 to 1) after a step, and the KL divergence where it is known; step 0 is before training."""
         when = "before training" if step == 0 else f"after step {step}"
         line = f"held-out accuracy {when}: {100 * accuracy:.1f} %  ({problems} problems, greedy)"
+        line += "" if kl is None else f", KL to the reference {kl:.4f} nats a token"
         self._print(Text(line, style="bold"), line)
 
     def report(self, summary: Mapping[str, Any], files: Mapping[str, str], title: str = "Result") -> None:
@@ -235,11 +236,11 @@ class _Bar:
 
     def __init__(self, total: int, done: int, noun: str) -> None:
         self.total, self.done, self.noun = total, done, noun
-        self.values: Mapping[str, Number] = {}
+        self.values: Mapping[str, Number | None] = {}
         self.started = time.perf_counter()
         self.first: tuple[int, float] | None = None
 
-    def finish(self, step: int, values: Mapping[str, Number]) -> None:
+    def finish(self, step: int, values: Mapping[str, Number | None]) -> None:
         self.done, self.values = step, values
         if self.first is None:  # the first step includes compiling: the time left is estimated from the later ones
             self.first = (step, time.perf_counter())
@@ -259,7 +260,7 @@ class _Bar:
         return [line, values] if self.values else [line]
 
 
-def spell_values(values: Mapping[str, Number]) -> str:
+def spell_values(values: Mapping[str, Number | None]) -> str:
     """Formats values on one line: "reward 0.412  KL 0.0031  rollout 1.20 s"."""
     return "  ".join(f"{_label(name)} {_spell(name, value)}" for name, value in values.items())
 
@@ -268,7 +269,9 @@ def _label(name: str) -> str:
     return safe_text(name, one_line=True).removesuffix(" seconds")
 
 
-def _spell(name: str, value: Number) -> str:
+def _spell(name: str, value: Number | None) -> str:
+    if value is None:
+        return "not computed"
     value = float(value)
     if name.endswith("seconds") and math.isfinite(value):
         return tables.duration(value)

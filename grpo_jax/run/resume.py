@@ -14,6 +14,7 @@ FREE_ON_RESUME = (
     "rollout.segment",
     "rollout.slots",
     "train.eval_every",
+    "train.eval_kl",
     "train.eval_slots",
     "train.keep_checkpoints",
     "train.micro_batch_completions",

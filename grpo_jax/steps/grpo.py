@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,13 +16,14 @@ from grpo_jax.evaluation import evaluate_held_out, reward_columns
 from grpo_jax.fit.auto import fit_run
 from grpo_jax.fit.learners import grpo_learner
 from grpo_jax.fit.micro_batch import micro_batch_of
-from grpo_jax.learner.batches import train_batch
+from grpo_jax.learner.batches import text_batches, train_batch
 from grpo_jax.learner.custom_loss import LossFunction
 from grpo_jax.learner.step import Learner
 from grpo_jax.policy import Policy, sampler_of
 from grpo_jax.rewards import NamedFunction, check_functions, failure_lines, resolve_functions, reward_metrics
 from grpo_jax.rewards.across_processes import score_across_processes
 from grpo_jax.rollout.sampler import Sampler
+from grpo_jax.rollout.shapes import evaluation_slots
 from grpo_jax.run.callbacks import StepCompletions
 from grpo_jax.run.display import Display
 from grpo_jax.run.step_metrics import Clock, length_metrics
@@ -61,6 +62,7 @@ class GrpoStep:
     sampler: Sampler
     learner: Learner
     update: Program
+    kl: Program
     frozen: Frozen
     display: Display
     limits: Sequence[int] | None = None
@@ -105,7 +107,8 @@ class GrpoStep:
         if config.train.micro_batch_prompts == "auto":
             problems = len(source.held_out) if isinstance(source, PromptSource) else 0
             fit = fit_run(config, policy, frozen, display, problems, make_learner)
-            return GrpoStep(fit.config, policy, source, functions, fit.sampler, fit.learner, fit.update, frozen, display)
+            kl = Program("KL to the reference", fit.learner.kl_sums, announce=display.compiling)
+            return GrpoStep(fit.config, policy, source, functions, fit.sampler, fit.learner, fit.update, kl, frozen, display)
         micro_batch = micro_batch_of(config, policy)
         learner, remat = make_learner(config, policy, micro_batch)
         if remat != config.model.remat:
@@ -116,11 +119,12 @@ class GrpoStep:
             display.note(TRUNCATED_LINE)
         sampler = sampler_of(policy).announcing(display.compiling)
         update = Program("update", learner.train_step, donate=(0,), announce=display.compiling)
-        return GrpoStep(config, policy, source, functions, sampler, learner, update, frozen, display)
+        kl = Program("KL to the reference", learner.kl_sums, announce=display.compiling)
+        return GrpoStep(config, policy, source, functions, sampler, learner, update, kl, frozen, display)
 
     @property
     def programs(self) -> tuple[Program, ...]:
-        return self.update, *self.sampler.programs
+        return self.update, self.kl, *self.sampler.programs
 
     @property
     def problems(self) -> int:
@@ -160,6 +164,7 @@ class GrpoStep:
         state, packed = self.update(state, train_batch(prompts, rollout, scored, config, self.policy.layout), self.frozen)
         metrics, advantages = packed.to_host()
         clock.lap("update_seconds")
+        metrics.setdefault("kl_divergence", None)  # not computed, which is not 0
         metrics |= reward_metrics(scored) | length_metrics(rollout) | clock.metrics(prompts, rollout)
         completions = StepCompletions(
             prompts.prompts, texts, rollout.completion_ids, scored.per_function, advantages, list(rollout.finish_reasons)
@@ -173,7 +178,22 @@ class GrpoStep:
         result = evaluate_held_out(self.sampler, variables, self.source, self.functions, tokenizer, self.config)
         if result is None:
             return None
-        return {"accuracy": result.accuracy, "problems": result.problems, "reward/mean": result.reward_mean}
+        metrics = {"accuracy": result.accuracy, "problems": result.problems, "reward/mean": result.reward_mean}
+        return metrics | ({"kl_divergence": self.held_out_kl(state, self.source)} if self.config.train.eval_kl else {})
+
+    def held_out_kl(self, state: TrainState, source: PromptSource) -> float:
+        """Mean k3 from the reference, nats a token, on one completion sampled of each held-out prompt."""
+        config, problems = self.config, self.problems
+        (batch,) = source.held_out_batches(problems)
+        slots = self.sampler.round_up_slots(evaluation_slots(config, problems))
+        settings = replace(config.rollout, num_generations=1, slots=slots)
+        variables = self.learner.policy(state.trainable, self.frozen)
+        rollout = self.sampler.sample(variables, batch.prompt_ids, settings, seed=config.train.seed, indices=batch.indices)
+        rows = min(self.sampler.round_up_slots(problems), self.learner.micro_batch[0] * self.learner.micro_batch[1])
+        sums = np.zeros(2)
+        for texts, mask in text_batches(batch.prompt_ids, rollout.completion_ids, rows, self.policy.layout):
+            sums += self.policy.on_host(self.kl(state.trainable, texts, mask, self.frozen))
+        return float(sums[0] / sums[1])
 
 
 def reference_of(policy: Policy, config: Config) -> Params | None:
@@ -182,7 +202,7 @@ def reference_of(policy: Policy, config: Config) -> Params | None:
     They are the policy's own arrays, no copies: only the state is donated, and it begins as a copy.
     """
     if policy.adapters is None:
-        return policy.params if config.objective.needs_reference else None
+        return policy.params if config.objective.needs_reference or config.train.eval_kl else None
     started = any(bool(np.any(policy.on_host(pair["b"]))) for pair in policy.adapters["layers"].values())
     return policy.adapters if started else {}
 
