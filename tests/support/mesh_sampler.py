@@ -190,7 +190,7 @@ def misplaced(spec: ModelSpec, variables: Params, layout: Layout) -> list[str]:
     table, found = model_axes(spec), []
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
-        names = tuple(name for name in names[1:] if not name.isdigit())
+        names = tuple("layers" if name.startswith("layers_") else name for name in names[1:])
         axes = table[names if names in table else names[:-1]][-leaf.ndim :]
         axes = tuple(None if size == 1 else axis for size, axis in zip(leaf.shape, axes, strict=True))
         if not leaf.sharding.is_equivalent_to(layout.decoding.sharding(axes), leaf.ndim):
