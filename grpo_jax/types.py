@@ -86,6 +86,7 @@ class TrainBatch:
         sampler_logprobs: [N, C] log-probabilities in nats that the sampler returned, 0 where there is no token.
         rewards: [B, G] weighted sums over the reward functions; any value where not valid.
         valid: [B, G], True = the row was scored and enters its group's statistics.
+        completion_lengths: [N], sampled tokens of each completion, also those that are not trained; None = all are trained.
     """
 
     prompt_ids: Int[AnyArray, "B P"]
@@ -95,6 +96,7 @@ class TrainBatch:
     sampler_logprobs: Float[AnyArray, "N C"]
     rewards: Float[AnyArray, "B G"]
     valid: Bool[AnyArray, "B G"]
+    completion_lengths: Int[AnyArray, "N"] | None = None
 
     def reorder_prompts(self, order: Int[AnyArray, "B"]) -> TrainBatch:
         """Returns the batch with its prompts, and their groups of rows, reordered by `order`."""
@@ -110,6 +112,7 @@ class TrainBatch:
             sampler_logprobs=rows(self.sampler_logprobs),
             rewards=self.rewards[order],
             valid=self.valid[order],
+            completion_lengths=None if self.completion_lengths is None else rows(self.completion_lengths),
         )
 
 

@@ -139,6 +139,7 @@ def longest_batch(config: Config, placement: Placement) -> TrainBatch:
             prompt_ids=array(jnp.int32, prompts, p),
             prompt_lengths=array(jnp.int32, prompts),
             completion_ids=array(jnp.int32, rows, c),
+            completion_lengths=array(jnp.int32, rows),
             completion_mask=array(jnp.bool_, rows, c),
             sampler_logprobs=array(jnp.float32, rows, c),
             rewards=array(jnp.float32, prompts, generations),

@@ -181,7 +181,11 @@ class Learner:
             if objective.kl_in_reward:
                 old_logps, untruncated = self.score(self.policy(state.trainable, frozen), split, self.truncation)
                 own = split.join(old_logps if untruncated is None else untruncated)
-                penalty = kl_reward_penalty(own, split.join(ref_logps), batch.completion_mask)
+                # All sampled tokens: a truncated completion that is masked out of the loss has its reward in the group's mean.
+                sampled = batch.completion_mask
+                if batch.completion_lengths is not None:
+                    sampled = jnp.arange(own.shape[1], dtype=jnp.int32)[None, :] < batch.completion_lengths[:, None]
+                penalty = kl_reward_penalty(own, split.join(ref_logps), sampled)
                 rewards = rewards - jnp.float32(objective.beta) * penalty.reshape(rewards.shape)
             advantages = ordered = self.advantages(rewards, batch.valid)
         else:

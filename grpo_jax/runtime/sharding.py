@@ -60,6 +60,7 @@ BATCH_AXES: AxesTable = {
     ("prompt_ids",): ("prompts", "tokens"),
     ("prompt_lengths",): ("prompts",),
     ("completion_ids",): ("rows", "tokens"),
+    ("completion_lengths",): ("rows",),
     ("completion_mask",): ("rows", "tokens"),
     ("sampler_logprobs",): ("rows", "tokens"),
     ("rewards",): ("prompts", None),
