@@ -52,11 +52,16 @@ def rope_tables(spec: ModelSpec, positions: Int[Array, "B T"]) -> tuple[Array, A
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def rotate(x: Float[Array, "B T K Dh"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"]) -> Array:
-    """Applies rotary position embedding to the pairs (i, i + Dh/2), Hugging Face's order of a head's dimensions."""
+def rotate(x: Float[Array, "B T K Dh"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"], scale: float = 1.0) -> Array:
+    """Applies rotary position embedding to the pairs (i, i + Dh/2), Hugging Face's order of a head's dimensions.
+
+    Args:
+        scale: factor of the result, in float32, so that a scaled query is rounded once.
+    """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     c, s = cos[:, :, None, :], sin[:, :, None, :]
-    return jnp.concatenate([first * c - second * s, second * c + first * s], axis=-1).astype(x.dtype)
+    rotated = jnp.concatenate([first * c - second * s, second * c + first * s], axis=-1)
+    return (rotated if scale == 1.0 else rotated * jnp.float32(scale)).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -249,9 +254,10 @@ class Block(nn.Module):
         if spec.qk_norm:
             q, k = self.norm("q_norm", q, "head_dim"), self.norm("k_norm", k, "head_dim")
         cos, sin = rope[0][layer["rope"]], rope[1][layer["rope"]]
-        q, k = rotate(q, *((cos, sin) if select is None else (select(cos), select(sin)))), rotate(k, cos, sin)
+        q_angles = (cos, sin) if select is None else (select(cos), select(sin))
+        q, k = rotate(q, *q_angles, spec.query_scale), rotate(k, cos, sin)
         b, t = q.shape[:2]
-        q = (q * jnp.asarray(spec.query_scale, q.dtype)).reshape(b, t, spec.kv_heads, spec.heads // spec.kv_heads, spec.head_dim)
+        q = q.reshape(b, t, spec.kv_heads, spec.heads // spec.kv_heads, spec.head_dim)
         mixed, cache, stacked = self.attend(
             q, k, v, layer=layer["number"], window=layer["window"], per_layer=layer["per_layer"], cache=cache
         )

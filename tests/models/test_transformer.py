@@ -14,6 +14,7 @@ from plain_oracles import LORA, golden_config, log_softmax, plain_model, quick_c
 from goldens.folders import FAMILIES, model_tensors, read_golden
 from grpo_jax.models.attention import group_attend
 from grpo_jax.models.families import read_spec
+from grpo_jax.models.layers import rotate
 from grpo_jax.models.spec import ModelSpec, Rope, abstract_params, count_parameters, flatten, init_params, nest, param_specs
 from grpo_jax.models.transformer import Transformer, forward
 from grpo_jax.types import Params
@@ -171,3 +172,17 @@ def test_compile_time_does_not_grow_with_depth() -> None:
         return lowered.as_text().count("\n")
 
     assert lines(40) == lines(4)
+
+
+def test_a_bfloat16_query_is_rounded_once() -> None:
+    rng = np.random.default_rng(7)
+    x = jnp.asarray(rng.normal(size=(1, 5, 2, 8)), jnp.bfloat16)
+    angles = rng.uniform(0, 6, (1, 5, 4))
+    scale = 24**-0.5  # not a power of two
+    got = rotate(x, jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32), scale)
+    first, second = np.split(np.asarray(x, np.float64), 2, axis=-1)
+    c, s = np.cos(angles)[:, :, None, :], np.sin(angles)[:, :, None, :]
+    exact = scale * np.concatenate([first * c - second * s, second * c + first * s], axis=-1)
+    assert got.dtype == jnp.bfloat16
+    # bfloat16 has 8 bits: rounding once is off by at most 2**-9 of the number.
+    assert np.max(np.abs(np.asarray(got, np.float64) / exact - 1)) < 2**-9 * 1.01
