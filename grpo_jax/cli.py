@@ -223,7 +223,7 @@ def parser() -> argparse.ArgumentParser:
 
     made = command("generate", generate, "sample completions")
     made.add_argument("--model", required=True, metavar="DIR_OR_ID", help="model folder or hub id")
-    made.add_argument("--adapter", metavar="DIR", help="PEFT adapter folder")
+    made.add_argument("--adapter", metavar="DIR_OR_ID", help="PEFT adapter: a folder or a hub id")
     made.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="may be given several times")
     made.add_argument("--num_generations", type=positive, metavar="G", help="completions a prompt (default 4, or 1 where greedy)")
     made.add_argument("--max_completion_length", type=positive, default=64, metavar="TOKENS", help="default 64")

@@ -107,8 +107,8 @@ class Policy:
 
         Args:
             path: folder or hub id; safetensors only.
-            lora: adds new adapters, or, where `lora.adapter` is set, that folder's.
-            adapter: folder of a PEFT adapter; the same as `lora=LoraConfig(adapter=...)`.
+            lora: adds new adapters, or loads those of `lora.adapter`.
+            adapter: folder or hub id of a PEFT adapter; the same as `lora=LoraConfig(adapter=...)`.
             dtype: `float32`, `bfloat16`, or `auto` for what config.json says.
             quantization: `int8`, `int4` or `nf4` rounds the layers' matrices while reading; only adapters can then be trained.
             revision: branch, tag or commit on the hub.
@@ -130,7 +130,7 @@ class Policy:
         start = adapter if adapter is not None else (lora.adapter if lora is not None else None)
         adapters: Params | None = None
         if start is not None:
-            adapters, lora = load_adapter(Path(start).expanduser(), spec)
+            adapters, lora = load_adapter(start, spec)
         elif lora is not None and lora.rank > 0:
             adapters = init_lora(spec, lora, jax.random.key(seed))
         else:

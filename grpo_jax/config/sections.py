@@ -54,7 +54,7 @@ class LoraConfig:
         targets: Names of the linear layers that get adapters, or `all-linear`. In a mixture of experts gate_proj, up_proj and
             down_proj are those of every expert; the attention layers alone are far fewer. The router never gets an adapter.
         rslora: Rank-stabilised scale (https://arxiv.org/abs/2312.03732).
-        adapter: Folder of a PEFT adapter to start from; a frozen copy of it is the reference. rank, alpha, targets
+        adapter: Folder or hub id of a PEFT adapter to start from; a frozen copy of it is the reference. rank, alpha, targets
             and rslora are then read from the adapter.
     """
 

@@ -91,7 +91,7 @@ def abstract_policy(config: Config, folder: Path, spec: ModelSpec, placement: Pl
     adapters: Params | None = None
     lora = config.lora if config.lora.rank or config.lora.adapter else None
     if lora is not None and lora.adapter is not None:
-        loaded, lora = load_adapter(Path(lora.adapter).expanduser(), spec)
+        loaded, lora = load_adapter(lora.adapter, spec)
         adapters = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), loaded)
     elif lora is not None:
         chosen = lora

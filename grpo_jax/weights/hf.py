@@ -101,29 +101,41 @@ def find_model(path: str, revision: str | None = None, *, weights: bool = True) 
     Raises:
         ModelError: no such folder, no such repository, or one whose licence has to be accepted first.
     """
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja"] + (["*.safetensors"] if weights else [])
+    return find_folder(path, "model.path", patterns, revision)
+
+
+def find_folder(path: str, field: str, patterns: list[str], revision: str | None = None) -> Path:
+    """Finds a local folder, or downloads those files of a hub repository that match `patterns`.
+
+    Args:
+        field: the setting that holds the path, for messages.
+
+    Raises:
+        ModelError: as `find_model`.
+    """
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
     if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") != 1:
-        raise ModelError(f"model.path: {path!r} is not a folder, and not a hub id of the form owner/name")
+        raise ModelError(f"{field}: {path!r} is not a folder, and not a hub id of the form owner/name")
     from huggingface_hub import errors, snapshot_download
 
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja"] + (["*.safetensors"] if weights else [])
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"]))
     except errors.GatedRepoError as error:
         raise ModelError(
-            f"model.path: {path!r} asks for its licence to be accepted. Accept it on the model's page of the hub, then run "
+            f"{field}: {path!r} asks for its licence to be accepted. Accept it on the model's page of the hub, then run "
             "`hf auth login` (or set HF_TOKEN) with the same account"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise ModelError(
-            f"model.path: there is no folder and no public hub repository {path!r}; if it is private, run `hf auth login`"
+            f"{field}: there is no folder and no public hub repository {path!r}; if it is private, run `hf auth login`"
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"model.revision: {revision!r} is not a branch, tag or commit of {path!r}") from error
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
-        raise ModelError(f"model.path: {path!r} is not a local folder, and the hub could not be reached: {error}") from error
+        raise ModelError(f"{field}: {path!r} is not a local folder, and the hub could not be reached: {error}") from error
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from grpo_jax.config.checks import require
 from grpo_jax.config.sections import LINEAR_TARGETS
 from grpo_jax.models.spec import ModelError, ModelSpec, flatten, lora_specs, nest
 from grpo_jax.types import Params
-from grpo_jax.weights.hf import module_path, module_paths, open_shard, read_json
+from grpo_jax.weights.hf import find_folder, module_path, module_paths, open_shard, read_json
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Settings of a PEFT config that are not supported, with the values that mean "not used".
@@ -117,17 +117,22 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     )
 
 
-def load_adapter(folder: Path, spec: ModelSpec) -> tuple[Params, LoraConfig]:
+def load_adapter(path: str | Path, spec: ModelSpec) -> tuple[Params, LoraConfig]:
     """Reads a PEFT adapter.
 
+    Args:
+        path: a folder, or a hub id `owner/name`.
+        spec: the model that it is for.
+
     Returns:
-        The `lora` collection in float32, and the settings of the adapter with `adapter` = folder.
+        The `lora` collection in float32, and the settings of the adapter with `adapter` = path.
 
     Raises:
-        ModelError: it uses a setting that is not supported, or is for another model.
+        ModelError: there is no such folder or repository; it uses a setting that is not supported, or is for another model.
     """
     from safetensors import safe_open
 
+    folder = find_folder(str(path), "lora.adapter", [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
     lora = read_adapter_config(folder)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"{folder / ADAPTER_WEIGHTS} is missing; a PEFT folder needs it")
@@ -158,7 +163,7 @@ def load_adapter(folder: Path, spec: ModelSpec) -> tuple[Params, LoraConfig]:
         )
     if not leaves:
         raise ModelError(f"{folder / ADAPTER_WEIGHTS} holds no adapter")
-    return nest(leaves), LoraConfig(rank=lora.rank, alpha=lora.alpha, rslora=lora.rslora, targets=targets, adapter=str(folder))
+    return nest(leaves), LoraConfig(rank=lora.rank, alpha=lora.alpha, rslora=lora.rslora, targets=targets, adapter=str(path))
 
 
 def save_adapter(folder: Path, spec: ModelSpec, adapters: Params, lora: LoraConfig, base_name: str) -> None:

@@ -185,3 +185,23 @@ def test_initialisations_that_do_not_change_the_base_are_accepted(tmp_path: Path
         folder = build_adapter_folder(tmp_path / str(method), ADAPTER)
         edit(folder, init_lora_weights=method, lora_dropout=0.1, some_new_setting_of_peft=None)
         load_adapter(folder, spec_of("llama3_scaled"))
+
+
+def test_an_adapter_may_be_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    folder, spec = build_adapter_folder(tmp_path, ADAPTER), spec_of(ADAPTERS[ADAPTER])
+    asked: list[tuple[str, Any]] = []
+
+    def download(path: str, **options: Any) -> str:
+        asked.append((path, options["allow_patterns"]))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    adapters, lora = load_adapter("owner/adapter", spec)
+    assert asked == [("owner/adapter", ["adapter_config.json", "adapter_model.safetensors"])]
+    assert lora.adapter == "owner/adapter"
+    local, _ = load_adapter(folder, spec)
+    jax.tree.map(np.testing.assert_array_equal, adapters, local)
+    with pytest.raises(ModelError, match=r"lora\.adapter: './nothing' is not a folder"):
+        load_adapter("./nothing", spec)
