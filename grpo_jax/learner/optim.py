@@ -25,7 +25,7 @@ def updates_of(config: Config, supervised: bool) -> int:
     return config.train.steps * (1 if supervised else config.objective.num_iterations)
 
 
-def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(optim: OptimConfig, steps: int, updates_per_step: int = 1) -> optax.GradientTransformation:
     """Makes AdamW (https://arxiv.org/abs/1711.05101, algorithm 2) after clipping by global norm.
 
     Weight decay is decoupled and scaled by the learning rate, as in Optax and PyTorch, and acts on matrices only; see `decay_mask`.
@@ -34,6 +34,7 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
     Args:
         optim: the settings.
         steps: optimiser updates in the run (training steps times updates on each batch).
+        updates_per_step: optimiser updates of a training step, in which `warmup_steps` is counted.
 
     Returns:
         A transformation whose `update` needs the parameters, as weight decay does.
@@ -43,7 +44,7 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
     """
     parts = [] if optim.max_grad_norm is None else [optax.clip_by_global_norm(optim.max_grad_norm)]
     adamw = optax.adamw(
-        make_schedule(optim, steps),
+        make_schedule(optim, steps, updates_per_step),
         b1=optim.b1,
         b2=optim.b2,
         eps=optim.eps,
@@ -66,42 +67,41 @@ def make_optimizer(optim: OptimConfig, steps: int) -> optax.GradientTransformati
     return optax.GradientTransformation(init, update)
 
 
-def make_schedule(optim: OptimConfig, steps: int) -> optax.Schedule:
+def make_schedule(optim: OptimConfig, steps: int, updates_per_step: int = 1) -> optax.Schedule:
     """Makes the learning rate by number of updates already made, k = 0 for the first.
 
-    Warm-up: learning_rate · k / warmup_steps for k < warmup_steps, so that update 0 has rate 0, as in Optax and transformers.
-    Then `constant`, or from learning_rate at k = warmup_steps down to 0 at k = steps, along a line (`linear`) or half a cosine
+    Warm-up: learning_rate · k / w for k < w = warmup_steps · updates_per_step, so that update 0 has rate 0, as in Optax and
+    transformers. Then `constant`, or from learning_rate at k = w down to 0 at k = steps, along a line (`linear`) or half a cosine
     (`cosine`, https://arxiv.org/abs/1608.03983, equation 5 without restarts). k = steps is after the last update.
 
     Raises:
         ConfigError: no steps, or a warm-up that does not end before them.
     """
     require(steps >= 1, "steps", steps, "train for at least one optimiser update")
-    require(
-        optim.warmup_steps < steps,
-        "optim.warmup_steps",
-        optim.warmup_steps,
-        f"use fewer than the {steps} optimiser updates of the run, or train for more steps",
-    )
-    peak, left = optim.learning_rate, steps - optim.warmup_steps
+    warmup = optim.warmup_steps * updates_per_step
+    limit = f"{steps // updates_per_step} training steps" if updates_per_step > 1 else f"{steps} optimiser updates"
+    fix = f"use fewer than the {limit} of the run, or train for more steps"
+    require(warmup < steps, "optim.warmup_steps", optim.warmup_steps, fix)
+    peak, left = optim.learning_rate, steps - warmup
     if optim.schedule == "constant":
         after = optax.constant_schedule(peak)
     elif optim.schedule == "linear":
         after = optax.linear_schedule(peak, 0.0, left)
     else:
         after = optax.cosine_decay_schedule(peak, left)
-    if optim.warmup_steps == 0:
+    if warmup == 0:
         return after
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, optim.warmup_steps), after], [optim.warmup_steps])
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
-def learning_rate_at(optim: OptimConfig, steps: int, step: ArrayLike) -> Float[Array, ""]:
+def learning_rate_at(optim: OptimConfig, steps: int, step: ArrayLike, updates_per_step: int = 1) -> Float[Array, ""]:
     """Returns the learning rate of the update that follows `step` earlier ones.
 
     Args:
         optim: the settings.
         steps: optimiser updates in the run.
         step: updates made before this one, 0 for the first; a number or a traced scalar.
+        updates_per_step: as `make_optimizer`.
 
     Returns:
         A float32 scalar.
@@ -109,7 +109,7 @@ def learning_rate_at(optim: OptimConfig, steps: int, step: ArrayLike) -> Float[A
     Raises:
         ConfigError: as `make_schedule`.
     """
-    schedule = make_schedule(optim, steps)
+    schedule = make_schedule(optim, steps, updates_per_step)
     with jax.numpy_dtype_promotion("standard"):  # as in make_optimizer
         return jnp.asarray(schedule(jnp.asarray(step, jnp.int32)), jnp.float32)
 

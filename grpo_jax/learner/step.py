@@ -89,11 +89,12 @@ class Learner:
             optimizer: used instead of the settings' AdamW.
             loss_fn: used instead of `grpo_loss`.
         """
+        each = config.objective.num_iterations
         return Learner(
             model=model,
             objective=config.objective,
-            optimizer=optimizer or make_optimizer(config.optim, updates),
-            learning_rate=None if optimizer else functools.partial(learning_rate_at, config.optim, updates),
+            optimizer=optimizer or make_optimizer(config.optim, updates, each),
+            learning_rate=None if optimizer else functools.partial(learning_rate_at, config.optim, updates, updates_per_step=each),
             full=full,
             temperature=config.rollout.temperature,
             max_completion_length=config.rollout.max_completion_length,

@@ -162,3 +162,12 @@ def test_a_warm_up_that_does_not_end_is_refused(warmup_steps: int, steps: int) -
 def test_no_steps_are_refused() -> None:
     with pytest.raises(ConfigError, match="steps is 0"):
         make_optimizer(OptimConfig(), 0)
+
+
+def test_warm_up_counts_training_steps_where_a_step_has_several_updates() -> None:
+    optim = OptimConfig(learning_rate=1.0, warmup_steps=2, schedule="linear")
+    # Two training steps of three updates each warm up: 6 of 12 updates, then down to 0 in the other 6.
+    rates = [float(learning_rate_at(optim, 12, step, updates_per_step=3)) for step in range(12)]
+    np.testing.assert_allclose(rates, [0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6], rtol=1e-6)
+    with pytest.raises(ConfigError, match=r"optim\.warmup_steps is 2: use fewer than the 2 training steps"):
+        make_optimizer(optim, 6, 3)
