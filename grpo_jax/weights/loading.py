@@ -53,19 +53,18 @@ def load_params(
     leaves: dict[tuple[str, ...], Any] = {}
     specs = param_specs(spec)
     quantized = quantized_specs(specs, quantization)
+    device = SingleDeviceSharding(jax.local_devices()[0])
     with TensorFiles(folder) as files:
         check_tensors(folder, spec, files)
         for number, (path, source) in enumerate(tensor_names(spec).items()):
             p = specs[path]
             if layout is None and path in quantized:
                 leaves[path] = load_quantized(files, source, quantized[path], quantization)
-            elif layout is None:
-                leaves[path] = load_array(files, source, p.shape, SingleDeviceSharding(jax.local_devices()[0]), dtype)
             elif path in quantized:
                 leaves[path] = load_quantized_sharded(files, source, quantized[path], quantization, p.axes, layout)
             else:
                 load = load_stacked if source.stack else load_array
-                leaves[path] = load(files, source, p.shape, sharding_of(layout, path, p), dtype)
+                leaves[path] = load(files, source, p.shape, device if layout is None else sharding_of(layout, path, p), dtype)
             if on_tensor is not None:
                 on_tensor(number + 1, len(specs))
     return nest(leaves)
@@ -83,7 +82,7 @@ def load_array(files: TensorFiles, source: TensorSource, shape: tuple[int, ...],
     return jax.make_array_from_callback(shape, sharding, read).block_until_ready()
 
 
-def load_stacked(files: TensorFiles, source: TensorSource, shape: tuple[int, ...], sharding: NamedSharding, dtype: Any) -> Array:
+def load_stacked(files: TensorFiles, source: TensorSource, shape: tuple[int, ...], sharding: Sharding, dtype: Any) -> Array:
     """Loads a stacked parameter [L, ...] layer by layer into zeros on the devices."""
     stack = device_zeros(shape, jnp.dtype(dtype), sharding)
     for layer in range(shape[0]):
@@ -93,12 +92,13 @@ def load_stacked(files: TensorFiles, source: TensorSource, shape: tuple[int, ...
 
 
 def load_layer(
-    files: TensorFiles, source: TensorSource, shape: tuple[int, ...], layer: int, sharding: NamedSharding, dtype: Any
+    files: TensorFiles, source: TensorSource, shape: tuple[int, ...], layer: int, sharding: Sharding, dtype: Any
 ) -> Array:
     """Loads one layer of a stacked parameter, sharded as the stack is; in the file's dtype where dtype is None."""
     read = shared_reads(shape[1:], lambda index: read_slice(files, source, (slice(layer, layer + 1), *index), dtype)[0])
-    layer_sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    return jax.make_array_from_callback(shape[1:], layer_sharding, read)
+    if isinstance(sharding, NamedSharding):
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return jax.make_array_from_callback(shape[1:], sharding, read)
 
 
 def shared_reads(shape: tuple[int, ...], read: Callable[[Index], np.ndarray]) -> Callable[[Any], np.ndarray]:
