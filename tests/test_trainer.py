@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
+from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +41,7 @@ from grpo_jax.data.source import PromptSource
 from grpo_jax.policy import Policy
 from grpo_jax.run.folder import FILES
 from grpo_jax.steps.grpo import GrpoStep
+from grpo_jax.steps.setup import begin
 
 ROWS = additions()
 HELD_OUT = [{"prompt": f"{i}-{j}=", "answer": str(i - j)} for i in (7, 8, 9) for j in (1, 2)]
@@ -289,3 +293,23 @@ def test_a_model_without_a_chat_template_trains_on_plain_prompts(tmp_path: Path)
 
 def test_the_lazy_package_gives_the_loop():
     assert gx.train is sys.modules["grpo_jax.trainer"].train
+
+
+def test_a_policy_without_adapters_is_trained_in_full_and_the_run_says_so(tmp_path: Path):
+    plain, adapted = (gx.Policy.from_pretrained(tiny_model(), lora=lora) for lora in (None, gx.LoraConfig(rank=2)))
+    config = replace(config_of(tmp_path), lora=gx.LoraConfig(), model=gx.ModelConfig(remat="none"))
+    for policy, said in ((plain, True), (adapted, False)):
+        with redirect_stdout(io.StringIO()) as out:
+            trainer = gx.Trainer(config, policy=policy, dataset=ROWS, reward_funcs=letters)
+        assert ("it has no adapters, so every weight is trained" in out.getvalue()) == said
+        assert (set(trainer.state.trainable) == set(plain.params)) == said
+
+
+def test_an_old_jax_on_a_gpu_is_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    config = config_of(tmp_path)
+    for backend, version, warned in (("gpu", (0, 10, 2), True), ("gpu", (0, 11, 2), False), ("cpu", (0, 10, 2), False)):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        monkeypatch.setattr(jax, "__version_info__", version)
+        with redirect_stdout(io.StringIO()) as out:
+            begin(config, None, resume=False)
+        assert ("copies all weights, keys and values at every sampled token" in out.getvalue()) == warned

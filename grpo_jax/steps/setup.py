@@ -17,6 +17,13 @@ from grpo_jax.runtime.mesh import check_prompts, make_layout
 from grpo_jax.weights.axes import check_mesh
 from grpo_jax.weights.hf import find_model, read_folder_spec
 
+SLOW_GPU_ROLLOUTS_BEFORE = (0, 11, 2)
+"""XLA of older jax versions copies a rollout's weights and KV cache at every token on a GPU."""
+
+NO_ADAPTERS_LINE = (
+    "policy: it has no adapters, so every weight is trained; for LoRA give Policy.from_pretrained(..., lora=LoraConfig(rank=16))"
+)
+
 
 def begin(config: Config, sources: Mapping[str, str] | None, *, resume: bool) -> Display:
     """Joins the processes that the settings name, checks mesh and run folder, and shows the settings.
@@ -36,6 +43,11 @@ def begin(config: Config, sources: Mapping[str, str] | None, *, resume: bool) ->
         sizes, kind = ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items()), jax.devices()[0].device_kind
         processes = f" in {jax.process_count()} processes" if distributed.is_multiprocess() else ""
         display.note(f"mesh: {sizes}; {layout.mesh.size} of {jax.device_count()} devices ({kind}){processes}")
+    if jax.default_backend() == "gpu" and jax.__version_info__ < SLOW_GPU_ROLLOUTS_BEFORE:
+        display.warning(
+            f"jax {jax.__version__} on a GPU copies all weights, keys and values at every sampled token (an 8B model: 23 GiB a token); "
+            "install jax 0.11.2 or newer, which needs Python 3.12"
+        )
     return display
 
 
@@ -53,5 +65,7 @@ def placed_policy(config: Config, policy: Policy | None, display: Display) -> Po
     if policy is None:
         with display.busy(f"reading {config.model.path}"):
             policy = Policy.from_config(config)
+    elif policy.adapters is None:
+        display.note(NO_ADAPTERS_LINE)
     policy.need_tokenizer()
     return policy.placed(make_layout(config.mesh))
