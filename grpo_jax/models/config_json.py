@@ -7,6 +7,8 @@ Both spellings are read: that of transformers 5 (`rope_parameters`, `dtype`, `la
 from __future__ import annotations
 
 import difflib
+import re
+from pathlib import Path
 from typing import Any
 
 from grpo_jax.models.spec import ModelError, Rope
@@ -27,7 +29,10 @@ NEUTRAL = frozenset(
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores return_dict_in_generate
     forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
     begin_suppress_tokens prefix tokenizer_class unsloth_fixed unsloth_version image_token_index boi_token_index
-    eoi_token_index
+    eoi_token_index model_name _pre_quantization_dtype _attn_implementation_autoset _attn_implementation_internal
+    _experts_implementation _commit_hash _flash_attn_2_enabled use_flash_attn use_flash_attention_2 unsloth_tiled_mlp
+    gradient_checkpointing use_liger_kernel tokenizer_model_max_length model_max_length tokenizer_padding_side padding_side
+    license trust_remote_code datasets base_model
     """.split()  # noqa: SIM905 - one name a line would be a page
 )
 
@@ -73,6 +78,8 @@ class ConfigReader:
 
     def refuse_unknown(self) -> None:
         """Raises ModelError for an attribute that is not known, naming it."""
+        if self.config.get("quantization_config") is not None:
+            raise ModelError(quantized_message(self.config, self.file))
         for name in self.config:
             if name not in self.known:
                 near = difflib.get_close_matches(name, self.known - NEUTRAL, n=1)
@@ -81,6 +88,20 @@ class ConfigReader:
                     f"{self.file}: attribute {name} = {self.config[name]!r} is not known for model_type "
                     f"{self.config.get('model_type')!r}{hint}. It may change what the model computes, so it is not ignored"
                 )
+
+
+def quantized_message(config: Fields, file: str) -> str:
+    """What to say of a checkpoint whose weights are quantised already, with the name of the model to take instead."""
+    settings = config["quantization_config"]
+    method = settings.get("quant_method", "unknown") if isinstance(settings, dict) else "unknown"
+    name = next((str(config[key]) for key in ("_name_or_path", "name_or_path", "model_name") if config.get(key)), "")
+    name = name or Path(file).parent.name.replace("models--", "").replace("--", "/")
+    plain = re.sub(r"-(?:unsloth-)?bnb-\d+bit$|-(?:GPTQ|AWQ|FP8|GGUF)(?:-Int\d+)?$", "", name, flags=re.IGNORECASE)
+    instead = f"take {plain!r}" if plain != name else "take the unquantised model that it was made from"
+    return (
+        f"{file}: by its quantization_config the weights are quantised ({method}), and quantised checkpoints are not read: {instead}, "
+        "and set model.quantization to int8, int4 or nf4 for a base of few bits"
+    )
 
 
 def shared_fields(reader: ConfigReader, head_dim: int | None = None) -> Fields:

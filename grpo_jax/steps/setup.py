@@ -45,7 +45,7 @@ def begin(config: Config, sources: Mapping[str, str] | None, *, resume: bool) ->
         display.note(f"mesh: {sizes}; {layout.mesh.size} of {jax.device_count()} devices ({kind}){processes}")
     if jax.default_backend() == "gpu" and jax.__version_info__ < SLOW_GPU_ROLLOUTS_BEFORE:
         display.warning(
-            f"jax {jax.__version__} on a GPU copies all weights, keys and values at every sampled token (an 8B model: 23 GiB a token); "
+            f"jax {jax.__version__} on a GPU copies all weights, keys and values at every sampled token (23 GiB with an 8B model); "
             "install jax 0.11.2 or newer, which needs Python 3.12"
         )
     return display

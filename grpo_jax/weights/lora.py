@@ -117,22 +117,22 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     )
 
 
-def load_adapter(path: str | Path, spec: ModelSpec) -> tuple[Params, LoraConfig]:
+def load_adapter(source: str | Path, spec: ModelSpec) -> tuple[Params, LoraConfig]:
     """Reads a PEFT adapter.
 
     Args:
-        path: a folder, or a hub id `owner/name`.
+        source: a folder, or a hub id `owner/name`.
         spec: the model that it is for.
 
     Returns:
-        The `lora` collection in float32, and the settings of the adapter with `adapter` = path.
+        The `lora` collection in float32, and the settings of the adapter with `adapter` = source.
 
     Raises:
         ModelError: there is no such folder or repository; it uses a setting that is not supported, or is for another model.
     """
     from safetensors import safe_open
 
-    folder = find_folder(str(path), "lora.adapter", [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
+    folder = find_folder(str(source), "lora.adapter", [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
     lora = read_adapter_config(folder)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"{folder / ADAPTER_WEIGHTS} is missing; a PEFT folder needs it")
@@ -163,7 +163,7 @@ def load_adapter(path: str | Path, spec: ModelSpec) -> tuple[Params, LoraConfig]
         )
     if not leaves:
         raise ModelError(f"{folder / ADAPTER_WEIGHTS} holds no adapter")
-    return nest(leaves), LoraConfig(rank=lora.rank, alpha=lora.alpha, rslora=lora.rslora, targets=targets, adapter=str(path))
+    return nest(leaves), LoraConfig(rank=lora.rank, alpha=lora.alpha, rslora=lora.rslora, targets=targets, adapter=str(source))
 
 
 def save_adapter(folder: Path, spec: ModelSpec, adapters: Params, lora: LoraConfig, base_name: str) -> None:

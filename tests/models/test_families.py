@@ -244,3 +244,37 @@ def test_gemma_refuses_other_activations_and_bidirectional_attention() -> None:
     for change in ({"hidden_activation": "silu"}, {"use_bidirectional_attention": True}):
         with pytest.raises(ModelError, match=next(iter(change))):
             read_spec(SMALL | {"model_type": "gemma3_text"} | change)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"model_name": "unsloth/x"},
+        {"unsloth_version": "2025.8.1"},
+        {"_pre_quantization_dtype": "bfloat16"},
+        {"use_flash_attn": True},
+    ],
+)
+def test_attributes_of_published_fine_tunes_that_change_nothing_are_accepted(extra: dict[str, Any]) -> None:
+    assert read_spec(golden_config("llama2") | extra) == read_spec(golden_config("llama2"))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "instead"),
+    [
+        ("unsloth/Qwen3-4B-unsloth-bnb-4bit", "config.json", "take 'unsloth/Qwen3-4B'"),
+        (None, "Llama-3.2-1B-Instruct-bnb-4bit/config.json", "take 'Llama-3.2-1B-Instruct'"),
+        ("me/model", "config.json", "take the unquantised model that it was made from"),
+    ],
+)
+def test_a_quantised_checkpoint_is_refused_with_the_model_to_take(name: str | None, file: str, instead: str) -> None:
+    quantized = {"_name_or_path": name, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    with pytest.raises(ModelError) as caught:
+        read_spec(golden_config("llama2") | quantized, file)
+    assert "quantised (bitsandbytes)" in str(caught.value)
+    assert instead in str(caught.value)
+
+
+def test_an_attribute_that_could_matter_still_raises() -> None:
+    with pytest.raises(ModelError, match="attribute attention_sinks = 4 is not known"):
+        read_spec(golden_config("llama2") | {"attention_sinks": 4})

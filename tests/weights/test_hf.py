@@ -308,7 +308,7 @@ def test_loading_never_has_a_second_copy_of_the_model(tmp_path: Path, monkeypatc
     load_params(folder, spec, jnp.float32)  # compiles the copies
     asked.clear()
     tracemalloc.start()
-    params = load_params(folder, spec, jnp.float32)
+    load_params(folder, spec, jnp.float32)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     # A stacked parameter is read layer by layer: no array of all layers is ever on the host.
