@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,6 @@ from grpo_jax.learner.truncated import Truncation
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.spec import abstract_params
 from grpo_jax.models.transformer import Transformer
-from grpo_jax.policy import Policy
 from grpo_jax.types import Params
 
 B, G, P, C = 2, 3, 12, 8
@@ -40,35 +40,40 @@ def batch(vocabulary: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.nd
     return prompts, completions, counts.astype(np.float32)
 
 
-def values_and_gradient(
-    model: Transformer,
-    base: Params,
-    adapters: Params,
-    prompts: Any,
-    lengths: Any,
-    completions: Any,
-    counts: Any,
-    temperature: float = 0.7,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities, and the gradient of their weighted sum with respect to the adapters, as one vector."""
+@functools.cache
+def program(family: str, unroll: bool = False, remat: Any = "none") -> Any:
+    """Jitted (adapters, base, prompts, lengths, completions, counts) → gradient of a weighted sum, log-probabilities."""
+    model = tiny_policy(family, LORA).model.clone(unroll=unroll, remat=remat)
 
     @jax.jit
     def run(adapters: Params, base: Params, prompts: Any, lengths: Any, completions: Any, counts: Any) -> Any:
         def scalar(adapters: Params) -> tuple[Any, Any]:
-            variables = {"params": base, "lora": adapters}
-            logps, _ = completion_logprobs(model, variables, prompts, lengths, completions, temperature)
+            logps, _ = completion_logprobs(model, {"params": base, "lora": adapters}, prompts, lengths, completions, 0.7)
             return jnp.sum(logps * counts), logps
 
         return jax.grad(scalar, has_aux=True)(adapters)
 
-    gradient, logps = run(adapters, base, prompts, lengths, completions, counts)
+    return run
+
+
+def values_and_gradient(
+    family: str, prompts: Any, lengths: Any, completions: Any, counts: Any, **how: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities, and the gradient of their weighted sum with respect to the adapters, as one vector."""
+    policy = tiny_policy(family, LORA)
+    gradient, logps = program(family, **how)(policy.adapters, policy.params, prompts, lengths, completions, counts)
     return np.asarray(logps), np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(gradient)])
 
 
-def scored(policy: Policy, prompts: np.ndarray, completions: np.ndarray, temperature: float = 1.0) -> tuple[jax.Array, jax.Array]:
+@functools.cache
+def scoring(family: str) -> Any:
+    """Jitted (variables, prompts, lengths, completions, temperature) → log-probabilities, entropies."""
+    return jax.jit(functools.partial(completion_logprobs, tiny_policy(family, LORA).model))
+
+
+def scored(family: str, prompts: np.ndarray, completions: np.ndarray, temperature: float = 1.0) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities and entropies."""
-    run = jax.jit(lambda v, p, n, c: completion_logprobs(policy.model, v, p, n, c, temperature))
-    return run(policy.variables, prompts, PROMPT_LENGTHS, completions)
+    return scoring(family)(tiny_policy(family, LORA).variables, prompts, PROMPT_LENGTHS, completions, jnp.float32(temperature))
 
 
 def assert_near_in_norm(got: np.ndarray, expected: np.ndarray, share: float = 1e-5) -> None:
@@ -77,15 +82,10 @@ def assert_near_in_norm(got: np.ndarray, expected: np.ndarray, share: float = 1e
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_completions_that_share_a_prompt_equal_completions_with_their_own(family: str) -> None:
-    policy = tiny_policy(family, LORA)
-    assert policy.adapters is not None
-    prompts, completions, counts = batch(policy.spec.vocab)
-    shared, gradient = values_and_gradient(
-        policy.model, policy.params, policy.adapters, prompts, PROMPT_LENGTHS, completions, counts
-    )
-    each, each_gradient = values_and_gradient(
-        policy.model, policy.params, policy.adapters, np.repeat(prompts, G, 0), np.repeat(PROMPT_LENGTHS, G), completions, counts
-    )
+    prompts, completions, counts = batch(tiny_policy(family).spec.vocab)
+    shared, gradient = values_and_gradient(family, prompts, PROMPT_LENGTHS, completions, counts)
+    own_prompts = (np.repeat(prompts, G, 0), np.repeat(PROMPT_LENGTHS, G))
+    each, each_gradient = values_and_gradient(family, *own_prompts, completions, counts)
     trained = counts != 0
     np.testing.assert_allclose(shared[trained], each[trained], rtol=2e-6, atol=1e-5)  # float32 keeps 7 digits of up to 17 nats
     assert_near_in_norm(gradient, each_gradient)
@@ -115,74 +115,61 @@ def test_values_entropies_and_gradients_are_those_of_the_plain_forward_pass(fami
         return jnp.sum(logps * counts), (logps, logits)
 
     plain_gradient, (plain, logits) = jax.jit(jax.grad(scalar, has_aux=True))(policy.adapters)
-    got, gradient = values_and_gradient(policy.model, policy.params, policy.adapters, prompts, PROMPT_LENGTHS, completions, counts)
+    got, gradient = values_and_gradient(family, prompts, PROMPT_LENGTHS, completions, counts, unroll=True)
     np.testing.assert_allclose(got, plain, rtol=0, atol=1e-4)
     assert_near_in_norm(gradient, np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(plain_gradient)]), 1e-4)
-    _, entropy = scored(policy, prompts, completions, 0.7)
+    _, entropy = scored(family, prompts, completions, 0.7)
     wide = log_softmax(logits)
     np.testing.assert_allclose(entropy, -(np.exp(wide) * wide).sum(axis=-1), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("remat", ["layer", "offload"])
-@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
-def test_computing_layers_again_in_the_backward_pass_changes_nothing(family: str, remat: Any) -> None:
-    policy = tiny_policy(family, LORA)
-    assert policy.adapters is not None
-    prompts, completions, counts = batch(policy.spec.vocab)
-    arguments = (policy.params, policy.adapters, prompts, PROMPT_LENGTHS, completions, counts)
-    stacked = policy.model.clone(unroll=False)
-    saved, gradient = values_and_gradient(stacked, *arguments)
-    again, again_gradient = values_and_gradient(stacked.clone(remat=remat), *arguments)
+@pytest.mark.parametrize(("family", "remat"), [("qwen2", "offload"), ("gemma3", "layer")])
+def test_computing_layers_again_in_the_backward_pass_changes_nothing(family: str, remat: str) -> None:
+    prompts, completions, counts = batch(tiny_policy(family).spec.vocab)
+    saved, gradient = values_and_gradient(family, prompts, PROMPT_LENGTHS, completions, counts)
+    again, again_gradient = values_and_gradient(family, prompts, PROMPT_LENGTHS, completions, counts, remat=remat)
     np.testing.assert_allclose(again, saved, rtol=0, atol=1e-6)
     assert_near_in_norm(again_gradient, gradient)
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
 def test_layers_without_a_loop_over_them_are_the_same_layers(family: str) -> None:
-    policy = tiny_policy(family, LORA)
-    assert policy.adapters is not None
-    prompts, completions, counts = batch(policy.spec.vocab)
-    arguments = (policy.params, policy.adapters, prompts, PROMPT_LENGTHS, completions, counts)
-    stacked, gradient = values_and_gradient(policy.model.clone(unroll=False), *arguments)
-    single, single_gradient = values_and_gradient(policy.model.clone(unroll=True), *arguments)
+    prompts, completions, counts = batch(tiny_policy(family).spec.vocab)
+    stacked, gradient = values_and_gradient(family, prompts, PROMPT_LENGTHS, completions, counts)
+    single, single_gradient = values_and_gradient(family, prompts, PROMPT_LENGTHS, completions, counts, unroll=True)
     np.testing.assert_allclose(single, stacked, rtol=0, atol=1e-5)  # 20 nats in float32, summed in another order
     assert_near_in_norm(single_gradient, gradient)
 
 
 def test_padding_changes_nothing() -> None:
-    policy = tiny_policy("mistral", LORA)
-    assert policy.adapters is not None
-    prompts, completions, counts = batch(policy.spec.vocab)
+    prompts, completions, counts = batch(tiny_policy("mistral").spec.vocab)
     other_prompts, other_completions = prompts.copy(), completions.copy()
     for row, n in enumerate(PROMPT_LENGTHS):
         other_prompts[row, n:] = 0
     other_completions[counts == 0] = 0
-    arguments = (policy.model, policy.params, policy.adapters)
-    logps, gradient = values_and_gradient(*arguments, prompts, PROMPT_LENGTHS, completions, counts)
-    others, other_gradient = values_and_gradient(*arguments, other_prompts, PROMPT_LENGTHS, other_completions, counts)
+    logps, gradient = values_and_gradient("mistral", prompts, PROMPT_LENGTHS, completions, counts)
+    others, other_gradient = values_and_gradient("mistral", other_prompts, PROMPT_LENGTHS, other_completions, counts)
     assert np.array_equal(logps[counts != 0], others[counts != 0])
     assert np.array_equal(gradient, other_gradient)
 
 
 def test_a_completion_of_one_token() -> None:
-    policy = tiny_policy("llama2", LORA)
-    prompts, completions, _ = batch(policy.spec.vocab)
-    longer, _ = scored(policy, prompts, completions)
-    first, _ = scored(policy, prompts, completions[:, :1])
+    prompts, completions, _ = batch(tiny_policy("llama2").spec.vocab)
+    longer, _ = scored("llama2", prompts, completions)
+    first, _ = scored("llama2", prompts, completions[:, :1])
     assert first.shape == (B * G, 1)
     np.testing.assert_allclose(first[:, 0], longer[:, 0], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "truncation",
+    ("family", "truncation"),
     [
-        Truncation(top_k=5, top_p=0.9, min_p=0.05, stop_ids=STOPS, min_length=4),
-        Truncation(top_p=0.6),
-        Truncation(stop_ids=STOPS, min_length=4),
-        Truncation(stop_ids=STOPS, min_length=C),
+        ("gemma2", Truncation(top_k=5, top_p=0.9, min_p=0.05, stop_ids=STOPS, min_length=4)),
+        ("qwen2", Truncation(top_p=0.6)),
+        ("gemma2", Truncation(stop_ids=STOPS, min_length=4)),
+        ("qwen2", Truncation(stop_ids=STOPS, min_length=C)),
     ],
 )
-@pytest.mark.parametrize("family", ["gemma2", "qwen2"])
 def test_the_trainer_has_the_log_probabilities_that_the_sampler_returned(family: str, truncation: Truncation) -> None:
     """Also with a soft cap on the logits, and where few tokens stay."""
     policy = tiny_policy(family, LORA)
@@ -207,7 +194,7 @@ def test_the_trainer_has_the_log_probabilities_that_the_sampler_returned(family:
     run = jax.jit(lambda v, p, n, c: sampled_logprobs(policy.model, v, p, n, c, truncation, 0.7))
     logps, untruncated, entropy = run(policy.variables, padded, PROMPT_LENGTHS, table)
     assert np.abs(np.asarray(logps) - theirs)[mask].max() < 1e-4
-    plain, plain_entropy = scored(policy, padded, table, 0.7)
+    plain, plain_entropy = scored(family, padded, table, 0.7)
     np.testing.assert_allclose(np.asarray(untruncated)[mask], np.asarray(plain)[mask], rtol=0, atol=1e-5)
     np.testing.assert_allclose(np.asarray(entropy)[mask], np.asarray(plain_entropy)[mask], rtol=0, atol=1e-5)
     assert np.all(np.asarray(logps - untruncated)[mask] >= -1e-5)

@@ -84,50 +84,65 @@ def ours(
     return jax.jit(run)(hidden, head, ids)
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
+SOFTCAPPED = ("top_p", "all, ban", "ban", "nothing")
+CASES = [(name, None) for name in TRUNCATIONS] + [(name, 3.0) for name in SOFTCAPPED]
+
+
+@functools.cache
+def values_and_gradients(name: str, softcap: float | None, trainable: bool) -> Any:
+    """The three results, and the gradients of a weighted sum of both log-probabilities."""
+    hidden, head, ids = problem()
+    weights = sum_weights().astype(np.float32)
+
+    def scalar(hidden: Any, head: Any) -> Any:
+        found = truncated_logprobs(
+            hidden, head, jnp.asarray(ids), TRUNCATIONS[name], temperature=0.7, softcap=softcap, head_trainable=trainable
+        )
+        return jnp.sum(found[0] * weights[0] + found[1] * weights[1]), found
+
+    gradients, found = jax.jit(jax.grad(scalar, argnums=(0, 1), has_aux=True))(hidden, head)
+    return jax.device_get(found), jax.device_get(gradients)
+
+
+def sum_weights() -> np.ndarray:
+    """[2, N, C] weights of the truncated and the untruncated log-probabilities in a scalar."""
+    return np.random.default_rng(1).normal(size=(2, N, C))
+
+
 @pytest.mark.parametrize("trainable", [False, True])
-@pytest.mark.parametrize("name", TRUNCATIONS)
-def test_values_are_those_of_sorting_in_float64(name: str, trainable: bool, softcap: float | None) -> None:
+@pytest.mark.parametrize(("name", "softcap"), CASES)
+def test_values_are_those_of_sorting_in_float64(name: str, softcap: float | None, trainable: bool) -> None:
     truncation = TRUNCATIONS[name]
     logps, untruncated, entropy, added = plain(*problem(), truncation, 0.7, softcap)
-    got = ours(*problem(), truncation, 0.7, softcap, head_trainable=trainable)
+    got = values_and_gradients(name, softcap, trainable)[0]
     for ours_, theirs in zip(got, (logps, untruncated, entropy), strict=True):
         np.testing.assert_allclose(ours_, theirs, rtol=0, atol=1e-5)  # float32 keeps 7 digits of up to 20 nats
     if truncation.truncates:
         assert 0 < added < N * C  # some sampled tokens were in the set, others had to be added
-        assert np.all(np.asarray(got[0]) >= np.asarray(untruncated))
+        assert np.all(got[0] >= untruncated)
     else:  # after the ban they are the same
         late = np.arange(C) >= truncation.min_length
-        assert np.array_equal(np.asarray(got[0])[:, late], np.asarray(got[1])[:, late])
+        assert np.array_equal(got[0][:, late], got[1][:, late])
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("name", TRUNCATIONS)
+@pytest.mark.parametrize(("name", "softcap"), CASES)
 def test_gradients_are_those_of_differences_in_float64(name: str, softcap: float | None) -> None:
     """Of a weighted sum of both log-probabilities, along random directions; the set does not change over so small a step."""
-    truncation, (hidden, head, ids) = TRUNCATIONS[name], problem()
-    rng = np.random.default_rng(1)
-    weights = rng.normal(size=(2, N, C))
-
-    def scalar(hidden: Any, head: Any, trainable: bool) -> Any:
-        logps, untruncated, _ = truncated_logprobs(
-            hidden, head, jnp.asarray(ids), truncation, temperature=0.7, softcap=softcap, head_trainable=trainable
-        )
-        return jnp.sum(logps * weights[0].astype(np.float32) + untruncated * weights[1].astype(np.float32))
+    truncation, (hidden, head, ids), weights = TRUNCATIONS[name], problem(), sum_weights()
 
     def exact(hidden: np.ndarray, head: np.ndarray) -> float:
         logps, untruncated, *_ = plain(hidden, head, ids, truncation, 0.7, softcap)
         return float((logps * weights[0] + untruncated * weights[1]).sum())
 
-    frozen, none = jax.jit(jax.grad(functools.partial(scalar, trainable=False), argnums=(0, 1)))(hidden, head)
-    of_hidden, of_head = jax.jit(jax.grad(functools.partial(scalar, trainable=True), argnums=(0, 1)))(hidden, head)
-    assert np.all(np.asarray(none) == 0)
-    h = 1e-6
+    frozen, none = values_and_gradients(name, softcap, False)[1]
+    of_hidden, of_head = values_and_gradients(name, softcap, True)[1]
+    assert np.all(none == 0)
+    rng, h = np.random.default_rng(2), 1e-6
     for _ in range(4):
         dx, dw = rng.normal(size=hidden.shape), rng.normal(size=head.shape)
         along_x = (exact(hidden + h * dx, head) - exact(hidden - h * dx, head)) / (2 * h)
         along_w = (exact(hidden, head + h * dw) - exact(hidden, head - h * dw)) / (2 * h)
-        size = float(np.linalg.norm(np.asarray(of_hidden)))
+        size = float(np.linalg.norm(of_hidden))
         np.testing.assert_allclose([np.sum(frozen * dx), np.sum(of_hidden * dx)], along_x, rtol=0, atol=1e-5 * size)
         np.testing.assert_allclose(np.sum(of_head * dw), along_w, rtol=0, atol=1e-5 * float(np.linalg.norm(of_head)))
 

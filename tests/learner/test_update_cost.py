@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -12,11 +13,18 @@ from compiled_rollout import LLAMA_8B
 from compiled_update import batch_of, lowered_update
 from hlo_costs import matmul_operations
 from jax.sharding import SingleDeviceSharding
+from plain_oracles import quick_compiling
 
 from grpo_jax.config import LoraConfig
 
 LAYERS, GENERATIONS, TOKENS = 4, 8, 1024
 SPEC = dataclasses.replace(LLAMA_8B, layers=LAYERS, windows=(None,) * LAYERS, rope_of_layer=(0,) * LAYERS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    with quick_compiling():
+        yield
 
 
 def test_operations_of_products_are_counted_with_loops_multiplied_out() -> None:

@@ -55,6 +55,7 @@ def test_no_logits_no_scores_and_no_dense_copy_of_a_quantised_weight(chips: Any,
     assert bool(dense) == (quantization == "none")
 
 
+@pytest.mark.slow
 def test_an_update_from_a_four_bit_base_fits_into_twenty_gigabytes(chips: Any) -> None:
     program, chip = lowered(chips["v6e"], "int4"), TPUS["v6e"]
     with tracing_for(Target("tpu", chip.vector_memory_bytes)), scratch_counted() as (options, scratch_of):

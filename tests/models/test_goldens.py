@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pytest
+from plain_oracles import quick_compiling
 
 from goldens.folders import ADAPTERS, FAMILIES, build_adapter_folder, build_model_folder, read_golden
 
 TOLERANCE_NATS = 1e-4  # float32 sums in another order; the model feature with the smallest effect changes them by 6e-4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    with quick_compiling():
+        yield
 
 
 def assert_matches(folder: Path, golden: str, adapter: Path | None = None) -> None:

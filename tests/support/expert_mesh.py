@@ -7,6 +7,7 @@ gradients, or of a decoding step's hidden states, from one device's.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from typing import Any
 
@@ -28,12 +29,12 @@ EXPERTS = dataclasses.replace(SPEC, family="qwen3_moe", sandwich=False, ffw=24, 
 MIXTRAL = dataclasses.replace(EXPERTS, family="mixtral", tied=False, experts=4, experts_per_token=2, ffw=32)
 CASES: dict[str, tuple[tuple[str, ...], ModelSpec, dict[str, Any]]] = {
     "lora": (tuple(MESHES), EXPERTS, {}),
-    "again": (("2x2x2",), MIXTRAL, {"micro": 8, "remat": "layer"}),
+    "again, int8": (("2x2x2",), MIXTRAL, {"micro": 8, "remat": "layer", "quantization": "int8"}),
     "full": (("2x2x2",), MIXTRAL, {"full": True}),
-    "int8": (("2x2x2",), MIXTRAL, {"quantization": "int8"}),
 }
 
 
+@functools.cache
 def layout_of(mesh: str) -> Layout | None:
     """The layout of a mesh by its name."""
     return make_layout(MeshConfig(*MESHES[mesh]))
@@ -48,8 +49,14 @@ def decoding_step(layout: Layout | None, quantization: str, shared: bool) -> np.
     x = np.random.default_rng(0).normal(size=(16, 1, EXPERTS.width)).astype(np.float32)
     if shared:
         x = np.repeat(x[:1], 16, axis=0)
+    return np.asarray(decoding_program(layout)(x, layer))
+
+
+@functools.cache
+def decoding_program(layout: Layout | None) -> Any:
+    """Jitted (x, one layer's weights) → output of its experts."""
     decoding = None if layout is None else layout.decoding
-    return np.asarray(jax.jit(lambda x, layer: moe.mix_experts(EXPERTS, x, layer, 1.0, None, decoding))(x, layer))
+    return jax.jit(lambda x, layer: moe.mix_experts(EXPERTS, x, layer, 1.0, None, decoding))
 
 
 def print_updates() -> None:
