@@ -91,30 +91,22 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def generate(arguments: argparse.Namespace) -> None:
     """`grpo-jax generate`."""
-    settings = RolloutConfig(
+    if arguments.run is not None and arguments.adapter is not None:
+        raise ConfigError(f"--adapter is {show(arguments.adapter)}: a run has its own adapter; use --model to choose another")
+    rollout = RolloutConfig(
         num_generations=arguments.num_generations or (4 if arguments.temperature > 0 else 1),
         max_completion_length=arguments.max_completion_length,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         top_k=arguments.top_k,
+        min_p=arguments.min_p,
+        stop=arguments.stop or [],
     )
-    from grpo_jax.policy import Policy
+    from grpo_jax.tools.generate import GenerateOptions
+    from grpo_jax.tools.generate import generate as run
 
-    policy = Policy.from_pretrained(arguments.model, adapter=arguments.adapter, dtype=arguments.dtype)
-    groups = policy.generate(
-        arguments.prompt,
-        num_generations=settings.num_generations,
-        max_completion_length=settings.max_completion_length,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        seed=arguments.seed,
-    )
-    for prompt, completions in zip(arguments.prompt, groups, strict=True):
-        print(f"prompt: {safe_text(prompt)}")
-        for number, completion in enumerate(completions, 1):
-            print(f"--- {number} of {len(completions)}: {len(completion.ids)} tokens, {completion.finish_reason}")
-            print(safe_text(completion.text))
+    names = ("model", "run", "adapter", "dtype", "system", "raw", "seed")
+    run(GenerateOptions(arguments.prompt, rollout, **{name: vars(arguments)[name] for name in names}))
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -221,15 +213,21 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--pass_k", type=positive, default=8, metavar="K", help="samples per problem for pass@k (default 8)")
     add_settings(made)
 
-    made = command("generate", generate, "sample completions")
-    made.add_argument("--model", required=True, metavar="DIR_OR_ID", help="model folder or hub id")
+    made = command("generate", generate, "sample completions; a model with a chat template is talked to through it")
+    which = made.add_mutually_exclusive_group(required=True)
+    which.add_argument("--model", metavar="DIR_OR_ID", help="model folder or hub id")
+    which.add_argument("--run", metavar="DIR", help="the newest checkpoint of a run, with the run's data settings")
     made.add_argument("--adapter", metavar="DIR_OR_ID", help="PEFT adapter: a folder or a hub id")
     made.add_argument("--prompt", required=True, action="append", metavar="TEXT", help="may be given several times")
+    made.add_argument("--system", metavar="TEXT", help="system message")
+    made.add_argument("--raw", action="store_true", help="give the model the plain text, without its chat template")
     made.add_argument("--num_generations", type=positive, metavar="G", help="completions a prompt (default 4, or 1 where greedy)")
     made.add_argument("--max_completion_length", type=positive, default=64, metavar="TOKENS", help="default 64")
     made.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0, the default, is greedy")
     made.add_argument("--top_p", type=float, default=1.0, metavar="P", help="1, the default, is off")
     made.add_argument("--top_k", type=int, default=0, metavar="K", help="0, the default, is off")
+    made.add_argument("--min_p", type=float, default=0.0, metavar="P", help="0, the default, is off")
+    made.add_argument("--stop", action="append", metavar="TEXT", help="ends a completion; may be given several times")
     made.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     made.add_argument(
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto, the default, is the model's own"

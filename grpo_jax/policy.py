@@ -5,7 +5,7 @@ Training takes a policy and returns a new one; the arrays of a policy never chan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from grpo_jax.models.spec import ModelError, ModelSpec
 from grpo_jax.models.transformer import UNROLLED_LAYERS, Transformer
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import pad_rows, round_up
+from grpo_jax.rollout.stop_strings import PartialCompletion
 from grpo_jax.runtime.distributed import is_main
 from grpo_jax.runtime.mesh import make_layout
 from grpo_jax.runtime.programs import Program
@@ -243,9 +244,11 @@ class Policy:
         min_p: float = 0.0,
         stop: Sequence[str] = (),
         slots: int | None = None,
+        segment: int | None = None,
         kv_dtype: Literal["auto", "int8"] = "auto",
         seed: int = 0,
         template_arguments: dict[str, Any] | None = None,
+        on_text: Callable[[list[str], list[bool]], None] | None = None,
     ) -> list[list[Completion]]:
         """Samples completions of prompts.
 
@@ -254,6 +257,8 @@ class Policy:
             num_generations: completions of each prompt; the other settings are those of `RolloutConfig`.
             seed: the same seed draws the same completions.
             template_arguments: passed to the chat template.
+            on_text: called after each segment with the texts of all completions so far, a prompt's next to each other, and whether
+                each has ended.
 
         Returns:
             One list of completions per prompt.
@@ -274,13 +279,19 @@ class Policy:
             min_p=min_p,
             stop=list(stop),
             slots=slots,
+            segment=segment,
             kv_dtype=kv_dtype,
         )
         if stop:
             self.need_tokenizer()
         ids = [self._prompt_ids(prompt, template_arguments or {}) for prompt in prompts]
         check_rows("prompts", ids, self.spec.vocab)
-        rollout = self.sampler.sample(self.variables, ids, settings, seed=seed)
+
+        def stream(rows: list[PartialCompletion]) -> None:
+            if on_text is not None:
+                on_text([self.text_of(row.ids) for row in rows], [row.ended for row in rows])
+
+        rollout = self.sampler.sample(self.variables, ids, settings, seed=seed, on_segment=stream if on_text else None)
         texts = [self.text_of(row) for row in rollout.completion_ids]
         rows = [
             Completion(*row) for row in zip(texts, rollout.completion_ids, rollout.logprobs, rollout.finish_reasons, strict=True)

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 from grpo_jax import cli
-from grpo_jax.config import Config, ConfigError
+from grpo_jax.config import Config, ConfigError, RolloutConfig
 from grpo_jax.config.load import setting_types
-from grpo_jax.runtime.safe_text import safe_text
 
 
 class Calls:
@@ -126,58 +125,45 @@ def test_quickstart_gets_its_folder(monkeypatch: pytest.MonkeyPatch):
     assert calls.arguments == ("here",)
 
 
-def policy_stand_in(monkeypatch: pytest.MonkeyPatch, text: str) -> tuple[Calls, Calls]:
-    completion = types.SimpleNamespace(text=text, ids=[3, 1], logprobs=None, finish_reason="stop")
-    generated = Calls([[completion, completion]])
-    made = Calls(types.SimpleNamespace(generate=generated))
-    fake = types.ModuleType("grpo_jax.policy")
-    fake.__dict__["Policy"] = types.SimpleNamespace(from_pretrained=made)
-    monkeypatch.setitem(sys.modules, "grpo_jax.policy", fake)
-    return made, generated
+def test_generation_passes_every_setting_on(monkeypatch: pytest.MonkeyPatch):
+    from grpo_jax.tools import generate as module
 
-
-def test_generation_hands_every_setting_on_and_prints_the_completions(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    made, generated = policy_stand_in(monkeypatch, "there")
+    calls = Calls()
+    monkeypatch.setattr(module, "generate", calls)
     words = "generate --model m --adapter a --prompt hello --num_generations 2 --max_completion_length 9 --temperature 0.5"
-    words += " --top_p 0.9 --top_k 4 --seed 3 --dtype bfloat16"
+    words += " --top_p 0.9 --top_k 4 --min_p 0.1 --stop END --stop ! --seed 3 --dtype bfloat16 --system brief --raw"
     assert cli.main(words.split()) == 0
-    assert (made.arguments, made.named) == (("m",), {"adapter": "a", "dtype": "bfloat16"})
-    assert generated.arguments == (["hello"],)
-    assert generated.named == {
-        "num_generations": 2,
-        "max_completion_length": 9,
-        "temperature": 0.5,
-        "top_p": 0.9,
-        "top_k": 4,
-        "seed": 3,
-    }
-    assert capsys.readouterr().out == ("prompt: hello\n--- 1 of 2: 2 tokens, stop\nthere\n--- 2 of 2: 2 tokens, stop\nthere\n")
+    (options,) = calls.arguments
+    assert options == module.GenerateOptions(
+        prompts=["hello"],
+        rollout=RolloutConfig(
+            num_generations=2, max_completion_length=9, temperature=0.5, top_p=0.9, top_k=4, min_p=0.1, stop=["END", "!"]
+        ),
+        model="m",
+        adapter="a",
+        dtype="bfloat16",
+        system="brief",
+        raw=True,
+        seed=3,
+    )
 
 
 @pytest.mark.parametrize(("temperature", "expected"), [("0", 1), ("1", 4)])
 def test_generation_makes_four_completions_or_one_where_all_would_be_alike(
     temperature: str, expected: int, monkeypatch: pytest.MonkeyPatch
 ):
-    _, generated = policy_stand_in(monkeypatch, "")
-    assert cli.main(["generate", "--model", "m", "--prompt", "p", "--temperature", temperature]) == 0
-    assert generated.named["num_generations"] == expected
+    from grpo_jax.tools import generate as module
+
+    calls = Calls()
+    monkeypatch.setattr(module, "generate", calls)
+    assert cli.main(["generate", "--run", "r", "--prompt", "p", "--temperature", temperature]) == 0
+    assert calls.arguments[0].rollout.num_generations == expected
+    assert (calls.arguments[0].model, calls.arguments[0].run) == (None, "r")
 
 
-def test_a_completion_reaches_the_terminal_as_plain_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    policy_stand_in(monkeypatch, "[red]a[/red]\x1b]0;title\x07\r\u202eb")
-    assert cli.main(["generate", "--model", "m", "--prompt", "p\x1b[2J"]) == 0
-    out = capsys.readouterr().out
-    assert "[red]a[/red]\\x1b]0;title\\x07\\r\\u202eb\n" in out
-    assert "prompt: p\\x1b[2J\n" in out
-    assert "\x1b" not in out
-
-
-def test_safe_text_spells_out_what_steers_a_terminal_and_keeps_the_rest():
-    assert safe_text("a\tb\né 漢 🙂\u00a0\u200b") == "a\tb\né 漢 🙂\u00a0\u200b"
-    assert safe_text("\x00\x08\x0b\x1f\x7f\x9b\u2028\u2066\ud800") == r"\x00\x08\x0b\x1f\x7f\x9b\u2028\u2066\ud800"
-    assert safe_text("a\tb\nc", one_line=True) == r"a\tb\nc"
+def test_a_run_has_its_own_adapter(capsys: pytest.CaptureFixture[str]):
+    error = fails(["generate", "--run", "r", "--adapter", "a", "--prompt", "p"], capsys)
+    assert "--adapter is 'a': a run has its own adapter" in error
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,8 @@ def quantized_message(config: Fields, file: str) -> str:
     plain = re.sub(r"-(?:unsloth-)?bnb-\d+bit$|-(?:GPTQ|AWQ|FP8|GGUF)(?:-Int\d+)?$", "", name, flags=re.IGNORECASE)
     instead = f"take {plain!r}" if plain != name else "take the unquantised model that it was made from"
     return (
-        f"{file}: by its quantization_config the weights are quantised ({method}), and quantised checkpoints are not read: {instead}, "
-        "and set model.quantization to int8, int4 or nf4 for a base of few bits"
+        f"{file}: by its quantization_config the weights are quantised ({method}), and quantised checkpoints are not read: "
+        f"{instead}, and set model.quantization to int8, int4 or nf4 for a base of few bits"
     )
 
 

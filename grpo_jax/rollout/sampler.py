@@ -12,7 +12,7 @@ gets all tokens, and so runs the same schedules.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -121,6 +121,7 @@ class Sampler:
         step: int = 0,
         indices: Sequence[int] | np.ndarray | None = None,
         limits: Sequence[int] | np.ndarray | None = None,
+        on_segment: Callable[[list[PartialCompletion]], None] | None = None,
     ) -> Rollout:
         """Draws `rollout.num_generations` completions of every prompt.
 
@@ -132,6 +133,7 @@ class Sampler:
             step: part of every random number.
             indices: B prompt indices, part of the random numbers; None = 0, 1, ...
             limits: B·G maximum lengths in tokens; None = `rollout.max_completion_length` for all.
+            on_segment: called with all completions after each segment.
 
         Returns:
             B·G rows, the completions of a prompt next to each other.
@@ -158,6 +160,7 @@ class Sampler:
             indices=np.arange(b) if indices is None else np.asarray(indices),
             controls=controls_of(rollout, seed, step, layout),
             shards=shards,
+            on_segment=on_segment,
         )
         near_ties = loop.run(weights)
         return Rollout(
@@ -200,6 +203,7 @@ class RolloutLoop:
     indices: np.ndarray
     controls: SamplingControls
     shards: int
+    on_segment: Callable[[list[PartialCompletion]], None] | None = None
 
     @property
     def layout(self) -> Layout | None:
@@ -237,6 +241,8 @@ class RolloutLoop:
             tokens: SegmentTokens = jax.device_get(out) if self.layout is None else self.layout.get(out)
             near_ties += int(tokens.close.sum())
             schedule.end(self.record(schedule, tokens))
+            if self.on_segment is not None:
+                self.on_segment(self.rows)
         return near_ties
 
     def put(self, tree: Any, axis: str) -> Any:

@@ -25,12 +25,14 @@ class PartialCompletion:
         ids: its tokens so far.
         logps: their log-probabilities, one array per segment.
         reason: why it ends.
+        ended: whether it has ended.
     """
 
     limit: int
     ids: list[int] = field(default_factory=list)
     logps: list[np.ndarray] = field(default_factory=list)
     reason: FinishReason = "length"
+    ended: bool = False
 
     def add(
         self, ids: np.ndarray, logps: np.ndarray, *, stopped: bool, strings: Sequence[str], decode_text: DecodeText | None
@@ -50,7 +52,8 @@ class PartialCompletion:
             self.ids, self.logps = self.ids[:end], [np.concatenate(self.logps)[:end]]
         if stopped or end is not None:
             self.reason = "stop"
-        return stopped or end is not None or len(self.ids) >= self.limit
+        self.ended = stopped or end is not None or len(self.ids) >= self.limit
+        return self.ended
 
 
 def tokens_to_stop_string(ids: list[int], before: int, strings: Sequence[str], decode_text: DecodeText) -> int | None:
