@@ -23,7 +23,7 @@ def found(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(str(repository / part) for part in ("", "kernels", "tests", "tests/support"))
     }
-    program = [sys.executable, str(repository / "tests" / "mesh_run.py"), str(tmp_path_factory.mktemp("runs"))]
+    program = [sys.executable, str(repository / "tests" / "support" / "mesh_run.py"), str(tmp_path_factory.mktemp("runs"))]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])

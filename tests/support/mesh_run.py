@@ -1,6 +1,6 @@
 """Runs on eight CPU devices: `train`, `sft`, `Policy` and a resumed run with a mesh. A program: devices are made at the start.
 
-`python tests/mesh_run.py FOLDER`: prints one JSON object: curves, completions and log-probabilities, of one device and of meshes.
+`python tests/support/mesh_run.py FOLDER` prints one JSON object: curves, completions and log-probabilities, of one device and of meshes.
 """
 
 from __future__ import annotations
