@@ -27,13 +27,20 @@ import optax
 from grpo_jax.config import Config, TrainConfig, check_supervised, check_training
 from grpo_jax.learner.custom_loss import LossFunction
 from grpo_jax.policy import Policy, config_with_policy
-from grpo_jax.run.callbacks import Callback, DisplayCallback, RecordsCallback, StepCompletions
+from grpo_jax.run.callbacks import (
+    Callback,
+    CompilationsCallback,
+    DisplayCallback,
+    FiniteCallback,
+    RecordsCallback,
+    StepCompletions,
+)
 from grpo_jax.run.checkpoint import Checkpointer
 from grpo_jax.run.folder import RunFolder
 from grpo_jax.run.saved import checkpoint_values
 from grpo_jax.run.tracking import tracker_callbacks
 from grpo_jax.runtime import distributed
-from grpo_jax.runtime.programs import compile_seconds
+from grpo_jax.runtime.programs import Program, compile_seconds
 from grpo_jax.steps import Step
 from grpo_jax.steps.grpo import GrpoStep
 from grpo_jax.steps.setup import begin
@@ -138,6 +145,11 @@ class Trainer:
         """The policy as trained so far, with a copy of the trained arrays."""
         return self._step.policy.with_trained(jax.tree.map(jnp.copy, self.state.trainable))
 
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """Everything that the run compiles."""
+        return self._step.programs
+
     def train(self) -> TrainResult:
         """Makes all steps that are left, from the first or from the newest checkpoint, and writes the result.
 
@@ -198,6 +210,8 @@ class Trainer:
         self.callbacks = [
             RecordsCallback(folder),
             DisplayCallback(self.display),
+            CompilationsCallback(self.display),
+            *([FiniteCallback()] if config.train.debug else []),
             *tracker_callbacks(config, folder.path, writes=distributed.is_main()),
             *self.callbacks,
         ]
@@ -245,7 +259,7 @@ class Trainer:
             held_out_problems=self._step.problems,
             seconds=seconds,
             steps=steps,
-            compile_seconds=compile_seconds(*self._step.programs),
+            compile_seconds=compile_seconds(*self.programs),
         )
         distributed.barrier("result written")
         self.display.report(summary, folder.written() | files)

@@ -67,6 +67,7 @@ class TrainConfig:
         show_every: Steps between tables of sampled completions on the terminal; 0 shows none.
         quiet: Print plain lines instead of a live progress bar and tables, for logs.
         track: Where metrics are sent in addition to the run folder: `none`, or `wandb` (needs the extra `track`).
+        debug: Check after every step that all trained arrays are finite; costs a copy of them to the host.
     """
 
     steps: int = 100
@@ -83,6 +84,7 @@ class TrainConfig:
     show_every: int = 10
     quiet: bool = False
     track: Literal["none", "wandb"] = "none"
+    debug: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "train")

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import chex
 import numpy as np
 
 from grpo_jax.run.display import Display, step_values
@@ -38,6 +39,10 @@ class StepCompletions:
     rewards: Mapping[str, np.ndarray]
     advantages: np.ndarray
     finish_reasons: list[Any]
+
+
+MOST_COMPILATIONS = 16
+"""Compilations of one program that a run makes without a warning."""
 
 
 class Callback:
@@ -94,6 +99,37 @@ class DisplayCallback(Callback):
 
     def on_evaluate(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         self.display.evaluation(trainer.steps_done, metrics["accuracy"], metrics["problems"], metrics.get("kl_divergence"))
+
+
+class CompilationsCallback(Callback):
+    """Warns once of every program that is compiled more than `MOST_COMPILATIONS` times.
+
+    `chex.assert_max_traces` bounds compilations in the tests. Here it would not serve: it raises, and it counts all trainers of a
+    process together.
+    """
+
+    def __init__(self, display: Display) -> None:
+        self.display, self.warned = display, set[int]()
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any], completions: StepCompletions | None) -> None:
+        for program in trainer.programs:
+            if program.compilations > MOST_COMPILATIONS and id(program) not in self.warned:
+                self.warned.add(id(program))
+                self.display.warning(
+                    f"{program.name} was compiled {program.compilations} times so far: prompts and completions have many "
+                    "lengths. A smaller rollout.max_prompt_length and max_completion_length give fewer"
+                )
+
+
+class FiniteCallback(Callback):
+    """Raises FloatingPointError after a step that leaves NaN or infinity in a trained array (`train.debug`)."""
+
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any], completions: StepCompletions | None) -> None:
+        arrays = trainer.policy.on_host(trainer.state.trainable)
+        try:
+            chex.assert_tree_all_finite(arrays)
+        except AssertionError as error:
+            raise FloatingPointError(f"after step {trainer.steps_done} the trained arrays are not finite: {error}") from error
 
 
 def completion_columns(completions: StepCompletions) -> tuple[Any, ...]:

@@ -125,14 +125,15 @@ class Display:
             self._bar = outer
 
     def step(self, step: int, values: Mapping[str, Number | None]) -> None:
-        """Reports a finished step inside `progress`.
+        """Reports a finished step: in the bar inside `progress`, else as a line.
 
         Args:
             step: Its number, of the total.
             values: Values to show, by label; a label that ends in "seconds" is shown as a time. See `step_values`.
         """
         if self._bar is None:
-            raise RuntimeError("Display.step is called outside of Display.progress")
+            self.note(f"step {step}  {spell_values(values)}".rstrip())
+            return
         self._bar.finish(step, values)
         if self.plain:
             self._lines([f"{self._bar.noun} {step}/{self._bar.total}  {spell_values(values)}".rstrip()])

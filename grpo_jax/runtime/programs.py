@@ -49,6 +49,11 @@ class Program:
     _compiled: dict[Any, Any] = field(default_factory=dict)
     _jitted: dict[int, Any] = field(default_factory=dict)
 
+    @property
+    def compilations(self) -> int:
+        """How many times it was compiled."""
+        return len(self._compiled)
+
     def __call__(self, *arguments: Any, **static: Any) -> Any:
         """Runs the function; compiles it first where these shapes or static arguments are new."""
         run = self.compiled(*arguments, **static)

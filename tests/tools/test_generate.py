@@ -41,7 +41,8 @@ def test_a_chat_model_is_talked_to_through_its_template_unless_raw(tmp_path: Pat
         assert as_prompt("1+1=", options(**given), DataConfig(), policy) == prompt
         expected = policy.generate([prompt], max_completion_length=20, temperature=0.0)[0][0]
         text = printed(options(**given))
-        assert text == f"prompt: 1+1=\n--- 1 of 1\n{safe_text(expected.text)}\n--- {len(expected.ids)} tokens ({expected.finish_reason})\n"
+        end = f"{len(expected.ids)} tokens ({expected.finish_reason})"
+        assert text == f"prompt: 1+1=\n--- 1 of 1\n{safe_text(expected.text)}\n--- {end}\n"
     bare = gx.Policy.from_pretrained(build_model(tmp_path / "bare", None))
     assert as_prompt("1+1=", options(), DataConfig(), bare) == "1+1="
     cases = ((options(system="Add."), bare, "has no chat template"), (options(system="Add.", raw=True), policy, "--raw"))
