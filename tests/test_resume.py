@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from plain_oracles import quick_compiling
+from shared_programs import shared_programs
 from tiny_runs import B, G, additions, assert_same_arrays, config_of, letters, records, settings, tiny_model, words_of, write_rows
 
 import grpo_jax as gx
@@ -40,7 +41,7 @@ SECTIONS: dict[str, Any] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-    with quick_compiling():
+    with quick_compiling(), shared_programs():
         yield
 
 
