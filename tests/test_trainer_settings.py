@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from plain_oracles import quick_compiling
+from shared_programs import shared_programs
 from tiny_runs import (
     C,
     Finished,
@@ -21,6 +22,7 @@ from tiny_runs import (
     config_of,
     expected_advantages,
     letters,
+    records,
     run,
     tiny_model,
 )
@@ -39,7 +41,7 @@ ROWS = additions()
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-    with quick_compiling():
+    with quick_compiling(), shared_programs():
         yield
 
 
