@@ -19,10 +19,10 @@ from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig, Rollout
 from grpo_jax.config.checks import require, require_choice
 from grpo_jax.data.tokenizer import Tokenizer, read_stop_ids
 from grpo_jax.learner.logprobs import completion_logprobs
+from grpo_jax.learner.scoring import check_rows, score_ids
 from grpo_jax.models.spec import ModelError, ModelSpec
 from grpo_jax.models.transformer import UNROLLED_LAYERS, Transformer
 from grpo_jax.rollout.sampler import Sampler
-from grpo_jax.rollout.shapes import pad_rows, round_up
 from grpo_jax.rollout.stop_strings import PartialCompletion
 from grpo_jax.runtime.distributed import is_main
 from grpo_jax.runtime.mesh import make_layout
@@ -36,9 +36,6 @@ from grpo_jax.weights.loading import load_params
 from grpo_jax.weights.lora import init_lora, load_adapter, save_adapter
 from grpo_jax.weights.quantize import quantization_of
 from grpo_kernels.target import platform
-
-LOGPROB_TOKENS = 16384
-"""Tokens of prompts and completions that `Policy.logprobs` runs at once."""
 
 
 @dataclass(frozen=True)
@@ -317,36 +314,11 @@ class Policy:
         Returns:
             One float32 array per completion, in nats, as long as the completion.
         """
-        if len(prompt_ids) != len(completion_ids):
-            raise ConfigError(
-                f"prompt_ids: {len(prompt_ids)} lists for {len(completion_ids)} completions; give one prompt per completion"
-            )
-        require(temperature > 0, "temperature", temperature, "use a positive number; it divides the logits")
-        if not prompt_ids:
-            return []
-        check_rows("prompt_ids", prompt_ids, self.spec.vocab)
-        check_rows("completion_ids", completion_ids, self.spec.vocab, empty=True)
         if not self._scorer:
             self._scorer.append(Program("logprobs", partial(completion_logprobs, self.model)))
-        p, c = round_up(max(map(len, prompt_ids))), round_up(max(map(len, completion_ids)))
-        shards = 1 if self.layout is None else self.layout.rows
-        size = shards * min(-(-len(prompt_ids) // shards), max(1, LOGPROB_TOKENS // (p + c)))
-        results: list[np.ndarray] = []
-        for start in range(0, len(prompt_ids), size):
-            rows = [list(row) for row in prompt_ids[start : start + size]]
-            own = [list(row) for row in completion_ids[start : start + size]]
-            real = len(rows)
-            rows, own = rows + [rows[-1]] * (size - real), own + [own[-1]] * (size - real)
-            lengths = np.array([len(row) for row in rows], np.int32)
-            texts, divisor = (pad_rows(rows, p), lengths, pad_rows(own, c)), np.float32(temperature)
-            if self.layout is None:
-                arguments = jax.device_put((*texts, divisor))
-            else:
-                arguments = (*(self.layout.put(x, ("rows",)) for x in texts), self.layout.put(divisor))
-            logps, _ = self._scorer[0](self.variables, *arguments)
-            table = self.on_host(logps)
-            results += [table[i, : len(own[i])] for i in range(real)]
-        return results
+        return score_ids(
+            self._scorer[0], self.variables, prompt_ids, completion_ids, temperature, vocab=self.spec.vocab, layout=self.layout
+        )
 
     def save_adapter(self, folder: str | Path) -> Path:
         """Writes the adapters as a PEFT folder, which transformers, PEFT and vLLM load. Only the first of several processes writes.
@@ -397,18 +369,3 @@ def config_with_policy(config: Config, policy: Policy) -> Config:
     if config.mesh not in (MeshConfig(), mesh):
         raise ConfigError(f"mesh: {config.mesh} differs from the handed-over policy's {mesh}; leave one of them out")
     return replace(config, model=model, lora=own, mesh=mesh)
-
-
-def check_rows(name: str, rows: Sequence[Sequence[Any]], vocab: int, *, empty: bool = False) -> None:
-    """Raises ConfigError for no rows, an empty row, or ids outside the vocabulary."""
-    if not rows:
-        raise ConfigError(f"{name}: the list is empty; give at least one")
-    for number, row in enumerate(rows):
-        if len(row) == 0 and not empty:
-            raise ConfigError(f"{name}: entry {number} is empty; a model needs at least one token to start from")
-        for token in row:
-            if not isinstance(token, (int, np.integer)):
-                raise ConfigError(f"{name}: entry {number} holds {token!r}; give token ids, whole numbers from 0 to {vocab - 1}")
-        wrong = next((token for token in row if not 0 <= token < vocab), None)
-        if wrong is not None:
-            raise ConfigError(f"{name}: entry {number} holds token id {wrong}; the model's ids are 0 to {vocab - 1}")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -15,6 +18,10 @@ FOREIGN = re.compile(
     r"(?<![\w.$}])/(?:work|root|home|Users|tmp|mnt|opt)/(?!\.\.\.)[\w.]"  # a path of some machine
     r"|^\s*(?:--)?(?:extra-)?index-url|^\s*--find-links|https?://[^\s/]*pypi[^\s/]*/simple",
     re.MULTILINE,
+)
+# Words of an earlier private vocabulary, for which the field has standard terms.
+RETIRED = re.compile(
+    r"(?:Enters|Leaves):|\b(?:mend|lanes?|spots?|Told|Needs|Subject|Counted|Restriction)\b|as ever|in the place of|by turns"
 )
 HEAVY = {"jax", "flax", "torch", "transformers", "datasets", "matplotlib"}
 TEXT = {".py", ".toml", ".txt", ".md", ".yaml", ".yml", ".json", ".jsonl", ".ipynb", ".cfg", ""}
@@ -57,3 +64,27 @@ def test_importing_it_does_not_import_jax(repository: Path, module: str) -> None
     code = f"import sys, {module}; sys.exit(', '.join({HEAVY} & set(sys.modules)) or None)"
     run = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_no_retired_word_is_left(repository: Path) -> None:
+    found = [
+        f"{path.relative_to(repository)}: {match.group(0)}"
+        for folder in ("grpo_jax", "kernels")
+        for path in sorted((repository / folder).rglob("*"))
+        if path.suffix in {".py", ".md"}
+        for match in RETIRED.finditer(path.read_text(encoding="utf-8"))
+    ]
+    assert found == []
+
+
+def test_a_newcomer_finds_few_entries_in_the_package(repository: Path) -> None:
+    entries = [path.name for path in (repository / "grpo_jax").iterdir() if not path.name.startswith("__")]
+    assert len(entries) <= 20
+
+
+@pytest.mark.parametrize("package", ["grpo_jax", "grpo_kernels"])
+def test_no_function_has_the_name_of_a_module(package: str) -> None:
+    module = importlib.import_module(package)
+    functions = {name for name in module.__all__ if inspect.isfunction(getattr(module, name))}
+    assert functions
+    assert not functions & {found.name for found in pkgutil.iter_modules(module.__path__)}

@@ -17,8 +17,8 @@ from tiny_runs import tiny_model
 from tiny_tokenizers import CHATML, word_tokenizer
 
 from goldens.folders import build_adapter_folder, build_model_folder
-from grpo_jax import policy as policy_module
 from grpo_jax.config import ConfigError, LoraConfig
+from grpo_jax.learner import scoring
 from grpo_jax.models.spec import ModelError
 from grpo_jax.policy import Completion, Policy
 
@@ -117,7 +117,7 @@ def test_many_rows_are_scored_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     prompts = [rng.integers(6, 113, n).tolist() for n in (3, 8, 1, 5, 2)]
     completions = [rng.integers(6, 113, n).tolist() for n in (4, 0, 8, 2, 6)]
     whole = policy.logprobs(prompts, completions)
-    monkeypatch.setattr(policy_module, "LOGPROB_TOKENS", 2 * (8 + 8))
+    monkeypatch.setattr(scoring, "LOGPROB_TOKENS", 2 * (8 + 8))
     parts = policy.logprobs(prompts, completions)
     assert [len(values) for values in parts] == [4, 0, 8, 2, 6]
     for one, other in zip(parts, whole, strict=True):

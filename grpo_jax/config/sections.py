@@ -29,7 +29,8 @@ class ModelConfig:
         dtype: Number format of the frozen weights and of the computation; `auto` takes the one in the model's config.json.
             Trained weights and the optimiser's state are always float32.
         quantization: Format of the layers' frozen matrices, quantised while they are read: `int8`, `int4` or `nf4`
-            (https://arxiv.org/abs/2305.14314), or `none`. Needs adapters (lora.rank above 0); embedding, head and norms keep dtype.
+            (https://arxiv.org/abs/2305.14314), or `none`. Requires adapters (lora.rank above 0); embedding, head and norms keep
+            dtype.
         remat: What the backward pass recomputes instead of storing: `none`, `layer` (inside each layer), `offload` (as layer,
             with each layer's input stored in the host's memory), or `auto`: none on a CPU with enough memory, else layer.
     """
