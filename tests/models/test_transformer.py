@@ -184,5 +184,5 @@ def test_a_bfloat16_query_is_rounded_once() -> None:
     c, s = np.cos(angles)[:, :, None, :], np.sin(angles)[:, :, None, :]
     exact = scale * np.concatenate([first * c - second * s, second * c + first * s], axis=-1)
     assert got.dtype == jnp.bfloat16
-    # bfloat16 has 8 bits: rounding once is off by at most 2**-9 of the number.
-    assert np.max(np.abs(np.asarray(got, np.float64) / exact - 1)) < 2**-9 * 1.01
+    # bfloat16 has 8 bits: rounding once is off by at most 2**-8 of the number; rounding twice gives 0.0053 here, above 0.0039.
+    assert np.max(np.abs(np.asarray(got, np.float64) / exact - 1)) < 2**-8 * 1.01
