@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,37 +40,62 @@ WIDTH, VOCAB, SEGMENT = 32, 288, 4
 """Of the model and settings in `mesh_sampler.py`."""
 
 
-@pytest.fixture(scope="module")
-def results(repository: Path) -> Results:
+MESHES = {"8x1x1": (8, 1), "1x8x1": (8, 1), "1x1x4": (1, 4), "2x2x2": (4, 2)}
+"""Row shards, and devices of each row shard."""
+
+COMBINED = {
+    "8x1x1 refill": 8,
+    "8x1x1 refill greedy": 8,
+    "1x8x1 all at once": 48,  # ten prompts are two for each of eight shards: three shards have no work
+    "1x1x4 refill": 8,
+    "1x1x4 refill greedy": 8,
+    "2x2x2 int8, waiting": 8,
+    "2x2x2 top-p, quantised": 8,
+    "2x2x2 experts, all at once, unrolled": 36,
+}
+"""Slots of each case. Every mesh and every feature is in one of them."""
+
+SEPARATE = {
+    **{f"{mesh} {how}": 8 for mesh in ("1x8x1", "2x2x2") for how in ("refill", "refill greedy")},
+    "2x2x2 all at once, unrolled": 36,
+    "8x1x1 three prompts": 24,
+    **{f"2x2x2 {feature}": 8 for feature in ("waiting", "int8", "top-p", "quantised", "experts")},
+}
+"""Slots of the cases that have the features one by one."""
+
+CASES = COMBINED | SEPARATE
+each_case = pytest.mark.parametrize("case", [*COMBINED, *(pytest.param(case, marks=pytest.mark.slow) for case in SEPARATE)])
+
+
+def results_of(repository: Path, cases: Iterable[str]) -> Results:
     """Runs `mesh_sampler.py`; its result of each case."""
     paths = os.pathsep.join(str(repository / name) for name in (".", "kernels", "tests", "tests/support"))
-    command = [sys.executable, str(repository / "tests" / "support" / "mesh_sampler.py")]
+    command = [sys.executable, str(repository / "tests" / "support" / "mesh_sampler.py"), *cases]
     run = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-4000:]
     print(run.stdout)
     return {result["case"]: result for result in map(json.loads, run.stdout.splitlines())}
 
 
-MESHES = {"8x1x1": (8, 1), "1x8x1": (8, 1), "1x1x4": (1, 4), "2x2x2": (4, 2)}
-"""Row shards, and devices of each row shard."""
-
-CASES = {f"{mesh} {how}": 8 for mesh in MESHES for how in ("refill", "refill greedy")} | {
-    "1x8x1 all at once": 48,  # ten prompts are two for each of eight shards
-    "2x2x2 all at once, unrolled": 36,
-    "8x1x1 three prompts": 24,
-    "2x2x2 waiting": 8,
-    "2x2x2 int8": 8,
-    "2x2x2 top-p": 8,
-    "2x2x2 quantised": 8,
-    "2x2x2 experts": 8,
-}
-"""Slots of each case."""
+@pytest.fixture(scope="module")
+def results(repository: Path) -> Results:
+    return results_of(repository, (*COMBINED, "draws", "generated"))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_tokens_are_those_of_one_device(results: Results, case: str) -> None:
+@pytest.fixture(scope="module")
+def separate_results(repository: Path) -> Results:
+    return results_of(repository, SEPARATE)
+
+
+@pytest.fixture
+def result(case: str, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The result of a case."""
+    return request.getfixturevalue("results" if case in COMBINED else "separate_results")[case]
+
+
+@each_case
+def test_tokens_are_those_of_one_device(result: dict[str, Any], case: str) -> None:
     """With fewer slots than rows and with all, with rows of various lengths, and with shards without work."""
-    result = results[case]
     assert result["differences"] == []
     assert result["near_ties"] <= MOST_TIES
     assert result["slots"] == CASES[case]
@@ -77,13 +103,13 @@ def test_tokens_are_those_of_one_device(results: Results, case: str) -> None:
     assert result["reasons"] == ["length", "stop"]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_devices_communicate_only_tokens_and_sums(results: Results, case: str) -> None:
+@each_case
+def test_devices_communicate_only_tokens_and_sums(result: dict[str, Any], case: str) -> None:
     """The compiled segments move no cache and no weight, and logits only where they are truncated."""
     shards, tensor = MESHES[case.split()[0]]
     slots = CASES[case]
     own = slots // shards
-    found = results[case]["collectives"]
+    found = result["collectives"]
     assert {kind for kind, _ in found} <= {"all-gather", "all-reduce"}
     tokens = 4 * slots * (SEGMENT + 1)  # bytes
     sums = 4 * 6 * tensor * own if tensor > 1 else 0
@@ -93,9 +119,9 @@ def test_devices_communicate_only_tokens_and_sums(results: Results, case: str) -
     assert max(size for kind, size in found if kind == "all-reduce") <= (4 * own * WIDTH if tensor > 1 else 1)
 
 
-def test_weights_are_gathered_over_fsdp_only_and_before_the_first_token(results: Results) -> None:
-    for case in CASES:
-        assert results[case]["weights"] == [], case
+@each_case
+def test_weights_are_gathered_over_fsdp_only_and_before_the_first_token(result: dict[str, Any]) -> None:
+    assert result["weights"] == []
 
 
 def test_a_policy_generates_the_same(results: Results) -> None:
@@ -165,6 +191,7 @@ def test_every_row_is_decoded_once_by_the_shard_that_has_its_prompt(prompts: int
     assert np.all(left == 0)
 
 
+@pytest.mark.slow
 def test_a_chip_of_four_stores_a_quarter_of_the_kv_cache(chips: dict[str, SingleDeviceSharding]) -> None:
     """Llama-3.1-8B on a v6e 2x2: two row shards of two chips, which communicate little but sums of hidden states."""
     from jax.experimental import topologies

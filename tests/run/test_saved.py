@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from plain_oracles import quick_compiling
 from safetensors.numpy import load_file
+from shared_programs import shared_programs
 from tiny_runs import (
     Finished,
     additions,
@@ -40,7 +41,7 @@ PROMPTS, COMPLETIONS = [[54, 48, 54, 66], [57, 48]], [[40, 41, 42], [60, 61, 62,
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-    with quick_compiling():
+    with quick_compiling(), shared_programs():
         yield
 
 
