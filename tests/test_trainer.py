@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from plain_oracles import quick_compiling
+from shared_programs import shared_programs
 from tiny_runs import (
     B,
     C,
@@ -67,7 +68,7 @@ FACTS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-    with quick_compiling():
+    with quick_compiling(), shared_programs():
         yield
 
 

@@ -60,7 +60,7 @@ def fingerprint(value: Any, inside: tuple[int, ...] = ()) -> Any:
 
 @contextlib.contextmanager
 def shared_programs() -> Iterator[None]:
-    """Shares compiled programs between runs. No global that a program reads may change meanwhile, nor options of the compiler."""
+    """Shares compiled programs between runs. No global that a program reads may change meanwhile."""
     known: dict[Any, tuple[Any, Any]] = {}
     inner = Program.compiled
 
@@ -70,7 +70,8 @@ def shared_programs() -> Iterator[None]:
         own = (tree, tuple(static.items()), shapes)  # as Program's
         if own in self._compiled:
             return self._compiled[own]
-        key = (fingerprint((self.function, self.donate, self.options, options)), own)
+        quick = jax.config.read("jax_disable_most_optimizations")
+        key = (quick, fingerprint((self.function, self.donate, self.options, options)), own)
         if key not in known:
             made = inner(self, *arguments, options=options, **static)
             known[key] = made, self._jitted[id(made)]
