@@ -41,7 +41,8 @@ ROWS = additions()
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-    with quick_compiling(), shared_programs():
+    with quick_compiling(), shared_programs(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr("grpo_jax.run.folder.draw_curves", lambda *_, **__: None)  # test_trainer.py has them drawn
         yield
 
 

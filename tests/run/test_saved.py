@@ -41,7 +41,8 @@ PROMPTS, COMPLETIONS = [[54, 48, 54, 66], [57, 48]], [[40, 41, 42], [60, 61, 62,
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-    with quick_compiling(), shared_programs():
+    with quick_compiling(), shared_programs(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr("grpo_jax.run.folder.draw_curves", lambda *_, **__: None)  # test_trainer.py has them drawn
         yield
 
 

@@ -1,6 +1,7 @@
 """Runs on eight CPU devices: `train`, `sft`, `Policy` and a resumed run with a mesh. A program: devices are made at the start.
 
-`python tests/support/mesh_run.py FOLDER` prints one JSON object: curves, completions and log-probabilities, of one device and of meshes.
+`python tests/support/mesh_run.py FOLDER` prints one JSON object: curves, completions and log-probabilities, of one device and of
+meshes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import numpy as np
+from plain_oracles import quick_compiling
+from shared_programs import shared_programs
 from tiny_runs import additions, build_model, records, run, settings, tiny_model
 
 from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig
@@ -97,14 +100,14 @@ def refusals(folder: Path) -> list[str]:
 if __name__ == "__main__":
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
-    jax.config.update("jax_disable_most_optimizations", True)
     place = Path(sys.argv[1])
-    found = {
-        "refusals": refusals(place / "refused"),
-        "one": trained(place / "one", ONE),
-        "spread": trained(place / "spread", SPREAD),
-        "resumed": resumed(place / "resumed"),
-        "four_bits": [four_bits(place / name, mesh) for name, mesh in (("int4-one", ONE), ("int4-spread", ALL_AXES))],
-        "supervised": [supervised(place / name, mesh) for name, mesh in (("sft-one", ONE), ("sft-spread", SPREAD))],
-    }
-    print(json.dumps(found))
+    with quick_compiling(), shared_programs():
+        found = {
+            "refusals": refusals(place / "refused"),
+            "one": trained(place / "one", ONE),
+            "spread": trained(place / "spread", SPREAD),
+            "resumed": resumed(place / "resumed"),
+            "four_bits": [four_bits(place / name, mesh) for name, mesh in (("int4-one", ONE), ("int4-spread", ALL_AXES))],
+            "supervised": [supervised(place / name, mesh) for name, mesh in (("sft-one", ONE), ("sft-spread", SPREAD))],
+        }
+        print(json.dumps(found))
