@@ -24,11 +24,11 @@
 # several times, *your* functions score the answers, and the answers that beat the average of their group become more likely.
 # No reward model and no worked solutions are needed.
 #
-# Here `Qwen2.5-0.5B-Instruct` practises on GSM8K, grade-school word problems, through a small LoRA adapter. The settings fit
+# Here `Qwen2.5-0.5B-Instruct` is trained on GSM8K, grade-school word problems, with a small LoRA adapter. The settings fit
 # the 16 GB of one TPU v5e or of a T4.
 #
 # **In Colab, choose the accelerator first:** *Runtime → Change runtime type →* **v5e-1 TPU** (or a GPU). Then run the cells from
-# top to bottom. On a CPU all of it runs too, with sizes that only show how it works.
+# top to bottom. On a CPU everything runs too, with sizes that only show how it works.
 
 # %% [markdown]
 # ## 1. Install
@@ -136,8 +136,8 @@ DTYPE = setting("DTYPE", "float32" if ON_CPU else "bfloat16")
 # ## 4. Questions
 #
 # Each row has a `question` and an `answer`; the answer ends in `####` and the number that counts. Any dataset will do: one column
-# is the prompt, and every other column reaches your reward functions under its own name. (A warning that there is no `HF_TOKEN`
-# does no harm: these downloads are public.)
+# is the prompt, and every other column is passed to your reward functions under its own name. (Ignore a warning that there is no
+# `HF_TOKEN`: these downloads are public.)
 
 # %%
 from datasets import load_dataset
@@ -152,7 +152,7 @@ print("\nAnswer:", dataset["train"][0]["answer"])
 #
 # A reward is a plain Python function: completions in, one number for each out. These two are enough:
 #
-# - `correctness`: is the number behind `####` the right one?
+# - `correctness`: is the number after `####` the right one?
 # - `answer_format`: is there some reasoning, and then a last line that is `####` and a number alone?
 #
 # A system prompt makes each prompt a conversation, so a completion comes as a list of messages.
@@ -164,7 +164,7 @@ SYSTEM_PROMPT = "Solve the problem step by step. On the last line write #### and
 
 
 def final_number(text):
-    """The number right behind the last ####, or None."""
+    """The number right after the last ####, or None."""
     found = re.match(r"\s*(-?)\$?(\d[\d,]*(?:\.\d+)?)", text.rpartition("####")[2]) if "####" in text else None
     return float(found[1] + found[2].replace(",", "")) if found else None
 
@@ -187,7 +187,7 @@ for text in ("6 times 7 is 42.\n#### 42", "#### 42", "6 times 7 is 41.\n#### 41"
 # %% [markdown]
 # ## 6. Model
 #
-# The weights stay as they are; a LoRA adapter of rank 16 beside every linear layer is all that is trained.
+# The weights do not change. Only a LoRA adapter of rank 16 on every linear layer is trained.
 
 # %%
 policy = gx.Policy.from_pretrained(MODEL, lora=gx.LoraConfig(rank=16, alpha=32), dtype=DTYPE)
@@ -218,12 +218,12 @@ answers = show_answers(policy)
 # %% [markdown]
 # ## 7. Train
 #
-# First comes a table of all settings, then live numbers after each step, and now and then a table of sampled answers with their
-# rewards. Compiling is named as such and takes a minute or more, once. Watch **reward** rise while **KL**, the distance from the
-# original model, stays small. Before and after, accuracy is measured on held-out problems: the share whose greedy answer
-# `correctness` gives a 1.
+# First a table of all settings is printed, then the metrics of each step, and every 25 steps a table of sampled answers with their
+# rewards. Compiling takes a minute or more, once, and the output says so. Watch **reward** rise while **KL**, the distance from the
+# original model, stays small. Before and after training, accuracy is measured on held-out problems: the share of greedy answers to
+# which `correctness` gives a 1.
 #
-# Each run of this cell is a new one with a folder of its own. To go on with one that was interrupted, keep its `run_dir` and pass
+# Each execution of this cell starts a new run in a new folder. To continue an interrupted run, pass its `run_dir` and
 # `resume=True`.
 
 # %%
@@ -254,11 +254,11 @@ result = gx.train(
 )
 
 # %% [markdown]
-# ## 8. What happened
+# ## 8. Results
 #
-# The curves, which also lie in the run's folder with every completion and every number. The format is usually learnt first, being
-# right more slowly. With 64 held-out problems an accuracy is uncertain by about six percentage points: raise `HELD_OUT` and
-# `STEPS` for a result to rely on.
+# The curves are also in the run's folder, with every completion and every metric. The format is usually learnt first, correctness
+# more slowly. With 64 held-out problems an accuracy is uncertain by about six percentage points: raise `HELD_OUT` and
+# `STEPS` for a reliable result.
 
 # %%
 from IPython.display import Image, display
@@ -285,12 +285,12 @@ print([round(step["rewards/correctness/mean"], 2) for step in result.history])
 answers_after = show_answers(result.policy)
 
 # %% [markdown]
-# ## 9. Take it with you
+# ## 9. Save the result
 #
 # - **The adapter** is small and in the format of PEFT.
-# - **The merged model** is a whole model folder, with tokenizer and config, that transformers, vLLM and converters load as it is.
+# - **The merged model** is a complete model folder, with tokenizer and config, that transformers, vLLM and converters load.
 #
-# A Colab machine forgets its files when it is given back: download them (the folder icon on the left), or upload a folder to the
+# Colab deletes the files when the session ends: download them (the folder icon on the left), or upload a folder to the
 # hub with `huggingface_hub.upload_folder`.
 
 # %%
@@ -301,14 +301,14 @@ for file in sorted(Path("export").rglob("*")):
         print(f"{file.stat().st_size / 1e6:10.2f} MB  {file}")
 
 # %% [markdown]
-# The adapter, loaded again on top of the original model, answers as the trained one did:
+# The adapter, loaded again on top of the original model, gives the same answers as the trained policy:
 
 # %%
 loaded_policy = gx.Policy.from_pretrained(MODEL, adapter=adapter_folder, dtype=DTYPE)
 print("the same answers:", show_answers(loaded_policy) == answers_after)
 
 # %% [markdown]
-# Elsewhere, it is used like any other adapter. With **PEFT**:
+# Other libraries use it like any other adapter. With **PEFT**:
 #
 # ```python
 # from peft import PeftModel
@@ -325,7 +325,7 @@ print("the same answers:", show_answers(loaded_policy) == answers_after)
 #
 # ## What next
 #
-# - **Your own task:** change the dataset, its prompt column and the two functions. Rewards that differ *within* a group teach; a
-#   group whose answers all score the same teaches nothing.
+# - **Your own task:** change the dataset, its prompt column and the two functions. The model learns from rewards that
+#   differ *within* a group; it learns nothing from a group whose answers all have the same score.
 # - **Another model:** Llama, Mistral, Qwen and Gemma families; see the recipes in `configs/`.
 # - **From the command line:** `grpo-jax train --config FILE.yaml` runs the same code with settings from a file.

@@ -1,13 +1,13 @@
 #!/bin/bash
-# Trains on a Cloud TPU slice, one process on each of its hosts; JAX asks the cloud's metadata for the others. Run it on a machine
+# Trains on a Cloud TPU slice, one process on each host; JAX finds the other hosts in the cloud's metadata. Run it on a machine
 # with gcloud, from the checkout:
 #     ZONE=us-east5-b BUCKET=my-bucket bash configs/launch/cloud_tpu.sh configs/gsm8k_llama3.1_8b.yaml
-# HF_TOKEN=... before it reads gated models. What is sent is the last commit: commit your YAML file first.
-# Settings behind the YAML file win over it. Given again it goes on from the last checkpoint. The slice is paid for until
+# Put HF_TOKEN=... before it to read gated models. The last commit is sent to the hosts: commit your YAML file first. Settings after
+# the YAML file override it. The same command, given again, continues from the last checkpoint. The slice costs money until you run
 #     gcloud compute tpus tpu-vm delete grpo --zone "$ZONE"
 set -euo pipefail
 ZONE=${ZONE:?the zone, such as us-east5-b}
-BUCKET=${BUCKET:?the bucket that all hosts keep the run in}
+BUCKET=${BUCKET:?the bucket that the run is written to}
 NAME=${NAME:-grpo} TYPE=${TYPE:-v6e-16} VERSION=${VERSION:-v2-alpha-tpuv6e}
 config=${1:?a YAML file}
 shift

@@ -1,8 +1,8 @@
 #!/bin/bash
-# Trains on the GPUs of several hosts under SLURM, one process a GPU; JAX finds the others by what SLURM says. Start it with
+# Trains on the GPUs of several hosts under SLURM, one process a GPU; JAX finds the others by SLURM's variables. Start it with
 #     sbatch --nodes=2 configs/launch/slurm.sh configs/gsm8k_llama3.1_8b.yaml --train.run_dir /shared/runs/llama
-# Settings behind the YAML file win over it. train.run_dir and the model have to lie on storage that all hosts share.
-# The same command, given again, goes on from the last checkpoint: with as many hosts, or with others.
+# Settings after the YAML file override it. train.run_dir and the model must be on storage that all hosts share.
+# The same command, given again, continues from the last checkpoint, also with another number of hosts.
 #SBATCH --job-name=grpo
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8
@@ -12,5 +12,5 @@
 #SBATCH --output=grpo-%j.log
 set -euo pipefail
 
-# A process that ends with an error ends the others too: by JAX's heartbeat, and here at once.
+# A process that fails ends the others: by JAX's heartbeat, and by this option at once.
 srun --kill-on-bad-exit=1 --label grpo-jax train --config "$@" --train.quiet true --resume

@@ -16,14 +16,14 @@ PLURALS = {"bunnies": "bunny", "butterflies": "butterfly", "foxes": "fox", "mice
 
 
 def animals(completions: list[str], enough: int = 3, **columns: Any) -> list[float]:
-    """Different animals that a story names, as a share of `enough`, at most 1: "A cat saw two cats and a dog." gives 2/3.
+    """Counts the different animals in a story, as a share of `enough`, at most 1: "A cat saw two cats and a dog." gives 2/3.
 
-    A second mention adds nothing, so repeating a word does not pay; nor does a mere list of animals, beyond the first few.
+    A second mention of an animal adds nothing, and neither does an animal after the first `enough`.
     """
     return [min(len(animals_in(text)), enough) / enough for text in completions]
 
 
 def animals_in(text: str) -> set[str]:
-    """The animals of a text, each in the singular."""
+    """Returns the animals of a text, each in the singular."""
     words = {PLURALS.get(word, word) for word in re.findall(r"[a-z]+", text.lower())}
     return {word if word in ANIMALS else word.removesuffix("s") for word in words} & ANIMALS

@@ -1,4 +1,4 @@
-"""Live comparisons with torch: whatever those packages warn of is theirs."""
+"""Ignores warnings in the comparisons with torch: they come from other packages."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Time of a GRPO step here, on the CPU.
+"""Times a GRPO step of grpo_jax on the CPU.
 
-Enters: the model's folder and the shape of a step (`step_task.py`). Leaves: one line of JSON, last on standard output; the run's
-folder is a temporary one. The loop is `gx.train` as anyone calls it; the options beside the shape are settings of its own.
+Takes the model's folder and the shape of a step (`step_task.py`) and prints one line of JSON, last on standard output. The run
+folder is temporary. The loop is `gx.train`; the options in addition to the shape are settings of grpo_jax.
 
     python tests/peers/our_step.py --model runs/random_qwen3 --prompt_length 64
 """
@@ -27,8 +27,8 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax")
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
-    options = parser("a GRPO step's time here")
+    """Reads the command line."""
+    options = parser("time of a GRPO step in grpo_jax")
     options.add_argument("--remat", choices=["auto", "none", "layer"], default="auto")
     options.add_argument("--micro_batch_prompts", type=int, default=None)
     options.add_argument("--slots", type=int, default=None)
@@ -36,7 +36,7 @@ def arguments() -> argparse.Namespace:
 
 
 def settings(given: argparse.Namespace, folder: str) -> Config:
-    """The step in our names: one update over all its rows."""
+    """Returns the step as settings of grpo_jax: one update over all its rows."""
     return Config(
         model=ModelConfig(path=given.model, remat=given.remat),
         lora=LoraConfig(rank=RANK, alpha=ALPHA),
@@ -61,7 +61,7 @@ def settings(given: argparse.Namespace, folder: str) -> Config:
 
 
 def run(given: argparse.Namespace, folder: str) -> None:
-    """Trains, and prints the result."""
+    """Trains and prints the result."""
     watch = Watch(given)
 
     def reward(prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
@@ -71,7 +71,7 @@ def run(given: argparse.Namespace, folder: str) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         config = settings(given, folder)
         policy = gx.Policy.from_pretrained(given.model, lora=config.lora)
-        policy = dataclasses.replace(policy, stop_ids=())  # stopping off
+        policy = dataclasses.replace(policy, stop_ids=())  # no stop token ends a completion
         result = gx.train(config, policy=policy, dataset=rows, reward_funcs=reward)
     leaves = jax.tree_util.tree_leaves_with_path(result.policy.adapters)
     ends = [np.asarray(leaf) for path, leaf in leaves if jax.tree_util.keystr(path).endswith("['b']")]

@@ -1,8 +1,8 @@
-"""A random Qwen3 on disk, small enough for a CPU: what the comparison of a step's time trains.
+"""Writes a random Qwen3 that is small enough for a CPU; the comparison of a step's time trains it.
 
-Enters: a folder and sizes. Leaves in it `config.json`, `model.safetensors` (float32, Hugging Face names) and a tokenizer of whole
-words, `w4 w5 …` between spaces, whose ids are the numbers in their names. Left out on purpose: a chat template, and a token that
-begins a text, so that a prompt of n words is n tokens in every trainer. Needs NumPy and safetensors.
+The folder gets `config.json`, `model.safetensors` (float32, Hugging Face names) and a tokenizer of whole words, `w4 w5 …` between
+spaces, whose ids are the numbers in their names. There is no chat template and no token that begins a text, so that a prompt of n
+words is n tokens in every trainer. Needs NumPy and safetensors.
 
     python tests/peers/random_qwen3.py runs/random_qwen3 --layers 4 --width 256
 """
@@ -19,12 +19,12 @@ import numpy as np
 
 SPECIAL = {"<unk>": 0, "<eos>": 1, "<pad>": 2}
 FIRST_WORD = len(SPECIAL)
-"""Ids from here on are words."""
+"""The first id that is a word."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of the model, in Hugging Face's sense; the vocabulary is tied.
+    """Sizes of the model, as Hugging Face defines them; embedding and head share their weights.
 
     Example:
         Sizes(layers=2).config()["num_hidden_layers"]  # 2
@@ -40,7 +40,7 @@ class Sizes:
     positions: int = 4096
 
     def config(self) -> dict[str, Any]:
-        """`config.json`."""
+        """Returns the content of `config.json`."""
         return {
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
@@ -70,7 +70,7 @@ class Sizes:
         }
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of a layer, (out, in) as torch has them."""
+        """Returns the shape of every tensor of a layer, (out, in) as in torch."""
         queries, keys = self.query_heads * self.head_width, self.key_value_heads * self.head_width
         return {
             "input_layernorm": (self.width,),
@@ -88,7 +88,7 @@ class Sizes:
 
 
 def weights(sizes: Sizes, seed: int) -> dict[str, np.ndarray]:
-    """Matrices drawn from N(0, 0.02²), norms all ones."""
+    """Draws the matrices from N(0, 0.02²); norms are ones."""
     draws = np.random.default_rng(seed)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (sizes.vocabulary, sizes.width)}
     for layer in range(sizes.layers):
@@ -102,7 +102,7 @@ def weights(sizes: Sizes, seed: int) -> dict[str, np.ndarray]:
 
 
 def tokenizer(vocabulary: int) -> dict[str, Any]:
-    """`tokenizer.json`: whole words between spaces."""
+    """Returns the content of `tokenizer.json`: whole words between spaces."""
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     words = SPECIAL | {f"w{token}": token for token in range(FIRST_WORD, vocabulary)}
     return {
@@ -135,18 +135,18 @@ def write(folder: Path, sizes: Sizes, seed: int = 0) -> None:
 
 
 def add_size_options(parser: argparse.ArgumentParser) -> None:
-    """One option a size."""
+    """Adds one option for each size."""
     for name, value in vars(Sizes()).items():
         parser.add_argument(f"--{name}", type=int, default=value)
 
 
 def sizes_from(given: argparse.Namespace) -> Sizes:
-    """The sizes on a command line."""
+    """Returns the sizes of a command line."""
     return Sizes(**{name: vars(given)[name] for name in vars(Sizes())})
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command line."""
     parser = argparse.ArgumentParser(description="writes a random Qwen3")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,17 +1,17 @@
-"""The time of one GRPO step here, in TRL with PEFT, and in Tunix with Qwix: a random Qwen3, by turns, in one run.
+"""Compares the time of one GRPO step in grpo_jax, in TRL with PEFT, and in Tunix with Qwix, interleaved in one run.
 
-Enters: a Python with torch, transformers, TRL and PEFT, one with google-tunix, and the shape of a step. Leaves: a table on the
-terminal for each prompt length, and everything that was measured in a JSON file.
+Needs a Python with torch, transformers, TRL and PEFT, and one with google-tunix. Prints a table for each prompt length and writes
+everything that was measured to a JSON file. The model is a random Qwen3.
 
     python tests/peers/step_comparison.py --trl_python .venv-peers/bin/python --tunix_python .venv-tunix/bin/python
 
 All train the same model with LoRA on all linear layers (the number of trained parameters is compared), β > 0, so that the reference
 is scored, no truncation, exactly `completion_length` tokens a completion, and one update over all rows; on the same CPU cores, in
-float32. Times are taken from outside, between calls of the reward function, after two steps of warm-up: `step_task.py`.
+float32. Times are measured from outside, between calls of the reward function, after two warm-up steps: `step_task.py`.
 
-Each trainer runs at its best: in the first round every one of SETTINGS is run, and from then on the fastest of each trainer alone.
-What the others were slower by stands under the table. The medians are over all steps of all rounds with the fastest settings. Left
-out on purpose: waiting for a quiet machine; the table says how many cores other processes kept busy meanwhile.
+Each trainer runs with its fastest settings: the first round runs all of SETTINGS, later rounds only the fastest of each trainer.
+The times of the others are printed under the table. Medians are over all steps of all rounds with the fastest settings. The script
+does not wait for an idle machine; the table has the number of cores that other processes used in the meantime.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ SETTINGS = {
     "trl": ["", "rows=8"],
     "tunix": ["", "train_prompts=1"],
 }
-"""What is tried in the first round. Others were tried once, on 2 cores, and are slower at both prompt lengths."""
+"""Settings of the first round. Others were tried once, on 2 cores, and are slower at both prompt lengths."""
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description="grpo_jax against TRL and Tunix: the time of a step")
     parser.add_argument("--trl_python", default=None, help="Python with torch, transformers, TRL and PEFT; without it no TRL")
     parser.add_argument("--tunix_python", default=None, help="Python with google-tunix; without it no Tunix")
@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
 
 
 def environment() -> dict[str, str]:
-    """The subprocesses': on the CPU, no network, nothing compiled beforehand, this repository's package."""
+    """Returns the environment of the subprocesses: CPU, no network, no compiled programs from before, this checkout's package."""
     paths = [str(REPOSITORY), str(REPOSITORY / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     chosen = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     chosen.pop("JAX_COMPILATION_CACHE_DIR", None)
@@ -71,7 +71,7 @@ def environment() -> dict[str, str]:
 
 
 def busy_seconds() -> float:
-    """Seconds of CPU time that all processes of the machine have used; 0 where the system does not say."""
+    """Returns the seconds of CPU time that all processes of the machine used; 0 where the system does not provide it."""
     path = Path("/proc/stat")
     if not path.exists():
         return 0.0
@@ -80,10 +80,10 @@ def busy_seconds() -> float:
 
 
 def run(given: argparse.Namespace, trainer: str, prompt_length: int, options: str) -> dict[str, Any]:
-    """One run of a trainer in its own process.
+    """Runs a trainer in its own process.
 
     Raises:
-        SystemExit: it failed; what it said is on standard error.
+        SystemExit: it failed; its output is on standard error.
     """
     pythons = {"ours": sys.executable, "trl": given.trl_python, "tunix": given.tunix_python}
     shape = {name: vars(given)[name] for name in ("completion_length", "prompts", "num_generations", "steps")}
@@ -103,7 +103,7 @@ def run(given: argparse.Namespace, trainer: str, prompt_length: int, options: st
 
 
 def measure(given: argparse.Namespace, prompt_length: int) -> dict[str, list[dict[str, Any]]]:
-    """All runs of a prompt length, by turns."""
+    """Runs all trainers with a prompt length, interleaved."""
     present = {"ours": True, "trl": given.trl_python, "tunix": given.tunix_python}
     tried = {trainer: vars(given)[f"{trainer}_settings"] for trainer in TRAINERS if present[trainer]}
     runs: dict[str, list[dict[str, Any]]] = {trainer: [] for trainer in tried}
@@ -117,12 +117,12 @@ def measure(given: argparse.Namespace, prompt_length: int) -> dict[str, list[dic
 
 
 def fastest(runs: list[dict[str, Any]]) -> str:
-    """The settings of a trainer's fastest run."""
+    """Returns the settings of a trainer's fastest run."""
     return min(runs, key=lambda run: run["median_step_seconds"])["options"]
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Over all steps with the fastest settings."""
+    """Summarizes all steps with the fastest settings."""
     best = fastest(runs)
     chosen = [run for run in runs if run["options"] == best]
     steps = [seconds for run in chosen for seconds in run["step_seconds"]]
@@ -141,7 +141,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(summary: dict[str, dict[str, Any]], prompt_length: int) -> None:
-    """A prompt length's table, and what it says."""
+    """Prints the table of a prompt length and its conclusion."""
     heads = f"{'seconds a step':>16}{'of it rollout':>16}{'from … to':>18}{'steps':>8}{'others, cores':>16}"
     print(f"\nprompt {prompt_length}\n{'':16}{heads}")
     for trainer, of_trainer in summary.items():
@@ -161,7 +161,7 @@ def show(summary: dict[str, dict[str, Any]], prompt_length: int) -> None:
 
 
 def main() -> None:
-    """Measures, then writes and shows everything."""
+    """Measures, then writes and prints everything."""
     given = arguments()
     if sys.platform == "linux":  # children inherit it
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.cores])

@@ -1,9 +1,8 @@
-"""What the three trainers of the step comparison share: the shape on the command line, prompts, the reward, and the clock.
+"""Options, prompts, reward and clock that the three trainers of the step comparison share.
 
-A step's time is taken from outside and the same way for all: from one call of the reward function to the next, which holds one
-whole rollout, scoring by the reference, and update, in whatever order a trainer has them. The first WARM_UP steps are left out.
-Enters: the command line. Leaves: one line of JSON, last on standard output. Only the standard library, so that it runs in every
-trainer's environment.
+The time of a step is measured the same way for all: from one call of the reward function to the next, which includes one rollout,
+scoring by the reference, and one update, in the order of the trainer. The first WARM_UP steps are left out. The result is one line
+of JSON, last on standard output. Only the standard library is imported, so that it runs in every trainer's environment.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ RANK, ALPHA, BETA, LEARNING_RATE = 16, 32.0, 0.04, 1e-4
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The options that every trainer has."""
+    """Makes a parser with the options that every trainer has."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--model", required=True, help="folder that random_qwen3.py wrote")
     made.add_argument("--prompt_length", type=int, default=64, help="tokens of every prompt")
@@ -38,7 +37,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def add_shape_options(to: argparse.ArgumentParser) -> None:
-    """The shape of a step but for the prompts' length, and how many are timed."""
+    """Adds the options of a step's shape, except the length of the prompts, and the number of timed steps."""
     to.add_argument("--completion_length", type=int, default=128, help="tokens of every completion")
     to.add_argument("--prompts", type=int, default=4, help="prompts a step")
     to.add_argument("--num_generations", type=int, default=8, help="completions a prompt")
@@ -46,12 +45,12 @@ def add_shape_options(to: argparse.ArgumentParser) -> None:
 
 
 def calls(given: argparse.Namespace) -> int:
-    """Steps that a trainer has to run: the last one only ends the time of the one before."""
+    """Returns the number of steps that a trainer runs; the last one only ends the time of the one before."""
     return WARM_UP + given.steps + 1
 
 
 def made_up_prompts(given: argparse.Namespace) -> list[str]:
-    """Random words, other ones for every prompt of every step."""
+    """Returns prompts of random words, different ones for every prompt of every step."""
     vocabulary = json.loads((Path(given.model) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     draws = random.Random(0)
     count = given.prompts * calls(given)
@@ -60,7 +59,7 @@ def made_up_prompts(given: argparse.Namespace) -> list[str]:
 
 @dataclass(frozen=True)
 class Watch:
-    """Stands in the reward function: checks what came, notes the time, and gives a reward that differs within a group.
+    """Observes a trainer from its reward function: checks the completions, records the time, and differs within a group.
 
     Attributes:
         given: the command line.
@@ -73,7 +72,7 @@ class Watch:
     distinct: list[int] = field(default_factory=list)
 
     def reward(self, prompts: Sequence[str], completions: Sequence[Sequence[Any]]) -> list[float]:
-        """Rewards of a step's completions, each a list of its tokens, as ids or as words."""
+        """Returns the rewards of a step's completions, each a list of its tokens, as ids or as words."""
         self.times.append(time.perf_counter())
         given = self.given
         assert len(prompts) == len(completions) == given.prompts * given.num_generations, (len(prompts), len(completions))
@@ -86,13 +85,13 @@ class Watch:
         return [float(zlib.crc32(text.encode()) % 7) for text in texts]
 
     def step_seconds(self) -> list[float]:
-        """Seconds of every step after the warm-up."""
+        """Returns the seconds of every step after the warm-up."""
         between = [later - earlier for earlier, later in zip(self.times, self.times[1:], strict=False)]
         return between[WARM_UP:]
 
 
 def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
-    """The function, noting how long every call took."""
+    """Wraps a function so that the seconds of every call are recorded."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
@@ -106,15 +105,15 @@ def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., A
 def report(
     watch: Watch, *, rollout_seconds: list[float], losses: list[float], trained: int, change: float, packages: Sequence[str]
 ) -> None:
-    """Checks that the trainer trained, and prints the result's line.
+    """Checks that the trainer trained, and prints the line of the result.
 
     Args:
-        watch: what stood in the reward function.
-        rollout_seconds: of every rollout; the one that a timed step holds is the one before the call that ends it.
-        losses: one for every step that was finished.
+        watch: the observer in the reward function.
+        rollout_seconds: of every rollout; that of a timed step is the one before the call that ends the step.
+        losses: one for every finished step.
         trained: number of trained parameters.
-        change: norm of what training added to the adapters.
-        packages: whose versions are told.
+        change: norm of the change of the adapters.
+        packages: packages whose versions are printed.
     """
     steps = watch.step_seconds()
     assert len(steps) == watch.given.steps, f"{len(steps)} steps were timed"

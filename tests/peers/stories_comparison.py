@@ -1,16 +1,16 @@
-"""Trains the story recipe here and in TRL with PEFT, by turns, a few seeds each, and draws both curves.
+"""Trains the story recipe in grpo_jax and in TRL with PEFT, interleaved, several seeds each, and draws both curves.
 
-Enters: configs/stories.yaml, the model's folder, and a Python that has torch, transformers, TRL and PEFT. Leaves, in the output
-folder: a run folder of ours and a result of TRL's per seed, and `comparison.json` (settings, curves, seconds, samples, means); a
-picture; a table on the terminal.
+Needs configs/stories.yaml, the model's folder, and a Python with torch, transformers, TRL and PEFT. The output folder gets one run
+folder of grpo_jax and one result of TRL per seed, and `comparison.json` (settings, curves, seconds, samples, means). It also draws
+a picture and prints a table.
 
-    python tests/peers/stories_comparison.py --model ../shared/data/stories260k --trl-python .venv-peers/bin/python
+    python tests/peers/stories_comparison.py --model FOLDER --trl-python .venv-peers/bin/python
 
 Both get the same model, prompts in the same order, reward, LoRA, learning rate, β, loss and optimiser, and make one update per
 batch. The reward of a step is the mean over its completions, KL the mean k3 to the reference over their tokens, both before the
 step's update, in both trainers. Seconds are those of the training loop: imports and reading the model are left out, compiling is
-counted. TRL's number of threads is the faster one of a short trial; ours is JAX's own choice. A run whose result is there is not
-made again, so an interrupted comparison goes on where it stopped. Left out on purpose: a check that the machine is quiet.
+included. TRL's number of threads is the faster one of a short trial; JAX chooses its own. A run whose result exists is not
+repeated, so an interrupted comparison continues where it stopped. The script does not check that the machine is idle.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TRAINERS = {"ours": "grpo_jax", "trl": "TRL 1.16 + PEFT"}
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(description="grpo_jax against TRL on the story recipe")
     parser.add_argument("--model", required=True, help="folder of the story model")
     parser.add_argument("--trl-python", default=sys.executable, help="Python with torch, transformers, TRL and PEFT")
@@ -47,19 +47,19 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--picture", type=Path, default=REPOSITORY / PICTURE, help="PNG that is drawn")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=None, help="other than the recipe's")
-    parser.add_argument("--threads", type=int, default=None, help="TRL's; tried out where left out")
+    parser.add_argument("--threads", type=int, default=None, help="threads of TRL; found by a trial where left out")
     return parser.parse_args()
 
 
 def environment(threads: int | None = None) -> dict[str, str]:
-    """The subprocess's: on the CPU, no network, nothing compiled beforehand."""
+    """Returns the environment of a subprocess: CPU, no network, no compiled programs from before."""
     chosen = os.environ | {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     chosen.pop("JAX_COMPILATION_CACHE_DIR", None)
     return chosen if threads is None else chosen | {"OMP_NUM_THREADS": str(threads)}
 
 
 def run_ours(given: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """One run through the command line; its folder is kept."""
+    """Runs grpo_jax through the command line; the run folder stays."""
     folder = given.out / f"ours-{seed}"
     if not (folder / "summary.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
@@ -82,7 +82,7 @@ def run_ours(given: argparse.Namespace, seed: int) -> dict[str, Any]:
 
 
 def run_trl(given: argparse.Namespace, seed: int, threads: int, steps: int | None = None) -> dict[str, Any]:
-    """One run of `trl_stories.py`, or a trial of a few steps."""
+    """Runs `trl_stories.py`, or a trial of a few steps."""
     name = f"trl-{seed}" if steps is None else f"trl-trial-{threads}-threads"
     result = given.out / f"{name}.json"
     if not result.exists():
@@ -94,13 +94,13 @@ def run_trl(given: argparse.Namespace, seed: int, threads: int, steps: int | Non
 
 
 def overrides(given: argparse.Namespace, seed: int) -> dict[str, str]:
-    """What is set beside the recipe."""
+    """Returns the settings in addition to the recipe."""
     steps = {} if given.steps is None else {"train.steps": str(given.steps)}
     return {"model.path": str(Path(given.model).resolve()), "train.seed": str(seed)} | steps
 
 
 def job_of(given: argparse.Namespace, seed: int, threads: int, steps: int | None) -> dict[str, Any]:
-    """The recipe as plain numbers, with the prompts of every step."""
+    """Returns the recipe as plain numbers, with the prompts of every step."""
     config = load(REPOSITORY / RECIPE, overrides(given, seed)).config
     assert config.model.path is not None
     source = PromptSource.build(config, Tokenizer.from_folder(config.model.path))
@@ -124,7 +124,7 @@ def job_of(given: argparse.Namespace, seed: int, threads: int, steps: int | None
 
 
 def faster_threads(given: argparse.Namespace) -> int:
-    """One thread or all: a model this small may not gain by more."""
+    """Chooses between one thread and all by a trial: a model this small may not gain by more."""
     choices = sorted({1, os.cpu_count() or 1})
     seconds = {threads: run_trl(given, given.seeds[0], threads, TRIAL_STEPS)["seconds"] for threads in choices}
     shown = ", ".join(f"{threads}: {took / TRIAL_STEPS:.2f} s a step" for threads, took in seconds.items())
@@ -133,13 +133,13 @@ def faster_threads(given: argparse.Namespace) -> int:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    """Mean over the seeds and its standard error (ddof 1)."""
+    """Returns the mean over the seeds and its standard error (ddof 1)."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
     return {"mean": statistics.fmean(values), "standard_error": error}
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the seeds of what a run ends with."""
+    """Returns the means over the seeds of first and last rewards, KL and seconds."""
     return {
         "reward_first": spread([statistics.fmean(run["reward"][:AVERAGED_STEPS]) for run in runs]),
         "reward_last": spread([statistics.fmean(run["reward"][-AVERAGED_STEPS:]) for run in runs]),
@@ -149,7 +149,7 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Reward and KL over the steps: a thin line per seed, a thick one for their mean."""
+    """Draws reward and KL over the steps: a thin line per seed, a thick one for their mean."""
     import matplotlib
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -178,7 +178,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def report(summary: dict[str, Any]) -> None:
-    """The table, and what it says."""
+    """Prints the table and its conclusion."""
     print(f"\n{'':16}{'reward, first 10':>20}{'reward, last 10':>20}{'KL, last 10':>20}{'seconds':>16}")
     for trainer, label in TRAINERS.items():
         cells = [f"{cell['mean']:.3f} ± {cell['standard_error']:.3f}" for cell in list(summary[trainer].values())[:3]]
@@ -192,7 +192,7 @@ def report(summary: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Runs what is missing, then writes and shows everything."""
+    """Runs what is missing, then writes and prints everything."""
     given = arguments()
     given.out = given.out.resolve()
     given.out.mkdir(parents=True, exist_ok=True)

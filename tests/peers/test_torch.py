@@ -1,4 +1,4 @@
-"""What is saved here loads in transformers and PEFT, what they save loads here, and both compute the same: `make test-peers`."""
+"""Folders saved here load in transformers and PEFT, theirs load here, and both compute the same values: `make test-peers`."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ ADAPTED = {
 
 
 def torch_model(folder: Path) -> torch.nn.Module:
-    """The folder's model in transformers, float32, plain attention."""
+    """Loads a folder in transformers, float32, plain attention."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 @torch.no_grad()
 def torch_logprobs(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
-    """[2, T - PROMPT] log-probabilities of every token after the prompt."""
+    """Returns the log-probabilities [2, T - PROMPT] of every token after the prompt."""
     tokens = torch.from_numpy(ids)
     logits = model(input_ids=tokens, use_cache=False).logits[:, PROMPT - 1 : -1].float()
     return torch.log_softmax(logits, dim=-1).gather(-1, tokens[:, PROMPT:, None])[..., 0].numpy()
 
 
 def our_logprobs(policy: Policy, ids: np.ndarray) -> np.ndarray:
-    """The same from here."""
+    """Returns the same from grpo_jax."""
     return np.stack(policy.logprobs(ids[:, :PROMPT].tolist(), ids[:, PROMPT:].tolist()))
 
 
 def random_adapters(policy: Policy) -> Policy:
-    """The policy with every adapter weight moved off its start, where B is zero."""
+    """Adds random values to every adapter weight; at the start B is zero."""
     leaves, tree = jax.tree.flatten(policy.adapters)
     keys = jax.random.split(jax.random.key(7), len(leaves))
     moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype) for leaf, key in zip(leaves, keys, strict=True)]
@@ -101,7 +101,7 @@ def test_a_bfloat16_folder_keeps_its_format_when_merged(tmp_path: Path, dtype: s
     policy = random_adapters(Policy.from_pretrained(folder, lora=ADAPTED["all-linear"], dtype=dtype))
     merged = AutoModelForCausalLM.from_pretrained(policy.save_merged(tmp_path / "merged"), dtype="auto")
     assert next(merged.parameters()).dtype == torch.bfloat16
-    # Rounding the merged weights to 8 bits of mantissa moves log-probabilities of a random model by some tenths.
+    # Rounding the merged weights to 8 bits of mantissa changes log-probabilities of a random model by some tenths.
     difference = np.abs(torch_logprobs(merged.float().eval(), ids) - our_logprobs(policy, ids)).mean()
     assert difference < 0.1
 
@@ -136,5 +136,5 @@ def test_an_adapter_trained_here_computes_the_same_in_torch(tmp_path: Path, shar
 
 
 def count_of_e(completions: list[str], **_: object) -> list[float]:
-    """A reward that differs between completions."""
+    """Returns a reward that differs between completions."""
     return [float(text.count("e")) for text in completions]

@@ -1,8 +1,8 @@
-"""Time of a GRPO step in TRL with PEFT, on the CPU.
+"""Times a GRPO step of TRL with PEFT on the CPU.
 
-Enters: the model's folder and the shape of a step (`step_task.py`). Leaves: one line of JSON, last on standard output. Needs torch,
-transformers, TRL and PEFT; nothing of grpo_jax is imported. What is not a matter of the algorithm is set for speed; the options
-beside the shape are the choices that were tried for it.
+Takes the model's folder and the shape of a step (`step_task.py`) and prints one line of JSON, last on standard output. Needs torch,
+transformers, TRL and PEFT; nothing of grpo_jax is imported. Settings that do not change the algorithm are chosen for speed; the
+options in addition to the shape are the choices that were tried.
 
     python tests/peers/trl_step.py --model runs/random_qwen3 --prompt_length 64
 """
@@ -26,8 +26,8 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
-    options = parser("a GRPO step's time in TRL")
+    """Reads the command line."""
+    options = parser("time of a GRPO step in TRL")
     options.add_argument("--threads", type=int, default=2)
     options.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
     options.add_argument("--cache", choices=["dynamic", "static"], default="dynamic")
@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
 
 
 def settings(given: argparse.Namespace, folder: str) -> GRPOConfig:
-    """The step in TRL's names: one update over all its rows."""
+    """Returns the step as settings of TRL: one update over all its rows."""
     rows = given.prompts * given.num_generations
     micro = given.rows or rows
     return GRPOConfig(
@@ -77,7 +77,7 @@ def settings(given: argparse.Namespace, folder: str) -> GRPOConfig:
 
 
 def run(given: argparse.Namespace, folder: str) -> None:
-    """Trains, and prints the result."""
+    """Trains and prints the result."""
     torch.set_num_threads(given.threads)
     watch = Watch(given)
 

@@ -1,9 +1,9 @@
-"""TRL's GRPO with PEFT on the story recipe: one seed, on the CPU.
+"""Trains the story recipe with TRL's GRPO and PEFT: one seed, on the CPU.
 
-Enters: a job, as `stories_comparison.py` writes it: the model's folder, the prompts of every step in order, the reward, the
-numbers of the recipe. Leaves: a JSON file with the seconds of the training loop, reward and KL of every step, and the last step's
-completions. Imports and the reading of the model are outside the seconds. Needs torch, transformers, TRL and PEFT; nothing of
-grpo_jax is imported.
+Reads a job that `stories_comparison.py` wrote: the model's folder, the prompts of every step in order, the reward, the numbers of
+the recipe. Writes a JSON file with the seconds of the training loop, reward and KL of every step, and the completions of the last
+step. Imports and reading the model are not included in the seconds. Needs torch, transformers, TRL and PEFT; nothing of grpo_jax is
+imported.
 
     python tests/peers/trl_stories.py JOB.json RESULT.json
 """
@@ -32,7 +32,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft")
 
 
 def settings(job: dict[str, Any], folder: str) -> GRPOConfig:
-    """The job in TRL's names; what is not a matter of the algorithm is set for speed on a CPU."""
+    """Returns the job as settings of TRL; those that do not change the algorithm are chosen for speed on a CPU."""
     return GRPOConfig(
         output_dir=folder,
         max_steps=job["steps"],
@@ -72,9 +72,9 @@ def settings(job: dict[str, Any], folder: str) -> GRPOConfig:
     )
 
 
-def find_reward(place: str) -> Callable[..., list[float]]:
-    """`file.py:function` → the function."""
-    path, _, name = place.rpartition(":")
+def find_reward(reference: str) -> Callable[..., list[float]]:
+    """Imports the function of a reference `file.py:function`."""
+    path, _, name = reference.rpartition(":")
     spec = importlib.util.spec_from_file_location("story_rewards", path)
     assert spec is not None
     assert spec.loader is not None
@@ -84,7 +84,7 @@ def find_reward(place: str) -> Callable[..., list[float]]:
 
 
 def run(job: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Trains, and returns the result."""
+    """Trains and returns the result."""
     torch.set_num_threads(job["threads"])
     reward = find_reward(job["reward"])
     seen: list[list[str]] = []

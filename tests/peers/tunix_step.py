@@ -1,8 +1,8 @@
-"""Time of a GRPO step in Tunix with a Qwix LoRA and its own ("vanilla") sampler, on the CPU.
+"""Times a GRPO step of Tunix with a Qwix LoRA and Tunix's own ("vanilla") sampler on the CPU.
 
-Enters: the model's folder and the shape of a step (`step_task.py`). Leaves: one line of JSON, last on standard output. Needs
-google-tunix; nothing of grpo_jax is imported. What is not a matter of the algorithm is set for speed; the options beside the shape
-are the choices that were tried for it.
+Takes the model's folder and the shape of a step (`step_task.py`) and prints one line of JSON, last on standard output. Needs
+google-tunix; nothing of grpo_jax is imported. Settings that do not change the algorithm are chosen for speed; the options in
+addition to the shape are the choices that were tried.
 
     python tests/peers/tunix_step.py --model runs/random_qwen3 --prompt_length 64
 """
@@ -36,7 +36,7 @@ PACKAGES = ("google-tunix", "qwix", "jax", "jaxlib", "flax", "optax")
 
 
 class Words:
-    """The tokenizer as Tunix asks for it. What ends a text and what fills it lie outside the vocabulary: they are never sampled."""
+    """Tokenizer with Tunix's interface. The ids of end and padding are outside the vocabulary, so they are never sampled."""
 
     def __init__(self, folder: Path, vocabulary: int):
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -49,7 +49,7 @@ class Words:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def bos_id(self) -> int:
-        return 0  # none: Tunix leaves out a zero
+        return 0  # none: Tunix leaves out the id 0
 
     def eos_id(self) -> int:
         return self.vocabulary
@@ -59,33 +59,33 @@ class Words:
 
 
 class Losses(TrainingHooks):
-    """Keeps the loss of every update, told one update later."""
+    """Records the loss of every update; Tunix reports it one update later."""
 
     def __init__(self) -> None:
-        self.told: list[float] = []
+        self.losses: list[float] = []
 
     def on_train_start(self, train_ctx: Any) -> None:
-        """Nothing to keep."""
+        """Nothing to record."""
 
     def on_train_end(self, train_ctx: Any) -> None:
-        """Nothing to keep."""
+        """Nothing to record."""
 
     def on_train_step_start(self, train_ctx: Any) -> None:
-        """Nothing to keep."""
+        """Nothing to record."""
 
     def on_train_step_end(self, train_ctx: Any, train_step: int, train_loss: float) -> None:
-        self.told.append(float(train_loss))
+        self.losses.append(float(train_loss))
 
     def on_eval_step_start(self, train_ctx: Any) -> None:
-        """Nothing to keep."""
+        """Nothing to record."""
 
     def on_eval_step_end(self, train_ctx: Any, eval_loss: float) -> None:
-        """Nothing to keep."""
+        """Nothing to record."""
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
-    options = parser("a GRPO step's time in Tunix")
+    """Reads the command line."""
+    options = parser("time of a GRPO step in Tunix")
     options.add_argument("--train_prompts", type=int, default=None, help="prompts of a forward and backward pass")
     options.add_argument("--score_prompts", type=int, default=None, help="prompts that the reference scores at once")
     options.add_argument("--rollout_prompts", type=int, default=None, help="prompts that are sampled at once")
@@ -94,7 +94,7 @@ def arguments() -> argparse.Namespace:
 
 
 def models(given: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Any, Any]:
-    """The frozen model, and the one with adapters over the same weights."""
+    """Returns the frozen model, and the one with adapters over the same weights."""
     config = json.loads((Path(given.model) / "config.json").read_text(encoding="utf-8"))
     sizes = qwen3.ModelConfig(
         num_layers=config["num_hidden_layers"],
@@ -116,7 +116,7 @@ def models(given: argparse.Namespace, mesh: jax.sharding.Mesh) -> tuple[Any, Any
 
 
 def cluster_config(given: argparse.Namespace, mesh: jax.sharding.Mesh) -> clusters.ClusterConfig:
-    """The step in Tunix's names: one update over all its rows."""
+    """Returns the step as settings of Tunix: one update over all its rows."""
     roles = (clusters.Role.ACTOR, clusters.Role.REFERENCE, clusters.Role.ROLLOUT)
     return clusters.ClusterConfig(
         role_to_mesh=dict.fromkeys(roles, mesh),
@@ -142,20 +142,20 @@ def cluster_config(given: argparse.Namespace, mesh: jax.sharding.Mesh) -> cluste
 
 
 def adapters_of(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Every adapter's values, by its path."""
+    """Returns the values of every adapter by its path."""
     leaves = jax.tree_util.tree_leaves_with_path(nnx.state(model, nnx.LoRAParam))
     return {jax.tree_util.keystr(path): np.array(leaf) for path, leaf in leaves}
 
 
 def batches(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The prompts of every step."""
+    """Yields the prompts of every step."""
     prompts = made_up_prompts(given)
     for start in range(0, len(prompts), given.prompts):
         yield {"prompts": np.array(prompts[start : start + given.prompts])}
 
 
 def run(given: argparse.Namespace) -> None:
-    """Trains, and prints the result."""
+    """Trains and prints the result."""
     watch = Watch(given)
 
     def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -183,7 +183,7 @@ def run(given: argparse.Namespace) -> None:
     report(
         watch,
         rollout_seconds=rollout,
-        losses=losses.told,
+        losses=losses.losses,
         trained=sum(value.size for value in after.values()),
         change=sum(float(np.square(after[path] - before[path]).sum()) for path in after) ** 0.5,
         packages=PACKAGES,
