@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from nbclient import NotebookClient
 from safetensors.numpy import save_file
+from tiny_runs import quick_environment
 from tiny_tokenizers import CHATML, byte_tokenizer, save_folder
 
 from goldens.folders import HERE, read_shapes
@@ -163,6 +164,8 @@ def executed(source: Any, repository: Path, tmp_path_factory: pytest.TempPathFac
     with pytest.MonkeyPatch.context() as environment:
         for name, value in settings.items():
             environment.setenv(f"GRPO_NOTEBOOK_{name}", value)
+        for name, value in quick_environment().items():
+            environment.setenv(name, value)
         # The kernel finds the package as these tests do, installed or not.
         environment.setenv("PYTHONPATH", f"{repository}:{repository / 'kernels'}")
         environment.setenv("HF_HOME", str(place / "cache"))

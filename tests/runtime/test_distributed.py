@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import yaml
 from plain_oracles import quick_compiling
-from tiny_runs import additions, config_of, records, run, settings, write_rows
+from tiny_runs import additions, config_of, quick_environment, records, run, settings, write_rows
 
 from grpo_jax.cli import parser
 from grpo_jax.config import Config, ConfigError, DistributedConfig
@@ -80,10 +80,9 @@ def together(folder: Path, count: int, devices: int, *options: str, dies: tuple[
     address = f"127.0.0.1:{free_port()}"
     processes = []
     for number in range(count):
-        environment = os.environ | {
+        environment = os.environ | quick_environment(devices)
+        environment |= {
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as `quick_compiling`
             "NUMBER": str(number),
             "DIES_AFTER": str(dies[1]) if dies is not None and dies[0] == number else "",
         }
@@ -149,14 +148,33 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def test_a_run_goes_on_with_other_processes_after_one_was_killed(whole: Path, tmp_path: Path) -> None:
-    """Two processes, one killed in step 4; four make that step and end well; one alone makes the last one."""
-    values = config_folder(tmp_path)
-    killed = together(tmp_path, 2, 2, "--train.steps", "4", "--distributed.heartbeat_timeout_seconds", "15", dies=(1, 3))
+def assert_ended_together(killed: list[Ended]) -> None:
+    """Of two processes, the second was killed, and the first ended soon after and says why."""
     assert killed[1].status == -9
     assert killed[0].status not in (0, -9), killed[0].err
     assert killed[0].seconds < 60
     assert "another process of this run has ended" in killed[0].err or "another task died" in killed[0].err, killed[0].err
+
+
+def test_a_run_of_two_processes_is_continued_by_one_after_one_was_killed(whole: Path, tmp_path: Path) -> None:
+    """Two processes, one killed in step 2; one alone makes steps 2 to 5."""
+    values = config_folder(tmp_path)
+    killed = together(tmp_path, 2, 2, "--train.steps", "4", "--distributed.heartbeat_timeout_seconds", "15", dies=(1, 1))
+    assert_ended_together(killed)
+    assert_same_curve(tmp_path / "run", whole, 1)
+    # Each of the two scored its own two prompts: two groups of four a step, one completion of each of two held-out prompts.
+    assert all({*records(tmp_path / f"calls-{number}.jsonl")} == {8, 2} for number in (0, 1))
+    with quick_compiling():
+        run(Config.from_dict(values | {"train": values["train"] | {"steps": 5}}), dataset=None, reward_funcs=None, resume=True)
+    assert_same_curve(tmp_path / "run", whole, 5)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_processes_after_one_was_killed(whole: Path, tmp_path: Path) -> None:
+    """Two processes, one killed in step 4; four make that step and end well; one alone makes the last one."""
+    values = config_folder(tmp_path)
+    killed = together(tmp_path, 2, 2, "--train.steps", "4", "--distributed.heartbeat_timeout_seconds", "15", dies=(1, 3))
+    assert_ended_together(killed)
     assert_same_curve(tmp_path / "run", whole, 3)
 
     grown = together(tmp_path, 4, 1, "--train.steps", "4", "--resume")

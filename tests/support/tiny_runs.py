@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from plain_oracles import QUICK_OPTIONS, xla_knows_quick_options
 from safetensors.numpy import save_file
 from tiny_tokenizers import CHATML, byte_tokenizer, save_folder
 
@@ -104,6 +105,14 @@ def words_of(values: dict[str, dict[str, Any]]) -> list[str]:
     """Nested settings as the words of a command line."""
     given = {f"--{section}.{name}": value for section, held in values.items() for name, value in held.items()}
     return [word for option, value in given.items() for word in (option, value if isinstance(value, str) else json.dumps(value))]
+
+
+def quick_environment(devices: int = 1) -> dict[str, str]:
+    """Variables with which another process compiles as in `quick_compiling`, and has that many CPU devices."""
+    flags = [f"--xla_force_host_platform_device_count={devices}"]
+    if xla_knows_quick_options():
+        flags += [f"--{name}={str(value).lower()}" for name, value in QUICK_OPTIONS]
+    return {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": " ".join(flags)}
 
 
 def write_rows(path: Path, rows: list[Any]) -> Path:

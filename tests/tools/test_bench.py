@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from plain_oracles import quick_compiling
 from tiny_runs import CONFIG, tiny_model
 
 from grpo_jax.cli import main
@@ -29,6 +31,12 @@ WORDS = [
     "--lora_rank",
     "2",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quickly() -> Iterator[None]:
+    with quick_compiling():
+        yield
 
 
 def test_lengths_have_a_heavy_tail_with_the_mean_and_the_end_they_should() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
+from plain_oracles import quick_compiling
+from shared_programs import shared_programs
 
 import grpo_jax.fit.auto as auto
 from grpo_jax.config import Config, ConfigError
@@ -49,6 +52,19 @@ ADAPTERS = 2 * RANK * (2 * (64 + 64) + 2 * (64 + 32) + 2 * (64 + 128) + (128 + 6
 """Per layer (in + out) · rank of each of the seven matrices."""
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the libtpu wheel")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def sharing() -> Iterator[None]:
+    with shared_programs():
+        yield
+
+
+@pytest.fixture
+def quickly() -> Iterator[None]:
+    """For tests that compare what was compiled in the same way."""
+    with quick_compiling():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +103,8 @@ def test_the_command_ends_with_one_line_of_json(folder: Path, tmp_path: Path) ->
         "rollout: {num_generations: 4, max_prompt_length: 16, max_completion_length: 24}\n"
     )
     words = [sys.executable, "-m", "grpo_jax", "plan", "--config", str(file), "--target", "cpu", "--json"]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    environment = os.environ | tiny_runs.quick_environment()
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     plan = json.loads(done.stdout.splitlines()[-1])
     named = {
         "fits",
@@ -134,6 +151,7 @@ def with_limit(machine: Machine, limit: int) -> Machine:
     return replace(machine, limit_bytes=limit)
 
 
+@pytest.mark.usefixtures("quickly")
 def test_advice_that_is_followed_fits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On this machine, with a limit that leaves room for half of what the update needs next to the resident arrays."""
     config = settings(folder, model={"remat": "layer"}, train={"micro_batch_prompts": 8})
@@ -273,7 +291,8 @@ def test_smaller_micro_batches_and_which_of_them_to_try(folder: Path) -> None:
 def chosen(tmp_path_factory: pytest.TempPathFactory) -> tiny_runs.Finished:
     """A run whose prompts and completions have the longest lengths, so that it uses the programs compiled for the plan."""
     config = tiny_runs.config_of(tmp_path_factory.mktemp("auto") / "run", train={"micro_batch_prompts": "auto"})
-    return tiny_runs.run(config)
+    with quick_compiling():
+        return tiny_runs.run(config)
 
 
 def test_auto_prints_its_plan_and_compiles_the_longest_first(chosen: tiny_runs.Finished) -> None:
@@ -284,12 +303,14 @@ def test_auto_prints_its_plan_and_compiles_the_longest_first(chosen: tiny_runs.F
     assert chosen.printed.count("compiling update") == 1
 
 
+@pytest.mark.usefixtures("quickly")
 def test_auto_trains_as_numbers_do(chosen: tiny_runs.Finished, tmp_path: Path) -> None:
     given = tiny_runs.run(tiny_runs.config_of(tmp_path / "run", train={"micro_batch_prompts": 2}))
     for ours, theirs in zip(chosen.result.history, given.result.history, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
 
 
+@pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("fixed_share", [0.6, 0.0])
 def test_auto_takes_less_where_memory_is_short(fixed_share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a limit below what the first micro-batch needs, and with one that nothing meets."""
@@ -316,6 +337,7 @@ def test_auto_takes_less_where_memory_is_short(fixed_share: float, tmp_path: Pat
     assert "micro-batch: 2 prompts, 4 completions" not in short.printed
 
 
+@pytest.mark.usefixtures("quickly")
 def test_auto_evaluates_in_as_many_slots_as_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each slot of an evaluation has its own prompt: a limit one byte below its need halves the slots."""
     fit: Callable[..., RolloutMemory] = auto.fit_evaluation
