@@ -5,6 +5,7 @@ Widths are rounded up to a few sizes, so that a run compiles a handful of times.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -59,8 +60,9 @@ def text_batches(
         prompts, own = prompts + [prompts[-1]] * missing, own + [own[-1]] * missing
         sizes = np.array([len(ids) for ids in prompts], np.int32)
         arrays = pad_rows(prompts, p), sizes, pad_rows(own, c), np.arange(c)[None, :] < lengths[:, None]
-        placed = jax.device_put(arrays) if layout is None else tuple(layout.put(x, ("rows",)) for x in arrays)
-        yield placed[:3], placed[3]
+        put = jax.device_put if layout is None else functools.partial(layout.put, axes=("rows",))
+        padded, prompt_lengths, completions, mask = map(put, arrays)
+        yield (padded, prompt_lengths, completions), mask
 
 
 def supervised_batch(batch: CompletionBatch, config: Config, layout: Layout | None = None) -> TrainBatch:

@@ -3,9 +3,9 @@
 The batch is split into micro-batches of b prompts and g of their completions; `lax.scan` sums their gradients. The weights of the
 tokens, and with them every denominator, come from the whole batch, so the result does not depend on the split.
 
-- β = 0: no reference is computed, and a group without advantage adds nothing. Prompts are sorted so that such groups share
-  micro-batches, and a micro-batch of nothing else is skipped. Denominators stay; means of metrics (entropy, clipping, the
-  difference to the sampler) are over the tokens of the other groups.
+- β = 0: no reference is computed, and a group without advantage adds nothing to `grpo_loss`. Prompts are sorted so that such
+  groups share micro-batches, and a micro-batch of nothing else is skipped. Denominators stay; means of metrics (entropy,
+  clipping, the difference to the sampler) are over the tokens of the other groups. A user's loss is given all groups.
 - One update a batch: the old log-probabilities are the new ones without gradient and cost no forward pass. Several updates: those
   of the first one are the old ones of all.
 - Sampling that truncates the distribution or bans tokens: the policy's log-probabilities are those of the truncated distribution.
@@ -190,9 +190,11 @@ class Learner:
                 rewards = rewards - jnp.float32(objective.beta) * penalty.reshape(rewards.shape)
             advantages = ordered = self.advantages(rewards, batch.valid)
         else:
-            advantages = self.advantages(batch.rewards, batch.valid)
-            batch, ordered = self.sorted(batch, advantages)
+            advantages = ordered = self.advantages(batch.rewards, batch.valid)
+            if self.loss_fn is None:
+                batch, ordered = self.sorted(batch, advantages)
             split = MicroBatches.of(batch, self.micro_batch, self.model.layout)
+        if not objective.needs_reference and self.loss_fn is None:
             rows = split.rows(jnp.repeat(jnp.any(ordered != 0, axis=1), advantages.shape[1]))
             used, split = jnp.any(rows, axis=1), replace(split, completion_mask=split.completion_mask & rows[:, :, None])
         weights = token_weights(batch.completion_mask, objective, self.max_completion_length)

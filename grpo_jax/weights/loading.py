@@ -58,10 +58,10 @@ def load_params(
         check_tensors(folder, spec, files)
         for number, (path, source) in enumerate(tensor_names(spec).items()):
             p = specs[path]
-            if layout is None and path in quantized:
-                leaves[path] = load_quantized(files, source, quantized[path], quantization)
-            elif path in quantized:
+            if path in quantized and layout is not None:
                 leaves[path] = load_quantized_sharded(files, source, quantized[path], quantization, p.axes, layout)
+            elif path in quantized:
+                leaves[path] = load_quantized(files, source, quantized[path], quantization)
             else:
                 load = load_stacked if source.stack else load_array
                 leaves[path] = load(files, source, p.shape, device if layout is None else sharding_of(layout, path, p), dtype)

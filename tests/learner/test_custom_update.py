@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import chex
@@ -114,6 +115,28 @@ def test_a_loss_function_that_calls_grpo_loss_gives_the_built_in_update_bit_for_
     for name in ("loss", "policy_loss", "grad_norm", "entropy", "sampling/logp_difference/max"):
         assert own_metrics[name] == metrics[name], name
     assert own_metrics == {name: pytest.approx(value, rel=1e-5, abs=1e-6) for name, value in metrics.items()}
+
+
+def likelihood(*, logps: Any, weights: Any, completion_mask: Any, **_: Any) -> Any:
+    """−Σ w logπ: a term without the advantage."""
+    return -jnp.sum(jnp.where(completion_mask, weights * logps, jnp.float32(0))), {}
+
+
+def test_without_a_kl_term_a_loss_function_sees_groups_without_an_advantage() -> None:
+    """All rewards are equal. The oracle is the loss with β > 0, where every group is given to the loss anyway."""
+    equal = jax.device_put(replace(batch(), rewards=np.ones((B, G), np.float32)))
+    losses = []
+    for beta in (0.0, 0.1):
+        trainable, frozen = start()
+        config = replace(CONFIG, objective=replace(CONFIG.objective, beta=beta))
+        model = tiny_policy(FAMILY, LORA).model.clone(unroll=False)
+        made = Learner.of(
+            config, model, full=False, micro_batch=(1, G), updates=10, stop_ids=(2,), optimizer=optax.sgd(RATE), loss_fn=likelihood
+        )
+        _, packed = Program("update", made.train_step, donate=(0,))(made.init(trainable), equal, frozen)
+        losses.append(packed.to_dict()["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert losses[0] > 1
 
 
 def test_a_reinforce_loss_is_that_of_numpy() -> None:

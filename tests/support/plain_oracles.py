@@ -1,7 +1,7 @@
 """Plain implementations to test the package against, and tiny policies.
 
 The forward pass here computes one text at a time from Hugging Face's tensors and config.json: no scan, no cache, no shared prompt,
-full logits. `test_models.py` compares it with the stored results of transformers, so it can be an oracle.
+full logits. `tests/models/test_goldens.py` compares it with the stored results of transformers, so it can be an oracle.
 """
 
 from __future__ import annotations

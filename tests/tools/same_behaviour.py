@@ -79,8 +79,8 @@ def run(out: Path, shared: Path, seeds: tuple[int, ...]) -> None:
                 continue
         raise ModuleNotFoundError(homes[0])
 
-    quickstart = first("grpo_jax.tools.quickstart", "grpo_jax.tools.quickstart")
-    sft = gx.sft if "sft" in gx.__all__ else first("grpo_jax.supervised").sft
+    quickstart = first("grpo_jax.tools.quickstart", "grpo_jax.quickstart")
+    sft = gx.sft if "sft" in gx.__all__ else first("grpo_jax.sft").sft
     rows = [json.loads(line) for line in (shared / "gsm8k" / "train.jsonl").read_text().splitlines()[:200]]
     stories = str(shared / "stories260k")
     for seed in seeds:
