@@ -191,7 +191,6 @@ def test_every_row_is_decoded_once_by_the_shard_that_has_its_prompt(prompts: int
     assert np.all(left == 0)
 
 
-@pytest.mark.slow
 def test_a_chip_of_four_stores_a_quarter_of_the_kv_cache(chips: dict[str, SingleDeviceSharding]) -> None:
     """Llama-3.1-8B on a v6e 2x2: two row shards of two chips, which communicate little but sums of hidden states."""
     from jax.experimental import topologies
