@@ -5,10 +5,11 @@
         rollout   = sampler.sample(policy, prompts)           G completions of each prompt, prompt computed once
         scored    = score(functions, completions)             on the host; a failure costs a row, not the run
         state     = train_step(state, batch)                  one pure, jitted update; the old state's memory is reused
-        callbacks: records, display, trackers, the user's     metrics, completions, checkpoints in the run folder
+        callbacks                                             write metrics and completions, update display and trackers, the user's
+        every eval_every steps: evaluate; every save_every steps: save a checkpoint
 
 `steps/grpo.py` has these statements. The supervised warm-up is the same loop with another step, `steps/supervised.py`. With
-several processes each one runs this page on the same prompts and completions; each scores its own part of them, process 0 alone
+several processes each one runs this page on the same prompts and completions; each scores its own share of them, process 0 alone
 writes and shows, and all write checkpoints (`runtime/distributed.py`).
 """
 
@@ -70,11 +71,12 @@ class TrainResult:
 class Trainer:
     """Trains a policy with GRPO (DeepSeekMath, https://arxiv.org/abs/2402.03300), or with a supervised warm-up.
 
-    Making one reads and checks everything, the weights last, and compiles nothing. `train` makes all steps. `step`, `evaluate` and
-    `save` make them one at a time; leave the trainer by `close`, or use it in a `with` block.
+    The constructor reads and checks all inputs, the weights last. It compiles nothing, unless `train.micro_batch_prompts` is
+    `auto`: then it compiles update and rollout to measure their memory. `train` makes all steps that are left. `step`, `evaluate`
+    and `save` do one thing at a time; call `close` afterwards, or use a `with` block.
 
     Args:
-        config: the settings; what is passed below replaces the part of it that it stands for.
+        config: the settings. The arguments below override the settings that they name.
         policy: trained instead of `model` and `lora`. It is not changed; the result holds a new one.
         dataset: rows to train on, a list of dicts or a datasets.Dataset, instead of `data.path`.
         reward_funcs: one function or several, instead of `rewards.functions`.

@@ -2,7 +2,8 @@
 
 The axis legend, used in every signature: B prompts, G completions per prompt, N = B·G rows (row b·G + g is completion g
 of prompt b), P prompt length, C completion length, D width, H query heads, K key/value heads, F feed-forward,
-V vocabulary, L layers.
+V vocabulary, L layers. On a mesh a row shard is one of the `data` × `fsdp` parts that prompts, with all their completions, are
+split into.
 
 `PromptBatch` and `Rollout` hold Python and NumPy values on the host. `TrainBatch`, `Frozen` and `TrainState` are pytrees of arrays.
 Prompts and completions are padded on the right; a completion's first token has position = its prompt's length.

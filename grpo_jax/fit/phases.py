@@ -107,23 +107,24 @@ def update_memory(run: RunShapes, program: Program | None = None) -> MemoryUse:
 def activation_bytes(run: RunShapes) -> int:
     """Returns the bytes per device that the backward pass of a micro-batch saves: forward results that are not its arguments.
 
-    On a mesh each row shard has its part of them. Splitting over `tensor` is not subtracted here: the compiler's sum bounds it.
+    On a mesh each row shard has its share. Splitting over `tensor` is ignored, so the number may be too high; the compiler's total
+    bounds it.
     """
     learner = run.learner
     batch = longest_batch(run.config, run.placement)
     plain = replace(learner, model=learner.model.clone(layout=None))
     split = jax.eval_shape(lambda batch: MicroBatches.of(batch, learner.micro_batch), batch)
     first = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)  # noqa: E731
-    texts = tuple(jax.tree.map(first, (split.prompt_ids, split.prompt_lengths, split.completion_ids)))
+    token_ids = tuple(jax.tree.map(first, (split.prompt_ids, split.prompt_lengths, split.completion_ids)))
 
-    def backward(trainable: Any, texts: Any, frozen: Any) -> Any:
+    def backward(trainable: Any, token_ids: Any, frozen: Any) -> Any:
         def logps(trainable: Any) -> Any:
             variables = plain.policy(trainable, frozen)
-            return plain.logprobs(variables, texts, plain.truncation, head_trainable=plain.full)[0]
+            return plain.logprobs(variables, token_ids, plain.truncation, head_trainable=plain.full)[0]
 
         return jax.vjp(logps, trainable)[1]
 
-    unsharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (run.state.trainable, texts, run.frozen))
+    unsharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (run.state.trainable, token_ids, run.frozen))
     traced = jax.make_jaxpr(backward)(*unsharded).jaxpr
     inputs = {id(variable) for variable in (*traced.invars, *traced.constvars)}
     saved = {id(x): x.aval for x in traced.outvars if id(x) not in inputs and not isinstance(x, Literal)}
@@ -159,15 +160,15 @@ def rollout_memory(run: RunShapes, limit_bytes: int | None, sampler: Sampler | N
     weights, live = decoding_weights(run, sampler, compiled)
     slots, sizes = rollout_sizes(run, None if limit_bytes is None else max(0, limit_bytes - sum(live.values())))
     shards, static = run.row_shards, {"int8": rollout.kv_dtype == "int8"}
-    texts = prompt_shapes(run, shards * sizes.prompt_slots)
-    prompts = compiled.compile(sampler.prefill, (weights, *texts), static, live, results="prefix_kv")
+    token_ids = prompt_shapes(run, shards * sizes.prompt_slots)
+    prompts = compiled.compile(sampler.prefill, (weights, *token_ids), static, live, results="prefix_kv")
     if prompts is None:
-        prompts = prefilled_shapes(run, sampler, weights, texts)
+        prompts = prefilled_shapes(run, sampler, weights, token_ids)
     past_blocks = past_block_shapes(run, sampler, shards * sizes.slots, sizes)
     live |= {"prefix_kv": device_bytes(prompts), "suffix_kv": device_bytes(past_blocks)}
     if not sizes.fixed:
-        # A prompt may be prefilled later, next to everything else. It takes its part of what all prompts took: compiling that
-        # program too would change little.
+        # A refill prefills one prompt while everything else exists. Its memory is estimated as its share of the prefill of all
+        # prompts, instead of compiling that program too.
         later = {
             "prefix_kv": live["prefix_kv"] + live["prefix_kv"] // sizes.prompt_slots,
             "temporaries": compiled.scratch_bytes // sizes.prompt_slots,
@@ -185,7 +186,7 @@ def rollout_memory(run: RunShapes, limit_bytes: int | None, sampler: Sampler | N
 
 
 def decoding_weights(run: RunShapes, sampler: Sampler, compiled: CompiledMemory) -> tuple[Any, dict[str, int]]:
-    """Returns the shapes of the weights that a rollout decodes with, and bytes by component with the new ones among them."""
+    """Returns shapes of the weights that a rollout decodes with, and live bytes by component, which include those weights."""
     model, resident = sampler.model, run.resident
     variables = run.learner.policy(run.state.trainable, run.frozen)
     if model.unroll:
@@ -245,10 +246,10 @@ def prompt_shapes(run: RunShapes, count: int) -> tuple[Any, Any]:
     return run.placement.put(shapes, "prompts")
 
 
-def prefilled_shapes(run: RunShapes, sampler: Sampler, weights: Any, texts: tuple[Any, Any]) -> Any:
+def prefilled_shapes(run: RunShapes, sampler: Sampler, weights: Any, token_ids: tuple[Any, Any]) -> Any:
     """Returns shapes of what prefill computes, for when it could not be compiled."""
     plain, placement = sampler.model.clone(layout=None), run.placement
-    made: Any = jax.eval_shape(lambda *x: prefill(plain, *x, int8=run.config.rollout.kv_dtype == "int8"), weights, *texts)
+    made: Any = jax.eval_shape(lambda *x: prefill(plain, *x, int8=run.config.rollout.kv_dtype == "int8"), weights, *token_ids)
     cache = placement.put(made.cache, "layers", "slots", "kv_heads")
     return made.replace(cache=cache, lengths=placement.put(made.lengths, "prompts"), hidden=placement.put(made.hidden, "prompts"))
 

@@ -1,6 +1,7 @@
 """Computes per-token log-probabilities and entropies of completions, under the policy or the reference, in float32 nats.
 
-`completion_logprobs` uses the model's untruncated distribution, `sampled_logprobs` also the one that completions are drawn from.
+`completion_logprobs` uses the model's untruncated distribution, `truncated_completion_logprobs` also the truncated one that
+completions are drawn from.
 Each prompt is computed once for its G completions. The head and its softmax are one pass over the vocabulary, so no
 [rows, tokens, vocabulary] array exists.
 """
@@ -79,7 +80,7 @@ def completion_logprobs(
     return logps.reshape(n, c), entropy.reshape(n, c)
 
 
-def sampled_logprobs(
+def truncated_completion_logprobs(
     model: Transformer,
     variables: Params,
     prompt_ids: Int[Array, "B P"],

@@ -3,11 +3,11 @@
 The batch is split into micro-batches of b prompts and g of their completions; `lax.scan` sums their gradients. The weights of the
 tokens, and with them every denominator, come from the whole batch, so the result does not depend on the split.
 
-- β = 0: no reference is computed, and a group without advantage adds nothing to `grpo_loss`. Prompts are sorted so that such
-  groups share micro-batches, and a micro-batch of nothing else is skipped. Denominators stay; means of metrics (entropy,
-  clipping, the difference to the sampler) are over the tokens of the other groups. A user's loss is given all groups.
-- One update a batch: the old log-probabilities are the new ones without gradient and cost no forward pass. Several updates: those
-  of the first one are the old ones of all.
+- With β = 0 no reference is computed, and a group whose advantages are all 0 does not change `grpo_loss`. Such groups are sorted
+  last, and a micro-batch that has only such groups is skipped. The loss's denominators still count their tokens; means of metrics
+  (entropy, clipping, the difference to the sampler) do not. With a user's loss nothing is skipped.
+- With one update a batch the old log-probabilities are the new ones without gradient and cost no forward pass. With several
+  updates those of the first update are the old log-probabilities of all.
 - Sampling that truncates the distribution or bans tokens: the policy's log-probabilities are those of the truncated distribution.
   The KL term and the reference use the untruncated one (`loss.py` says why).
 - On a mesh (`Transformer.layout`) each device has its share of the prompts, with whole groups; sums over the batch are over all
@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float
 from grpo_jax.config import Config, ObjectiveConfig
 from grpo_jax.learner.advantages import group_advantages
 from grpo_jax.learner.custom_loss import LossFunction, custom_loss, finish_custom_stats
-from grpo_jax.learner.logprobs import completion_logprobs, sampled_logprobs
+from grpo_jax.learner.logprobs import completion_logprobs, truncated_completion_logprobs
 from grpo_jax.learner.loss import Stats, finish_stats, kl_per_token, kl_reward_penalty, token_weights, total_stats, weighted_loss
 from grpo_jax.learner.metrics import PackedMetrics, batch_metrics, pack
 from grpo_jax.learner.micro_batches import MicroBatches
@@ -127,7 +127,7 @@ class Learner:
     def shardings(self, tree: Any) -> Any:
         """Where weights, adapters, or a state of them live on the mesh.
 
-        An optimiser's array that does not have the shape of its parameter (a factored moment) is whole on every device.
+        An optimiser's array whose shape is no parameter's (a factored moment) is replicated on every device.
         """
         layout = self.model.layout
         assert layout is not None
@@ -136,23 +136,23 @@ class Learner:
             return layout.tree(tree, table)
         shapes = {leaf.shape for leaf in jax.tree.leaves(tree.trainable)}
 
-        def of(leaf: Any) -> Any:
+        def sharded_shape(leaf: Any) -> Any:
             return leaf if leaf.shape in shapes else jax.ShapeDtypeStruct((), leaf.dtype)
 
-        return layout.tree(replace(tree, opt_state=jax.tree.map(of, tree.opt_state)), table)
+        return layout.tree(replace(tree, opt_state=jax.tree.map(sharded_shape, tree.opt_state)), table)
 
     def kl_sums(
-        self, trainable: Params, texts: tuple[Array, Array, Array], mask: Bool[Array, "N C"], frozen: Frozen
+        self, trainable: Params, token_ids: tuple[Array, Array, Array], mask: Bool[Array, "N C"], frozen: Frozen
     ) -> Float[Array, "2"]:
         """Sums k3 from the reference over the tokens of some completions, one of each prompt, and counts the tokens.
 
         Args:
-            texts: prompts [N, P], their lengths [N], completions [N, C].
+            token_ids: prompts [N, P], their lengths [N], completions [N, C].
             mask: True = there is a token.
         """
         options: Any = {"temperature": self.temperature}
-        logps, _ = completion_logprobs(self.model, self.policy(trainable, frozen), *texts, **options)
-        ref_logps, _ = completion_logprobs(self.model, self.reference(frozen), *texts, **options)
+        logps, _ = completion_logprobs(self.model, self.policy(trainable, frozen), *token_ids, **options)
+        ref_logps, _ = completion_logprobs(self.model, self.reference(frozen), *token_ids, **options)
         k3 = jnp.where(mask, kl_per_token(logps, ref_logps, "k3"), jnp.float32(0))
         return jnp.stack([jnp.sum(k3), jnp.sum(mask.astype(jnp.float32))])
 
@@ -163,7 +163,7 @@ class Learner:
     def rate_metrics(self, state: TrainState) -> dict[str, Array]:
         """The learning rate of the next update.
 
-        Of a user's optimiser only where its state tells it (`optax.inject_hyperparams`).
+        For a user's optimiser it is reported only if the state stores it (`optax.inject_hyperparams`).
         """
         if self.learning_rate is not None:
             return {"learning_rate": self.learning_rate(state.step)}
@@ -177,12 +177,13 @@ class Learner:
         if objective.needs_reference:
             split = MicroBatches.of(batch, self.micro_batch, self.model.layout)
             with jax.named_scope("reference"):
-                ref_logps = self.score(self.reference(frozen), split, None)[0]
+                ref_logps = self.fixed_logprobs(self.reference(frozen), split, None)[0]
             rewards = batch.rewards
             if objective.kl_in_reward:
-                old_logps, untruncated = self.score(self.policy(state.trainable, frozen), split, self.truncation)
+                old_logps, untruncated = self.fixed_logprobs(self.policy(state.trainable, frozen), split, self.truncation)
                 own = split.join(old_logps if untruncated is None else untruncated)
-                # All sampled tokens: a truncated completion that is masked out of the loss has its reward in the group's mean.
+                # Also tokens of completions that hit the length limit and are masked out of the loss (mask_truncated): their
+                # rewards still enter the group's mean.
                 sampled = batch.completion_mask
                 if batch.completion_lengths is not None:
                     sampled = jnp.arange(own.shape[1], dtype=jnp.int32)[None, :] < batch.completion_lengths[:, None]
@@ -211,10 +212,10 @@ class Learner:
         return self.placed(state), pack(batch_metrics(unsorted, advantages) | metrics, advantages, self.model.layout)
 
     def advantages(self, rewards: Float[AnyArray, "B G"], valid: Bool[AnyArray, "B G"]) -> Float[Array, "B G"]:
-        """Advantages of a batch's rewards."""
+        """Advantages of a batch: rewards normalised within each prompt's group."""
         objective, layout = self.objective, self.model.layout
 
-        def of(rewards: AnyArray, valid: AnyArray) -> Array:
+        def per_shard(rewards: AnyArray, valid: AnyArray) -> Array:
             return group_advantages(
                 rewards,
                 objective.scale_rewards,
@@ -224,7 +225,7 @@ class Learner:
                 axis_name=None if layout is None else ROW_AXES,
             )
 
-        return local_prompts(of, layout)(rewards, valid)
+        return local_prompts(per_shard, layout)(rewards, valid)
 
     def sorted(self, batch: TrainBatch, advantages: Float[Array, "B G"]) -> tuple[TrainBatch, Float[Array, "B G"]]:
         """The batch and its advantages with the groups without advantage last; on a mesh among the prompts of each row shard."""
@@ -238,9 +239,9 @@ class Learner:
     def iterate(
         self, state: TrainState, split: MicroBatches, known: dict[str, Any], old_logps: Array | None, frozen: Frozen
     ) -> tuple[TrainState, dict[str, Array]]:
-        """Makes several updates on one batch; the log-probabilities of the first are the old ones of all.
+        """Makes several updates on one batch. Log-probabilities of the first update are the old log-probabilities of all.
 
-        Metrics are the last one's.
+        The metrics are those of the last update.
         """
         start = jnp.zeros(split.completion_ids.shape, jnp.float32) if old_logps is None else old_logps
 
@@ -257,19 +258,26 @@ class Learner:
     def logprobs(
         self, variables: Params, rows: tuple[Array, Array, Array], truncation: Truncation | None, head_trainable: bool
     ) -> tuple[Float[Array, "n C"], Float[Array, "n C"] | None, Float[Array, "n C"]]:
-        """Log-probabilities of (prompts, lengths, completions): truncated, untruncated (None.
+        """Computes log-probabilities of completions and the entropy of the full distribution.
 
-        The same), and the untruncated entropy.
+        Args:
+            rows: prompts [b, P], their lengths [b], completions [n, C].
+            truncation: what sampling does to the distribution; None: nothing.
+
+        Returns:
+            Log-probabilities under the truncated distribution; under the full one (None: the same); the entropy.
         """
         if truncation is None:
             logps, entropy = completion_logprobs(self.model, variables, *rows, self.temperature, head_trainable=head_trainable)
             return logps, None, entropy
-        return sampled_logprobs(self.model, variables, *rows, truncation, self.temperature, head_trainable=head_trainable)
+        return truncated_completion_logprobs(
+            self.model, variables, *rows, truncation, self.temperature, head_trainable=head_trainable
+        )
 
-    def score(
+    def fixed_logprobs(
         self, variables: Params, split: MicroBatches, truncation: Truncation | None
     ) -> tuple[Float[Array, "M n C"], Float[Array, "M n C"] | None]:
-        """Truncated and untruncated (None: the same) log-probabilities without gradient, micro-batch by micro-batch."""
+        """Log-probabilities under the truncated and the full distribution (None: the same), without gradient."""
 
         def one(rows: tuple[Array, Array, Array]) -> tuple[Array, Array | None]:
             return self.logprobs(variables, rows, truncation, head_trainable=False)[:2]
@@ -308,9 +316,9 @@ class Learner:
 
         def loss_of(trainable: Params, part: tuple[MicroBatches, dict[str, Any]]) -> tuple[Array, tuple[Array, dict[str, Array]]]:
             rows, given = part
-            texts = (rows.prompt_ids, rows.prompt_lengths, rows.completion_ids)
+            token_ids = (rows.prompt_ids, rows.prompt_lengths, rows.completion_ids)
             logps, untruncated, entropy = self.logprobs(
-                self.policy(trainable, frozen), texts, self.truncation, head_trainable=self.full
+                self.policy(trainable, frozen), token_ids, self.truncation, head_trainable=self.full
             )
             old = given["old_logps"]
             if "first" in given:
@@ -358,7 +366,7 @@ class Learner:
 
 
 def local_prompts(function: Callable[..., Any], layout: Layout | None) -> Callable[..., Any]:
-    """A function of two arguments whose first axis is prompts; on a mesh, of each row shard's prompts."""
+    """Applies a function of two arrays [B, ...] to the prompts of each row shard; without a mesh to all prompts."""
     if layout is None:
         return function
     rows = layout.spec("prompts")

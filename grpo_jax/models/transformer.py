@@ -91,7 +91,7 @@ class Transformer(nn.Module):
         return x if select is None else select(x), cache, outputs
 
     def block(self, kind: Any, attend: Attend, name: str) -> Any:
-        """One layer, or a transformed one."""
+        """Instantiates `Block`, or `Block` under scan or remat."""
         return kind(self.spec, attend, self.lora_scale, self.implementation, self.layout, name=name)
 
     def run_scanned(self, x: Array, rope: Any, attend: Attend, cache: Any, per_layer: Any) -> tuple[Array, Any, Any]:
@@ -120,16 +120,16 @@ class Transformer(nn.Module):
     def run_unrolled(
         self, x: Array, rope: Any, attend: Attend, cache: Any, per_layer: Any, select: SelectTokens | None
     ) -> tuple[Array, tuple[Any, ...], tuple[Any, ...]]:
-        """The layers one after the other. Of tokens that are not selected the last layer computes keys and values only.
+        """Runs the layers in a Python loop. In the last layer, tokens that are not in `select` give only keys and values.
 
-        On a CPU a scan copies the stacked weights at every layer, and in training everything that the backward pass needs.
+        For CPUs, where a scan copies each layer's weights and, in training, its saved activations.
         """
         spec = self.spec
         caches, outputs = [], []
         for number in range(spec.layers):
             window = spec.windows[number]
             layer = {
-                "number": jnp.int32(0),  # a cache of one layer has no axis of layers
+                "number": jnp.int32(0),  # each layer has a cache of its own, in which its index is 0
                 "window": jnp.int32(NO_WINDOW if window is None else window),
                 "rope": spec.rope_of_layer[number],
                 "per_layer": None if per_layer is None else per_layer[number],
@@ -155,7 +155,7 @@ def split_layers(variables: Params) -> Params:
 
     def split(layers: Params) -> list[Params]:
         leaves, tree = jax.tree.flatten(layers)
-        # The transpose of a split is one concatenation, that of indexing a sum of padded arrays.
+        # Split, not indexed: the gradient of a split is one concatenation, that of indexing a sum of L padded arrays.
         parts = [[jnp.squeeze(part, 0) for part in jnp.split(leaf, leaf.shape[0])] for leaf in leaves]
         return [jax.tree.unflatten(tree, own) for own in zip(*parts, strict=True)]
 

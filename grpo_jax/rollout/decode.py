@@ -32,9 +32,10 @@ __all__ = ["SegmentTokens", "SlotState", "decode_segment", "gpu_options"]
 def gpu_options(quantization: str) -> dict[str, Any]:
     """Returns XLA options with which every token reads weights, keys and values in place, without copies.
 
-    By default XLA merges products of one input, and for that copies weights, or keys and values, into one array. Its own kernels
-    for products (Triton) copy a layer's part of stacked arrays, while cuBLAS, from jax 0.11.2 on, gets the address. With int8
-    weights the opposite holds: Triton's kernels read int8, and for cuBLAS the weights are written out in bfloat16.
+    By default XLA merges matrix products that share an input, and for that copies weights, or keys and values, into one array: a
+    threshold of 0 turns that off. Of layers that are stacked in one array Triton's kernels copy a layer, while cuBLAS, from jax
+    0.11.2 on, reads it in place: Triton is turned off. With int8 weights it stays on, as it reads int8, while for cuBLAS the
+    weights are written out in bfloat16.
 
     Args:
         quantization: of the model's weights.
@@ -51,7 +52,7 @@ class SlotState:
         prompts, completions: indices that are part of the random numbers.
         prompt_slots: the prompt slot that stores the slot's prompt.
         slot_indices: the slot's column in that prompt slot's row of the table.
-        base: tokens whose keys and values are in the past: all but the last one.
+        base: number of the completion's tokens that the KV cache holds: all but the last one.
         last: the last token; any value where the slot begins.
         limits: tokens after which the completion ends.
         live: True = the slot decodes a completion.
@@ -74,18 +75,19 @@ class SegmentTokens:
     """The tokens of a segment; T = its length + 1.
 
     Attributes:
-        ids, logps: column 0 is the first token of a slot that begins; 0 where a slot had stopped.
+        ids, logps: column 0 is the first token of a slot that begins. For a slot that continues it repeats the last token, with
+            log-probability 0. Columns from `ends` on are not used.
         ends: the first column without a token.
         stopped: True = a stop token ended the completion.
-        close: number of near-ties among the tokens.
-        done: True = the slot has stopped, or never decoded.
+        near_ties: number of tokens in whose place rounding could have chosen another one.
+        done: True = the slot needs no more tokens: a stop token, the length limit, or no completion.
     """
 
     ids: Int[Array, "S T"]
     logps: Float[Array, "S T"]
     ends: Int[Array, "S"]
     stopped: Bool[Array, "S"]
-    close: Int[Array, "S"]
+    near_ties: Int[Array, "S"]
     done: Bool[Array, "S"]
 
 
@@ -151,7 +153,7 @@ def empty_tokens(slots: SlotState, length: int) -> SegmentTokens:
         logps=jnp.zeros((s, length + 1), jnp.float32),
         ends=jnp.ones((s,), jnp.int32),
         stopped=jnp.zeros((s,), bool),
-        close=jnp.zeros((s,), jnp.int32),
+        near_ties=jnp.zeros((s,), jnp.int32),
         done=~slots.live,
     )
 
@@ -169,7 +171,7 @@ def record_tokens(
         logps=jax.lax.dynamic_update_slice(tokens.logps, jnp.where(live, logps, jnp.float32(0))[:, None], at),
         ends=jnp.where(live, column + 1, tokens.ends),
         stopped=tokens.stopped | stop,
-        close=tokens.close + (close & live).astype(jnp.int32),
+        near_ties=tokens.near_ties + (close & live).astype(jnp.int32),
         done=tokens.done | (live & (stop | (slots.base + column + 1 >= slots.limits))),
     )
 
@@ -230,7 +232,7 @@ def decode_segment(
     first_tokens = jax.lax.cond(jnp.any(slots.begins), begin, lambda: tokens)
     int8 = (prompts.cache[0] if unroll else prompts.cache).k_scale is not None
     segment_cache = empty_past_block(model.spec, model.dtype, s, length, int8=int8, unroll=unroll, layout=layout)
-    # Unrolled, on a CPU, without the leading axis: a reshape between the write in place and the product that reads it would copy.
+    # When unrolled (CPU) the layer axis is dropped: a reshape between the write in place and the matrix product would copy.
     segment_cache = jax.tree.map(lambda x: x[0], segment_cache) if unroll else segment_cache
     state = DecodeState(zero, segment_cache, first_tokens)
     state = jax.lax.while_loop(lambda x: (x.step < length) & ~jnp.all(x.tokens.done), body, state)

@@ -77,7 +77,7 @@ class Sampler:
             model: the decoder.
             stop_ids: every id that ends a completion.
             decode_text: turns ids into text; needed for stop strings.
-            announce: entered around each compilation.
+            announce: a context manager around each compilation, which shows progress.
             quantization: of the model's weights.
         """
         options, layout = gpu_options(quantization) if platform() == "gpu" else {}, model.layout
@@ -129,8 +129,7 @@ class Sampler:
             variables: {"params": ..., "lora": ...}.
             prompt_ids: B lists of ids, none empty.
             rollout: the settings.
-            seed: part of every random number.
-            step: part of every random number.
+            seed, step: parts of the key of every random number.
             indices: B prompt indices, part of the random numbers; None = 0, 1, ...
             limits: B·G maximum lengths in tokens; None = `rollout.max_completion_length` for all.
             on_segment: called with all completions after each segment.
@@ -142,7 +141,10 @@ class Sampler:
             ConfigError: stop strings without a tokenizer, or `rollout.slots` that the row shards of the mesh do not divide.
         """
         if rollout.stop and self.decode_text is None:
-            raise ConfigError(f"rollout.stop: {rollout.stop}; the model folder has no tokenizer, so no text can be looked for")
+            raise ConfigError(
+                f"rollout.stop: {rollout.stop}; stop strings need a tokenizer, and the model folder has none: remove them, or add "
+                "the tokenizer's files"
+            )
         b, g, layout = len(prompt_ids), rollout.num_generations, self.model.layout
         shards, tensor = (1, 1) if layout is None else (layout.rows, layout.tensor)
         check_slots(rollout.slots, shards)
@@ -172,7 +174,7 @@ class Sampler:
         )
 
     def round_up_slots(self, slots: int) -> int:
-        """Returns the next number of slots that the row shards of the mesh divide."""
+        """Rounds a number of slots up to a multiple of the number of row shards."""
         shards = 1 if self.model.layout is None else self.model.layout.rows
         return -(-slots // shards) * shards
 
@@ -239,7 +241,7 @@ class RolloutLoop:
                 written = sampler.write_segment(tuple(past_blocks[:needed]), segment_cache, slots.base, together=sizes.fixed)
                 past_blocks[:needed] = written
             tokens: SegmentTokens = jax.device_get(out) if self.layout is None else self.layout.get(out)
-            near_ties += int(tokens.close.sum())
+            near_ties += int(tokens.near_ties.sum())
             schedule.end(self.record(schedule, tokens))
             if self.on_segment is not None:
                 self.on_segment(self.rows)
@@ -262,11 +264,11 @@ class RolloutLoop:
         return empty_past_block(model.spec, model.dtype, slots, tokens, int8=self.int8, unroll=model.unroll)
 
     def prefill(self, weights: Params, numbers: Sequence[int | None]) -> PrefilledPrompts:
-        """Computes prompts by number; None computes a placeholder of one token."""
+        """Prefills prompts by number; None prefills a placeholder of one token."""
         ids = [[0] if number is None else self.prompt_ids[number] for number in numbers]
         lengths = np.array([len(own) for own in ids], np.int32)
-        table, lengths = self.put((pad_rows(ids, self.sizes.prompt), lengths), "prompts")
-        return self.sampler.prefill(weights, table, lengths, int8=self.int8)
+        padded, lengths = self.put((pad_rows(ids, self.sizes.prompt), lengths), "prompts")
+        return self.sampler.prefill(weights, padded, lengths, int8=self.int8)
 
     def slot_state(self, schedule: ShardedSchedule, begun: list[int]) -> tuple[SlotState, int, int]:
         """Returns the schedule as device arrays, and the most tokens in any slot's past before and after this segment.
@@ -282,6 +284,7 @@ class RolloutLoop:
         base = np.array([max(0, len(own) - 1) for own in ids])
         last = np.array([own[-1] if own else 0 for own in ids])
         if self.sizes.fixed:
+            # All completions begin together: live slots have the same length, and what free slots have is not read.
             base[:] = base[live].max()
             prompt_slots = np.arange(s) % self.sizes.slots // self.sizes.slots_per_prompt
         else:

@@ -1,7 +1,7 @@
-"""Callbacks: what happens next to training. Subclass `Callback`; display, records and trackers are callbacks themselves.
+"""Callbacks: hooks that run during training. Records, display and trackers are callbacks too.
 
-This is the one class of the package that is made for inheritance: every method does nothing, and a subclass overrides what it
-    needs.
+`Callback` is the one class of the package that is made for inheritance: its methods do nothing, and a subclass overrides those
+that it needs.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class StepCompletions:
     finish_reasons: list[Any]
 
 
-MOST_COMPILATIONS = 16
+MAX_COMPILATIONS = 16
 """Compilations of one program that a run makes without a warning."""
 
 
@@ -102,7 +102,7 @@ class DisplayCallback(Callback):
 
 
 class CompilationsCallback(Callback):
-    """Warns once of every program that is compiled more than `MOST_COMPILATIONS` times.
+    """Warns once of every program that is compiled more than `MAX_COMPILATIONS` times.
 
     `chex.assert_max_traces` bounds compilations in the tests. Here it would not serve: it raises, and it counts all trainers of a
     process together.
@@ -113,11 +113,11 @@ class CompilationsCallback(Callback):
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any], completions: StepCompletions | None) -> None:
         for program in trainer.programs:
-            if program.compilations > MOST_COMPILATIONS and id(program) not in self.warned:
+            if program.compilations > MAX_COMPILATIONS and id(program) not in self.warned:
                 self.warned.add(id(program))
                 self.display.warning(
-                    f"{program.name} was compiled {program.compilations} times so far: prompts and completions have many "
-                    "lengths. A smaller rollout.max_prompt_length and max_completion_length give fewer"
+                    f"{program.name} was compiled {program.compilations} times so far: its lengths vary from step "
+                    "to step. Lower rollout.max_prompt_length or rollout.max_completion_length to compile less"
                 )
 
 

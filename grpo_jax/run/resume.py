@@ -24,11 +24,10 @@ FREE_ON_RESUME = (
     "train.run_dir",
     "train.save_every",
     "train.show_every",
-    "train.steps",
     "train.track",
 )
-"""Settings that may change on resume, because a step's result does not depend on them but for rounding: an interrupted run can
-continue with less memory. `train.steps` may not change where the learning rate's schedule ends with it."""
+"""Settings that may change on resume: memory, speed, logging and limits of reward failures. A step's result is the same up to
+rounding, so a run that was out of memory can continue with less."""
 
 FREE_SECTIONS = ("mesh", "distributed")
 """Sections that may change on resume: a run can continue on other devices."""
@@ -68,6 +67,8 @@ def check_run_folder(run_dir: str | Path, config: Config, *, resume: bool) -> No
 
 def may_change(line: str, config: Config) -> bool:
     """Whether a setting may differ on resume.
+
+    `train.steps` may where the learning rate is constant; other schedules end with it.
 
     Args:
         line: of `difference`, such as "train.steps: 10 -> 20".

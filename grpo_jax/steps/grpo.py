@@ -1,4 +1,4 @@
-"""A GRPO step, statement by statement: prompts, completions, rewards, update. It stays the same object from step to step."""
+"""A GRPO step, statement by statement: prompts, completions, rewards, update. Built once a run; `run` makes a step."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from grpo_jax.steps.setup import placed_policy, read_tokenizer
 from grpo_jax.types import Frozen, Params, PromptBatch, TrainState
 
 TRUNCATED_LINE = (
-    "log-probabilities: truncated as sampling is (top_p, top_k, min_p), so the update computes logits again in its backward pass "
-    "instead of saving one vector a token; objective.match_sampling false uses the untruncated distribution, without that cost"
+    "log-probabilities use the truncated distribution that tokens are sampled from (top_p, top_k, min_p); the backward pass of the "
+    "update then computes logits again and is slower. objective.match_sampling: false uses the full distribution"
 )
 
 
@@ -100,7 +100,7 @@ class GrpoStep:
         optimizer: optax.GradientTransformation | None = None,
         loss_fn: LossFunction | None = None,
     ) -> GrpoStep:
-        """Builds the step from what has been read and checked. Compiles nothing, but for `train.micro_batch_prompts: auto`."""
+        """Builds the step from what has been read and checked. Compiles nothing, except with `train.micro_batch_prompts: auto`."""
         base = {} if policy.adapters is None else policy.params
         frozen = Frozen(base, reference_of(policy, config))
         make_learner = functools.partial(grpo_learner, optimizer=optimizer, loss_fn=loss_fn)
@@ -112,9 +112,9 @@ class GrpoStep:
         micro_batch = micro_batch_of(config, policy)
         learner, remat = make_learner(config, policy, micro_batch)
         if remat != config.model.remat:
-            display.note(f"model.remat: {config.model.remat} is {remat} here")
+            display.note(f"model.remat: {config.model.remat} resolved to {remat}")
         if config.train.micro_batch_prompts is None and micro_batch[0] < config.train.prompts_per_step:
-            display.note(f"train.micro_batch_prompts: {micro_batch[0]} at once, as many as a processor's cache serves well")
+            display.note(f"train.micro_batch_prompts: {micro_batch[0]} at once, a size for a processor's cache")
         if learner.truncation is not None and learner.truncation.truncates:
             display.note(TRUNCATED_LINE)
         sampler = sampler_of(policy).announcing(display.compiling)
@@ -128,9 +128,11 @@ class GrpoStep:
 
     @property
     def problems(self) -> int:
+        """Number of held-out prompts."""
         return len(self.source.held_out) if isinstance(self.source, PromptSource) else 0
 
     def run(self, state: TrainState, number: int) -> StepResult:
+        """Makes step `number`, counted from 0: samples, scores, updates. The memory of `state` is reused."""
         config = self.config
         clock = Clock(self.programs)
         prompts = self.source.batch(number)
@@ -172,6 +174,7 @@ class GrpoStep:
         return state, metrics, completions
 
     def evaluate(self, state: TrainState) -> dict[str, Any] | None:
+        """Evaluates the held-out prompts, greedily; None where nothing is held out."""
         if not isinstance(self.source, PromptSource):
             return None
         variables, tokenizer = self.learner.policy(state.trainable, self.frozen), self.policy.need_tokenizer()
@@ -191,15 +194,17 @@ class GrpoStep:
         rollout = self.sampler.sample(variables, batch.prompt_ids, settings, seed=config.train.seed, indices=batch.indices)
         rows = min(self.sampler.round_up_slots(problems), self.learner.micro_batch[0] * self.learner.micro_batch[1])
         sums = np.zeros(2)
-        for texts, mask in text_batches(batch.prompt_ids, rollout.completion_ids, rows, self.policy.layout):
-            sums += self.policy.on_host(self.kl(state.trainable, texts, mask, self.frozen))
+        for token_ids, mask in text_batches(batch.prompt_ids, rollout.completion_ids, rows, self.policy.layout):
+            sums += self.policy.on_host(self.kl(state.trainable, token_ids, mask, self.frozen))
         return float(sums[0] / sums[1])
 
 
 def reference_of(policy: Policy, config: Config) -> Params | None:
-    """What turns the base into the reference: nothing, the adapter that training starts from, or in full training the old weights.
+    """Returns the reference's own parameters.
 
-    They are the policy's own arrays, no copies: only the state is donated, and it begins as a copy.
+    {} is the base alone (a new adapter, whose B is 0). Otherwise they are the adapter that training starts from or, in full
+    training, the weights before it; None where no KL is computed. They are the policy's arrays and not copied: only the train
+    state is donated, and it begins as a copy.
     """
     if policy.adapters is None:
         return policy.params if config.objective.needs_reference or config.train.eval_kl else None

@@ -5,9 +5,11 @@ Talks to a model, through its chat template where it has one, and prints the tex
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from grpo_jax.config import ConfigError, DataConfig, RolloutConfig
 from grpo_jax.policy import Completion, Policy
@@ -27,7 +29,7 @@ class GenerateOptions:
         prompts: Texts of the user.
         rollout: Settings of sampling.
         model: Model folder or hub id; None takes the run.
-        run: Run folder, whose newest checkpoint and data settings are used.
+        run: Run folder. Its newest checkpoint is used, and its prompts' form: plain texts, or conversations with its system prompt.
         adapter: PEFT adapter of the model, a folder or a hub id.
         dtype: As `model.dtype`.
         system: System message; None takes that of the run, if there is one.
@@ -61,6 +63,8 @@ def generate(options: GenerateOptions, write: Callable[[str], None] | None = Non
     if options.run is not None:
         config, policy = load_run(options.run)
         data = config.data
+        if data.chat_template is None and data.system_prompt is None and had_plain_prompts(Path(options.run)):
+            data = replace(data, chat_template=False)
     else:
         assert options.model is not None
         policy = Policy.from_pretrained(options.model, adapter=options.adapter, dtype=options.dtype)
@@ -85,16 +89,29 @@ def generate(options: GenerateOptions, write: Callable[[str], None] | None = Non
 
 
 def as_prompt(text: str, options: GenerateOptions, data: DataConfig, policy: Policy) -> Prompt:
-    """A user's text as the model expects it: a conversation where there is a chat template, unless `--raw`."""
+    """A user's text as the model expects it: a conversation where there is a chat template, unless `--raw`.
+
+    With `data.chat_template: false` and without `--system` it stays plain text.
+    """
     system = options.system if options.system is not None else data.system_prompt
     templated = policy.need_tokenizer().has_chat_template
-    if options.raw or not templated or data.chat_template is False:
+    if options.raw or not templated or (data.chat_template is False and options.system is None):
         if options.system is not None:
             why = "--raw leaves the template out" if options.raw else "the model has no chat template"
             raise ConfigError(f"--system: {options.system!r} needs a chat template, and {why}; leave --system out")
         return text
     start = [] if system is None else [{"role": "system", "content": system}]
     return [*start, {"role": "user", "content": text}]
+
+
+def had_plain_prompts(run_dir: Path) -> bool:
+    """Whether a run was trained on plain texts, by its first recorded prompt; False where nothing is recorded."""
+    file = run_dir / "completions.jsonl"
+    if not file.is_file():
+        return False
+    with file.open(encoding="utf-8") as lines:
+        first = lines.readline()
+    return bool(first.strip()) and isinstance(json.loads(first)["prompt"], str)
 
 
 class Printer:

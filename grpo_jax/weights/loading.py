@@ -76,7 +76,7 @@ def sharding_of(layout: Layout, path: tuple[str, ...], p: ParamSpec) -> NamedSha
 
 
 def load_array(files: TensorFiles, source: TensorSource, shape: tuple[int, ...], sharding: Sharding, dtype: Any) -> Array:
-    """Loads a parameter at once."""
+    """Loads a parameter that is not stacked."""
     read = shared_reads(shape, lambda index: read_slice(files, source, index, dtype))
     # Waiting for each parameter: reading ahead of the transfers would collect the whole model on the host.
     return jax.make_array_from_callback(shape, sharding, read).block_until_ready()
@@ -134,8 +134,8 @@ def load_quantized_sharded(
 ) -> QuantizedWeight:
     """Loads and quantises a stack on a mesh, layer by layer.
 
-    Each device quantises its own part. Where a scale's group of inputs spans several devices, XLA takes the largest value over
-    all of them, so the result is that of one device.
+    Each device quantises its own part. If a scale's group of inputs is split over devices, XLA takes the maximum across them, so
+    the result is the same as on one device.
     """
     shardings = layout.quantized(shapes, axes)
     stack: Any = jax.tree.map(lambda leaf, sharding: device_zeros(leaf.shape, leaf.dtype, sharding), shapes, shardings)

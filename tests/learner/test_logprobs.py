@@ -13,7 +13,7 @@ import pytest
 from plain_oracles import LORA, STOPS, array_sizes, golden_config, log_softmax, plain_model, quick_compiling, tiny_policy
 
 from goldens.folders import FAMILIES
-from grpo_jax.learner.logprobs import completion_logprobs, sampled_logprobs
+from grpo_jax.learner.logprobs import completion_logprobs, truncated_completion_logprobs
 from grpo_jax.learner.truncated import Truncation
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.spec import abstract_params
@@ -191,7 +191,7 @@ def test_the_trainer_has_the_log_probabilities_that_the_sampler_returned(family:
         table[number, : len(row.ids)], theirs[number, : len(row.ids)] = row.ids, row.logprobs
     mask = np.arange(C)[None, :] < np.array([len(row.ids) for row in rows])[:, None]
     padded = np.array([row + [0] * (P - len(row)) for row in prompts], np.int32)
-    run = jax.jit(lambda v, p, n, c: sampled_logprobs(policy.model, v, p, n, c, truncation, 0.7))
+    run = jax.jit(lambda v, p, n, c: truncated_completion_logprobs(policy.model, v, p, n, c, truncation, 0.7))
     logps, untruncated, entropy = run(policy.variables, padded, PROMPT_LENGTHS, table)
     assert np.abs(np.asarray(logps) - theirs)[mask].max() < 1e-4
     plain, plain_entropy = scored(family, padded, table, 0.7)
@@ -214,7 +214,7 @@ def test_there_is_never_an_array_of_rows_by_tokens_by_vocabulary(trainable: bool
         variables = {"params": params}
         if truncation is None:
             return jnp.sum(completion_logprobs(model, variables, prompts, lengths, completions, head_trainable=trainable)[0])
-        logps, untruncated, _ = sampled_logprobs(
+        logps, untruncated, _ = truncated_completion_logprobs(
             model, variables, prompts, lengths, completions, truncation, head_trainable=trainable
         )
         return jnp.sum(logps + untruncated)

@@ -125,7 +125,7 @@ def test_an_optimiser_and_a_loss_of_the_users_own_train_and_their_run_is_read_ba
 
 
 def test_many_compilations_and_arrays_that_are_not_finite_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(callbacks, "MOST_COMPILATIONS", 0)
+    monkeypatch.setattr(callbacks, "MAX_COMPILATIONS", 0)
     done = run(config_of(tmp_path / "warned"))
     assert done.printed.count("warning: update was compiled 1 times so far") == 1
     with pytest.raises(FloatingPointError, match="after step 1 the trained arrays are not finite"):

@@ -52,10 +52,15 @@ def test_a_chat_model_is_talked_to_through_its_template_unless_raw(tmp_path: Pat
 
 
 def test_a_run_is_talked_to_as_it_was_trained(tmp_path: Path) -> None:
+    """The tiny run's prompts are plain texts. Where they are not recorded, a chat model is talked to through its template."""
     done = run(config_of(tmp_path / "run", train={"steps": 1}))
-    policy = done.result.policy
-    expected = policy.generate([[{"role": "user", "content": "1+1="}]], max_completion_length=20, temperature=0.0)[0][0].text
-    assert f"--- 1 of 1\n{safe_text(expected)}\n" in printed(options(model=None, run=str(tmp_path / "run")))
+    user, policy = [{"role": "user", "content": "1+1="}], done.result.policy
+    plain, chat = (policy.generate([prompt], max_completion_length=20, temperature=0.0)[0][0].text for prompt in ("1+1=", user))
+    assert plain != chat
+    saved = options(model=None, run=str(tmp_path / "run"))
+    assert f"--- 1 of 1\n{safe_text(plain)}\n" in printed(saved)
+    (tmp_path / "run" / "completions.jsonl").unlink()
+    assert f"--- 1 of 1\n{safe_text(chat)}\n" in printed(saved)
     data = DataConfig(system_prompt="Add.", chat_template=None)
     assert as_prompt("2", options(), data, policy)[0] == {"role": "system", "content": "Add."}
     assert as_prompt("2", options(), replace(data, system_prompt=None, chat_template=False), policy) == "2"

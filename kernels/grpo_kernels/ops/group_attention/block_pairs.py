@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 PAIR_BITS = 15
-MOST_PAIRS = 2**16
+MAX_PAIRS = 2**16
 """Most pairs in one list, which is in a TPU's scalar memory: 256 KiB of about 1 MiB."""
 
 EVERYWHERE = 2**30
@@ -131,7 +131,7 @@ def candidates(blocks: GroupBlocks) -> tuple[np.ndarray, np.ndarray]:
     return queries[order], keys[order]
 
 
-def most_pairs(blocks: GroupBlocks) -> int:
+def max_pairs(blocks: GroupBlocks) -> int:
     """Returns the most pairs that one prompt and its completions can have."""
     return candidates(blocks)[0].size
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from grpo_kernels.ops.group_attention.block_pairs import MOST_PAIRS, PAIR_BITS, GroupBlocks, most_pairs
+from grpo_kernels.ops.group_attention.block_pairs import MAX_PAIRS, PAIR_BITS, GroupBlocks, max_pairs
 from grpo_kernels.target import platform
 
 ROWS = 1024
@@ -87,4 +87,4 @@ def choose_block_sizes(
     keys = sizes[0] if sizes else 128
     fitting = [size for size in (512, 256, 128) if size * queries <= ROWS]
     blocks = GroupBlocks(prompt, completion, generations, min(fitting[0] if fitting else 128, keys), keys)
-    return BlockSizes(blocks.q_block, blocks.k_block, min(MOST_PAIRS // most_pairs(blocks), 2**PAIR_BITS // blocks.q_blocks))
+    return BlockSizes(blocks.q_block, blocks.k_block, min(MAX_PAIRS // max_pairs(blocks), 2**PAIR_BITS // blocks.q_blocks))

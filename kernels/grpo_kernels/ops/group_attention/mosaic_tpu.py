@@ -1,10 +1,12 @@
-"""`group_attention` on a TPU: three Pallas kernels over the pairs of blocks that see each other; `block_pairs.py` lists them.
+"""`group_attention` on a TPU: three Pallas kernels over pairs of a query block and a key block.
+
+`block_pairs.py` lists the pairs in which any query sees any key.
 
 Forward and backward are FlashAttention-2's (https://arxiv.org/abs/2307.08691, algorithms 1 and 2), with one pass for dq and one
-for dk and dv, so that nothing is stored per pair. The R heads that share a key's head make R times as many queries of a block.
+for dk and dv, so that nothing is stored per pair. The R query heads of a key/value head are stacked into one block.
 A key's gradient sums over those and over all queries that see it: for the prompt's keys, the queries of all completions.
 
-Scores are laid out as [keys, queries]: statistics of a query are then rows, and reductions do not cross columns.
+Scores are [keys, queries]: the maximum and the sum of a query run over sublanes, and its statistics lie along lanes.
 """
 
 from __future__ import annotations
@@ -22,13 +24,13 @@ from jaxtyping import Array, Float, Int
 
 from grpo_kernels.numerics import EMPTY_MAX, MASK_VALUE, einsum_float32, in_window, soft_cap_and_slope
 from grpo_kernels.ops.group_attention.block_pairs import (
-    MOST_PAIRS,
+    MAX_PAIRS,
     PAIR_BITS,
     BlockPairs,
     GroupBlocks,
     from_blocks,
     list_block_pairs,
-    most_pairs,
+    max_pairs,
     to_blocks,
 )
 from grpo_kernels.ops.group_attention.block_sizes import BlockSizes
@@ -94,31 +96,31 @@ def forward_kernel(*refs: Any, blocks: GroupBlocks, softcap: float | None) -> No
         refs: `PREFETCHED` scalars, q [R·block, Dh], k, v [block, Dh]; out, lse [1, R·block]; then scratch: Σ p v
             as [Dh, queries], the largest score and Σ p of each query.
     """
-    *listed, window, q, k, v, out, lse, mixed, top, total = refs
+    *listed, window, q, k, v, out, lse, acc, row_max, row_sum = refs
     pairs = listed[0]
 
     @pl.when(is_first(pairs))
     def _() -> None:
-        mixed[...] = jnp.zeros_like(mixed)
-        total[...] = jnp.zeros_like(total)
-        top[...] = jnp.full_like(top, EMPTY_MAX)
+        acc[...] = jnp.zeros_like(acc)
+        row_sum[...] = jnp.zeros_like(row_sum)
+        row_max[...] = jnp.full_like(row_max, EMPTY_MAX)
 
     def step(mask: Callable[[Array], Array]) -> None:
         scores = mask(capped_scores(k[0, 0], rows_of(q), softcap)[0])
-        before = top[...]
-        now = jnp.maximum(before, jnp.max(scores, axis=0, keepdims=True))
-        weights, fade = jnp.exp(scores - now), jnp.exp(before - now)
-        top[...] = now
-        total[...] = total[...] * fade + jnp.sum(weights, axis=0, keepdims=True)
-        mixed[...] = mixed[...] * fade + einsum_float32("kd,kq->dq", v[0, 0], weights.astype(v.dtype))
+        old_max = row_max[...]
+        new_max = jnp.maximum(old_max, jnp.max(scores, axis=0, keepdims=True))
+        weights, alpha = jnp.exp(scores - new_max), jnp.exp(old_max - new_max)
+        row_max[...] = new_max
+        row_sum[...] = row_sum[...] * alpha + jnp.sum(weights, axis=0, keepdims=True)
+        acc[...] = acc[...] * alpha + einsum_float32("kd,kq->dq", v[0, 0], weights.astype(v.dtype))
 
     on_pair(listed, window[0], blocks, False, step)
 
     @pl.when(is_last(pairs))
     def _() -> None:
-        safe = jnp.where(total[...] > 0, total[...], jnp.float32(1))
-        out[0, 0] = (mixed[...] / safe).T.astype(out.dtype).reshape(out.shape[2:])
-        lse[0, 0, 0] = top[...] + jnp.log(safe)
+        safe = jnp.where(row_sum[...] > 0, row_sum[...], jnp.float32(1))
+        out[0, 0] = (acc[...] / safe).T.astype(out.dtype).reshape(out.shape[2:])
+        lse[0, 0, 0] = row_max[...] + jnp.log(safe)
 
 
 def score_gradients(refs: Any, mask: Callable[[Array], Array], softcap: float | None) -> tuple[Array, Array]:
@@ -186,7 +188,7 @@ def run(
     softcap: float | None,
     in_place: bool = False,
 ) -> Any:
-    """Calls a kernel over (heads of keys, pairs).
+    """Launches a kernel on a grid of (key/value heads, pairs).
 
     Args:
         arrays: by kind: q, d_out [B, K, R, T, Dh]; k, v [B, K, T, Dh]; lse, delta [B, K, blocks, 1, R · block].
@@ -314,7 +316,7 @@ def group_attention_mosaic_tpu(
     if sizes.prompts == 0:
         raise ValueError(
             f"group_attention: prompt_width {prompt_width} and {generations} completions of {each} tokens make "
-            f"{most_pairs(blocks)} pairs of blocks, more than {MOST_PAIRS}; split the group over micro-batches"
+            f"{max_pairs(blocks)} pairs of blocks, more than {MAX_PAIRS}; lower train.micro_batch_completions or the lengths"
         )
     size = sizes.prompts_at_once(b)
     if size == b:

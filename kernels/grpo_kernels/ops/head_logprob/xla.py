@@ -19,7 +19,7 @@ from grpo_kernels.ops.head_logprob.online_softmax import OnlineSoftmax, has_row,
 
 
 def equal_parts(size: int, most: int, multiple: int) -> tuple[int, int]:
-    """The number of parts and their common size, a multiple; the last part may overlap the one before it."""
+    """Splits `size` into equal parts of at most `most`, multiples of `multiple`; the last may overlap the one before it."""
     count = -(-size // most)
     each = min(size, -(-size // (count * multiple)) * multiple)
     return -(-size // each), each
@@ -56,17 +56,17 @@ def tile_sums(
         own = at[:, None] == jnp.arange(size, dtype=jnp.int32)[None, :]
         top = jnp.maximum(before.top, jnp.max(logits, axis=1))
         fall = before.top - top
-        keep = jnp.exp(fall)
+        alpha = jnp.exp(fall)
         gap = logits - top[:, None]
         weights = jnp.where(own, jnp.float32(0), jnp.exp(gap))
-        rest = keep * before.rest + jnp.sum(weights, axis=1)
-        gaps = keep * (before.gaps + before.rest * fall) + jnp.sum(weights * gap, axis=1)
+        rest = alpha * before.rest + jnp.sum(weights, axis=1)
+        gaps = alpha * (before.gaps + before.rest * fall) + jnp.sum(weights * gap, axis=1)
         picked = jnp.take_along_axis(logits, jnp.clip(at, 0, size - 1)[:, None], axis=1)[:, 0]
         target = jnp.where(has_row(at, size) & (ids >= number * size), picked, before.target)
         mean = None
         if before.mean is not None:
             factors = (weights if slope is None else weights * slope).astype(x.dtype)
-            mean = keep[:, None] * before.mean + einsum_float32("tv,vh->th", factors, part)
+            mean = alpha[:, None] * before.mean + einsum_float32("tv,vh->th", factors, part)
         return OnlineSoftmax(top, rest, gaps, target, mean), None
 
     lowest, zeros = jnp.full((tokens,), MASK_VALUE, jnp.float32), jnp.zeros((tokens,), jnp.float32)
