@@ -267,7 +267,7 @@ CASES: dict[str, tuple[Callable[[Path], Input], list[str]]] = {
         ["adapter: tensor", "layers.1", "is missing", "2-layer model"],
     ),
     "a corrupt adapter": (adapter(cut("adapter_model.safetensors")), ["adapter_model.safetensors is broken"]),
-    "an adapter that is not there": (section("lora", adapter="./nowhere"), ["nowhere", "adapter_config.json is missing"]),
+    "an adapter that is not there": (section("lora", adapter="./nowhere"), ["nowhere", "is not a folder, and not a hub id"]),
     "a run folder that is taken": (
         taken(),
         ["run already holds a run", "continue it with --resume, or choose another train.run_dir"],

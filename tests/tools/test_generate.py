@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from plain_oracles import quick_compiling
 from tiny_runs import build_model, config_of, run, tiny_model
 
 import grpo_jax as gx
@@ -18,6 +20,12 @@ from grpo_jax.runtime.safe_text import safe_text
 from grpo_jax.tools.generate import GenerateOptions, Printer, as_prompt, generate
 
 GREEDY = RolloutConfig(num_generations=1, max_completion_length=20, temperature=0.0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    with quick_compiling():
+        yield
 
 
 def options(**given: Any) -> GenerateOptions:
