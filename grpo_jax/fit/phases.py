@@ -119,7 +119,7 @@ def activation_bytes(run: RunShapes) -> int:
 
     def backward(trainable: Any, token_ids: Any, frozen: Any) -> Any:
         def logps(trainable: Any) -> Any:
-            variables = plain.policy(trainable, frozen)
+            variables = plain.policy_variables(trainable, frozen)
             return plain.logprobs(variables, token_ids, plain.truncation, head_trainable=plain.full)[0]
 
         return jax.vjp(logps, trainable)[1]
@@ -188,7 +188,7 @@ def rollout_memory(run: RunShapes, limit_bytes: int | None, sampler: Sampler | N
 def decoding_weights(run: RunShapes, sampler: Sampler, compiled: CompiledMemory) -> tuple[Any, dict[str, int]]:
     """Returns shapes of the weights that a rollout decodes with, and live bytes by component, which include those weights."""
     model, resident = sampler.model, run.resident
-    variables = run.learner.policy(run.state.trainable, run.frozen)
+    variables = run.learner.policy_variables(run.state.trainable, run.frozen)
     if model.unroll:
         weights = compiled.compile(sampler.prepare_weights, (variables,), {"unroll": True}, resident, results="base")
         if weights is None:

@@ -103,11 +103,11 @@ class Learner:
             loss_fn=loss_fn,
         )
 
-    def policy(self, trainable: Params, frozen: Frozen) -> Params:
+    def policy_variables(self, trainable: Params, frozen: Frozen) -> Params:
         """Variables of the policy that is trained."""
         return {"params": trainable} if self.full else {"params": frozen.base, "lora": trainable}
 
-    def reference(self, frozen: Frozen) -> Params:
+    def reference_variables(self, frozen: Frozen) -> Params:
         """Variables of the reference: the base, with the adapter that training started from, or a copy of the weights."""
         if self.full:
             return {"params": frozen.reference}
@@ -151,8 +151,8 @@ class Learner:
             mask: True = there is a token.
         """
         options: Any = {"temperature": self.temperature}
-        logps, _ = completion_logprobs(self.model, self.policy(trainable, frozen), *token_ids, **options)
-        ref_logps, _ = completion_logprobs(self.model, self.reference(frozen), *token_ids, **options)
+        logps, _ = completion_logprobs(self.model, self.policy_variables(trainable, frozen), *token_ids, **options)
+        ref_logps, _ = completion_logprobs(self.model, self.reference_variables(frozen), *token_ids, **options)
         k3 = jnp.where(mask, kl_per_token(logps, ref_logps, "k3"), jnp.float32(0))
         return jnp.stack([jnp.sum(k3), jnp.sum(mask.astype(jnp.float32))])
 
@@ -172,36 +172,23 @@ class Learner:
 
     def train_step(self, state: TrainState, batch: TrainBatch, frozen: Frozen) -> tuple[TrainState, PackedMetrics]:
         """Makes `objective.num_iterations` updates on one batch. Jit it with the state donated."""
-        objective, unsorted = self.objective, batch
+        objective, rewards = self.objective, batch.rewards
+        split = MicroBatches.of(batch, self.micro_batch, self.model.layout)
         ref_logps = old_logps = used = None
         if objective.needs_reference:
-            split = MicroBatches.of(batch, self.micro_batch, self.model.layout)
             with jax.named_scope("reference"):
-                ref_logps = self.fixed_logprobs(self.reference(frozen), split, None)[0]
-            rewards = batch.rewards
-            if objective.kl_in_reward:
-                old_logps, untruncated = self.fixed_logprobs(self.policy(state.trainable, frozen), split, self.truncation)
-                own = split.join(old_logps if untruncated is None else untruncated)
-                # Also tokens of completions that hit the length limit and are masked out of the loss (mask_truncated): their
-                # rewards still enter the group's mean.
-                sampled = batch.completion_mask
-                if batch.completion_lengths is not None:
-                    sampled = jnp.arange(own.shape[1], dtype=jnp.int32)[None, :] < batch.completion_lengths[:, None]
-                penalty = kl_reward_penalty(own, split.join(ref_logps), sampled)
-                rewards = rewards - jnp.float32(objective.beta) * penalty.reshape(rewards.shape)
-            advantages = ordered = self.advantages(rewards, batch.valid)
-        else:
-            advantages = ordered = self.advantages(batch.rewards, batch.valid)
-            if self.loss_fn is None:
-                batch, ordered = self.sorted(batch, advantages)
-            split = MicroBatches.of(batch, self.micro_batch, self.model.layout)
+                ref_logps = self.fixed_logprobs(self.reference_variables(frozen), split, None)[0]
+        if objective.kl_in_reward and ref_logps is not None:
+            rewards, old_logps = self.subtract_kl(batch, split, ref_logps, self.policy_variables(state.trainable, frozen))
+        advantages = self.advantages(rewards, batch.valid)
+        ordered, ordered_advantages = batch, advantages
         if not objective.needs_reference and self.loss_fn is None:
-            rows = split.rows(jnp.repeat(jnp.any(ordered != 0, axis=1), advantages.shape[1]))
-            used, split = jnp.any(rows, axis=1), replace(split, completion_mask=split.completion_mask & rows[:, :, None])
-        weights = token_weights(batch.completion_mask, objective, self.max_completion_length)
+            ordered, ordered_advantages = self.sorted(batch, advantages)
+            split, used = self.without_unused(ordered, ordered_advantages)
+        weights = token_weights(ordered.completion_mask, objective, self.max_completion_length)
         known = {
             "ref_logps": ref_logps,
-            "advantages": split.rows(ordered.reshape(-1)),
+            "advantages": split.rows(ordered_advantages.reshape(-1)),
             "weights": split.rows(weights),
             "used": used,
         }
@@ -209,7 +196,21 @@ class Learner:
             state, _, metrics = self.update(state, split, known | {"old_logps": old_logps}, frozen)
         else:
             state, metrics = self.iterate(state, split, known, old_logps, frozen)
-        return self.placed(state), pack(batch_metrics(unsorted, advantages) | metrics, advantages, self.model.layout)
+        return self.placed(state), pack(batch_metrics(batch, advantages) | metrics, advantages, self.model.layout)
+
+    def subtract_kl(
+        self, batch: TrainBatch, split: MicroBatches, ref_logps: Float[Array, "M n C"], variables: Params
+    ) -> tuple[Float[Array, "B G"], Float[Array, "M n C"]]:
+        """Returns rewards minus β · KL, and the policy's log-probabilities (`objective.kl_in_reward`)."""
+        logps, untruncated = self.fixed_logprobs(variables, split, self.truncation)
+        own = split.join(logps if untruncated is None else untruncated)
+        # Also tokens of completions that hit the length limit and are masked out of the loss (mask_truncated): their rewards
+        # still enter the group's mean.
+        sampled = batch.completion_mask
+        if batch.completion_lengths is not None:
+            sampled = jnp.arange(own.shape[1], dtype=jnp.int32)[None, :] < batch.completion_lengths[:, None]
+        penalty = kl_reward_penalty(own, split.join(ref_logps), sampled)
+        return batch.rewards - jnp.float32(self.objective.beta) * penalty.reshape(batch.rewards.shape), logps
 
     def advantages(self, rewards: Float[AnyArray, "B G"], valid: Bool[AnyArray, "B G"]) -> Float[Array, "B G"]:
         """Advantages of a batch: rewards normalised within each prompt's group."""
@@ -235,6 +236,12 @@ class Learner:
             return batch.reorder_prompts(order), advantages[order]
 
         return local_prompts(sort, self.model.layout)(batch, advantages)
+
+    def without_unused(self, batch: TrainBatch, advantages: Float[Array, "B G"]) -> tuple[MicroBatches, Bool[Array, "M"]]:
+        """Micro-batches with tokens of groups without advantage masked, and whether a micro-batch has any other tokens."""
+        split = MicroBatches.of(batch, self.micro_batch, self.model.layout)
+        rows = split.rows(jnp.repeat(jnp.any(advantages != 0, axis=1), advantages.shape[1]))
+        return replace(split, completion_mask=split.completion_mask & rows[:, :, None]), jnp.any(rows, axis=1)
 
     def iterate(
         self, state: TrainState, split: MicroBatches, known: dict[str, Any], old_logps: Array | None, frozen: Frozen
@@ -318,7 +325,7 @@ class Learner:
             rows, given = part
             token_ids = (rows.prompt_ids, rows.prompt_lengths, rows.completion_ids)
             logps, untruncated, entropy = self.logprobs(
-                self.policy(trainable, frozen), token_ids, self.truncation, head_trainable=self.full
+                self.policy_variables(trainable, frozen), token_ids, self.truncation, head_trainable=self.full
             )
             old = given["old_logps"]
             if "first" in given:

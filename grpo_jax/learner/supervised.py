@@ -23,7 +23,7 @@ def supervised_step(learner: Learner, state: TrainState, batch: TrainBatch, froz
     def loss_of(trainable: Params, rows: MicroBatches) -> tuple[jax.Array, jax.Array]:
         logps, entropy = completion_logprobs(
             learner.model,
-            learner.policy(trainable, frozen),
+            learner.policy_variables(trainable, frozen),
             rows.prompt_ids,
             rows.prompt_lengths,
             rows.completion_ids,

@@ -157,7 +157,7 @@ class Sampler:
             sampler=self,
             rollout=rollout,
             sizes=sizes_of(rollout, -(-b // shards), width, slots // shards),
-            rows=[PartialCompletion(int(limit)) for limit in longest],
+            completions=[PartialCompletion(int(limit)) for limit in longest],
             prompt_ids=prompt_ids,
             indices=np.arange(b) if indices is None else np.asarray(indices),
             controls=controls_of(rollout, seed, step, layout),
@@ -166,9 +166,9 @@ class Sampler:
         )
         near_ties = loop.run(weights)
         return Rollout(
-            completion_ids=[row.ids for row in loop.rows],
-            logprobs=[np.concatenate(row.logps) for row in loop.rows],
-            finish_reasons=[row.reason for row in loop.rows],
+            completion_ids=[own.ids for own in loop.completions],
+            logprobs=[np.concatenate(own.logps) for own in loop.completions],
+            finish_reasons=[own.reason for own in loop.completions],
             near_ties=near_ties,
             slots=slots,
         )
@@ -192,7 +192,7 @@ class RolloutLoop:
 
     Attributes:
         sizes: of each row shard.
-        rows: B·G completions.
+        completions: B·G, the completions of a prompt next to each other.
         indices: B prompt indices, part of the random numbers.
         shards: row shards; 1 on one device.
     """
@@ -200,7 +200,7 @@ class RolloutLoop:
     sampler: Sampler
     rollout: RolloutConfig
     sizes: Sizes
-    rows: list[PartialCompletion]
+    completions: list[PartialCompletion]
     prompt_ids: Sequence[Sequence[int]]
     indices: np.ndarray
     controls: SamplingControls
@@ -244,7 +244,7 @@ class RolloutLoop:
             near_ties += int(tokens.near_ties.sum())
             schedule.end(self.record(schedule, tokens))
             if self.on_segment is not None:
-                self.on_segment(self.rows)
+                self.on_segment(self.completions)
         return near_ties
 
     def put(self, tree: Any, axis: str) -> Any:
@@ -276,11 +276,11 @@ class RolloutLoop:
         The number after the segment counts only completions that may continue.
         """
         g, s = self.rollout.num_generations, self.shards * self.sizes.slots
-        decoded = schedule.rows
-        rows, live = np.maximum(decoded, 0), decoded >= 0
+        live = schedule.completion_in_slot >= 0
+        numbers = np.maximum(schedule.completion_in_slot, 0)
         begins = np.zeros(s, bool)
         begins[begun] = True
-        ids = [self.rows[row].ids for row in rows]
+        ids = [self.completions[number].ids for number in numbers]
         base = np.array([max(0, len(own) - 1) for own in ids])
         last = np.array([own[-1] if own else 0 for own in ids])
         if self.sizes.fixed:
@@ -289,9 +289,9 @@ class RolloutLoop:
             prompt_slots = np.arange(s) % self.sizes.slots // self.sizes.slots_per_prompt
         else:
             prompt_slots = schedule.slot_map()[0]
-        limits = np.array([self.rows[row].limit for row in rows])
-        numbers = (self.indices[rows // g], rows % g, prompt_slots, schedule.slot_indices, base, last, limits)
-        arrays: Any = self.put((*(x.astype(np.int32) for x in numbers), live, begins), "slots")
+        limits = np.array([self.completions[number].limit for number in numbers])
+        integers = (self.indices[numbers // g], numbers % g, prompt_slots, schedule.slot_indices, base, last, limits)
+        arrays: Any = self.put((*(x.astype(np.int32) for x in integers), live, begins), "slots")
         after = base + self.sizes.segment
         return SlotState(*arrays), int(np.max(base[live])), int(np.max(np.where(after + 1 < limits, after, 0)[live]))
 
@@ -299,11 +299,13 @@ class RolloutLoop:
         """Appends a segment's tokens to the completions; returns the slots whose completion has ended."""
         ended: list[int] = []
         ids, logps, ends, stopped = (np.asarray(x) for x in (tokens.ids, tokens.logps, tokens.ends, tokens.stopped))
-        decoded = schedule.rows
-        for slot in np.flatnonzero(decoded >= 0):
-            row = self.rows[decoded[slot]]
-            new = slice(1 if row.ids else 0, int(ends[slot]))
+        in_slot = schedule.completion_in_slot
+        for slot in np.flatnonzero(in_slot >= 0):
+            completion = self.completions[in_slot[slot]]
+            new = slice(1 if completion.ids else 0, int(ends[slot]))
             strings, decode_text = self.rollout.stop, self.sampler.decode_text
-            if row.add(ids[slot, new], logps[slot, new], stopped=bool(stopped[slot]), strings=strings, decode_text=decode_text):
+            if completion.add(
+                ids[slot, new], logps[slot, new], stopped=bool(stopped[slot]), strings=strings, decode_text=decode_text
+            ):
                 ended.append(int(slot))
         return ended

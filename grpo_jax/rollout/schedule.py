@@ -24,7 +24,7 @@ class Schedule:
         generations: completions of each prompt.
         refill: a slot is refilled while others decode; otherwise all wait for the last.
         waiting: (prompt, completion) pairs not yet begun, in order.
-        rows: what each slot decodes, as prompt · generations + completion; -1 where it is free.
+        completion_in_slot: what each slot decodes, as prompt · generations + completion; -1 where it is free.
         prompt_slots: the prompt in each prompt slot; -1 where it is free.
         unfinished: number of completions of each prompt that have not ended.
         slot_indices: each slot's column in its prompt slot's row of the table.
@@ -34,7 +34,7 @@ class Schedule:
     generations: int
     refill: bool
     waiting: deque[tuple[int, int]]
-    rows: np.ndarray
+    completion_in_slot: np.ndarray
     prompt_slots: np.ndarray
     unfinished: np.ndarray
     slot_indices: np.ndarray = field(init=False)
@@ -50,7 +50,7 @@ class Schedule:
             generations=generations,
             refill=refill,
             waiting=deque((prompt, completion) for prompt in range(prompts) for completion in range(generations)),
-            rows=np.full(sizes.slots, -1, np.int64),
+            completion_in_slot=np.full(sizes.slots, -1, np.int64),
             prompt_slots=np.where(np.arange(sizes.prompt_slots) < prompts, np.arange(sizes.prompt_slots), -1),
             unfinished=np.full(prompts, generations, np.int64),
         )
@@ -66,11 +66,11 @@ class Schedule:
         Returns:
             (prompt slot, prompt) pairs to prefill, and the slots that begin.
         """
-        if not self.refill and np.any(self.rows >= 0):
+        if not self.refill and np.any(self.completion_in_slot >= 0):
             return [], []
         computed: list[tuple[int, int]] = []
         begun: list[int] = []
-        for slot in np.flatnonzero(self.rows < 0):
+        for slot in np.flatnonzero(self.completion_in_slot < 0):
             if not self.waiting:
                 break
             prompt, completion = self.waiting[0]
@@ -84,20 +84,20 @@ class Schedule:
                 computed.append((prompt_slot, prompt))
             taken = {int(self.slot_indices[other]) for other in self.slots_of(prompt)}
             self.waiting.popleft()
-            self.rows[slot] = prompt * self.generations + completion
+            self.completion_in_slot[slot] = prompt * self.generations + completion
             self.slot_indices[slot] = next(index for index in range(self.sizes.slots_per_prompt) if index not in taken)
             begun.append(int(slot))
         return computed, begun
 
     def slots_of(self, prompt: int) -> np.ndarray:
         """Returns the slots that decode completions of a prompt."""
-        return np.flatnonzero((self.rows >= 0) & (self.rows // self.generations == prompt))
+        return np.flatnonzero((self.completion_in_slot >= 0) & (self.completion_in_slot // self.generations == prompt))
 
     def end(self, slots: Iterable[int]) -> None:
         """Frees slots whose completion has ended, and the prompt slots of prompts without unfinished completions."""
         for slot in slots:
-            prompt = int(self.rows[slot]) // self.generations
-            self.rows[slot] = -1
+            prompt = int(self.completion_in_slot[slot]) // self.generations
+            self.completion_in_slot[slot] = -1
             self.unfinished[prompt] -= 1
             if self.unfinished[prompt] == 0:
                 self.prompt_slots[self.prompt_slot_of(prompt)] = -1
@@ -105,14 +105,14 @@ class Schedule:
     @property
     def finished(self) -> bool:
         """Whether every completion has ended."""
-        return not self.waiting and bool(np.all(self.rows < 0))
+        return not self.waiting and bool(np.all(self.completion_in_slot < 0))
 
     def slot_map(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns each slot's prompt slot [S], and each prompt slot's slots [prompt slots, M]; 0 where there is none."""
         prompt_slots = np.zeros(self.sizes.slots, np.int32)
         table = np.zeros((self.sizes.prompt_slots, self.sizes.slots_per_prompt), np.int32)
-        for slot in np.flatnonzero(self.rows >= 0):
-            prompt_slots[slot] = self.prompt_slot_of(int(self.rows[slot]) // self.generations)
+        for slot in np.flatnonzero(self.completion_in_slot >= 0):
+            prompt_slots[slot] = self.prompt_slot_of(int(self.completion_in_slot[slot]) // self.generations)
             table[prompt_slots[slot], self.slot_indices[slot]] = slot
         return prompt_slots, table
 
@@ -160,10 +160,12 @@ class ShardedSchedule:
         ]
 
     @property
-    def rows(self) -> np.ndarray:
+    def completion_in_slot(self) -> np.ndarray:
         """What each slot decodes, as prompt · generations + completion; -1 where it is free."""
         pairs = zip(self.schedules, self.firsts, strict=True)
-        return np.concatenate([np.where(own.rows >= 0, own.rows + first * own.generations, -1) for own, first in pairs])
+        return np.concatenate(
+            [np.where(own.completion_in_slot >= 0, own.completion_in_slot + first * own.generations, -1) for own, first in pairs]
+        )
 
     @property
     def slot_indices(self) -> np.ndarray:

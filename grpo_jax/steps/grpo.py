@@ -137,7 +137,7 @@ class GrpoStep:
         clock = Clock(self.programs)
         prompts = self.source.batch(number)
         rollout = self.sampler.sample(
-            self.learner.policy(state.trainable, self.frozen),
+            self.learner.policy_variables(state.trainable, self.frozen),
             prompts.prompt_ids,
             config.rollout,
             seed=config.train.seed,
@@ -177,7 +177,7 @@ class GrpoStep:
         """Evaluates the held-out prompts, greedily; None where nothing is held out."""
         if not isinstance(self.source, PromptSource):
             return None
-        variables, tokenizer = self.learner.policy(state.trainable, self.frozen), self.policy.need_tokenizer()
+        variables, tokenizer = self.learner.policy_variables(state.trainable, self.frozen), self.policy.need_tokenizer()
         result = evaluate_held_out(self.sampler, variables, self.source, self.functions, tokenizer, self.config)
         if result is None:
             return None
@@ -190,7 +190,7 @@ class GrpoStep:
         (batch,) = source.held_out_batches(problems)
         slots = self.sampler.round_up_slots(evaluation_slots(config, problems))
         settings = replace(config.rollout, num_generations=1, slots=slots)
-        variables = self.learner.policy(state.trainable, self.frozen)
+        variables = self.learner.policy_variables(state.trainable, self.frozen)
         rollout = self.sampler.sample(variables, batch.prompt_ids, settings, seed=config.train.seed, indices=batch.indices)
         rows = min(self.sampler.round_up_slots(problems), self.learner.micro_batch[0] * self.learner.micro_batch[1])
         sums = np.zeros(2)

@@ -109,7 +109,7 @@ class SupervisedStep:
         (batch,) = self.source.held_out_batches(self.problems)
         slots = self.sampler.round_up_slots(min(self.problems, self.config.train.prompts_per_step))
         settings = replace(self.config.rollout, num_generations=1, temperature=0.0, slots=slots)
-        variables = self.learner.policy(state.trainable, self.frozen)
+        variables = self.learner.policy_variables(state.trainable, self.frozen)
         rollout = self.sampler.sample(variables, batch.prompt_ids, settings, seed=0)
         same = [got == own for got, own in zip(rollout.completion_ids, batch.completion_ids, strict=True)]
         return {"accuracy": float(np.mean(same)), "problems": self.problems}

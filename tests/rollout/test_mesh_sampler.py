@@ -177,7 +177,7 @@ def test_every_row_is_decoded_once_by_the_shard_that_has_its_prompt(prompts: int
             for shard, (prompt_slot, prompt) in enumerate(pairs):
                 if prompt is not None:
                     prompts_in_slots[2 * shard + prompt_slot] = prompt
-        rows, (prompt_slots, table) = schedule.rows, schedule.slot_map()
+        rows, (prompt_slots, table) = schedule.completion_in_slot, schedule.slot_map()
         assert all(rows[slot] >= 0 for slot in begun)
         for slot in np.flatnonzero(rows >= 0):
             shard, own = divmod(int(slot), 2)

@@ -39,46 +39,46 @@ def sizes(slots: int, prompt_slots: int, slots_per_prompt: int) -> Sizes:
 
 
 def begun_rows(schedule: Schedule, begun: list[int]) -> list[int]:
-    return schedule.rows[begun].tolist()
+    return schedule.completion_in_slot[begun].tolist()
 
 
 def test_completions_begin_in_order_and_take_the_first_free_slots() -> None:
     schedule = Schedule.of(sizes(slots=4, prompt_slots=3, slots_per_prompt=3), prompts=4, generations=3)
     assert schedule.admit() == ([], [0, 1, 2, 3])  # the first prompts have been computed
-    assert schedule.rows.tolist() == [0, 1, 2, 3]
+    assert schedule.completion_in_slot.tolist() == [0, 1, 2, 3]
     assert schedule.admit() == ([], [])
     schedule.end([1, 3])
-    assert schedule.rows.tolist() == [0, -1, 2, -1]
+    assert schedule.completion_in_slot.tolist() == [0, -1, 2, -1]
     assert schedule.admit() == ([], [1, 3])
-    assert schedule.rows.tolist() == [0, 4, 2, 5]
+    assert schedule.completion_in_slot.tolist() == [0, 4, 2, 5]
     schedule.end([0])
     assert schedule.admit() == ([], [0])
-    assert schedule.rows.tolist() == [6, 4, 2, 5]
+    assert schedule.completion_in_slot.tolist() == [6, 4, 2, 5]
     schedule.end([2])  # prompt 0 is done: its prompt slot is free
     assert schedule.prompt_slots.tolist() == [-1, 1, 2]
     assert begun_rows(schedule, schedule.admit()[1]) == [7]
     schedule.end([0, 1])
     assert schedule.admit() == ([(0, 3)], [0, 1])  # prompt 3 goes where prompt 0 was
-    assert schedule.rows.tolist() == [8, 9, 7, 5]
+    assert schedule.completion_in_slot.tolist() == [8, 9, 7, 5]
     assert schedule.prompt_slots.tolist() == [3, 1, 2]
 
 
 def test_a_prompt_waits_for_a_prompt_slot() -> None:
     schedule = Schedule.of(sizes(slots=3, prompt_slots=2, slots_per_prompt=2), prompts=3, generations=2)
     schedule.admit()
-    assert schedule.rows.tolist() == [0, 1, 2]
+    assert schedule.completion_in_slot.tolist() == [0, 1, 2]
     schedule.end([1])
     assert schedule.admit() == ([], [1])
     schedule.end([1, 2])  # both of prompt 1; prompt 0 still has a completion
     assert schedule.admit() == ([(1, 2)], [1, 2])
-    assert schedule.rows.tolist() == [0, 4, 5]
+    assert schedule.completion_in_slot.tolist() == [0, 4, 5]
     one = Schedule.of(sizes(slots=3, prompt_slots=1, slots_per_prompt=2), prompts=3, generations=2)
     assert one.admit() == ([], [0, 1])  # the third slot has nothing to do: there is one prompt slot
     one.end([0])
     assert one.admit() == ([], [])
     one.end([1])
     assert one.admit() == ([(0, 1)], [0, 1])
-    assert one.rows.tolist() == [2, 3, -1]
+    assert one.completion_in_slot.tolist() == [2, 3, -1]
 
 
 def test_without_refilling_all_wait_for_the_last() -> None:
@@ -88,7 +88,7 @@ def test_without_refilling_all_wait_for_the_last() -> None:
     assert schedule.admit() == ([], [])
     schedule.end([1])
     assert schedule.admit() == ([], [0, 1, 2])
-    assert schedule.rows.tolist() == [3, 4, 5]
+    assert schedule.completion_in_slot.tolist() == [3, 4, 5]
     schedule.end([0, 1, 2])
     assert schedule.finished
 
@@ -98,7 +98,7 @@ def test_the_slot_map_has_each_slots_prompt_slot_and_each_prompt_slots_slots() -
     schedule.admit()
     schedule.end([0, 4])
     schedule.admit()
-    assert schedule.rows.tolist() == [5, 1, 2, 3, 6]
+    assert schedule.completion_in_slot.tolist() == [5, 1, 2, 3, 6]
     prompt_slots, table = schedule.slot_map()
     assert prompt_slots.tolist() == [1, 0, 0, 1, 2]
     assert [[int(table[prompt_slots[slot], schedule.slot_indices[slot]])] for slot in range(5)] == [[0], [1], [2], [3], [4]]
@@ -120,11 +120,11 @@ def simulate(lengths: np.ndarray, sizes: Sizes, generations: int, refill: bool) 
     done = Decoded([0] * len(lengths))
     prompts_in_slots = list(range(sizes.prompt_slots))
     while not schedule.finished:
-        before = schedule.rows.copy()
+        before = schedule.completion_in_slot.copy()
         computed, begun = schedule.admit()
         for prompt_slot, prompt in computed:
             prompts_in_slots[prompt_slot] = prompt
-        live = schedule.rows >= 0
+        live = schedule.completion_in_slot >= 0
         assert live.any()
         assert refill or not begun or not np.any(before >= 0)
         assert set(begun) == set(np.flatnonzero(live & (before < 0)))
@@ -134,10 +134,10 @@ def simulate(lengths: np.ndarray, sizes: Sizes, generations: int, refill: bool) 
         slot_indices = [(int(prompt_slots[slot]), int(schedule.slot_indices[slot])) for slot in np.flatnonzero(live)]
         assert len(set(slot_indices)) == len(slot_indices)
         for slot, (prompt_slot, slot_index) in zip(np.flatnonzero(live), slot_indices, strict=True):
-            assert prompts_in_slots[prompt_slot] == schedule.rows[slot] // generations
+            assert prompts_in_slots[prompt_slot] == schedule.completion_in_slot[slot] // generations
             assert slot_index < sizes.slots_per_prompt
             assert table[prompt_slot, slot_index] == slot
-        rows = schedule.rows.copy()
+        rows = schedule.completion_in_slot.copy()
         for row in rows[live]:
             done.tokens[row] += sizes.segment
         schedule.end(int(slot) for slot in np.flatnonzero(live) if done.tokens[rows[slot]] >= lengths[rows[slot]])

@@ -6,7 +6,7 @@ Forward and backward are FlashAttention-2's (https://arxiv.org/abs/2307.08691, a
 for dk and dv, so that nothing is stored per pair. The R query heads of a key/value head are stacked into one block.
 A key's gradient sums over those and over all queries that see it: for the prompt's keys, the queries of all completions.
 
-Scores are [keys, queries]: the maximum and the sum of a query run over sublanes, and its statistics lie along lanes.
+Scores are [keys, queries]: a query is a column, so its maximum and its sum reduce over rows, and statistics of queries are rows.
 """
 
 from __future__ import annotations
