@@ -129,8 +129,8 @@ def plan(arguments: argparse.Namespace) -> None:
     import json
     import os
 
-    # A TPU's compiler is loaded beside other processes' and asks no cloud machine what it is; a GPU's needs neither driver nor
-    # CUDA's libraries. A chip that is named is not looked for here.
+    # Two processes may compile for a TPU at the same time, and no cloud machine is asked which TPU it has. Compiling for a GPU
+    # needs neither driver nor CUDA's libraries. A chip that is named need not be attached.
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
