@@ -278,7 +278,10 @@ def test_the_kernel_has_no_race(loss: str, capsys: pytest.CaptureFixture[str]) -
 def test_on_a_tpu_no_array_is_stored_but_the_slopes(
     chips: dict[str, Any], chip: str, shape: Shape, losses: tuple[str, ...]
 ) -> None:
-    """In the compiled program, of losses with everything that can be on; the mask's copy is the one temporary array."""
+    """In the compiled program, of losses with everything that can be on; the mask's copy is the one temporary array.
+
+    For a v5p, libtpu 0.0.50 also counts what it fetches into vector memory before the kernel: up to three float32 arrays.
+    """
 
     def array(*size: int, dtype: Any = jnp.float32) -> Any:
         return jax.ShapeDtypeStruct(size, dtype)
@@ -295,7 +298,8 @@ def test_on_a_tpu_no_array_is_stored_but_the_slopes(
     tokens, flags = array(shape.rows, shape.length), array(shape.rows, shape.length, dtype=jnp.bool_)
     memory = compiled_for(chips, chip, slopes_of, *[tokens] * 5, array(shape.rows), flags, tokens)
     print(f"{chip} {shape} {losses}: temporaries {memory.temp_size_in_bytes / 2**20:.2f} MiB")
-    assert memory.temp_size_in_bytes <= 2 * shape.rows * shape.length
+    prefetched = 3 * 4 * shape.rows * shape.length if chip == "v5p" else 0
+    assert memory.temp_size_in_bytes <= prefetched + 2 * shape.rows * shape.length
 
 
 @pytest.mark.parametrize(

@@ -284,10 +284,14 @@ def test_on_a_cpu_it_takes_a_twentieth_of_the_memory() -> None:
 
 @pytest.mark.parametrize(("chip", "shape"), list(zip(CHIPS, (QWEN3_8B, LLAMA_3_8B, GEMMA_3_4B, GEMMA_2_2B), strict=True)), ids=str)
 def test_on_a_tpu_a_gradient_takes_the_kept_vector_and_no_more(chips: dict[str, Any], chip: str, shape: Shape) -> None:
-    """Next to one [T, H] array in bfloat16 a few numbers a token."""
+    """Next to one [T, H] array in bfloat16 a few values a token.
+
+    On a v5p, from libtpu 0.0.50 on, the SparseCore gathers the tokens' rows of W into one more [T, H] array.
+    """
     gradient = functools.partial(value_and_gradient, implementation="mosaic_tpu", softcap=shape.softcap)
     memory = compiled_for(chips, chip, gradient, *arguments_of(shape, jnp.bfloat16))
-    assert memory.temp_size_in_bytes < 2 * shape.tokens * shape.width + MIB
+    arrays = 2 if chip == "v5p" else 1
+    assert memory.temp_size_in_bytes < arrays * 2 * shape.tokens * shape.width + MIB
 
 
 def test_on_a_tpu_values_take_no_temporaries_and_odd_sizes_compile(chips: dict[str, Any]) -> None:

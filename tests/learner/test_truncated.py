@@ -335,7 +335,7 @@ TRUNCATED: dict[str, Any] = {"top_p": 0.9, "top_k": 5, "min_p": 0.05, "temperatu
 @pytest.mark.parametrize("sampling", [TRUNCATED, {"min_completion_length": 8}])
 def test_a_run_reports_that_sampler_and_trainer_agree(sampling: dict[str, Any], tmp_path: Path) -> None:
     done = run(config_of(tmp_path, rollout=sampling))
-    assert done.printed.count("truncated as sampling is") == (1 if "top_p" in sampling else 0)
+    assert done.printed.count("log-probabilities use the truncated distribution") == (1 if "top_p" in sampling else 0)
     for metrics in done.result.history:
         assert metrics["sampling/logp_difference/max"] < 1e-4
         assert metrics["clip_ratio/region"] == 0

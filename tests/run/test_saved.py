@@ -88,7 +88,7 @@ def test_an_exported_adapter_loads_again_as_the_trained_policy(
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 6, True)
     assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
-    assert config["base_model_name_or_path"] == str(tiny_model())
+    assert config["base_model_name_or_path"] == lora_run.result.policy.name
     again = Policy.from_pretrained(tiny_model(), adapter=tmp_path / "adapter")
     assert_same_arrays(again.adapters, lora_run.result.policy.adapters)
     np.testing.assert_array_equal(logprobs(again), logprobs(lora_run.result.policy))

@@ -16,6 +16,7 @@ from mesh_update import MESHES, SPEC, distance, update  # isort: skip - makes th
 import jax
 import jax.numpy as jnp
 import numpy as np
+from plain_oracles import quick_compiling
 
 from grpo_jax.config import ConfigError, MeshConfig
 from grpo_jax.models import moe
@@ -87,5 +88,6 @@ if __name__ == "__main__":
         check_mesh(layout_of("1x1x4"), dataclasses.replace(EXPERTS, experts=6))
     except ConfigError as error:
         print(json.dumps({"case": "refused", "mesh": "1x1x4", "error": str(error)}), flush=True)
-    print_steps()
-    print_updates()
+    with quick_compiling():
+        print_steps()
+        print_updates()
