@@ -170,7 +170,9 @@ def test_nothing_dense_is_kept_for_the_backward_pass(form: str) -> None:
 def test_on_a_tpu_the_weight_is_read_in_place(chips: dict[str, Any], chip: str, name: str, form: str, rows: int) -> None:
     """Value and gradient in one program: the quantised values are read, and nothing but the codebook is stored on the way.
 
-    On a v5p, libtpu 0.0.50 takes up to 256 KiB. The gradient at one matrix is the product at its counterpart (up, down), so half of the published shapes suffice.
+    On a v5p libtpu 0.0.50 takes up to 256 KiB.
+
+    The gradient at one matrix is the product at its counterpart (up, down), so half of the published shapes suffice.
     """
     shape = PUBLISHED[name]
     w = quantized_shapes(form, (shape.inputs, shape.outputs))
