@@ -1,11 +1,13 @@
 """Settings of a run as frozen dataclasses, read from Python, YAML or the command line. Imports neither JAX nor NumPy.
 
-`sections` defines the settings, `checks` validates them, `presets` holds the named objectives, `load` reads them from outside.
+`sections`, `objective`, `training` and `distributed` define the settings, `checks` validates them, `presets` holds the named
+objectives, `load` combines them in `Config` and reads them from outside.
 """
 
 from grpo_jax.config.checks import ConfigError
 from grpo_jax.config.distributed import DistributedConfig
 from grpo_jax.config.load import (
+    Config,
     Loaded,
     Setting,
     check_supervised,
@@ -19,7 +21,6 @@ from grpo_jax.config.load import (
 )
 from grpo_jax.config.objective import ObjectiveConfig
 from grpo_jax.config.sections import (
-    Config,
     DataConfig,
     LoraConfig,
     ModelConfig,

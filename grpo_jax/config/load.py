@@ -1,7 +1,7 @@
-"""Reads settings from YAML, dicts and the command line, and records where each value came from.
+"""`Config`, all settings of a run: read from YAML, dicts and the command line, with a record of where each value came from.
 
-Precedence, lowest first: default, preset, YAML file, command line. `sections.py` alone defines what a setting may be; this module
-only finds the field and, where the value is text, reads it as the field's type.
+Precedence, lowest first: default, preset, YAML file, command line. The sections' dataclasses alone define what a setting may be;
+this module finds the field and, where the value is text, reads it as the field's type.
 """
 
 from __future__ import annotations
@@ -12,13 +12,66 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.config.checks import ConfigError, MismatchError, convert, field_types, nearest, require, show, wrong_type
+from grpo_jax.config.checks import ConfigError, MismatchError, check_types, convert, field_types, nearest, require, show, wrong_type
+from grpo_jax.config.distributed import DistributedConfig
+from grpo_jax.config.objective import ObjectiveConfig
 from grpo_jax.config.presets import OBJECTIVE_DEFAULTS, PRESETS
-from grpo_jax.config.sections import Config
+from grpo_jax.config.sections import DataConfig, LoraConfig, ModelConfig, RewardsConfig, RolloutConfig
+from grpo_jax.config.training import MeshConfig, OptimConfig, TrainConfig
 from grpo_jax.config.yaml_files import dump_yaml, parse_yaml, read_yaml
 
 COMMAND_LINE = "command line"
 IN_PYTHON = "set in Python"
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run. `Config.from_dict` and `Config.from_yaml` build it from dicts and files."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    rewards: RewardsConfig = field(default_factory=RewardsConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    def __post_init__(self) -> None:
+        check_types(self, "")
+        require(
+            self.model.quantization == "none" or self.lora.rank > 0 or self.lora.adapter is not None,
+            "model.quantization",
+            self.model.quantization,
+            "a quantised base stays frozen, and lora.rank 0 trains every weight: set lora.rank to 8, 16, 32, ..., or use none",
+        )
+        size = self.train.micro_batch_completions
+        if size is not None:
+            require(
+                size >= 1 and self.rollout.num_generations % size == 0,
+                "train.micro_batch_completions",
+                size,
+                f"use a divisor of rollout.num_generations ({self.rollout.num_generations}), or null",
+            )
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> Config:
+        """Builds a config from nested dicts.
+
+        Args:
+            values: {section: {field: value}}; a setting that is left out has its default.
+
+        Raises:
+            ConfigError: A name is unknown (the nearest one is suggested), or a value has the wrong type or is out of range.
+        """
+        return config_from_dict(values)
+
+    @staticmethod
+    def from_yaml(path: str | Path) -> Config:
+        """Builds a config from a YAML file; see `from_dict`."""
+        return Config.from_dict(read_yaml(path))
 
 
 @dataclass(frozen=True)

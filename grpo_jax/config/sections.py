@@ -1,4 +1,4 @@
-"""The settings of a run: one frozen dataclass per section, validated when it is made, and `Config` of all sections.
+"""Settings of a run that concern model, data, rollout and rewards: one frozen dataclass per section, validated when it is made.
 
 A field always holds the value that will be used. Nothing here imports JAX, so that `grpo-jax --help` is quick. `load.py` reads
 settings from files and remembers their sources; `presets.py` holds the named objectives.
@@ -7,13 +7,9 @@ settings from files and remembers their sources; `presets.py` holds the named ob
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from grpo_jax.config.checks import check_types, require
-from grpo_jax.config.distributed import DistributedConfig
-from grpo_jax.config.objective import ObjectiveConfig
-from grpo_jax.config.training import MeshConfig, OptimConfig, TrainConfig
 
 LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers that adapters may be added to."""
@@ -221,57 +217,3 @@ class RewardsConfig:
                 "use a positive number of seconds, or null",
             )
         require(0 <= self.max_failed_share <= 1, "rewards.max_failed_share", self.max_failed_share, "use a fraction from 0 to 1")
-
-
-@dataclass(frozen=True)
-class Config:
-    """All settings of a run. `Config.from_dict` and `Config.from_yaml` build it from dicts and files."""
-
-    model: ModelConfig = field(default_factory=ModelConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    rewards: RewardsConfig = field(default_factory=RewardsConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    distributed: DistributedConfig = field(default_factory=DistributedConfig)
-
-    def __post_init__(self) -> None:
-        check_types(self, "")
-        require(
-            self.model.quantization == "none" or self.lora.rank > 0 or self.lora.adapter is not None,
-            "model.quantization",
-            self.model.quantization,
-            "a quantised base stays frozen, and lora.rank 0 trains every weight: set lora.rank to 8, 16, 32, ..., or use none",
-        )
-        size = self.train.micro_batch_completions
-        if size is not None:
-            require(
-                size >= 1 and self.rollout.num_generations % size == 0,
-                "train.micro_batch_completions",
-                size,
-                f"use a divisor of rollout.num_generations ({self.rollout.num_generations}), or null",
-            )
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> Config:
-        """Builds a config from nested dicts.
-
-        Args:
-            values: {section: {field: value}}; a setting that is left out has its default.
-
-        Raises:
-            ConfigError: A name is unknown (the nearest one is suggested), or a value has the wrong type or is out of range.
-        """
-        from grpo_jax.config.load import config_from_dict
-
-        return config_from_dict(values)
-
-    @staticmethod
-    def from_yaml(path: str | Path) -> Config:
-        """Builds a config from a YAML file; see `from_dict`."""
-        from grpo_jax.config.load import read_yaml
-
-        return Config.from_dict(read_yaml(path))
