@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import functools
 import io
 import json
 import shutil
@@ -71,12 +70,17 @@ def build_model(folder: Path, chat_template: str | None = CHATML, **changes: Any
     return folder
 
 
-@functools.cache
+MADE: dict[str, Path] = {}
+"""The tiny model's folder. No `functools.cache`: conftest empties those to free programs, and runs resume only with one path."""
+
+
 def tiny_model() -> Path:
     """The model's folder, made once a process; not to be changed."""
-    place = Path(tempfile.mkdtemp())
-    atexit.register(shutil.rmtree, place, ignore_errors=True)
-    return build_model(place / "model")
+    if "model" not in MADE:
+        place = Path(tempfile.mkdtemp())
+        atexit.register(shutil.rmtree, place, ignore_errors=True)
+        MADE["model"] = build_model(place / "model")
+    return MADE["model"]
 
 
 def additions(count: int = 24) -> list[dict[str, Any]]:
