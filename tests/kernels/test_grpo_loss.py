@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_checks import CHIPS, compiled_for, interpreted, no_race
+from kernel_checks import CHIPS, V5P_TAKES_MORE, compiled_for, interpreted, no_race
 from plain_oracles import quick_compiling
 
 from grpo_kernels import LossSettings, grpo_loss
@@ -298,7 +298,7 @@ def test_on_a_tpu_no_array_is_stored_but_the_slopes(
     tokens, flags = array(shape.rows, shape.length), array(shape.rows, shape.length, dtype=jnp.bool_)
     memory = compiled_for(chips, chip, slopes_of, *[tokens] * 5, array(shape.rows), flags, tokens)
     print(f"{chip} {shape} {losses}: temporaries {memory.temp_size_in_bytes / 2**20:.2f} MiB")
-    prefetched = 3 * 4 * shape.rows * shape.length if chip == "v5p" else 0
+    prefetched = 3 * 4 * shape.rows * shape.length if chip == "v5p" and V5P_TAKES_MORE else 0
     assert memory.temp_size_in_bytes <= prefetched + 2 * shape.rows * shape.length
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_checks import CHIPS, MIB, compiled_for, interpreted, no_race
+from kernel_checks import CHIPS, MIB, V5P_TAKES_MORE, compiled_for, interpreted, no_race
 from plain_oracles import array_sizes, log_softmax, quick_compiling
 
 from grpo_kernels import head_logprob
@@ -290,7 +290,7 @@ def test_on_a_tpu_a_gradient_takes_the_kept_vector_and_no_more(chips: dict[str, 
     """
     gradient = functools.partial(value_and_gradient, implementation="mosaic_tpu", softcap=shape.softcap)
     memory = compiled_for(chips, chip, gradient, *arguments_of(shape, jnp.bfloat16))
-    arrays = 2 if chip == "v5p" else 1
+    arrays = 2 if chip == "v5p" and V5P_TAKES_MORE else 1
     assert memory.temp_size_in_bytes < arrays * 2 * shape.tokens * shape.width + MIB
 
 

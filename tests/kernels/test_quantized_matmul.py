@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_checks import compiled_for, interpreted, no_race
+from kernel_checks import V5P_TAKES_MORE, compiled_for, interpreted, no_race
 from plain_oracles import array_sizes, quick_compiling
 
 from grpo_kernels import QuantizedWeight, quantize, quantized_matmul, quantized_shapes
@@ -184,7 +184,7 @@ def test_on_a_tpu_the_weight_is_read_in_place(chips: dict[str, Any], chip: str, 
 
     memory = compiled_for(chips, chip, run, x, w, dy)
     print(f"{chip} {shape} {form} T={rows}: temporaries {memory.temp_size_in_bytes / 2**20:.2f} MiB")
-    assert memory.temp_size_in_bytes < (2**18 if chip == "v5p" else 2**17)
+    assert memory.temp_size_in_bytes < (2**18 if chip == "v5p" and V5P_TAKES_MORE else 2**17)
     value_bytes = shape.inputs * shape.outputs * (1.05 if form == "int8" else 0.55)
     assert memory.argument_size_in_bytes < value_bytes + 2 * 2 * rows * (shape.inputs + shape.outputs)
 

@@ -128,8 +128,8 @@ def test_computing_layers_again_in_the_backward_pass_changes_nothing(family: str
     prompts, completions, counts = batch(tiny_policy(family).spec.vocab)
     saved, gradient = values_and_gradient(family, prompts, PROMPT_LENGTHS, completions, counts)
     again, again_gradient = values_and_gradient(family, prompts, PROMPT_LENGTHS, completions, counts, remat=remat)
-    # Bit for bit with jax 0.10.2. Jax 0.12 compiles `offload` to another order of sums: 3 roundings of float32 (of 2^-23) at most.
-    np.testing.assert_allclose(again, saved, rtol=4 * 2**-23, atol=0)
+    # With jax 0.12 `offload` differs by up to 6e-6 at 17 nats, three steps of float32; 1e-6 is less than one step there.
+    np.testing.assert_allclose(again, saved, rtol=4 * 2**-23 if jax.__version_info__ >= (0, 12) else 0, atol=1e-6)
     assert_near_in_norm(again_gradient, gradient)
 
 

@@ -17,6 +17,8 @@ from grpo_kernels.target import Target, tracing_for
 
 CHIPS = ["v4", "v5e", "v5p", "v6e"]
 MIB = 2**20
+V5P_TAKES_MORE = jax.__version_info__ >= (0, 12)
+"""Whether the libtpu that comes with this jax (0.0.50) needs more on a v5p than 0.0.42; kernels/README.md has the amounts."""
 
 
 def interpreted(implementation: str | None) -> AbstractContextManager[Any]:
