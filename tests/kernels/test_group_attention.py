@@ -16,10 +16,21 @@ from kernel_checks import CHIPS, compiled_for, no_race
 from plain_oracles import quick_compiling
 
 from grpo_kernels import NO_WINDOW, group_attention
-from grpo_kernels.ops.group_attention import BlockSizes, choose_block_sizes
-from grpo_kernels.ops.group_attention.block_pairs import PAIR_BITS, GroupBlocks, list_block_pairs
+from grpo_kernels.ops.group_attention import (
+    AttentionPlan,
+    BlockSizes,
+    KeyRanges,
+    Limits,
+    choose_block_sizes,
+    plan_attention,
+    prompt_ranges,
+)
+from grpo_kernels.ops.group_attention.block_pairs import ALL_SEEN, PAIR_BITS, most_pairs
 from grpo_kernels.ops.group_attention.shapes import EVEN, GEMMA_3_4B, GEMMA_3_12B, QWEN3_8B, Shape
 from grpo_kernels.target import Target, tracing_for
+
+Groups = tuple[tuple[int, tuple[int, ...]], ...]
+"""Tokens of each prompt of a row, and of each sequence that continues it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,62 +38,104 @@ class Case:
     """Sizes of a test.
 
     Attributes:
-        lengths: tokens of each prompt.
+        rows: what each row of the batch has; rows are padded to `tokens`.
+        tokens: T.
         blocks: queries and keys in a block of the TPU kernels; `xla` takes blocks of 8.
-        prompts: most prompts at once.
-        last: the last token of each prompt is its one query.
+        last: of each prompt only the last token asks, and no padding does.
     """
 
-    lengths: tuple[int, ...]
-    generations: int
-    prompt: int
-    completion: int
+    rows: tuple[Groups, ...]
+    tokens: int
     kv_heads: int = 1
     queries: int = 1
     blocks: tuple[int, int] = (16, 16)
     softcap: float | None = None
     last: bool = False
-    prompts: int = 2
 
     @property
-    def tokens(self) -> int:
-        return self.prompt + self.generations * self.completion
+    def limits(self) -> Limits:
+        prompts = [prompt for row in self.rows for prompt, own in row if own]
+        lengths = [length for row in self.rows for prompt, own in row for length in (prompt, *own)]
+        return Limits(max(len(row) for row in self.rows), max(prompts, default=0), max(lengths))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequence:
+    """One sequence of a row: its own keys, its prompt's, and which query asks with which of its own tokens."""
+
+    own: np.ndarray
+    prompt: np.ndarray
+    asking: np.ndarray
+    queries: np.ndarray
+
+
+def sequences(case: Case, row: Groups) -> list[Sequence]:
+    """The sequences of a row; tokens stand back to back, and so do queries."""
+    found, token, query = [], 0, 0
+    for prompt, completions in row:
+        shared = np.arange(token, token + prompt)
+        for number, length in enumerate((prompt, *completions)):
+            own = np.arange(token, token + length)
+            asking = own[-1:] if case.last and number == 0 else own
+            found.append(Sequence(own, shared if number else own[:0], asking, np.arange(query, query + asking.size)))
+            token, query = token + length, query + asking.size
+    return found
+
+
+def asked(case: Case) -> int:
+    """N."""
+    if not case.last:
+        return case.tokens
+    return max(sum(one.queries.size for one in sequences(case, row)) for row in case.rows)
+
+
+def key_ranges(case: Case) -> KeyRanges:
+    """The ranges of every query; those that no sequence asks with see nothing."""
+    numbers = np.zeros((4, len(case.rows), asked(case)), np.int32)
+    for b, row in enumerate(case.rows):
+        for one in sequences(case, row):
+            if one.prompt.size:
+                numbers[:2, b, one.queries] = np.array([[one.prompt[0]], [one.prompt[-1] + 1]])
+            numbers[2, b, one.queries] = one.own[0]
+            numbers[3, b, one.queries] = one.asking + 1
+    return KeyRanges(*map(jnp.asarray, numbers))
+
+
+def group(prompt: int, completion: int, generations: int) -> Groups:
+    """One prompt with completions of one length."""
+    return ((prompt, (completion,) * generations),)
 
 
 IMPLEMENTATIONS = ["reference", "xla", "mosaic_tpu"]
-UNEQUAL = Case((20, 13), 2, 20, 12, kv_heads=2, queries=2, softcap=2.0, blocks=(8, 16))
+UNEQUAL = Case((((20, (12, 12)),), ((13, (3, 17, 1)),)), 44, kv_heads=2, queries=2, softcap=2.0, blocks=(8, 16))
 CASES = [
     UNEQUAL,
-    Case((1, 5), 1, 5, 13, queries=4, blocks=(16, 8)),
-    Case((9, 4), 16, 9, 5, prompts=1),
-    Case((17, 3), 0, 17, 0, queries=2),
-    Case((6, 3), 2, 6, 9, queries=2, last=True),
-    Case((3,), 1, 3, 1),
+    Case((((5, (13,)), (1, (2, 1, 1)), (9, ()), (3, (30,))),), 70, queries=4, blocks=(16, 8)),
+    Case((group(9, 5, 16), group(4, 5, 16)), 89),
+    Case(((((17, ()),)), ((3, ()),)), 17, queries=2),
+    Case((((6, (9, 2)), (3, (4,))), ((2, (1,)),)), 30, queries=2, last=True),
+    Case((((3, (1,)),),), 4),
 ]
 
 
 def inputs(case: Case, dtype: str = "float32", head_dim: int = 8) -> tuple[jax.Array, ...]:
     """q, k, v and the gradient of the result."""
     rng = np.random.default_rng(case.tokens)
-    b, asked = len(case.lengths), case.tokens - case.prompt + 1 if case.last else case.tokens
-    queries, keys = (b, asked, case.kv_heads, case.queries, head_dim), (b, case.tokens, case.kv_heads, head_dim)
+    b = len(case.rows)
+    queries, keys = (b, asked(case), case.kv_heads, case.queries, head_dim), (b, case.tokens, case.kv_heads, head_dim)
     return tuple(jnp.asarray(rng.normal(size=size), dtype) for size in (queries, keys, keys, queries))
 
 
 def by_the_book(case: Case, window: int, *arrays: jax.Array) -> tuple[np.ndarray, ...]:
-    """Result, dq, dk and dv; one text after another, each with its prompt in front, one head after another."""
+    """Result, dq, dk and dv; one sequence after another, each with its prompt in front, one head after another."""
     q, k, v, d_out = (np.asarray(x, np.float64) for x in arrays)
     out, dq, dk, dv = (np.zeros(x.shape) for x in (q, q, k, v))
-    p, c, cap = case.prompt, case.completion, case.softcap
-    shift = case.tokens - q.shape[1]
-    for b, length in enumerate(case.lengths):
-        of_prompt = np.arange(length)
-        texts = [(np.array([length - 1]) if case.last else np.arange(p), np.array([0]) if case.last else np.arange(p), of_prompt)]
-        for g in range(case.generations):
-            own = p + g * c + np.arange(c)
-            texts.append((length + np.arange(c), own - shift, np.concatenate([of_prompt, own])))
-        for q_at, rows, keys in texts:
-            distance = q_at[:, None] - np.arange(len(keys))[None, :]
+    cap = case.softcap
+    for b, row in enumerate(case.rows):
+        for text in sequences(case, row):
+            keys, rows = np.concatenate([text.prompt, text.own]), text.queries
+            position = text.prompt.size + text.asking - text.own[0]
+            distance = position[:, None] - np.arange(len(keys))[None, :]
             sees = (distance >= 0) & (distance < window)
             for h, r in np.ndindex(case.kv_heads, case.queries):
                 one, many, values, d_one = q[b, rows, h, r], k[b, keys, h], v[b, keys, h], d_out[b, rows, h, r]
@@ -99,29 +152,28 @@ def by_the_book(case: Case, window: int, *arrays: jax.Array) -> tuple[np.ndarray
     return out, dq, dk, dv
 
 
-def block_sizes(case: Case, implementation: str) -> BlockSizes:
-    """Blocks small enough for texts to have several, and for `xla` one prompt at a time; it has larger blocks of shared keys."""
-    if implementation == "mosaic_tpu":
-        return BlockSizes(*case.blocks, prompts=case.prompts)
-    return BlockSizes(8, 8, prompts=1, prompt=8, shared_keys=16)
+def planned(case: Case, window: Any, implementation: str, *, small: bool = True) -> AttentionPlan:
+    """The plan of a case; blocks small enough for sequences to have several where nothing else is said."""
+    blocks = BlockSizes(*case.blocks) if implementation == "mosaic_tpu" else BlockSizes(8, 8)
+    return plan_attention(
+        key_ranges(case),
+        case.limits,
+        keys=case.tokens,
+        kv_heads=case.kv_heads,
+        heads_of_key=case.queries,
+        window=window,
+        implementation=implementation,
+        block_sizes=blocks if small else None,
+    )
 
 
 @functools.cache
 def program(case: Case, implementation: str, *, small: bool = True) -> Any:
-    """(window, q, k, v, d_out) → result, dq, dk, dv; small blocks where nothing else is said."""
+    """(window, q, k, v, d_out) → result, dq, dk, dv."""
 
     def run(window: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, d_out: jax.Array) -> Any:
-        attend = functools.partial(
-            group_attention,
-            prompt_lengths=jnp.array(case.lengths, jnp.int32),
-            prompt_width=case.prompt,
-            generations=case.generations,
-            window=window,
-            softcap=case.softcap,
-            implementation=implementation,
-            block_sizes=block_sizes(case, implementation) if small else None,
-        )
-        out, pullback = jax.vjp(attend, q, k, v)
+        plan = planned(case, window, implementation, small=small)
+        out, pullback = jax.vjp(functools.partial(group_attention, plan=plan, softcap=case.softcap), q, k, v)
         return out, *pullback(d_out)
 
     return jax.jit(run)
@@ -155,7 +207,7 @@ def test_the_largest_and_smallest_scores_neither_overflow_nor_vanish(implementat
     keys = jnp.array([1e4, -1e4, 1e4], jnp.float32)[None, :, None, None]
     values = jnp.array([1.0, 7.0, 2.0], jnp.float32)[None, :, None, None]
     queries = jnp.full((1, 3, 1, 1, 1), 1e4, jnp.float32)
-    case = Case((3,), 0, 3, 0)
+    case = Case((((3, ()),),), 3)
     out, *gradients = program(case, implementation)(jnp.int32(NO_WINDOW), queries, keys, values, jnp.ones_like(queries))
     assert out[0, :, 0, 0, 0].tolist() == [1.0, 1.0, 1.5]
     assert all(np.all(np.isfinite(x)) for x in gradients)
@@ -173,17 +225,20 @@ def test_bfloat16(implementation: str) -> None:
 
 
 def test_a_group_may_be_split() -> None:
-    """A completion's result does not depend on the others; the keys' gradients are sums over the parts."""
-    case = dataclasses.replace(UNEQUAL, softcap=None)
-    p, half = case.prompt, case.prompt + case.completion
+    """A completion's result does not depend on the others; the keys' gradients are sums over the parts.
+
+    Sequences are whole blocks, so that both sum in the same order.
+    """
+    p, c = 24, 16
+    case = Case((group(p, c, 2),), p + 2 * c, kv_heads=2, queries=2)
     q, k, v, d_out = inputs(case)
     d_out = d_out.at[:, :p].set(0)
     window = jnp.int32(9)
     whole = program(case, "xla")(window, q, k, v, d_out)
-    one = dataclasses.replace(case, generations=1)
+    one = dataclasses.replace(case, rows=(group(p, c, 1),), tokens=p + c)
     parts = [
         program(one, "xla")(window, *(jnp.concatenate([x[:, :p], x[:, own]], axis=1) for x in (q, k, v, d_out)))
-        for own in (slice(p, half), slice(half, None))
+        for own in (slice(p, p + c), slice(p + c, None))
     ]
     for number, array in enumerate(whole):
         own = np.concatenate([part[number][:, p:] for part in parts], axis=1)
@@ -192,8 +247,21 @@ def test_a_group_may_be_split() -> None:
             np.testing.assert_allclose(array[:, :p], sum(part[number][:, :p] for part in parts), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", CASES[:3], ids=str)
+def test_a_loop_of_known_length_gives_the_same(case: Case) -> None:
+    """On a GPU every row makes as many visits as the longest may need; those beyond the list add nothing, to the last bit."""
+    arrays = inputs(case)
+    with tracing_for(Target("gpu")), quick_compiling():
+        planned_for_gpu = program.__wrapped__(case, "xla")
+        text = planned_for_gpu.lower(jnp.int32(10), *arrays).compile().as_text()
+        fixed = planned_for_gpu(jnp.int32(10), *arrays)
+    assert text.count(" while(") == text.count("known_trip_count")
+    for one, other in zip(fixed, program(case, "xla")(jnp.int32(10), *arrays), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_the_kernels_have_no_race(capsys: pytest.CaptureFixture[str]) -> None:
-    case = Case((11,), 2, 16, 8, queries=2, blocks=(8, 8), softcap=3.0)
+    case = Case((((11, (8, 5)),),), 32, queries=2, blocks=(8, 8), softcap=3.0)
     arrays = inputs(case)
     with no_race(capsys), quick_compiling():
         got = jax.tree.map(np.asarray, program(case, "mosaic_tpu")(jnp.int32(12), *arrays))
@@ -201,54 +269,70 @@ def test_the_kernels_have_no_race(capsys: pytest.CaptureFixture[str]) -> None:
         np.testing.assert_allclose(one, expected, rtol=1e-5, atol=2e-5)
 
 
+def visible_blocks(case: Case, window: int, blocks: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each row and pair of blocks: whether any query sees any key, and whether each sees all keys within one of its ranges."""
+    (c, x), n = blocks, asked(case)
+    ranges = np.zeros((2, len(case.rows), -(-n // c) * c, -(-case.tokens // x) * x), bool)
+    for b, row in enumerate(case.rows):
+        for text in sequences(case, row):
+            keys = np.concatenate([text.prompt, text.own])
+            distance = (text.prompt.size + text.asking - text.own[0])[:, None] - np.arange(len(keys))[None, :]
+            sees = (distance >= 0) & (distance < window)
+            ranges[0, b, text.queries[:, None], text.prompt[None, :]] = sees[:, : text.prompt.size]
+            ranges[1, b, text.queries[:, None], text.own[None, :]] = sees[:, text.prompt.size :]
+    ranges = ranges.reshape(2, len(case.rows), -1, c, ranges.shape[3] // x, x)
+    return ranges.any(axis=(0, 3, 5)), ranges.all(axis=5).any(axis=0).all(axis=2)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("by_key", [False, True])
 @pytest.mark.parametrize("window", [NO_WINDOW, 20, 1])
-def test_blocks_that_see_nothing_are_not_visited(by_key: bool, window: int) -> None:
-    """The list has every pair of blocks with a key that counts, each block of queries or keys, and hardly more."""
-    blocks, lengths = GroupBlocks(40, 30, 3, 8, 16), np.array([40, 5])
-    pairs = list_block_pairs(blocks, jnp.asarray(lengths, jnp.int32), jnp.int32(window), by_key=by_key)
-    listed = np.asarray(pairs.pairs)[: int(pairs.count)]
-    assert np.all(np.asarray(pairs.pairs)[int(pairs.count) :] == -1)
-    assert len(set(listed)) == len(listed)
-    outer, inner = listed >> PAIR_BITS, listed % 2**PAIR_BITS
+def test_only_blocks_that_see_something_are_visited(case: Case, by_key: bool, window: int) -> None:
+    """The list has every pair of blocks with a key that counts, one more for an outer block without any, and no other."""
+    plan = planned(case, window, "mosaic_tpu")
+    listed = plan.by_key if by_key else plan.by_query
+    assert listed is not None
+    pairs, count = np.asarray(listed.pairs), int(listed.count[0])
+    assert np.all(pairs[:count] >= 0)
+    assert np.all(pairs[count:] == -1)
+    number = pairs[:count] % ALL_SEEN
+    outer, inner = number >> PAIR_BITS, number % 2**PAIR_BITS
+    some, every = visible_blocks(case, window, case.blocks)
+    b, rows, columns = some.shape
+    row, queries, keys = np.nonzero(some)
+    expected = {(one * rows + query, one * columns + key) for one, query, key in zip(row, queries, keys, strict=True)}
+    got = list(zip(*((inner, outer) if by_key else (outer, inner)), strict=True))
+    without = b * (columns if by_key else rows) - np.count_nonzero(some.any(axis=1 if by_key else 2))
     assert np.all(np.diff(outer) >= 0)
-    assert set(outer) == set(range(2 * (blocks.k_blocks if by_key else blocks.q_blocks)))
-
-    prompt, own = blocks.padded(40), blocks.padded(30)
-    at = np.arange(blocks.tokens)
-    text = np.where(at < prompt, -1, (at - prompt) // own)
-    required = set()
-    for b, length in enumerate(lengths):
-        position = np.where(at < prompt, at, length + (at - prompt) % own)
-        distance = position[:, None] - position[None, :]
-        sees = (distance >= 0) & (distance < window)
-        sees &= np.where(at < prompt, at < length, text[:, None] == text[None, :])
-        queries, keys = np.nonzero(sees)
-        required |= set(zip(b * blocks.q_blocks + queries // 8, b * blocks.k_blocks + keys // 16, strict=True))
-    got = set(zip(*((inner, outer) if by_key else (outer, inner)), strict=True))
-    assert required <= got
-    assert len(got - required) <= 2 * blocks.q_blocks
+    assert set(outer) == set(range(b * (columns if by_key else rows)))
+    assert len(set(got)) == len(got)
+    assert expected <= set(got)
+    assert len(got) == len(expected) + without
+    fully = {pair for pair, whole in zip(got, pairs[:count] >= ALL_SEEN, strict=True) if whole}
+    assert fully == {(one * rows + q, one * columns + k) for one, q, k in zip(*np.nonzero(every), strict=True)}
 
 
-def test_blocks_fit_the_texts() -> None:
-    def chosen(prompt: int, completion: int, generations: int, queries: int) -> tuple[int, int]:
-        blocks = choose_block_sizes(prompt, completion, generations, 2, queries, "mosaic_tpu")
-        return blocks.queries, blocks.keys
+def test_a_list_is_never_too_short() -> None:
+    """Random rows that keep to limits have at most as many pairs as `most_pairs` says."""
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        groups = tuple((int(rng.integers(1, 20)), tuple(map(int, rng.integers(1, 30, rng.integers(0, 5))))) for _ in range(4))
+        tokens = sum(prompt + sum(own) for prompt, own in groups) + int(rng.integers(0, 9))
+        blocks = int(rng.choice([4, 8, 16])), int(rng.choice([4, 8, 16]))
+        case = Case((groups,), tokens, blocks=blocks, last=bool(rng.integers(2)))
+        some, _ = visible_blocks(case, int(rng.choice([NO_WINDOW, 6])), blocks)
+        assert np.count_nonzero(some) <= most_pairs(asked(case), tokens, blocks, case.limits)
 
-    assert chosen(1024, 1023, 8, 4) == (256, 512)
-    assert chosen(512, 19_968, 8, 2) == (512, 512)
-    assert chosen(100, 130, 8, 7) == (128, 128)
-    for completion in range(1, 3000, 97):
-        padded = GroupBlocks(600, completion, 4, *chosen(600, completion, 4, 4)).tokens
-        assert padded - 600 - 4 * completion <= max(5 * 127, (600 + 4 * completion) / 8)
 
-
-def test_blocks_of_a_cpu_and_a_gpu() -> None:
-    """Rows of scores of one prompt are K·R heads, times G for its completions; a text's blocks do not depend on the prompts."""
-    assert choose_block_sizes(512, 128, 8, 4, 1, "xla") == BlockSizes(64, 64, prompts=2, prompt=64, shared_keys=128)
-    assert choose_block_sizes(512, 128, 16, 8, 2, "xla") == BlockSizes(32, 32, prompts=1, prompt=64, shared_keys=32)
+def test_block_sizes_follow_the_heads_and_the_device() -> None:
+    assert choose_block_sizes(4096, 4096, 4, 1, "xla") == BlockSizes(64, 64)
+    assert choose_block_sizes(4096, 4096, 128, 4, "xla") == BlockSizes(32, 32)
+    assert choose_block_sizes(9, 30, 4, 1, "xla") == BlockSizes(9, 30)
     with tracing_for(Target("gpu")):
-        assert choose_block_sizes(1024, 1024, 8, 8, 4, "xla") == BlockSizes(128, 128, prompts=1, prompt=256, shared_keys=128)
+        assert choose_block_sizes(4096, 4096, 32, 4, "xla") == BlockSizes(256, 256)
+    assert choose_block_sizes(9216, 9216, 32, 4, "mosaic_tpu") == BlockSizes(256, 512)
+    assert choose_block_sizes(9216, 9216, 32, 2, "mosaic_tpu") == BlockSizes(512, 512)
+    assert choose_block_sizes(900, 300, 14, 7, "mosaic_tpu") == BlockSizes(128, 256)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +346,9 @@ def test_on_a_tpu_there_are_no_scores(chips: dict[str, Any], chip: str, shape: S
     def array(*size: int, dtype: Any = jnp.bfloat16) -> Any:
         return jax.ShapeDtypeStruct(size, dtype)
 
-    case = Case((EVEN.prompt,), EVEN.generations, EVEN.prompt, EVEN.completion, shape.kv_heads, shape.queries, softcap=softcap)
+    groups = group(EVEN.prompt, EVEN.completion, EVEN.generations)
+    tokens = EVEN.prompt + EVEN.generations * EVEN.completion
+    case = Case((groups,), tokens, shape.kv_heads, shape.queries, softcap=softcap)
     queries = array(1, case.tokens, shape.kv_heads, shape.queries, shape.head_dim)
     keys = array(1, case.tokens, shape.kv_heads, shape.head_dim)
     run = program(case, "mosaic_tpu", small=False)
@@ -279,27 +365,42 @@ def test_on_a_tpu_there_are_no_scores(chips: dict[str, Any], chip: str, shape: S
     [
         ({"q": jnp.zeros((2, 8, 1, 1, 5))}, r"q \(2, 8, 1, 1, 5\)"),
         ({"v": jnp.zeros((2, 8, 1, 4), jnp.bfloat16)}, "bfloat16"),
-        ({"prompt_lengths": jnp.zeros((3,), jnp.int32)}, r"prompt_lengths \(3,\)"),
-        ({"prompt_width": 9}, "prompt_width 9"),
-        ({"generations": 3}, "3 completions"),
-        ({"generations": 0}, "0 completions"),
-        ({"q": jnp.zeros((2, 6, 1, 1, 4))}, "6 queries"),
+        ({"q": jnp.zeros((2, 6, 1, 1, 4))}, "the plan is for 2 rows of 8 queries and 8 keys"),
         ({"softcap": 0.0}, "softcap 0.0"),
-        ({"implementation": "tpu"}, "'tpu' is unknown"),
     ],
 )
 def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> None:
     keys = jnp.zeros((2, 8, 1, 4))
-    given: dict[str, Any] = {"q": keys[:, :, :, None], "k": keys, "v": keys, "prompt_lengths": jnp.ones((2,), jnp.int32)}
-    given |= {"prompt_width": 4, "generations": 2, "window": 1}
+    plan = planned(Case((((8, ()),), ((3, (2,)),)), 8), 1, "xla")
+    given: dict[str, Any] = {"q": keys[:, :, :, None], "k": keys, "v": keys, "plan": plan}
     undecorated = group_attention.__wrapped__  # type: ignore[attr-defined]  # without the tests' own check of shapes
     with pytest.raises(ValueError, match=message):
         undecorated(**(given | change))
 
 
-def test_a_group_too_large_for_one_list_of_blocks_is_refused() -> None:
-    trace = functools.partial(group_attention, prompt_width=512, generations=64, window=1, implementation="mosaic_tpu")
-    keys = jax.ShapeDtypeStruct((1, 512 + 64 * 32_768, 1, 128), jnp.bfloat16)
-    queries = jax.ShapeDtypeStruct((1, keys.shape[1], 1, 4, 128), jnp.bfloat16)
-    with pytest.raises(ValueError, match=r"lower train\.micro_batch_completions"):
-        jax.eval_shape(trace, queries, keys, keys, jax.ShapeDtypeStruct((1,), jnp.int32))
+def test_a_plan_refuses_what_does_not_fit() -> None:
+    case = Case((((3, (2,)),),), 5)
+    with pytest.raises(ValueError, match="'tpu' is unknown"):
+        planned(case, 1, "tpu")
+    ranges = key_ranges(case)
+    options: dict[str, Any] = {"kv_heads": 1, "heads_of_key": 1, "window": 1}
+    undecorated = plan_attention.__wrapped__  # type: ignore[attr-defined]  # as above
+    with pytest.raises(ValueError, match=r"key ranges have shapes \[\(1, 4\)"):
+        undecorated(ranges._replace(prompt_start=jnp.zeros((1, 4), jnp.int32)), case.limits, keys=5, **options)
+    with pytest.raises(ValueError, match="keys is 0"):
+        undecorated(ranges, case.limits, keys=0, **options)
+
+
+def test_a_row_too_long_for_one_list_of_blocks_is_refused() -> None:
+    tokens = 512 + 64 * 32_768
+    ranges = KeyRanges(*[jax.ShapeDtypeStruct((1, tokens), jnp.int32)] * 4)
+    options: dict[str, Any] = {"keys": tokens, "kv_heads": 1, "heads_of_key": 4, "window": 1, "implementation": "mosaic_tpu"}
+    with pytest.raises(ValueError, match=r"lower train\.micro_batch_tokens"):
+        jax.eval_shape(functools.partial(plan_attention, limits=Limits(1, 512, 32_768), **options), ranges)
+
+
+def test_the_key_ranges_of_prompts() -> None:
+    """Two prompts of 3 and 1 tokens in rows of 4; padding sees nothing."""
+    ranges = prompt_ranges(jnp.array([3, 1], jnp.int32), 4)
+    assert ranges.own_end.tolist() == [[1, 2, 3, 0], [1, 0, 0, 0]]
+    assert not any(np.any(x) for x in (ranges.prompt_start, ranges.prompt_end, ranges.own_start))

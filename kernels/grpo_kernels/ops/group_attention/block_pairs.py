@@ -1,10 +1,7 @@
-"""Pairs of blocks of queries and keys that see each other, for the TPU kernels of `group_attention`.
+"""Pairs of a block of queries and a block of keys that see each other: what the blocked forms of `group_attention` visit.
 
-`GroupBlocks` has the sizes, `to_blocks` puts heads first and pads each text to whole blocks, and `list_block_pairs` lists the pairs
-that the kernels visit: a block that no query sees costs nothing, whether by causality, by the window or by the prompt's padding.
-
-A padded key of a completion comes after all its real queries, one of a prompt after the prompt's length: neither needs a mask of
-its own. Results of padded queries are cut off.
+A pair in which no query sees a key costs nothing, whether by causality, by the window, by another sequence or by padding. The pairs
+follow from the key ranges alone, so one list serves all layers of one window.
 """
 
 from __future__ import annotations
@@ -14,171 +11,108 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 PAIR_BITS = 15
+"""Bits of a block's number in a pair."""
+
+ALL_SEEN = 2 ** (2 * PAIR_BITS)
+"""Added to a pair in which every query sees every key, so that no mask is needed."""
+
 MAX_PAIRS = 2**16
 """Most pairs in one list, which is in a TPU's scalar memory: 256 KiB of about 1 MiB."""
 
-EVERYWHERE = 2**30
-"""A position after every other."""
-
 
 @dataclass(frozen=True)
-class GroupBlocks:
-    """Sizes of [P | C_1 ... C_G] and its blocks.
+class Limits:
+    """What every row keeps to; static, so that lists have a length.
 
     Attributes:
-        prompt, completion: P and C, in tokens.
-        generations: G.
-        q_block, k_block: queries (of each head) and keys in a block; one divides the other.
+        prompts: most prompts in a row that other sequences continue.
+        prompt: most tokens of such a prompt.
+        own: most tokens of any sequence, prompts included.
     """
 
+    prompts: int
     prompt: int
-    completion: int
-    generations: int
-    q_block: int
-    k_block: int
-
-    def padded(self, tokens: int) -> int:
-        """Tokens of a text, rounded up to whole blocks."""
-        unit = max(self.q_block, self.k_block)
-        return -(-tokens // unit) * unit
-
-    @property
-    def tokens(self) -> int:
-        """P + G·C with padding."""
-        return self.padded(self.prompt) + self.generations * self.padded(self.completion)
-
-    @property
-    def q_blocks(self) -> int:
-        """Blocks of queries in [P | C_1 ... C_G]."""
-        return self.tokens // self.q_block
-
-    @property
-    def k_blocks(self) -> int:
-        """Blocks of keys in [P | C_1 ... C_G]."""
-        return self.tokens // self.k_block
-
-
-def to_blocks(x: Array, blocks: GroupBlocks) -> Array:
-    """[B, T, heads..., Dh] → [B, heads..., T, Dh], each text padded with zeros to whole blocks."""
-    p, c, g = blocks.prompt, blocks.completion, blocks.generations
-    x = jnp.moveaxis(x, 1, -2)
-    if blocks.tokens == x.shape[-2]:
-        return x
-    *heads, _, width = x.shape
-    prompt = padded_texts(x[..., None, :p, :], blocks.padded(p))
-    own = padded_texts(x[..., p:, :].reshape(*heads, g, c, width), blocks.padded(c))
-    return jnp.concatenate([part.reshape(*heads, -1, width) for part in (prompt, own) if part.size], axis=-2)
-
-
-def padded_texts(x: Array, width: int) -> Array:
-    """[..., tokens, Dh] with zeros up to `width` tokens."""
-    none = [(0, 0)] * (x.ndim - 2)
-    return jnp.pad(x, [*none, (0, width - x.shape[-2]), (0, 0)])
-
-
-def from_blocks(x: Array, blocks: GroupBlocks) -> Array:
-    """The inverse of `to_blocks`."""
-    p, c, g = blocks.prompt, blocks.completion, blocks.generations
-    *heads, _, width = x.shape
-    if blocks.tokens != p + g * c:
-        split = blocks.padded(p)
-        own = x[..., split:, :].reshape(*heads, g, blocks.padded(c), width)[..., :c, :]
-        x = jnp.concatenate([x[..., :p, :], own.reshape(*heads, g * c, width)], axis=-2)
-    return jnp.moveaxis(x, -2, 1)
+    own: int
 
 
 class BlockPairs(NamedTuple):
-    """The pairs of blocks that see each other, and the blocks' positions.
+    """The pairs to visit, sorted by their outer block: queries, or keys in the pass that computes keys' gradients.
 
     Attributes:
-        pairs: outer block · 2**PAIR_BITS + inner block, both counted through all prompts; first the pairs to visit, then -1. One
-            longer than the most pairs, so that every pair has a next one.
-        count: number of pairs to visit, at least one for each outer block.
-        q_start, k_start: position of each block's first query or key in its text.
-        k_end: position from which on a block's keys are padding.
+        pairs: outer block · 2**PAIR_BITS + inner block, plus `ALL_SEEN` where no mask is needed; first the pairs to visit, then -1.
+            One longer than the most pairs, so that every pair has a next one.
+        count: [1] number of pairs to visit, at least one for each outer block.
     """
 
     pairs: Int[Array, "N"]
-    count: Int[Array, ""]
-    q_start: Int[Array, "Q"]
-    k_start: Int[Array, "X"]
-    k_end: Int[Array, "X"]
+    count: Int[Array, "1"]
 
 
-def candidates(blocks: GroupBlocks) -> tuple[np.ndarray, np.ndarray]:
-    """Returns all (block of queries, block of keys) that texts and causality allow, sorted by queries."""
-    step_q, step_k = blocks.q_block, blocks.k_block
-    prompt, own = blocks.padded(blocks.prompt), blocks.padded(blocks.completion)
-
-    def causal(tokens: int) -> tuple[np.ndarray, np.ndarray]:
-        ends, starts = (np.arange(tokens // step_q) + 1) * step_q - 1, np.arange(tokens // step_k) * step_k
-        queries, keys = np.nonzero(ends[:, None] >= starts[None, :])
-        return queries, keys
-
-    pairs = [causal(prompt)]
-    to_prompt = np.nonzero(np.ones((own // step_q, prompt // step_k)))
-    to_own = causal(own)
-    for number in range(blocks.generations):
-        start = prompt + number * own
-        pairs.append((to_prompt[0] + start // step_q, to_prompt[1]))
-        pairs.append((to_own[0] + start // step_q, to_own[1] + start // step_k))
-    queries, keys = (np.concatenate(side).astype(np.int32) for side in zip(*pairs, strict=True))
-    order = np.lexsort((keys, queries))
-    return queries[order], keys[order]
+def blocks_of(tokens: int, block: int) -> int:
+    """Number of blocks that cover the tokens."""
+    return -(-tokens // block)
 
 
-def max_pairs(blocks: GroupBlocks) -> int:
-    """Returns the most pairs that one prompt and its completions can have."""
-    return candidates(blocks)[0].size
+def most_pairs(queries: int, keys: int, blocks: tuple[int, int], limits: Limits) -> int:
+    """The most pairs that a row of these limits can have.
+
+    A block of queries sees the prompts of its sequences, and a span of keys of their own: its queries follow one another, so their
+    own ranges touch.
+    """
+    c, x = blocks
+    rows, columns = blocks_of(queries, c), blocks_of(keys, x)
+    own = rows * (blocks_of(limits.own + c, x) + 1)
+    prompt = (rows + limits.prompts) * (blocks_of(limits.prompt, x) + 1) if limits.prompts else 0
+    return min(rows * columns, own + prompt)
 
 
-def starts(blocks: GroupBlocks, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns for each block the index of its first token in its text, and whether the text is a completion."""
-    prompt, own = blocks.padded(blocks.prompt), blocks.padded(blocks.completion)
-    at = np.arange(blocks.tokens // block) * block
-    is_own = at >= prompt
-    return np.where(is_own, (at - prompt) % max(own, 1), at).astype(np.int32), is_own
+def block_visibility(
+    bounds: Int[Array, "B 4 N"], keys: int, blocks: tuple[int, int]
+) -> tuple[Bool[Array, "B Q X"], Bool[Array, "B Q X"]]:
+    """Whether any query of a block sees any key of a block, and whether every query sees every key.
+
+    A last block that is not full counts as full: its missing queries see nothing, and its missing keys are not seen.
+    """
+    c, x = blocks
+    b, _, queries = bounds.shape
+    rows = blocks_of(queries, c)
+    bounds = jnp.pad(bounds, ((0, 0), (0, 0), (0, rows * c - queries)))
+    first = jnp.arange(blocks_of(keys, x), dtype=jnp.int32)[None, None, :] * x
+    some = jnp.zeros((b, rows * c, first.size), bool)
+    every = some
+    for start, end in ((bounds[:, 0], bounds[:, 1]), (bounds[:, 2], bounds[:, 3])):
+        start, end = start[:, :, None], end[:, :, None]
+        some |= (start < end) & (start < first + x) & (end > first)
+        every |= (start <= first) & (end >= first + x)
+    some, every = (seen.reshape(b, rows, c, first.size) for seen in (some, every))
+    return jnp.any(some, axis=2), jnp.all(every, axis=2)
 
 
-def list_block_pairs(blocks: GroupBlocks, lengths: Int[Array, "B"], window: Int[Array, ""], *, by_key: bool) -> BlockPairs:
-    """Lists the pairs that see each other, grouped by their block of queries, or by that of keys."""
-    prompts = lengths.shape[0]
-    q_index, q_own = starts(blocks, blocks.q_block)
-    k_index, k_own = starts(blocks, blocks.k_block)
-    all_lengths = lengths[:, None]
+def list_block_pairs(some: Bool[Array, "B Q X"], every: Bool[Array, "B Q X"], most: int, *, by_key: bool = False) -> BlockPairs:
+    """Lists the pairs that see each other, grouped by their block of queries, or by that of keys.
 
-    def position(index: np.ndarray, own: np.ndarray) -> Array:
-        return jnp.asarray(index)[None, :] + jnp.where(jnp.asarray(own)[None, :], all_lengths, jnp.int32(0))
+    Blocks are counted through all rows. A block that has no pair gets one with its row's first block, in which nothing is seen, so
+    that each result is written.
 
-    def end(own: np.ndarray) -> Array:
-        return jnp.where(jnp.asarray(own)[None, :], jnp.int32(EVERYWHERE), all_lengths)
-
-    queries, keys = candidates(blocks)
+    Args:
+        most: the most pairs of a row, from `most_pairs`.
+    """
     if by_key:
-        order = np.lexsort((queries, keys))
-        queries, keys = queries[order], keys[order]
-    # Pairs are computed from constants, and sorted together with their keys: neither needs a gather, with which XLA's compiler for
-    # TPUs (libtpu 0.0.50) fails where the list is long.
-    q_at, k_at = position(q_index[queries], q_own[queries]), position(k_index[keys], k_own[keys])
-    # Blocks on the diagonal are always visited: each block of queries, and of keys, must be visited once.
-    diagonal = np.maximum(queries * blocks.q_block, keys * blocks.k_block) < np.minimum(
-        (queries + 1) * blocks.q_block, (keys + 1) * blocks.k_block
-    )
-    near = q_at - (k_at + (blocks.k_block - 1)) < window
-    seen = (near & (k_at < end(k_own[keys]))) | jnp.asarray(diagonal)[None, :]
-
-    prompt = np.arange(prompts, dtype=np.int32)[:, None]
-    all_queries, all_keys = prompt * blocks.q_blocks + queries[None, :], prompt * blocks.k_blocks + keys[None, :]
-    outer, inner = (all_keys, all_queries) if by_key else (all_queries, all_keys)
-    pairs = jnp.asarray((outer << PAIR_BITS) + inner).reshape(-1)
-    seen = seen.reshape(-1)
-    _, ordered = jax.lax.sort(((~seen).astype(jnp.int32), pairs), num_keys=1, is_stable=True)
-    count = jnp.sum(seen, dtype=jnp.int32)
-    listed = jnp.where(jnp.arange(seen.shape[0], dtype=jnp.int32) < count, ordered, jnp.int32(-1))
-    last = jnp.full((1,), -1, jnp.int32)
-    q_start, k_start, k_end = position(q_index, q_own), position(k_index, k_own), end(k_own)
-    return BlockPairs(jnp.concatenate([listed, last]), count, q_start.reshape(-1), k_start.reshape(-1), k_end.reshape(-1))
+        some, every = jnp.swapaxes(some, 1, 2), jnp.swapaxes(every, 1, 2)
+    b, outer_blocks, inner_blocks = some.shape
+    row = jnp.arange(b, dtype=jnp.int32)[:, None, None]
+    outer = row * outer_blocks + jnp.arange(outer_blocks, dtype=jnp.int32)[None, :, None]
+    inner = row * inner_blocks + jnp.arange(inner_blocks, dtype=jnp.int32)[None, None, :]
+    first = jnp.arange(inner_blocks, dtype=jnp.int32)[None, None, :] == 0
+    listed = (some | (first & ~jnp.any(some, axis=2, keepdims=True))).reshape(-1)
+    pairs = ((outer << PAIR_BITS) + inner + jnp.where(every, jnp.int32(ALL_SEEN), 0)).reshape(-1)
+    # Sorted together with their keys: this needs no gather, with which XLA's compiler for TPUs (libtpu 0.0.50) fails where the list
+    # is long.
+    _, ordered = jax.lax.sort(((~listed).astype(jnp.int32), pairs), num_keys=1, is_stable=True)
+    count = jnp.sum(listed, dtype=jnp.int32)
+    size = min(pairs.size, b * (most + outer_blocks))
+    kept = jnp.where(jnp.arange(size, dtype=jnp.int32) < count, ordered[:size], jnp.int32(-1))
+    return BlockPairs(jnp.concatenate([kept, jnp.full((1,), -1, jnp.int32)]), count[None])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,21 +22,28 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from grpo_kernels.numerics import EMPTY_MAX, MASK_VALUE, einsum_float32, in_window, soft_cap_and_slope
-from grpo_kernels.ops.group_attention.block_pairs import (
-    MAX_PAIRS,
-    PAIR_BITS,
-    BlockPairs,
-    GroupBlocks,
-    from_blocks,
-    list_block_pairs,
-    max_pairs,
-    to_blocks,
-)
+from grpo_kernels.numerics import EMPTY_MAX, MASK_VALUE, einsum_float32, round_up, soft_cap_and_slope
+from grpo_kernels.ops.group_attention.block_pairs import ALL_SEEN, PAIR_BITS, BlockPairs, blocks_of
 from grpo_kernels.ops.group_attention.block_sizes import BlockSizes
+from grpo_kernels.ops.group_attention.key_ranges import sees
 
-PREFETCHED = 5
-"""Arguments in scalar memory: the four arrays of `BlockPairs` and the window."""
+SUBLANES = 8
+"""Rows of a tile of 32-bit values."""
+
+
+class Static(NamedTuple):
+    """What the kernels are compiled for.
+
+    Attributes:
+        blocks: queries and keys in a block.
+        q_blocks, k_blocks: blocks of a row.
+        softcap: None is off.
+    """
+
+    blocks: BlockSizes
+    q_blocks: int
+    k_blocks: int
+    softcap: float | None
 
 
 def capped_scores(k: Array, q: Array, softcap: float | None) -> tuple[Array, Array | None]:
@@ -44,43 +51,40 @@ def capped_scores(k: Array, q: Array, softcap: float | None) -> tuple[Array, Arr
     return soft_cap_and_slope(einsum_float32("kd,qd->kq", k, q), softcap)
 
 
-def on_pair(listed: Any, window: Any, blocks: GroupBlocks, by_key: bool, step: Any) -> None:
+def on_pair(pairs: Any, bounds: Any, static: Static, by_key: bool, step: Any) -> None:
     """Runs `step(mask)` for this grid step's pair; `mask` maps scores to scores with `MASK_VALUE` where a key is not seen."""
-    pairs, q_start, k_start, k_end = listed
-    at = pl.program_id(1)
-    outer, inner = pairs[at] >> PAIR_BITS, pairs[at] & (2**PAIR_BITS - 1)
-    query, key = (inner, outer) if by_key else (outer, inner)
-    first_q, first_k, end_k = q_start[query], k_start[key], k_end[key]
-    nearest = first_q - (first_k + (blocks.k_block - 1))
-    farthest = first_q + (blocks.q_block - 1) - first_k
-    all_seen = (nearest >= 0) & (farthest < window) & (first_k + blocks.k_block <= end_k)
+    pair = pairs[pl.program_id(1)]
+    outer, inner = outer_of(pair), pair & (2**PAIR_BITS - 1)
+    first_key = jax.lax.rem(outer if by_key else inner, jnp.int32(static.k_blocks)) * static.blocks.keys
 
     def mask(scores: Array) -> Array:
-        keys, queries = scores.shape
-        k_at = first_k + jax.lax.broadcasted_iota(jnp.int32, (keys, 1), 0)
-        k_at = jnp.where(k_at < end_k, k_at, jnp.int32(2**30))
-        q_at = first_q + jax.lax.broadcasted_iota(jnp.int32, (1, queries), 1) % blocks.q_block
-        return jnp.where(in_window(q_at, k_at, window), scores, jnp.float32(MASK_VALUE))
+        key = first_key + jax.lax.broadcasted_iota(jnp.int32, (scores.shape[0], 1), 0)
+        return jnp.where(sees([bounds[0, 0, row : row + 1] for row in range(4)], key), scores, jnp.float32(MASK_VALUE))
 
-    @pl.when(all_seen)
+    @pl.when(pair >= ALL_SEEN)
     def _() -> None:
         step(lambda scores: scores)
 
-    @pl.when(~all_seen)
+    @pl.when(pair < ALL_SEEN)
     def _() -> None:
         step(mask)
+
+
+def outer_of(pair: Array) -> Array:
+    """The outer block of a pair; that of the entry after the last pair is no block's."""
+    return jnp.where(pair < 0, jnp.int32(-1), (pair & (ALL_SEEN - 1)) >> PAIR_BITS)
 
 
 def is_first(pairs: Any) -> Array:
     """Whether this grid step's pair is the first of its outer block."""
     at = pl.program_id(1)
-    return (at == 0) | (pairs[jnp.maximum(at - 1, 0)] >> PAIR_BITS != pairs[at] >> PAIR_BITS)
+    return (at == 0) | (outer_of(pairs[jnp.maximum(at - 1, 0)]) != outer_of(pairs[at]))
 
 
 def is_last(pairs: Any) -> Array:
     """Whether this grid step's pair is the last of its outer block."""
     at = pl.program_id(1)
-    return pairs[at + 1] >> PAIR_BITS != pairs[at] >> PAIR_BITS
+    return outer_of(pairs[at + 1]) != outer_of(pairs[at])
 
 
 def rows_of(x: Any) -> Array:
@@ -89,15 +93,14 @@ def rows_of(x: Any) -> Array:
     return x[0, 0].reshape(r * block, width)
 
 
-def forward_kernel(*refs: Any, blocks: GroupBlocks, softcap: float | None) -> None:
+def forward_kernel(*refs: Any, static: Static) -> None:
     """One block of queries against one of keys.
 
     Args:
-        refs: `PREFETCHED` scalars, q [R·block, Dh], k, v [block, Dh]; out, lse [1, R·block]; then scratch: Σ p v
+        refs: pairs, bounds [8, R·block], q [R·block, Dh], k, v [block, Dh]; out, lse [1, R·block]; then scratch: Σ p v
             as [Dh, queries], the largest score and Σ p of each query.
     """
-    *listed, window, q, k, v, out, lse, acc, row_max, row_sum = refs
-    pairs = listed[0]
+    pairs, bounds, q, k, v, out, lse, acc, row_max, row_sum = refs
 
     @pl.when(is_first(pairs))
     def _() -> None:
@@ -106,7 +109,7 @@ def forward_kernel(*refs: Any, blocks: GroupBlocks, softcap: float | None) -> No
         row_max[...] = jnp.full_like(row_max, EMPTY_MAX)
 
     def step(mask: Callable[[Array], Array]) -> None:
-        scores = mask(capped_scores(k[0, 0], rows_of(q), softcap)[0])
+        scores = mask(capped_scores(k[0, 0], rows_of(q), static.softcap)[0])
         old_max = row_max[...]
         new_max = jnp.maximum(old_max, jnp.max(scores, axis=0, keepdims=True))
         weights, alpha = jnp.exp(scores - new_max), jnp.exp(old_max - new_max)
@@ -114,7 +117,7 @@ def forward_kernel(*refs: Any, blocks: GroupBlocks, softcap: float | None) -> No
         row_sum[...] = row_sum[...] * alpha + jnp.sum(weights, axis=0, keepdims=True)
         acc[...] = acc[...] * alpha + einsum_float32("kd,kq->dq", v[0, 0], weights.astype(v.dtype))
 
-    on_pair(listed, window[0], blocks, False, step)
+    on_pair(pairs, bounds, static, False, step)
 
     @pl.when(is_last(pairs))
     def _() -> None:
@@ -132,42 +135,42 @@ def score_gradients(refs: Any, mask: Callable[[Array], Array], softcap: float | 
     return weights, d_scores if slope is None else d_scores * slope
 
 
-def dq_kernel(*refs: Any, blocks: GroupBlocks, softcap: float | None) -> None:
-    """As `forward_kernel`; refs: scalars, q, k, v, d_out, lse, delta; out: dq; scratch: dq as [Dh, queries]."""
-    *listed, window, q, k, v, d_out, lse, delta, dq, summed = refs
+def dq_kernel(*refs: Any, static: Static) -> None:
+    """As `forward_kernel`; refs: pairs, bounds, q, k, v, d_out, lse, delta; out: dq; scratch: dq as [Dh, queries]."""
+    pairs, bounds, q, k, v, d_out, lse, delta, dq, summed = refs
 
-    @pl.when(is_first(listed[0]))
+    @pl.when(is_first(pairs))
     def _() -> None:
         summed[...] = jnp.zeros_like(summed)
 
     def step(mask: Callable[[Array], Array]) -> None:
-        _, d_scores = score_gradients((q, k, v, d_out, lse, delta), mask, softcap)
+        _, d_scores = score_gradients((q, k, v, d_out, lse, delta), mask, static.softcap)
         summed[...] += einsum_float32("kd,kq->dq", k[0, 0], d_scores.astype(k.dtype))
 
-    on_pair(listed, window[0], blocks, False, step)
+    on_pair(pairs, bounds, static, False, step)
 
-    @pl.when(is_last(listed[0]))
+    @pl.when(is_last(pairs))
     def _() -> None:
         dq[0, 0] = summed[...].T.astype(dq.dtype).reshape(dq.shape[2:])
 
 
-def dkv_kernel(*refs: Any, blocks: GroupBlocks, softcap: float | None) -> None:
-    """As `dq_kernel`, pairs grouped by keys; refs: scalars, q, k, v, d_out, lse, delta; out: dk, dv; scratch: dk, dv."""
-    *listed, window, q, k, v, d_out, lse, delta, dk, dv, sum_k, sum_v = refs
+def dkv_kernel(*refs: Any, static: Static) -> None:
+    """As `dq_kernel`, pairs grouped by keys; out: dk, dv; scratch: dk, dv."""
+    pairs, bounds, q, k, v, d_out, lse, delta, dk, dv, sum_k, sum_v = refs
 
-    @pl.when(is_first(listed[0]))
+    @pl.when(is_first(pairs))
     def _() -> None:
         sum_k[...] = jnp.zeros_like(sum_k)
         sum_v[...] = jnp.zeros_like(sum_v)
 
     def step(mask: Callable[[Array], Array]) -> None:
-        weights, d_scores = score_gradients((q, k, v, d_out, lse, delta), mask, softcap)
+        weights, d_scores = score_gradients((q, k, v, d_out, lse, delta), mask, static.softcap)
         sum_v[...] += einsum_float32("kq,qd->kd", weights.astype(d_out.dtype), rows_of(d_out))
         sum_k[...] += einsum_float32("kq,qd->kd", d_scores.astype(q.dtype), rows_of(q))
 
-    on_pair(listed, window[0], blocks, True, step)
+    on_pair(pairs, bounds, static, True, step)
 
-    @pl.when(is_last(listed[0]))
+    @pl.when(is_last(pairs))
     def _() -> None:
         dk[0, 0] = sum_k[...].astype(dk.dtype)
         dv[0, 0] = sum_v[...].astype(dv.dtype)
@@ -176,151 +179,168 @@ def dkv_kernel(*refs: Any, blocks: GroupBlocks, softcap: float | None) -> None:
 def run(
     kernel: Any,
     name: str,
-    blocks: GroupBlocks,
+    static: Static,
     pairs: BlockPairs,
-    window: Int[Array, ""],
     arrays: dict[str, Array],
     results: list[str],
     scratch: list[tuple[int, int]],
     *,
     products: int,
     by_key: bool,
-    softcap: float | None,
     in_place: bool = False,
 ) -> Any:
     """Launches a kernel on a grid of (key/value heads, pairs).
 
     Args:
-        arrays: by kind: q, d_out [B, K, R, T, Dh]; k, v [B, K, T, Dh]; lse, delta [B, K, blocks, 1, R · block].
+        arrays: by kind: bounds [B, blocks, 8, R · block]; q, d_out [B, K, R, N, Dh]; k, v [B, K, T, Dh];
+            lse, delta [B, K, blocks, 1, R · block].
         results: kinds of the results, each shaped as in `arrays`: q for dq, and so on.
         scratch: shapes of float32 arrays.
         products: matrix products of a pair, for the cost estimate.
         in_place: the result is written over `arrays["q"]`.
     """
     b, kv, r, _, width = arrays["q"].shape
-    rows = r * blocks.q_block
+    q_block, k_block = static.blocks.queries, static.blocks.keys
+    rows = r * q_block
 
-    def of_query(head: Array, at: Array, listed: Any, *_: Any) -> tuple[Any, Any]:
-        block = listed[at] & (2**PAIR_BITS - 1) if by_key else listed[at] >> PAIR_BITS
-        return jax.lax.div(block, jnp.int32(blocks.q_blocks)), jax.lax.rem(block, jnp.int32(blocks.q_blocks))
+    def of_query(at: Array, listed: Any) -> tuple[Any, Any]:
+        pair = listed[at] & (ALL_SEEN - 1)
+        block = pair & (2**PAIR_BITS - 1) if by_key else pair >> PAIR_BITS
+        return jax.lax.div(block, jnp.int32(static.q_blocks)), jax.lax.rem(block, jnp.int32(static.q_blocks))
 
-    def of_key(head: Array, at: Array, listed: Any, *_: Any) -> tuple[Any, ...]:
-        block = listed[at] >> PAIR_BITS if by_key else listed[at] & (2**PAIR_BITS - 1)
-        prompt, own = jax.lax.div(block, jnp.int32(blocks.k_blocks)), jax.lax.rem(block, jnp.int32(blocks.k_blocks))
-        return prompt, head, own, 0
+    def of_key(head: Array, at: Array, listed: Any) -> tuple[Any, ...]:
+        pair = listed[at] & (ALL_SEEN - 1)
+        block = pair >> PAIR_BITS if by_key else pair & (2**PAIR_BITS - 1)
+        return jax.lax.div(block, jnp.int32(static.k_blocks)), head, jax.lax.rem(block, jnp.int32(static.k_blocks)), 0
 
-    def queries(head: Array, at: Array, *scalars: Any) -> tuple[Any, ...]:
-        prompt, own = of_query(head, at, *scalars)
-        return prompt, head, 0, own, 0
+    def queries(head: Array, at: Array, listed: Any) -> tuple[Any, ...]:
+        row, own = of_query(at, listed)
+        return row, head, 0, own, 0
 
-    def statistics(head: Array, at: Array, *scalars: Any) -> tuple[Any, ...]:
-        prompt, own = of_query(head, at, *scalars)
-        return prompt, head, own, 0, 0
+    def statistics(head: Array, at: Array, listed: Any) -> tuple[Any, ...]:
+        row, own = of_query(at, listed)
+        return row, head, own, 0, 0
 
-    of_rows = pl.BlockSpec((1, 1, r, blocks.q_block, width), queries)
-    of_keys = pl.BlockSpec((1, 1, blocks.k_block, width), of_key)
+    of_rows = pl.BlockSpec((1, 1, r, q_block, width), queries)
+    of_keys = pl.BlockSpec((1, 1, k_block, width), of_key)
     of_statistics = pl.BlockSpec((1, 1, 1, 1, rows), statistics)
+    of_bounds = pl.BlockSpec((1, 1, SUBLANES, rows), lambda head, at, listed: (*of_query(at, listed), 0, 0))
     specs = {"q": of_rows, "d_out": of_rows, "k": of_keys, "v": of_keys, "lse": of_statistics, "delta": of_statistics}
-    like: dict[str, Any] = arrays | {"lse": jax.ShapeDtypeStruct((b, kv, blocks.q_blocks, 1, rows), jnp.float32)}
-    scores = kv * (pairs.pairs.size - 1) * rows * blocks.k_block  # at most; the window and padding leave some out
+    specs["bounds"] = of_bounds
+    like: dict[str, Any] = arrays | {"lse": jax.ShapeDtypeStruct((b, kv, static.q_blocks, 1, rows), jnp.float32)}
+    scores = kv * (pairs.pairs.size - 1) * rows * k_block  # at most; lists are shorter than they may be
     return pl.pallas_call(
-        functools.partial(kernel, blocks=blocks, softcap=softcap),
+        functools.partial(kernel, static=static),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=PREFETCHED,
-            grid=(kv, pairs.count),
+            num_scalar_prefetch=1,
+            grid=(kv, pairs.count[0]),
             in_specs=[specs[kind] for kind in arrays],
             out_specs=[specs[kind] for kind in results],
             scratch_shapes=[pltpu.VMEM(size, jnp.float32) for size in scratch],
         ),
         out_shape=[jax.ShapeDtypeStruct(like[kind].shape, like[kind].dtype) for kind in results],
-        input_output_aliases={PREFETCHED: 0} if in_place else {},
+        input_output_aliases={2: 0} if in_place else {},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * scores * width,
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in (*arrays.values(), *(like[kind] for kind in results))),
-            transcendentals=scores * (1 if softcap is None else 2),
+            transcendentals=scores * (1 if static.softcap is None else 2),
         ),
         name=name,
-    )(pairs.pairs, pairs.q_start, pairs.k_start, pairs.k_end, window[None], *arrays.values())
+    )(pairs.pairs, *arrays.values())
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def to_blocks(x: Float[Array, "B T ... Dh"], block: int) -> Float[Array, "B ... padded Dh"]:
+    """Heads first, tokens padded with zeros to whole blocks."""
+    x = jnp.moveaxis(x, 1, -2)
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, round_up(x.shape[-2], block) - x.shape[-2]), (0, 0)])
+
+
+def from_blocks(x: Float[Array, "B ... padded Dh"], tokens: int) -> Float[Array, "B T ... Dh"]:
+    """The inverse of `to_blocks`."""
+    return jnp.moveaxis(x[..., :tokens, :], -2, 1)
+
+
+def bounds_of_blocks(bounds: Int[Array, "B 4 N"], static: Static, heads: int) -> Int[Array, "B blocks 8 rows"]:
+    """The bounds of each block's queries, repeated for each of R heads; padded queries see nothing."""
+    b, numbers, queries = bounds.shape
+    c = static.blocks.queries
+    bounds = jnp.pad(bounds, ((0, 0), (0, SUBLANES - numbers), (0, static.q_blocks * c - queries)))
+    return jnp.tile(jnp.moveaxis(bounds.reshape(b, SUBLANES, static.q_blocks, c), 1, 2), (1, 1, 1, heads))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def attention(
-    q: Float[Array, "B T K R Dh"],
+    q: Float[Array, "B N K R Dh"],
     k: Float[Array, "B T K Dh"],
     v: Float[Array, "B T K Dh"],
-    lengths: Int[Array, "B"],
-    window: Int[Array, ""],
-    blocks: GroupBlocks,
-    softcap: float | None,
-) -> Float[Array, "B T K R Dh"]:
-    """Computes `group_attention_mosaic_tpu` of as many prompts as one list of pairs covers."""
-    return attention_forward(q, k, v, lengths, window, blocks, softcap)[0]
+    bounds: Int[Array, "B 4 N"],
+    by_query: BlockPairs,
+    by_key: BlockPairs,
+    static: Static,
+) -> Float[Array, "B N K R Dh"]:
+    """Computes `group_attention_mosaic_tpu` with its gradient."""
+    return attention_forward(q, k, v, bounds, by_query, by_key, static)[0]
+
+
+def arrays_of(q: Array, k: Array, v: Array, bounds: Array, static: Static) -> dict[str, Array]:
+    """The kernels' arguments by kind."""
+    return {
+        "bounds": bounds_of_blocks(bounds, static, q.shape[3]),
+        "q": to_blocks(q, static.blocks.queries),
+        "k": to_blocks(k, static.blocks.keys),
+        "v": to_blocks(v, static.blocks.keys),
+    }
 
 
 def attention_forward(
-    q: Array, k: Array, v: Array, lengths: Array, window: Array, blocks: GroupBlocks, softcap: float | None
+    q: Array, k: Array, v: Array, bounds: Array, by_query: BlockPairs, by_key: BlockPairs, static: Static
 ) -> tuple[Array, Any]:
     """Computes `attention`, and the arrays that its backward pass needs."""
-    pairs = list_block_pairs(blocks, lengths, window, by_key=False)
-    arrays = {name: to_blocks(x, blocks) for name, x in (("q", q), ("k", k), ("v", v))}
-    rows, width = q.shape[3] * blocks.q_block, q.shape[-1]
+    arrays = arrays_of(q, k, v, bounds, static)
+    rows, width = q.shape[3] * static.blocks.queries, q.shape[-1]
     scratch = [(width, rows), (1, rows), (1, rows)]
-    options: Any = {"products": 2, "by_key": False, "softcap": softcap}
-    out, lse = run(forward_kernel, "group_attention", blocks, pairs, window, arrays, ["q", "lse"], scratch, **options)
-    out = from_blocks(out, blocks)
-    return out, (q, k, v, lengths, window, out, lse)
+    out, lse = run(
+        forward_kernel, "group_attention", static, by_query, arrays, ["q", "lse"], scratch, products=2, by_key=False
+    )
+    out = from_blocks(out, q.shape[1])
+    return out, (q, k, v, bounds, by_query, by_key, out, lse)
 
 
-def attention_backward(blocks: GroupBlocks, softcap: float | None, residuals: Any, d_out: Array) -> tuple[Any, ...]:
+def attention_backward(static: Static, residuals: Any, d_out: Array) -> tuple[Any, ...]:
     """Computes gradients of q, k and v."""
-    q, k, v, lengths, window, out, lse = residuals
+    q, k, v, bounds, by_query, by_key, out, lse = residuals
     b, _, kv, r, width = q.shape
+    c = static.blocks.queries
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    delta = to_blocks(delta, blocks).reshape(b, kv, r, blocks.q_blocks, blocks.q_block)
+    delta = to_blocks(delta, c).reshape(b, kv, r, static.q_blocks, c)
     delta = jnp.moveaxis(delta, 2, 3).reshape(lse.shape)
-    arrays = {name: to_blocks(x, blocks) for name, x in (("q", q), ("k", k), ("v", v), ("d_out", d_out))}
-    arrays |= {"lse": lse, "delta": delta}
-
-    def gradients(kernel: Any, name: str, results: list[str], scratch: tuple[int, int], **options: Any) -> Any:
-        pairs = list_block_pairs(blocks, lengths, window, by_key=options["by_key"])
-        return run(kernel, name, blocks, pairs, window, arrays, results, [scratch] * len(results), softcap=softcap, **options)
-
-    dk, dv = gradients(dkv_kernel, "group_attention_dkv", ["k", "v"], (blocks.k_block, width), products=4, by_key=True)
+    arrays = arrays_of(q, k, v, bounds, static) | {"d_out": to_blocks(d_out, c), "lse": lse, "delta": delta}
+    scratch = [(static.blocks.keys, width)] * 2
+    dk, dv = run(dkv_kernel, "group_attention_dkv", static, by_key, arrays, ["k", "v"], scratch, products=4, by_key=True)
     # dq is written over q, block by block; the barrier keeps q until dk, its last other use, is computed.
     arrays["q"], dk = jax.lax.optimization_barrier((arrays["q"], dk))
-    scratch = (width, r * blocks.q_block)
-    (dq,) = gradients(dq_kernel, "group_attention_dq", ["q"], scratch, products=3, by_key=False, in_place=True)
-    none = (np.zeros(lengths.shape, jax.dtypes.float0), np.zeros((), jax.dtypes.float0))
-    return from_blocks(dq, blocks), from_blocks(dk, blocks), from_blocks(dv, blocks), *none
+    scratch = [(width, r * c)]
+    (dq,) = run(
+        dq_kernel, "group_attention_dq", static, by_query, arrays, ["q"], scratch, products=3, by_key=False, in_place=True
+    )
+    none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (bounds, by_query, by_key))
+    return from_blocks(dq, q.shape[1]), from_blocks(dk, k.shape[1]), from_blocks(dv, k.shape[1]), *none
 
 
 attention.defvjp(attention_forward, attention_backward)
 
 
 def group_attention_mosaic_tpu(
-    q: Float[Array, "B T K R Dh"],
+    q: Float[Array, "B N K R Dh"],
     k: Float[Array, "B T K Dh"],
     v: Float[Array, "B T K Dh"],
-    prompt_lengths: Int[Array, "B"],
-    prompt_width: int,
-    generations: int,
-    window: Int[Array, ""],
+    bounds: Int[Array, "B 4 N"],
+    by_query: BlockPairs,
+    by_key: BlockPairs,
     softcap: float | None,
-    sizes: BlockSizes,
-) -> Float[Array, "B T K R Dh"]:
-    """Computes `group_attention`, `sizes.prompts` prompts at a time."""
-    b, tokens = q.shape[:2]
-    each = (tokens - prompt_width) // max(generations, 1)
-    blocks = GroupBlocks(prompt_width, each, generations if each else 0, sizes.queries, sizes.keys)
-    if sizes.prompts == 0:
-        raise ValueError(
-            f"group_attention: prompt_width {prompt_width} and {generations} completions of {each} tokens make "
-            f"{max_pairs(blocks)} pairs of blocks, more than {MAX_PAIRS}; lower train.micro_batch_completions or the lengths"
-        )
-    size = sizes.prompts_at_once(b)
-    if size == b:
-        return attention(q, k, v, prompt_lengths, window, blocks, softcap)
-    parts = jax.tree.map(lambda x: x.reshape(b // size, size, *x.shape[1:]), (q, k, v, prompt_lengths))
-    out: Any = jax.lax.map(lambda part: attention(*part, window, blocks, softcap), parts)
-    return out.reshape(q.shape)
+    blocks: BlockSizes,
+) -> Float[Array, "B N K R Dh"]:
+    """Computes `group_attention`."""
+    static = Static(blocks, blocks_of(q.shape[1], blocks.queries), blocks_of(k.shape[1], blocks.keys), softcap)
+    return attention(q, k, v, bounds, by_query, by_key, static)
