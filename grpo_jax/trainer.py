@@ -41,6 +41,7 @@ from grpo_jax.run.folder import RunFolder
 from grpo_jax.run.saved import checkpoint_values
 from grpo_jax.run.tracking import tracker_callbacks
 from grpo_jax.runtime import distributed
+from grpo_jax.runtime.compile_ahead import CompileAhead
 from grpo_jax.runtime.programs import Program, compile_seconds
 from grpo_jax.steps import Step
 from grpo_jax.steps.grpo import GrpoStep
@@ -140,7 +141,7 @@ class Trainer:
         self.steps_done, self.should_stop = 0, False
         self.folder: RunFolder | None = None
         self._checkpoints: Checkpointer | None = None
-        self._started = 0.0
+        self._started, self._ahead = 0.0, CompileAhead()
 
     @property
     def policy(self) -> Policy:
@@ -176,6 +177,7 @@ class Trainer:
         self.open()
         self.state, metrics, completions = self._step.run(self.state, self.steps_done)
         self.steps_done += 1
+        self._ahead.check()
         self._call("on_step_end", metrics, completions)
         return metrics, completions
 
@@ -217,11 +219,13 @@ class Trainer:
             *tracker_callbacks(config, folder.path, writes=distributed.is_main()),
             *self.callbacks,
         ]
+        self._ahead.start(self._step.future_calls(self.state))
         self._call("on_train_begin")
         return folder, checkpoints
 
     def close(self) -> None:
         """Waits for checkpoints and closes every file."""
+        self._ahead.close()
         if self._checkpoints is not None:
             self._checkpoints.close()
         if self.folder is not None:

@@ -191,7 +191,7 @@ def write_segment(
             ends.
         segment_cache: the same pytree, X the segment's length.
         base: the token at which each slot's segment starts, a multiple of its length. Slots beyond all past blocks are not written.
-        together: all slots have the same base, in the last past block or behind it (where no completion continues): one copy.
+        together: all slots have the same base: one copy.
     """
     if not past_blocks:
         return past_blocks
@@ -201,16 +201,11 @@ def write_segment(
     starts = [0]
     for past_block in past_blocks[:-1]:
         starts.append(starts[-1] + layer_caches(past_block)[0].v.shape[3])
-    if together:
-        column = base[0] - starts[-1]
-        return *past_blocks[:-1], map_cache(
-            lambda target, x, axis: update_slot(target, x, jnp.int32(0), column, axis), past_blocks[-1], segment_cache
-        )
 
-    def one_slot(slot: Array, past_blocks: tuple[Any, ...]) -> tuple[Any, ...]:
+    def from_slot(slot: Array, past_blocks: tuple[Any, ...], count: int) -> tuple[Any, ...]:
         def written(target: Array, x: Array, axis: int, first: int) -> Array:
             offset = base[slot] - first
-            x = jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=1)
+            x = jax.lax.dynamic_slice_in_dim(x, slot, count, axis=1)
             inside = (offset >= 0) & (offset < target.shape[axis])
             column = jnp.clip(offset, 0, target.shape[axis] - x.shape[axis])
             old = jax.lax.dynamic_slice(target, start_indices(target, slot, column, axis), x.shape)
@@ -221,7 +216,9 @@ def write_segment(
             for past_block, first in zip(past_blocks, starts, strict=True)
         )
 
-    return jax.lax.fori_loop(0, base.shape[0], one_slot, past_blocks)
+    if together:
+        return from_slot(jnp.int32(0), past_blocks, base.shape[0])
+    return jax.lax.fori_loop(0, base.shape[0], functools.partial(from_slot, count=1), past_blocks)
 
 
 def layer_caches(past_block: Any) -> tuple[KVCache, ...]:
