@@ -74,5 +74,7 @@ def rollout_calls(sampler: Sampler, variables: Params, rollout: RolloutConfig, s
     if model.unroll:
         calls.insert(1, FutureCall(sampler.prepare_weights, (variables,), {"unroll": True}))
     if past_blocks:
+        making = {"slots": sizes.slots, "tokens": sizes.past_blocks, "int8": int8, "unroll": model.unroll}
+        calls.append(FutureCall(sampler.empty_past_blocks, (), making))
         calls.append(FutureCall(sampler.write_segment, (past_blocks, segment_cache, number), {"together": sizes.fixed}))
     return calls

@@ -34,6 +34,7 @@ __all__ = [
     "decode_attend",
     "empty_cache",
     "empty_past_block",
+    "empty_past_blocks",
     "quantize_int8",
     "to_cache",
     "write_segment",
@@ -73,6 +74,13 @@ def empty_past_block(
     shape = (1 if unroll else spec.layers, slots, spec.kv_heads, tokens, spec.head_dim)
     blocks = tuple(empty_cache(shape, dtype, int8=int8, transposed=unroll) for _ in range(spec.layers if unroll else 1))
     return constrain_cache(layout, blocks if unroll else blocks[0])
+
+
+def empty_past_blocks(
+    spec: ModelSpec, dtype: Any, *, slots: int, tokens: tuple[int, ...], int8: bool, unroll: bool, layout: Layout | None = None
+) -> tuple[Any, ...]:
+    """Makes past blocks of these numbers of tokens; see `empty_past_block`."""
+    return tuple(empty_past_block(spec, dtype, slots, own, int8=int8, unroll=unroll, layout=layout) for own in tokens)
 
 
 def cache_spec(layout: Layout, *, stacked: bool) -> PartitionSpec:

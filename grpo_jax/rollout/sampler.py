@@ -24,7 +24,7 @@ import numpy as np
 from grpo_jax.config import ConfigError, RolloutConfig
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.rollout.decode import SegmentTokens, SlotState, decode_segment, gpu_options
-from grpo_jax.rollout.kv_cache import empty_past_block, write_segment
+from grpo_jax.rollout.kv_cache import empty_past_blocks, write_segment
 from grpo_jax.rollout.prefill import PrefilledPrompts, insert_prompts, prefill
 from grpo_jax.rollout.sampling import SamplingControls, controls_of
 from grpo_jax.rollout.schedule import ShardedSchedule
@@ -48,8 +48,8 @@ class Sampler:
         model: the decoder.
         stop_ids: every id that ends a completion.
         decode_text: turns ids into text to search for stop strings; None without a tokenizer.
-        prepare_weights, prefill, insert_prompts, decode_segment, write_segment, empty_past_block: the compiled functions of those
-            names. `empty_past_block` is compiled for meshes only.
+        prepare_weights, prefill, insert_prompts, decode_segment, write_segment, empty_past_blocks: the compiled functions of those
+            names.
     """
 
     model: Transformer
@@ -60,7 +60,7 @@ class Sampler:
     insert_prompts: Program
     decode_segment: Program
     write_segment: Program
-    empty_past_block: Program
+    empty_past_blocks: Program
 
     @staticmethod
     def build(
@@ -90,7 +90,7 @@ class Sampler:
             Program("rollout: prompts", partial(insert_prompts, layout=layout), donate=(0,), announce=announce),
             Program("rollout", partial(decode_segment, model, stop_ids), announce=announce, options=options),
             Program("rollout: past", partial(write_segment, layout=layout), donate=(0,), announce=announce),
-            Program("rollout", partial(empty_past_block, model.spec, model.dtype, layout=layout), announce=announce),
+            Program("rollout", partial(empty_past_blocks, model.spec, model.dtype, layout=layout), announce=announce),
         )
 
     @property
@@ -102,7 +102,7 @@ class Sampler:
             self.insert_prompts,
             self.decode_segment,
             self.write_segment,
-            self.empty_past_block,
+            self.empty_past_blocks,
         )
 
     def announcing(self, announce: Announce) -> Sampler:
@@ -260,7 +260,7 @@ class RolloutLoop:
         sampler, sizes, generations = self.sampler, self.sizes, self.rollout.num_generations
         schedule = ShardedSchedule.of(sizes, len(self.prompt_ids), generations, shards=self.shards, refill=self.rollout.refill)
         prompts = self.prefill(weights, schedule.prompts_in_slots)
-        past_blocks = tuple(self.empty_past_block(tokens) for tokens in sizes.past_blocks)
+        past_blocks = self.empty_past_blocks()
         near_ties = 0
         while not schedule.finished:
             rounds, begun = schedule.admit()
@@ -290,12 +290,13 @@ class RolloutLoop:
         layout = self.layout
         return jax.device_put(tree) if layout is None else jax.tree.map(lambda x: layout.put(x, (axis,)), tree)
 
-    def empty_past_block(self, tokens: int) -> Any:
-        """Makes an empty past block of that many tokens per slot."""
-        model, slots = self.sampler.model, self.shards * self.sizes.slots
-        if self.layout is not None:
-            return self.sampler.empty_past_block(slots=slots, tokens=tokens, int8=self.int8, unroll=model.unroll)
-        return empty_past_block(model.spec, model.dtype, slots, tokens, int8=self.int8, unroll=model.unroll)
+    def empty_past_blocks(self) -> tuple[Any, ...]:
+        """Makes the past blocks of all slots, all at once: one program."""
+        sizes, unroll = self.sizes, self.sampler.model.unroll
+        if not sizes.past_blocks:
+            return ()
+        slots = self.shards * sizes.slots
+        return self.sampler.empty_past_blocks(slots=slots, tokens=sizes.past_blocks, int8=self.int8, unroll=unroll)
 
     def prefill(self, weights: Params, numbers: Sequence[int | None]) -> PrefilledPrompts:
         """Prefills prompts by number; None prefills a placeholder of one token."""

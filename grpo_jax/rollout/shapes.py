@@ -26,7 +26,7 @@ SPARE_PROMPT_SLOTS = 3
 USUAL_STEPS = 0.75
 """Share of the steps whose prompts fit into the narrower of two widths."""
 
-SHARED_ROUNDS = 4
+SHARED_ROUNDS = 8
 """An evaluation runs in the shapes of the training rollout where it then needs at most this many rounds; in shapes of its own, with
 a prompt in every slot, it needs fewer rounds but programs of its own."""
 
