@@ -23,6 +23,7 @@ from grpo_jax.rollout.shapes import RolloutShapes, evaluation_slots
 from grpo_jax.run.display import Display
 from grpo_jax.run.saved import load_run
 from grpo_jax.runtime import distributed
+from grpo_jax.runtime.compilation_cache import use_compilation_cache
 from grpo_jax.types import Params
 
 
@@ -117,6 +118,7 @@ def evaluate(
     if run_dir is not None:
         config, policy = load_run(run_dir)
     config = config or Config()
+    use_compilation_cache(config.train.compilation_cache)
     if policy is None:
         if config.model.path is None:
             raise ConfigError("model.path: null; give a model folder or a hub id, or a run")

@@ -47,6 +47,11 @@ class Step(Protocol):
         """Number of held-out problems."""
         ...
 
+    @property
+    def first_rewards_at(self) -> float | None:
+        """When the first step's completions had been scored, by `time.perf_counter`; None before, and without rewards."""
+        ...
+
     def future_calls(self, state: TrainState) -> list[FutureCall]:
         """What the run will compile, in the order in which it is needed; it is compiled in the background. May be incomplete."""
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -56,6 +57,7 @@ class GrpoStep:
     Attributes:
         limits: longest length of each of a step's completions in tokens; None is `rollout.max_completion_length` for all.
         decided: the shapes of the run's rollouts, once they are chosen; see `shapes`.
+        rewarded: when the first completions had been scored; see `first_rewards_at`.
     """
 
     config: Config
@@ -70,6 +72,7 @@ class GrpoStep:
     display: Display
     limits: Sequence[int] | None = None
     decided: list[RolloutShapes] = field(default_factory=list)
+    rewarded: list[float] = field(default_factory=list)
 
     @staticmethod
     def read(
@@ -135,6 +138,10 @@ class GrpoStep:
     def problems(self) -> int:
         """Number of held-out prompts."""
         return len(self.source.held_out) if isinstance(self.source, PromptSource) else 0
+
+    @property
+    def first_rewards_at(self) -> float | None:
+        return self.rewarded[0] if self.rewarded else None
 
     def variables(self, state: TrainState) -> Params:
         """The policy's variables as trained so far."""
@@ -203,6 +210,8 @@ class GrpoStep:
         for line in failure_lines(scored):
             self.display.warning(line)
         clock.lap("reward_seconds")
+        if not self.rewarded:
+            self.rewarded.append(time.perf_counter())
         state, packed = self.update(state, train_batch(prompts, rollout, scored, config, self.policy.layout), self.frozen)
         metrics, advantages = packed.to_host()
         clock.lap("update_seconds")

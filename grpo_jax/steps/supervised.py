@@ -95,6 +95,11 @@ class SupervisedStep:
     def problems(self) -> int:
         return len(self.source.held_out)
 
+    @property
+    def first_rewards_at(self) -> float | None:
+        """None: there are no rewards."""
+        return None
+
     def future_calls(self, state: TrainState) -> list[FutureCall]:
         return self.update_calls(state)
 
