@@ -15,6 +15,7 @@ import re
 import shlex
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -40,8 +41,9 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
+    started = time.perf_counter()
     words = sys.argv[1:] if words is None else list(words)
-    arguments, rest = parser().parse_known_args(words)
+    arguments, rest = parser().parse_known_args(words, argparse.Namespace(started=started))
     try:
         if rest:
             raise unknown_option(rest[0], arguments)
@@ -64,7 +66,7 @@ def train(arguments: argparse.Namespace) -> None:
     from grpo_jax.trainer import train as run
 
     with joined_processes(loaded.config.distributed, ending):
-        run(loaded.config, resume=arguments.resume, sources=loaded.sources)
+        run(loaded.config, resume=arguments.resume, sources=loaded.sources, started=arguments.started)
 
 
 def sft(arguments: argparse.Namespace) -> None:
@@ -74,7 +76,7 @@ def sft(arguments: argparse.Namespace) -> None:
     from grpo_jax.trainer import sft as run
 
     with joined_processes(loaded.config.distributed, ending):
-        run(loaded.config, resume=arguments.resume, sources=loaded.sources)
+        run(loaded.config, resume=arguments.resume, sources=loaded.sources, started=arguments.started)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:

@@ -68,6 +68,9 @@ class TrainConfig:
         quiet: Print plain lines instead of a live progress bar and tables, for logs.
         track: Where metrics are sent in addition to the run folder: `none`, or `wandb` (needs the extra `track`).
         debug: Check after every step that all trained arrays are finite; costs a copy of them to the host.
+        compilation_cache: Store compiled programs on disk, so that a second start compiles nothing: true uses
+            JAX_COMPILATION_CACHE_DIR, or $XDG_CACHE_HOME/grpo_jax, or ~/.cache/grpo_jax; a path is another folder; false stores
+            nothing. Whoever can write to the folder can make this process run code.
     """
 
     steps: int = 100
@@ -85,6 +88,7 @@ class TrainConfig:
     quiet: bool = False
     track: Literal["none", "wandb"] = "none"
     debug: bool = False
+    compilation_cache: bool | str = True
 
     def __post_init__(self) -> None:
         check_types(self, "train")

@@ -34,6 +34,7 @@ __all__ = [
     "decode_attend",
     "empty_cache",
     "empty_past_block",
+    "empty_past_blocks",
     "quantize_int8",
     "to_cache",
     "write_segment",
@@ -73,6 +74,13 @@ def empty_past_block(
     shape = (1 if unroll else spec.layers, slots, spec.kv_heads, tokens, spec.head_dim)
     blocks = tuple(empty_cache(shape, dtype, int8=int8, transposed=unroll) for _ in range(spec.layers if unroll else 1))
     return constrain_cache(layout, blocks if unroll else blocks[0])
+
+
+def empty_past_blocks(
+    spec: ModelSpec, dtype: Any, *, slots: int, tokens: tuple[int, ...], int8: bool, unroll: bool, layout: Layout | None = None
+) -> tuple[Any, ...]:
+    """Makes past blocks of these numbers of tokens; see `empty_past_block`."""
+    return tuple(empty_past_block(spec, dtype, slots, own, int8=int8, unroll=unroll, layout=layout) for own in tokens)
 
 
 def cache_spec(layout: Layout, *, stacked: bool) -> PartitionSpec:
@@ -191,7 +199,7 @@ def write_segment(
             ends.
         segment_cache: the same pytree, X the segment's length.
         base: the token at which each slot's segment starts, a multiple of its length. Slots beyond all past blocks are not written.
-        together: all slots have the same base, in the last past block or behind it (where no completion continues): one copy.
+        together: all slots have the same base: one copy.
     """
     if not past_blocks:
         return past_blocks
@@ -201,16 +209,11 @@ def write_segment(
     starts = [0]
     for past_block in past_blocks[:-1]:
         starts.append(starts[-1] + layer_caches(past_block)[0].v.shape[3])
-    if together:
-        column = base[0] - starts[-1]
-        return *past_blocks[:-1], map_cache(
-            lambda target, x, axis: update_slot(target, x, jnp.int32(0), column, axis), past_blocks[-1], segment_cache
-        )
 
-    def one_slot(slot: Array, past_blocks: tuple[Any, ...]) -> tuple[Any, ...]:
+    def from_slot(slot: Array, past_blocks: tuple[Any, ...], count: int) -> tuple[Any, ...]:
         def written(target: Array, x: Array, axis: int, first: int) -> Array:
             offset = base[slot] - first
-            x = jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=1)
+            x = jax.lax.dynamic_slice_in_dim(x, slot, count, axis=1)
             inside = (offset >= 0) & (offset < target.shape[axis])
             column = jnp.clip(offset, 0, target.shape[axis] - x.shape[axis])
             old = jax.lax.dynamic_slice(target, start_indices(target, slot, column, axis), x.shape)
@@ -221,7 +224,9 @@ def write_segment(
             for past_block, first in zip(past_blocks, starts, strict=True)
         )
 
-    return jax.lax.fori_loop(0, base.shape[0], one_slot, past_blocks)
+    if together:
+        return from_slot(jnp.int32(0), past_blocks, base.shape[0])
+    return jax.lax.fori_loop(0, base.shape[0], functools.partial(from_slot, count=1), past_blocks)
 
 
 def layer_caches(past_block: Any) -> tuple[KVCache, ...]:

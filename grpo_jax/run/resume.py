@@ -13,6 +13,7 @@ FREE_ON_RESUME = (
     "rollout.refill",
     "rollout.segment",
     "rollout.slots",
+    "train.compilation_cache",
     "train.debug",
     "train.eval_every",
     "train.eval_kl",

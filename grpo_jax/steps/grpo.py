@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,12 +23,14 @@ from grpo_jax.learner.step import Learner
 from grpo_jax.policy import Policy, sampler_of
 from grpo_jax.rewards import NamedFunction, check_functions, failure_lines, resolve_functions, reward_metrics
 from grpo_jax.rewards.across_processes import score_across_processes
+from grpo_jax.rollout.future_calls import rollout_calls
 from grpo_jax.rollout.sampler import Sampler
-from grpo_jax.rollout.shapes import evaluation_slots
+from grpo_jax.rollout.shapes import RolloutShapes, evaluation_shapes, prompt_widths
 from grpo_jax.run.callbacks import StepCompletions
 from grpo_jax.run.display import Display
 from grpo_jax.run.step_metrics import Clock, length_metrics
 from grpo_jax.runtime import distributed
+from grpo_jax.runtime.compile_ahead import FutureCall
 from grpo_jax.runtime.programs import Program
 from grpo_jax.steps import StepResult
 from grpo_jax.steps.setup import placed_policy, read_tokenizer
@@ -53,6 +56,8 @@ class GrpoStep:
 
     Attributes:
         limits: longest length of each of a step's completions in tokens; None is `rollout.max_completion_length` for all.
+        decided: the shapes of the run's rollouts, once they are chosen; see `shapes`.
+        rewarded: when the first completions had been scored; see `first_rewards_at`.
     """
 
     config: Config
@@ -66,6 +71,8 @@ class GrpoStep:
     frozen: Frozen
     display: Display
     limits: Sequence[int] | None = None
+    decided: list[RolloutShapes] = field(default_factory=list)
+    rewarded: list[float] = field(default_factory=list)
 
     @staticmethod
     def read(
@@ -106,9 +113,10 @@ class GrpoStep:
         make_learner = functools.partial(grpo_learner, optimizer=optimizer, loss_fn=loss_fn)
         if config.train.micro_batch_prompts == "auto":
             problems = len(source.held_out) if isinstance(source, PromptSource) else 0
-            fit = fit_run(config, policy, frozen, display, problems, make_learner)
+            fit = fit_run(with_widest_prompts(config, source), policy, frozen, display, problems, make_learner)
             kl = Program("KL to the reference", fit.learner.kl_sums, announce=display.compiling)
-            return GrpoStep(fit.config, policy, source, functions, fit.sampler, fit.learner, fit.update, kl, frozen, display)
+            config = replace(config, train=fit.config.train, rollout=replace(config.rollout, slots=fit.config.rollout.slots))
+            return GrpoStep(config, policy, source, functions, fit.sampler, fit.learner, fit.update, kl, frozen, display)
         micro_batch = micro_batch_of(config, policy)
         learner, remat = make_learner(config, policy, micro_batch)
         if remat != config.model.remat:
@@ -131,19 +139,58 @@ class GrpoStep:
         """Number of held-out prompts."""
         return len(self.source.held_out) if isinstance(self.source, PromptSource) else 0
 
+    @property
+    def first_rewards_at(self) -> float | None:
+        return self.rewarded[0] if self.rewarded else None
+
+    def variables(self, state: TrainState) -> Params:
+        """The policy's variables as trained so far."""
+        return self.learner.policy_variables(state.trainable, self.frozen)
+
+    def shapes(self, state: TrainState) -> RolloutShapes | None:
+        """The shapes of all rollouts and evaluations, chosen on the first call; None where the prompts are not known before."""
+        if not isinstance(self.source, PromptSource):
+            return None
+        if not self.decided:
+            prompts = self.config.train.prompts_per_step
+            widths = prompt_widths(*self.source.prompt_lengths, prompts)
+            self.decided.append(self.sampler.decide_shapes(self.variables(state), self.config.rollout, prompts, widths))
+        return self.decided[0]
+
+    def evaluation_shapes(self, state: TrainState) -> RolloutShapes | None:
+        """The shapes of evaluations with one completion per problem; those of the rollouts where few rounds suffice."""
+        shapes = self.shapes(state)
+        return None if shapes is None else evaluation_shapes(self.config, self.problems, shapes)
+
+    def future_calls(self, state: TrainState) -> list[FutureCall]:
+        shapes, own = self.shapes(state), self.evaluation_shapes(state) if self.problems else None
+        if shapes is None:
+            return []
+        calls = rollout_calls(self.sampler, self.variables(state), self.config.rollout, shapes)
+        if own is not None and own != shapes:
+            calls += rollout_calls(self.sampler, self.variables(state), self.config.rollout, own)
+        return calls + self.update_calls(state)
+
+    def update_calls(self, state: TrainState) -> list[FutureCall]:
+        """The update, with the shapes of its batch: [FutureCall(self.update, (state, batch, self.frozen))]."""
+        # PLACE FOR THE UPDATE: until a batch has one shape, the update is compiled when it is called.
+        return []
+
     def run(self, state: TrainState, number: int) -> StepResult:
         """Makes step `number`, counted from 0: samples, scores, updates. The memory of `state` is reused."""
         config = self.config
+        shapes = self.shapes(state)
         clock = Clock(self.programs)
         prompts = self.source.batch(number)
         rollout = self.sampler.sample(
-            self.learner.policy_variables(state.trainable, self.frozen),
+            self.variables(state),
             prompts.prompt_ids,
             config.rollout,
             seed=config.train.seed,
             step=number,
             indices=prompts.indices,
             limits=self.limits,
+            shapes=shapes,
         )
         clock.lap("rollout_seconds")
         texts = [self.policy.text_of(ids) for ids in rollout.completion_ids]
@@ -163,6 +210,8 @@ class GrpoStep:
         for line in failure_lines(scored):
             self.display.warning(line)
         clock.lap("reward_seconds")
+        if not self.rewarded:
+            self.rewarded.append(time.perf_counter())
         state, packed = self.update(state, train_batch(prompts, rollout, scored, config, self.policy.layout), self.frozen)
         metrics, advantages = packed.to_host()
         clock.lap("update_seconds")
@@ -177,8 +226,10 @@ class GrpoStep:
         """Evaluates the held-out prompts, greedily; None where nothing is held out."""
         if not isinstance(self.source, PromptSource):
             return None
-        variables, tokenizer = self.learner.policy_variables(state.trainable, self.frozen), self.policy.need_tokenizer()
-        result = evaluate_held_out(self.sampler, variables, self.source, self.functions, tokenizer, self.config)
+        tokenizer, shapes = self.policy.need_tokenizer(), self.evaluation_shapes(state) if self.problems else None
+        result = evaluate_held_out(
+            self.sampler, self.variables(state), self.source, self.functions, tokenizer, self.config, shapes=shapes
+        )
         if result is None:
             return None
         metrics = {"accuracy": result.accuracy, "problems": result.problems, "reward/mean": result.reward_mean}
@@ -188,15 +239,23 @@ class GrpoStep:
         """Mean k3 from the reference, nats a token, on one completion sampled of each held-out prompt."""
         config, problems = self.config, self.problems
         (batch,) = source.held_out_batches(problems)
-        slots = self.sampler.round_up_slots(evaluation_slots(config, problems))
-        settings = replace(config.rollout, num_generations=1, slots=slots)
-        variables = self.learner.policy_variables(state.trainable, self.frozen)
-        rollout = self.sampler.sample(variables, batch.prompt_ids, settings, seed=config.train.seed, indices=batch.indices)
+        settings, shapes = replace(config.rollout, num_generations=1), self.evaluation_shapes(state)
+        rollout = self.sampler.sample(
+            self.variables(state), batch.prompt_ids, settings, seed=config.train.seed, indices=batch.indices, shapes=shapes
+        )
         rows = min(self.sampler.round_up_slots(problems), self.learner.micro_batch[0] * self.learner.micro_batch[1])
         sums = np.zeros(2)
         for token_ids, mask in text_batches(batch.prompt_ids, rollout.completion_ids, rows, self.policy.layout):
             sums += self.policy.on_host(self.kl(state.trainable, token_ids, mask, self.frozen))
         return float(sums[0] / sums[1])
+
+
+def with_widest_prompts(config: Config, source: Prompts) -> Config:
+    """The settings with the length of the longest prompt as the limit, so that what is compiled to measure it is what runs."""
+    if not isinstance(source, PromptSource):
+        return config
+    longest = max(int(lengths.max(initial=1)) for lengths in source.prompt_lengths)
+    return replace(config, rollout=replace(config.rollout, max_prompt_length=min(longest, config.rollout.max_prompt_length)))
 
 
 def reference_of(policy: Policy, config: Config) -> Params | None:

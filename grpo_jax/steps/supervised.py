@@ -21,6 +21,7 @@ from grpo_jax.policy import Policy, sampler_of
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.run.display import Display
 from grpo_jax.run.step_metrics import Clock
+from grpo_jax.runtime.compile_ahead import FutureCall
 from grpo_jax.runtime.mesh import mesh_micro_batch
 from grpo_jax.runtime.programs import Program
 from grpo_jax.steps import StepResult
@@ -93,6 +94,19 @@ class SupervisedStep:
     @property
     def problems(self) -> int:
         return len(self.source.held_out)
+
+    @property
+    def first_rewards_at(self) -> float | None:
+        """None: there are no rewards."""
+        return None
+
+    def future_calls(self, state: TrainState) -> list[FutureCall]:
+        return self.update_calls(state)
+
+    def update_calls(self, state: TrainState) -> list[FutureCall]:
+        """The update, with the shapes of its batch: [FutureCall(self.update, (state, batch, self.frozen))]."""
+        # PLACE FOR THE UPDATE: until a batch has one shape, the update is compiled when it is called.
+        return []
 
     def run(self, state: TrainState, number: int) -> StepResult:
         clock = Clock((self.update,))

@@ -96,9 +96,9 @@ def decode_attention(
             q, prefix, lengths, tuple(past_blocks), segment_cache, base, step, slot_map, window, layer, softcap, blocks
         )
     prefix, segment_cache = layer_of(prefix, layer), layer_of(segment_cache, layer)
-    past_blocks = [layer_of(past_block, layer) for past_block in past_blocks]
     if named == "xla":
-        return decode_attention_xla(q, prefix, lengths, past_blocks, segment_cache, base, step, slot_map, window, softcap)
+        return decode_attention_xla(q, prefix, lengths, past_blocks, segment_cache, base, step, slot_map, window, layer, softcap)
+    past_blocks = [layer_of(past_block, layer) for past_block in past_blocks]
     prompt_slots = jnp.arange(s, dtype=jnp.int32) // (s // b) if slot_map is None else slot_map.prompt_slots
     return decode_attention_reference(q, prefix, lengths, past_blocks, segment_cache, base, step, prompt_slots, window, softcap)
 
