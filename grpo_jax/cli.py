@@ -170,7 +170,8 @@ def bench(arguments: argparse.Namespace) -> None:
 
 BENCH_OPTIONS = (
     "model", "prompts", "num_generations", "prompt_length", "completion_length", "steps", "lora_rank", "slots", "segment", "refill",
-    "capacity", "kv_dtype", "dtype", "remat", "micro_batch_prompts", "ragged",
+    "capacity", "kv_dtype", "dtype", "remat", "micro_batch_prompts",
+    "micro_batch_tokens", "ragged",
 )  # fmt: skip
 
 
@@ -272,6 +273,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto is the model's own")
     made.add_argument("--remat", choices=("auto", "none", "layer", "offload"), default="auto", help="as model.remat (default auto)")
     made.add_argument("--micro_batch_prompts", type=positive, metavar="B", help="as train.micro_batch_prompts")
+    made.add_argument("--micro_batch_tokens", type=positive, metavar="T", help="as train.micro_batch_tokens")
     made.add_argument("--ragged", action="store_true", help="lengths from a heavy tail, with a mean of a quarter of the longest")
     made.add_argument("--json", action="store_true", help="one line of JSON, last on standard output")
 

@@ -73,7 +73,7 @@ class TrainResult:
 class Trainer:
     """Trains a policy with GRPO (DeepSeekMath, https://arxiv.org/abs/2402.03300), or with a supervised warm-up.
 
-    The constructor reads and checks all inputs, the weights last. It compiles nothing, unless `train.micro_batch_prompts` is
+    The constructor reads and checks all inputs, the weights last. It compiles nothing, unless `train.micro_batch_tokens` is
     `auto`: then it compiles update and rollout to measure their memory. `train` makes all steps that are left. `step`, `evaluate`
     and `save` do one thing at a time; call `close` afterwards, or use a `with` block.
 

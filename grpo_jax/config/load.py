@@ -55,6 +55,15 @@ class Config:
                 size,
                 f"use a divisor of rollout.num_generations ({self.rollout.num_generations}), or null",
             )
+        tokens, least = self.train.micro_batch_tokens, self.rollout.max_prompt_length + self.rollout.max_completion_length
+        if isinstance(tokens, int):
+            require(
+                tokens >= least,
+                "train.micro_batch_tokens",
+                tokens,
+                f"use at least {least}, which the longest prompt with one completion needs "
+                "(rollout.max_prompt_length + rollout.max_completion_length), or null",
+            )
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Config:

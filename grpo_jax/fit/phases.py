@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from grpo_jax.config import Config
-from grpo_jax.fit.abstract import Placement, abstract_frozen, abstract_state, device_bytes, longest_batch
+from grpo_jax.fit.abstract import Placement, abstract_batch, abstract_frozen, abstract_state, device_bytes
 from grpo_jax.fit.memory_use import COMPONENTS, CompiledMemory, MemoryUse
-from grpo_jax.learner.micro_batches import MicroBatches
+from grpo_jax.learner.micro_batches import MicroBatch
+from grpo_jax.learner.packing import RowSize
 from grpo_jax.learner.step import Learner
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.policy import Policy
@@ -40,6 +41,7 @@ class RunShapes:
 
     Attributes:
         policy: without weights.
+        sizes: of the update's packed rows.
         announce: entered around each compilation.
     """
 
@@ -48,6 +50,7 @@ class RunShapes:
     placement: Placement
     policy: Policy
     learner: Learner
+    sizes: tuple[RowSize, ...]
     state: TrainState
     frozen: Frozen
     announce: Announce = no_announcement
@@ -58,6 +61,7 @@ class RunShapes:
         policy: Policy,
         placement: Placement,
         learner: Learner,
+        sizes: tuple[RowSize, ...],
         announce: Announce,
         frozen: Frozen | None = None,
     ) -> RunShapes:
@@ -68,7 +72,7 @@ class RunShapes:
         """
         state = abstract_state(learner, policy, placement)
         frozen = frozen or abstract_frozen(config, policy)
-        return RunShapes(config, policy.spec, placement, policy, learner, state, frozen, announce)
+        return RunShapes(config, policy.spec, placement, policy, learner, sizes, state, frozen, announce)
 
     @property
     def row_shards(self) -> int:
@@ -90,12 +94,12 @@ class RunShapes:
 
 
 def update_memory(run: RunShapes, program: Program | None = None) -> MemoryUse:
-    """Compiles one update at the longest lengths and returns its memory.
+    """Compiles one update and returns its memory; it is the same for all lengths.
 
     Args:
         program: compiled instead of a new one; the run can use it afterwards.
     """
-    batch = longest_batch(run.config, run.placement)
+    batch = abstract_batch(run.config, run.placement, run.sizes)
     program = program or Program("update", run.learner.train_step, donate=(0,), announce=run.announce)
     compiled = CompiledMemory(run.resident)
     # The batch is an argument, but has no component of its own.
@@ -111,20 +115,20 @@ def activation_bytes(run: RunShapes) -> int:
     bounds it.
     """
     learner = run.learner
-    batch = longest_batch(run.config, run.placement)
+    largest = abstract_batch(run.config, run.placement, run.sizes).micro_batches[0]
     plain = replace(learner, model=learner.model.clone(layout=None))
-    split = jax.eval_shape(lambda batch: MicroBatches.of(batch, learner.micro_batch), batch)
-    first = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)  # noqa: E731
-    token_ids = tuple(jax.tree.map(first, (split.prompt_ids, split.prompt_lengths, split.completion_ids)))
+    rows, completions = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (largest.rows, largest.completions))
+    places: Any = largest.places
+    micro_batch = MicroBatch(rows, completions, places)
 
-    def backward(trainable: Any, token_ids: Any, frozen: Any) -> Any:
+    def backward(trainable: Any, micro_batch: Any, frozen: Any) -> Any:
         def logps(trainable: Any) -> Any:
             variables = plain.policy_variables(trainable, frozen)
-            return plain.logprobs(variables, token_ids, plain.truncation, head_trainable=plain.full)[0]
+            return plain.logprobs(variables, micro_batch, plain.truncation, head_trainable=plain.full)[0]
 
         return jax.vjp(logps, trainable)[1]
 
-    unsharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (run.state.trainable, token_ids, run.frozen))
+    unsharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (run.state.trainable, micro_batch, run.frozen))
     traced = jax.make_jaxpr(backward)(*unsharded).jaxpr
     inputs = {id(variable) for variable in (*traced.invars, *traced.constvars)}
     saved = {id(x): x.aval for x in traced.outvars if id(x) not in inputs and not isinstance(x, Literal)}

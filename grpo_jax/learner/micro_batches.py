@@ -25,8 +25,8 @@ class MicroBatch:
     Attributes:
         rows: packed rows.
         completions: [R, E], the completion of each entry; N for none.
-        places: [N, C], the entry of every token of a completion, counted through the rows; negative, or R·E and more, where it is not
-            in this micro-batch.
+        places: [N, C], the entry of every token of a completion, counted through the rows; negative, or R·E and more, where the
+            token is not in this micro-batch.
         layout: None is one device.
     """
 

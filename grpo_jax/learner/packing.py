@@ -7,6 +7,7 @@ packing, but for rounding.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,12 @@ import numpy as np
 
 from grpo_jax.types import MicroBatches, PackedRows
 from grpo_kernels import KeyRanges, Limits
+
+MANY_ROWS = 16
+"""Where a step has that many rows, the last one may be half empty: a second size of rows takes longer to compile than it saves."""
+
+QUARTER_PROMPTS = 3
+"""Prompts that a row of a quarter of the tokens has room for at least; where it has not, groups would often be cut."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Lengths:
 
 
 def row_sizes(lengths: Lengths, prompts: int, generations: int, tokens: int, shards: int = 1) -> tuple[RowSize, ...]:
-    """Returns the sizes of the rows of a run: rows of this many tokens, and one of half as many for what is left over.
+    """Returns the sizes of the rows of a run: rows of this many tokens, and smaller ones for what is left over.
 
     There are as many rows as the longest texts need; those without tokens are not computed.
 
@@ -75,9 +82,10 @@ def row_sizes(lengths: Lengths, prompts: int, generations: int, tokens: int, sha
         limits = Limits(min(prompts, firsts), lengths.longest_prompt, max(lengths.longest_prompt, lengths.completion))
         return RowSize(tokens, firsts, later, count, limits)
 
-    half = max(least, -(-tokens // 2))
     rows = size(tokens, -(-pieces // shards))
-    return (rows, size(half, 1)) if half < tokens and rows.count < 8 else (rows,)
+    quarter = tokens // 4 >= QUARTER_PROMPTS * lengths.longest_prompt
+    small, count = max(least, -(-tokens // (4 if quarter else 2))), 3 if quarter else 1
+    return (rows, size(small, count)) if small < tokens and rows.count < MANY_ROWS else (rows,)
 
 
 @dataclass
@@ -97,97 +105,79 @@ class Piece:
 
 @dataclass
 class Row:
-    """The pieces of a packed row."""
+    """A packed row: the room that is left in it, and its pieces."""
 
+    tokens: int
+    firsts: int
     pieces: list[Piece] = field(default_factory=list)
 
-    @property
-    def tokens(self) -> int:
-        """Tokens in the row."""
-        return sum(piece.tokens for piece in self.pieces)
-
-    @property
-    def firsts(self) -> int:
-        """Completions in the row."""
-        return sum(len(piece.completions) for piece in self.pieces)
-
-    def room(self, size: RowSize) -> int:
-        """Tokens that are free."""
-        return size.tokens - self.tokens
-
-    def takes(self, piece: Piece, size: RowSize) -> bool:
+    def takes(self, piece: Piece) -> bool:
         """Whether the piece fits into the row."""
-        return piece.tokens <= self.room(size) and self.firsts + len(piece.completions) <= size.firsts
+        return piece.tokens <= self.tokens and len(piece.completions) <= self.firsts
 
-    def cut(self, piece: Piece, size: RowSize) -> Piece | None:
-        """Moves as much of a piece into the row as fits; returns the rest, or None where nothing fits."""
-        own = Piece(piece.prompt, piece.prompt_tokens)
-        room, firsts = self.room(size) - piece.prompt_tokens, size.firsts - self.firsts
-        count = 0
-        while count < min(len(piece.lengths), firsts) and piece.lengths[count] - 1 <= room:
-            room -= piece.lengths[count] - 1
-            count += 1
-        if count == 0:
-            return None
-        own.completions, own.lengths = piece.completions[:count], piece.lengths[:count]
-        self.pieces.append(own)
-        return Piece(piece.prompt, piece.prompt_tokens, piece.completions[count:], piece.lengths[count:])
+    def add(self, piece: Piece) -> None:
+        """Adds a piece that fits."""
+        self.pieces.append(piece)
+        self.tokens -= piece.tokens
+        self.firsts -= len(piece.completions)
+
+    def cut(self, piece: Piece) -> Piece:
+        """Adds as many completions of a piece as fit, and returns the piece without them."""
+        own, rest = Piece(piece.prompt, piece.prompt_tokens), Piece(piece.prompt, piece.prompt_tokens)
+        for completion, length in zip(piece.completions, piece.lengths, strict=True):
+            fits = own.tokens + length - 1 <= self.tokens and len(own.completions) < self.firsts
+            target = own if fits else rest
+            target.completions.append(completion)
+            target.lengths.append(length)
+        if own.completions:
+            self.add(own)
+        return rest
 
 
-def fill_rows(groups: Sequence[Piece], size: RowSize, *, split: bool) -> list[Row]:
-    """Packs groups into rows: the largest first, each into the fullest row that it fits into.
+def fill_rows(groups: Sequence[Piece], rows: list[Row]) -> bool:
+    """Packs groups into rows, the largest group first; returns whether all fit.
 
-    Args:
-        split: a group that fits nowhere is cut to fill the row with the most room, if at least half of that room is left for
-            completions.
+    A group goes whole into the row with the least room that it fits into. One that fits nowhere is cut, and fills the rows with the
+    most room.
     """
-    rows: list[Row] = []
-    for group in sorted(groups, key=lambda piece: -piece.tokens):
-        piece: Piece | None = group
-        while piece is not None and piece.completions:
-            fitting = [row for row in rows if row.takes(piece, size)]
-            if fitting:
-                min(fitting, key=lambda row: row.room(size)).pieces.append(piece)
+    cuts: list[Piece] = []
+    for piece in sorted(groups, key=lambda piece: -piece.tokens):
+        fitting = [row for row in rows if row.takes(piece)]
+        if fitting:
+            min(fitting, key=lambda row: row.tokens).add(piece)
+        else:
+            cuts.append(piece)
+    for piece in cuts:
+        rest = piece
+        for row in sorted(rows, key=lambda row: -row.tokens):
+            rest = row.cut(rest)
+            if not rest.completions:
                 break
-            roomy = max(rows, key=lambda row: row.room(size), default=None)
-            if split and roomy is not None and roomy.room(size) >= 2 * piece.prompt_tokens:
-                rest = roomy.cut(piece, size)
-                if rest is not None:
-                    piece = rest
-                    continue
-            rows.append(Row())
-            piece = rows[-1].cut(piece, size)
-    return rows
-
-
-def cost(rows: Sequence[Row], sizes: Sequence[RowSize], shards: int) -> tuple[int, list[list[Row]]]:
-    """Returns the tokens that are computed, padding included, and the rows of each size.
-
-    The last rows have the second size where they fit.
-    """
-    ordered = sorted(rows, key=lambda row: -row.tokens)
-    by_size = [ordered, *([] for _ in sizes[1:])]
-    if len(sizes) > 1 and ordered:
-        last = (len(ordered) - 1) % shards + 1
-        small = ordered[-last:]
-        if all(row.tokens <= sizes[1].tokens and row.firsts <= sizes[1].firsts for row in small):
-            by_size = [ordered[:-last], small]
-    used = [-(-len(own) // shards) * size.tokens for own, size in zip(by_size, sizes, strict=True)]
-    return sum(used), by_size
+        if rest.completions:
+            return False
+    return True
 
 
 def best_rows(groups: Sequence[Piece], sizes: Sequence[RowSize], shards: int) -> list[list[Row]]:
-    """Packs groups so that few tokens are computed, with whole groups or with groups that are cut.
+    """Packs groups into as few tokens as it can, padding included, and returns the rows of each size.
 
-    Whole groups never need more rows than there are, so there is always a packing.
+    Raises:
+        ValueError: the groups need more rows than there are, which `row_sizes` rules out.
     """
-    packings = [cost(fill_rows(groups, sizes[0], split=split), sizes, shards) for split in (False, True)]
-    possible = [
-        (tokens, rows)
-        for tokens, rows in packings
-        if all(len(own) <= size.count * shards for own, size in zip(rows, sizes, strict=True))
-    ]
-    return min(possible, key=lambda packing: packing[0])[1]
+    real = sum(group.tokens for group in groups)
+    choices = sorted(
+        itertools.product(*(range(size.count + 1) for size in sizes)),
+        key=lambda counts: sum(count * size.tokens for count, size in zip(counts, sizes, strict=True)),
+    )
+    for counts in choices:
+        if shards * sum(count * size.tokens for count, size in zip(counts, sizes, strict=True)) < real:
+            continue
+        rows = [
+            [Row(size.tokens, size.firsts) for _ in range(shards * count)] for count, size in zip(counts, sizes, strict=True)
+        ]
+        if fill_rows(groups, [row for own in rows for row in own]):
+            return rows
+    raise ValueError(f"{len(groups)} groups of {real} tokens do not fit into rows of {[size.tokens for size in sizes]} tokens")
 
 
 def pack(
@@ -208,7 +198,8 @@ def pack(
         trained: N; completions without a trained token are left out.
         sizes: of the rows; see `row_sizes`.
         width: C, columns of the batch's tables.
-        last: B; groups that may turn out to change nothing get rows of their own, after the others, so that they are not computed.
+        last: B; groups that may turn out to change nothing get micro-batches of their own where there is room, after the others, so
+            that they are not computed.
         shards: R.
 
     Returns:
@@ -222,21 +213,19 @@ def pack(
     for ids in prompt_ids:
         if not least <= len(ids) <= longest:
             raise ValueError(f"a prompt has {len(ids)} tokens; rows are for prompts of {least} to {longest}")
-    groups = []
+    groups, skipped = [], []
     for number, ids in enumerate(prompt_ids):
         rows = [row for row in range(number * each, (number + 1) * each) if trained[row]]
-        groups.append(Piece(number, len(ids), rows, [len(completion_ids[row]) for row in rows]))
-    groups = [group for group in groups if group.completions]
-    skipped = [group for group in groups if last is not None and last[group.prompt]]
-    packed = best_rows([group for group in groups if group not in skipped], sizes, shards)
-    if skipped:
-        # Rounded up to whole micro-batches, so that no micro-batch has rows of both kinds.
-        packed[0] += [Row()] * (-len(packed[0]) % shards)
-        more = fill_rows(skipped, sizes[0], split=False)
-        if len(packed[0]) + len(more) > sizes[0].count * shards:  # together they fit, but not apart
-            packed = best_rows(groups, sizes, shards)
-        else:
-            packed[0] += more
+        rows.sort(key=lambda row: -len(completion_ids[row]))
+        if rows:
+            target = skipped if last is not None and last[number] else groups
+            target.append(Piece(number, len(ids), rows, [len(completion_ids[row]) for row in rows]))
+    packed = best_rows(groups, sizes, shards)
+    left = [Row(sizes[0].tokens, sizes[0].firsts) for _ in range(sizes[0].count * shards - len(packed[0]))]
+    if fill_rows(skipped, left):
+        packed[0] += left
+    else:
+        packed = best_rows([*groups, *skipped], sizes, shards)
     return tuple(
         tables_of(rows, size, prompt_ids, completion_ids, width, shards) for rows, size in zip(packed, sizes, strict=True)
     )

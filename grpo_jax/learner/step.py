@@ -4,8 +4,8 @@ The batch is packed into micro-batches of rows (`packing.py`); `lax.scan` sums t
 them every denominator, come from the whole batch, so the result does not depend on the packing.
 
 - Completions without a trained token are in no row, and micro-batches without tokens are not computed.
-- With β = 0 no reference is computed, and a group whose advantages are all 0 does not change `grpo_loss`. A micro-batch that has only
-  such groups is skipped; they are packed last. The loss's denominators still count their tokens; means of metrics (entropy,
+- With β = 0 no reference is computed, and a group whose advantages are all 0 does not change `grpo_loss`. A micro-batch that has
+  only such groups is skipped; they are packed last. The loss's denominators still count their tokens; means of metrics (entropy,
   clipping, the difference to the sampler) do not. With a user's loss nothing is skipped.
 - With one update a batch the old log-probabilities are the new ones without gradient and cost no forward pass. With several
   updates those of the first update are the old log-probabilities of all.
@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float
 from grpo_jax.config import Config, ObjectiveConfig
 from grpo_jax.learner.advantages import group_advantages
 from grpo_jax.learner.custom_loss import LossFunction, custom_loss, finish_custom_stats
-from grpo_jax.learner.logprobs import completion_logprobs, row_logprobs
+from grpo_jax.learner.logprobs import row_logprobs
 from grpo_jax.learner.loss import Stats, finish_stats, kl_per_token, kl_reward_penalty, token_weights, total_stats, weighted_loss
 from grpo_jax.learner.metrics import PackedMetrics, batch_metrics, pack
 from grpo_jax.learner.micro_batches import MicroBatch, any_token, scan_micro_batches
@@ -137,20 +137,17 @@ class Learner:
 
         return layout.tree(replace(tree, opt_state=jax.tree.map(sharded_shape, tree.opt_state)), table)
 
-    def kl_sums(
-        self, trainable: Params, token_ids: tuple[Array, Array, Array], mask: Bool[Array, "N C"], frozen: Frozen
-    ) -> Float[Array, "2"]:
-        """Sums k3 from the reference over the tokens of some completions, one of each prompt, and counts the tokens.
+    def kl_sums(self, trainable: Params, batch: TrainBatch, frozen: Frozen) -> Float[Array, "2"]:
+        """Sums k3 from the reference over the tokens of a batch, and counts the tokens."""
+        _, logps = self.fixed_logprobs(self.policy_variables(trainable, frozen), batch, None)
+        _, ref_logps = self.fixed_logprobs(self.reference_variables(frozen), batch, None)
+        k3 = jnp.where(batch.completion_mask, kl_per_token(logps, ref_logps, "k3"), jnp.float32(0))
+        return jnp.stack([jnp.sum(k3), jnp.sum(batch.completion_mask.astype(jnp.float32))])
 
-        Args:
-            token_ids: prompts [N, P], their lengths [N], completions [N, C].
-            mask: True = there is a token.
-        """
-        options: Any = {"temperature": self.temperature}
-        logps, _ = completion_logprobs(self.model, self.policy_variables(trainable, frozen), *token_ids, **options)
-        ref_logps, _ = completion_logprobs(self.model, self.reference_variables(frozen), *token_ids, **options)
-        k3 = jnp.where(mask, kl_per_token(logps, ref_logps, "k3"), jnp.float32(0))
-        return jnp.stack([jnp.sum(k3), jnp.sum(mask.astype(jnp.float32))])
+    @property
+    def skips(self) -> bool:
+        """Whether groups without an advantage change nothing, so that they are not computed."""
+        return not self.objective.needs_reference and self.loss_fn is None
 
     def placed(self, tree: Any) -> Any:
         """Inside jit: constrains weights, adapters, or a state of them to their shardings."""
@@ -177,7 +174,7 @@ class Learner:
             rewards, old_logps = self.subtract_kl(batch, ref_logps, self.policy_variables(state.trainable, frozen))
         advantages = self.advantages(rewards, batch.valid)
         mask, per_row = batch.completion_mask, advantages.reshape(-1)
-        if not objective.needs_reference and self.loss_fn is None:
+        if self.skips:
             counts = jnp.repeat(jnp.any(advantages != 0, axis=1), advantages.shape[1])
             mask = mask & counts[:, None]
         known = {
@@ -305,8 +302,6 @@ class Learner:
             known: `weighted_loss`'s arrays by argument name, of the whole batch; and `first`, whether this is the first of several
                 updates.
         """
-        skips = not self.objective.needs_reference and self.loss_fn is None
-
         def loss_of(trainable: Params, part: MicroBatch) -> tuple[Array, tuple[Array, dict[str, Array]]]:
             logps, untruncated, entropy = self.logprobs(
                 self.policy_variables(trainable, frozen), part, self.truncation, head_trainable=self.full
@@ -327,7 +322,7 @@ class Learner:
             return (self.placed(jax.tree.map(jnp.add, gradient, new)), table + jax.lax.stop_gradient(logps)), stats
 
         def used(part: MicroBatch) -> Array:
-            return jnp.any(known["completion_mask"] & part.here) if skips else any_token(part)
+            return jnp.any(known["completion_mask"] & part.here) if self.skips else any_token(part)
 
         zero = jax.tree.map(jnp.zeros_like, state.trainable), jnp.zeros(batch.completion_mask.shape, jnp.float32)
         (gradient, logps), stacked = scan_micro_batches(batch.micro_batches, accumulate, zero, used, self.model.layout)

@@ -1,8 +1,8 @@
 """Attention of training and prefill: which keys a query sees. Decoding's attention is in `rollout/kv_cache.py`.
 
 A query sees the keys of its prompt, and of its own sequence at or before its position; in a layer with window w, fewer than w
-positions back. Softmax is float32; the soft cap is applied before the mask. `grpo_kernels.ops.group_attention` computes it. A prompt
-stands once before its completions (PrefixGrouper, https://arxiv.org/abs/2506.05433).
+positions back. Softmax is float32; the soft cap is applied before the mask. `grpo_kernels.ops.group_attention` computes it. A
+prompt stands once before its completions (PrefixGrouper, https://arxiv.org/abs/2506.05433).
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.layers import Attend, SelectTokens
-from grpo_jax.models.spec import ModelSpec
 from grpo_jax.models.transformer import NO_WINDOW, Transformer
-from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import PackedRows
 from grpo_kernels import AttentionPlan, KeyRanges, Limits, group_attention, plan_attention, prompt_ranges
 

@@ -21,6 +21,7 @@ FREE_ON_RESUME = (
     "train.keep_checkpoints",
     "train.micro_batch_completions",
     "train.micro_batch_prompts",
+    "train.micro_batch_tokens",
     "train.quiet",
     "train.run_dir",
     "train.save_every",

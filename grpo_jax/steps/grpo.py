@@ -8,17 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 import optax
 
 from grpo_jax.config import Config
 from grpo_jax.data.source import PromptSource
 from grpo_jax.evaluation import evaluate_held_out, reward_columns
+from grpo_jax.fit.abstract import Placement, abstract_batch
 from grpo_jax.fit.auto import fit_run
 from grpo_jax.fit.learners import grpo_learner
-from grpo_jax.fit.micro_batch import micro_batch_of
-from grpo_jax.learner.batches import text_batches, train_batch
+from grpo_jax.fit.micro_batch import is_auto, row_tokens, sizes_of_rows
+from grpo_jax.learner.batches import text_batch, train_batch
 from grpo_jax.learner.custom_loss import LossFunction
+from grpo_jax.learner.packing import Lengths, RowSize, row_sizes
 from grpo_jax.learner.step import Learner
 from grpo_jax.policy import Policy, sampler_of
 from grpo_jax.rewards import NamedFunction, check_functions, failure_lines, resolve_functions, reward_metrics
@@ -49,12 +52,18 @@ class Prompts(Protocol):
         """The prompts of a step."""
         ...
 
+    @property
+    def prompt_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of each prompt to train on, and of each held-out one."""
+        ...
+
 
 @dataclass(frozen=True)
 class GrpoStep:
     """A GRPO step: prompts, G completions of each, rewards, update.
 
     Attributes:
+        sizes: of the update's packed rows.
         limits: longest length of each of a step's completions in tokens; None is `rollout.max_completion_length` for all.
         decided: the shapes of the run's rollouts, once they are chosen; see `shapes`.
         rewarded: when the first completions had been scored; see `first_rewards_at`.
@@ -66,6 +75,7 @@ class GrpoStep:
     functions: list[NamedFunction]
     sampler: Sampler
     learner: Learner
+    sizes: tuple[RowSize, ...]
     update: Program
     kl: Program
     frozen: Frozen
@@ -107,28 +117,31 @@ class GrpoStep:
         optimizer: optax.GradientTransformation | None = None,
         loss_fn: LossFunction | None = None,
     ) -> GrpoStep:
-        """Builds the step from what has been read and checked. Compiles nothing, except with `train.micro_batch_prompts: auto`."""
+        """Builds the step from what has been read and checked. Compiles nothing, except with `train.micro_batch_tokens: auto`."""
         base = {} if policy.adapters is None else policy.params
         frozen = Frozen(base, reference_of(policy, config))
         make_learner = functools.partial(grpo_learner, optimizer=optimizer, loss_fn=loss_fn)
-        if config.train.micro_batch_prompts == "auto":
+        lengths = text_lengths(config, source.prompt_lengths[0])
+        if is_auto(config):
             problems = len(source.held_out) if isinstance(source, PromptSource) else 0
-            fit = fit_run(with_widest_prompts(config, source), policy, frozen, display, problems, make_learner)
+            fit = fit_run(with_widest_prompts(config, source), policy, frozen, display, problems, make_learner, lengths)
             kl = Program("KL to the reference", fit.learner.kl_sums, announce=display.compiling)
             config = replace(config, train=fit.config.train, rollout=replace(config.rollout, slots=fit.config.rollout.slots))
-            return GrpoStep(config, policy, source, functions, fit.sampler, fit.learner, fit.update, kl, frozen, display)
-        micro_batch = micro_batch_of(config, policy)
-        learner, remat = make_learner(config, policy, micro_batch)
+            return GrpoStep(
+                config, policy, source, functions, fit.sampler, fit.learner, fit.sizes, fit.update, kl, frozen, display
+            )
+        sizes = sizes_of_rows(config, policy.layout, lengths, row_tokens(config, policy, lengths))
+        learner, remat = make_learner(config, policy, sizes[0].tokens)
         if remat != config.model.remat:
             display.note(f"model.remat: {config.model.remat} resolved to {remat}")
-        if config.train.micro_batch_prompts is None and micro_batch[0] < config.train.prompts_per_step:
-            display.note(f"train.micro_batch_prompts: {micro_batch[0]} at once, a size for a processor's cache")
+        tokens = " and ".join(str(size.tokens) for size in sizes)
+        display.note(f"train.micro_batch_tokens: texts are packed into rows of {tokens} tokens")
         if learner.truncation is not None and learner.truncation.truncates:
             display.note(TRUNCATED_LINE)
         sampler = sampler_of(policy).announcing(display.compiling)
         update = Program("update", learner.train_step, donate=(0,), announce=display.compiling)
         kl = Program("KL to the reference", learner.kl_sums, announce=display.compiling)
-        return GrpoStep(config, policy, source, functions, sampler, learner, update, kl, frozen, display)
+        return GrpoStep(config, policy, source, functions, sampler, learner, sizes, update, kl, frozen, display)
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -173,8 +186,8 @@ class GrpoStep:
 
     def update_calls(self, state: TrainState) -> list[FutureCall]:
         """The update, with the shapes of its batch: [FutureCall(self.update, (state, batch, self.frozen))]."""
-        # PLACE FOR THE UPDATE: until a batch has one shape, the update is compiled when it is called.
-        return []
+        batch = abstract_batch(self.config, Placement(self.policy.layout, jax.local_devices()[0]), self.sizes)
+        return [FutureCall(self.update, (state, batch, self.frozen))]
 
     def run(self, state: TrainState, number: int) -> StepResult:
         """Makes step `number`, counted from 0: samples, scores, updates. The memory of `state` is reused."""
@@ -212,7 +225,9 @@ class GrpoStep:
         clock.lap("reward_seconds")
         if not self.rewarded:
             self.rewarded.append(time.perf_counter())
-        state, packed = self.update(state, train_batch(prompts, rollout, scored, config, self.policy.layout), self.frozen)
+        layout, skips = self.policy.layout, self.learner.skips
+        batch = train_batch(prompts, rollout, scored, config, self.sizes, layout, skips=skips)
+        state, packed = self.update(state, batch, self.frozen)
         metrics, advantages = packed.to_host()
         clock.lap("update_seconds")
         metrics.setdefault("kl_divergence", None)  # not computed, which is not 0
@@ -243,11 +258,16 @@ class GrpoStep:
         rollout = self.sampler.sample(
             self.variables(state), batch.prompt_ids, settings, seed=config.train.seed, indices=batch.indices, shapes=shapes
         )
-        rows = min(self.sampler.round_up_slots(problems), self.learner.micro_batch[0] * self.learner.micro_batch[1])
-        sums = np.zeros(2)
-        for token_ids, mask in text_batches(batch.prompt_ids, rollout.completion_ids, rows, self.policy.layout):
-            sums += self.policy.on_host(self.kl(state.trainable, token_ids, mask, self.frozen))
+        lengths, layout = text_lengths(config, source.prompt_lengths[1]), self.policy.layout
+        sizes = row_sizes(lengths, problems, 1, self.sizes[0].tokens, 1 if layout is None else layout.rows)
+        held_out = text_batch(batch.prompt_ids, rollout.completion_ids, sizes, config.rollout.max_completion_length, layout)
+        sums = self.policy.on_host(self.kl(state.trainable, held_out, self.frozen))
         return float(sums[0] / sums[1])
+
+
+def text_lengths(config: Config, prompt_lengths: np.ndarray) -> Lengths:
+    """The lengths of a run's texts."""
+    return Lengths(int(prompt_lengths.min()), int(prompt_lengths.max()), config.rollout.max_completion_length)
 
 
 def with_widest_prompts(config: Config, source: Prompts) -> Config:
