@@ -36,7 +36,7 @@ class CompileCounts:
 
 
 class _Listener:
-    """Listens to JAX's events. A hit of the cache comes just before the event of the compilation that it replaces, in its thread."""
+    """Listens to JAX's events. A hit of the cache comes before the event of the compilation that it replaces, in its thread."""
 
     def __init__(self) -> None:
         self.counts, self._lock, self._hit = CompileCounts(), threading.Lock(), threading.local()
