@@ -36,7 +36,7 @@ print(json.dumps(counts))
 @pytest.fixture
 def no_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """JAX without a cache, as users have it; the tests' own one comes back afterwards."""
-    before, least = jax.config.jax_compilation_cache_dir, jax.config.read(LEAST)
+    before, least = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
     jax.config.update("jax_compilation_cache_dir", None)
     monkeypatch.delenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", raising=False)
     jax_cache.reset_cache()
@@ -58,7 +58,7 @@ def test_the_folder_is_the_users_cache_folder_unless_a_setting_says_another(
     used = use_compilation_cache(True)
     assert used == tmp_path / "xdg" / "grpo_jax" / machine_name()
     assert jax.config.jax_compilation_cache_dir == str(used)
-    assert jax.config.read(LEAST) == 0
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
     assert used.stat().st_mode & 0o077 == 0  # whoever writes there runs code here
     assert use_compilation_cache(str(tmp_path / "own")) == tmp_path / "own" / machine_name()
     jax.jit(lambda x: x + 1.5)(1.0).block_until_ready()
@@ -78,7 +78,7 @@ def test_a_folder_that_the_user_gave_jax_is_used(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "7")
     jax.config.update(LEAST, 7.0)
     use_compilation_cache(True)
-    assert jax.config.read(LEAST) == 7
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 7
     assert not (tmp_path / "xdg").exists()
 
 
