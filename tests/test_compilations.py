@@ -45,7 +45,7 @@ class Compilations(gx.Callback):
     [
         (None, 5, 5, 1),  # weights, prompts, segments, writing, empty past
         (3, 5, 7, 1),  # and one prompt, inserted
-        (None, 20, 10, 2),  # an evaluation in shapes of its own
+        (None, 20, 7, 2),  # an evaluation in shapes of its own: other prompts and segments
     ],
 )
 def test_a_run_compiles_a_handful_of_programs_and_none_after_the_second_step(

@@ -135,6 +135,8 @@ def test_an_evaluation_has_the_rollouts_shapes_where_few_rounds_suffice_and_else
     most = shapes_module.SHARED_ROUNDS * 3
     assert evaluation_shapes(config, most, training) == training
     own = evaluation_shapes(config, most + 1, training)
-    assert (own.slots, own.widths, own.sizes.slots_per_prompt) == (12, (16,), 1)
+    assert (own.slots, own.widths, own.sizes.slots_per_prompt, own.sizes.fixed) == (12, (16,), 1, True)
+    assert (own.prompts, own.sizes.segment, own.sizes.past_blocks) == (12, training.sizes.segment, training.sizes.past_blocks)
     chosen = Config.from_dict(values | {"train": {"prompts_per_step": 3, "eval_slots": 5}})
-    assert evaluation_shapes(chosen, 9, training).slots == 5
+    refilled = evaluation_shapes(chosen, 9, training)
+    assert (refilled.slots, refilled.sizes.fixed) == (5, False)
