@@ -327,7 +327,7 @@ def unknown_option(word: str, arguments: argparse.Namespace) -> ConfigError:
     name = word.partition("=")[0].lstrip("-")
     if not word.startswith("-"):
         return ConfigError(f"{show(word)} stands alone: write each setting as --section.field VALUE")
-    own = [key for key in vars(arguments) if key not in ("action", "command") and key not in setting_types()]
+    own = [key for key in vars(arguments) if key not in ("action", "command", "started") and key not in setting_types()]
     guess = nearest(name, own) or (nearest_setting(name) if "config" in own else None)
     if guess in field_types(Config):
         guess += ".SETTING"

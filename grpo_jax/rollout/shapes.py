@@ -284,6 +284,9 @@ def evaluation_slots(config: Config, problems: int, samples: int = 1) -> int:
 def evaluation_shapes(config: Config, problems: int, training: RolloutShapes) -> RolloutShapes:
     """Returns the shapes of an evaluation with one completion per problem: the training rollout's, where few rounds suffice.
 
+    Else each slot has a prompt of its own. Slots are refilled only where their number is set (`train.eval_slots`, also by
+    `micro_batch_prompts: auto`): without refilling there are fewer programs, and some are the training rollout's.
+
     Args:
         training: shapes of the rollouts of the same run.
     """
@@ -292,4 +295,4 @@ def evaluation_shapes(config: Config, problems: int, training: RolloutShapes) ->
     shards = training.shards
     slots = -(-evaluation_slots(config, problems) // shards) * shards
     own = replace(config.rollout, num_generations=1, slots=slots)
-    return shapes_of(own, problems, training.widths[-1:], slots, shards)
+    return shapes_of(own, slots if config.train.eval_slots is None else problems, training.widths[-1:], slots, shards)

@@ -35,7 +35,7 @@ def use_compilation_cache(setting: bool | str) -> Path | None:
     Raises:
         ConfigError: the folder of the setting cannot be written to. With True there is then no cache.
     """
-    current = jax.config.read("jax_compilation_cache_dir")
+    current = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined] - JAX makes its settings when it is imported
     theirs = None if current in _ours else current
     if setting is False:
         if current in _ours:

@@ -70,13 +70,10 @@ class CompileAhead:
 
     def check(self) -> None:
         """Raises the error of a compilation that has failed."""
-        left = []
-        for future in self._futures:
-            if future.done():
-                future.result()
-            else:
-                left.append(future)
-        self._futures = left
+        done = [future for future in self._futures if future.done()]
+        self._futures = [future for future in self._futures if future not in done]
+        for future in done:
+            future.result()
 
     def wait(self) -> None:
         """Waits for all compilations; raises as `check`."""

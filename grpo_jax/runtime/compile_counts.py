@@ -36,7 +36,7 @@ class CompileCounts:
 
 
 class _Listener:
-    """Listens to JAX's events. A hit of the cache comes just before the event of the compilation that it replaces, in its thread."""
+    """Listens to JAX's events. A hit of the cache comes before the event of the compilation that it replaces, in its thread."""
 
     def __init__(self) -> None:
         self.counts, self._lock, self._hit = CompileCounts(), threading.Lock(), threading.local()
@@ -47,7 +47,7 @@ class _Listener:
         if event == HIT:
             self._hit.value = True
 
-    def on_duration(self, event: str, seconds: float, **_: Any) -> None:
+    def on_duration(self, event: str, duration_secs: float, **_: Any) -> None:
         if event != COMPILED:
             return
         hit, self._hit.value = getattr(self._hit, "value", False), False
@@ -56,7 +56,9 @@ class _Listener:
             if hit:
                 self.counts = CompileCounts(old.compiled, old.seconds, old.from_cache + 1)
             else:
-                self.counts = CompileCounts(old.compiled + (seconds > LEAST_SECONDS), old.seconds + seconds, old.from_cache)
+                self.counts = CompileCounts(
+                    old.compiled + (duration_secs > LEAST_SECONDS), old.seconds + duration_secs, old.from_cache
+                )
 
 
 _listener: list[_Listener] = []

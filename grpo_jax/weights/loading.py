@@ -1,8 +1,8 @@
 """Loads weights from files onto devices, shard by shard.
 
 A process reads only what its own devices hold, and a large stacked parameter one layer at a time. So besides the devices' copy the
-host holds at most one layer of one parameter, or one embedding, or 64 MiB. Without a layout everything goes to one device. Names and files are in
-`hf.py`, the choice of quantised weights in `quantize.py`.
+host holds at most one layer of one parameter, or one embedding, or 4 MiB. Without a layout everything goes to one device. Names
+and files are in `hf.py`, the choice of quantised weights in `quantize.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from grpo_kernels import QuantizedWeight, quantize
 
 Index = tuple[slice, ...]
 
-SMALL_STACK_BYTES = 2**26
+SMALL_STACK_BYTES = 2**22
 """Stacked parameters of up to this size are read at once: programs that write layers would take longer to compile."""
 
 

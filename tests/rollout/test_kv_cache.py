@@ -158,16 +158,18 @@ def test_a_segment_goes_behind_each_slots_past(int8: bool, transposed: bool) -> 
         np.testing.assert_array_equal(new, expected)
 
 
-def test_a_segment_of_slots_that_began_together_goes_into_the_last_past_block() -> None:
+@pytest.mark.parametrize("start", [0, 4, 8, 12, 16])
+def test_a_segment_of_slots_that_began_together_goes_into_the_past_block_that_it_belongs_to(start: int) -> None:
     zeros = jnp.zeros((1, 3, K, 8, DH))
     past_blocks = (KVCache(zeros, zeros), KVCache(zeros, zeros))
     own = jnp.asarray(normal(0, 1, 3, K, 4, DH))
     segment_cache = KVCache(own, own)
-    first, last = write_segment(past_blocks, segment_cache, jnp.full((3,), 12, jnp.int32), together=True)
-    assert not np.any(first.k)
-    assert not np.any(last.k[:, :, :, :4])
-    np.testing.assert_array_equal(last.k[:, :, :, 4:], own)
-    np.testing.assert_array_equal(last.v, last.k)
+    got = write_segment(past_blocks, segment_cache, jnp.full((3,), start, jnp.int32), together=True)
+    expected = np.zeros((1, 3, K, 16, DH), np.float32)
+    if start < 16:  # else it is behind all past blocks, where no completion goes on
+        expected[:, :, :, start : start + 4] = own
+    np.testing.assert_array_equal(np.concatenate([block.k for block in got], axis=3), expected)
+    np.testing.assert_array_equal(np.concatenate([block.v for block in got], axis=3), expected)
     assert write_segment((), segment_cache, jnp.zeros((3,), jnp.int32), together=True) == ()
 
 
