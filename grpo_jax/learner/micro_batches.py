@@ -94,14 +94,15 @@ def scan_micro_batches(
         The last carry, and the outputs, stacked along a leading axis.
     """
     stacks = []
+    compute = jax.jit(function, inline=True)  # traced once for its outputs' shapes and for its program
     for batch in batches:
         count = batch.completions.shape[0]
 
         def one(carry: Any, part: tuple[PackedRows, Array, Array], batch: MicroBatches = batch) -> tuple[Any, Any]:
             rows, completions, number = part
             micro_batch = MicroBatch(rows, completions, jnp.asarray(batch.places) - number * completions.size, layout)
-            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, carry, micro_batch)[1])
-            return jax.lax.cond(used(micro_batch), function, lambda carry, _: (carry, nothing), carry, micro_batch)
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, carry, micro_batch)[1])
+            return jax.lax.cond(used(micro_batch), compute, lambda carry, _: (carry, nothing), carry, micro_batch)
 
         parts = (jax.tree.map(jnp.asarray, batch.rows), jnp.asarray(batch.completions), jnp.arange(count, dtype=jnp.int32))
         carry, outputs = jax.lax.scan(one, carry, parts)
