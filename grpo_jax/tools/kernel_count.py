@@ -13,12 +13,18 @@ from dataclasses import dataclass
 from functools import cached_property
 
 BOOKKEEPING = frozenset(
-    "parameter constant tuple get-tuple-element bitcast after-all opt-barrier partition-id replica-id add-dependency".split()
+    ["parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier"]
+    + ["partition-id", "replica-id", "add-dependency"]
 )
 """Instructions that launch nothing."""
 
 SLICES = ("dynamic-slice", "gather", "slice")
 """Instructions that read their result's size of the first operand."""
+
+LIBRARY_PRODUCT = "cublas"
+"""Part of the target of a product that a library computes; its second result is a workspace."""
+
+BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
 OPENING = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (\((?:[^()]|\([^()]*\))*\)|\S+) ([\w\-]+)\((.*)$")
@@ -160,8 +166,7 @@ class Module:
                 kernels, moved = kernels + times * inside.kernels, moved + times * inside.bytes
                 waits += [*inside.waits, *([] if trips else [instruction.name])]
             elif instruction.kind == "conditional":
-                names = [branch for part in ("branch_computations", "true_computation", "false_computation") for branch in instruction.called(part)]
-                branches = [self._count(branch) for branch in names]
+                branches = [self._count(branch) for part in BRANCHES for branch in instruction.called(part)]
                 kernels, moved = kernels + max(b[0] for b in branches), moved + max(b[1] for b in branches)
                 waits += [instruction.name, *(wait for branch in branches for wait in branch[2])]
             elif instruction.kind == "call":
@@ -173,18 +178,23 @@ class Module:
         return kernels, moved, tuple(waits), tuple(loops)
 
     def moved_bytes(self, computation: str, instruction: Instruction) -> int:
-        """Returns the bytes that one kernel reads and writes: of operands that it slices the slices, of updates in place the update."""
+        """Returns the bytes that one kernel reads and writes.
+
+        Of an operand that is sliced the slice counts, of an update in place the update. The workspace of a product does not count.
+        """
         within = self.computations[computation]
         sizes = [within[name].bytes if name in within else 0 for name in instruction.operands]
+        if instruction.kind.endswith("-start"):
+            return 2 * shape_bytes(tuple_elements(instruction.shape)[1])
         if instruction.kind in SLICES:
             return 2 * instruction.bytes
         if instruction.kind == "dynamic-update-slice":
             return 2 * sizes[1]
         called = instruction.called("calls") if instruction.kind == "fusion" else []
-        if not called:
-            return instruction.bytes + sum(sizes)
-        body = self.computations[called[0]]
-        return self._fused_bytes(body, instruction.bytes)
+        body = list(self.computations[called[0]].values()) if called else [instruction]
+        product = any(LIBRARY_PRODUCT in each.rest for each in body)
+        written = shape_bytes(tuple_elements(instruction.shape)[0]) if product else instruction.bytes
+        return self._fused_bytes(self.computations[called[0]], written) if called else written + sum(sizes)
 
     def _fused_bytes(self, body: dict[str, Instruction], written: int) -> int:
         """Returns the bytes that a fusion moves, by how its body uses each parameter."""
@@ -192,22 +202,35 @@ class Module:
         for instruction in body.values():
             for name in instruction.operands:
                 users.setdefault(name, []).append(instruction)
-        total = sum(self._read_bytes(at, users) for at in body.values() if at.kind == "parameter")
-        in_place = [at for at in body.values() if at.kind == "dynamic-update-slice"]
-        for update in in_place:
-            written -= update.bytes - body[update.operands[1]].bytes
+        total = sum(read_bytes(at, users) for at in body.values() if at.kind == "parameter")
+        for update in body.values():
+            if update.kind == "dynamic-update-slice":
+                written -= update.bytes - body[update.operands[1]].bytes
         return total + max(0, written)
 
-    def _read_bytes(self, source: Instruction, users: dict[str, list[Instruction]]) -> int:
-        """Returns the bytes that are read of an array inside a fusion."""
-        read = 0
-        for user in users.get(source.name, []):
-            if user.kind == "bitcast":
-                read += self._read_bytes(user, users)
-            elif user.kind in SLICES and user.operands[0] == source.name:
-                read += user.bytes
-            elif user.kind == "dynamic-update-slice" and user.operands[0] == source.name:
-                read += 0
-            else:
-                return source.bytes
-        return min(read, source.bytes)
+
+def read_bytes(source: Instruction, users: dict[str, list[Instruction]]) -> int:
+    """Returns the bytes that are read of an array inside a fusion: of its slices where only they are used."""
+    read = 0
+    for user in users.get(source.name, []):
+        if user.kind == "bitcast":
+            read += read_bytes(user, users)
+        elif user.kind in SLICES and user.operands[0] == source.name:
+            read += user.bytes
+        elif not (user.kind == "dynamic-update-slice" and user.operands[0] == source.name):
+            return source.bytes
+    return min(read, source.bytes)
+
+
+def tuple_elements(shape: str) -> list[str]:
+    """Splits the text of a tuple's shape into those of its elements; an array is a list of one."""
+    if not shape.startswith("("):
+        return [shape]
+    found, depth = [""], 0
+    for letter in shape[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            found.append("")
+        else:
+            found[-1] += letter
+    return found

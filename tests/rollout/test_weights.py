@@ -37,7 +37,9 @@ def layer_of(rng: np.random.Generator, adapted: tuple[str, ...], stack: tuple[in
     return layer, {name: {"a": matrix(8, 3), "b": matrix(3, columns[name])} for name in adapted}
 
 
-@pytest.mark.parametrize("adapted", [(*ATTENTION, *FFW, "o_proj"), ("q_proj", "v_proj"), ("k_proj", "up_proj"), ("o_proj",)], ids=str)
+@pytest.mark.parametrize(
+    "adapted", [(*ATTENTION, *FFW, "o_proj"), ("q_proj", "v_proj"), ("k_proj", "up_proj"), ("o_proj",)], ids=str
+)
 @pytest.mark.parametrize("stack", [(), (2,)], ids=str)
 def test_one_product_of_joined_weights_is_the_products_of_the_parts(adapted: tuple[str, ...], stack: tuple[int, ...]) -> None:
     """With adapters of some of the parts; those of a layer whose input is its own stay as they are."""
