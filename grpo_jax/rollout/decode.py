@@ -183,8 +183,8 @@ def layer_inputs(model: Transformer, prompts: PrefilledPrompts, past_blocks: tup
         layers = range(model.spec.layers)
         return [(first(prompts.cache[i]), tuple(first(past_block[i]) for past_block in past_blocks)) for i in layers], None
     caches = (prompts.cache, past_blocks)
-    # The TPU's kernel takes all layers together: a slice passed to it would be a copy.
-    return (None, caches) if chosen(model.implementation, model.spec.head_dim) == "mosaic_tpu" else (caches, None)
+    # Kernels take all layers together: a slice passed to one would be a copy.
+    return (None, caches) if chosen(model.implementation, model.spec.head_dim).startswith("mosaic") else (caches, None)
 
 
 def decode_segment(

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from grpo_jax.models.layers import Attend
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.sharding import Layout
+from grpo_kernels import NO_WINDOW
 from grpo_kernels.ops.decode_attention import KVCache, SlotMap, decode_attention, layer_of
 
 __all__ = [
@@ -98,6 +99,7 @@ def write_and_attend(
     rows: tuple[Array, Array, SlotMap | None],
     scalars: tuple[Array, Array, Array],
     *,
+    windows: bool,
     softcap: float | None,
     implementation: str | None,
 ) -> tuple[Array, KVCache]:
@@ -109,6 +111,7 @@ def write_and_attend(
         segment_cache: of one layer or of all.
         rows: lengths, base and slot_map of `decode_attend`.
         scalars: layer, window and step.
+        windows: whether any layer has a window; else the window is not read.
     """
     (lengths, base, slot_map), (layer, window, step) = rows, scalars
     prefix, past_blocks = caches
@@ -134,7 +137,7 @@ def write_and_attend(
         base,
         step,
         slot_map=slot_map,
-        window=window,
+        window=window if windows else NO_WINDOW,
         layer=layer if all_layers else None,
         softcap=softcap,
         implementation=implementation,
@@ -167,7 +170,8 @@ def decode_attend(
         implementation: of `decode_attention`.
         layout: None is one device.
     """
-    local = functools.partial(write_and_attend, softcap=spec.attention_softcap, implementation=implementation)
+    windows = any(window is not None for window in spec.windows)
+    local = functools.partial(write_and_attend, windows=windows, softcap=spec.attention_softcap, implementation=implementation)
 
     def attend(q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any) -> tuple[Array, Any, Any]:
         caches = per_layer if all_layers is None else all_layers
