@@ -2,7 +2,7 @@
 
 A program multiplies 64 rows of queries with tiles of keys and carries an online softmax, as flash attention does. In the first
 kernel the rows are those of all slots of a prompt; the second has one program a slot and head and goes through all past blocks and
-the segment cache, as far as they are filled. Caches of all layers are read in place. XLA merges the parts by log-sum-exp.
+the segment cache, as far as they are filled, after the parts of its prompt. Caches of all layers are read in place.
 
 Left out: windows, soft caps, int8 caches and float32 (`refusal`); "xla" computes those.
 """
@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractMesh
@@ -48,6 +49,8 @@ def refusal(q: Array, caches: Sequence[KVCache], window: Any, softcap: float | N
         return f"heads must be 64, 128, 192 or 256 wide, not {q.shape[-1]}"
     if any(tile_of(cache) is None for cache in caches):
         return "every cache must have a multiple of 16 columns"
+    if q.shape[2] > ROWS:
+        return f"at most {ROWS} queries share a head of keys, not {q.shape[2]}"
     if softcap is not None:
         return "it has no soft cap"
     if not isinstance(window, int) or window < NO_WINDOW:
@@ -127,107 +130,155 @@ def swizzled(elements: int) -> tuple[Any, ...]:
     return plgpu.TilingTransform((8, elements)), plgpu.SwizzleTransform(2 * elements)
 
 
-def load_rows(q_ref: Any, at: tuple[Any, ...], q_smem: Any, barrier: Any) -> Any:
-    """Loads 64 rows of queries, and returns the empty carry of `attend_to`."""
-    plgpu.copy_gmem_to_smem(q_ref.at[at], q_smem, barrier)
-    plgpu.barrier_wait(barrier)
+def empty_carry(width: int) -> Any:
+    """Returns the carry of `attend_to` before the first key."""
     row = plgpu.Layout.WGMMA.reduce(1)
     top = plgpu.layout_cast(jnp.full((ROWS,), EMPTY_MAX, jnp.float32), row)
     total = plgpu.layout_cast(jnp.full((ROWS,), 0, jnp.float32), row)
-    acc = plgpu.layout_cast(jnp.full(q_smem.shape, 0, jnp.float32), plgpu.Layout.WGMMA)
-    return acc, top, total
+    return plgpu.layout_cast(jnp.full((ROWS, width), 0, jnp.float32), plgpu.Layout.WGMMA), top, total
 
 
-def store_rows(carry: Any, out_ref: Any, lse_ref: Any, at: tuple[Any, ...], rows: int, out_smem: Any, lse_smem: Any) -> None:
-    """Writes the first rows of a finished softmax, and the logarithms to base 2 of its sums."""
+def merge(one: Any, other: Any) -> Any:
+    """Merges two carries into that over the keys of both."""
+    top = jnp.maximum(one[1], other[1])
+    scales = [jnp.exp2(carry[1] - top) for carry in (one, other)]
+    wide = [jax.lax.broadcast_in_dim(scale, one[0].shape, [0]) for scale in scales]
+    return one[0] * wide[0] + other[0] * wide[1], top, one[2] * scales[0] + other[2] * scales[1]
+
+
+def divided(carry: Any) -> tuple[Any, Any]:
+    """Returns the softmax of a carry, and the logarithm to base 2 of its sum; where no key is seen 0 and a large negative number."""
     acc, top, total = carry
     total = jnp.maximum(total, 1e-30)
-    out_smem[...] = acc / jax.lax.broadcast_in_dim(total, acc.shape, [0])
-    lse_smem[...] = top + jnp.log(total) * LOG2_E
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, rows)], out_ref.at[at])
-    plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[at])
-    plgpu.wait_smem_to_gmem(0)
+    return acc / jax.lax.broadcast_in_dim(total, acc.shape, [0]), top + jnp.log(total) * LOG2_E
 
 
-def scratch(width: int) -> dict[str, Any]:
-    """Returns the shared memory of a program besides its tiles."""
-    return {
-        "q_smem": plgpu.SMEM((ROWS, width), jnp.bfloat16, transforms=swizzled(64)),
-        "out_smem": plgpu.SMEM((ROWS, width), jnp.float32),
-        "lse_smem": plgpu.SMEM((ROWS,), jnp.float32),
-        "barrier": plgpu.Barrier(),
-    }
+def prefix_parts(
+    q: Float[Array, "S K Q Dh"], prefix: KVCache, lengths: Int[Array, "B"], layer: Int[Array, "1"], table: Int[Array, "B M"]
+) -> tuple[Array, Array]:
+    """Computes the softmax of every slot over its prompt, of Z parts of its keys.
 
-
-def prefix_parts(q: Float[Array, "B K Q Dh"], prefix: KVCache, lengths: Int[Array, "B"], layer: Array) -> tuple[Array, Array]:
-    """Computes the softmax of rows over their prompt: out [Z, B, K, Q, Dh] and log2-sum-exp [Z, B, K, Q] of Z parts of its keys."""
-    b, kv, rows, width = q.shape
-    tile, columns = tile_of(prefix) or 0, prefix.v.shape[-2]
+    Returns:
+        out [Z, B, K, N, 64, Dh] and log2-sum-exp [Z, B, K, N, 64] of N blocks of a prompt's slots, each slot with Q rows.
+    """
+    (b, m), (kv, rows, width) = table.shape, q.shape[1:]
+    together = ROWS // rows
+    blocks, tile, columns = -(-m // together), tile_of(prefix) or 0, prefix.v.shape[-2]
     tiles = columns // tile
-    splits = max(1, min(MULTIPROCESSORS // (b * kv * (rows // ROWS)), tiles // (2 * STAGES)))
+    splits = max(1, min(MULTIPROCESSORS // (b * kv * blocks), tiles // (2 * STAGES)))
     share = -(-tiles // splits)
 
-    def kernel(q_ref: Any, k_ref: Any, v_ref: Any, lengths_ref: Any, layer_ref: Any, out_ref: Any, lse_ref: Any, **own: Any) -> None:
+    def kernel(
+        q_ref: Any, k_ref: Any, v_ref: Any, lengths_ref: Any, layer_ref: Any, table_ref: Any, out_ref: Any, lse_ref: Any, **own: Any
+    ) -> None:
         text, head, part = jax.lax.axis_index("text"), jax.lax.axis_index("head"), jax.lax.axis_index("part")
         block, split = jax.lax.div(part, jnp.int32(splits)), jax.lax.rem(part, jnp.int32(splits))
-        at = (text, head, pl.ds(block * ROWS, ROWS))
-        carry = load_rows(q_ref, at, own["q_smem"], own["barrier"])
+        q_smem, out_smem, lse_smem = own["q_smem"], own["out_smem"], own["lse_smem"]
+        for number in range(together):
+            slot = table_ref[text, jnp.minimum(block * together + number, m - 1)]
+            plgpu.copy_gmem_to_smem(q_ref.at[slot, head], q_smem.at[pl.ds(number * rows, rows)], own["barrier"])
+        plgpu.barrier_wait(own["barrier"])
         length = lengths_ref[text]
         last = jnp.minimum((split + 1) * share, jax.lax.div(length + tile - 1, jnp.int32(tile)))
         span = (split * share, last, length)
-        carry = attend_to(own["q_smem"], (k_ref, v_ref), (layer_ref[0], text, head), span, carry, tile)
-        store_rows(carry, out_ref, lse_ref, (split, *at), ROWS, own["out_smem"], own["lse_smem"])
+        carry = attend_to(q_smem, (k_ref, v_ref), (layer_ref[0], text, head), span, empty_carry(width), tile)
+        out_smem[...], lse_smem[...] = divided(carry)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_smem, out_ref.at[split, text, head, block])
+        plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[split, text, head, block])
+        plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
         kernel,
         out_type=[
-            jax.ShapeDtypeStruct((splits, b, kv, rows, width), jnp.float32),
-            jax.ShapeDtypeStruct((splits, b, kv, rows), jnp.float32),
+            jax.ShapeDtypeStruct((splits, b, kv, blocks, ROWS, width), jnp.float32),
+            jax.ShapeDtypeStruct((splits, b, kv, blocks, ROWS), jnp.float32),
         ],
-        grid=(b, kv, rows // ROWS * splits),
+        grid=(b, kv, blocks * splits),
         grid_names=("text", "head", "part"),
-        scratch_types=scratch(width),
+        scratch_types={
+            "q_smem": plgpu.SMEM((ROWS, width), jnp.bfloat16, transforms=swizzled(64)),
+            "out_smem": plgpu.SMEM((ROWS, width), jnp.float32),
+            "lse_smem": plgpu.SMEM((ROWS,), jnp.float32),
+            "barrier": plgpu.Barrier(num_arrivals=together),
+        },
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, prefix.k, prefix.v, lengths, layer)
+    )(q, prefix.k, prefix.v, lengths, layer, table)
 
 
-def own_part(
-    q: Float[Array, "S K Q Dh"], caches: Sequence[KVCache], base: Int[Array, "S"], step: Array, layer: Array, rows: int
-) -> tuple[Array, Array]:
-    """Computes the softmax of each slot over its own keys: out [S, K, rows, Dh] and log2-sum-exp [S, K, 64].
+def with_own_keys(
+    q: Float[Array, "S K Q Dh"],
+    parts: tuple[Array, Array],
+    caches: Sequence[KVCache],
+    rows_of: tuple[Array, Array],
+    numbers: tuple[Array, Array, Array],
+    queries: int,
+) -> Float[Array, "S K R Dh"]:
+    """Merges the parts of a slot's prompt and continues with its own keys.
 
     Args:
+        parts: of `prefix_parts`.
         caches: past blocks, and the segment cache last.
+        rows_of: [S] each slot's prompt, and its column in the prompt's row of the table.
+        numbers: layer [1], step [1] and base [S].
+        queries: R, the rows of q that are queries.
     """
-    s, kv, _, width = q.shape
-    numbers = jnp.stack([layer[0], step + 1])
+    s, kv, rows, width = q.shape
+    splits, together = parts[0].shape[0], ROWS // rows
 
-    def kernel(q_ref: Any, *refs: Any, **own: Any) -> None:
-        pairs, (base_ref, numbers_ref, out_ref, lse_ref) = refs[: 2 * len(caches)], refs[2 * len(caches) :]
+    def kernel(q_ref: Any, parts_ref: Any, lses_ref: Any, *refs: Any, q_smem: Any, barrier: Any) -> None:
+        pairs, (text_ref, column_ref, layer_ref, step_ref, base_ref, out_ref) = refs[: 2 * len(caches)], refs[2 * len(caches) :]
         slot, head = jax.lax.axis_index("slot"), jax.lax.axis_index("head")
-        carry = load_rows(q_ref, (slot, head), own["q_smem"], own["barrier"])
+        column, first = column_ref[slot], pl.ds(0, rows)
+        block = jax.lax.div(column, jnp.int32(together))
+        at = pl.ds(jax.lax.rem(column, jnp.int32(together)) * rows, rows)
+        plgpu.copy_gmem_to_smem(q_ref.at[slot, head], q_smem.at[first], barrier)
+
+        def merge_parts(part_smem: Any, lse_smem: Any, loaded: Any) -> Any:
+            for split in range(splits):
+                where = (split, text_ref[slot], head, block, at)
+                plgpu.copy_gmem_to_smem(parts_ref.at[where], part_smem.at[split, first], loaded)
+                plgpu.copy_gmem_to_smem(lses_ref.at[where], lse_smem.at[split, first], loaded)
+            plgpu.barrier_wait(loaded)
+            carry = empty_carry(width)
+            for split in range(splits):
+                lse = plgpu.layout_cast(lse_smem[split], plgpu.Layout.WGMMA.reduce(1))
+                carry = merge(carry, (plgpu.layout_cast(part_smem[split], plgpu.Layout.WGMMA), lse, jnp.ones_like(lse)))
+            return carry
+
+        # Memory of a scope is used again by the next one.
+        part_smem, lse_smem = plgpu.SMEM((splits, ROWS, width), jnp.float32), plgpu.SMEM((splits, ROWS), jnp.float32)
+        carry = pl.run_scoped(merge_parts, part_smem, lse_smem, plgpu.Barrier(num_arrivals=2 * splits))
+        plgpu.barrier_wait(barrier)
         start = 0
         for number, cache in enumerate(caches):
             tile, columns = tile_of(cache) or 0, cache.v.shape[-2]
-            seen = numbers_ref[1] if number == len(caches) - 1 else jnp.clip(base_ref[slot] - start, 0, columns)
+            seen = step_ref[0] + 1 if number == len(caches) - 1 else jnp.clip(base_ref[slot] - start, 0, columns)
             span = (jnp.int32(0), jax.lax.div(seen + tile - 1, jnp.int32(tile)), seen)
-            at = (numbers_ref[0], slot, head)
-            carry = attend_to(own["q_smem"], (pairs[2 * number], pairs[2 * number + 1]), at, span, carry, tile)
+            pair = (pairs[2 * number], pairs[2 * number + 1])
+            carry = attend_to(q_smem, pair, (layer_ref[0], slot, head), span, carry, tile)
             start += columns
-        store_rows(carry, out_ref, lse_ref, (slot, head), rows, own["out_smem"], own["lse_smem"])
 
+        def store(out_smem: Any) -> None:
+            out_smem[...] = divided(carry)[0].astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, queries)], out_ref.at[slot, head])
+            plgpu.wait_smem_to_gmem(0)
+
+        pl.run_scoped(store, plgpu.SMEM((ROWS, width), jnp.bfloat16))
+
+    arguments = (*(x for cache in caches for x in (cache.k, cache.v)), *rows_of, *numbers)
     return plgpu.kernel(
         kernel,
-        out_type=[
-            jax.ShapeDtypeStruct((s, kv, rows, width), jnp.float32),
-            jax.ShapeDtypeStruct((s, kv, ROWS), jnp.float32),
-        ],
+        out_type=jax.ShapeDtypeStruct((s, kv, queries, width), jnp.bfloat16),
         grid=(s, kv),
         grid_names=("slot", "head"),
-        scratch_types=scratch(width),
+        scratch_types={
+            "q_smem": plgpu.SMEM((ROWS, width), jnp.bfloat16, transforms=swizzled(64)),
+            "barrier": plgpu.Barrier(),
+        },
         compiler_params=plgpu.CompilerParams(approx_math=True),
-    )(q, *(x for cache in caches for x in (cache.k, cache.v)), base, numbers)
+    )(q, *parts, *arguments)
 
 
 def decode_attention_mosaic_gpu(
@@ -266,28 +317,17 @@ def attention_in_two_kernels(
     layer: Array | None,
 ) -> Array:
     """Runs both kernels and merges their parts."""
-    s, kv, r, width = q.shape
-    b = lengths.shape[0]
+    s, _, r, _ = q.shape
     caches = [*past_blocks, segment_cache]
     if layer is None:
         prefix, *caches = (jax.tree.map(lambda x: x[None], cache) for cache in (prefix, *caches))
+    if slot_map is None:
+        slots, m = np.arange(s, dtype=np.int32), s // lengths.shape[0]
+        table, rows_of = jnp.asarray(slots.reshape(-1, m)), (jnp.asarray(slots // m), jnp.asarray(slots % m))
+    else:
+        table, rows_of = slot_map.table, (slot_map.prompt_slots, slot_map.slot_indices)
     number = jnp.zeros((1,), jnp.int32) if layer is None else layer.astype(jnp.int32).reshape(1)
-    m = s // b if slot_map is None else slot_map.table.shape[1]
-    table = q.reshape(b, m, kv, r, width) if slot_map is None else q[slot_map.table]
-    shared = jnp.swapaxes(table, 1, 2).reshape(b, kv, m * r, width)
-    shared = jnp.pad(shared, ((0, 0), (0, 0), (0, -(m * r) % ROWS), (0, 0)))
-    rows = -(-r // 8) * 8
-    prefix_out, prefix_lse = prefix_parts(shared, prefix, lengths, number)
-    own_out, own_lse = own_part(jnp.pad(q, ((0, 0), (0, 0), (0, ROWS - r), (0, 0))), caches, base, step, number, rows)
-
-    def to_slots(x: Array) -> Array:
-        x = jnp.swapaxes(x[:, :, :, : m * r].reshape(-1, b, kv, m, r, x.shape[-1]), 2, 3)
-        return x.reshape(-1, s, kv, r, x.shape[-1]) if slot_map is None else x[:, slot_map.prompt_slots, slot_map.slot_indices]
-
-    outs = [*to_slots(prefix_out), own_out[:, :, :r]]
-    lses = [*to_slots(prefix_lse[..., None]), own_lse[:, :, :r, None]]
-    top = functools.reduce(jnp.maximum, lses)
-    weights = [jnp.exp2(lse - top) for lse in lses]
-    total = functools.reduce(jnp.add, weights)
-    mixed = functools.reduce(jnp.add, [out * weight for out, weight in zip(outs, weights, strict=True)])
-    return (mixed / total).astype(q.dtype)
+    # Eight rows are the least that is copied into shared memory as products read it.
+    rows = jnp.pad(q, ((0, 0), (0, 0), (0, -r % 8), (0, 0)))
+    parts = prefix_parts(rows, prefix, lengths, number, table)
+    return with_own_keys(rows, parts, caches, rows_of, (number, step.astype(jnp.int32).reshape(1), base), r)
