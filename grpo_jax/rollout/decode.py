@@ -218,7 +218,9 @@ def decode_segment(
         positions = gather_by_prompt_slot(prompts.lengths, slots.prompt_slots, layout) + slots.base + state.step
         options: Any = {"all_layers": all_layers, "implementation": model.implementation, "layout": layout}
         attend = decode_attend(model.spec, prompts.lengths, slots.base, state.step, slot_map, **options)
-        hidden, segment_cache, _ = forward(model, variables, ids, positions[:, None], attend, state.segment_cache, per_layer)
+        cache = state.segment_cache if all_layers is None else (state.segment_cache, zero)
+        hidden, cache, _ = forward(model, variables, ids, positions[:, None], attend, cache, per_layer)
+        segment_cache = cache if all_layers is None else cache[0]
         column = state.step + 1
         drawn = sample(hidden[:, 0], column)
         return DecodeState(column, segment_cache, record_tokens(state.tokens, drawn, column, ~state.tokens.done, slots, stop_ids))

@@ -159,7 +159,8 @@ def decode_attend(
     """Builds the attention of one new token a slot, T = 1.
 
     The result takes a layer's (prefix, past blocks) as `per_layer` and the segment cache as `cache`: of all layers, or of this
-    layer alone and then without the leading axis.
+    layer alone and then without the leading axis. With `all_layers`, `cache` is the segment cache and the number of the layer: to
+    read the number from an array of all would be one more launch on a GPU.
 
     Args:
         lengths: tokens of each prompt.
@@ -174,13 +175,19 @@ def decode_attend(
     local = functools.partial(write_and_attend, windows=windows, softcap=spec.attention_softcap, implementation=implementation)
 
     def attend(q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any) -> tuple[Array, Any, Any]:
-        caches = per_layer if all_layers is None else all_layers
-        arguments = ((q, k, v), caches, cache, (lengths, base, slot_map), (layer, window, step))
+        if all_layers is not None:
+            (cache, number), caches = cache, all_layers
+            out, cache = run((q, k, v), caches, cache, (lengths, base, slot_map), (number, window, step))
+            return out, (cache, number + 1), None
+        return *run((q, k, v), per_layer, cache, (lengths, base, slot_map), (layer, window, step)), None
+
+    def run(qkv: Any, caches: Any, cache: Any, rows: Any, scalars: Any) -> tuple[Array, Any]:
+        arguments = (qkv, caches, cache, rows, scalars)
         if layout is None:
-            return *local(*arguments), None
+            return local(*arguments)
         tokens, segment_cache = layout.spec("slots", None, "kv_heads"), cache_spec(layout, stacked=cache.v.ndim == 5)
         inputs = (tokens, cache_spec(layout, stacked=all_layers is not None), segment_cache, layout.spec("slots"), layout.spec())
-        return *layout.local(local, inputs, (tokens, segment_cache))(*arguments), None
+        return layout.local(local, inputs, (tokens, segment_cache))(*arguments)
 
     return attend
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-BOOKKEEPING = frozenset(
-    ["parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier"]
-    + ["partition-id", "replica-id", "add-dependency"]
+BOOKKEEPING = (
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier"),
+    *("partition-id", "replica-id", "add-dependency"),
 )
 """Instructions that launch nothing."""
 
@@ -23,6 +23,9 @@ SLICES = ("dynamic-slice", "gather", "slice")
 
 LIBRARY_PRODUCT = "cublas"
 """Part of the target of a product that a library computes; its second result is a workspace."""
+
+PALLAS = "mosaic_gpu"
+"""Part of the target of a Pallas kernel."""
 
 BRANCHES = ("branch_computations", "true_computation", "false_computation")
 
@@ -110,13 +113,20 @@ class Loop:
 
 @dataclass(frozen=True)
 class Module:
-    """A parsed HLO module: computations by name, and the entry's name."""
+    """A parsed HLO module.
+
+    Attributes:
+        computations: by name.
+        entry: name of the first one.
+        layers: Pallas kernels read one layer of an array with this leading dimension; 0 = they read arrays in full.
+    """
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
+    layers: int = 0
 
     @staticmethod
-    def parse(text: str) -> Module:
+    def parse(text: str, layers: int = 0) -> Module:
         """Parses `compiled.as_text()`.
 
         Raises:
@@ -134,7 +144,7 @@ class Module:
                 current[at[2]] = Instruction(at[2], at[4], at[3], operands, rest, bool(at[1]))
         if not entry:
             raise ValueError("the text has no ENTRY computation: pass compiled.as_text()")
-        return Module(found, entry)
+        return Module(found, entry, layers)
 
     @cached_property
     def loops(self) -> tuple[Loop, ...]:
@@ -147,7 +157,7 @@ class Module:
             if instruction.kind == "call":
                 for called in instruction.called("to_apply"):
                     yield from self.launches(called)
-            elif instruction.kind not in BOOKKEEPING | {"while", "conditional"} and not instruction.kind.endswith("-done"):
+            elif instruction.kind not in (*BOOKKEEPING, "while", "conditional") and not instruction.kind.endswith("-done"):
                 yield instruction
 
     def _count(self, name: str) -> tuple[int, int, tuple[str, ...], tuple[Loop, ...]]:
@@ -183,13 +193,17 @@ class Module:
         Of an operand that is sliced the slice counts, of an update in place the update. The workspace of a product does not count.
         """
         within = self.computations[computation]
-        sizes = [within[name].bytes if name in within else 0 for name in instruction.operands]
+        operands = [within[name] for name in instruction.operands if name in within]
+        sizes = [operand.bytes for operand in operands]
         if instruction.kind.endswith("-start"):
             return 2 * shape_bytes(tuple_elements(instruction.shape)[1])
         if instruction.kind in SLICES:
             return 2 * instruction.bytes
         if instruction.kind == "dynamic-update-slice":
             return 2 * sizes[1]
+        if self.layers and PALLAS in instruction.rest:
+            stacked = [f"[{self.layers}," in operand.shape for operand in operands]
+            sizes = [size // self.layers if inside else size for size, inside in zip(sizes, stacked, strict=True)]
         called = instruction.called("calls") if instruction.kind == "fusion" else []
         body = list(self.computations[called[0]].values()) if called else [instruction]
         product = any(LIBRARY_PRODUCT in each.rest for each in body)

@@ -24,12 +24,13 @@ def model_axes(spec: ModelSpec) -> AxesTable:
 def decoding_axes(spec: ModelSpec) -> AxesTable:
     """`model_axes` and the axes of joined linear layers (`models.layers.JOINED`), which exist where `tensor` is 1."""
     table = model_axes(spec)
-    return table | {
+    joined_axes = {
         ("layers", joined, leaf): table["layers", names[0], leaf]
         for joined, names in JOINED.items()
         for leaf in ("kernel", "bias", "a", "b")
         if ("layers", names[0], leaf) in table
     }
+    return {**table, **joined_axes}
 
 
 def check_mesh(layout: Layout | None, spec: ModelSpec, quantization: str = "none") -> None:

@@ -258,7 +258,9 @@ def test_draws_that_small_changes_of_the_logits_alter_are_close(cut: tuple[int, 
 
 @pytest.mark.parametrize("cut", [None, (5, 0.7, 0.05)], ids=str)
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_on_a_gpu_no_branch_is_waited_for_and_the_draws_are_the_same(cut: tuple[int, float, float] | None, temperature: float) -> None:
+def test_on_a_gpu_no_branch_is_waited_for_and_the_draws_are_the_same(
+    cut: tuple[int, float, float] | None, temperature: float
+) -> None:
     rng = np.random.default_rng(5)
     logits, uniform = jnp.asarray(rng.normal(size=(400, 50)), jnp.float32), jnp.asarray(rng.random(400), jnp.float32)
     thresholds = None if cut is None else Thresholds(jnp.int32(cut[0]), jnp.float32(cut[1]), jnp.float32(cut[2]))

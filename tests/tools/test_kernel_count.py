@@ -107,3 +107,18 @@ def test_sizes_of_shapes() -> None:
     assert shape_bytes("bf16[2,3]{1,0}") == 12
     assert shape_bytes("(s4[5], pred[], f8e4m3fn[3])") == 2.5 + 1 + 3 + 0.5  # the half byte is rounded up
     assert tuple_elements("((bf16[2,3]{1,0}, s32[]), f32[4]{0})") == ["(bf16[2,3]{1,0}, s32[])", " f32[4]{0}"]
+
+
+def test_a_pallas_kernel_reads_one_layer_of_a_stack() -> None:
+    """Of an array of 4 layers of 256 bytes; another array of 64 bytes and the result of 128 count in full."""
+    kernel = """
+ENTRY %main (a: bf16[4,8,16], b: f32[16]) -> f32[32] {
+  %a = bf16[4,8,16]{2,1,0} parameter(0)
+  %b = f32[16]{0} parameter(1)
+  ROOT %kernel = f32[32]{0} custom-call(%a, %b), custom_call_target="mosaic_gpu_v2"
+}
+"""
+    for layers, expected in ((4, 256), (0, 1024)):
+        module = Module.parse(kernel, layers)
+        (launch,) = module.launches("main")
+        assert module.moved_bytes("main", launch) == expected + 64 + 128

@@ -38,6 +38,8 @@ MULTIPROCESSORS = 132
 
 LOG2_E = math.log2(math.e)
 
+Accumulator: Any = plgpu.ACC  # type: ignore[reportPrivateImportUsage] - its documented name
+
 
 def refusal(q: Array, caches: Sequence[KVCache], window: Any, softcap: float | None) -> str | None:
     """Says why the kernel cannot compute this, or None."""
@@ -96,7 +98,7 @@ def attend_to(q_smem: Any, cache: Any, at: tuple[Any, ...], span: tuple[Any, Any
                 plgpu.wgmma(acc_ref, q_smem, k_smem.at[slot].transpose((1, 0)))
                 return acc_ref[...]
 
-            s = pl.run_scoped(scores, plgpu.ACC((ROWS, tile), jnp.float32))
+            s = pl.run_scoped(scores, Accumulator((ROWS, tile), jnp.float32))
             columns = plgpu.broadcasted_iota(jnp.int32, (ROWS, tile), 1, layout=plgpu.Layout.WGMMA)
             s = jnp.where(columns < seen - number * tile, s * LOG2_E, MASK_VALUE)
             new_top = jnp.maximum(top, s.max(axis=1))
@@ -113,7 +115,7 @@ def attend_to(q_smem: Any, cache: Any, at: tuple[Any, ...], span: tuple[Any, Any
                 plgpu.wgmma(acc_ref, p_smem, v_smem.at[slot])
                 return acc_ref[...]
 
-            acc = acc + pl.run_scoped(mix, plgpu.ACC((ROWS, width), jnp.float32))
+            acc = acc + pl.run_scoped(mix, Accumulator((ROWS, width), jnp.float32))
             pl.when(number + STAGES < last)(functools.partial(fetch, number + STAGES))
             return acc, new_top, total
 
@@ -147,7 +149,7 @@ def merge(one: Any, other: Any) -> Any:
 
 
 def divided(carry: Any) -> tuple[Any, Any]:
-    """Returns the softmax of a carry, and the logarithm to base 2 of its sum; where no key is seen 0 and a large negative number."""
+    """Returns the softmax of a carry and the logarithm to base 2 of its sum, a large negative number where no key is seen."""
     acc, top, total = carry
     total = jnp.maximum(total, 1e-30)
     return acc / jax.lax.broadcast_in_dim(total, acc.shape, [0]), top + jnp.log(total) * LOG2_E
@@ -188,7 +190,7 @@ def prefix_parts(
         plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[split, text, head, block])
         plgpu.wait_smem_to_gmem(0)
 
-    return plgpu.kernel(
+    out, lse = plgpu.kernel(
         kernel,
         out_type=[
             jax.ShapeDtypeStruct((splits, b, kv, blocks, ROWS, width), jnp.float32),
@@ -204,6 +206,7 @@ def prefix_parts(
         },
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(q, prefix.k, prefix.v, lengths, layer, table)
+    return out, lse
 
 
 def with_own_keys(
