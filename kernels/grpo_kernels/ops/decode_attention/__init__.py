@@ -20,7 +20,6 @@ from jaxtyping import Array, Float, Int
 from grpo_kernels.numerics import NO_WINDOW
 from grpo_kernels.ops.decode_attention.block_sizes import BlockSizes, choose_block_sizes
 from grpo_kernels.ops.decode_attention.kv_cache import KVCache, SlotMap, layer_of
-from grpo_kernels.ops.decode_attention.mosaic_gpu import decode_attention_mosaic_gpu, refusal
 from grpo_kernels.ops.decode_attention.mosaic_tpu import decode_attention_mosaic_tpu
 from grpo_kernels.ops.decode_attention.reference import decode_attention_reference
 from grpo_kernels.ops.decode_attention.xla import decode_attention_xla
@@ -96,6 +95,9 @@ def decode_attention(
     check(q, prefix, lengths, past_blocks, segment_cache, base, slot_map, layer)
     named = chosen(implementation, q.shape[-1])
     if named == "mosaic_gpu":
+        # Imported here: jax has no Mosaic GPU on some systems, and importing it takes time.
+        from grpo_kernels.ops.decode_attention.mosaic_gpu import decode_attention_mosaic_gpu, refusal
+
         reason = refusal(q, (prefix, *past_blocks, segment_cache), window, softcap)
         if reason is None:
             return decode_attention_mosaic_gpu(q, prefix, lengths, past_blocks, segment_cache, base, step, slot_map, layer)
