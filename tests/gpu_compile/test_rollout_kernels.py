@@ -12,7 +12,7 @@ from grpo_jax.rollout.decode import gpu_options
 from grpo_jax.tools.kernel_count import Loop, Module
 from grpo_kernels.ops import decode_attention
 
-NEW_ENOUGH = tuple(map(int, jax.__version__.split(".")[:3])) >= (0, 12, 0)
+NEW_ENOUGH = jax.__version_info__ >= (0, 11, 2)
 TWO_BLOCKS = (512, 512)
 
 
@@ -39,8 +39,8 @@ def test_with_attention_by_xla(merge: bool, kernels: int, share: float, h200: An
     assert token.waits == ()
 
 
-@pytest.mark.skipif(not NEW_ENOUGH, reason="the kernels are written for jax 0.12")
-@pytest.mark.parametrize(("merge", "kernels"), [(False, 24), (True, 16)])
+@pytest.mark.skipif(not NEW_ENOUGH, reason="the kernels need jax 0.11.2")
+@pytest.mark.parametrize(("merge", "kernels"), [(False, 24), (True, 15)])
 @pytest.mark.parametrize("past_sizes", [TWO_BLOCKS, (32, 32, 32, 32, 128, 256, 512)], ids=str)
 def test_with_attention_by_pallas(
     merge: bool, kernels: int, past_sizes: tuple[int, ...], h200: Any, monkeypatch: pytest.MonkeyPatch

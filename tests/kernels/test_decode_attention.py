@@ -174,7 +174,10 @@ HOPPER = {
 }
 
 
-@pytest.mark.skipif(not hasattr(plgpu, "force_gpu_interpret_mode"), reason="jax before 0.12 has no such interpreter")
+NEW_ENOUGH = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernels need jax 0.11.2")
+
+
+@NEW_ENOUGH
 @pytest.mark.parametrize("name", HOPPER)
 def test_the_kernels_for_nvidia_give_the_same_and_have_no_race(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -191,6 +194,7 @@ def test_the_kernels_for_nvidia_give_the_same_and_have_no_race(
     np.testing.assert_allclose(np.asarray(got.astype(jnp.float32)), expected, rtol=0, atol=tolerance(case))
 
 
+@NEW_ENOUGH
 @pytest.mark.parametrize(("dtype", "message"), [("float32", "must be bfloat16"), ("bfloat16", "wide, not 16")])
 def test_the_kernel_for_nvidia_says_what_it_cannot_compute(dtype: str, message: str) -> None:
     arguments, _ = problem(Case(dtype=dtype))
@@ -198,6 +202,7 @@ def test_the_kernel_for_nvidia_says_what_it_cannot_compute(dtype: str, message: 
         decode_attention(**arguments, implementation="mosaic_gpu")
 
 
+@NEW_ENOUGH
 def test_reasons_not_to_take_the_kernel_for_nvidia() -> None:
     q, keys = jnp.zeros((4, 2, 4, 64), jnp.bfloat16), jnp.zeros((4, 2, 32, 64), jnp.bfloat16)
     cache, odd = KVCache(keys, keys), KVCache(keys[:, :, :24], keys[:, :, :24])
