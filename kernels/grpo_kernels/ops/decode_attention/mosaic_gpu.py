@@ -4,7 +4,7 @@ A program multiplies 64 rows of queries with tiles of keys and carries an online
 kernel the rows are those of all slots of a prompt; the second has one program a slot and head and goes through all past blocks and
 the segment cache, as far as they are filled, after the parts of its prompt. Caches of all layers are read in place.
 
-Needs jax 0.11.2 or newer. Left out: windows, soft caps, int8 caches and float32 (`refusal`); "xla" computes those.
+jax 0.11.2 or newer has what it needs. Left out: windows, soft caps, int8 caches and float32 (`refusal`); "xla" computes those.
 """
 
 from __future__ import annotations
