@@ -47,6 +47,12 @@ class Config:
             self.model.quantization,
             "a quantised base stays frozen, and lora.rank 0 trains every weight: set lora.rank to 8, 16, 32, ..., or use none",
         )
+        require(
+            self.model.quantization == "none" or not self.rollout.merge_adapters,
+            "rollout.merge_adapters",
+            self.rollout.merge_adapters,
+            f"adapters cannot be added to a base in {self.model.quantization}: use false, or model.quantization none",
+        )
         size = self.train.micro_batch_completions
         if size is not None:
             require(

@@ -26,7 +26,7 @@ from grpo_jax.policy import Policy
 from grpo_jax.runtime.mesh import check_prompts, make_layout
 from grpo_jax.runtime.sharding import BATCH_AXES, Axes, Layout
 from grpo_jax.types import Frozen, Params, TrainBatch, TrainState
-from grpo_jax.weights.axes import check_mesh, model_axes
+from grpo_jax.weights.axes import check_mesh, decoding_axes
 from grpo_jax.weights.lora import init_lora, load_adapter
 from grpo_jax.weights.quantize import quantized_specs
 
@@ -55,10 +55,10 @@ class Placement:
         return jax.tree.map(place, tree)
 
     def put_model(self, spec: ModelSpec, tree: Any) -> Any:
-        """Places weights, adapters, or a train state of them."""
+        """Places weights, adapters, or a train state of them; weights may be prepared for decoding."""
         if self.layout is None:
             return self.put(tree)
-        return jax.tree.map(with_sharding, tree, self.layout.tree(tree, model_axes(spec)))
+        return jax.tree.map(with_sharding, tree, self.layout.tree(tree, decoding_axes(spec)))
 
     def put_batch(self, batch: TrainBatch) -> Any:
         """Places the batch of an update."""

@@ -19,8 +19,9 @@ from grpo_jax.rollout.prefill import prefill
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.sampling import controls_of
 from grpo_jax.rollout.shapes import RolloutShapes
-from grpo_jax.rollout.weights import prepare_weights
+from grpo_jax.rollout.weights import prepared_shapes
 from grpo_jax.runtime.compile_ahead import FutureCall
+from grpo_jax.runtime.memory import least_free_bytes
 from grpo_jax.types import Params
 
 
@@ -50,7 +51,8 @@ def rollout_calls(sampler: Sampler, variables: Params, rollout: RolloutConfig, s
         make = partial(empty_past_block, model.spec, model.dtype, sizes.slots, tokens, int8=int8, unroll=model.unroll)
         return placed(jax.eval_shape(make))
 
-    weights = placed(jax.eval_shape(partial(prepare_weights, model, unroll=model.unroll), variables))
+    settings = sampler.weight_settings(variables, least_free_bytes(), merge=rollout.merge_adapters)
+    weights = placed(prepared_shapes(model, variables, **settings))
     prefilled = lambda *arguments: placed(jax.eval_shape(partial(prefill, model, int8=int8), weights, *arguments))  # noqa: E731
     past_blocks, segment_cache = tuple(past_block(tokens) for tokens in sizes.past_blocks), past_block(sizes.segment)
     number, flag = array(jnp.int32, sizes.slots), array(jnp.bool_, sizes.slots)
@@ -71,8 +73,7 @@ def rollout_calls(sampler: Sampler, variables: Params, rollout: RolloutConfig, s
             calls.append(FutureCall(sampler.prefill, (weights, *token_ids(1, width)), static))
             later = (prompts, prefilled(*token_ids(1, width)), array(jnp.int32, 1))
             calls.append(FutureCall(sampler.insert_prompts, later))
-    if model.unroll:
-        calls.insert(1, FutureCall(sampler.prepare_weights, (variables,), {"unroll": True}))
+    calls.insert(1, FutureCall(sampler.prepare_weights, (variables,), settings))
     if past_blocks:
         making = {"slots": sizes.slots, "tokens": sizes.past_blocks, "int8": int8, "unroll": model.unroll}
         calls.append(FutureCall(sampler.empty_past_blocks, (), making))

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from grpo_jax.models.layers import Attend
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.sharding import Layout
+from grpo_kernels import NO_WINDOW
 from grpo_kernels.ops.decode_attention import KVCache, SlotMap, decode_attention, layer_of
 
 __all__ = [
@@ -106,6 +107,7 @@ def write_and_attend(
     rows: tuple[Array, Array, SlotMap | None],
     scalars: tuple[Array, Array, Array],
     *,
+    windows: bool,
     softcap: float | None,
     implementation: str | None,
 ) -> tuple[Array, KVCache]:
@@ -117,6 +119,7 @@ def write_and_attend(
         segment_cache: of one layer or of all.
         rows: lengths, base and slot_map of `decode_attend`.
         scalars: layer, window and step.
+        windows: whether any layer has a window; else the window is not read.
     """
     (lengths, base, slot_map), (layer, window, step) = rows, scalars
     prefix, past_blocks = caches
@@ -142,7 +145,7 @@ def write_and_attend(
         base,
         step,
         slot_map=slot_map,
-        window=window,
+        window=window if windows else NO_WINDOW,
         layer=layer if all_layers else None,
         softcap=softcap,
         implementation=implementation,
@@ -164,7 +167,8 @@ def decode_attend(
     """Builds the attention of one new token a slot, T = 1.
 
     The result takes a layer's (prefix, past blocks) as `per_layer` and the segment cache as `cache`: of all layers, or of this
-    layer alone and then without the leading axis.
+    layer alone and then without the leading axis. With `all_layers`, `cache` is the segment cache and the number of the layer: to
+    read the number from an array of all would be one more launch on a GPU.
 
     Args:
         lengths: tokens of each prompt.
@@ -175,16 +179,23 @@ def decode_attend(
         implementation: of `decode_attention`.
         layout: None is one device.
     """
-    local = functools.partial(write_and_attend, softcap=spec.attention_softcap, implementation=implementation)
+    windows = any(window is not None for window in spec.windows)
+    local = functools.partial(write_and_attend, windows=windows, softcap=spec.attention_softcap, implementation=implementation)
 
     def attend(q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any) -> tuple[Array, Any, Any]:
-        caches = per_layer if all_layers is None else all_layers
-        arguments = ((q, k, v), caches, cache, (lengths, base, slot_map), (layer, window, step))
+        if all_layers is not None:
+            (cache, number), caches = cache, all_layers
+            out, cache = run((q, k, v), caches, cache, (lengths, base, slot_map), (number, window, step))
+            return out, (cache, number + 1), None
+        return *run((q, k, v), per_layer, cache, (lengths, base, slot_map), (layer, window, step)), None
+
+    def run(qkv: Any, caches: Any, cache: Any, rows: Any, scalars: Any) -> tuple[Array, Any]:
+        arguments = (qkv, caches, cache, rows, scalars)
         if layout is None:
-            return *local(*arguments), None
+            return local(*arguments)
         tokens, segment_cache = layout.spec("slots", None, "kv_heads"), cache_spec(layout, stacked=cache.v.ndim == 5)
         inputs = (tokens, cache_spec(layout, stacked=all_layers is not None), segment_cache, layout.spec("slots"), layout.spec())
-        return *layout.local(local, inputs, (tokens, segment_cache))(*arguments), None
+        return layout.local(local, inputs, (tokens, segment_cache))(*arguments)
 
     return attend
 

@@ -13,7 +13,7 @@ gets all tokens, and so runs the same schedules.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from grpo_jax.rollout.sampling import SamplingControls, controls_of
 from grpo_jax.rollout.schedule import ShardedSchedule
 from grpo_jax.rollout.shapes import RolloutShapes, Sizes, check_slots, choose_slots, pad_rows, round_up, shapes_of
 from grpo_jax.rollout.stop_strings import DecodeText, PartialCompletion
-from grpo_jax.rollout.weights import gather_weights, prepare_weights
+from grpo_jax.rollout.weights import can_join, decoding_model, gather_weights, new_weights, prepared_shapes, with_unchanged
 from grpo_jax.runtime.memory import least_free_bytes
 from grpo_jax.runtime.programs import Announce, Program, no_announcement
 from grpo_jax.runtime.sharding import Layout
@@ -49,7 +49,8 @@ class Sampler:
         stop_ids: every id that ends a completion.
         decode_text: turns ids into text to search for stop strings; None without a tokenizer.
         prepare_weights, prefill, insert_prompts, decode_segment, write_segment, empty_past_blocks: the compiled functions of those
-            names.
+            names (`prepare_weights` is `new_weights`).
+        joins: whether weights are joined, once the first rollout has decided it by the free memory.
     """
 
     model: Transformer
@@ -61,6 +62,7 @@ class Sampler:
     decode_segment: Program
     write_segment: Program
     empty_past_blocks: Program
+    joins: list[bool] = field(default_factory=list)
 
     @staticmethod
     def build(
@@ -80,15 +82,15 @@ class Sampler:
             announce: a context manager around each compilation, which shows progress.
             quantization: of the model's weights.
         """
-        options, layout = gpu_options(quantization) if platform() == "gpu" else {}, model.layout
+        options, layout, decoder = gpu_options(quantization) if platform() == "gpu" else {}, model.layout, decoding_model(model)
         return Sampler(
             model,
             stop_ids,
             decode_text,
-            Program("rollout: weights", partial(prepare_weights, model), announce=announce),
-            Program("rollout: prompts", partial(prefill, model), announce=announce),
+            Program("rollout: weights", partial(new_weights, model), announce=announce),
+            Program("rollout: prompts", partial(prefill, decoder), announce=announce),
             Program("rollout: prompts", partial(insert_prompts, layout=layout), donate=(0,), announce=announce),
-            Program("rollout", partial(decode_segment, model, stop_ids), announce=announce, options=options),
+            Program("rollout", partial(decode_segment, decoder, stop_ids), announce=announce, options=options),
             Program("rollout: past", partial(write_segment, layout=layout), donate=(0,), announce=announce),
             Program("rollout", partial(empty_past_blocks, model.spec, model.dtype, layout=layout), announce=announce),
         )
@@ -150,7 +152,7 @@ class Sampler:
             )
         b, g = len(prompt_ids), rollout.num_generations
         check_slots(rollout.slots, 1 if self.model.layout is None else self.model.layout.rows)
-        weights = self.decoding_weights(variables)
+        weights = self.decoding_weights(variables, merge=rollout.merge_adapters)
         if shapes is None:
             shapes = self.shapes_for(rollout, b, (round_up(max(map(len, prompt_ids))),), least_free_bytes())
         longest = np.full(b * g, rollout.max_completion_length) if limits is None else np.asarray(limits)
@@ -201,12 +203,13 @@ class Sampler:
     def decide_shapes(self, variables: Params, rollout: RolloutConfig, prompts: int, widths: Sequence[int]) -> RolloutShapes:
         """Chooses the shapes of a run's rollouts, from the memory that is free next to the decoding weights."""
         if not self.model.unroll:
-            weights = self.decoding_weights(variables)  # nearly all of its arrays exist already
+            weights = self.decoding_weights(variables, merge=rollout.merge_adapters)
             free = least_free_bytes()
             del weights
         else:
-            weights = jax.eval_shape(partial(prepare_weights, self.model.clone(layout=None), unroll=True), variables)
             free = least_free_bytes()
+            settings = self.weight_settings(variables, free, merge=rollout.merge_adapters)
+            weights = prepared_shapes(self.model, variables, **settings)
             needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
             free = None if free is None else max(0, free - needed)
         return self.shapes_for(rollout, prompts, widths, free)
@@ -216,12 +219,28 @@ class Sampler:
         shards = 1 if self.model.layout is None else self.model.layout.rows
         return -(-slots // shards) * shards
 
-    def decoding_weights(self, variables: Params) -> Params:
-        """Returns the weights as decoding reads them."""
+    def decoding_weights(self, variables: Params, *, merge: bool = False) -> Params:
+        """Returns the weights as decoding reads them.
+
+        Args:
+            merge: add the adapters to their weights (`rollout.merge_adapters`).
+        """
+        settings = self.weight_settings(variables, None if self.joins else least_free_bytes(), merge=merge)
         if self.model.unroll:
-            return self.prepare_weights(variables, unroll=True)
-        # Not compiled: a compiled program would copy the weights that it returns unchanged.
-        return gather_weights(self.model.layout, self.model.spec, prepare_weights(self.model, variables, unroll=False))
+            return self.prepare_weights(variables, **settings)
+        shapes = prepared_shapes(self.model, variables, **settings)
+        weights = with_unchanged(shapes, variables, self.prepare_weights(variables, **settings))
+        return gather_weights(self.model.layout, self.model.spec, weights)
+
+    def weight_settings(self, variables: Params, free_bytes: int | None, *, merge: bool) -> dict[str, bool]:
+        """Returns the settings of `prepare_weights`. The first call decides whether weights are joined, for all later ones.
+
+        Args:
+            free_bytes: of each device, with the weights loaded; None where it is not known.
+        """
+        if not self.joins:
+            self.joins.append(self.model.unroll or can_join(self.model, variables["params"], free_bytes))
+        return {"unroll": self.model.unroll, "join": self.joins[0], "merge": merge}
 
 
 @dataclass

@@ -91,7 +91,7 @@ def test_the_rollout_compiles_for_a_tpu(chips: Any, model: Transformer, refilled
 
     prepared = functools.partial(prepare_weights, model, unroll=False)
     weights = compiled_for(jax.jit(prepared), variables_of(model, chips["v5e"]))
-    assert weights.out_info["params"]["layers"]["q_proj"]["kernel"].shape[0] == model.spec.layers
+    assert weights.out_info["params"]["layers"]["qkv_proj"]["kernel"].shape[0] == model.spec.layers
     weights = on(chips["v5e"], weights.out_info)
 
     computed = functools.partial(prefill, model, int8=int8)

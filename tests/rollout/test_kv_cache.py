@@ -29,7 +29,7 @@ def _quick() -> Iterator[None]:
 
 
 def spec_of(softcap: float | None) -> ModelSpec:
-    """A spec of which only the soft cap is used."""
+    """A spec of which only the soft cap and the windows are used."""
     return dataclasses.replace(tiny_policy("gemma2").spec, attention_softcap=softcap)
 
 
@@ -99,10 +99,15 @@ def test_one_token_sees_its_prompt_its_past_and_this_segment(
     per_layer = (cache(prefix), (cache(past, slice(0, 8)), cache(past, slice(8, 12))))
     all_layers = None if together else jax.tree.map(lambda x: jnp.stack([x + jnp.ones_like(x), x]), per_layer)
     scalars = (jnp.asarray(x, jnp.int32) for x in (lengths, base, step))
-    attend = decode_attend(spec_of(softcap), *scalars, slot_map, all_layers=all_layers)
+    spec = dataclasses.replace(spec_of(softcap), windows=(window if window < NO_WINDOW else None,))
+    attend = decode_attend(spec, *scalars, slot_map, all_layers=all_layers)
     cache = jax.tree.map(lambda x: jnp.stack([x + jnp.ones_like(x), x]), cache(segment_cache))  # of two layers, this is the second
-    settings = {"layer": jnp.int32(1), "window": jnp.int32(window), "per_layer": per_layer if together else None, "cache": cache}
+    settings = {"layer": jnp.int32(1), "window": jnp.int32(window), "per_layer": per_layer if together else None}
+    settings["cache"] = cache if together else (cache, jnp.int32(1))
     out, cache, _ = jax.jit(functools.partial(attend, **settings))(*(jnp.asarray(x[:, None]) for x in (q, k, v)))
+    if not together:
+        cache, number = cache
+        assert number == 2  # of the next layer
 
     def values(x: np.ndarray) -> np.ndarray:
         scale = np.maximum(np.abs(x).max(axis=-1, keepdims=True), 1e-30) / 127

@@ -37,7 +37,7 @@ from grpo_jax.rollout.shapes import pad_rows
 from grpo_jax.runtime.mesh import make_layout
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params, Rollout
-from grpo_jax.weights.axes import model_axes
+from grpo_jax.weights.axes import decoding_axes, model_axes
 from grpo_jax.weights.lora import init_lora
 from grpo_jax.weights.quantize import quantize_params
 from grpo_kernels import head_sample
@@ -201,7 +201,7 @@ def differences(how: dict[str, Any], got: Rollout, expected: Rollout) -> tuple[l
 
 def misplaced(spec: ModelSpec, variables: Params, layout: Layout) -> list[str]:
     """Lists decoding weights that are sharded over fsdp, or not sharded over tensor as their axes say."""
-    table, found = model_axes(spec), []
+    table, found = decoding_axes(spec), []
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
         names = tuple("layers" if name.startswith("layers_") else name for name in names[1:])

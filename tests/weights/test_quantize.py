@@ -192,7 +192,7 @@ def test_log_probabilities_match_a_dense_model_of_the_rounded_weights(form: str)
 def test_split_and_joined_layers_have_the_same_weights() -> None:
     """As in decoding on a CPU: the joined weight is the concatenation of the single ones."""
     layer = split_layers({"params": policy_of("nf4").params})["params"]["layers_1"]
-    joined = join_linears(layer)["qkv_proj"]["kernel"]
+    joined = join_linears(layer)[0]["qkv_proj"]["kernel"]
     parts = [np.asarray(dequantize(layer[name]["kernel"])) for name in ("q_proj", "k_proj", "v_proj")]
     np.testing.assert_array_equal(np.asarray(dequantize(joined)), np.concatenate(parts, axis=1))
 
