@@ -65,6 +65,11 @@ class Placement:
         return self.put(batch) if self.layout is None else jax.tree.map(with_sharding, batch, self.layout.tree(batch, BATCH_AXES))
 
 
+def shapes_of(tree: Any) -> Any:
+    """Returns the shapes of arrays, with their shardings."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding, weak_type=x.weak_type), tree)
+
+
 def with_sharding(x: Any, sharding: Any) -> Any:
     """Returns the shape and dtype of an array with this sharding."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)

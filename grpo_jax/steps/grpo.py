@@ -15,7 +15,7 @@ import optax
 from grpo_jax.config import Config
 from grpo_jax.data.source import PromptSource
 from grpo_jax.evaluation import evaluate_held_out, reward_columns
-from grpo_jax.fit.abstract import Placement, abstract_batch
+from grpo_jax.fit.abstract import Placement, abstract_batch, shapes_of
 from grpo_jax.fit.auto import fit_run
 from grpo_jax.fit.learners import grpo_learner
 from grpo_jax.fit.micro_batch import is_auto, row_tokens, sizes_of_rows
@@ -187,7 +187,7 @@ class GrpoStep:
     def update_calls(self, state: TrainState) -> list[FutureCall]:
         """The update, with the shapes of its batch: [FutureCall(self.update, (state, batch, self.frozen))]."""
         batch = abstract_batch(self.config, Placement(self.policy.layout, jax.local_devices()[0]), self.sizes)
-        return [FutureCall(self.update, (state, batch, self.frozen))]
+        return [FutureCall(self.update, (shapes_of(state), batch, self.frozen))]
 
     def run(self, state: TrainState, number: int) -> StepResult:
         """Makes step `number`, counted from 0: samples, scores, updates. The memory of `state` is reused."""

@@ -13,7 +13,7 @@ import optax
 from grpo_jax.config import Config
 from grpo_jax.config.checks import require
 from grpo_jax.data.completions import CompletionSource, completion_pairs
-from grpo_jax.fit.abstract import Placement
+from grpo_jax.fit.abstract import Placement, shapes_of
 from grpo_jax.fit.learners import trained_model
 from grpo_jax.fit.micro_batch import row_tokens
 from grpo_jax.learner.batches import batch_shapes, text_batch
@@ -117,7 +117,7 @@ class SupervisedStep:
         rows = -(-train.prompts_per_step // shards) * shards
         shapes = batch_shapes(self.sizes, rows, 1, self.config.rollout.max_completion_length, shards)
         placement = Placement(layout, jax.local_devices()[0])
-        return [FutureCall(self.update, (state, placement.put_batch(shapes), self.frozen))]
+        return [FutureCall(self.update, (shapes_of(state), placement.put_batch(shapes), self.frozen))]
 
     def run(self, state: TrainState, number: int) -> StepResult:
         clock = Clock((self.update,))

@@ -28,7 +28,7 @@ from plain_oracles import quick_compiling, tiny_policy
 from rollouts import folded_numbers, nearness
 
 from grpo_jax.config import LoraConfig, MeshConfig, RolloutConfig
-from grpo_jax.models.attention import group_attend
+from grpo_jax.models.attention import prefill_attend
 from grpo_jax.models.spec import ModelSpec, Rope, init_params
 from grpo_jax.models.transformer import Transformer, forward, head_matrix
 from grpo_jax.rollout.sampler import Sampler
@@ -159,7 +159,7 @@ def next_logits(spec: ModelSpec, variables: Params, ids: jax.Array, length: jax.
     """Computes logits [V] after a text, on one device and without a cache."""
     model = Transformer(spec, jnp.dtype(jnp.float32), LORA.scale)
     positions = jnp.arange(ids.shape[0], dtype=jnp.int32)[None, :]
-    hidden, _, _ = forward(model, variables, ids[None], positions, group_attend(SPEC, length[None], ids.shape[0], 0))
+    hidden, _, _ = forward(model, variables, ids[None], positions, prefill_attend(model, length[None], ids.shape[0]))
     logits = jnp.einsum("d,vd->v", hidden[0, length - 1], head_matrix(SPEC, variables["params"]))
     return soft_cap(logits, spec.final_softcap)
 
