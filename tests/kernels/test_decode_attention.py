@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_checks import CHIPS, compiled_for, no_race
+from kernel_checks import CHIPS, compiled_for, decode_shapes, no_race
 from plain_oracles import array_sizes, quick_compiling
 
 from grpo_kernels import NO_WINDOW, KVCache, SlotMap, decode_attention
@@ -193,31 +193,6 @@ def test_small_arrays_share_a_grid_step_and_large_ones_take_several() -> None:
     assert steps == 5
 
 
-def shapes_of(shape: Shape, layers: int, *, int8: bool) -> dict[str, Any]:
-    """Arguments of one layer of several."""
-
-    def array(*size: int, dtype: Any = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct(size, dtype)
-
-    def blank(texts: int, size: int) -> KVCache:
-        wide = array(layers, texts, shape.kv_heads, size, shape.width, dtype=jnp.int8 if int8 else jnp.bfloat16)
-        scales = [array(layers, texts, shape.kv_heads, size, dtype=jnp.float32)] * 2 if int8 else []
-        return KVCache(wide, wide, *scales)
-
-    return {
-        "q": array(shape.slots, shape.kv_heads, shape.queries, shape.width, dtype=jnp.bfloat16),
-        "prefix": blank(shape.prompts, shape.prompt),
-        "lengths": array(shape.prompts),
-        "past_blocks": [blank(shape.slots, size) for size in shape.past_blocks],
-        "segment_cache": blank(shape.slots, shape.segment),
-        "base": array(shape.slots),
-        "step": array(),
-        "window": array(),
-        "layer": array(),
-        "slot_map": SlotMap(array(shape.slots), array(shape.prompts, shape.slots // shape.prompts), array(shape.slots)),
-    }
-
-
 @pytest.mark.parametrize(
     ("chip", "shape", "int8"),
     list(zip(CHIPS, (GEMMA_3_12B, GEMMA_3_12B, EIGHT_B, EIGHT_B), (False, True, False, True), strict=True)),
@@ -230,7 +205,7 @@ def test_on_a_tpu_there_are_neither_scores_nor_copies(chips: dict[str, Any], chi
     rollout the program makes them itself, in the right layout.
     """
     program = functools.partial(decode_attention, softcap=50.0, implementation="mosaic_tpu")
-    memory = compiled_for(chips, chip, program, **shapes_of(shape, 24, int8=int8))
+    memory = compiled_for(chips, chip, program, **decode_shapes(shape, 24, int8=int8))
     print(f"{chip} {shape} int8={int8}: temporaries {memory.temp_size_in_bytes / 2**20:.2f} MiB")
     heads = shape.kv_heads * shape.queries
     scores = 4 * shape.slots * heads * (shape.prompt + sum(shape.past_blocks) + shape.segment)
@@ -242,7 +217,7 @@ def test_on_a_tpu_there_are_neither_scores_nor_copies(chips: dict[str, Any], chi
 
 
 def test_the_traced_program_holds_no_array_of_heads_by_keys() -> None:
-    given = shapes_of(GEMMA_3_12B, 2, int8=False)
+    given = decode_shapes(GEMMA_3_12B, 2, int8=False)
     arguments = jax.tree.leaves(given)
     largest = array_sizes(jax.make_jaxpr(functools.partial(decode_attention, implementation="mosaic_tpu"))(**given))
     assert largest <= max(x.size for x in arguments)
