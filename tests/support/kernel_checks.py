@@ -16,7 +16,7 @@ from jax.sharding import SingleDeviceSharding
 from grpo_jax.fit.targets import TPUS
 from grpo_kernels import KVCache, SlotMap
 from grpo_kernels.ops.decode_attention.shapes import Shape
-from grpo_kernels.target import Target, tracing_for
+from grpo_kernels.target import tracing_for
 
 CHIPS = ["v4", "v5e", "v5p", "v6e"]
 MIB = 2**20
@@ -49,7 +49,7 @@ def compiled_for(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=chips[chip])
 
     placed, placed_names = jax.tree.map(place, (arguments, named))
-    with tracing_for(Target("tpu", TPUS[chip].vector_memory_bytes)):
+    with tracing_for(TPUS[chip].target):
         return jax.jit(program).lower(*placed, **placed_names).compile().memory_analysis()
 
 

@@ -182,14 +182,14 @@ def compile_cases(chip: str, names: list[str], folder: Path) -> dict[str, Any]:
     from jax.sharding import SingleDeviceSharding
 
     from grpo_jax.fit.targets import TPUS
-    from grpo_kernels.target import Target, tracing_for
+    from grpo_kernels.target import tracing_for
 
     sharding = SingleDeviceSharding(topologies.get_topology_desc({"v5e": "v5e:2x2", "v6e": "v6e:2x2"}[chip], "tpu").devices[0])
     counts = {}
     for name in names:
         part, program, shapes = CASES[name]()
         placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tuple(shapes))
-        with tracing_for(Target("tpu", TPUS[chip].vector_memory_bytes)):
+        with tracing_for(TPUS[chip].target):
             jax.jit(program).lower(*placed).compile()
         written = schedules_in(folder, part)
         counts[name] = count_instructions(written[-1].read_text())

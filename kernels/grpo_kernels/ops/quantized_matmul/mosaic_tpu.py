@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from grpo_kernels.numerics import einsum_float32
 from grpo_kernels.ops.quantized_matmul.block_sizes import LANES, SUBLANES, BlockSizes, kernel_memory_bytes
 from grpo_kernels.ops.quantized_matmul.formats import NF4, QuantizedWeight, weight_bytes
+from grpo_kernels.target import bfloat16_vectors
 
 
 def refusal(w: QuantizedWeight) -> str | None:
@@ -29,25 +30,49 @@ def refusal(w: QuantizedWeight) -> str | None:
     return f"groups of {w.group} inputs (input width {w.shape[0]}) are no multiple of 64"
 
 
-def lookup(indices: Array, table: Array) -> Array:
-    """Returns table[index] of each index; table [8, 128] has the codebook in every row."""
-    rows, width = indices.shape
-    codes = jnp.broadcast_to(table[:1], (rows, LANES))
-    parts = []
-    for start in range(0, width, LANES):
-        own = indices[:, start : start + LANES]
-        missing = LANES - own.shape[1]
-        own = jnp.concatenate([own, jnp.zeros((rows, missing), own.dtype)], axis=1) if missing else own
-        found = jnp.take_along_axis(codes, own, axis=1, mode="promise_in_bounds")
-        parts.append(found[:, : LANES - missing])
-    return jnp.concatenate(parts, axis=1)
+def codebook_rows(first: int, scale: Float[Array, "1 O"]) -> Float[Array, "8 O"]:
+    """Eight entries of nf4's codebook from `first` on, one a row, times each output's scale."""
+    row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, scale.shape[1]), 0)
+    entries = jnp.full(row.shape, NF4[first], jnp.float32)
+    for number in range(1, SUBLANES):
+        entries = jnp.where(row == number, jnp.float32(NF4[first + number]), entries)
+    return entries * scale
+
+
+def decode_nf4(indices: Int[Array, "I O"], scale: Float[Array, "1 O"]) -> Float[Array, "I O"]:
+    """Values of nf4, scaled: the scaled codebook is in two registers, and a register's rows are looked up in each of them.
+
+    Args:
+        indices: int4, the index less 16 where it is 8 or more: the sign says which half of the codebook has it.
+    """
+    low, high = codebook_rows(0, scale), codebook_rows(SUBLANES, scale)
+    indices, found = indices.astype(jnp.int32), []
+    for start in range(0, indices.shape[0], SUBLANES):
+        own = indices[start : start + SUBLANES]
+        halves = (jnp.take_along_axis(half, own & 7, axis=0, mode="promise_in_bounds") for half in (low, high))
+        found.append(jnp.where(own >= 0, *halves))
+    return jnp.concatenate(found, axis=0)
+
+
+def dense_part(values: Any, scale: Float[Array, "1 O"] | None, dtype: Any) -> Array:
+    """Values that share a scale as a dense block: values · scale, rounded once to `dtype`; None leaves the scale out.
+
+    Where the vector units compute in bfloat16, int4 and int8 become bfloat16 in one instruction for 2,048 of them. int4's scales are
+    bfloat16 numbers and its values have four bits, so that one multiplication in bfloat16 rounds as one in float32 does.
+    """
+    if values.dtype == jnp.uint4:
+        return decode_nf4(pltpu.bitcast(values, jnp.int4), scale).astype(dtype)
+    if scale is None:
+        return values.astype(dtype)
+    if dtype == jnp.bfloat16 and values.dtype == jnp.int4 and bfloat16_vectors():
+        return values.astype(dtype) * scale.astype(dtype)
+    return (values.astype(jnp.float32) * scale).astype(dtype)
 
 
 def kernel(
     x: Any,
     values: Any,
     scale: Any,
-    table: Any,
     out: Any,
     total: Any,
     dense: Any,
@@ -62,7 +87,6 @@ def kernel(
         x: [rows, inputs] (transposed: outputs).
         values: [inputs, outputs].
         scale: [inputs / group, outputs], or [1, outputs].
-        table: see `lookup`; only nf4 uses it.
         out: [rows, outputs] (transposed: inputs).
         total: scratch, float32, of out's shape.
         dense: scratch, the block of W in x's dtype.
@@ -74,6 +98,7 @@ def kernel(
     summed, block = (shape[1], values.shape[1]) if transpose else (shape[0], values.shape[0])
     ragged = summed % block != 0
     left = summed - step * block  # from this block on
+    scaled_last = values.dtype == jnp.int8 and not transpose
 
     @pl.when(step == 0)
     def _() -> None:
@@ -88,9 +113,7 @@ def kernel(
             own = jnp.where(jax.lax.broadcasted_iota(jnp.int32, own.shape, 1) < left, own, jnp.float32(0))
         elif ragged:
             own = jnp.where(start < left, own, jnp.float32(0))
-        codes = values[part, :]
-        decoded = lookup(codes.astype(jnp.int32), table[...]) if values.dtype == jnp.uint4 else codes.astype(jnp.float32)
-        dense[part, :] = (decoded * own).astype(dense.dtype)
+        dense[part, :] = dense_part(values[part, :], None if scaled_last else own, dense.dtype)
     hidden = x[...]
     if ragged:
         hidden = jnp.where(jax.lax.broadcasted_iota(jnp.int32, hidden.shape, 1) < left, hidden, jnp.zeros((), hidden.dtype))
@@ -98,7 +121,8 @@ def kernel(
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _() -> None:
-        out[...] = total[...].astype(out.dtype)
+        result = total[...] * scale[...] if scaled_last else total[...]
+        out[...] = result.astype(out.dtype)
 
 
 def quantized_matmul_mosaic_tpu(
@@ -113,7 +137,6 @@ def quantized_matmul_mosaic_tpu(
         return (n, k) if transpose else (k, n)
 
     groups = 1 if w.group == inputs else block_in // w.group
-    table = jnp.zeros((SUBLANES, LANES), jnp.float32).at[:, : len(NF4)].set(jnp.array(NF4, jnp.float32)[None, :])
     grid = (pl.cdiv(x.shape[0], rows), pl.cdiv(size, output), pl.cdiv(outputs if transpose else inputs, summed))
     return pl.pallas_call(
         functools.partial(kernel, shape=(inputs, outputs), group=w.group, transpose=transpose),
@@ -122,7 +145,6 @@ def quantized_matmul_mosaic_tpu(
             pl.BlockSpec((rows, summed), lambda t, n, k: (t, k)),
             pl.BlockSpec((block_in, block_out), of_weight),
             pl.BlockSpec((groups, block_out), of_weight if w.group < inputs else lambda t, n, k: (0, of_weight(t, n, k)[1])),
-            pl.BlockSpec((SUBLANES, LANES), lambda t, n, k: (0, 0)),
         ],
         out_specs=pl.BlockSpec((rows, output), lambda t, n, k: (t, n)),
         out_shape=jax.ShapeDtypeStruct((x.shape[0], size), x.dtype),
@@ -136,4 +158,4 @@ def quantized_matmul_mosaic_tpu(
             transcendentals=0,
         ),
         name="quantized_matmul_transposed" if transpose else "quantized_matmul",
-    )(x, w.values, w.scale, table)
+    )(x, w.values, w.scale)
