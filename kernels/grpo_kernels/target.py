@@ -29,13 +29,12 @@ class Target:
     Attributes:
         platform: as `jax.default_backend()` would return it.
         vector_memory_bytes: of a TPU's core; 0 where it is unknown, and on other platforms.
-        bfloat16_vectors: whether a TPU's vector units compute in bfloat16, as they do from v6e on. Where it is unknown kernels
-            compute in float32, with the same results.
+        generation: of a TPU, 4 for a v4; 0 where it is unknown, and kernels then use the instructions that all have.
     """
 
     platform: Platform
     vector_memory_bytes: int = 0
-    bfloat16_vectors: bool = False
+    generation: int = 0
 
 
 TARGET: Any = jax.make_user_context(default_value=None)
@@ -67,12 +66,12 @@ def vector_memory_bytes() -> int:
     return LEAST_VECTOR_MEMORY
 
 
-def bfloat16_vectors() -> bool:
-    """Whether the vector units of the TPU that is traced for compute in bfloat16: from v6e on."""
+def generation() -> int:
+    """Generation of the TPU that is traced for, 4 for a v4; 0 where it is unknown."""
     chip = target()
     if chip is not None:
-        return chip.bfloat16_vectors
-    return jax.default_backend() == "tpu" and pltpu.get_tpu_info().generation >= 6
+        return chip.generation
+    return pltpu.get_tpu_info().generation if jax.default_backend() == "tpu" else 0
 
 
 def resolve_implementation(

@@ -62,7 +62,8 @@ class Counts:
     @property
     def vector(self) -> int:
         """Instructions of the vector units: all but products, loads and stores."""
-        return sum(count for kind, count in self.kinds.items() if kind not in ("matmul", "push", "result", "load", "store", "spill"))
+        others = ("matmul", "push", "result", "load", "store", "spill")
+        return sum(count for kind, count in self.kinds.items() if kind not in others)
 
 
 def kind_of(instruction: str) -> str:
@@ -167,7 +168,9 @@ CASES: dict[str, Callable[[], Case]] = {
     for rows in (64, 2048)
     for transpose in (False, True)
 }
-CASES |= {f"head_logprob {name}": lambda gradient=gradient: head_case(gradient) for name, gradient in (("values", 0), ("gradient", 1))}
+CASES |= {
+    f"head_logprob {name}": lambda gradient=gradient: head_case(gradient) for name, gradient in (("values", 0), ("gradient", 1))
+}
 CASES |= {
     f"decode_attention {part} {form}": lambda part=part, form=form: decode_case(part, form == "int8")
     for part in ("prefix", "own")
@@ -227,7 +230,8 @@ def main() -> None:
     names = [name for name in CASES if not starts or name.startswith(tuple(starts))]
     for name, counts in counts_of(chip, names).items():
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts["kinds"].items())
-        print(f"{chip} {name}: {counts['bundles']:,} bundles, {counts['vector']:,} vector; others {counts['others']:,}\n    {kinds}")
+        bundles, others = counts["bundles"], counts["others"]
+        print(f"{chip} {name}: {bundles:,} bundles, {counts['vector']:,} vector; others {others:,}\n    {kinds}")
 
 
 if __name__ == "__main__":

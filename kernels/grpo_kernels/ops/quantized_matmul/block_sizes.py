@@ -45,7 +45,7 @@ def kernel_memory_bytes() -> int:
 
 
 def choose_block_sizes(rows: int, w: QuantizedWeight, itemsize: int, implementation: str) -> BlockSizes:
-    """Parts of `PART_BYTES` for `xla`; for `mosaic_tpu` blocks of about 1,024 by 1,024 and 2,048 rows of x, or fewer where memory is short.
+    """Parts of `PART_BYTES` for `xla`; for `mosaic_tpu` blocks of about 1,024 by 1,024, with 2,048 rows of x or fewer.
 
     Args:
         rows: T.

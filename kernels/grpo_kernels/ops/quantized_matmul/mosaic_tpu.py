@@ -1,14 +1,17 @@
 """`quantized_matmul` on a TPU: blocks of the quantised weight become dense in vector memory, and nowhere else.
 
 The Pallas kernel reads a block of W in its few bits, decodes it group by group into a scratch array in x's dtype, and multiplies it
-with many rows of x (1,024 where they fit), so that decoding is a small part of the work. Products accumulate in float32. nf4 looks
-its codebook up by a gather within a row of 128, one operation an element. Tails of rows, inputs and outputs are masked; nothing is
-padded or copied: TPUs read int4 and uint4 arrays in place (XLA packs them eight rows to a 32-bit word).
+with many rows of x (2,048 where they fit), so that decoding is a small part of the work. Products accumulate in float32. What the
+scale multiplies goes by what is least work: int8's one scale the sum at the end, int4's the values or, with few rows, each group's
+product; nf4's the codebook, of which two registers hold the 16 entries. Tails of
+rows, inputs and outputs are masked; nothing is padded or copied: TPUs read int4 and uint4 arrays in place (XLA packs them eight
+rows to a 32-bit word).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -20,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from grpo_kernels.numerics import einsum_float32
 from grpo_kernels.ops.quantized_matmul.block_sizes import LANES, SUBLANES, BlockSizes, kernel_memory_bytes
 from grpo_kernels.ops.quantized_matmul.formats import NF4, QuantizedWeight, weight_bytes
-from grpo_kernels.target import bfloat16_vectors
+from grpo_kernels.target import generation
 
 
 def refusal(w: QuantizedWeight) -> str | None:
@@ -30,43 +33,72 @@ def refusal(w: QuantizedWeight) -> str | None:
     return f"groups of {w.group} inputs (input width {w.shape[0]}) are no multiple of 64"
 
 
-def codebook_rows(first: int, scale: Float[Array, "1 O"]) -> Float[Array, "8 O"]:
-    """Eight entries of nf4's codebook from `first` on, one a row, times each output's scale."""
-    row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, scale.shape[1]), 0)
-    entries = jnp.full(row.shape, NF4[first], jnp.float32)
-    for number in range(1, SUBLANES):
-        entries = jnp.where(row == number, jnp.float32(NF4[first + number]), entries)
-    return entries * scale
+BFLOAT16_VECTORS = 6
+"""The first generation whose vector units compute in bfloat16."""
+
+ROW_GATHER = 5
+"""The first generation that looks up rows within a register as one of the vector units' operations."""
 
 
-def decode_nf4(indices: Int[Array, "I O"], scale: Float[Array, "1 O"]) -> Float[Array, "I O"]:
-    """Values of nf4, scaled: the scaled codebook is in two registers, and a register's rows are looked up in each of them.
+def codebook(first: int, axis: int, shape: tuple[int, int]) -> Float[Array, "..."]:
+    """nf4's codebook from an entry on, along an axis; zeros after its end."""
+    number = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+    entries = jnp.zeros(shape, jnp.float32)
+    for index, entry in enumerate(NF4[first : first + shape[axis]]):
+        entries = jnp.where(number == index, jnp.float32(entry), entries)
+    return entries
+
+
+def gather_rows(indices: Int[Array, "I O"], scale: Float[Array, "1 O"]) -> Float[Array, "I O"]:
+    """Scaled values of nf4: a register has half of the codebook in its eight rows, scaled, and is looked up by rows.
 
     Args:
-        indices: int4, the index less 16 where it is 8 or more: the sign says which half of the codebook has it.
+        indices: int32, those of the codebook's second half less 16: the sign says which half it is.
     """
-    low, high = codebook_rows(0, scale), codebook_rows(SUBLANES, scale)
-    indices, found = indices.astype(jnp.int32), []
+    halves = [codebook(first, 0, (SUBLANES, scale.shape[1])) * scale for first in (0, SUBLANES)]
+    found = []
     for start in range(0, indices.shape[0], SUBLANES):
         own = indices[start : start + SUBLANES]
-        halves = (jnp.take_along_axis(half, own & 7, axis=0, mode="promise_in_bounds") for half in (low, high))
-        found.append(jnp.where(own >= 0, *halves))
+        low, high = (jnp.take_along_axis(half, own & 7, axis=0, mode="promise_in_bounds") for half in halves)
+        found.append(jnp.where(own >= 0, low, high))
     return jnp.concatenate(found, axis=0)
+
+
+def gather_lanes(indices: Int[Array, "I O"], scale: Float[Array, "1 O"]) -> Float[Array, "I O"]:
+    """`gather_rows` for chips without that operation: the codebook in a row of 128, the result scaled."""
+    rows, width = indices.shape
+    codes, parts = codebook(0, 1, (rows, LANES)), []
+    for start in range(0, width, LANES):
+        own = indices[:, start : start + LANES] & 15
+        missing = LANES - own.shape[1]
+        own = jnp.concatenate([own, jnp.zeros((rows, missing), own.dtype)], axis=1) if missing else own
+        found = jnp.take_along_axis(codes, own, axis=1, mode="promise_in_bounds")
+        parts.append(found[:, : LANES - missing])
+    return jnp.concatenate(parts, axis=1) * scale
 
 
 def dense_part(values: Any, scale: Float[Array, "1 O"] | None, dtype: Any) -> Array:
     """Values that share a scale as a dense block: values · scale, rounded once to `dtype`; None leaves the scale out.
 
-    Where the vector units compute in bfloat16, int4 and int8 become bfloat16 in one instruction for 2,048 of them. int4's scales are
-    bfloat16 numbers and its values have four bits, so that one multiplication in bfloat16 rounds as one in float32 does.
+    Where the vector units compute in bfloat16, one instruction makes 2,048 bfloat16 numbers of int4 or int8. int4's scales are
+    bfloat16 too and its values have four bits, so that multiplying in bfloat16 rounds the product once, as in float32.
     """
     if values.dtype == jnp.uint4:
-        return decode_nf4(pltpu.bitcast(values, jnp.int4), scale).astype(dtype)
+        indices = pltpu.bitcast(values, jnp.int4).astype(jnp.int32)
+        return (gather_rows if generation() >= ROW_GATHER else gather_lanes)(indices, scale).astype(dtype)
     if scale is None:
         return values.astype(dtype)
-    if dtype == jnp.bfloat16 and values.dtype == jnp.int4 and bfloat16_vectors():
+    if dtype == jnp.bfloat16 and values.dtype == jnp.int4 and generation() >= BFLOAT16_VECTORS:
         return values.astype(dtype) * scale.astype(dtype)
     return (values.astype(jnp.float32) * scale).astype(dtype)
+
+
+def rows_of_scaled_products(group: int) -> int:
+    """Most rows of x with which it is less work to scale the products of int4's groups than the values of W.
+
+    64 rows for groups of 128, by instruction counts; 16 where multiplying values takes half the instructions.
+    """
+    return group // (8 if generation() >= BFLOAT16_VECTORS else 2)
 
 
 def kernel(
@@ -99,25 +131,34 @@ def kernel(
     ragged = summed % block != 0
     left = summed - step * block  # from this block on
     scaled_last = values.dtype == jnp.int8 and not transpose
+    scaled_products = values.dtype == jnp.int4 and not transpose and x.shape[0] <= rows_of_scaled_products(group)
 
     @pl.when(step == 0)
     def _() -> None:
         total[...] = jnp.zeros_like(total)
 
-    rows, size = values.shape[0], min(group, LANES)
-    for start in range(0, rows, size):
-        part = pl.ds(start, min(size, rows - start))
+    def scale_of(start: int) -> Float[Array, "1 O"]:
+        """The scale of the values from `start` on. Past the weight's end scales are undefined, perhaps NaN."""
         own = scale[pl.ds(start // group, 1), :].astype(jnp.float32)
-        # Past the weight's end scales and x are undefined, perhaps NaN.
-        if ragged and transpose:
-            own = jnp.where(jax.lax.broadcasted_iota(jnp.int32, own.shape, 1) < left, own, jnp.float32(0))
-        elif ragged:
-            own = jnp.where(start < left, own, jnp.float32(0))
-        dense[part, :] = dense_part(values[part, :], None if scaled_last else own, dense.dtype)
+        if not ragged:
+            return own
+        if not transpose:
+            return jnp.where(start < left, own, jnp.float32(0))
+        return jnp.where(jax.lax.broadcasted_iota(jnp.int32, own.shape, 1) < left, own, jnp.float32(0))
+
+    inputs, size = values.shape[0], LANES if group == shape[0] else math.gcd(group, LANES)
+    parts = [(start, min(start + size, inputs)) for start in range(0, inputs, size)]
+    for start, end in parts:
+        own = None if scaled_last or scaled_products else scale_of(start)
+        dense[start:end, :] = dense_part(values[start:end, :], own, dense.dtype)
     hidden = x[...]
-    if ragged:
+    if ragged:  # x is undefined there too
         hidden = jnp.where(jax.lax.broadcasted_iota(jnp.int32, hidden.shape, 1) < left, hidden, jnp.zeros((), hidden.dtype))
-    total[...] += einsum_float32("to,io->ti" if transpose else "ti,io->to", hidden, dense[...])
+    if scaled_products:
+        for start, end in parts:
+            total[...] += einsum_float32("ti,io->to", hidden[:, start:end], dense[start:end, :]) * scale_of(start)
+    else:
+        total[...] += einsum_float32("to,io->ti" if transpose else "ti,io->to", hidden, dense[...])
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _() -> None:
