@@ -15,8 +15,9 @@ from kernel_checks import CHIPS, compiled_for, decode_shapes, no_race
 from plain_oracles import array_sizes, quick_compiling
 
 from grpo_kernels import NO_WINDOW, KVCache, SlotMap, decode_attention
-from grpo_kernels.ops.decode_attention import BlockSizes, mosaic_tpu
+from grpo_kernels.ops.decode_attention import BlockSizes, choose_block_sizes, mosaic_tpu
 from grpo_kernels.ops.decode_attention.shapes import EIGHT_B, GEMMA_3_12B, Shape
+from grpo_kernels.target import Target, tracing_for
 
 K, DH, SEGMENT = 2, 16, 4
 
@@ -185,12 +186,18 @@ def test_only_filled_blocks_are_fetched() -> None:
     assert found[1] == [(0, 0), (1, 0), (1, 1), (1, 2), (4, 0), (4, 1)]
 
 
-def test_small_arrays_share_a_grid_step_and_large_ones_take_several() -> None:
+def test_a_slot_takes_one_grid_step_where_no_array_is_larger_than_a_block() -> None:
     parts, steps = mosaic_tpu.grid_steps((64, 64, 128, 256, 512, 1024, 32), 512)
-    assert [(part.block, part.start, part.blocks) for part in parts] == [
-        (64, 0, 1), (64, 0, 1), (128, 0, 1), (256, 0, 1), (512, 1, 1), (512, 2, 2), (32, 4, 1),
-    ]  # fmt: skip
-    assert steps == 5
+    assert [(part.block, part.blocks) for part in parts] == [(64, 1), (64, 1), (128, 1), (256, 1), (512, 1), (512, 2), (32, 1)]
+    assert steps == 2
+    assert mosaic_tpu.grid_steps((*EIGHT_B.past_blocks, EIGHT_B.segment), 512)[1] == 1
+
+
+def test_a_tpu_with_less_vector_memory_gets_smaller_blocks() -> None:
+    """Of an 8B model: a prompt's column has 4 KiB and 512 rows of scores. Two buffers and four arrays of 1,024 take 16 MiB."""
+    for memory, blocks in ((16, BlockSizes(512, 512)), (64, BlockSizes(1024, 512)), (128, BlockSizes(1024, 512))):
+        with tracing_for(Target("tpu", memory * 2**20)):
+            assert choose_block_sizes(2048, (64, 64, 128, 256, 512, 32), 4096, 8, 4, 8) == blocks
 
 
 @pytest.mark.parametrize(
