@@ -39,7 +39,8 @@ def kernel(
     """
     outs, scratch = (refs[:5], refs[5:]) if with_mean else (refs[:4], refs[4:])
     column, top, rest, gaps, target = scratch[:5]
-    mean, tail = scratch[5] if with_mean else None, scratch[-1]
+    mean: Any = scratch[5] if with_mean else None
+    tail = scratch[-1]
     number = pl.program_id(1)
     (tile, width), size = x.shape, w.shape[0]
     rows, rest_rows = min(tile, ROWS), vocabulary % size

@@ -83,11 +83,11 @@ def dense_part(values: Any, scale: Float[Array, "1 O"] | None, dtype: Any) -> Ar
     Where the vector units compute in bfloat16, one instruction makes 2,048 bfloat16 numbers of int4 or int8. int4's scales are
     bfloat16 too and its values have four bits, so that multiplying in bfloat16 rounds the product once, as in float32.
     """
+    if scale is None:
+        return values.astype(dtype)
     if values.dtype == jnp.uint4:
         indices = pltpu.bitcast(values, jnp.int4).astype(jnp.int32)
         return (gather_rows if generation() >= ROW_GATHER else gather_lanes)(indices, scale).astype(dtype)
-    if scale is None:
-        return values.astype(dtype)
     if dtype == jnp.bfloat16 and values.dtype == jnp.int4 and generation() >= BFLOAT16_VECTORS:
         return values.astype(dtype) * scale.astype(dtype)
     return (values.astype(jnp.float32) * scale).astype(dtype)
