@@ -43,7 +43,7 @@ def kernel(
     tail = scratch[-1]
     number = pl.program_id(1)
     (tile, width), size = x.shape, w.shape[0]
-    rows, rest_rows = min(tile, ROWS), vocabulary % size
+    rows, last_rows = min(tile, ROWS), vocabulary % size
 
     @pl.when(number == 0)
     def _() -> None:
@@ -61,7 +61,7 @@ def kernel(
             token = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
             logits = logits * scale[0]
             if masked:
-                logits = jnp.where(token < rest_rows, logits, jnp.float32(MASK_VALUE))
+                logits = jnp.where(token < last_rows, logits, jnp.float32(MASK_VALUE))
             own = token == column[at, :] - number * size
             before = top[at, :]
             after = jnp.maximum(before, jnp.max(logits, axis=1, keepdims=True))
@@ -81,7 +81,7 @@ def kernel(
 
         jax.lax.fori_loop(0, tile // rows, step, None)
 
-    if rest_rows == 0:
+    if last_rows == 0:
         add(w, masked=False)
     else:
 
@@ -91,12 +91,12 @@ def kernel(
 
         @pl.when(number == blocks - 1)
         def _() -> None:
-            if rest_rows % LANES == 0:
-                add(w.at[:rest_rows, :], masked=False)
+            if last_rows % LANES == 0:
+                add(w.at[:last_rows, :], masked=False)
                 return
             # Past the vocabulary's end rows are undefined, perhaps NaN.
             token = jax.lax.broadcasted_iota(jnp.int32, tail.shape, 0)
-            tail[...] = jnp.where(token < rest_rows, w[: tail.shape[0], :], jnp.zeros((), w.dtype))
+            tail[...] = jnp.where(token < last_rows, w[: tail.shape[0], :], jnp.zeros((), w.dtype))
             add(tail, masked=True)
 
     @pl.when(number == blocks - 1)
