@@ -52,14 +52,21 @@ class Tpu:
 
     Attributes:
         vector_memory_bytes: of one core.
+        generation: 4 for a v4.
         slices: the number in a slice's name → its topology.
         chip_config: libtpu's option that makes both cores of a chip one device; None where they are one by default.
     """
 
     chip: Chip
     vector_memory_bytes: int
+    generation: int
     slices: dict[int, str]
     chip_config: str | None = None
+
+    @property
+    def target(self) -> Target:
+        """What kernels need to know of it."""
+        return Target("tpu", self.vector_memory_bytes, self.generation)
 
 
 FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -67,10 +74,10 @@ CUBES = {8: "2x2x1", 16: "2x2x2", 32: "2x2x4", 64: "2x4x4", 128: "4x4x4", 256: "
 """Named by their cores, two a chip."""
 
 TPUS = {
-    "v4": Tpu(Chip(int(30.75 * GIB), 275e12, 1.228e12), 16 * 2**20, CUBES, "megacore"),
-    "v5e": Tpu(Chip(int(15.75 * GIB), 197e12, 0.819e12), 128 * 2**20, FLAT),
-    "v5p": Tpu(Chip(int(95.73 * GIB), 459e12, 2.765e12), 64 * 2**20, CUBES),
-    "v6e": Tpu(Chip(int(31.24 * GIB), 918e12, 1.640e12), 128 * 2**20, FLAT),
+    "v4": Tpu(Chip(int(30.75 * GIB), 275e12, 1.228e12), 16 * 2**20, 4, CUBES, "megacore"),
+    "v5e": Tpu(Chip(int(15.75 * GIB), 197e12, 0.819e12), 128 * 2**20, 5, FLAT),
+    "v5p": Tpu(Chip(int(95.73 * GIB), 459e12, 2.765e12), 64 * 2**20, 5, CUBES),
+    "v6e": Tpu(Chip(int(31.24 * GIB), 918e12, 1.640e12), 128 * 2**20, 6, FLAT),
 }
 
 
@@ -233,7 +240,7 @@ def tpu_slice(name: str, tpu: Tpu, topology: str) -> Machine:
     one_chip = topology.endswith(":1x1")
     topology = topology.replace(":1x1", ":2x2")
     devices = tuple(topologies.get_topology_desc(topology, "tpu", **options).devices)[: 1 if one_chip else None]
-    return Machine(name, devices, tpu.chip, tpu.chip.usable_bytes, Target("tpu", tpu.vector_memory_bytes))
+    return Machine(name, devices, tpu.chip, tpu.chip.usable_bytes, tpu.target)
 
 
 def gpu_host(name: str, gpu: Gpu, count: int) -> Machine:

@@ -30,10 +30,12 @@ class Target:
     Attributes:
         platform: as `jax.default_backend()` would return it.
         vector_memory_bytes: of a TPU's core; 0 where it is unknown, and on other platforms.
+        generation: of a TPU, 4 for a v4; 0 where it is unknown, and kernels then use the instructions that all have.
     """
 
     platform: Platform
     vector_memory_bytes: int = 0
+    generation: int = 0
 
 
 TARGET: Any = jax.make_user_context(default_value=None)
@@ -63,6 +65,14 @@ def vector_memory_bytes() -> int:
     if jax.default_backend() == "tpu":
         return pltpu.get_tpu_info().vmem_capacity_bytes
     return LEAST_VECTOR_MEMORY
+
+
+def generation() -> int:
+    """Generation of the TPU that is traced for, 4 for a v4; 0 where it is unknown."""
+    chip = target()
+    if chip is not None:
+        return chip.generation
+    return pltpu.get_tpu_info().generation if jax.default_backend() == "tpu" else 0
 
 
 def resolve_implementation(

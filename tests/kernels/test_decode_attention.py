@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from kernel_checks import CHIPS, compiled_for, no_race
+from kernel_checks import CHIPS, compiled_for, decode_shapes, no_race
 from plain_oracles import array_sizes, quick_compiling
 
 from grpo_kernels import NO_WINDOW, KVCache, SlotMap, decode_attention
-from grpo_kernels.ops.decode_attention import BlockSizes, mosaic_tpu
+from grpo_kernels.ops.decode_attention import BlockSizes, choose_block_sizes, mosaic_tpu
 from grpo_kernels.ops.decode_attention.mosaic_gpu import refusal
 from grpo_kernels.ops.decode_attention.shapes import EIGHT_B, GEMMA_3_12B, Shape
+from grpo_kernels.target import Target, tracing_for
 
 K, DH, SEGMENT = 2, 16, 4
 
@@ -239,37 +240,18 @@ def test_only_filled_blocks_are_fetched() -> None:
     assert found[1] == [(0, 0), (1, 0), (1, 1), (1, 2), (4, 0), (4, 1)]
 
 
-def test_small_arrays_share_a_grid_step_and_large_ones_take_several() -> None:
+def test_a_slot_takes_one_grid_step_where_no_array_is_larger_than_a_block() -> None:
     parts, steps = mosaic_tpu.grid_steps((64, 64, 128, 256, 512, 1024, 32), 512)
-    assert [(part.block, part.start, part.blocks) for part in parts] == [
-        (64, 0, 1), (64, 0, 1), (128, 0, 1), (256, 0, 1), (512, 1, 1), (512, 2, 2), (32, 4, 1),
-    ]  # fmt: skip
-    assert steps == 5
+    assert [(part.block, part.blocks) for part in parts] == [(64, 1), (64, 1), (128, 1), (256, 1), (512, 1), (512, 2), (32, 1)]
+    assert steps == 2
+    assert mosaic_tpu.grid_steps((*EIGHT_B.past_blocks, EIGHT_B.segment), 512)[1] == 1
 
 
-def shapes_of(shape: Shape, layers: int, *, int8: bool) -> dict[str, Any]:
-    """Arguments of one layer of several."""
-
-    def array(*size: int, dtype: Any = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct(size, dtype)
-
-    def blank(texts: int, size: int) -> KVCache:
-        wide = array(layers, texts, shape.kv_heads, size, shape.width, dtype=jnp.int8 if int8 else jnp.bfloat16)
-        scales = [array(layers, texts, shape.kv_heads, size, dtype=jnp.float32)] * 2 if int8 else []
-        return KVCache(wide, wide, *scales)
-
-    return {
-        "q": array(shape.slots, shape.kv_heads, shape.queries, shape.width, dtype=jnp.bfloat16),
-        "prefix": blank(shape.prompts, shape.prompt),
-        "lengths": array(shape.prompts),
-        "past_blocks": [blank(shape.slots, size) for size in shape.past_blocks],
-        "segment_cache": blank(shape.slots, shape.segment),
-        "base": array(shape.slots),
-        "step": array(),
-        "window": array(),
-        "layer": array(),
-        "slot_map": SlotMap(array(shape.slots), array(shape.prompts, shape.slots // shape.prompts), array(shape.slots)),
-    }
+def test_a_tpu_with_less_vector_memory_gets_smaller_blocks() -> None:
+    """Of an 8B model: a prompt's column has 4 KiB and 512 rows of scores. Two buffers and four arrays of 1,024 take 16 MiB."""
+    for memory, blocks in ((16, BlockSizes(512, 512)), (64, BlockSizes(1024, 512)), (128, BlockSizes(1024, 512))):
+        with tracing_for(Target("tpu", memory * 2**20)):
+            assert choose_block_sizes(2048, (64, 64, 128, 256, 512, 32), 4096, 8, 4, 8) == blocks
 
 
 @pytest.mark.parametrize(
@@ -284,7 +266,7 @@ def test_on_a_tpu_there_are_neither_scores_nor_copies(chips: dict[str, Any], chi
     rollout the program makes them itself, in the right layout.
     """
     program = functools.partial(decode_attention, softcap=50.0, implementation="mosaic_tpu")
-    memory = compiled_for(chips, chip, program, **shapes_of(shape, 24, int8=int8))
+    memory = compiled_for(chips, chip, program, **decode_shapes(shape, 24, int8=int8))
     print(f"{chip} {shape} int8={int8}: temporaries {memory.temp_size_in_bytes / 2**20:.2f} MiB")
     heads = shape.kv_heads * shape.queries
     scores = 4 * shape.slots * heads * (shape.prompt + sum(shape.past_blocks) + shape.segment)
@@ -296,7 +278,7 @@ def test_on_a_tpu_there_are_neither_scores_nor_copies(chips: dict[str, Any], chi
 
 
 def test_the_traced_program_holds_no_array_of_heads_by_keys() -> None:
-    given = shapes_of(GEMMA_3_12B, 2, int8=False)
+    given = decode_shapes(GEMMA_3_12B, 2, int8=False)
     arguments = jax.tree.leaves(given)
     largest = array_sizes(jax.make_jaxpr(functools.partial(decode_attention, implementation="mosaic_tpu"))(**given))
     assert largest <= max(x.size for x in arguments)

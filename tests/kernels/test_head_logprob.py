@@ -307,7 +307,7 @@ def test_a_tpu_with_less_vector_memory_gets_smaller_blocks() -> None:
     for memory in (16, 64, 128):
         with tracing_for(Target("tpu", memory * MIB)):
             sizes.append(choose_block_sizes(8192, 4096, 151_936, 2, "mosaic_tpu", with_mean=True))
-    assert sizes == [BlockSizes(128, 256), BlockSizes(512, 512), BlockSizes(512, 512)]
+    assert sizes == [BlockSizes(128, 256), BlockSizes(512, 512), BlockSizes(512, 1024)]
     assert 12 * MIB > 128 * 4096 * (2 * 2 + 4 + 2 * 2) + 2 * 2 * 256 * 4096
 
 

@@ -95,6 +95,29 @@ def test_bfloat16(implementation: str, form: str) -> None:
     assert_close(dx, np.asarray(dy, np.float64) @ dense(w).T, "bfloat16")
 
 
+@pytest.mark.parametrize("generation", [5, 6])
+@pytest.mark.parametrize(("form", "rows", "width"), [("int4", 3, 576), ("int4", 20, 1024), ("int4", 70, 1024), ("nf4", 5, 576)])
+def test_newer_chips_have_other_instructions(form: str, rows: int, width: int, generation: int) -> None:
+    """Groups of 64 and 128; rows for which products are scaled on both chips, on one of them, and on none."""
+    x, w, dy = inputs(rows, width, 200, form, "bfloat16")
+    with tracing_for(Target("tpu", generation=generation)):
+        y, dx = both("mosaic_tpu", x, w, dy)
+    assert_close(y, np.asarray(x, np.float64) @ dense(w), "bfloat16")
+    assert_close(dx, np.asarray(dy, np.float64) @ dense(w).T, "bfloat16")
+
+
+def test_a_tpu_reads_int8_through_xla_where_rows_are_few() -> None:
+    def kernels(form: str, rows: int, **options: Any) -> bool:
+        w, x = quantized_shapes(form, (256, 128)), jax.ShapeDtypeStruct((rows, 128 if options else 256), jnp.bfloat16)
+        with tracing_for(Target("tpu")):
+            return "pallas_call" in str(jax.make_jaxpr(functools.partial(quantized_matmul, **options))(x, w))
+
+    assert not kernels("int8", 256)
+    assert kernels("int8", 257)
+    assert kernels("int8", 1, transpose=True)
+    assert kernels("int4", 1)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_transposed(implementation: str) -> None:
     x, w, dy = inputs(5, 576, 200, "int4", "float32")
@@ -164,7 +187,9 @@ def test_nothing_dense_is_kept_for_the_backward_pass(form: str) -> None:
         ("v4", "Qwen2.5-1.5B down", "nf4", ROWS[0]),
         ("v5e", "Llama-3.1-8B up", "int4", ROWS[1]),
         ("v5p", "Qwen2.5-1.5B down", "int4", ROWS[1]),
+        ("v5p", "Qwen2.5-1.5B down", "nf4", ROWS[0]),
         ("v6e", "Llama-3.1-8B up", "nf4", ROWS[0]),
+        ("v6e", "Llama-3.1-8B up", "int8", ROWS[1]),
     ],
 )
 def test_on_a_tpu_the_weight_is_read_in_place(chips: dict[str, Any], chip: str, name: str, form: str, rows: int) -> None:
@@ -191,7 +216,7 @@ def test_on_a_tpu_the_weight_is_read_in_place(chips: dict[str, Any], chip: str, 
 
 def test_a_tpu_with_less_vector_memory_gets_fewer_rows() -> None:
     w = quantized_shapes("int4", (4096, 14_336))
-    for memory, rows in ((16, 512), (64, 1024), (128, 1024)):
+    for memory, rows in ((16, 512), (64, 2048), (128, 2048)):
         with tracing_for(Target("tpu", memory * 2**20)):
             assert choose_block_sizes(2048, w, 2, "mosaic_tpu") == BlockSizes(rows, 1024, 1024)
 

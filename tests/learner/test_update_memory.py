@@ -16,7 +16,7 @@ from grpo_jax.config import LoraConfig
 from grpo_jax.fit.scratch import scratch_counted
 from grpo_jax.fit.targets import TPUS
 from grpo_jax.models.spec import ModelSpec
-from grpo_kernels.target import Target, tracing_for
+from grpo_kernels.target import tracing_for
 
 PROMPT, COMPLETION = 512, 19_968
 TOKENS = PROMPT + COMPLETION
@@ -67,7 +67,7 @@ def test_no_logits_no_scores_and_no_dense_copy_of_a_quantised_weight(chips: Any,
 def test_an_update_from_a_four_bit_base_fits(chips: Any, spec: ModelSpec, completion: int, most: int) -> None:
     """Llama-3.1-8B at 20,480 tokens into 20 GB; two narrow layers at 1,024 tokens into 33 MB."""
     program, chip = lowered(chips["v6e"], "int4", spec, completion), TPUS["v6e"]
-    with tracing_for(Target("tpu", chip.vector_memory_bytes)), scratch_counted() as (options, scratch_of):
+    with tracing_for(chip.target), scratch_counted() as (options, scratch_of):
         compiled = program.compile(compiler_options=options)
         scratch = scratch_of(compiled)
     memory = compiled.memory_analysis()
@@ -89,7 +89,7 @@ def test_scratch_memory_holds_what_must_be_alive_at_once(chips: Any) -> None:
         y = jnp.sin(x) @ x
         return jnp.cos(y) @ x @ y
 
-    with tracing_for(Target("tpu", TPUS["v6e"].vector_memory_bytes)), scratch_counted() as (options, scratch_of):
+    with tracing_for(TPUS["v6e"].target), scratch_counted() as (options, scratch_of):
         compiled = jax.jit(chain).lower(x).compile(compiler_options=options)
         scratch = scratch_of(compiled)
     assert scratch >= x.size * x.dtype.itemsize

@@ -8,12 +8,15 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import SingleDeviceSharding
 
 from grpo_jax.fit.targets import TPUS
-from grpo_kernels.target import Target, tracing_for
+from grpo_kernels import KVCache, SlotMap
+from grpo_kernels.ops.decode_attention.shapes import Shape
+from grpo_kernels.target import tracing_for
 
 CHIPS = ["v4", "v5e", "v5p", "v6e"]
 MIB = 2**20
@@ -46,5 +49,30 @@ def compiled_for(
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=chips[chip])
 
     placed, placed_names = jax.tree.map(place, (arguments, named))
-    with tracing_for(Target("tpu", TPUS[chip].vector_memory_bytes)):
+    with tracing_for(TPUS[chip].target):
         return jax.jit(program).lower(*placed, **placed_names).compile().memory_analysis()
+
+
+def decode_shapes(shape: Shape, layers: int, *, int8: bool) -> dict[str, Any]:
+    """Arguments of `decode_attention` of one layer of several."""
+
+    def array(*size: int, dtype: Any = jnp.int32) -> Any:
+        return jax.ShapeDtypeStruct(size, dtype)
+
+    def blank(texts: int, size: int) -> KVCache:
+        wide = array(layers, texts, shape.kv_heads, size, shape.width, dtype=jnp.int8 if int8 else jnp.bfloat16)
+        scales = [array(layers, texts, shape.kv_heads, size, dtype=jnp.float32)] * 2 if int8 else []
+        return KVCache(wide, wide, *scales)
+
+    return {
+        "q": array(shape.slots, shape.kv_heads, shape.queries, shape.width, dtype=jnp.bfloat16),
+        "prefix": blank(shape.prompts, shape.prompt),
+        "lengths": array(shape.prompts),
+        "past_blocks": [blank(shape.slots, size) for size in shape.past_blocks],
+        "segment_cache": blank(shape.slots, shape.segment),
+        "base": array(shape.slots),
+        "step": array(),
+        "window": array(),
+        "layer": array(),
+        "slot_map": SlotMap(array(shape.slots), array(shape.prompts, shape.slots // shape.prompts), array(shape.slots)),
+    }

@@ -1,4 +1,4 @@
-"""Block sizes of `decode_attention`'s TPU kernels, from the shapes."""
+"""Block sizes of `decode_attention`'s TPU kernels, from the shapes and the chip."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grpo_kernels.numerics import round_up
+from grpo_kernels.target import vector_memory_bytes
 
 SUBLANES = 8
 """Rows of a float32 tile. A slot's queries are padded to whole tiles, so that splitting rows by slots moves nothing."""
 
-KERNEL_MEMORY = 12 * 2**20
-"""Bytes for blocks and temporaries: every TPU gives a kernel 16 MiB of vector memory unless it asks for more."""
+UNASKED_MEMORY = 12 * 2**20
+"""Bytes for blocks and temporaries of a kernel that does not ask: every TPU gives it 16 MiB of vector memory."""
+
+MOST_KERNEL_MEMORY = 32 * 2**20
+"""Bytes for blocks and temporaries at most: with more, a text's first blocks would wait longer than they save."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,10 @@ def kernel_bytes(sizes: Sequence[int], block: int, column_bytes: int, rows: int)
 def choose_block_sizes(
     prefix: int, own: Sequence[int], column_bytes: int, kv_heads: int, queries: int, slots_per_prompt: int
 ) -> BlockSizes:
-    """The largest of 512, 256 and 128 columns that fit `KERNEL_MEMORY`, for each of the two kernels; 128 if none does.
+    """The largest blocks of up to 1,024 columns of prompts and 512 of slots that fit, 128 if none does.
+
+    They fit into three quarters of the chip's vector memory, and into `MOST_KERNEL_MEMORY`. A block is read whole where a slot sees
+    any of its columns, so that larger blocks of the slots would read more columns that are not filled yet.
 
     Args:
         prefix: columns of the prompts' array.
@@ -44,9 +51,11 @@ def choose_block_sizes(
         column_bytes: bytes of a column of all heads, keys, values and scales together.
         queries: R, query heads of each key/value head.
     """
+    memory = min(vector_memory_bytes() * 3 // 4, MOST_KERNEL_MEMORY)
 
-    def most(sizes: Sequence[int], rows: int) -> int:
-        return next((x for x in (512, 256, 128) if kernel_bytes(sizes, x, column_bytes, rows) <= KERNEL_MEMORY), 128)
+    def most(columns: int, sizes: Sequence[int], rows: int) -> int:
+        blocks = [block for block in (1024, 512, 256) if block <= columns]
+        return next((block for block in blocks if kernel_bytes(sizes, block, column_bytes, rows) <= memory), 128)
 
     rows = kv_heads * round_up(queries, SUBLANES)
-    return BlockSizes(most([prefix], rows * slots_per_prompt), most(own, rows))
+    return BlockSizes(most(1024, [prefix], rows * slots_per_prompt), most(512, own, rows))

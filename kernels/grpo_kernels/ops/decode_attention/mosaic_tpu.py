@@ -3,9 +3,9 @@
 1. Over the prompts: the rows of a prompt's product are the queries of all its slots, so its keys and values are read once.
 2. Over the slots: each one's past blocks and segment cache, merged with the first run's result for it.
 
-A grid step is a block of columns of one array, all heads at once; small arrays share a step. The visible columns are known before
-the kernel runs. Blocks without any are not fetched: their index repeats that of the block that is already loaded. The cache arrays
-of all layers are arguments without a copy, as the layer is part of the index.
+A grid step is a block of columns of each array that has any left, all heads at once: one step a slot where arrays are small. The
+visible columns are known before the kernel runs. Blocks without any are not fetched: their index repeats that of the block that is
+already loaded. The cache arrays of all layers are arguments without a copy, as the layer is part of the index.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from grpo_kernels.numerics import EMPTY_MAX, MASK_VALUE, einsum_float32, round_up, soft_cap
-from grpo_kernels.ops.decode_attention.block_sizes import KERNEL_MEMORY, SUBLANES, BlockSizes, kernel_bytes
+from grpo_kernels.ops.decode_attention.block_sizes import SUBLANES, UNASKED_MEMORY, BlockSizes, kernel_bytes
 from grpo_kernels.ops.decode_attention.kv_cache import KVCache, SlotMap
 
 
@@ -42,23 +42,21 @@ class ColumnRanges(NamedTuple):
 
 @dataclass(frozen=True)
 class ArrayBlocks:
-    """The grid steps that read one array.
+    """The blocks of one array, one a grid step from a text's first step on.
 
     Attributes:
         number: index of the array.
         size: its columns, X.
         block: columns of a block.
-        start: the grid step of its first block.
     """
 
     number: int
     size: int
     block: int
-    start: int
 
     @property
     def blocks(self) -> int:
-        """Number of blocks, each one grid step."""
+        """Number of blocks."""
         return pl.cdiv(self.size, self.block)
 
 
@@ -71,23 +69,16 @@ def column_ranges(begin: Int[Array, "n N"], end: Int[Array, "n N"]) -> ColumnRan
 
 
 def grid_steps(sizes: Sequence[int], block: int) -> tuple[tuple[ArrayBlocks, ...], int]:
-    """Assigns the arrays' blocks to grid steps; returns them and the number of steps.
+    """Cuts arrays into blocks; returns them and the number of grid steps of a text.
 
-    A step reads one block of a large array, or several small arrays whole.
+    A step reads one block of each array that has any left: a text takes one step where no array is larger than a block.
 
     Args:
         sizes: columns of each array.
-        block: most columns of a step.
+        block: most columns of a block.
     """
-    parts: list[ArrayBlocks] = []
-    step, room = -1, 0
-    for number, size in enumerate(sizes):
-        if size > room:
-            step, room = step + 1, block
-        part = ArrayBlocks(number, size, min(size, block), step)
-        parts.append(part)
-        step, room = step + part.blocks - 1, room - size
-    return tuple(parts), step + 1
+    parts = tuple(ArrayBlocks(number, size, min(size, block)) for number, size in enumerate(sizes))
+    return parts, max(part.blocks for part in parts)
 
 
 def attend_kernel(
@@ -125,9 +116,9 @@ def attend_kernel(
 
     for part in parts:
         begin, end = ranges.begin[part.number, text], ranges.end[part.number, text]
-        start = (jax.lax.div(begin, part.block) + turn - part.start) * part.block
+        start = (jax.lax.div(begin, part.block) + turn) * part.block
 
-        @pl.when((turn >= part.start) & (start < end))
+        @pl.when(start < end)
         def _(
             own: KVCache = cache[part.number],
             part: ArrayBlocks = part,
@@ -165,15 +156,14 @@ def attend_kernel(
 def block_index(part: ArrayBlocks, arrays: int) -> Callable[..., tuple[Any, ...]]:
     """Index map of an array's block at a grid step: of keys or values [L, N, K, X, Dh], or of their scales [L, N, K, X].
 
-    Before the array's own steps, and where the text sees none of it, the index is that of the last block that was needed.
+    Where the text sees no more of the array, the index is that of the last block that was needed.
     """
 
     def index(text: Array, turn: Array, layer: Any, ranges: ColumnRanges, *_: Any) -> tuple[Any, ...]:
-        own_turn = turn - part.start
-        source = ranges.source[part.number, jnp.where(own_turn < 0, jnp.maximum(text - 1, 0), text)]
+        source = ranges.source[part.number, text]
         last = jax.lax.div(jnp.maximum(ranges.end[part.number, source] - 1, 0), part.block)
         first = jax.lax.div(ranges.begin[part.number, source], part.block)
-        here = jnp.where(source == text, jnp.minimum(first + jnp.maximum(own_turn, 0), last), last)
+        here = jnp.where(source == text, jnp.minimum(first + turn, last), last)
         return (layer[0], source, 0, here, 0)[:arrays]
 
     return index
@@ -250,7 +240,7 @@ def attend(
         out_shape=(values, jax.ShapeDtypeStruct((n, kv, rows, 1), jnp.float32)) if before is None else values,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=None if need <= KERNEL_MEMORY else need * 4 // 3,
+            vmem_limit_bytes=None if need <= UNASKED_MEMORY else need * 4 // 3,
         ),
         cost_estimate=pl.CostEstimate(
             flops=4 * n * kv * rows * dh * sum(sizes),

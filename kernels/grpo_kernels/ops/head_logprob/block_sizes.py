@@ -9,11 +9,8 @@ from grpo_kernels.target import platform, vector_memory_bytes
 
 LANES = 128
 
-ROWS = 256
-"""Tokens of a TPU block whose logits are computed at once: more only makes the program longer."""
-
-MOST_VECTOR_MEMORY = 64 * 2**20
-"""Bytes of vector memory that the TPU kernel uses at most; larger tiles are no faster."""
+ROWS = 512
+"""Tokens of a TPU block whose logits are computed at once: the more, the less often W goes into the matrix units."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +27,13 @@ class BlockSizes:
 
 
 def kernel_memory_bytes() -> int:
-    """Vector memory that the TPU kernel plans with: three quarters of the chip's, and 48 MiB at most."""
-    return min(vector_memory_bytes(), MOST_VECTOR_MEMORY) * 3 // 4
+    """Vector memory that the TPU kernel plans with: three quarters of the chip's."""
+    return vector_memory_bytes() * 3 // 4
+
+
+def tail_rows(vocabulary: int, block: int) -> list[int]:
+    """Rows of the kernel's copy of the vocabulary's last rows; empty where the last block has a multiple of 128, or is whole."""
+    return [round_up(vocabulary % block, LANES)] if vocabulary % block % LANES else []
 
 
 def choose_block_sizes(
@@ -43,7 +45,8 @@ def choose_block_sizes(
     than 2,048 at H = 1,024); 2,048 rows of W.
 
     `mosaic_tpu`: a large tile of tokens reads W less often (2·tile operations a byte in bfloat16 without the vector `mean`, 4·tile
-    with it); a large block of W adds to `mean` less often. The pair with the most operations a byte that fits is taken.
+    with it); a large block of W adds to `mean` less often. The pair with the most operations a byte that fits is taken. Without
+    `mean` a v6e needs tiles of over 560 tokens to read W as fast as it multiplies.
 
     Args:
         itemsize: bytes of an element of x and w.
@@ -55,10 +58,11 @@ def choose_block_sizes(
     token_bytes = 2 * width * itemsize + (4 * width + 2 * width * itemsize if with_mean else 0) + 6 * 4 * LANES
 
     def fits(tile: int, block: int) -> bool:
-        used = tile * token_bytes + 2 * block * width * itemsize + 8 * 4 * min(tile, ROWS) * block
+        of_w = (2 * block + sum(tail_rows(vocabulary, block))) * width * itemsize
+        used = tile * token_bytes + of_w + 8 * 4 * min(tile, ROWS) * block
         return used <= kernel_memory_bytes()
 
-    tiles = [tile for tile in (128, 256, 512) if tile < 2 * tokens or tile == LANES]
+    tiles = [tile for tile in (128, 256, 512, 1024)[: 3 if with_mean else 4] if tile < 2 * tokens or tile == LANES]
     pairs = [(tile, block) for tile in tiles for block in (128, 256, 512, 1024) if fits(tile, block)]
-    tile, block = max(pairs, key=lambda pair: (min(pair[0], 2 * pair[1]), pair)) if pairs else (LANES, LANES)
+    tile, block = max(pairs, key=lambda pair: (min(pair[0], 2 * pair[1] if with_mean else pair[0]), pair), default=(LANES, LANES))
     return BlockSizes(tile, min(block, round_up(vocabulary, LANES)))

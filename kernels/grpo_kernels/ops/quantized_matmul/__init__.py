@@ -28,6 +28,9 @@ __all__ = [
     "weight_bytes",
 ]
 
+FEW_ROWS = 256
+"""Rows of a decoding step at most. With more, and a gradient, XLA's form for int8 takes memory that the kernel does not."""
+
 
 def quantized_matmul(
     x: Float[Array, "T I"],
@@ -40,13 +43,15 @@ def quantized_matmul(
     """Computes x W or x Wᵀ of a quantised weight; differentiable in x, and the backward pass keeps only the quantised weight.
 
     Dequantising inside a differentiated layer would keep a dense W for the backward pass. With W̃ = values · scale rounded to x's
-    dtype: y = x W̃ and dx = dy W̃ᵀ, both summed in float32. W gets no gradient.
+    dtype: y = x W̃ and dx = dy W̃ᵀ, both summed in float32. int8's scale multiplies the sum (in "xla"'s transposed product x), and
+    "mosaic_tpu" multiplies int4's products instead where rows are few; neither rounds W. W gets no gradient.
 
     Args:
         x: float32 or bfloat16, [T, I]; transposed [T, O].
         w: one matrix [I, O].
         implementation: "reference" (plain, a dense W), "xla" (plain JAX, the weight in parts of 16 MiB; runs anywhere),
-            "mosaic_tpu" (Pallas), or None: "mosaic_tpu" on a TPU where the kernel takes the weight's groups, else "xla".
+            "mosaic_tpu" (Pallas), or None: "mosaic_tpu" on a TPU where the kernel takes the weight's groups, but not for up to 256
+            rows times int8, which XLA reads in place from a stack of layers; else "xla".
         block_sizes: of "xla" and "mosaic_tpu"; None = `choose_block_sizes`.
 
     Returns:
@@ -64,7 +69,8 @@ def quantized_matmul(
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"quantized_matmul: x is {x.dtype}; make it float32 or bfloat16")
     reason = refusal(w)
-    default = "mosaic_tpu" if platform() == "tpu" and reason is None else "xla"
+    read_in_place = w.format == "int8" and x.shape[0] <= FEW_ROWS and not transpose
+    default = "mosaic_tpu" if platform() == "tpu" and reason is None and not read_in_place else "xla"
     named = resolve_implementation("quantized_matmul", implementation, default)
     if named == "mosaic_tpu" and reason is not None:
         raise ValueError(f"quantized_matmul: implementation 'mosaic_tpu' cannot take this weight: {reason}; use 'xla'")

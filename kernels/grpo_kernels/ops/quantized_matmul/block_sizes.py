@@ -14,8 +14,11 @@ LANES, SUBLANES = 128, 8
 PART_BYTES = 16 * 2**20
 """`xla`: bytes of a part of the weight after dequantising."""
 
+MOST_ROWS = 2048
+"""`mosaic_tpu`: rows of x in a block. W is decoded once for each block of rows."""
+
 LARGEST = 1024
-"""`mosaic_tpu`: rows of x in a block, and the most inputs and outputs."""
+"""`mosaic_tpu`: the most inputs and outputs in a block."""
 
 MOST_KERNEL_MEMORY = 48 * 2**20
 """Bytes of vector memory that the TPU kernel asks for at most."""
@@ -42,7 +45,7 @@ def kernel_memory_bytes() -> int:
 
 
 def choose_block_sizes(rows: int, w: QuantizedWeight, itemsize: int, implementation: str) -> BlockSizes:
-    """Parts of `PART_BYTES` for `xla`; for `mosaic_tpu` blocks of about 1,024, with fewer rows of x where memory is short.
+    """Parts of `PART_BYTES` for `xla`; for `mosaic_tpu` blocks of about 1,024 by 1,024, with 2,048 rows of x or fewer.
 
     Args:
         rows: T.
@@ -61,7 +64,7 @@ def choose_block_sizes(rows: int, w: QuantizedWeight, itemsize: int, implementat
         scratch = 2 * 4 * tile * max(block_in, block_out) + block_in * block_out * itemsize
         return blocks + scratch <= kernel_memory_bytes() * 15 // 16
 
-    tiles = [tile for tile in (LARGEST, 512, 256) if fits(min(rows, tile))]
+    tiles = [tile for tile in (MOST_ROWS, 1024, 512, 256) if fits(min(rows, tile))]
     return BlockSizes(min(rows, tiles[0] if tiles else LANES), block_in, block_out)
 
 

@@ -1,25 +1,29 @@
 """`quantized_matmul` on a TPU: blocks of the quantised weight become dense in vector memory, and nowhere else.
 
 The Pallas kernel reads a block of W in its few bits, decodes it group by group into a scratch array in x's dtype, and multiplies it
-with many rows of x (1,024 where they fit), so that decoding is a small part of the work. Products accumulate in float32. nf4 looks
-its codebook up by a gather within a row of 128, one operation an element. Tails of rows, inputs and outputs are masked; nothing is
-padded or copied: TPUs read int4 and uint4 arrays in place (XLA packs them eight rows to a 32-bit word).
+with many rows of x (2,048 where they fit), so that decoding is a small part of the work. Products accumulate in float32. What the
+scale multiplies goes by what is least work: int8's one scale the sum at the end, int4's the values or, with few rows, each group's
+product; nf4's the codebook, of which two registers hold the 16 entries. Tails of
+rows, inputs and outputs are masked; nothing is padded or copied: TPUs read int4 and uint4 arrays in place (XLA packs them eight
+rows to a 32-bit word).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from grpo_kernels.numerics import einsum_float32
 from grpo_kernels.ops.quantized_matmul.block_sizes import LANES, SUBLANES, BlockSizes, kernel_memory_bytes
 from grpo_kernels.ops.quantized_matmul.formats import NF4, QuantizedWeight, weight_bytes
+from grpo_kernels.target import generation
 
 
 def refusal(w: QuantizedWeight) -> str | None:
@@ -29,25 +33,78 @@ def refusal(w: QuantizedWeight) -> str | None:
     return f"groups of {w.group} inputs (input width {w.shape[0]}) are no multiple of 64"
 
 
-def lookup(indices: Array, table: Array) -> Array:
-    """Returns table[index] of each index; table [8, 128] has the codebook in every row."""
+BFLOAT16_VECTORS = 6
+"""The first generation whose vector units compute in bfloat16."""
+
+ROW_GATHER = 5
+"""The first generation that looks up rows within a register as one of the vector units' operations."""
+
+
+def codebook(first: int, axis: int, shape: tuple[int, int]) -> Float[Array, "..."]:
+    """nf4's codebook from an entry on, along an axis; zeros after its end."""
+    number = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+    entries = jnp.zeros(shape, jnp.float32)
+    for index, entry in enumerate(NF4[first : first + shape[axis]]):
+        entries = jnp.where(number == index, jnp.float32(entry), entries)
+    return entries
+
+
+def gather_rows(indices: Int[Array, "I O"], scale: Float[Array, "1 O"]) -> Float[Array, "I O"]:
+    """Scaled values of nf4: a register has half of the codebook in its eight rows, scaled, and is looked up by rows.
+
+    Args:
+        indices: int32, those of the codebook's second half less 16: the sign says which half it is.
+    """
+    halves = [codebook(first, 0, (SUBLANES, scale.shape[1])) * scale for first in (0, SUBLANES)]
+    found = []
+    for start in range(0, indices.shape[0], SUBLANES):
+        own = indices[start : start + SUBLANES]
+        low, high = (jnp.take_along_axis(half, own & 7, axis=0, mode="promise_in_bounds") for half in halves)
+        found.append(jnp.where(own >= 0, low, high))
+    return jnp.concatenate(found, axis=0)
+
+
+def gather_lanes(indices: Int[Array, "I O"], scale: Float[Array, "1 O"]) -> Float[Array, "I O"]:
+    """`gather_rows` for chips without that operation: the codebook in a row of 128, the result scaled."""
     rows, width = indices.shape
-    codes = jnp.broadcast_to(table[:1], (rows, LANES))
-    parts = []
+    codes, parts = codebook(0, 1, (rows, LANES)), []
     for start in range(0, width, LANES):
-        own = indices[:, start : start + LANES]
+        own = indices[:, start : start + LANES] & 15
         missing = LANES - own.shape[1]
         own = jnp.concatenate([own, jnp.zeros((rows, missing), own.dtype)], axis=1) if missing else own
         found = jnp.take_along_axis(codes, own, axis=1, mode="promise_in_bounds")
         parts.append(found[:, : LANES - missing])
-    return jnp.concatenate(parts, axis=1)
+    return jnp.concatenate(parts, axis=1) * scale
+
+
+def dense_part(values: Any, scale: Float[Array, "1 O"] | None, dtype: Any) -> Array:
+    """Values that share a scale as a dense block: values · scale, rounded once to `dtype`; None leaves the scale out.
+
+    Where the vector units compute in bfloat16, one instruction makes 2,048 bfloat16 numbers of int4 or int8. int4's scales are
+    bfloat16 too and its values have four bits, so that multiplying in bfloat16 rounds the product once, as in float32.
+    """
+    if scale is None:
+        return values.astype(dtype)
+    if values.dtype == jnp.uint4:
+        indices = pltpu.bitcast(values, jnp.int4).astype(jnp.int32)
+        return (gather_rows if generation() >= ROW_GATHER else gather_lanes)(indices, scale).astype(dtype)
+    if dtype == jnp.bfloat16 and values.dtype == jnp.int4 and generation() >= BFLOAT16_VECTORS:
+        return values.astype(dtype) * scale.astype(dtype)
+    return (values.astype(jnp.float32) * scale).astype(dtype)
+
+
+def rows_of_scaled_products(group: int) -> int:
+    """Most rows of x with which it is less work to scale the products of int4's groups than the values of W.
+
+    64 rows for groups of 128, by instruction counts; 16 where multiplying values takes half the instructions.
+    """
+    return group // (8 if generation() >= BFLOAT16_VECTORS else 2)
 
 
 def kernel(
     x: Any,
     values: Any,
     scale: Any,
-    table: Any,
     out: Any,
     total: Any,
     dense: Any,
@@ -62,7 +119,6 @@ def kernel(
         x: [rows, inputs] (transposed: outputs).
         values: [inputs, outputs].
         scale: [inputs / group, outputs], or [1, outputs].
-        table: see `lookup`; only nf4 uses it.
         out: [rows, outputs] (transposed: inputs).
         total: scratch, float32, of out's shape.
         dense: scratch, the block of W in x's dtype.
@@ -74,31 +130,40 @@ def kernel(
     summed, block = (shape[1], values.shape[1]) if transpose else (shape[0], values.shape[0])
     ragged = summed % block != 0
     left = summed - step * block  # from this block on
+    scaled_last = values.dtype == jnp.int8 and not transpose
+    scaled_products = values.dtype == jnp.int4 and not transpose and x.shape[0] <= rows_of_scaled_products(group)
 
     @pl.when(step == 0)
     def _() -> None:
         total[...] = jnp.zeros_like(total)
 
-    rows, size = values.shape[0], min(group, LANES)
-    for start in range(0, rows, size):
-        part = pl.ds(start, min(size, rows - start))
+    def scale_of(start: int) -> Float[Array, "1 O"]:
+        """The scale of the values from `start` on. Past the weight's end scales are undefined, perhaps NaN."""
         own = scale[pl.ds(start // group, 1), :].astype(jnp.float32)
-        # Past the weight's end scales and x are undefined, perhaps NaN.
-        if ragged and transpose:
-            own = jnp.where(jax.lax.broadcasted_iota(jnp.int32, own.shape, 1) < left, own, jnp.float32(0))
-        elif ragged:
-            own = jnp.where(start < left, own, jnp.float32(0))
-        codes = values[part, :]
-        decoded = lookup(codes.astype(jnp.int32), table[...]) if values.dtype == jnp.uint4 else codes.astype(jnp.float32)
-        dense[part, :] = (decoded * own).astype(dense.dtype)
+        if not ragged:
+            return own
+        if not transpose:
+            return jnp.where(start < left, own, jnp.float32(0))
+        return jnp.where(jax.lax.broadcasted_iota(jnp.int32, own.shape, 1) < left, own, jnp.float32(0))
+
+    inputs, size = values.shape[0], LANES if group == shape[0] else math.gcd(group, LANES)
+    parts = [(start, min(start + size, inputs)) for start in range(0, inputs, size)]
+    for start, end in parts:
+        own = None if scaled_last or scaled_products else scale_of(start)
+        dense[start:end, :] = dense_part(values[start:end, :], own, dense.dtype)
     hidden = x[...]
-    if ragged:
+    if ragged:  # x is undefined there too
         hidden = jnp.where(jax.lax.broadcasted_iota(jnp.int32, hidden.shape, 1) < left, hidden, jnp.zeros((), hidden.dtype))
-    total[...] += einsum_float32("to,io->ti" if transpose else "ti,io->to", hidden, dense[...])
+    if scaled_products:
+        for start, end in parts:
+            total[...] += einsum_float32("ti,io->to", hidden[:, start:end], dense[start:end, :]) * scale_of(start)
+    else:
+        total[...] += einsum_float32("to,io->ti" if transpose else "ti,io->to", hidden, dense[...])
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _() -> None:
-        out[...] = total[...].astype(out.dtype)
+        result = total[...] * scale[...] if scaled_last else total[...]
+        out[...] = result.astype(out.dtype)
 
 
 def quantized_matmul_mosaic_tpu(
@@ -113,7 +178,6 @@ def quantized_matmul_mosaic_tpu(
         return (n, k) if transpose else (k, n)
 
     groups = 1 if w.group == inputs else block_in // w.group
-    table = jnp.zeros((SUBLANES, LANES), jnp.float32).at[:, : len(NF4)].set(jnp.array(NF4, jnp.float32)[None, :])
     grid = (pl.cdiv(x.shape[0], rows), pl.cdiv(size, output), pl.cdiv(outputs if transpose else inputs, summed))
     return pl.pallas_call(
         functools.partial(kernel, shape=(inputs, outputs), group=w.group, transpose=transpose),
@@ -122,7 +186,6 @@ def quantized_matmul_mosaic_tpu(
             pl.BlockSpec((rows, summed), lambda t, n, k: (t, k)),
             pl.BlockSpec((block_in, block_out), of_weight),
             pl.BlockSpec((groups, block_out), of_weight if w.group < inputs else lambda t, n, k: (0, of_weight(t, n, k)[1])),
-            pl.BlockSpec((SUBLANES, LANES), lambda t, n, k: (0, 0)),
         ],
         out_specs=pl.BlockSpec((rows, output), lambda t, n, k: (t, n)),
         out_shape=jax.ShapeDtypeStruct((x.shape[0], size), x.dtype),
@@ -136,4 +199,4 @@ def quantized_matmul_mosaic_tpu(
             transcendentals=0,
         ),
         name="quantized_matmul_transposed" if transpose else "quantized_matmul",
-    )(x, w.values, w.scale, table)
+    )(x, w.values, w.scale)
