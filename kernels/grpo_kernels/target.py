@@ -6,6 +6,7 @@ the key of JAX's caches, so that nothing traced for one chip is used for another
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,8 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 Platform = Literal["cpu", "gpu", "tpu"]
 
-Implementation = Literal["reference", "xla", "mosaic_tpu"]
-"""`reference` is plain JAX without blocks; `xla` is blocked JAX for any device; `mosaic_tpu` is a Pallas kernel for TPUs."""
+Implementation = Literal["reference", "xla", "mosaic_tpu", "mosaic_gpu"]
+"""`reference`: plain JAX without blocks. `xla`: blocked JAX for any device. `mosaic_tpu`, `mosaic_gpu`: Pallas kernels."""
 
 LEAST_VECTOR_MEMORY = 16 * 2**20
 """Bytes of a v4's core, the least of the TPUs supported; what a chip is assumed to have where nothing says more."""
@@ -29,10 +30,12 @@ class Target:
     Attributes:
         platform: as `jax.default_backend()` would return it.
         vector_memory_bytes: of a TPU's core; 0 where it is unknown, and on other platforms.
+        compute_capability: of an NVIDIA GPU, such as (9, 0); (0, 0) where it is unknown, and on other platforms.
     """
 
     platform: Platform
     vector_memory_bytes: int = 0
+    compute_capability: tuple[int, int] = (0, 0)
 
 
 TARGET: Any = jax.make_user_context(default_value=None)
@@ -62,6 +65,17 @@ def vector_memory_bytes() -> int:
     if jax.default_backend() == "tpu":
         return pltpu.get_tpu_info().vmem_capacity_bytes
     return LEAST_VECTOR_MEMORY
+
+
+def compute_capability() -> tuple[int, int]:
+    """Compute capability of the NVIDIA GPU that is traced for, such as (9, 0); (0, 0) where it is unknown, and on other devices."""
+    chip = target()
+    if chip is not None:
+        return chip.compute_capability
+    if jax.default_backend() != "gpu":
+        return 0, 0
+    numbers = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(jax.devices()[0], "compute_capability", "")))
+    return (0, 0) if numbers is None else (int(numbers[1]), int(numbers[2]))
 
 
 def resolve_implementation(
