@@ -48,10 +48,12 @@ def scores_of(q: jax.Array, k: jax.Array, softcap: float | None) -> jax.Array:
 def plain_forward(q: Any, k: Any, v: Any, start: Any, end: Any, softcap: float | None) -> tuple[jax.Array, jax.Array]:
     """A part in plain JAX; an empty one is 0, with a log-sum-exp of -inf."""
     scores = jnp.where(seen(start, end, k.shape[1]), scores_of(q, k, softcap), -jnp.inf)
-    lse = jax.nn.logsumexp(scores, axis=-1)
-    weights = jnp.exp(scores - jnp.where(jnp.isfinite(lse), lse, 0.0)[..., None])
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
     v = jnp.repeat(v, q.shape[2] // v.shape[2], axis=2)
-    return jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision="highest"), lse
+    out = jnp.einsum("bhqk,bkhd->bqhd", weights / jnp.maximum(total, 1e-30), v, precision="highest")
+    return out, (top + jnp.log(jnp.maximum(total, 1e-30)))[..., 0]
 
 
 def plain_backward(q: Any, k: Any, v: Any, d_out: Any, of_query: Any, bounds: Any, tiles: Any, softcap: float | None) -> Any:

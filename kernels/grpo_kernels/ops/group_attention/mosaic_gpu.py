@@ -120,7 +120,7 @@ def merge(
     total = jnp.sum(weights, axis=0, keepdims=True)
     safe = jnp.where(total > 0, total, jnp.float32(1))
     shares = jnp.swapaxes(weights / safe, 2, 3)[..., None]
-    out = sum(share * part.astype(jnp.float32) for share, part in zip(shares, (one[0], other[0]), strict=True))
+    out = shares[0] * one[0].astype(jnp.float32) + shares[1] * other[0].astype(jnp.float32)
     return out.astype(one[0].dtype), (top + jnp.log(safe))[0]
 
 
@@ -185,6 +185,7 @@ def group_attention_mosaic_gpu(
 ) -> Float[Array, "B N K R Dh"]:
     """Computes `group_attention`; queries and keys that fill the last tiles see nothing and are not seen."""
     b, n, kv, r, width = q.shape
-    arrays = (to_tiles(x, 1) for x in (q.reshape(b, n, kv * r, width), k, v))
+    q_tiles, k_tiles, v_tiles = (to_tiles(x, 1) for x in (q.reshape(b, n, kv * r, width), k, v))
     static = Static(softcap, prompts, kernels or Kernels(forward, backward))
-    return attention(*arrays, to_tiles(bounds, 2), tiles, static)[:, :n].reshape(q.shape)
+    out: Any = attention(q_tiles, k_tiles, v_tiles, to_tiles(bounds, 2), tiles, static)
+    return out[:, :n].reshape(q.shape)

@@ -29,7 +29,11 @@ STAGES = 2
 MEMORY_REGISTERS = 24
 """Of a thread that loads; the others share what is left of 65,536."""
 
-ROW, COLUMN = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+MASKED = -1e15
+"""A score that has no weight, and whose square is a float32."""
+
+LOAD: Any = plgpu.load
+"""As of JAX 0.11; that of 0.10 has other arguments."""
 
 
 def block_tokens(head_dim: int) -> int:
@@ -43,12 +47,14 @@ def layout(head_dim: int) -> tuple[Any, ...]:
     return plgpu.TilingTransform((8, block)), plgpu.SwizzleTransform(2 * block)
 
 
-def weights_of(scores: Array, lse: Array, softcap: float | None) -> tuple[Array, Array | None]:
-    """The softmax's weights and the soft cap's derivative; lse is in units of log 2."""
-    if softcap is None:
-        return jnp.exp2(scores * LOG2_E - lse), None
-    ratio = jnp.tanh(scores / softcap)
-    return jnp.exp2(ratio * (softcap * LOG2_E) - lse), 1.0 - ratio * ratio
+def load_row(ref: Any) -> Array:
+    """Loads one number for each row of a product."""
+    return LOAD(ref, layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+
+
+def load_column(ref: Any) -> Array:
+    """Loads one number for each column of a product."""
+    return LOAD(ref, layout=plgpu.Layout.WGMMA.reduce(0))
 
 
 def with_product(a: Any, b: Any, columns: int, use: Any) -> Any:
@@ -58,7 +64,7 @@ def with_product(a: Any, b: Any, columns: int, use: Any) -> Any:
         plgpu.wgmma(total, a, b.transpose((1, 0)))
         return use(functools.partial(plgpu.wgmma_accumulator_load, total))
 
-    return pl.run_scoped(body, plgpu.ACC((ROWS, columns), jnp.float32))
+    return pl.run_scoped(body, plgpu.WGMMAAccumulatorRef((ROWS, columns), jnp.float32))
 
 
 def with_sums(count: int, width: int, run: Any) -> tuple[Array, ...]:
@@ -68,19 +74,34 @@ def with_sums(count: int, width: int, run: Any) -> tuple[Array, ...]:
         run(sums)
         return tuple(x[...] for x in sums)
 
-    return pl.run_scoped(body, *[plgpu.ACC((ROWS, width), jnp.float32)] * count)
+    return pl.run_scoped(body, *[plgpu.WGMMAAccumulatorRef((ROWS, width), jnp.float32)] * count)
 
 
-def masked(whole: Array, weights: Array, bounds: Any, first_key: Array, key_axis: int) -> Array:
-    """The weights, 0 where a query does not see a key; `bounds` loads the queries' bounds, which only a block at an edge needs."""
+def masked(whole: Array, scores: Array, bounds: Any, first_key: Array, key_axis: int) -> Array:
+    """The scores, very low where a query does not see a key; `bounds` loads bounds of queries, which blocks at an edge need."""
 
     def apply() -> Array:
-        key = first_key + plgpu.broadcasted_iota(jnp.int32, weights.shape, key_axis, layout=plgpu.Layout.WGMMA)
-        start, end, own_start, own_end = (jax.lax.broadcast_in_dim(x, weights.shape, [1 - key_axis]) for x in bounds())
+        key = first_key + plgpu.broadcasted_iota(jnp.int32, scores.shape, key_axis, layout=plgpu.Layout.WGMMA)
+        start, end, own_start, own_end = (jax.lax.broadcast_in_dim(x, scores.shape, [1 - key_axis]) for x in bounds())
         seen = ((key >= start) & (key < end)) | ((key >= own_start) & (key < own_end))
-        return jnp.where(seen, weights, 0.0)
+        return jnp.where(seen, scores, MASKED)
 
-    return jax.lax.cond(whole > 0, lambda: weights, apply)
+    return jax.lax.cond(whole > 0, lambda: scores, apply)
+
+
+def weights_of(scores: Array, mask: Any, lse: Any, softcap: float | None) -> tuple[Array, Array]:
+    """The softmax's weights, and those times the soft cap's derivative; the mask comes first, which takes the fewest registers.
+
+    Args:
+        mask: a function of capped scores, in units of the cap.
+        lse: a function that loads the log-sum-exp in units of log 2.
+    """
+    if softcap is None:
+        weights = jnp.exp2(mask(scores) * LOG2_E - lse())
+        return weights, weights
+    ratio = mask(jnp.tanh(scores / softcap))
+    weights = jnp.exp2(ratio * (softcap * LOG2_E) - lse())
+    return weights, weights * (1.0 - ratio * ratio)
 
 
 def dq_kernel(
@@ -116,11 +137,8 @@ def dq_kernel(
         plgpu.copy_gmem_to_smem(q_ref.at[row, queries, head], q_block, arrived.at[group])
         plgpu.copy_gmem_to_smem(d_out_ref.at[row, queries, head], d_out_block, arrived.at[group])
 
-        def load(ref: Any) -> Array:
-            return plgpu.load(ref, layout=ROW, optimized=False)
-
-        lse, delta = (load(of_query_ref.at[row, head, n, queries]) for n in range(2))
-        bounds = tuple(load(bounds_ref.at[row, n, queries]) for n in range(4))
+        lse, delta = (load_row(of_query_ref.at[row, head, n, queries]) for n in range(2))
+        bounds = tuple(load_row(bounds_ref.at[row, n, queries]) for n in range(4))
         plgpu.barrier_wait(arrived.at[group])
         (dq,) = with_sums(1, width, lambda sums: run((sums, lse, delta, *bounds)))
         q_block[...] = dq.astype(q_ref.dtype)
@@ -135,9 +153,8 @@ def dq_kernel(
 
         over_keys = functools.partial(jax.lax.broadcast_in_dim, shape=(ROWS, block), broadcast_dimensions=[0])
         scores = with_product(q_block, k_block, block, lambda wait: wait(wait_n=0))
-        weights, slope = weights_of(scores, over_keys(lse), softcap)
-        weights = masked(whole, weights, lambda: bounds, at * block, 1)
-        weights = weights if slope is None else weights * slope
+        mask = functools.partial(masked, whole, bounds=lambda: bounds, first_key=at * block, key_axis=1)
+        _, weights = weights_of(scores, mask, lambda: over_keys(lse), softcap)
         d_weights = with_product(d_out_block, v_block, block, lambda wait: wait(wait_n=0))
         d_scores = weights * (d_weights - over_keys(delta))
         plgpu.barrier_arrive(v_free)
@@ -208,10 +225,11 @@ def dkv_kernel(
 
         over_keys = functools.partial(jax.lax.broadcast_in_dim, shape=(ROWS, block), broadcast_dimensions=[1])
         scores = with_product(k_block, q_block, block, lambda wait: wait(wait_n=0))
-        weights, slope = weights_of(scores, over_keys(load(of_query.at[0])), softcap)
-        weights = masked(whole, weights, lambda: [load(bounds.at[n]) for n in range(4)], first_key, 0)
+        mask = functools.partial(
+            masked, whole, bounds=lambda: [load_column(bounds.at[n]) for n in range(4)], first_key=first_key, key_axis=0
+        )
+        weights, sloped = weights_of(scores, mask, lambda: over_keys(load_column(of_query.at[0])), softcap)
         rounded = weights.astype(k_ref.dtype)
-        weights = weights if slope is None else weights * slope
         if "dk" in sums:
 
             def after(wait: Any) -> Array:
@@ -220,7 +238,7 @@ def dkv_kernel(
                 return wait(wait_n=int("dv" in sums))
 
             d_weights = with_product(v_block, d_out_block, block, after)
-            d_scores = weights * (d_weights - over_keys(load(of_query.at[1])))
+            d_scores = sloped * (d_weights - over_keys(load_column(of_query.at[1])))
             plgpu.wgmma(sums["dk"], d_scores.astype(k_ref.dtype), q_block)
         else:
             plgpu.wgmma(sums["dv"], rounded, d_out_block)
@@ -228,8 +246,6 @@ def dkv_kernel(
         for free in (bounds_free, of_query_free, d_out_free, q_free):
             plgpu.barrier_arrive(free)
         return carry
-
-    load = functools.partial(plgpu.load, layout=COLUMN)
 
     def at_query(step: Array, member: Array) -> tuple[Array, Array]:
         return query_block(step), head * heads_of_key + member
