@@ -15,6 +15,7 @@ import re
 import shlex
 import sys
 import textwrap
+import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -40,8 +41,9 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         The exit status.
     """
+    started = time.perf_counter()
     words = sys.argv[1:] if words is None else list(words)
-    arguments, rest = parser().parse_known_args(words)
+    arguments, rest = parser().parse_known_args(words, argparse.Namespace(started=started))
     try:
         if rest:
             raise unknown_option(rest[0], arguments)
@@ -64,7 +66,7 @@ def train(arguments: argparse.Namespace) -> None:
     from grpo_jax.trainer import train as run
 
     with joined_processes(loaded.config.distributed, ending):
-        run(loaded.config, resume=arguments.resume, sources=loaded.sources)
+        run(loaded.config, resume=arguments.resume, sources=loaded.sources, started=arguments.started)
 
 
 def sft(arguments: argparse.Namespace) -> None:
@@ -74,7 +76,7 @@ def sft(arguments: argparse.Namespace) -> None:
     from grpo_jax.trainer import sft as run
 
     with joined_processes(loaded.config.distributed, ending):
-        run(loaded.config, resume=arguments.resume, sources=loaded.sources)
+        run(loaded.config, resume=arguments.resume, sources=loaded.sources, started=arguments.started)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
@@ -168,7 +170,8 @@ def bench(arguments: argparse.Namespace) -> None:
 
 BENCH_OPTIONS = (
     "model", "prompts", "num_generations", "prompt_length", "completion_length", "steps", "lora_rank", "slots", "segment", "refill",
-    "capacity", "kv_dtype", "dtype", "remat", "micro_batch_prompts", "ragged",
+    "capacity", "kv_dtype", "dtype", "remat", "micro_batch_prompts",
+    "micro_batch_tokens", "ragged",
 )  # fmt: skip
 
 
@@ -270,6 +273,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto is the model's own")
     made.add_argument("--remat", choices=("auto", "none", "layer", "offload"), default="auto", help="as model.remat (default auto)")
     made.add_argument("--micro_batch_prompts", type=positive, metavar="B", help="as train.micro_batch_prompts")
+    made.add_argument("--micro_batch_tokens", type=positive, metavar="T", help="as train.micro_batch_tokens")
     made.add_argument("--ragged", action="store_true", help="lengths from a heavy tail, with a mean of a quarter of the longest")
     made.add_argument("--json", action="store_true", help="one line of JSON, last on standard output")
 
@@ -323,7 +327,7 @@ def unknown_option(word: str, arguments: argparse.Namespace) -> ConfigError:
     name = word.partition("=")[0].lstrip("-")
     if not word.startswith("-"):
         return ConfigError(f"{show(word)} stands alone: write each setting as --section.field VALUE")
-    own = [key for key in vars(arguments) if key not in ("action", "command") and key not in setting_types()]
+    own = [key for key in vars(arguments) if key not in ("action", "command", "started") and key not in setting_types()]
     guess = nearest(name, own) or (nearest_setting(name) if "config" in own else None)
     if guess in field_types(Config):
         guess += ".SETTING"

@@ -19,10 +19,11 @@ from grpo_jax.policy import Policy, config_with_policy
 from grpo_jax.rewards import NamedFunction, check_functions, correct, resolve_functions
 from grpo_jax.rewards.across_processes import score_across_processes
 from grpo_jax.rollout.sampler import Sampler
-from grpo_jax.rollout.shapes import evaluation_slots
+from grpo_jax.rollout.shapes import RolloutShapes, evaluation_slots
 from grpo_jax.run.display import Display
 from grpo_jax.run.saved import load_run
 from grpo_jax.runtime import distributed
+from grpo_jax.runtime.compilation_cache import use_compilation_cache
 from grpo_jax.types import Params
 
 
@@ -52,11 +53,13 @@ def evaluate_held_out(
     config: Config,
     *,
     samples: int | None = None,
+    shapes: RolloutShapes | None = None,
 ) -> Evaluation | None:
     """Completes every held-out prompt and scores the completions.
 
     Args:
         samples: completions drawn of each prompt at the run's temperature; None takes one greedy completion.
+        shapes: of the run's evaluations; None chooses them for these prompts.
 
     Returns:
         None where nothing is held out.
@@ -69,7 +72,7 @@ def evaluate_held_out(
     slots = sampler.round_up_slots(evaluation_slots(config, problems, k))
     settings = replace(config.rollout, num_generations=k, temperature=temperature, slots=slots)
     (batch,) = source.held_out_batches(problems)
-    rollout = sampler.sample(variables, batch.prompt_ids, settings, seed=config.train.seed, indices=batch.indices)
+    rollout = sampler.sample(variables, batch.prompt_ids, settings, seed=config.train.seed, indices=batch.indices, shapes=shapes)
     scored = score_across_processes(
         distributed if distributed.is_multiprocess() else None,
         functions,
@@ -115,6 +118,7 @@ def evaluate(
     if run_dir is not None:
         config, policy = load_run(run_dir)
     config = config or Config()
+    use_compilation_cache(config.train.compilation_cache)
     if policy is None:
         if config.model.path is None:
             raise ConfigError("model.path: null; give a model folder or a hub id, or a run")

@@ -41,7 +41,9 @@ from grpo_jax.run.folder import RunFolder
 from grpo_jax.run.saved import checkpoint_values
 from grpo_jax.run.tracking import tracker_callbacks
 from grpo_jax.runtime import distributed
-from grpo_jax.runtime.programs import Program, compile_seconds
+from grpo_jax.runtime.compile_ahead import CompileAhead
+from grpo_jax.runtime.compile_counts import CompileCounts, compile_counts
+from grpo_jax.runtime.programs import Program, compile_seconds, waited_seconds
 from grpo_jax.steps import Step
 from grpo_jax.steps.grpo import GrpoStep
 from grpo_jax.steps.setup import begin
@@ -71,7 +73,7 @@ class TrainResult:
 class Trainer:
     """Trains a policy with GRPO (DeepSeekMath, https://arxiv.org/abs/2402.03300), or with a supervised warm-up.
 
-    The constructor reads and checks all inputs, the weights last. It compiles nothing, unless `train.micro_batch_prompts` is
+    The constructor reads and checks all inputs, the weights last. It compiles nothing, unless `train.micro_batch_tokens` is
     `auto`: then it compiles update and rollout to measure their memory. `train` makes all steps that are left. `step`, `evaluate`
     and `save` do one thing at a time; call `close` afterwards, or use a `with` block.
 
@@ -86,6 +88,7 @@ class Trainer:
         callbacks: called after records and display; see `run/callbacks.py`.
         resume: continue the run in `train.run_dir` at its newest checkpoint.
         sources: where settings came from, for the table that is shown first.
+        started: when the user's command began, by `time.perf_counter`; None is now. Seconds to the first step count from it.
         supervised: make the steps of the supervised warm-up: rows need `data.prompt_column` and `data.completion_column`.
 
     Attributes:
@@ -115,8 +118,10 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         resume: bool = False,
         sources: Mapping[str, str] | None = None,
+        started: float | None = None,
         supervised: bool = False,
     ) -> None:
+        self._begun, self._counts_before = time.perf_counter() if started is None else started, compile_counts()
         config = config or Config()
         rewards = [] if reward_funcs is None else [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
         if supervised and (rewards or loss_fn is not None):
@@ -140,7 +145,8 @@ class Trainer:
         self.steps_done, self.should_stop = 0, False
         self.folder: RunFolder | None = None
         self._checkpoints: Checkpointer | None = None
-        self._started = 0.0
+        self._started, self._ahead = 0.0, CompileAhead()
+        self._first_step: dict[str, Any] = {}
 
     @property
     def policy(self) -> Policy:
@@ -176,6 +182,10 @@ class Trainer:
         self.open()
         self.state, metrics, completions = self._step.run(self.state, self.steps_done)
         self.steps_done += 1
+        if not self._first_step:
+            self._first_step = self._until_first_step()
+            self.display.note(first_step_line(self._first_step, compile_counts() - self._counts_before))
+        self._ahead.check()
         self._call("on_step_end", metrics, completions)
         return metrics, completions
 
@@ -217,11 +227,13 @@ class Trainer:
             *tracker_callbacks(config, folder.path, writes=distributed.is_main()),
             *self.callbacks,
         ]
+        self._ahead.start(self._step.future_calls(self.state))
         self._call("on_train_begin")
         return folder, checkpoints
 
     def close(self) -> None:
         """Waits for checkpoints and closes every file."""
+        self._ahead.close()
         if self._checkpoints is not None:
             self._checkpoints.close()
         if self.folder is not None:
@@ -245,6 +257,14 @@ class Trainer:
         if due and not distributed.broadcast_from_main(step in folder.evaluations()):
             self.evaluate()
 
+    def _until_first_step(self) -> dict[str, Any]:
+        """Seconds from the start of the command to the first rewards and to the end of the first step of this process."""
+        rewards = self._step.first_rewards_at
+        return {
+            "seconds_to_first_rewards": None if rewards is None else rewards - self._begun,
+            "seconds_to_first_step": time.perf_counter() - self._begun,
+        }
+
     def _finish(self) -> TrainResult:
         """Writes and shows the result of a run."""
         folder, checkpoints = self.open()
@@ -253,6 +273,7 @@ class Trainer:
         distributed.barrier("last step written")  # the others read what process 0 has written
         policy, steps, evaluations = self._step.policy.with_trained(self.state.trainable), self.steps_done, folder.evaluations()
         files: dict[str, str] = {}
+        counts = compile_counts() - self._counts_before
         if policy.adapters is not None:
             files[str(policy.save_adapter(folder.path / "adapter"))] = "the trained adapter, for PEFT, transformers and vLLM"
         summary = folder.write_summary(
@@ -262,6 +283,10 @@ class Trainer:
             seconds=seconds,
             steps=steps,
             compile_seconds=compile_seconds(*self.programs),
+            **self._first_step,
+            compile_wait_seconds=waited_seconds(*self.programs),
+            programs_compiled=counts.compiled,
+            programs_from_cache=counts.from_cache,
         )
         distributed.barrier("result written")
         self.display.report(summary, folder.written() | files)
@@ -280,6 +305,7 @@ def train(
     callbacks: Sequence[Callback] = (),
     resume: bool = False,
     sources: Mapping[str, str] | None = None,
+    started: float | None = None,
 ) -> TrainResult:
     """Trains a policy with GRPO: makes a `Trainer`, which has these arguments and errors, and calls its `train`."""
     return Trainer(**locals()).train()
@@ -295,6 +321,7 @@ def sft(
     callbacks: Sequence[Callback] = (),
     resume: bool = False,
     sources: Mapping[str, str] | None = None,
+    started: float | None = None,
 ) -> TrainResult:
     """Trains on rows with a prompt and a completion: the supervised warm-up that GRPO recipes begin with.
 
@@ -303,6 +330,16 @@ def sft(
     row's own. A GRPO run that starts from the resulting adapter has it as the reference.
     """
     return Trainer(**locals(), supervised=True).train()
+
+
+def first_step_line(seconds: Mapping[str, Any], counts: CompileCounts) -> str:
+    """What to say after the first step about the time until then."""
+    rewards = seconds["seconds_to_first_rewards"]
+    return (
+        f"first step after {seconds['seconds_to_first_step']:.1f} s"
+        + ("" if rewards is None else f", first rewards after {rewards:.1f} s")
+        + f"; programs: {counts.compiled} compiled in {counts.seconds:.1f} s, {counts.from_cache} read from the cache"
+    )
 
 
 def evaluates_after(train: TrainConfig, step: int) -> bool:

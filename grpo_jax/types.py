@@ -5,8 +5,9 @@ of prompt b), P prompt length, C completion length, D width, H query heads, K ke
 V vocabulary, L layers. On a mesh a row shard is one of the `data` × `fsdp` parts that prompts, with all their completions, are
 split into.
 
-`PromptBatch` and `Rollout` hold Python and NumPy values on the host. `TrainBatch`, `Frozen` and `TrainState` are pytrees of arrays.
-Prompts and completions are padded on the right; a completion's first token has position = its prompt's length.
+`PromptBatch` and `Rollout` hold Python and NumPy values on the host. `PackedRows`, `TrainBatch`, `Frozen` and `TrainState` are
+pytrees of arrays. In an update, sequences stand back to back in packed rows of T tokens, R rows at once; per-token values of
+completions are tables [N, C], padded on the right. A completion's first token has position = its prompt's length.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
+
+from grpo_kernels import KeyRanges, Limits
 
 Params: TypeAlias = dict[str, Any]
 """A nested dict of arrays."""
@@ -76,13 +79,60 @@ class Rollout:
 
 
 @struct.dataclass
-class TrainBatch:
-    """The input of an update: padded prompts and completions with their rewards, on the device.
+class PackedRows:
+    """Rows of sequences back to back, each prompt before the completions that continue it, with their real lengths.
+
+    A completion's last token predicts nothing and is not in the row. E = F + later entries say which token predicts which: the F
+    first ones are the first tokens of completions, predicted by the prompt's last token; each later one is predicted by a token of
+    its own. Entries that are not needed predict token 0 from the row's first token.
 
     Attributes:
-        prompt_ids: [B, P] token ids, padded on the right with 0.
-        prompt_lengths: [B] number of tokens of each prompt, at least 1.
-        completion_ids: [N, C] token ids, padded on the right with 0.
+        ids, positions: [R, T] token ids, and each token's position in its sequence.
+        ranges: [R, T], the keys that each token sees; padding sees none.
+        selected: [R, E], index of the token that predicts each entry.
+        inverse: [R, T], which later entry a token predicts, counted from the first of them; -1 for none.
+        targets: [R, E], the tokens that are predicted.
+        columns: [R, E], index of the predicted token in its completion.
+        firsts: F.
+        limits: what every row keeps to.
+
+    Example:
+        A prompt [7, 8] with completions [3, 4] and [5]: ids [7, 8, 3], selected [1, 1, 2], targets [3, 5, 4], firsts 2.
+    """
+
+    ids: Int[AnyArray, "R T"]
+    positions: Int[AnyArray, "R T"]
+    ranges: KeyRanges
+    selected: Int[AnyArray, "R E"]
+    inverse: Int[AnyArray, "R T"]
+    targets: Int[AnyArray, "R E"]
+    columns: Int[AnyArray, "R E"]
+    firsts: int = struct.field(pytree_node=False)
+    limits: Limits = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class MicroBatches:
+    """M micro-batches of R packed rows, and where the tokens of every completion are in them.
+
+    Attributes:
+        rows: with a leading axis M.
+        completions: [M, R, E], the completion that each entry belongs to; N for none.
+        places: [N, C], the entry of every token of a completion, counted through all micro-batches and rows; -1 where it is not
+            in these micro-batches.
+    """
+
+    rows: PackedRows
+    completions: Int[AnyArray, "M R E"]
+    places: Int[AnyArray, "N C"]
+
+
+@struct.dataclass
+class TrainBatch:
+    """The input of an update: packed rows, and tables of per-token values with the rewards, on the device.
+
+    Attributes:
+        micro_batches: one entry per size of row; together they have every completion that has a trained token.
         completion_mask: [N, C], True = the token is trained (and counted in denominators).
         sampler_logprobs: [N, C] log-probabilities in nats that the sampler returned, 0 where there is no token.
         rewards: [B, G] weighted sums over the reward functions; any value where not valid.
@@ -90,31 +140,12 @@ class TrainBatch:
         completion_lengths: [N], sampled tokens of each completion, also those that are not trained; None = all are trained.
     """
 
-    prompt_ids: Int[AnyArray, "B P"]
-    prompt_lengths: Int[AnyArray, "B"]
-    completion_ids: Int[AnyArray, "N C"]
+    micro_batches: tuple[MicroBatches, ...]
     completion_mask: Bool[AnyArray, "N C"]
     sampler_logprobs: Float[AnyArray, "N C"]
     rewards: Float[AnyArray, "B G"]
     valid: Bool[AnyArray, "B G"]
     completion_lengths: Int[AnyArray, "N"] | None = None
-
-    def reorder_prompts(self, order: Int[AnyArray, "B"]) -> TrainBatch:
-        """Returns the batch with its prompts, and their groups of rows, reordered by `order`."""
-
-        def rows(x: Any) -> Any:
-            return x.reshape(*self.rewards.shape, *x.shape[1:])[order].reshape(x.shape)
-
-        return TrainBatch(
-            prompt_ids=self.prompt_ids[order],
-            prompt_lengths=self.prompt_lengths[order],
-            completion_ids=rows(self.completion_ids),
-            completion_mask=rows(self.completion_mask),
-            sampler_logprobs=rows(self.sampler_logprobs),
-            rewards=self.rewards[order],
-            valid=self.valid[order],
-            completion_lengths=None if self.completion_lengths is None else rows(self.completion_lengths),
-        )
 
 
 @struct.dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 import types
 from dataclasses import fields
 from pathlib import Path
@@ -85,6 +86,7 @@ def test_training_gets_the_config_its_sources_and_resume(command: str, monkeypat
 def test_training_without_options_is_the_defaults_and_no_resume(monkeypatch: pytest.MonkeyPatch):
     calls = stand_in(monkeypatch, "trainer", "train")
     assert cli.main(["train"]) == 0
+    assert 0 <= time.perf_counter() - calls.named.pop("started") < 60
     assert (calls.arguments, calls.named) == ((Config(),), {"resume": False, "sources": {}})
 
 

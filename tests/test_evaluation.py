@@ -40,6 +40,7 @@ class Canned(Sampler):
         step: int = 0,
         indices: Any = None,
         limits: Any = None,
+        shapes: Any = None,
     ) -> Rollout:
         self.asked.append((rollout, seed, list(indices)))
         assert len(self.texts) == len(prompt_ids) * rollout.num_generations

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import padded_batches
 import pytest
 import yaml
 from public_models import CONFIGS, PARAMETERS
@@ -28,7 +29,7 @@ from grpo_jax.rollout.decode import SlotState, decode_segment
 from grpo_jax.rollout.kv_cache import empty_past_block
 from grpo_jax.rollout.prefill import prefill
 from grpo_jax.rollout.sampling import controls_of
-from grpo_jax.rollout.shapes import Sizes, choose_slots, round_up, sizes_of
+from grpo_jax.rollout.shapes import Sizes, choose_slots, sizes_of
 from grpo_jax.types import Frozen, TrainBatch
 from grpo_jax.weights.lora import init_lora
 
@@ -151,27 +152,14 @@ def learner_of(config: Config, spec: ModelSpec, dtype: str, group: int) -> Learn
         full=full,
         temperature=config.rollout.temperature,
         max_completion_length=config.rollout.max_completion_length,
-        micro_batch=(train.micro_batch_prompts or train.prompts_per_step, train.micro_batch_completions or group),
     )
 
 
 def abstract_batch(config: Config, g: int) -> TrainBatch:
     """A whole step of the longest prompts and completions."""
-    b = config.train.prompts_per_step
-    n, p, c = b * g, round_up(config.rollout.max_prompt_length), config.rollout.max_completion_length
-
-    def empty(dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    return TrainBatch(
-        prompt_ids=empty(jnp.int32, b, p),
-        prompt_lengths=empty(jnp.int32, b),
-        completion_ids=empty(jnp.int32, n, c),
-        completion_mask=empty(bool, n, c),
-        sampler_logprobs=empty(jnp.float32, n, c),
-        rewards=empty(jnp.float32, b, g),
-        valid=empty(bool, b, g),
-    )
+    train, rollout = config.train, config.rollout
+    cut = (train.micro_batch_prompts or train.prompts_per_step, train.micro_batch_completions or g)
+    return padded_batches.shapes_of(train.prompts_per_step, g, rollout.max_prompt_length, rollout.max_completion_length, cut)
 
 
 def rollout_shapes(config: Config, spec: ModelSpec, dtype: str, variables: Any) -> tuple[Sizes, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from padded_batches import PaddedBatch
 from plain_oracles import quick_compiling
 from shared_programs import shared_programs
 from tiny_runs import (
@@ -31,10 +32,11 @@ import grpo_jax as gx
 from grpo_jax.config.presets import PRESETS
 from grpo_jax.fit.learners import grpo_learner
 from grpo_jax.learner.batches import train_batch
+from grpo_jax.learner.packing import Lengths, row_sizes
 from grpo_jax.learner.step import Learner
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import RewardError, ScoredBatch
-from grpo_jax.types import Frozen, PromptBatch, Rollout, TrainBatch
+from grpo_jax.types import Frozen, PromptBatch, Rollout
 
 ROWS = additions()
 
@@ -127,7 +129,7 @@ def test_a_masked_truncated_completion_is_in_no_loss():
         prompts = PromptBatch(0, np.array([0]), ["x"], [[5, 6]], {})
         scored = ScoredBatch(np.ones(2, np.float32), np.ones(2, bool), {}, [])
         config = replace(gx.Config(), objective=gx.ObjectiveConfig(mask_truncated=masked))
-        return train_batch(prompts, rollout, scored, config)
+        return train_batch(prompts, rollout, scored, config, row_sizes(Lengths(2, 2, 512), 1, 2, 100))
 
     np.testing.assert_array_equal(np.asarray(batch_for(False).completion_mask).sum(axis=1), [3, 3])
     np.testing.assert_array_equal(np.asarray(batch_for(True).completion_mask).sum(axis=1), [3, 0])
@@ -171,11 +173,11 @@ def test_a_truncated_completion_pays_for_its_kl_where_it_is_masked_out_of_the_lo
     policy = Policy.from_pretrained(tiny_model(), lora=gx.LoraConfig(rank=2))
     train = gx.TrainConfig(prompts_per_step=1)
     config = replace(gx.Config(), objective=objective, rollout=gx.RolloutConfig(num_generations=2), train=train)
-    learner, _ = grpo_learner(config, policy, (1, 2))
+    learner, _ = grpo_learner(config, policy, 100)
     # Sums of k1 = logp - ref_logp: 5 nats for the finished completion, 9 for the truncated one.
-    scores = iter([jnp.array([[[-5.0, 0, 0], [-9.0, 0, 0]]]), jnp.zeros((1, 2, 3))])  # the reference, then the policy
-    monkeypatch.setattr(Learner, "fixed_logprobs", lambda *_: (next(scores), None))
-    batch = TrainBatch(
+    scores = iter([jnp.array([[-5.0, 0, 0], [-9.0, 0, 0]]), jnp.zeros((2, 3))])  # the reference, then the policy
+    monkeypatch.setattr(Learner, "fixed_logprobs", lambda *_: (next(scores),) * 2)
+    padded = PaddedBatch(
         prompt_ids=np.array([[5, 6]], np.int32),
         prompt_lengths=np.array([2], np.int32),
         completion_ids=np.array([[7, 8, 4], [9, 9, 9]], np.int32),
@@ -185,7 +187,7 @@ def test_a_truncated_completion_pays_for_its_kl_where_it_is_masked_out_of_the_lo
         valid=np.ones((1, 2), bool),
         completion_lengths=np.array([3, 3], np.int32),
     )
-    _, packed = learner.train_step(learner.init(policy.trainable()), batch, Frozen(policy.params, {}))
+    _, packed = learner.train_step(learner.init(policy.trainable()), padded.packed((1, 2)), Frozen(policy.params, {}))
     # Rewards 1 - 0.04 * 5 = 0.80 and 1 - 0.04 * 9 = 0.64: mean 0.72, deviation 0.1131.
     np.testing.assert_allclose(packed.to_host()[1], [0.08 / 0.11323708, -0.08 / 0.11323708], rtol=1e-4)
 

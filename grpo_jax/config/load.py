@@ -47,6 +47,12 @@ class Config:
             self.model.quantization,
             "a quantised base stays frozen, and lora.rank 0 trains every weight: set lora.rank to 8, 16, 32, ..., or use none",
         )
+        require(
+            self.model.quantization == "none" or not self.rollout.merge_adapters,
+            "rollout.merge_adapters",
+            self.rollout.merge_adapters,
+            f"adapters cannot be added to a base in {self.model.quantization}: use false, or model.quantization none",
+        )
         size = self.train.micro_batch_completions
         if size is not None:
             require(
@@ -54,6 +60,15 @@ class Config:
                 "train.micro_batch_completions",
                 size,
                 f"use a divisor of rollout.num_generations ({self.rollout.num_generations}), or null",
+            )
+        tokens, least = self.train.micro_batch_tokens, self.rollout.max_prompt_length + self.rollout.max_completion_length
+        if isinstance(tokens, int):
+            require(
+                tokens >= least,
+                "train.micro_batch_tokens",
+                tokens,
+                f"use at least {least}, which the longest prompt with one completion needs "
+                "(rollout.max_prompt_length + rollout.max_completion_length), or null",
             )
 
     @staticmethod

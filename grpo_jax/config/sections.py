@@ -150,6 +150,8 @@ class RolloutConfig:
         segment: Tokens decoded between two checks for completions that have ended; null chooses a number.
         refill: Give a free slot to the next completion at once; false waits until all slots are free, which is slower.
         kv_dtype: Number format of the KV cache: `auto` takes the model's, `int8` halves its size (see sampling/logp_difference).
+        merge_adapters: Sample with weights that the adapters were added to, once a step: fewer products per token, and memory for
+            a copy of the adapted weights. In bfloat16 the sum is rounded (see sampling/logp_difference, objective.importance_cap).
     """
 
     num_generations: int = 8
@@ -165,6 +167,7 @@ class RolloutConfig:
     segment: int | None = None
     refill: bool = True
     kv_dtype: Literal["auto", "int8"] = "auto"
+    merge_adapters: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "rollout")

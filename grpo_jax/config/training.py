@@ -51,10 +51,11 @@ class TrainConfig:
     Args:
         steps: Number of training steps, one batch of completions each.
         prompts_per_step: B, number of prompts in a step (of rows, in supervised warm-up).
-        micro_batch_prompts: Prompts whose gradient is computed at once, on a mesh at least one on each of its data · fsdp shards;
-            null takes all prompts of the step, or on a CPU as many as its cache holds.
-            `auto` finds the most that fit into memory by compiling before the first step; it sets micro_batch_completions too.
-        micro_batch_completions: Completions of a prompt whose gradient is computed at once; null takes the whole group.
+        micro_batch_tokens: Tokens of prompts and completions whose gradient is computed at once, on each of the mesh's data · fsdp
+            shards; prompts and completions are packed by their real lengths. `auto` finds the most that fit into memory by
+            compiling before the first step. null is `auto` on accelerators, and on a CPU one group or as much as its cache holds.
+        micro_batch_prompts: The same in prompts with completions of the longest length, on a mesh of all its shards; or `auto`.
+        micro_batch_completions: Completions of each of these prompts; null takes the whole group.
         seed: Seed of the order of the data, of the adapters' initial values and of every sampled token.
         run_dir: Folder for all files that the run writes.
         save_every: Steps between checkpoints; 0 saves only the last state.
@@ -68,10 +69,14 @@ class TrainConfig:
         quiet: Print plain lines instead of a live progress bar and tables, for logs.
         track: Where metrics are sent in addition to the run folder: `none`, or `wandb` (needs the extra `track`).
         debug: Check after every step that all trained arrays are finite; costs a copy of them to the host.
+        compilation_cache: Store compiled programs on disk, so that a second start compiles nothing: true uses
+            JAX_COMPILATION_CACHE_DIR, or $XDG_CACHE_HOME/grpo_jax, or ~/.cache/grpo_jax; a path is another folder; false stores
+            nothing. Whoever can write to the folder can make this process run code.
     """
 
     steps: int = 100
     prompts_per_step: int = 8
+    micro_batch_tokens: int | Literal["auto"] | None = None
     micro_batch_prompts: int | Literal["auto"] | None = None
     micro_batch_completions: int | None = None
     seed: int = 0
@@ -85,6 +90,7 @@ class TrainConfig:
     quiet: bool = False
     track: Literal["none", "wandb"] = "none"
     debug: bool = False
+    compilation_cache: bool | str = True
 
     def __post_init__(self) -> None:
         check_types(self, "train")
@@ -96,6 +102,12 @@ class TrainConfig:
         require(self.eval_every >= 0, "train.eval_every", self.eval_every, "use 0 (before and after only) or a number of steps")
         require(self.eval_slots is None or self.eval_slots >= 1, "train.eval_slots", self.eval_slots, "use at least 1, or null")
         require(self.show_every >= 0, "train.show_every", self.show_every, "use 0 (never) or a number of steps")
+        require(
+            self.micro_batch_tokens is None or (self.micro_batch_prompts is None and self.micro_batch_completions is None),
+            "train.micro_batch_tokens",
+            self.micro_batch_tokens,
+            "leave out train.micro_batch_prompts and train.micro_batch_completions, which say the same in other words",
+        )
         size = self.micro_batch_prompts
         if isinstance(size, int):
             require(

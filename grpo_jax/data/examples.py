@@ -71,6 +71,11 @@ class Examples:
         """Selects rows, in the order of `positions`."""
         return Examples(self.table, self.row_numbers[positions], self.list_numbers[positions], self.prompt_ids, self.completion_ids)
 
+    @property
+    def prompt_lengths(self) -> np.ndarray:
+        """Tokens of each row's prompt, [n] int64."""
+        return np.diff(self.prompt_ids.starts)[self.list_numbers]
+
     def prompt(self, position: int) -> list[int]:
         """Returns the token ids of a row's prompt."""
         return self.prompt_ids[int(self.list_numbers[position])]

@@ -81,6 +81,11 @@ class PromptSource:
         positions = rows_of_step(step, self.prompts_per_step, len(self.train), self.seed, self.data.shuffle)
         return self.make_batch(self.train, positions, step)
 
+    @property
+    def prompt_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of each prompt to train on, and of each held-out one."""
+        return self.train.prompt_lengths, self.held_out.prompt_lengths
+
     def held_out_batches(self, size: int, step: int = 0) -> Iterator[PromptBatch]:
         """Iterates over the held-out prompts in order, `size` at a time; the last batch may be smaller."""
         for start in range(0, len(self.held_out), size):

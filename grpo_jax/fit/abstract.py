@@ -6,6 +6,7 @@ The machine may be absent: shardings can name devices of a compile-only topology
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,15 @@ from jax.sharding import SingleDeviceSharding
 from grpo_jax.config import Config
 from grpo_jax.data.tokenizer import read_model_stop_ids
 from grpo_jax.fit.targets import Machine
+from grpo_jax.learner.batches import batch_shapes
+from grpo_jax.learner.packing import RowSize
 from grpo_jax.learner.step import Learner
 from grpo_jax.models.spec import ModelSpec, abstract_params, flatten, nest, param_specs
 from grpo_jax.policy import Policy
-from grpo_jax.rollout.shapes import round_up
 from grpo_jax.runtime.mesh import check_prompts, make_layout
 from grpo_jax.runtime.sharding import BATCH_AXES, Axes, Layout
 from grpo_jax.types import Frozen, Params, TrainBatch, TrainState
-from grpo_jax.weights.axes import check_mesh, model_axes
+from grpo_jax.weights.axes import check_mesh, decoding_axes
 from grpo_jax.weights.lora import init_lora, load_adapter
 from grpo_jax.weights.quantize import quantized_specs
 
@@ -53,14 +55,19 @@ class Placement:
         return jax.tree.map(place, tree)
 
     def put_model(self, spec: ModelSpec, tree: Any) -> Any:
-        """Places weights, adapters, or a train state of them."""
+        """Places weights, adapters, or a train state of them; weights may be prepared for decoding."""
         if self.layout is None:
             return self.put(tree)
-        return jax.tree.map(with_sharding, tree, self.layout.tree(tree, model_axes(spec)))
+        return jax.tree.map(with_sharding, tree, self.layout.tree(tree, decoding_axes(spec)))
 
     def put_batch(self, batch: TrainBatch) -> Any:
         """Places the batch of an update."""
         return self.put(batch) if self.layout is None else jax.tree.map(with_sharding, batch, self.layout.tree(batch, BATCH_AXES))
+
+
+def shapes_of(tree: Any) -> Any:
+    """Returns the shapes of arrays, with their shardings."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding, weak_type=x.weak_type), tree)
 
 
 def with_sharding(x: Any, sharding: Any) -> Any:
@@ -125,27 +132,12 @@ def abstract_frozen(config: Config, policy: Policy) -> Frozen:
     return Frozen(policy.params, policy.adapters if config.lora.adapter is not None else {})
 
 
-def longest_batch(config: Config, placement: Placement) -> TrainBatch:
-    """Builds an update's batch with the longest prompts and completions of the settings, rounded up as in a run."""
-    prompts, generations = config.train.prompts_per_step, config.rollout.num_generations
-    rows, longest = prompts * generations, config.rollout.max_completion_length
-    p, c = round_up(config.rollout.max_prompt_length), min(round_up(longest), longest)
-
-    def array(dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    return placement.put_batch(
-        TrainBatch(
-            prompt_ids=array(jnp.int32, prompts, p),
-            prompt_lengths=array(jnp.int32, prompts),
-            completion_ids=array(jnp.int32, rows, c),
-            completion_lengths=array(jnp.int32, rows),
-            completion_mask=array(jnp.bool_, rows, c),
-            sampler_logprobs=array(jnp.float32, rows, c),
-            rewards=array(jnp.float32, prompts, generations),
-            valid=array(jnp.bool_, prompts, generations),
-        )
-    )
+def abstract_batch(config: Config, placement: Placement, sizes: Sequence[RowSize]) -> TrainBatch:
+    """Builds an update's batch, which is the same for all lengths, as shapes."""
+    shards = 1 if placement.layout is None else placement.layout.rows
+    prompts, rollout = config.train.prompts_per_step, config.rollout
+    batch = batch_shapes(sizes, prompts, rollout.num_generations, rollout.max_completion_length, shards)
+    return placement.put_batch(batch)
 
 
 def device_bytes(tree: Any) -> int:

@@ -1,6 +1,6 @@
-"""Chooses the micro-batch and the number of slots for `train.micro_batch_prompts: auto`, by compiling before the first step.
+"""Chooses the micro-batch and the number of slots for `train.micro_batch_tokens: auto`, by compiling before the first step.
 
-The programs compiled here are for the longest prompts and completions, and the run uses them: no later step needs more memory.
+The run uses the programs that are compiled here: no later step needs more memory.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from grpo_jax.config import Config, ConfigError
 from grpo_jax.fit.abstract import Placement, device_bytes
 from grpo_jax.fit.learners import grpo_learner
 from grpo_jax.fit.memory_use import MemoryUse, phase_rows
-from grpo_jax.fit.micro_batch import micro_batch_of, micro_batches_to_try, smaller_micro_batches, tokens_of
+from grpo_jax.fit.micro_batch import longest_lengths, row_tokens, rows_to_try, sizes_of_rows, smaller_rows
 from grpo_jax.fit.phases import RolloutMemory, RunShapes, activation_bytes, rollout_memory, update_memory
 from grpo_jax.fit.targets import GIB
+from grpo_jax.learner.packing import Lengths, RowSize
 from grpo_jax.learner.step import Learner
 from grpo_jax.policy import Policy, sampler_of
 from grpo_jax.rollout.sampler import Sampler
@@ -27,8 +28,8 @@ from grpo_jax.runtime.memory import least_free_bytes
 from grpo_jax.runtime.programs import Program
 from grpo_jax.types import Frozen
 
-MakeLearner = Callable[[Config, Policy, tuple[int, int]], tuple[Learner, str]]
-"""Settings, policy and micro-batch to the learner, and what `model.remat` resolves to."""
+MakeLearner = Callable[[Config, Policy, int], tuple[Learner, str]]
+"""Settings, policy and tokens of a packed row to the learner, and what `model.remat` resolves to."""
 
 PLAN_HINT = "`grpo-jax plan` with the same settings tries what would fit"
 
@@ -38,25 +39,34 @@ class Fitted:
     """A run that fits.
 
     Attributes:
-        config: with numbers for `train.micro_batch_*`, `rollout.slots` and `train.eval_slots`.
+        config: with numbers for `train.micro_batch_tokens`, `rollout.slots` and `train.eval_slots`.
+        sizes: of the update's packed rows.
         remat: what `model.remat` resolves to.
     """
 
     config: Config
     learner: Learner
+    sizes: tuple[RowSize, ...]
     sampler: Sampler
     update: Program
     remat: str
 
 
 def fit_run(
-    config: Config, policy: Policy, frozen: Frozen, display: Display, problems: int = 0, make_learner: MakeLearner = grpo_learner
+    config: Config,
+    policy: Policy,
+    frozen: Frozen,
+    display: Display,
+    problems: int = 0,
+    make_learner: MakeLearner = grpo_learner,
+    lengths: Lengths | None = None,
 ) -> Fitted:
     """Chooses the largest micro-batch that fits, and the numbers of slots where they are not set.
 
     Args:
         problems: number of held-out problems; where there are some, their evaluation has to fit too.
         make_learner: `grpo_learner`, or a variant of it with the user's optimiser and loss.
+        lengths: of the run's texts; None is the longest that the settings allow.
 
     Raises:
         ConfigError: nothing fits.
@@ -64,16 +74,18 @@ def fit_run(
     free = least_free_bytes()
     limit = None if free is None else free + device_bytes((policy.params, policy.adapters))
     placement = Placement(policy.layout, jax.local_devices()[0])
-    run, update, update_use, remat = fit_update(config, policy, frozen, placement, limit, display, make_learner)
+    lengths = lengths or longest_lengths(config)
+    run, update, update_use, remat = fit_update(config, policy, frozen, placement, limit, display, make_learner, lengths)
     sampler, rollout = fit_rollout(run, limit, display)
     evaluation = fit_evaluation(run, rollout.slots, problems, limit, sampler) if problems else None
-    prompts, completions = run.learner.micro_batch
+    tokens = run.sizes[0].tokens
     fitted = replace(
         config,
         train=replace(
             config.train,
-            micro_batch_prompts=prompts,
-            micro_batch_completions=completions,
+            micro_batch_tokens=tokens,
+            micro_batch_prompts=None,
+            micro_batch_completions=None,
             eval_slots=config.train.eval_slots if evaluation is None else evaluation.slots,
         ),
         rollout=replace(config.rollout, slots=rollout.slots),
@@ -83,13 +95,13 @@ def fit_run(
         *([] if evaluation is None else phase_rows("evaluation", evaluation.use, None)),
         *phase_rows("update", update_use, None),
         ("memory", "not known" if limit is None else f"{limit / GIB:.2f} GiB of each device"),
-        ("micro-batch", f"{prompts} prompts, {completions} completions of each"),
+        ("micro-batch", f"{tokens} tokens"),
         ("slots", str(rollout.slots)),
         *([] if evaluation is None else [("slots of an evaluation", str(evaluation.slots))]),
         ("model.remat", remat),
     ]
     display.table("plan", rows, {})
-    return Fitted(fitted, run.learner, sampler, update, remat)
+    return Fitted(fitted, run.learner, run.sizes, sampler, update, remat)
 
 
 def fit_update(
@@ -100,25 +112,27 @@ def fit_update(
     limit: int | None,
     display: Display,
     make_learner: MakeLearner,
+    lengths: Lengths,
 ) -> tuple[RunShapes, Program, MemoryUse, str]:
-    """Compiles updates until one fits, starting with the largest micro-batch.
+    """Compiles updates until one fits, starting with the longest rows.
 
     Returns:
-        The run with that micro-batch, its update, the memory that it needs, and what `model.remat` resolves to.
+        The run with those rows, its update, the memory that it needs, and what `model.remat` resolves to.
     """
-    first = micro_batch_of(config, policy)
-    sizes = [first, *smaller_micro_batches(config, first, policy.layout)]
+    first = row_tokens(config, policy, lengths)
+    sizes = [first, *smaller_rows(config, first, lengths)]
 
-    def run_with(size: tuple[int, int]) -> tuple[RunShapes, str]:
-        learner, remat = make_learner(config, policy, size)
-        return RunShapes.of(config, policy, placement, learner, display.compiling, frozen), remat
+    def run_with(tokens: int) -> tuple[RunShapes, str]:
+        learner, remat = make_learner(config, policy, tokens)
+        rows = sizes_of_rows(config, policy.layout, lengths, tokens)
+        return RunShapes.of(config, policy, placement, learner, rows, display.compiling, frozen), remat
 
     if limit is not None:
         # The size of the activations is known without compiling, and grows with the tokens.
         run, _ = run_with(first)
-        token_bytes = activation_bytes(run) / tokens_of(config, first)
+        token_bytes = activation_bytes(run) / first
         resident = sum(run.resident.values())
-        sizes = [size for size in sizes if resident + token_bytes * tokens_of(config, size) <= limit] or sizes[-1:]
+        sizes = [size for size in sizes if resident + token_bytes * size <= limit] or sizes[-1:]
     queue, tried = sizes[:1], set[Any]()
     use: MemoryUse | None = None
     while queue:
@@ -130,11 +144,11 @@ def fit_update(
         if use.fits(limit):
             return run, update, use, remat
         varying = use.components["activations"] + use.components["temporaries"]
-        smaller = [other for other in sizes if other not in tried and tokens_of(config, other) < tokens_of(config, size)]
+        smaller = [other for other in sizes if other not in tried and other < size]
         if smaller and limit is not None:
-            queue = micro_batches_to_try(config, smaller, size, use.peak_bytes - varying, varying, limit)
+            queue = rows_to_try(smaller, size, use.peak_bytes - varying, varying, limit)
     assert use is not None
-    raise too_large("train.micro_batch_prompts is auto: the smallest update", use, limit)
+    raise too_large("train.micro_batch_tokens is auto: the smallest update", use, limit)
 
 
 def fit_rollout(run: RunShapes, limit: int | None, display: Display) -> tuple[Sampler, RolloutMemory]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import optax
 
 from grpo_jax.config import Config
-from grpo_jax.fit.micro_batch import tokens_of
 from grpo_jax.learner.custom_loss import LossFunction
 from grpo_jax.learner.optim import updates_of
 from grpo_jax.learner.step import Learner
@@ -25,7 +24,7 @@ def trained_model(policy: Policy, remat: str, tokens: int) -> tuple[Transformer,
 
     Args:
         remat: the setting; `auto` is `none` on a CPU where the memory allows, else `layer`.
-        tokens: tokens of a micro-batch.
+        tokens: of a packed row.
     """
     spec, model = policy.spec, policy.model
     if remat == "auto":
@@ -38,18 +37,17 @@ def trained_model(policy: Policy, remat: str, tokens: int) -> tuple[Transformer,
 def grpo_learner(
     config: Config,
     policy: Policy,
-    micro_batch: tuple[int, int],
+    tokens: int,
     *,
     optimizer: optax.GradientTransformation | None = None,
     loss_fn: LossFunction | None = None,
 ) -> tuple[Learner, str]:
-    """Returns the learner of a run's settings with a micro-batch, and what `model.remat` resolves to."""
-    model, remat = trained_model(policy, config.model.remat, tokens_of(config, micro_batch))
+    """Returns the learner of a run's settings for packed rows of some tokens, and what `model.remat` resolves to."""
+    model, remat = trained_model(policy, config.model.remat, tokens)
     learner = Learner.of(
         config,
         model,
         full=policy.adapters is None,
-        micro_batch=micro_batch,
         updates=updates_of(config, supervised=False),
         stop_ids=policy.stop_ids,
         optimizer=optimizer,

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from grpo_jax.config import Config
-from grpo_jax.fit.abstract import Placement, abstract_frozen, abstract_state, device_bytes, longest_batch
+from grpo_jax.fit.abstract import Placement, abstract_batch, abstract_frozen, abstract_state, device_bytes
 from grpo_jax.fit.memory_use import COMPONENTS, CompiledMemory, MemoryUse
-from grpo_jax.learner.micro_batches import MicroBatches
+from grpo_jax.learner.micro_batches import MicroBatch
+from grpo_jax.learner.packing import RowSize
 from grpo_jax.learner.step import Learner
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.policy import Policy
@@ -28,7 +29,7 @@ from grpo_jax.rollout.prefill import prefill
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.sampling import controls_of
 from grpo_jax.rollout.shapes import Sizes, choose_slots, round_up, sizes_of
-from grpo_jax.rollout.weights import prepare_weights, sharded_over_fsdp
+from grpo_jax.rollout.weights import prepared_shapes, sharded_over_fsdp
 from grpo_jax.runtime.programs import Announce, Program, no_announcement
 from grpo_jax.types import Frozen, TrainState
 from grpo_jax.weights.quantize import quantization_of
@@ -40,6 +41,7 @@ class RunShapes:
 
     Attributes:
         policy: without weights.
+        sizes: of the update's packed rows.
         announce: entered around each compilation.
     """
 
@@ -48,6 +50,7 @@ class RunShapes:
     placement: Placement
     policy: Policy
     learner: Learner
+    sizes: tuple[RowSize, ...]
     state: TrainState
     frozen: Frozen
     announce: Announce = no_announcement
@@ -58,6 +61,7 @@ class RunShapes:
         policy: Policy,
         placement: Placement,
         learner: Learner,
+        sizes: tuple[RowSize, ...],
         announce: Announce,
         frozen: Frozen | None = None,
     ) -> RunShapes:
@@ -68,7 +72,7 @@ class RunShapes:
         """
         state = abstract_state(learner, policy, placement)
         frozen = frozen or abstract_frozen(config, policy)
-        return RunShapes(config, policy.spec, placement, policy, learner, state, frozen, announce)
+        return RunShapes(config, policy.spec, placement, policy, learner, sizes, state, frozen, announce)
 
     @property
     def row_shards(self) -> int:
@@ -90,12 +94,12 @@ class RunShapes:
 
 
 def update_memory(run: RunShapes, program: Program | None = None) -> MemoryUse:
-    """Compiles one update at the longest lengths and returns its memory.
+    """Compiles one update and returns its memory; it is the same for all lengths.
 
     Args:
         program: compiled instead of a new one; the run can use it afterwards.
     """
-    batch = longest_batch(run.config, run.placement)
+    batch = abstract_batch(run.config, run.placement, run.sizes)
     program = program or Program("update", run.learner.train_step, donate=(0,), announce=run.announce)
     compiled = CompiledMemory(run.resident)
     # The batch is an argument, but has no component of its own.
@@ -111,20 +115,20 @@ def activation_bytes(run: RunShapes) -> int:
     bounds it.
     """
     learner = run.learner
-    batch = longest_batch(run.config, run.placement)
+    largest = abstract_batch(run.config, run.placement, run.sizes).micro_batches[0]
     plain = replace(learner, model=learner.model.clone(layout=None))
-    split = jax.eval_shape(lambda batch: MicroBatches.of(batch, learner.micro_batch), batch)
-    first = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)  # noqa: E731
-    token_ids = tuple(jax.tree.map(first, (split.prompt_ids, split.prompt_lengths, split.completion_ids)))
+    rows, completions = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (largest.rows, largest.completions))
+    places: Any = largest.places
+    micro_batch = MicroBatch(rows, completions, places)
 
-    def backward(trainable: Any, token_ids: Any, frozen: Any) -> Any:
+    def backward(trainable: Any, micro_batch: Any, frozen: Any) -> Any:
         def logps(trainable: Any) -> Any:
             variables = plain.policy_variables(trainable, frozen)
-            return plain.logprobs(variables, token_ids, plain.truncation, head_trainable=plain.full)[0]
+            return plain.logprobs(variables, micro_batch, plain.truncation, head_trainable=plain.full)[0]
 
         return jax.vjp(logps, trainable)[1]
 
-    unsharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (run.state.trainable, token_ids, run.frozen))
+    unsharded = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (run.state.trainable, micro_batch, run.frozen))
     traced = jax.make_jaxpr(backward)(*unsharded).jaxpr
     inputs = {id(variable) for variable in (*traced.invars, *traced.constvars)}
     saved = {id(x): x.aval for x in traced.outvars if id(x) not in inputs and not isinstance(x, Literal)}
@@ -157,7 +161,7 @@ def rollout_memory(run: RunShapes, limit_bytes: int | None, sampler: Sampler | N
     quantization = quantization_of(policy.params)
     sampler = sampler or Sampler.build(policy.model, policy.stop_ids, announce=run.announce, quantization=quantization)
     compiled = CompiledMemory(run.resident)
-    weights, live = decoding_weights(run, sampler, compiled)
+    weights, live = decoding_weights(run, sampler, compiled, limit_bytes)
     slots, sizes = rollout_sizes(run, None if limit_bytes is None else max(0, limit_bytes - sum(live.values())))
     shards, static = run.row_shards, {"int8": rollout.kv_dtype == "int8"}
     token_ids = prompt_shapes(run, shards * sizes.prompt_slots)
@@ -185,42 +189,48 @@ def rollout_memory(run: RunShapes, limit_bytes: int | None, sampler: Sampler | N
     return RolloutMemory(compiled.use, slots, sizes)
 
 
-def decoding_weights(run: RunShapes, sampler: Sampler, compiled: CompiledMemory) -> tuple[Any, dict[str, int]]:
-    """Returns shapes of the weights that a rollout decodes with, and live bytes by component, which include those weights."""
-    model, resident = sampler.model, run.resident
+def decoding_weights(
+    run: RunShapes, sampler: Sampler, compiled: CompiledMemory, limit_bytes: int | None
+) -> tuple[Any, dict[str, int]]:
+    """Returns shapes of the weights that a rollout decodes with, and live bytes by component, which include those weights.
+
+    Args:
+        limit_bytes: of each device; decides whether weights are joined.
+    """
+    resident = run.resident
     variables = run.learner.policy_variables(run.state.trainable, run.frozen)
-    if model.unroll:
-        weights = compiled.compile(sampler.prepare_weights, (variables,), {"unroll": True}, resident, results="base")
-        if weights is None:
-            weights = weight_shapes(run, sampler, variables)
+    free = None if limit_bytes is None else max(0, limit_bytes - sum(resident.values()))
+    settings = sampler.weight_settings(variables, free, merge=run.config.rollout.merge_adapters)
+    new = compiled.compile(sampler.prepare_weights, (variables,), settings, resident, results="base")
+    if sampler.model.unroll and new is not None:
+        return new, with_weights(resident, new["params"], new.get("lora", {}))
+    weights = weight_shapes(run, sampler, variables, settings)
+    if sampler.model.unroll:
         return weights, with_weights(resident, weights["params"], weights.get("lora", {}))
-    weights = weight_shapes(run, sampler, variables)
-    # Outside a program, an array that already has the right dtype and placement is passed on without a copy.
+    # An array that already has the right dtype and placement is passed on without a copy.
     before = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
-    adapted = set(variables.get("lora", {}).get("layers", {})) if "lora" not in weights else set()
+    made = set() if new is None else {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(new)}
 
     def new_leaves(tree: Any, name: str) -> list[Any]:
         found = []
         for path, leaf in jax.tree_util.tree_leaves_with_path({name: tree}):
-            merged = any(str(getattr(key, "key", "")) in adapted for key in path) and path[-1] == jax.tree_util.DictKey("kernel")
-            old = before[jax.tree_util.keystr(path)]
-            if merged or old.dtype != leaf.dtype or device_bytes(old) != device_bytes(leaf):
+            old = before.get(jax.tree_util.keystr(path))
+            if jax.tree_util.keystr(path) in made or old is None or device_bytes(old) != device_bytes(leaf):
                 found.append(leaf)
         return found
 
     live = with_weights(resident, new_leaves(weights["params"], "params"), new_leaves(weights.get("lora", {}), "lora"))
-    if sharded_over_fsdp(model.layout):
+    if sharded_over_fsdp(sampler.model.layout):
         # The largest array exists twice while it is gathered.
         largest = max(map(device_bytes, jax.tree.leaves(weights)))
         compiled.record(live | {"temporaries": live["temporaries"] + largest})
     return weights, live
 
 
-def weight_shapes(run: RunShapes, sampler: Sampler, variables: Any) -> Any:
+def weight_shapes(run: RunShapes, sampler: Sampler, variables: Any, settings: dict[str, bool]) -> Any:
     """Returns what `prepare_weights` makes of the weights, without compiling it."""
-    model = sampler.model
-    weights = jax.eval_shape(lambda x: prepare_weights(model.clone(layout=None), x, unroll=model.unroll), variables)
-    layout = None if model.layout is None else model.layout.decoding
+    weights = prepared_shapes(sampler.model, variables, **settings)
+    layout = None if sampler.model.layout is None else sampler.model.layout.decoding
     return replace(run.placement, layout=layout).put_model(run.spec, weights)
 
 

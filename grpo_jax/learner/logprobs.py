@@ -1,46 +1,137 @@
 """Computes per-token log-probabilities and entropies of completions, under the policy or the reference, in float32 nats.
 
-`completion_logprobs` uses the model's untruncated distribution, `truncated_completion_logprobs` also the truncated one that
-completions are drawn from.
-Each prompt is computed once for its G completions. The head and its softmax are one pass over the vocabulary, so no
+`row_logprobs` takes packed rows, as an update does, and gives the model's distribution and, with a truncation, the one that
+completions are drawn from. `completion_logprobs` takes padded prompts and completions.
+Each prompt is computed once for its completions. The head and its softmax are one pass over the vocabulary, so no
 [rows, tokens, vocabulary] array exists.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.learner.truncated import Truncation, truncated_logprobs
-from grpo_jax.models.attention import group_attend, select_predicting_tokens
+from grpo_jax.learner.truncated import Outputs, Truncation, truncated_logprobs
+from grpo_jax.models.attention import group_attend, select_tokens
 from grpo_jax.models.head import head_logprobs
 from grpo_jax.models.transformer import Transformer, forward, head_matrix
-from grpo_jax.types import Params
+from grpo_jax.types import PackedRows, Params
+from grpo_kernels import KeyRanges, Limits
+
+HEAD_BLOCKS = 4
+"""Parts that a row's entries are computed in by the head; parts without any entry are skipped."""
+
+LEAST_HEAD_BLOCK = 256
+"""The fewest entries of such a part, over all rows, because each part reads the whole head."""
 
 
-def group_hidden(
+def row_hidden(model: Transformer, variables: Params, rows: PackedRows) -> Float[Array, "R E D"]:
+    """Computes the hidden state that predicts each entry."""
+    selected = jnp.asarray(rows.selected)
+    attend = group_attend(model, rows.ranges, rows.limits, selected)
+    hidden = forward(model, variables, jnp.asarray(rows.ids), jnp.asarray(rows.positions), attend, select=select_tokens(rows))[0]
+    return hidden if model.layout is None else model.layout.constrain(hidden, "rows", None, None)
+
+
+def row_logprobs(
     model: Transformer,
     variables: Params,
-    prompt_ids: Int[Array, "B P"],
-    prompt_lengths: Int[Array, "B"],
-    completion_ids: Int[Array, "N C"],
-) -> Float[Array, "N C D"]:
-    """Computes the hidden state that predicts each completion token: at the prompt's last token, then at each token before it."""
+    rows: PackedRows,
+    truncation: Truncation | None = None,
+    temperature: float | Float[Array, ""] = 1.0,
+    *,
+    used: Array | None = None,
+    head_trainable: bool = False,
+) -> tuple[Float[Array, "R E"], Float[Array, "R E"] | None, Float[Array, "R E"]]:
+    """Computes log-probabilities of the entries of packed rows, and the entropy of the untruncated distribution.
+
+    Args:
+        model: the decoder.
+        variables: {"params": base, "lora": adapters}, or without "lora" for the base.
+        truncation: what sampling does to the distribution; None: nothing.
+        temperature: divides the logits.
+        used: [R, E], True = the entry is needed; the head skips parts without any. None is all.
+        head_trainable: whether the head's weights need a gradient; entropy has one only then.
+
+    Returns:
+        Log-probabilities under the truncated distribution; under the untruncated one (None: the same); the entropy.
+    """
+    hidden = row_hidden(model, variables, rows)
+    head = head_matrix(model.spec, variables["params"]).astype(hidden.dtype)
+    options: dict[str, Any] = {"softcap": model.spec.final_softcap, "head_trainable": head_trainable}
+    options["implementation"] = model.implementation
+
+    def of_entries(hidden: Array, targets: Array, columns: Array) -> Outputs:
+        r, e, d = hidden.shape
+        flat = hidden.reshape(r * e, d), head, targets.reshape(r * e)
+        if truncation is None:
+            logps, entropy, _ = head_logprobs(*flat, temperature, model.layout, **options)
+            outputs = (logps, logps, entropy)
+        else:
+            outputs = truncated_logprobs(
+                *flat, columns.reshape(r * e), truncation, temperature=temperature, layout=model.layout, **options
+            )
+        first, second, third = (x.reshape(r, e) for x in outputs)
+        return first, second, third
+
+    outputs = in_parts(of_entries, hidden, jnp.asarray(rows.targets), jnp.asarray(rows.columns), used)
+    logps, untruncated, entropy = outputs
+    return logps, None if truncation is None else untruncated, entropy
+
+
+def in_parts(function: Any, hidden: Array, targets: Array, columns: Array, used: Array | None) -> Outputs:
+    """Applies a function of entries to parts of them, and not to parts of which none is used."""
+    rows, entries, _ = hidden.shape
+    size = max(-(-entries // HEAD_BLOCKS), -(-LEAST_HEAD_BLOCK // rows))
+    if used is None or size >= entries:
+        outputs: Outputs = function(hidden, targets, columns)
+        return outputs
+    parts = []
+    for start in range(0, entries, size):
+        part = tuple(x[:, start : start + size] for x in (hidden, targets, columns))
+        nothing = tuple(jnp.zeros(part[1].shape, jnp.float32) for _ in range(3))
+        needed = jnp.any(used[:, start : start + size])
+        parts.append(jax.lax.cond(needed, function, lambda *_, nothing=nothing: nothing, *part))
+    logps, untruncated, entropy = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
+    return logps, untruncated, entropy
+
+
+def padded_rows(prompt_ids: Int[Array, "B P"], prompt_lengths: Int[Array, "B"], completion_ids: Int[Array, "N C"]) -> PackedRows:
+    """Rows of padded prompts and completions: one prompt with its N / B completions in each."""
     b, p = prompt_ids.shape
     n, c = completion_ids.shape
-    g = n // b
-    own = completion_ids.reshape(b, g, c)[:, :, : c - 1]
-    at = jnp.arange(p, dtype=jnp.int32)[None, :]
-    after = prompt_lengths[:, None, None] + jnp.arange(c - 1, dtype=jnp.int32)[None, None, :]
-    ids = jnp.concatenate([prompt_ids, own.reshape(b, g * (c - 1))], axis=1)
-    positions = jnp.concatenate(
-        [jnp.broadcast_to(at, (b, p)), jnp.broadcast_to(after, (b, g, c - 1)).reshape(b, g * (c - 1))], axis=1
+    g, later = n // b, c - 1
+    tokens = p + g * later
+    own = completion_ids.reshape(b, g, c)
+    at = jnp.arange(tokens, dtype=jnp.int32)[None, :]
+    of_prompt, behind = at < p, at - p
+    number, index = behind // max(later, 1), behind % max(later, 1)
+    lengths = prompt_lengths[:, None]
+    zero = jnp.zeros((b, tokens), jnp.int32)
+    own_start = jnp.where(of_prompt, 0, p + number * later)
+    ranges = KeyRanges(
+        prompt_start=zero,
+        prompt_end=jnp.where(of_prompt, 0, lengths),
+        own_start=zero + own_start,
+        own_end=zero + jnp.where(of_prompt & (at >= lengths), 0, at + 1),
     )
-    attend = group_attend(model.spec, prompt_lengths, p, g if c > 1 else 0, model.implementation, model.layout)
-    hidden = forward(model, variables, ids, positions, attend, select=select_predicting_tokens(prompt_lengths, p))[0]
-    first = jnp.broadcast_to(hidden[:, None, :1], (b, g, 1, hidden.shape[-1]))
-    rest = hidden[:, 1:].reshape(b, g, c - 1, hidden.shape[-1])
-    return jnp.concatenate([first, rest], axis=2).reshape(n, c, hidden.shape[-1])
+    entries = g + g * later
+    return PackedRows(
+        ids=jnp.concatenate([prompt_ids, own[:, :, :later].reshape(b, g * later)], axis=1),
+        positions=zero + jnp.where(of_prompt, at, lengths + index),
+        ranges=ranges,
+        selected=jnp.concatenate([jnp.broadcast_to(lengths - 1, (b, g)), jnp.broadcast_to(at[:, p:], (b, g * later))], axis=1),
+        inverse=jnp.broadcast_to(jnp.where(of_prompt, -1, behind), (b, tokens)),
+        targets=jnp.concatenate([own[:, :, 0], own[:, :, 1:].reshape(b, g * later)], axis=1),
+        columns=jnp.broadcast_to(
+            jnp.concatenate([jnp.zeros(g, jnp.int32), jnp.tile(jnp.arange(1, c, dtype=jnp.int32), g)])[None, :], (b, entries)
+        ),
+        firsts=g,
+        limits=Limits(1, p, max(p, c)),
+    )
 
 
 def completion_logprobs(
@@ -51,59 +142,23 @@ def completion_logprobs(
     completion_ids: Int[Array, "N C"],
     temperature: float | Float[Array, ""] = 1.0,
     *,
+    truncation: Truncation | None = None,
     head_trainable: bool = False,
 ) -> tuple[Float[Array, "N C"], Float[Array, "N C"]]:
-    """Computes log-probabilities of completion tokens under the untruncated distribution, and its entropy.
+    """Computes log-probabilities of padded completions, and the entropy of the untruncated distribution.
 
     Args:
-        model: the decoder.
-        variables: {"params": base, "lora": adapters}, or without "lora" for the base.
+        model, variables, temperature, truncation, head_trainable: as in `row_logprobs`.
         prompt_ids: padded on the right.
         prompt_lengths: tokens of each prompt, at least 1.
         completion_ids: N = B·G rows, padded on the right.
-        temperature: divides the logits.
-        head_trainable: whether the head's weights need a gradient; entropy has one only then.
     """
-    hidden = group_hidden(model, variables, prompt_ids, prompt_lengths, completion_ids)
-    n, c, d = hidden.shape
-    head = head_matrix(model.spec, variables["params"]).astype(hidden.dtype)
-    logps, entropy, _ = head_logprobs(
-        hidden.reshape(n * c, d),
-        head,
-        completion_ids.reshape(n * c),
-        temperature,
-        model.layout,
-        softcap=model.spec.final_softcap,
-        head_trainable=head_trainable,
-        implementation=model.implementation,
-    )
-    return logps.reshape(n, c), entropy.reshape(n, c)
+    rows = padded_rows(prompt_ids, prompt_lengths, completion_ids)
+    logps, _, entropy = row_logprobs(model, variables, rows, truncation, temperature, head_trainable=head_trainable)
+    n, c = completion_ids.shape
 
+    def table(x: Array) -> Array:
+        first, later = x[:, : rows.firsts].reshape(n, 1), x[:, rows.firsts :].reshape(n, c - 1)
+        return jnp.concatenate([first, later], axis=1)
 
-def truncated_completion_logprobs(
-    model: Transformer,
-    variables: Params,
-    prompt_ids: Int[Array, "B P"],
-    prompt_lengths: Int[Array, "B"],
-    completion_ids: Int[Array, "N C"],
-    truncation: Truncation,
-    temperature: float | Float[Array, ""] = 1.0,
-    *,
-    head_trainable: bool = False,
-) -> tuple[Float[Array, "N C"], Float[Array, "N C"], Float[Array, "N C"]]:
-    """Computes log-probabilities under the sampled and the untruncated distribution, and the entropy of the untruncated one.
-
-    Arguments are those of `completion_logprobs`, and `truncation`: what sampling does to the distribution.
-    """
-    hidden = group_hidden(model, variables, prompt_ids, prompt_lengths, completion_ids)
-    return truncated_logprobs(
-        hidden,
-        head_matrix(model.spec, variables["params"]).astype(hidden.dtype),
-        completion_ids,
-        truncation,
-        temperature=temperature,
-        softcap=model.spec.final_softcap,
-        head_trainable=head_trainable,
-        implementation=model.implementation,
-        layout=model.layout,
-    )
+    return table(logps), table(entropy)

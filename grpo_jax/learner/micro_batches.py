@@ -1,100 +1,115 @@
-"""Splits a batch into micro-batches, stacked along a leading axis for `lax.scan`. An update does not depend on the split."""
+"""Runs a function over the micro-batches of a batch, and brings values of entries of packed rows into tables [N, C].
+
+The sums do not depend on how a batch is packed. A micro-batch without anything to compute is skipped.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.runtime.sharding import Layout
-from grpo_jax.types import AnyArray, TrainBatch
+from grpo_jax.types import MicroBatches, PackedRows
 
 
 @struct.dataclass
-class MicroBatches:
-    """A batch as M micro-batches of b prompts and g completions of each, n = b·g rows.
-
-    On a mesh each micro-batch takes the same number of prompts from every row shard, so that no device waits and no prompt moves to
-    another device: of R shards, micro-batch m has each shard's prompts m·b/R to (m + 1)·b/R.
+class MicroBatch:
+    """One micro-batch.
 
     Attributes:
-        prompt_ids, prompt_lengths: [M, b, ...], a prompt repeated for each part of its completions.
-        completion_ids, completion_mask, sampler_logprobs: [M, n, C], the rows of a prompt next to each other.
-        grid: (B/b, G/g, b, g).
+        rows: packed rows.
+        completions: [R, E], the completion of each entry; N for none.
+        places: [N, C], the entry of every token of a completion, counted through the rows; negative, or R·E and more, where the
+            token is not in this micro-batch.
         layout: None is one device.
     """
 
-    prompt_ids: Any
-    prompt_lengths: Any
-    completion_ids: Any
-    completion_mask: Any
-    sampler_logprobs: Any
-    grid: tuple[int, int, int, int] = struct.field(pytree_node=False)
+    rows: PackedRows
+    completions: Int[Array, "R E"]
+    places: Int[Array, "N C"]
     layout: Layout | None = struct.field(pytree_node=False, default=None)
 
-    @staticmethod
-    def of(batch: TrainBatch, micro_batch: tuple[int, int], layout: Layout | None = None) -> MicroBatches:
-        """Splits a batch into micro-batches.
-
-        Args:
-            batch: B prompts with G completions each.
-            micro_batch: (b, g); b divides B, g divides G.
-            layout: None is one device; else its row shards divide b.
-
-        Raises:
-            ValueError: the sizes do not divide.
-        """
-        prompts, generations = batch.rewards.shape
-        b, g = micro_batch
-        shards = 1 if layout is None else layout.rows
-        if prompts % b or generations % g or b % shards:
-            raise ValueError(
-                f"micro-batch of {b} prompts and {g} completions of each does not divide a batch of {prompts} and {generations} "
-                f"on {shards} row shards"
-            )
-        empty = MicroBatches(None, None, None, None, None, (prompts // b, generations // g, b, g), layout)
-        return replace(
-            empty,
-            prompt_ids=empty.prompts(batch.prompt_ids),
-            prompt_lengths=empty.prompts(batch.prompt_lengths),
-            completion_ids=empty.rows(batch.completion_ids),
-            completion_mask=empty.rows(batch.completion_mask),
-            sampler_logprobs=empty.rows(batch.sampler_logprobs),
-        )
+    @property
+    def here(self) -> Bool[Array, "N C"]:
+        """True = the token is in this micro-batch."""
+        return (self.places >= 0) & (self.places < self.completions.size)
 
     @property
-    def count(self) -> int:
-        """M, the number of micro-batches."""
-        return self.grid[0] * self.grid[1]
+    def used(self) -> Bool[Array, "R E"]:
+        """True = the entry is a token."""
+        return self.completions < self.places.shape[0]
 
-    @property
-    def shards(self) -> int:
-        """R, the number of row shards."""
-        return 1 if self.layout is None else self.layout.rows
+    def table(self, values: Float[Array, "R E"]) -> Float[Array, "N C"]:
+        """Values of entries as a table, 0 for tokens that are not here; differentiable."""
+        values = to_table(values, self.places, self.completions, jnp.asarray(self.rows.columns))
+        return values if self.layout is None else self.layout.constrain(values, "rows", None)
 
-    def prompts(self, x: Shaped[AnyArray, "B ..."]) -> Shaped[Array, "M b ..."]:
-        """Splits one entry per prompt: [B, ...] → [M, b, ...], repeated for each part of a prompt's completions."""
-        outer, inner, b, _ = self.grid
-        x = x.reshape(self.shards, outer, b // self.shards, *x.shape[1:])
-        return self.constrain(jnp.repeat(jnp.swapaxes(x, 0, 1).reshape(outer, b, *x.shape[3:]), inner, axis=0))
 
-    def rows(self, x: Shaped[AnyArray, "N ..."]) -> Shaped[Array, "M n ..."]:
-        """Splits one entry per completion: [N, ...] → [M, n, ...]."""
-        outer, inner, b, g = self.grid
-        x = x.reshape(self.shards, outer, b // self.shards, inner, g, *x.shape[1:])
-        x = jnp.moveaxis(x, (1, 3), (0, 1))
-        return self.constrain(x.reshape(outer * inner, b * g, *x.shape[5:]))
+@jax.custom_vjp
+def to_table(
+    values: Float[Array, "R E"], places: Int[Array, "N C"], completions: Int[Array, "R E"], columns: Int[Array, "R E"]
+) -> Float[Array, "N C"]:
+    """values[places], 0 where there is no such entry. Entries and tokens correspond one to one, so the gradient is a gather too."""
+    here = (places >= 0) & (places < values.size)
+    return jnp.where(here, values.reshape(-1)[jnp.where(here, places, 0)], jnp.zeros((), values.dtype))
 
-    def join(self, x: Shaped[Array, "M n ..."]) -> Shaped[Array, "N ..."]:
-        """Joins what `rows` has split: [M, n, ...] → [N, ...]."""
-        outer, inner, b, g = self.grid
-        x = x.reshape(outer, inner, self.shards, b // self.shards, g, *x.shape[2:])
-        x = jnp.moveaxis(x, (0, 1), (1, 3))
-        return x.reshape(outer * inner * b * g, *x.shape[5:])
 
-    def constrain(self, x: Array) -> Array:
-        """Shards the rows of every micro-batch over all row shards."""
-        return x if self.layout is None else self.layout.constrain(x, None, "rows", *(None,) * (x.ndim - 2))
+def to_table_forward(values: Array, places: Array, completions: Array, columns: Array) -> tuple[Array, Any]:
+    """`to_table`, and what its backward pass needs."""
+    return to_table(values, places, completions, columns), (places, completions, columns)
+
+
+def to_table_backward(residuals: Any, d_table: Array) -> tuple[Any, ...]:
+    """The gradient of the entries' values."""
+    places, completions, columns = residuals
+    used = completions < places.shape[0]
+    own = d_table[jnp.where(used, completions, 0), jnp.where(used, columns, 0)]
+    none = (np.zeros(x.shape, jax.dtypes.float0) for x in residuals)
+    return jnp.where(used, own, jnp.zeros((), own.dtype)), *none
+
+
+to_table.defvjp(to_table_forward, to_table_backward)
+
+
+def scan_micro_batches(
+    batches: tuple[MicroBatches, ...],
+    function: Callable[[Any, MicroBatch], tuple[Any, Any]],
+    carry: Any,
+    used: Callable[[MicroBatch], Bool[Array, ""]],
+    layout: Layout | None,
+) -> tuple[Any, Any]:
+    """Applies a function to one micro-batch after the other, and adds up its outputs.
+
+    Args:
+        function: carry and micro-batch to the next carry, and outputs (a tree of arrays).
+        used: whether a micro-batch is computed; one that is not leaves the carry as it is and has outputs of 0.
+
+    Returns:
+        The last carry, and the outputs, stacked along a leading axis.
+    """
+    stacks = []
+    compute = jax.jit(function, inline=True)  # traced once for its outputs' shapes and for its program
+    for batch in batches:
+        count = batch.completions.shape[0]
+
+        def one(carry: Any, part: tuple[PackedRows, Array, Array], batch: MicroBatches = batch) -> tuple[Any, Any]:
+            rows, completions, number = part
+            micro_batch = MicroBatch(rows, completions, jnp.asarray(batch.places) - number * completions.size, layout)
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, carry, micro_batch)[1])
+            return jax.lax.cond(used(micro_batch), compute, lambda carry, _: (carry, nothing), carry, micro_batch)
+
+        parts = (jax.tree.map(jnp.asarray, batch.rows), jnp.asarray(batch.completions), jnp.arange(count, dtype=jnp.int32))
+        carry, outputs = jax.lax.scan(one, carry, parts)
+        stacks.append(outputs)
+    return carry, jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)
+
+
+def any_token(micro_batch: MicroBatch) -> Bool[Array, ""]:
+    """Whether a micro-batch has any token to compute."""
+    return jnp.any(micro_batch.used)

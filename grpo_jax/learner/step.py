@@ -1,17 +1,17 @@
 """The GRPO update: pure, jitted by the trainer with the state donated.
 
-The batch is split into micro-batches of b prompts and g of their completions; `lax.scan` sums their gradients. The weights of the
-tokens, and with them every denominator, come from the whole batch, so the result does not depend on the split.
+The batch is packed into micro-batches of rows (`packing.py`); `lax.scan` sums their gradients. The weights of the tokens, and with
+them every denominator, come from the whole batch, so the result does not depend on the packing.
 
-- With β = 0 no reference is computed, and a group whose advantages are all 0 does not change `grpo_loss`. Such groups are sorted
-  last, and a micro-batch that has only such groups is skipped. The loss's denominators still count their tokens; means of metrics
-  (entropy, clipping, the difference to the sampler) do not. With a user's loss nothing is skipped.
+- Completions without a trained token are in no row, and micro-batches without tokens are not computed.
+- With β = 0 no reference is computed, and a group whose advantages are all 0 does not change `grpo_loss`. A micro-batch that has
+  only such groups is skipped; they are packed last. The loss's denominators still count their tokens; means of metrics (entropy,
+  clipping, the difference to the sampler) do not. With a user's loss nothing is skipped.
 - With one update a batch the old log-probabilities are the new ones without gradient and cost no forward pass. With several
   updates those of the first update are the old log-probabilities of all.
 - Sampling that truncates the distribution or bans tokens: the policy's log-probabilities are those of the truncated distribution.
   The KL term and the reference use the untruncated one (`loss.py` says why).
-- On a mesh (`Transformer.layout`) each device has its share of the prompts, with whole groups; sums over the batch are over all
-  devices.
+- On a mesh (`Transformer.layout`) each device has its share of the rows; sums over the batch are over all devices.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from jaxtyping import Array, Bool, Float
 from grpo_jax.config import Config, ObjectiveConfig
 from grpo_jax.learner.advantages import group_advantages
 from grpo_jax.learner.custom_loss import LossFunction, custom_loss, finish_custom_stats
-from grpo_jax.learner.logprobs import completion_logprobs, truncated_completion_logprobs
+from grpo_jax.learner.logprobs import row_logprobs
 from grpo_jax.learner.loss import Stats, finish_stats, kl_per_token, kl_reward_penalty, token_weights, total_stats, weighted_loss
 from grpo_jax.learner.metrics import PackedMetrics, batch_metrics, pack
-from grpo_jax.learner.micro_batches import MicroBatches
+from grpo_jax.learner.micro_batches import MicroBatch, any_token, scan_micro_batches
 from grpo_jax.learner.optim import learning_rate_at, make_optimizer
 from grpo_jax.learner.truncated import Truncation
 from grpo_jax.models.transformer import Transformer
@@ -53,7 +53,6 @@ class Learner:
         full: every weight is trained, and there are no adapters.
         temperature: of sampling; divides the logits in all log-probabilities.
         max_completion_length: `dr_grpo`'s constant.
-        micro_batch: (prompts, completions of each) whose gradient is computed at once.
         truncation: what sampling does to the distribution; None where it does nothing.
         loss_fn: a user's loss; None is `grpo_loss`.
     """
@@ -65,7 +64,6 @@ class Learner:
     full: bool
     temperature: float
     max_completion_length: int
-    micro_batch: tuple[int, int]
     truncation: Truncation | None = None
     loss_fn: LossFunction | None = None
 
@@ -75,7 +73,6 @@ class Learner:
         model: Transformer,
         *,
         full: bool,
-        micro_batch: tuple[int, int],
         updates: int,
         stop_ids: tuple[int, ...],
         optimizer: optax.GradientTransformation | None = None,
@@ -98,7 +95,6 @@ class Learner:
             full=full,
             temperature=config.rollout.temperature,
             max_completion_length=config.rollout.max_completion_length,
-            micro_batch=micro_batch,
             truncation=Truncation.of(config.rollout, stop_ids) if config.objective.match_sampling else None,
             loss_fn=loss_fn,
         )
@@ -141,20 +137,17 @@ class Learner:
 
         return layout.tree(replace(tree, opt_state=jax.tree.map(sharded_shape, tree.opt_state)), table)
 
-    def kl_sums(
-        self, trainable: Params, token_ids: tuple[Array, Array, Array], mask: Bool[Array, "N C"], frozen: Frozen
-    ) -> Float[Array, "2"]:
-        """Sums k3 from the reference over the tokens of some completions, one of each prompt, and counts the tokens.
+    def kl_sums(self, trainable: Params, batch: TrainBatch, frozen: Frozen) -> Float[Array, "2"]:
+        """Sums k3 from the reference over the tokens of a batch, and counts the tokens."""
+        _, logps = self.fixed_logprobs(self.policy_variables(trainable, frozen), batch, None)
+        _, ref_logps = self.fixed_logprobs(self.reference_variables(frozen), batch, None)
+        k3 = jnp.where(batch.completion_mask, kl_per_token(logps, ref_logps, "k3"), jnp.float32(0))
+        return jnp.stack([jnp.sum(k3), jnp.sum(batch.completion_mask.astype(jnp.float32))])
 
-        Args:
-            token_ids: prompts [N, P], their lengths [N], completions [N, C].
-            mask: True = there is a token.
-        """
-        options: Any = {"temperature": self.temperature}
-        logps, _ = completion_logprobs(self.model, self.policy_variables(trainable, frozen), *token_ids, **options)
-        ref_logps, _ = completion_logprobs(self.model, self.reference_variables(frozen), *token_ids, **options)
-        k3 = jnp.where(mask, kl_per_token(logps, ref_logps, "k3"), jnp.float32(0))
-        return jnp.stack([jnp.sum(k3), jnp.sum(mask.astype(jnp.float32))])
+    @property
+    def skips(self) -> bool:
+        """Whether groups without an advantage change nothing, so that they are not computed."""
+        return not self.objective.needs_reference and self.loss_fn is None
 
     def placed(self, tree: Any) -> Any:
         """Inside jit: constrains weights, adapters, or a state of them to their shardings."""
@@ -173,43 +166,41 @@ class Learner:
     def train_step(self, state: TrainState, batch: TrainBatch, frozen: Frozen) -> tuple[TrainState, PackedMetrics]:
         """Makes `objective.num_iterations` updates on one batch. Jit it with the state donated."""
         objective, rewards = self.objective, batch.rewards
-        split = MicroBatches.of(batch, self.micro_batch, self.model.layout)
-        ref_logps = old_logps = used = None
+        ref_logps = old_logps = None
         if objective.needs_reference:
             with jax.named_scope("reference"):
-                ref_logps = self.fixed_logprobs(self.reference_variables(frozen), split, None)[0]
+                ref_logps = self.fixed_logprobs(self.reference_variables(frozen), batch, None)[0]
         if objective.kl_in_reward and ref_logps is not None:
-            rewards, old_logps = self.subtract_kl(batch, split, ref_logps, self.policy_variables(state.trainable, frozen))
+            rewards, old_logps = self.subtract_kl(batch, ref_logps, self.policy_variables(state.trainable, frozen))
         advantages = self.advantages(rewards, batch.valid)
-        ordered, ordered_advantages = batch, advantages
-        if not objective.needs_reference and self.loss_fn is None:
-            ordered, ordered_advantages = self.sorted(batch, advantages)
-            split, used = self.without_unused(ordered, ordered_advantages)
-        weights = token_weights(ordered.completion_mask, objective, self.max_completion_length)
+        mask, per_row = batch.completion_mask, advantages.reshape(-1)
+        if self.skips:
+            counts = jnp.repeat(jnp.any(advantages != 0, axis=1), advantages.shape[1])
+            mask = mask & counts[:, None]
         known = {
             "ref_logps": ref_logps,
-            "advantages": split.rows(ordered_advantages.reshape(-1)),
-            "weights": split.rows(weights),
-            "used": used,
+            "advantages": per_row,
+            "weights": token_weights(batch.completion_mask, objective, self.max_completion_length),
+            "completion_mask": mask,
+            "sampler_logps": batch.sampler_logprobs,
         }
         if objective.num_iterations == 1:
-            state, _, metrics = self.update(state, split, known | {"old_logps": old_logps}, frozen)
+            state, _, metrics = self.update(state, batch, known | {"old_logps": old_logps}, frozen)
         else:
-            state, metrics = self.iterate(state, split, known, old_logps, frozen)
+            state, metrics = self.iterate(state, batch, known, old_logps, frozen)
         return self.placed(state), pack(batch_metrics(batch, advantages) | metrics, advantages, self.model.layout)
 
     def subtract_kl(
-        self, batch: TrainBatch, split: MicroBatches, ref_logps: Float[Array, "M n C"], variables: Params
-    ) -> tuple[Float[Array, "B G"], Float[Array, "M n C"]]:
+        self, batch: TrainBatch, ref_logps: Float[Array, "N C"], variables: Params
+    ) -> tuple[Float[Array, "B G"], Float[Array, "N C"]]:
         """Returns rewards minus β · KL, and the policy's log-probabilities (`objective.kl_in_reward`)."""
-        logps, untruncated = self.fixed_logprobs(variables, split, self.truncation)
-        own = split.join(logps if untruncated is None else untruncated)
+        logps, untruncated = self.fixed_logprobs(variables, batch, self.truncation)
         # Also tokens of completions that hit the length limit and are masked out of the loss (mask_truncated): their rewards
         # still enter the group's mean.
         sampled = batch.completion_mask
         if batch.completion_lengths is not None:
-            sampled = jnp.arange(own.shape[1], dtype=jnp.int32)[None, :] < batch.completion_lengths[:, None]
-        penalty = kl_reward_penalty(own, split.join(ref_logps), sampled)
+            sampled = jnp.arange(logps.shape[1], dtype=jnp.int32)[None, :] < batch.completion_lengths[:, None]
+        penalty = kl_reward_penalty(untruncated, ref_logps, sampled)
         return batch.rewards - jnp.float32(self.objective.beta) * penalty.reshape(batch.rewards.shape), logps
 
     def advantages(self, rewards: Float[AnyArray, "B G"], valid: Bool[AnyArray, "B G"]) -> Float[Array, "B G"]:
@@ -228,68 +219,54 @@ class Learner:
 
         return local_prompts(per_shard, layout)(rewards, valid)
 
-    def sorted(self, batch: TrainBatch, advantages: Float[Array, "B G"]) -> tuple[TrainBatch, Float[Array, "B G"]]:
-        """The batch and its advantages with the groups without advantage last; on a mesh among the prompts of each row shard."""
-
-        def sort(batch: TrainBatch, advantages: Array) -> tuple[TrainBatch, Array]:
-            order = jnp.argsort(~jnp.any(advantages != 0, axis=1))
-            return batch.reorder_prompts(order), advantages[order]
-
-        return local_prompts(sort, self.model.layout)(batch, advantages)
-
-    def without_unused(self, batch: TrainBatch, advantages: Float[Array, "B G"]) -> tuple[MicroBatches, Bool[Array, "M"]]:
-        """Micro-batches with tokens of groups without advantage masked, and whether a micro-batch has any other tokens."""
-        split = MicroBatches.of(batch, self.micro_batch, self.model.layout)
-        rows = split.rows(jnp.repeat(jnp.any(advantages != 0, axis=1), advantages.shape[1]))
-        return replace(split, completion_mask=split.completion_mask & rows[:, :, None]), jnp.any(rows, axis=1)
-
     def iterate(
-        self, state: TrainState, split: MicroBatches, known: dict[str, Any], old_logps: Array | None, frozen: Frozen
+        self, state: TrainState, batch: TrainBatch, known: dict[str, Any], old_logps: Array | None, frozen: Frozen
     ) -> tuple[TrainState, dict[str, Array]]:
         """Makes several updates on one batch. Log-probabilities of the first update are the old log-probabilities of all.
 
         The metrics are those of the last update.
         """
-        start = jnp.zeros(split.completion_ids.shape, jnp.float32) if old_logps is None else old_logps
+        start = jnp.zeros(batch.completion_mask.shape, jnp.float32) if old_logps is None else old_logps
 
         def body(carry: tuple[TrainState, Array], number: Array) -> tuple[tuple[TrainState, Array], dict[str, Array]]:
             state, old = carry
-            first = jnp.broadcast_to((number == 0) & (old_logps is None), (split.count,))
-            state, logps, metrics = self.update(state, split, known | {"old_logps": old, "first": first}, frozen)
-            return (state, jnp.where(first[0], logps, old)), metrics
+            first = (number == 0) & (old_logps is None)
+            state, logps, metrics = self.update(state, batch, known | {"old_logps": old, "first": first}, frozen)
+            return (state, jnp.where(first, logps, old)), metrics
 
         numbers = jnp.arange(self.objective.num_iterations, dtype=jnp.int32)
         (state, _), metrics = jax.lax.scan(body, (state, start), numbers)
         return state, {name: values[-1] for name, values in metrics.items()}
 
     def logprobs(
-        self, variables: Params, rows: tuple[Array, Array, Array], truncation: Truncation | None, head_trainable: bool
-    ) -> tuple[Float[Array, "n C"], Float[Array, "n C"] | None, Float[Array, "n C"]]:
-        """Computes log-probabilities of completions and the entropy of the full distribution.
+        self, variables: Params, part: MicroBatch, truncation: Truncation | None, head_trainable: bool
+    ) -> tuple[Float[Array, "N C"], Float[Array, "N C"] | None, Float[Array, "N C"]]:
+        """Computes log-probabilities of the completions in a micro-batch and the entropy of the full distribution.
 
         Args:
-            rows: prompts [b, P], their lengths [b], completions [n, C].
             truncation: what sampling does to the distribution; None: nothing.
 
         Returns:
-            Log-probabilities under the truncated distribution; under the full one (None: the same); the entropy.
+            Log-probabilities under the truncated distribution; under the full one (None: the same); the entropy. Each is 0 for
+            tokens that are not in the micro-batch.
         """
-        if truncation is None:
-            logps, entropy = completion_logprobs(self.model, variables, *rows, self.temperature, head_trainable=head_trainable)
-            return logps, None, entropy
-        return truncated_completion_logprobs(
-            self.model, variables, *rows, truncation, self.temperature, head_trainable=head_trainable
+        logps, untruncated, entropy = row_logprobs(
+            self.model, variables, part.rows, truncation, self.temperature, used=part.used, head_trainable=head_trainable
         )
+        return part.table(logps), None if untruncated is None else part.table(untruncated), part.table(entropy)
 
     def fixed_logprobs(
-        self, variables: Params, split: MicroBatches, truncation: Truncation | None
-    ) -> tuple[Float[Array, "M n C"], Float[Array, "M n C"] | None]:
-        """Log-probabilities under the truncated and the full distribution (None: the same), without gradient."""
+        self, variables: Params, batch: TrainBatch, truncation: Truncation | None
+    ) -> tuple[Float[Array, "N C"], Float[Array, "N C"]]:
+        """Log-probabilities under the truncated and the full distribution, without gradient."""
 
-        def one(rows: tuple[Array, Array, Array]) -> tuple[Array, Array | None]:
-            return self.logprobs(variables, rows, truncation, head_trainable=False)[:2]
+        def add(tables: tuple[Array, Array], part: MicroBatch) -> tuple[tuple[Array, Array], None]:
+            logps, untruncated, _ = self.logprobs(variables, part, truncation, head_trainable=False)
+            return (tables[0] + logps, tables[1] + (logps if untruncated is None else untruncated)), None
 
-        return jax.lax.stop_gradient(jax.lax.map(one, (split.prompt_ids, split.prompt_lengths, split.completion_ids)))
+        zero = jnp.zeros(batch.completion_mask.shape, jnp.float32)
+        tables, _ = scan_micro_batches(batch.micro_batches, add, (zero, zero), any_token, self.model.layout)
+        return jax.lax.stop_gradient(tables)
 
     def loss(self, tokens: dict[str, Array | None]) -> tuple[Float[Array, ""], Stats]:
         """The loss of some rows and the sums for their metrics; on a mesh, summed over the devices' rows.
@@ -317,48 +294,38 @@ class Learner:
         return layout.local(local, (layout.spec("rows"),), layout.spec())(tokens)
 
     def update(
-        self, state: TrainState, split: MicroBatches, known: dict[str, Any], frozen: Frozen
-    ) -> tuple[TrainState, Float[Array, "M n C"], dict[str, Array]]:
-        """Makes one optimiser update; also returns the log-probabilities that it was computed from."""
+        self, state: TrainState, batch: TrainBatch, known: dict[str, Any], frozen: Frozen
+    ) -> tuple[TrainState, Float[Array, "N C"], dict[str, Array]]:
+        """Makes one optimiser update; also returns the log-probabilities that it was computed from.
 
-        def loss_of(trainable: Params, part: tuple[MicroBatches, dict[str, Any]]) -> tuple[Array, tuple[Array, dict[str, Array]]]:
-            rows, given = part
-            token_ids = (rows.prompt_ids, rows.prompt_lengths, rows.completion_ids)
+        Args:
+            known: `weighted_loss`'s arrays by argument name, of the whole batch; and `first`, whether this is the first of several
+                updates.
+        """
+        def loss_of(trainable: Params, part: MicroBatch) -> tuple[Array, tuple[Array, dict[str, Array]]]:
             logps, untruncated, entropy = self.logprobs(
-                self.policy_variables(trainable, frozen), token_ids, self.truncation, head_trainable=self.full
+                self.policy_variables(trainable, frozen), part, self.truncation, head_trainable=self.full
             )
-            old = given["old_logps"]
-            if "first" in given:
-                old = jnp.where(given["first"], jax.lax.stop_gradient(logps), old)
-            tokens = {
-                "logps": logps,
-                "old_logps": old,
-                "ref_logps": given["ref_logps"],
-                "advantages": given["advantages"],
-                "completion_mask": rows.completion_mask,
-                "weights": given["weights"],
-                "sampler_logps": rows.sampler_logprobs,
-                "whole_logps": untruncated,
-            }
+            tokens = {name: value for name, value in known.items() if name != "first"}
+            if "first" in known:
+                tokens["old_logps"] = jnp.where(known["first"], jax.lax.stop_gradient(logps), known["old_logps"])
+            mask = known["completion_mask"] & part.here
+            tokens |= {"logps": logps, "whole_logps": untruncated, "completion_mask": mask}
             loss, stats = self.loss(tokens)
-            stats["entropy"] = jnp.sum(jnp.where(rows.completion_mask, jax.lax.stop_gradient(entropy), jnp.float32(0)))
+            stats["entropy"] = jnp.sum(jnp.where(mask, jax.lax.stop_gradient(entropy), jnp.float32(0)))
             stats["loss"] = jax.lax.stop_gradient(loss)
             return loss, (logps, stats)
 
-        def accumulate(
-            gradient: Params, part: tuple[MicroBatches, dict[str, Any]]
-        ) -> tuple[Params, tuple[Array, dict[str, Array]]]:
-            def computed() -> tuple[Params, tuple[Array, dict[str, Array]]]:
-                new, (logps, stats) = jax.grad(loss_of, has_aux=True)(state.trainable, part)
-                return self.placed(jax.tree.map(jnp.add, gradient, new)), (logps, stats)
+        def accumulate(carry: tuple[Params, Array], part: MicroBatch) -> tuple[tuple[Params, Array], dict[str, Array]]:
+            new, (logps, stats) = jax.grad(loss_of, has_aux=True)(state.trainable, part)
+            gradient, table = carry
+            return (self.placed(jax.tree.map(jnp.add, gradient, new)), table + jax.lax.stop_gradient(logps)), stats
 
-            if part[1]["used"] is None:
-                return computed()
-            blank = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(computed)[1])
-            return jax.lax.cond(part[1]["used"], computed, lambda: (gradient, blank))
+        def used(part: MicroBatch) -> Array:
+            return jnp.any(known["completion_mask"] & part.here) if self.skips else any_token(part)
 
-        zero = jax.tree.map(jnp.zeros_like, state.trainable)
-        gradient, (logps, stacked) = jax.lax.scan(accumulate, zero, (split, known))
+        zero = jax.tree.map(jnp.zeros_like, state.trainable), jnp.zeros(batch.completion_mask.shape, jnp.float32)
+        (gradient, logps), stacked = scan_micro_batches(batch.micro_batches, accumulate, zero, used, self.model.layout)
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.trainable)
         sums = total_stats(stacked)
         metrics = (finish_stats(sums) if self.loss_fn is None else finish_custom_stats(sums)) | {
@@ -368,8 +335,7 @@ class Learner:
         }
         metrics |= self.rate_metrics(state)
         trainable: Any = optax.apply_updates(state.trainable, updates)
-        state = TrainState(state.step + 1, trainable, opt_state)
-        return state, jax.lax.stop_gradient(logps), metrics
+        return TrainState(state.step + 1, trainable, opt_state), logps, metrics
 
 
 def local_prompts(function: Callable[..., Any], layout: Layout | None) -> Callable[..., Any]:

@@ -8,36 +8,30 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpo_jax.learner.logprobs import completion_logprobs
+from grpo_jax.learner.logprobs import row_logprobs
 from grpo_jax.learner.metrics import PackedMetrics, pack
-from grpo_jax.learner.micro_batches import MicroBatches
+from grpo_jax.learner.micro_batches import MicroBatch, any_token, scan_micro_batches
 from grpo_jax.learner.step import Learner
 from grpo_jax.types import Frozen, Params, TrainBatch, TrainState
 
 
 def supervised_step(learner: Learner, state: TrainState, batch: TrainBatch, frozen: Frozen) -> tuple[TrainState, PackedMetrics]:
     """Makes one update on a batch of rows. The mean is over all completion tokens of the batch, whatever the micro-batches."""
-    micro_batches = MicroBatches.of(batch, learner.micro_batch, learner.model.layout)
     tokens = jnp.maximum(jnp.sum(batch.completion_mask), 1).astype(jnp.float32)
 
-    def loss_of(trainable: Params, rows: MicroBatches) -> tuple[jax.Array, jax.Array]:
-        logps, entropy = completion_logprobs(
-            learner.model,
-            learner.policy_variables(trainable, frozen),
-            rows.prompt_ids,
-            rows.prompt_lengths,
-            rows.completion_ids,
-            head_trainable=learner.full,
-        )
+    def loss_of(trainable: Params, part: MicroBatch) -> tuple[jax.Array, jax.Array]:
+        variables = learner.policy_variables(trainable, frozen)
+        logps, _, entropy = row_logprobs(learner.model, variables, part.rows, used=part.used, head_trainable=learner.full)
         zero = jnp.float32(0)
-        loss = -jnp.sum(jnp.where(rows.completion_mask, logps, zero)) / tokens
-        return loss, jnp.sum(jnp.where(rows.completion_mask, entropy, zero)) / tokens
+        loss = -jnp.sum(jnp.where(part.used, logps, zero)) / tokens
+        return loss, jnp.sum(jnp.where(part.used, entropy, zero)) / tokens
 
-    def accumulate(gradient: Params, rows: MicroBatches) -> tuple[Params, tuple[jax.Array, jax.Array]]:
-        (loss, entropy), new = jax.value_and_grad(loss_of, has_aux=True)(state.trainable, rows)
+    def accumulate(gradient: Params, part: MicroBatch) -> tuple[Params, tuple[jax.Array, jax.Array]]:
+        (loss, entropy), new = jax.value_and_grad(loss_of, has_aux=True)(state.trainable, part)
         return learner.placed(jax.tree.map(jnp.add, gradient, new)), (loss, entropy)
 
-    gradient, (losses, entropies) = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.trainable), micro_batches)
+    zero = jax.tree.map(jnp.zeros_like, state.trainable)
+    gradient, (losses, entropies) = scan_micro_batches(batch.micro_batches, accumulate, zero, any_token, learner.model.layout)
     updates, opt_state = learner.optimizer.update(gradient, state.opt_state, state.trainable)
     metrics = {
         "loss": jnp.sum(losses),

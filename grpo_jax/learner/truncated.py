@@ -88,9 +88,10 @@ class Truncation:
 
 
 def truncated_logprobs(
-    hidden: Float[Array, "N C D"],
+    hidden: Float[Array, "T D"],
     head: Float[Array, "V D"],
-    ids: Int[Array, "N C"],
+    ids: Int[Array, "T"],
+    columns: Int[Array, "T"],
     truncation: Truncation,
     *,
     temperature: float | Float[Array, ""] = 1.0,
@@ -98,16 +99,17 @@ def truncated_logprobs(
     head_trainable: bool = False,
     implementation: str | None = None,
     layout: Layout | None = None,
-) -> tuple[Float[Array, "N C"], Float[Array, "N C"], Float[Array, "N C"]]:
+) -> tuple[Float[Array, "T"], Float[Array, "T"], Float[Array, "T"]]:
     """Computes log-probabilities of tokens under the truncated and the untruncated distribution, and the latter's entropy.
 
     A ban of stop tokens alone uses `head_logprob` and corrects its result. Truncation by probability computes the logits again in
     the backward pass.
 
     Args:
-        hidden: the state that predicts each token; column t is position t of the completion.
+        hidden: the state that predicts each token.
         head: one row per vocabulary entry, in the dtype of `hidden`.
-        ids: the completion tokens.
+        ids: the tokens.
+        columns: index of each token in its completion.
         truncation: how sampling changes the distribution.
         temperature: divides the (capped) logits.
         softcap: c in c·tanh(logit / c); None is off.
@@ -119,40 +121,27 @@ def truncated_logprobs(
     Returns:
         float32 nats. The entropy has no gradient.
     """
-    n, c, d = hidden.shape
     stop_ids = tuple(s for s in truncation.stop_ids if s < head.shape[0])  # a tokenizer may have more tokens than the head
-    early = min(truncation.min_length, c) if stop_ids else 0
     if not head_trainable:
         head = jax.lax.stop_gradient(head)
     temperature = jnp.asarray(temperature, jnp.float32)
     options: dict[str, Any] = {"softcap": softcap, "head_trainable": head_trainable, "implementation": implementation}
+    banned = columns < (truncation.min_length if stop_ids else 0)
 
-    def flat(columns: slice) -> tuple[Array, Array, Array]:
-        return hidden[:, columns].reshape(-1, d), head, ids[:, columns].reshape(-1)
+    def truncated(x: Array, w: Array, ids: Array, banned: Array, temperature: Array) -> Outputs:
+        return truncated_head(x, w, ids, banned, stop_ids, truncation.thresholds, temperature=temperature, softcap=softcap)
 
-    def rows(outputs: Outputs) -> Outputs:
-        logps, untruncated, entropy = (x.reshape(n, -1) for x in outputs)
-        return logps, untruncated, jax.lax.stop_gradient(entropy)
+    def banning(x: Array, w: Array, ids: Array, banned: Array, temperature: Array) -> Outputs:
+        logps, untruncated, entropy = banned_head(x, w, ids, stop_ids, temperature=temperature, **options)
+        return jnp.where(banned, logps, untruncated), untruncated, entropy
 
-    if truncation.truncates:
-        banned = jnp.broadcast_to(jnp.arange(c, dtype=jnp.int32)[None, :] < early, (n, c)).reshape(-1)
-
-        def truncated(x: Array, w: Array, ids: Array, banned: Array, temperature: Array) -> Outputs:
-            return truncated_head(x, w, ids, banned, stop_ids, truncation.thresholds, temperature=temperature, softcap=softcap)
-
-        return rows(with_full_head(truncated, layout, *flat(slice(None)), banned, scalars=(temperature,)))
-    parts = []
-    if early > 0:
-
-        def banning(x: Array, w: Array, ids: Array, temperature: Array) -> Outputs:
-            return banned_head(x, w, ids, stop_ids, temperature=temperature, **options)
-
-        parts.append(rows(with_full_head(banning, layout, *flat(slice(0, early)), scalars=(temperature,))))
-    if early < c:
-        logps, entropy, _ = head_logprobs(*flat(slice(early, c)), temperature, layout, **options)
-        parts.append(rows((logps, logps, entropy)))
-    logps, untruncated, entropy = (jnp.concatenate(columns, axis=1) for columns in zip(*parts, strict=True))
-    return logps, untruncated, entropy
+    if truncation.truncates or stop_ids:
+        function = truncated if truncation.truncates else banning
+        logps, untruncated, entropy = with_full_head(function, layout, hidden, head, ids, banned, scalars=(temperature,))
+    else:
+        logps, entropy, _ = head_logprobs(hidden, head, ids, temperature, layout, **options)
+        untruncated = logps
+    return logps, untruncated, jax.lax.stop_gradient(entropy)
 
 
 def head_logits(
@@ -246,7 +235,7 @@ def banned_head(
     same, so that is at most half of the sum, and no precision is lost. (Where stops are the larger part of the vocabulary, rows are
     copied more than once.) log p and its entropy follow by adding the stops.
 
-    Where the token itself is a stop, as padding may be, the result is finite and has no meaning. Sampling never draws such a token.
+    Where the token itself is a stop, log p̃ is finite and has no meaning: sampling never draws such a token where stops are banned.
 
     Raises:
         ValueError: every token is a stop id.
@@ -272,4 +261,7 @@ def banned_head(
     mean_of_stops = jnp.sum(jax.nn.softmax(of_stops, axis=-1) * of_stops, axis=-1)
     share = jax.nn.sigmoid(odds)
     untruncated_lse = lse + jnp.log(rest) + jax.nn.softplus(odds)
-    return logps, logps - jax.nn.softplus(odds), untruncated_lse - (1 - share) * mean - share * mean_of_stops
+    is_stop = ids[:, None] == jnp.asarray(stops)[None, :]
+    of_stop = jnp.sum(jnp.where(is_stop, of_stops, 0), axis=-1) - untruncated_lse
+    untruncated = jnp.where(jnp.any(is_stop, axis=-1), of_stop, logps - jax.nn.softplus(odds))
+    return logps, untruncated, untruncated_lse - (1 - share) * mean - share * mean_of_stops

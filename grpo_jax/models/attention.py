@@ -1,92 +1,149 @@
-"""Attention masks of training and prefill: which keys a query sees. Decoding's attention is in `rollout/kv_cache.py`.
+"""Attention of training and prefill: which keys a query sees. Decoding's attention is in `rollout/kv_cache.py`.
 
-A query sees keys of its own text at or before its position; in a layer with window w, fewer than w positions back. Softmax is
-float32; the soft cap is applied before the mask. `grpo_kernels.ops.group_attention` computes it.
-
-The tokens of prompt b are [P | C_1 ... C_G], T = P + G·C. A completion sees the prompt and itself, so the prompt is computed once
-(PrefixGrouper, https://arxiv.org/abs/2506.05433).
+A query sees the keys of its prompt, and of its own sequence at or before its position; in a layer with window w, fewer than w
+positions back. Softmax is float32; the soft cap is applied before the mask. `grpo_kernels.ops.group_attention` computes it. A
+prompt stands once before its completions (PrefixGrouper, https://arxiv.org/abs/2506.05433).
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.layers import Attend, SelectTokens
-from grpo_jax.models.spec import ModelSpec
-from grpo_jax.runtime.sharding import Layout
-from grpo_kernels import group_attention
+from grpo_jax.models.transformer import NO_WINDOW, Transformer
+from grpo_jax.types import PackedRows
+from grpo_kernels import AttentionPlan, KeyRanges, Limits, group_attention, plan_attention, prompt_ranges
+
+
+def plans_of(model: Transformer, ranges: KeyRanges, limits: Limits, keys: int) -> dict[int, AttentionPlan]:
+    """Plans attention once for each window that the model's layers have; on a mesh each device plans its own rows."""
+    spec, layout = model.spec, model.layout
+    heads = spec.kv_heads // (1 if layout is None else layout.tensor)
+
+    def plan(ranges: KeyRanges, window: int) -> AttentionPlan:
+        return plan_attention(
+            ranges,
+            limits,
+            keys=keys,
+            kv_heads=heads,
+            heads_of_key=spec.heads // spec.kv_heads,
+            window=window,
+            implementation=model.implementation,
+        )
+
+    windows = {NO_WINDOW if window is None else window for window in spec.windows}
+    if layout is None:
+        return {window: plan(ranges, window) for window in windows}
+    rows = layout.spec("rows")
+    return {window: layout.local(functools.partial(plan, window=window), (rows,), rows)(ranges) for window in windows}
 
 
 def group_attend(
-    spec: ModelSpec,
-    prompt_lengths: Int[Array, "B"],
-    prompt_width: int,
-    generations: int,
-    implementation: str | None = None,
-    layout: Layout | None = None,
+    model: Transformer, ranges: KeyRanges, limits: Limits, selected: Int[Array, "B W"] | None = None
 ) -> Attend:
-    """Makes the attention function of training, over [P | C_1 ... C_G].
-
-    The queries may be those of `select_predicting_tokens` alone, as in the last layer.
+    """Makes the attention function of training, over packed rows, or of prefill.
 
     Args:
-        prompt_lengths: number of tokens of each prompt; the rest of P is padding.
-        prompt_width: P.
-        generations: G; 0 runs prompts alone.
-        implementation: of `group_attention`.
-        layout: None is one device; on a mesh, prompts and heads are sharded.
+        ranges: [B, T], the keys that each token sees.
+        limits: what every row keeps to.
+        selected: tokens whose queries alone may be asked, as in the last layer of an unrolled model; None is all tokens.
     """
+    spec, layout, keys = model.spec, model.layout, ranges.own_end.shape[1]
+    by_queries = {keys: plans_of(model, ranges, limits, keys)}
+    if selected is not None and model.unrolled:
+        of_selected = KeyRanges(*(jnp.take_along_axis(jnp.asarray(x), selected, axis=1) for x in ranges))
+        by_queries = {selected.shape[1]: plans_of(model, of_selected, limits, keys)} | by_queries
 
-    def mix(q: Array, k: Array, v: Array, lengths: Array, window: Array) -> Array:
-        return group_attention(
-            q,
-            k,
-            v,
-            lengths,
-            prompt_width=prompt_width,
-            generations=generations,
-            window=window,
-            softcap=spec.attention_softcap,
-            implementation=implementation,
-        )
+    def mix(q: Array, k: Array, v: Array, plan: AttentionPlan) -> Array:
+        return group_attention(q, k, v, plan, softcap=spec.attention_softcap)
 
     def attend(q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any) -> tuple[Array, Any, Any]:
-        arguments = (q, k, v, prompt_lengths, jnp.asarray(window, jnp.int32))
+        plan = of_window(by_queries[q.shape[1]], window)
         if layout is None:
-            return mix(*arguments), cache, None
-        queries, keys = layout.spec("prompts", None, "kv_heads", None, None), layout.spec("prompts", None, "kv_heads", None)
-        inputs = (queries, keys, keys, layout.spec("prompts"), layout.spec())
-        return layout.local(mix, inputs, queries)(*arguments), cache, None
+            return mix(q, k, v, plan), cache, None
+        queries, of_keys = layout.spec("rows", None, "kv_heads", None, None), layout.spec("rows", None, "kv_heads", None)
+        return layout.local(mix, (queries, of_keys, of_keys, layout.spec("rows")), queries)(q, k, v, plan), cache, None
 
     return attend
 
 
-def select_predicting_tokens(prompt_lengths: Int[Array, "B"], prompt_width: int) -> SelectTokens:
-    """Selects from [P | C_1 ... C_G] the tokens that predict a completion token: the prompt's last and all of the completions."""
+def of_window(plans: dict[int, AttentionPlan], window: int | Int[Array, ""]) -> AttentionPlan:
+    """The plan of a layer with this window, which in a scan over layers is known only when the program runs."""
+    (_, chosen), *others = plans.items()
+    for size, plan in others:
+        chosen = jax.tree.map(lambda one, other, size=size: jnp.where(window == size, other, one), chosen, plan)
+    return chosen
+
+
+def select_tokens(rows: PackedRows) -> SelectTokens:
+    """Selects the tokens that predict the entries of packed rows: [R, T, ...] → [R, E, ...]."""
 
     def select(x: Array) -> Array:
-        index = (prompt_lengths - 1).reshape(-1, *(1,) * (x.ndim - 1))
-        last = jnp.take_along_axis(x[:, :prompt_width], index, axis=1)
-        return jnp.concatenate([last, x[:, prompt_width:]], axis=1)
+        return take_tokens(x, jnp.asarray(rows.selected), jnp.asarray(rows.inverse), rows.firsts)
 
     return select
 
 
-def prefill_attend(
-    spec: ModelSpec,
-    prompt_lengths: Int[Array, "B"],
-    prompt_width: int,
-    implementation: str | None = None,
-    layout: Layout | None = None,
-) -> Attend:
-    """Makes the attention function of prefill, over prompts alone; k and v are returned for the cache, [B, K, P, Dh]."""
-    prompt_attend = group_attend(spec, prompt_lengths, prompt_width, 0, implementation, layout)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def take_tokens(x: Array, selected: Int[Array, "R E"], inverse: Int[Array, "R T"], firsts: int) -> Array:
+    """x[r, selected[r, e]]. The gradient is a gather too, but for the first entries, several of which may have one token."""
+    return take(x, selected)
+
+
+def take(x: Array, index: Array) -> Array:
+    """x[r, index[r, e]] of [R, T, ...]."""
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+def take_forward(x: Array, selected: Array, inverse: Array, firsts: int) -> tuple[Array, Any]:
+    """`take_tokens`, and what its backward pass needs."""
+    return take(x, selected), (selected, inverse)
+
+
+def take_backward(firsts: int, residuals: Any, d_out: Array) -> tuple[Any, ...]:
+    """The gradient of x."""
+    selected, inverse = residuals
+    seen = (inverse >= 0).reshape(*inverse.shape, *(1,) * (d_out.ndim - 2))
+    none = np.zeros(selected.shape, jax.dtypes.float0), np.zeros(inverse.shape, jax.dtypes.float0)
+    if firsts == selected.shape[1]:
+        dx = jnp.zeros((*inverse.shape, *d_out.shape[2:]), d_out.dtype)
+    else:
+        dx = jnp.where(seen, take(d_out[:, firsts:], jnp.maximum(inverse, 0)), jnp.zeros((), d_out.dtype))
+    row = jnp.arange(selected.shape[0], dtype=jnp.int32)[:, None]
+    return dx.at[row, selected[:, :firsts]].add(d_out[:, :firsts]), *none
+
+
+take_tokens.defvjp(take_forward, take_backward)
+
+
+def prefill_attend(model: Transformer, prompt_lengths: Int[Array, "B"], prompt_width: int) -> Attend:
+    """Makes the attention function of prefill, over prompts alone; k and v are returned for the cache, [B, K, P, Dh].
+
+    Args:
+        prompt_lengths: tokens of each prompt; the rest of its row is padding.
+        prompt_width: P.
+    """
+    limits = Limits(prompts=0, prompt=0, own=prompt_width)
+    last = (prompt_lengths - 1)[:, None]
+    prompt_attend = group_attend(model, prompt_ranges(prompt_lengths, prompt_width), limits, last)
 
     def attend(q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any) -> tuple[Array, Any, Any]:
         out, cache, _ = prompt_attend(q, k, v, layer=layer, window=window, per_layer=per_layer, cache=cache)
         return out, cache, (jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1))
 
     return attend
+
+
+def select_last(prompt_lengths: Int[Array, "B"]) -> SelectTokens:
+    """Selects the last token of each prompt: [B, P, ...] → [B, 1, ...]."""
+
+    def select(x: Float[Array, "B P ..."]) -> Float[Array, "B 1 ..."]:
+        return take(x, (prompt_lengths - 1)[:, None])
+
+    return select

@@ -191,16 +191,56 @@ class LinearWeights(nn.Module):
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
 
-def join_linears(layer: Params) -> Params:
-    """Joins a layer's weights that have the same input into one matrix: one product of few rows is quicker than three."""
-    groups = {joined: names for joined, names in JOINED.items() if len(layer[names[0]]["kernel"].shape) == 2}  # not experts
+def join_linears(layer: Params, adapters: Params | None = None) -> tuple[Params, Params | None]:
+    """Joins the weights that have the same input into one matrix: one product of few rows is quicker than three.
+
+    Quantised weights of one input have the same groups, so values and scales are joined alike. Of adapters, A is joined along the
+    rank; B becomes block-diagonal, so that x A B is one pair of products too.
+
+    Args:
+        layer: the weights of one layer, or of all layers stacked.
+        adapters: the adapters of the same layers; None has none.
+
+    Returns:
+        Both trees with `qkv_proj` and `gate_up_proj` in place of their parts. Not joined are experts' weights, and dense ones with
+        quantised ones.
+    """
+
+    def fits(joined: str, names: tuple[str, ...]) -> bool:
+        experts = "router" in layer and joined == "gate_up_proj"
+        return not experts and len({jax.tree.structure(layer[name]) for name in names}) == 1
+
+    groups = {joined: names for joined, names in JOINED.items() if fits(joined, names)}
     parts = {name for names in groups.values() for name in names}
 
     def join(*leaves: Array) -> Array:
         return jnp.concatenate(leaves, axis=-1)
 
     made = {joined: jax.tree.map(join, *(layer[name] for name in names)) for joined, names in groups.items()}
-    return {name: leaves for name, leaves in layer.items() if name not in parts} | made
+    joined_layer = {name: leaves for name, leaves in layer.items() if name not in parts} | made
+    if adapters is None:
+        return joined_layer, None
+    pairs = {name: pair for name, pair in adapters.items() if name not in parts}
+    for joined, names in groups.items():
+        if any(name in adapters for name in names):
+            pairs[joined] = join_adapters({name: layer[name]["kernel"].shape[-1] for name in names}, adapters)
+    return joined_layer, pairs
+
+
+def join_adapters(columns: dict[str, int], adapters: Params) -> Params:
+    """Joins adapters of one input: A [..., I, n·r] and block-diagonal B [..., n·r, O] of the n linear layers that have adapters.
+
+    Args:
+        columns: outputs of each linear layer, in the order of the joined weight.
+    """
+    a, b, start, total = [], [], 0, sum(columns.values())
+    for name, size in columns.items():
+        if name in adapters:
+            own = adapters[name]["b"]
+            a.append(adapters[name]["a"])
+            b.append(jnp.pad(own, [(0, 0)] * (own.ndim - 1) + [(start, total - start - size)]))
+        start += size
+    return {"a": jnp.concatenate(a, axis=-1), "b": jnp.concatenate(b, axis=-2)}
 
 
 class Block(nn.Module):

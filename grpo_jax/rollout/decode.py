@@ -25,6 +25,7 @@ from grpo_jax.rollout.sampling import Drawn, SamplingControls, sample_token
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params
 from grpo_kernels.ops.decode_attention import chosen
+from grpo_kernels.target import platform
 
 __all__ = ["SegmentTokens", "SlotState", "decode_segment", "gpu_options"]
 
@@ -183,8 +184,10 @@ def layer_inputs(model: Transformer, prompts: PrefilledPrompts, past_blocks: tup
         layers = range(model.spec.layers)
         return [(first(prompts.cache[i]), tuple(first(past_block[i]) for past_block in past_blocks)) for i in layers], None
     caches = (prompts.cache, past_blocks)
-    # The TPU's kernel takes all layers together: a slice passed to it would be a copy.
-    return (None, caches) if chosen(model.implementation, model.spec.head_dim) == "mosaic_tpu" else (caches, None)
+    # Kernels take all layers together: a slice passed to one would be a copy. So would be a slice of a past block that
+    # attention then skips.
+    in_place = chosen(model.implementation, model.spec.head_dim).startswith("mosaic") or platform() != "gpu"
+    return (None, caches) if in_place else (caches, None)
 
 
 def decode_segment(
@@ -202,7 +205,7 @@ def decode_segment(
     """Decodes up to `length` tokens of every slot; slots that begin also draw their first token. Ends early when all are done.
 
     Args:
-        past_blocks: the slots' past; only the blocks that contain any of it.
+        past_blocks: the slots' past, one block after the other; blocks behind the longest past may be left out.
         table: each prompt slot's slots; None where slot = prompt slot · M + slot index, and all slots begin together.
 
     Returns:
@@ -218,7 +221,9 @@ def decode_segment(
         positions = gather_by_prompt_slot(prompts.lengths, slots.prompt_slots, layout) + slots.base + state.step
         options: Any = {"all_layers": all_layers, "implementation": model.implementation, "layout": layout}
         attend = decode_attend(model.spec, prompts.lengths, slots.base, state.step, slot_map, **options)
-        hidden, segment_cache, _ = forward(model, variables, ids, positions[:, None], attend, state.segment_cache, per_layer)
+        cache = state.segment_cache if all_layers is None else (state.segment_cache, zero)
+        hidden, cache, _ = forward(model, variables, ids, positions[:, None], attend, cache, per_layer)
+        segment_cache = cache if all_layers is None else cache[0]
         column = state.step + 1
         drawn = sample(hidden[:, 0], column)
         return DecodeState(column, segment_cache, record_tokens(state.tokens, drawn, column, ~state.tokens.done, slots, stop_ids))

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from grpo_jax.models.layers import Attend
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.sharding import Layout
+from grpo_kernels import NO_WINDOW
 from grpo_kernels.ops.decode_attention import KVCache, SlotMap, decode_attention, layer_of
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "decode_attend",
     "empty_cache",
     "empty_past_block",
+    "empty_past_blocks",
     "quantize_int8",
     "to_cache",
     "write_segment",
@@ -75,6 +77,13 @@ def empty_past_block(
     return constrain_cache(layout, blocks if unroll else blocks[0])
 
 
+def empty_past_blocks(
+    spec: ModelSpec, dtype: Any, *, slots: int, tokens: tuple[int, ...], int8: bool, unroll: bool, layout: Layout | None = None
+) -> tuple[Any, ...]:
+    """Makes past blocks of these numbers of tokens; see `empty_past_block`."""
+    return tuple(empty_past_block(spec, dtype, slots, own, int8=int8, unroll=unroll, layout=layout) for own in tokens)
+
+
 def cache_spec(layout: Layout, *, stacked: bool) -> PartitionSpec:
     """Returns the sharding of keys, values and scales: slots or prompt slots over rows, heads over tensor.
 
@@ -98,6 +107,7 @@ def write_and_attend(
     rows: tuple[Array, Array, SlotMap | None],
     scalars: tuple[Array, Array, Array],
     *,
+    windows: bool,
     softcap: float | None,
     implementation: str | None,
 ) -> tuple[Array, KVCache]:
@@ -109,6 +119,7 @@ def write_and_attend(
         segment_cache: of one layer or of all.
         rows: lengths, base and slot_map of `decode_attend`.
         scalars: layer, window and step.
+        windows: whether any layer has a window; else the window is not read.
     """
     (lengths, base, slot_map), (layer, window, step) = rows, scalars
     prefix, past_blocks = caches
@@ -134,7 +145,7 @@ def write_and_attend(
         base,
         step,
         slot_map=slot_map,
-        window=window,
+        window=window if windows else NO_WINDOW,
         layer=layer if all_layers else None,
         softcap=softcap,
         implementation=implementation,
@@ -156,7 +167,8 @@ def decode_attend(
     """Builds the attention of one new token a slot, T = 1.
 
     The result takes a layer's (prefix, past blocks) as `per_layer` and the segment cache as `cache`: of all layers, or of this
-    layer alone and then without the leading axis.
+    layer alone and then without the leading axis. With `all_layers`, `cache` is the segment cache and the number of the layer: to
+    read the number from an array of all would be one more launch on a GPU.
 
     Args:
         lengths: tokens of each prompt.
@@ -167,16 +179,23 @@ def decode_attend(
         implementation: of `decode_attention`.
         layout: None is one device.
     """
-    local = functools.partial(write_and_attend, softcap=spec.attention_softcap, implementation=implementation)
+    windows = any(window is not None for window in spec.windows)
+    local = functools.partial(write_and_attend, windows=windows, softcap=spec.attention_softcap, implementation=implementation)
 
     def attend(q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any) -> tuple[Array, Any, Any]:
-        caches = per_layer if all_layers is None else all_layers
-        arguments = ((q, k, v), caches, cache, (lengths, base, slot_map), (layer, window, step))
+        if all_layers is not None:
+            (cache, number), caches = cache, all_layers
+            out, cache = run((q, k, v), caches, cache, (lengths, base, slot_map), (number, window, step))
+            return out, (cache, number + 1), None
+        return *run((q, k, v), per_layer, cache, (lengths, base, slot_map), (layer, window, step)), None
+
+    def run(qkv: Any, caches: Any, cache: Any, rows: Any, scalars: Any) -> tuple[Array, Any]:
+        arguments = (qkv, caches, cache, rows, scalars)
         if layout is None:
-            return *local(*arguments), None
+            return local(*arguments)
         tokens, segment_cache = layout.spec("slots", None, "kv_heads"), cache_spec(layout, stacked=cache.v.ndim == 5)
         inputs = (tokens, cache_spec(layout, stacked=all_layers is not None), segment_cache, layout.spec("slots"), layout.spec())
-        return *layout.local(local, inputs, (tokens, segment_cache))(*arguments), None
+        return layout.local(local, inputs, (tokens, segment_cache))(*arguments)
 
     return attend
 
@@ -191,7 +210,7 @@ def write_segment(
             ends.
         segment_cache: the same pytree, X the segment's length.
         base: the token at which each slot's segment starts, a multiple of its length. Slots beyond all past blocks are not written.
-        together: all slots have the same base, in the last past block or behind it (where no completion continues): one copy.
+        together: all slots have the same base: one copy.
     """
     if not past_blocks:
         return past_blocks
@@ -201,16 +220,11 @@ def write_segment(
     starts = [0]
     for past_block in past_blocks[:-1]:
         starts.append(starts[-1] + layer_caches(past_block)[0].v.shape[3])
-    if together:
-        column = base[0] - starts[-1]
-        return *past_blocks[:-1], map_cache(
-            lambda target, x, axis: update_slot(target, x, jnp.int32(0), column, axis), past_blocks[-1], segment_cache
-        )
 
-    def one_slot(slot: Array, past_blocks: tuple[Any, ...]) -> tuple[Any, ...]:
+    def from_slot(slot: Array, past_blocks: tuple[Any, ...], count: int) -> tuple[Any, ...]:
         def written(target: Array, x: Array, axis: int, first: int) -> Array:
             offset = base[slot] - first
-            x = jax.lax.dynamic_slice_in_dim(x, slot, 1, axis=1)
+            x = jax.lax.dynamic_slice_in_dim(x, slot, count, axis=1)
             inside = (offset >= 0) & (offset < target.shape[axis])
             column = jnp.clip(offset, 0, target.shape[axis] - x.shape[axis])
             old = jax.lax.dynamic_slice(target, start_indices(target, slot, column, axis), x.shape)
@@ -221,7 +235,9 @@ def write_segment(
             for past_block, first in zip(past_blocks, starts, strict=True)
         )
 
-    return jax.lax.fori_loop(0, base.shape[0], one_slot, past_blocks)
+    if together:
+        return from_slot(jnp.int32(0), past_blocks, base.shape[0])
+    return jax.lax.fori_loop(0, base.shape[0], functools.partial(from_slot, count=1), past_blocks)
 
 
 def layer_caches(past_block: Any) -> tuple[KVCache, ...]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.models.attention import prefill_attend, select_predicting_tokens
+from grpo_jax.models.attention import prefill_attend, select_last
 from grpo_jax.models.transformer import Transformer, forward
 from grpo_jax.rollout.kv_cache import cache_spec, constrain_cache, to_cache
 from grpo_jax.runtime.sharding import Layout
@@ -51,8 +51,8 @@ def prefill(
     layout = model.layout
     b, p = prompts.shape
     positions = jnp.broadcast_to(jnp.arange(p, dtype=jnp.int32)[None, :], (b, p))
-    attend = prefill_attend(model.spec, lengths, p, model.implementation, layout)
-    hidden, _, stacked = forward(model, variables, prompts, positions, attend, select=select_predicting_tokens(lengths, p))
+    attend = prefill_attend(model, lengths, p)
+    hidden, _, stacked = forward(model, variables, prompts, positions, attend, select=select_last(lengths))
     last = hidden[:, 0] if layout is None else layout.constrain(hidden[:, 0], "rows", None)
     if not model.unrolled:
         cache: Any = to_cache(*stacked, int8=int8)

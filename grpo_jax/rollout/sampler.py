@@ -13,7 +13,7 @@ gets all tokens, and so runs the same schedules.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,13 +24,13 @@ import numpy as np
 from grpo_jax.config import ConfigError, RolloutConfig
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.rollout.decode import SegmentTokens, SlotState, decode_segment, gpu_options
-from grpo_jax.rollout.kv_cache import empty_past_block, write_segment
+from grpo_jax.rollout.kv_cache import empty_past_blocks, write_segment
 from grpo_jax.rollout.prefill import PrefilledPrompts, insert_prompts, prefill
 from grpo_jax.rollout.sampling import SamplingControls, controls_of
 from grpo_jax.rollout.schedule import ShardedSchedule
-from grpo_jax.rollout.shapes import Sizes, check_slots, choose_slots, pad_rows, sizes_of
+from grpo_jax.rollout.shapes import RolloutShapes, Sizes, check_slots, choose_slots, pad_rows, round_up, shapes_of
 from grpo_jax.rollout.stop_strings import DecodeText, PartialCompletion
-from grpo_jax.rollout.weights import gather_weights, prepare_weights
+from grpo_jax.rollout.weights import can_join, decoding_model, gather_weights, new_weights, prepared_shapes, with_unchanged
 from grpo_jax.runtime.memory import least_free_bytes
 from grpo_jax.runtime.programs import Announce, Program, no_announcement
 from grpo_jax.runtime.sharding import Layout
@@ -48,8 +48,9 @@ class Sampler:
         model: the decoder.
         stop_ids: every id that ends a completion.
         decode_text: turns ids into text to search for stop strings; None without a tokenizer.
-        prepare_weights, prefill, insert_prompts, decode_segment, write_segment, empty_past_block: the compiled functions of those
-            names. `empty_past_block` is compiled for meshes only.
+        prepare_weights, prefill, insert_prompts, decode_segment, write_segment, empty_past_blocks: the compiled functions of those
+            names (`prepare_weights` is `new_weights`).
+        joins: whether weights are joined, once the first rollout has decided it by the free memory.
     """
 
     model: Transformer
@@ -60,7 +61,8 @@ class Sampler:
     insert_prompts: Program
     decode_segment: Program
     write_segment: Program
-    empty_past_block: Program
+    empty_past_blocks: Program
+    joins: list[bool] = field(default_factory=list)
 
     @staticmethod
     def build(
@@ -80,17 +82,17 @@ class Sampler:
             announce: a context manager around each compilation, which shows progress.
             quantization: of the model's weights.
         """
-        options, layout = gpu_options(quantization) if platform() == "gpu" else {}, model.layout
+        options, layout, decoder = gpu_options(quantization) if platform() == "gpu" else {}, model.layout, decoding_model(model)
         return Sampler(
             model,
             stop_ids,
             decode_text,
-            Program("rollout: weights", partial(prepare_weights, model), announce=announce),
-            Program("rollout: prompts", partial(prefill, model), announce=announce),
+            Program("rollout: weights", partial(new_weights, model), announce=announce),
+            Program("rollout: prompts", partial(prefill, decoder), announce=announce),
             Program("rollout: prompts", partial(insert_prompts, layout=layout), donate=(0,), announce=announce),
-            Program("rollout", partial(decode_segment, model, stop_ids), announce=announce, options=options),
+            Program("rollout", partial(decode_segment, decoder, stop_ids), announce=announce, options=options),
             Program("rollout: past", partial(write_segment, layout=layout), donate=(0,), announce=announce),
-            Program("rollout", partial(empty_past_block, model.spec, model.dtype, layout=layout), announce=announce),
+            Program("rollout", partial(empty_past_blocks, model.spec, model.dtype, layout=layout), announce=announce),
         )
 
     @property
@@ -102,7 +104,7 @@ class Sampler:
             self.insert_prompts,
             self.decode_segment,
             self.write_segment,
-            self.empty_past_block,
+            self.empty_past_blocks,
         )
 
     def announcing(self, announce: Announce) -> Sampler:
@@ -121,6 +123,7 @@ class Sampler:
         step: int = 0,
         indices: Sequence[int] | np.ndarray | None = None,
         limits: Sequence[int] | np.ndarray | None = None,
+        shapes: RolloutShapes | None = None,
         on_segment: Callable[[list[PartialCompletion]], None] | None = None,
     ) -> Rollout:
         """Draws `rollout.num_generations` completions of every prompt.
@@ -132,6 +135,8 @@ class Sampler:
             seed, step: parts of the key of every random number.
             indices: B prompt indices, part of the random numbers; None = 0, 1, ...
             limits: B·G maximum lengths in tokens; None = `rollout.max_completion_length` for all.
+            shapes: the run's, which fit any number of prompts with at most as many completions each: slots that are not refilled
+                are filled in rounds. None chooses them for these prompts, and `rollout.slots` is followed.
             on_segment: called with all completions after each segment.
 
         Returns:
@@ -145,45 +150,97 @@ class Sampler:
                 f"rollout.stop: {rollout.stop}; stop strings need a tokenizer, and the model folder has none: remove them, or add "
                 "the tokenizer's files"
             )
-        b, g, layout = len(prompt_ids), rollout.num_generations, self.model.layout
-        shards, tensor = (1, 1) if layout is None else (layout.rows, layout.tensor)
-        check_slots(rollout.slots, shards)
-        width = max(len(ids) for ids in prompt_ids)
-        weights = self.decoding_weights(variables)
-        free, itemsize = least_free_bytes(), jnp.dtype(self.model.dtype).itemsize
-        slots = choose_slots(self.model.spec, rollout, b, width, itemsize, free, shards=shards, tensor=tensor)
+        b, g = len(prompt_ids), rollout.num_generations
+        check_slots(rollout.slots, 1 if self.model.layout is None else self.model.layout.rows)
+        weights = self.decoding_weights(variables, merge=rollout.merge_adapters)
+        if shapes is None:
+            shapes = self.shapes_for(rollout, b, (round_up(max(map(len, prompt_ids))),), least_free_bytes())
         longest = np.full(b * g, rollout.max_completion_length) if limits is None else np.asarray(limits)
-        loop = RolloutLoop(
-            sampler=self,
-            rollout=rollout,
-            sizes=sizes_of(rollout, -(-b // shards), width, slots // shards),
-            completions=[PartialCompletion(int(limit)) for limit in longest],
-            prompt_ids=prompt_ids,
-            indices=np.arange(b) if indices is None else np.asarray(indices),
-            controls=controls_of(rollout, seed, step, layout),
-            shards=shards,
-            on_segment=on_segment,
-        )
-        near_ties = loop.run(weights)
+        indices = np.arange(b) if indices is None else np.asarray(indices)
+        completions = [PartialCompletion(int(limit)) for limit in longest]
+        near_ties = 0
+        # Where slots are refilled one round takes all prompts.
+        each = shapes.prompts if shapes.sizes.fixed else b
+        for first in range(0, b, each):
+            own_prompts = prompt_ids[first : first + each]
+            loop = RolloutLoop(
+                sampler=self,
+                rollout=rollout,
+                sizes=shapes.sizes_for(max(map(len, own_prompts))),
+                completions=completions[first * g : (first + each) * g],
+                prompt_ids=own_prompts,
+                indices=indices[first : first + each],
+                controls=controls_of(rollout, seed, step, self.model.layout),
+                shards=shapes.shards,
+                on_segment=None if on_segment is None else lambda _: on_segment(completions),
+            )
+            near_ties += loop.run(weights)
         return Rollout(
-            completion_ids=[own.ids for own in loop.completions],
-            logprobs=[np.concatenate(own.logps) for own in loop.completions],
-            finish_reasons=[own.reason for own in loop.completions],
+            completion_ids=[own.ids for own in completions],
+            logprobs=[np.concatenate(own.logps) for own in completions],
+            finish_reasons=[own.reason for own in completions],
             near_ties=near_ties,
-            slots=slots,
+            slots=shapes.slots,
         )
+
+    def shapes_for(self, rollout: RolloutConfig, prompts: int, widths: Sequence[int], free_bytes: int | None) -> RolloutShapes:
+        """Chooses the shapes of rollouts of up to this many prompts.
+
+        Args:
+            rollout: the settings; `slots` is followed.
+            prompts: B, of all row shards.
+            widths: widths that prompts are padded to.
+            free_bytes: free memory of each device next to the decoding weights; None where it is not known.
+
+        Raises:
+            ConfigError: `rollout.slots` that the row shards of the mesh do not divide.
+        """
+        layout, spec, itemsize = self.model.layout, self.model.spec, jnp.dtype(self.model.dtype).itemsize
+        shards, tensor = (1, 1) if layout is None else (layout.rows, layout.tensor)
+        slots = choose_slots(spec, rollout, prompts, max(widths), itemsize, free_bytes, shards=shards, tensor=tensor)
+        return shapes_of(rollout, prompts, widths, slots, shards)
+
+    def decide_shapes(self, variables: Params, rollout: RolloutConfig, prompts: int, widths: Sequence[int]) -> RolloutShapes:
+        """Chooses the shapes of a run's rollouts, from the memory that is free next to the decoding weights."""
+        if not self.model.unroll:
+            weights = self.decoding_weights(variables, merge=rollout.merge_adapters)
+            free = least_free_bytes()
+            del weights
+        else:
+            free = least_free_bytes()
+            settings = self.weight_settings(variables, free, merge=rollout.merge_adapters)
+            weights = prepared_shapes(self.model, variables, **settings)
+            needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
+            free = None if free is None else max(0, free - needed)
+        return self.shapes_for(rollout, prompts, widths, free)
 
     def round_up_slots(self, slots: int) -> int:
         """Rounds a number of slots up to a multiple of the number of row shards."""
         shards = 1 if self.model.layout is None else self.model.layout.rows
         return -(-slots // shards) * shards
 
-    def decoding_weights(self, variables: Params) -> Params:
-        """Returns the weights as decoding reads them."""
+    def decoding_weights(self, variables: Params, *, merge: bool = False) -> Params:
+        """Returns the weights as decoding reads them.
+
+        Args:
+            merge: add the adapters to their weights (`rollout.merge_adapters`).
+        """
+        settings = self.weight_settings(variables, None if self.joins else least_free_bytes(), merge=merge)
         if self.model.unroll:
-            return self.prepare_weights(variables, unroll=True)
-        # Not compiled: a compiled program would copy the weights that it returns unchanged.
-        return gather_weights(self.model.layout, self.model.spec, prepare_weights(self.model, variables, unroll=False))
+            return self.prepare_weights(variables, **settings)
+        shapes = prepared_shapes(self.model, variables, **settings)
+        weights = with_unchanged(shapes, variables, self.prepare_weights(variables, **settings))
+        return gather_weights(self.model.layout, self.model.spec, weights)
+
+    def weight_settings(self, variables: Params, free_bytes: int | None, *, merge: bool) -> dict[str, bool]:
+        """Returns the settings of `prepare_weights`. The first call decides whether weights are joined, for all later ones.
+
+        Args:
+            free_bytes: of each device, with the weights loaded; None where it is not known.
+        """
+        if not self.joins:
+            self.joins.append(self.model.unroll or can_join(self.model, variables["params"], free_bytes))
+        return {"unroll": self.model.unroll, "join": self.joins[0], "merge": merge}
 
 
 @dataclass
@@ -222,7 +279,7 @@ class RolloutLoop:
         sampler, sizes, generations = self.sampler, self.sizes, self.rollout.num_generations
         schedule = ShardedSchedule.of(sizes, len(self.prompt_ids), generations, shards=self.shards, refill=self.rollout.refill)
         prompts = self.prefill(weights, schedule.prompts_in_slots)
-        past_blocks: list[Any] = []
+        past_blocks = self.empty_past_blocks()
         near_ties = 0
         while not schedule.finished:
             rounds, begun = schedule.admit()
@@ -231,15 +288,11 @@ class RolloutLoop:
                 prompt_slots = np.array([prompt_slot for prompt_slot, _ in pairs], np.int32)
                 prompts = sampler.insert_prompts(prompts, new, self.put(prompt_slots, "prompts"))
             slots, past, later_past = self.slot_state(schedule, begun)
-            read = tuple(past_blocks[: sizes.past_blocks_for(past)])
+            read = past_blocks[: sizes.past_blocks_for(past)]
             table = None if sizes.fixed else self.put(schedule.slot_map()[1], "prompts")
             out, segment_cache = sampler.decode_segment(weights, prompts, read, slots, table, self.controls, length=sizes.segment)
-            needed = sizes.past_blocks_for(later_past)
-            while len(past_blocks) < needed:
-                past_blocks.append(self.empty_past_block(sizes.past_blocks[len(past_blocks)]))
-            if needed:
-                written = sampler.write_segment(tuple(past_blocks[:needed]), segment_cache, slots.base, together=sizes.fixed)
-                past_blocks[:needed] = written
+            if later_past:
+                past_blocks = sampler.write_segment(past_blocks, segment_cache, slots.base, together=sizes.fixed)
             tokens: SegmentTokens = jax.device_get(out) if self.layout is None else self.layout.get(out)
             near_ties += int(tokens.near_ties.sum())
             schedule.end(self.record(schedule, tokens))
@@ -256,12 +309,13 @@ class RolloutLoop:
         layout = self.layout
         return jax.device_put(tree) if layout is None else jax.tree.map(lambda x: layout.put(x, (axis,)), tree)
 
-    def empty_past_block(self, tokens: int) -> Any:
-        """Makes an empty past block of that many tokens per slot."""
-        model, slots = self.sampler.model, self.shards * self.sizes.slots
-        if self.layout is not None:
-            return self.sampler.empty_past_block(slots=slots, tokens=tokens, int8=self.int8, unroll=model.unroll)
-        return empty_past_block(model.spec, model.dtype, slots, tokens, int8=self.int8, unroll=model.unroll)
+    def empty_past_blocks(self) -> tuple[Any, ...]:
+        """Makes the past blocks of all slots, all at once: one program."""
+        sizes, unroll = self.sizes, self.sampler.model.unroll
+        if not sizes.past_blocks:
+            return ()
+        slots = self.shards * sizes.slots
+        return self.sampler.empty_past_blocks(slots=slots, tokens=sizes.past_blocks, int8=self.int8, unroll=unroll)
 
     def prefill(self, weights: Params, numbers: Sequence[int | None]) -> PrefilledPrompts:
         """Prefills prompts by number; None prefills a placeholder of one token."""
@@ -283,8 +337,10 @@ class RolloutLoop:
         ids = [self.completions[number].ids for number in numbers]
         base = np.array([max(0, len(own) - 1) for own in ids])
         last = np.array([own[-1] if own else 0 for own in ids])
+        # What free slots have is not read, and a past that they do not need is skipped.
+        base = np.where(live, base, 0)
         if self.sizes.fixed:
-            # All completions begin together: live slots have the same length, and what free slots have is not read.
+            # All completions begin together: live slots have the same length.
             base[:] = base[live].max()
             prompt_slots = np.arange(s) % self.sizes.slots // self.sizes.slots_per_prompt
         else:

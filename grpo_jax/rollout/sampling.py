@@ -21,6 +21,7 @@ from grpo_jax.runtime.sharding import Layout
 from grpo_kernels import head_sample
 from grpo_kernels.numerics import precision_of, soft_cap
 from grpo_kernels.ops.head_sample.inverse_cdf import BLOCK, NEAR_LOGITS, draw_scaled, is_near, sample_inverse_cdf
+from grpo_kernels.target import platform
 
 __all__ = [
     "BLOCK",
@@ -192,12 +193,15 @@ def draw(
         return drawn.ids, drawn.logp, drawn.close
     stay, borders = truncate_and_borders(scaled, thresholds)
     drawn = draw_scaled(jnp.where(stay | greedy, scaled, -jnp.inf), uniform, greedy, NEAR_LOGITS)
+
+    def others() -> Bool[Array, "N"]:
+        return other_sets_differ(scaled, stay, borders, uniform, drawn.ids)
+
+    if platform() == "gpu":
+        # The host would wait for the branch at every token; three more draws cost less.
+        return drawn.ids, drawn.logp, drawn.close | (others() & ~greedy)
     unsure = jnp.any(borders.leaves | borders.enters) & ~greedy
-    other = jax.lax.cond(
-        unsure,
-        lambda: other_sets_differ(scaled, stay, borders, uniform, drawn.ids),
-        lambda: jnp.zeros(drawn.ids.shape, bool),
-    )
+    other = jax.lax.cond(unsure, others, lambda: jnp.zeros(drawn.ids.shape, bool))
     return drawn.ids, drawn.logp, drawn.close | other
 
 

@@ -21,7 +21,7 @@ class Schedule:
 
     Attributes:
         sizes: numbers of slots, prompt slots, and slots per prompt.
-        generations: completions of each prompt.
+        generations: completions of each prompt, at most M where the slots are fixed.
         refill: a slot is refilled while others decode; otherwise all wait for the last.
         waiting: (prompt, completion) pairs not yet begun, in order.
         completion_in_slot: what each slot decodes, as prompt · generations + completion; -1 where it is free.
@@ -82,10 +82,15 @@ class Schedule:
                 prompt_slot = int(free[0])
                 self.prompt_slots[prompt_slot] = prompt
                 computed.append((prompt_slot, prompt))
-            taken = {int(self.slot_indices[other]) for other in self.slots_of(prompt)}
+            if self.sizes.fixed:
+                index = completion
+                slot = prompt_slot * self.sizes.slots_per_prompt + completion
+            else:
+                taken = {int(self.slot_indices[other]) for other in self.slots_of(prompt)}
+                index = next(index for index in range(self.sizes.slots_per_prompt) if index not in taken)
             self.waiting.popleft()
             self.completion_in_slot[slot] = prompt * self.generations + completion
-            self.slot_indices[slot] = next(index for index in range(self.sizes.slots_per_prompt) if index not in taken)
+            self.slot_indices[slot] = index
             begun.append(int(slot))
         return computed, begun
 

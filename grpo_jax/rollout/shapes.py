@@ -6,21 +6,29 @@ Sizes are rounded to a few values, so that a few compiled programs serve a run.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from grpo_jax.config import Config, RolloutConfig
 from grpo_jax.config.checks import require
 from grpo_jax.models.spec import ModelSpec
+from grpo_kernels.target import platform
 
 FIRST_PAST_BLOCK = 32
-"""Tokens per slot of the first past blocks; after `EQUAL_PAST_BLOCKS` of these, each block doubles the total."""
+"""Tokens per slot of the first past blocks; after `EQUAL_PAST_BLOCKS` of these, each block doubles the total. A GPU has two."""
 
-EQUAL_PAST_BLOCKS = 4
+EQUAL_PAST_BLOCKS = 2
 
 SPARE_PROMPT_SLOTS = 3
 """Prompt slots beyond the prompts that fill the slots: for prompts whose last completions are decoded while others begin."""
+
+USUAL_STEPS = 0.75
+"""Share of the steps whose prompts fit into the narrower of two widths."""
+
+SHARED_ROUNDS = 8
+"""An evaluation runs in the shapes of the training rollout where it then needs at most this many rounds; in shapes of its own, with
+a prompt in every slot, it needs fewer rounds but programs of its own."""
 
 MEMORY_SHARE = 0.8
 """Fraction of the free memory that a rollout may use."""
@@ -55,7 +63,8 @@ class Sizes:
         prompt: P, width of the prompts.
         segment: tokens that every slot decodes before the host checks which completions have ended.
         past_blocks: tokens per slot of each past block, in order of use.
-        fixed: slot = prompt · M + completion, and all begin together: no slot is refilled.
+        fixed: slot = prompt slot · M + completion, and all begin together: no slot is refilled.
+        skips: attention does not read past blocks that no slot sees, so one program with all of them serves every segment.
     """
 
     slots: int
@@ -65,19 +74,79 @@ class Sizes:
     segment: int
     past_blocks: tuple[int, ...]
     fixed: bool
+    skips: bool = False
 
     def past_blocks_for(self, tokens: int) -> int:
-        """Returns how many past blocks that many tokens need."""
-        count, total = 0, 0
+        """Returns how many past blocks a segment gets whose slots have at most that many past tokens: each number is a program.
+
+        It is all of them, or where attention cannot skip any the first ones, and at least one: two blocks give two programs.
+        """
+        if self.skips or not self.past_blocks:
+            return len(self.past_blocks)
+        count, total = 1, self.past_blocks[0]
         while total < tokens:
             total += self.past_blocks[count]
             count += 1
         return count
 
 
-def past_block_sizes(longest: int, segment: int) -> tuple[int, ...]:
-    """Returns the sizes of the past blocks for completions of up to `longest` tokens. The last segment is never read again."""
+@dataclass(frozen=True)
+class RolloutShapes:
+    """The shapes of a run's rollouts, decided once: every rollout and evaluation with them runs the same compiled programs.
+
+    Attributes:
+        sizes: of one row shard, with the widest prompts.
+        shards: row shards of the mesh; 1 on one device.
+        widths: widths that prompts are padded to, the narrowest first.
+    """
+
+    sizes: Sizes
+    shards: int
+    widths: tuple[int, ...]
+
+    @property
+    def slots(self) -> int:
+        """Completions decoded at once, of all row shards."""
+        return self.shards * self.sizes.slots
+
+    @property
+    def prompts(self) -> int:
+        """The most prompts that are continued at once, each by one completion or more."""
+        return self.shards * self.sizes.prompt_slots
+
+    def sizes_for(self, width: int) -> Sizes:
+        """Returns the sizes for prompts of up to `width` tokens, with the narrowest width that holds them."""
+        return replace(self.sizes, prompt=next(own for own in self.widths if own >= width))
+
+
+def prompt_widths(lengths: np.ndarray, held_out_lengths: np.ndarray, prompts: int) -> tuple[int, ...]:
+    """Returns the one or two widths that a run's prompts are padded to: the widest, and a narrower one where it often suffices.
+
+    Each width is a set of programs. The narrower one is worth it where most steps need at most half of the widest.
+
+    Args:
+        lengths, held_out_lengths: tokens of each prompt to train on and to evaluate on.
+        prompts: of a step, drawn at random.
+    """
+    both = np.concatenate([lengths, held_out_lengths])
+    widest = round_up(int(np.max(both)))
+    if not len(lengths):
+        return (widest,)
+    # The longest of B prompts is at most x with probability F(x)^B, F their distribution.
+    usual = round_up(int(np.quantile(lengths, USUAL_STEPS ** (1 / prompts), method="higher")))
+    return (usual, widest) if 2 * usual <= widest else (widest,)
+
+
+def past_block_sizes(longest: int, segment: int, skips: bool = True) -> tuple[int, ...]:
+    """Returns the sizes of the past blocks for completions of up to `longest` tokens. The last segment is never read again.
+
+    Args:
+        skips: as in `Sizes`; else there are two blocks at most.
+    """
     needed = max(0, -(-(longest - 1) // segment) - 1) * segment
+    if not skips:
+        first = min(needed, -(-needed // (2 * segment)) * segment)
+        return tuple(size for size in (first, needed - first) if size)
     first = -(-FIRST_PAST_BLOCK // segment) * segment
     sizes: list[int] = []
     while sum(sizes) < needed:
@@ -108,7 +177,7 @@ def sizes_of(rollout: RolloutConfig, prompts: int, width: int, slots: int) -> Si
     g = rollout.num_generations
     rows = prompts * g
     fixed = slots == rows
-    segment = segment_length(rollout, refills=not fixed)
+    segment, skips = segment_length(rollout, refills=not fixed), platform() != "gpu"
     prompt_slots = prompts if fixed else min(prompts, -(-slots // g) + SPARE_PROMPT_SLOTS)
     return Sizes(
         slots=slots,
@@ -116,9 +185,19 @@ def sizes_of(rollout: RolloutConfig, prompts: int, width: int, slots: int) -> Si
         slots_per_prompt=min(g, slots),
         prompt=round_up(width),
         segment=segment,
-        past_blocks=past_block_sizes(rollout.max_completion_length, segment),
+        past_blocks=past_block_sizes(rollout.max_completion_length, segment, skips),
         fixed=fixed,
+        skips=skips,
     )
+
+
+def shapes_of(rollout: RolloutConfig, prompts: int, widths: Sequence[int], slots: int, shards: int) -> RolloutShapes:
+    """Returns the shapes of rollouts of up to `prompts` prompts in `slots` slots, both of all row shards.
+
+    Where slots are refilled there is one width: a prompt that comes later may be a longer one.
+    """
+    sizes = sizes_of(rollout, -(-prompts // shards), max(widths), slots // shards)
+    return RolloutShapes(sizes, shards, tuple(sorted(widths)) if sizes.fixed else (sizes.prompt,))
 
 
 def truncates(rollout: RolloutConfig) -> bool:
@@ -200,3 +279,20 @@ def evaluation_slots(config: Config, problems: int, samples: int = 1) -> int:
     step = config.train.prompts_per_step * config.rollout.num_generations
     most = min(problems * samples, config.train.eval_slots or config.rollout.slots or step)
     return max(most // samples * samples, min(most, samples))
+
+
+def evaluation_shapes(config: Config, problems: int, training: RolloutShapes) -> RolloutShapes:
+    """Returns the shapes of an evaluation with one completion per problem: the training rollout's, where few rounds suffice.
+
+    Else each slot has a prompt of its own. Slots are refilled only where their number is set (`train.eval_slots`, also by
+    `micro_batch_prompts: auto`): without refilling there are fewer programs, and some are the training rollout's.
+
+    Args:
+        training: shapes of the rollouts of the same run.
+    """
+    if config.train.eval_slots is None and problems <= SHARED_ROUNDS * training.prompts:
+        return training
+    shards = training.shards
+    slots = -(-evaluation_slots(config, problems) // shards) * shards
+    own = replace(config.rollout, num_generations=1, slots=slots)
+    return shapes_of(own, slots if config.train.eval_slots is None else problems, training.widths[-1:], slots, shards)

@@ -41,8 +41,9 @@ class StepCompletions:
     finish_reasons: list[Any]
 
 
-MAX_COMPILATIONS = 16
-"""Compilations of one program that a run makes without a warning."""
+MAX_COMPILATIONS = 6
+"""Compilations of one program that a run makes without a warning: two widths of prompts and two levels of past, and an evaluation
+with shapes of its own."""
 
 
 class Callback:

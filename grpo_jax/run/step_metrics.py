@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from grpo_jax.runtime.programs import Program, compile_seconds
+from grpo_jax.runtime.programs import Program, waited_seconds
 from grpo_jax.types import PromptBatch, Rollout
 
 
@@ -29,17 +29,17 @@ def length_metrics(rollout: Rollout) -> dict[str, float]:
 
 
 class Clock:
-    """Seconds of the parts of a step, without compiling."""
+    """Seconds of the parts of a step, without those in which it waited for a compiler."""
 
     def __init__(self, programs: Sequence[Program]) -> None:
-        self._compiled: Callable[[], float] = functools.partial(compile_seconds, *programs)
+        self._compiled: Callable[[], float] = functools.partial(waited_seconds, *programs)
         self.seconds: dict[str, float] = {}
         self._mark, self._mark_compiled = time.perf_counter(), self._compiled()
         self._start_compiled = self._mark_compiled
 
     @property
     def compile_seconds(self) -> float:
-        """Seconds of compiling since the clock started."""
+        """Seconds of waiting for compilations since the clock started."""
         return self._compiled() - self._start_compiled
 
     def lap(self, name: str) -> None:

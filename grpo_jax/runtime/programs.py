@@ -1,14 +1,18 @@
 """Compiles jitted functions ahead of their calls, announces each compilation, and counts its seconds.
 
-Each new set of argument shapes is compiled once, before the call, so that a step's seconds contain no compilation.
+Each new set of argument shapes is compiled once, before the call, so that a step's seconds contain no compilation. Any thread may
+compile: the first one that needs a program compiles it, and others wait for it. `compile_ahead.py` uses this to compile in the
+background.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,7 +41,8 @@ class Program:
         donate: Positions of the arguments whose memory the result may reuse.
         announce: Makes a context manager that is entered around each compilation.
         options: Options of XLA's compiler.
-        compile_seconds: Seconds spent on compiling so far.
+        compile_seconds: Seconds spent on compiling so far, in all threads together.
+        waited_seconds: Seconds that calls have waited for a compilation: their own, or one in the background.
     """
 
     name: str
@@ -46,8 +51,11 @@ class Program:
     announce: Announce = no_announcement
     options: dict[str, Any] = field(default_factory=dict)
     compile_seconds: float = 0.0
+    waited_seconds: float = 0.0
     _compiled: dict[Any, Any] = field(default_factory=dict)
     _jitted: dict[int, Any] = field(default_factory=dict)
+    _pending: dict[Any, Future[Any]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def compilations(self) -> int:
@@ -68,16 +76,49 @@ class Program:
         Args:
             options: More options of XLA's compiler; they must not change what is computed.
         """
-        leaves, tree = jax.tree.flatten(arguments)
-        key = (tree, tuple(static.items()), tuple((leaf.shape, leaf.dtype, leaf.weak_type, sharding_key(leaf)) for leaf in leaves))
+        key = self.key(arguments, static)
         if key not in self._compiled:
+            start = time.perf_counter()
             with self.announce(self.name):
-                start = time.perf_counter()
-                jitted = jax.jit(functools.partial(self.function, **static), donate_argnums=self.donate)
-                self._compiled[key] = jitted.lower(*arguments).compile(compiler_options=self.options | (options or {}))
-                self._jitted[id(self._compiled[key])] = jitted
-                self.compile_seconds += time.perf_counter() - start
+                self._compile_once(key, arguments, options, static)
+            self.waited_seconds += time.perf_counter() - start
         return self._compiled[key]
+
+    def compile_ahead(self, *arguments: Any, **static: Any) -> None:
+        """Compiles for arguments of these shapes in a thread of the background: unannounced, and no call waits meanwhile."""
+        self._compile_once(self.key(arguments, static), arguments, None, static)
+
+    @staticmethod
+    def key(arguments: tuple[Any, ...], static: dict[str, Any]) -> Any:
+        """Returns what a compiled program is found by: structure, shapes and shardings of the arguments, and the static ones."""
+        leaves, tree = jax.tree.flatten(arguments)
+        return tree, tuple(static.items()), tuple((leaf.shape, leaf.dtype, leaf.weak_type, sharding_key(leaf)) for leaf in leaves)
+
+    def _compile_once(self, key: Any, arguments: tuple[Any, ...], options: dict[str, Any] | None, static: dict[str, Any]) -> None:
+        """Compiles, or waits for the thread that does. An error is raised in all of them, and the next call tries again."""
+        with self._lock:
+            if key in self._compiled:
+                return
+            waiting = self._pending.get(key)
+            own = self._pending.setdefault(key, Future())
+        if waiting is not None:
+            waiting.result()
+            return
+        start = time.perf_counter()
+        try:
+            jitted = jax.jit(functools.partial(self.function, **static), donate_argnums=self.donate)
+            made = jitted.lower(*arguments).compile(compiler_options=self.options | (options or {}))
+        except BaseException as error:
+            with self._lock:
+                del self._pending[key]
+            own.set_exception(error)
+            raise
+        with self._lock:
+            self._jitted[id(made)] = jitted
+            self._compiled[key] = made
+            self.compile_seconds += time.perf_counter() - start
+            del self._pending[key]
+        own.set_result(None)
 
 
 def may_be_refused(leaf: Any) -> bool:
@@ -103,5 +144,10 @@ def sharding_key(leaf: Any) -> Any:
 
 
 def compile_seconds(*programs: Program) -> float:
-    """Returns the seconds spent on compiling these programs so far."""
+    """Returns the seconds spent on compiling these programs so far, in all threads together."""
     return sum(program.compile_seconds for program in programs)
+
+
+def waited_seconds(*programs: Program) -> float:
+    """Returns the seconds that calls of these programs have waited for compilations."""
+    return sum(program.waited_seconds for program in programs)

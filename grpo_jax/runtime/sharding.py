@@ -57,16 +57,16 @@ RULES: dict[str, tuple[str, ...]] = {
 """Logical axis → the mesh axes that it is sharded over."""
 
 BATCH_AXES: AxesTable = {
-    ("prompt_ids",): ("prompts", "tokens"),
-    ("prompt_lengths",): ("prompts",),
-    ("completion_ids",): ("rows", "tokens"),
+    **{(name,): (None, "rows", None) for name in ("ids", "positions", "selected", "inverse", "targets", "columns", "completions")},
+    **{("ranges", name): (None, "rows", None) for name in ("prompt_start", "prompt_end", "own_start", "own_end")},
+    ("places",): ("rows", "tokens"),
     ("completion_lengths",): ("rows",),
     ("completion_mask",): ("rows", "tokens"),
     ("sampler_logprobs",): ("rows", "tokens"),
     ("rewards",): ("prompts", None),
     ("valid",): ("prompts", None),
 }
-"""Axes of a `TrainBatch`. The completions of a group are on one shard."""
+"""Axes of a `TrainBatch`."""
 
 
 class ShardingError(ValueError):

@@ -11,6 +11,7 @@ from grpo_jax.config import Config
 from grpo_jax.learner.step import Learner
 from grpo_jax.policy import Policy
 from grpo_jax.run.callbacks import StepCompletions
+from grpo_jax.runtime.compile_ahead import FutureCall
 from grpo_jax.runtime.programs import Program
 from grpo_jax.types import TrainState
 
@@ -44,6 +45,15 @@ class Step(Protocol):
     @property
     def problems(self) -> int:
         """Number of held-out problems."""
+        ...
+
+    @property
+    def first_rewards_at(self) -> float | None:
+        """When the first step's completions had been scored, by `time.perf_counter`; None before, and without rewards."""
+        ...
+
+    def future_calls(self, state: TrainState) -> list[FutureCall]:
+        """What the run will compile, in the order in which it is needed; it is compiled in the background. May be incomplete."""
         ...
 
     def run(self, state: TrainState, number: int) -> StepResult:

@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 import optax
 
 from grpo_jax.config import Config
 from grpo_jax.data.source import PromptSource
 from grpo_jax.evaluation import evaluate_held_out, reward_columns
+from grpo_jax.fit.abstract import Placement, abstract_batch, shapes_of
 from grpo_jax.fit.auto import fit_run
 from grpo_jax.fit.learners import grpo_learner
-from grpo_jax.fit.micro_batch import micro_batch_of
-from grpo_jax.learner.batches import text_batches, train_batch
+from grpo_jax.fit.micro_batch import is_auto, row_tokens, sizes_of_rows
+from grpo_jax.learner.batches import text_batch, train_batch
 from grpo_jax.learner.custom_loss import LossFunction
+from grpo_jax.learner.packing import Lengths, RowSize, row_sizes
 from grpo_jax.learner.step import Learner
 from grpo_jax.policy import Policy, sampler_of
 from grpo_jax.rewards import NamedFunction, check_functions, failure_lines, resolve_functions, reward_metrics
 from grpo_jax.rewards.across_processes import score_across_processes
+from grpo_jax.rollout.future_calls import rollout_calls
 from grpo_jax.rollout.sampler import Sampler
-from grpo_jax.rollout.shapes import evaluation_slots
+from grpo_jax.rollout.shapes import RolloutShapes, evaluation_shapes, prompt_widths
 from grpo_jax.run.callbacks import StepCompletions
 from grpo_jax.run.display import Display
 from grpo_jax.run.step_metrics import Clock, length_metrics
 from grpo_jax.runtime import distributed
+from grpo_jax.runtime.compile_ahead import FutureCall
 from grpo_jax.runtime.programs import Program
 from grpo_jax.steps import StepResult
 from grpo_jax.steps.setup import placed_policy, read_tokenizer
@@ -46,13 +52,21 @@ class Prompts(Protocol):
         """The prompts of a step."""
         ...
 
+    @property
+    def prompt_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of each prompt to train on, and of each held-out one."""
+        ...
+
 
 @dataclass(frozen=True)
 class GrpoStep:
     """A GRPO step: prompts, G completions of each, rewards, update.
 
     Attributes:
+        sizes: of the update's packed rows.
         limits: longest length of each of a step's completions in tokens; None is `rollout.max_completion_length` for all.
+        decided: the shapes of the run's rollouts, once they are chosen; see `shapes`.
+        rewarded: when the first completions had been scored; see `first_rewards_at`.
     """
 
     config: Config
@@ -61,11 +75,14 @@ class GrpoStep:
     functions: list[NamedFunction]
     sampler: Sampler
     learner: Learner
+    sizes: tuple[RowSize, ...]
     update: Program
     kl: Program
     frozen: Frozen
     display: Display
     limits: Sequence[int] | None = None
+    decided: list[RolloutShapes] = field(default_factory=list)
+    rewarded: list[float] = field(default_factory=list)
 
     @staticmethod
     def read(
@@ -100,27 +117,31 @@ class GrpoStep:
         optimizer: optax.GradientTransformation | None = None,
         loss_fn: LossFunction | None = None,
     ) -> GrpoStep:
-        """Builds the step from what has been read and checked. Compiles nothing, except with `train.micro_batch_prompts: auto`."""
+        """Builds the step from what has been read and checked. Compiles nothing, except with `train.micro_batch_tokens: auto`."""
         base = {} if policy.adapters is None else policy.params
         frozen = Frozen(base, reference_of(policy, config))
         make_learner = functools.partial(grpo_learner, optimizer=optimizer, loss_fn=loss_fn)
-        if config.train.micro_batch_prompts == "auto":
+        lengths = text_lengths(config, source.prompt_lengths[0])
+        if is_auto(config):
             problems = len(source.held_out) if isinstance(source, PromptSource) else 0
-            fit = fit_run(config, policy, frozen, display, problems, make_learner)
+            fit = fit_run(with_widest_prompts(config, source), policy, frozen, display, problems, make_learner, lengths)
             kl = Program("KL to the reference", fit.learner.kl_sums, announce=display.compiling)
-            return GrpoStep(fit.config, policy, source, functions, fit.sampler, fit.learner, fit.update, kl, frozen, display)
-        micro_batch = micro_batch_of(config, policy)
-        learner, remat = make_learner(config, policy, micro_batch)
+            config = replace(config, train=fit.config.train, rollout=replace(config.rollout, slots=fit.config.rollout.slots))
+            return GrpoStep(
+                config, policy, source, functions, fit.sampler, fit.learner, fit.sizes, fit.update, kl, frozen, display
+            )
+        sizes = sizes_of_rows(config, policy.layout, lengths, row_tokens(config, policy, lengths))
+        learner, remat = make_learner(config, policy, sizes[0].tokens)
         if remat != config.model.remat:
             display.note(f"model.remat: {config.model.remat} resolved to {remat}")
-        if config.train.micro_batch_prompts is None and micro_batch[0] < config.train.prompts_per_step:
-            display.note(f"train.micro_batch_prompts: {micro_batch[0]} at once, a size for a processor's cache")
+        tokens = " and ".join(str(size.tokens) for size in sizes)
+        display.note(f"train.micro_batch_tokens: texts are packed into rows of {tokens} tokens")
         if learner.truncation is not None and learner.truncation.truncates:
             display.note(TRUNCATED_LINE)
         sampler = sampler_of(policy).announcing(display.compiling)
         update = Program("update", learner.train_step, donate=(0,), announce=display.compiling)
         kl = Program("KL to the reference", learner.kl_sums, announce=display.compiling)
-        return GrpoStep(config, policy, source, functions, sampler, learner, update, kl, frozen, display)
+        return GrpoStep(config, policy, source, functions, sampler, learner, sizes, update, kl, frozen, display)
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -131,19 +152,58 @@ class GrpoStep:
         """Number of held-out prompts."""
         return len(self.source.held_out) if isinstance(self.source, PromptSource) else 0
 
+    @property
+    def first_rewards_at(self) -> float | None:
+        return self.rewarded[0] if self.rewarded else None
+
+    def variables(self, state: TrainState) -> Params:
+        """The policy's variables as trained so far."""
+        return self.learner.policy_variables(state.trainable, self.frozen)
+
+    def shapes(self, state: TrainState) -> RolloutShapes | None:
+        """The shapes of all rollouts and evaluations, chosen on the first call; None where the prompts are not known before."""
+        if not isinstance(self.source, PromptSource):
+            return None
+        if not self.decided:
+            prompts = self.config.train.prompts_per_step
+            widths = prompt_widths(*self.source.prompt_lengths, prompts)
+            self.decided.append(self.sampler.decide_shapes(self.variables(state), self.config.rollout, prompts, widths))
+        return self.decided[0]
+
+    def evaluation_shapes(self, state: TrainState) -> RolloutShapes | None:
+        """The shapes of evaluations with one completion per problem; those of the rollouts where few rounds suffice."""
+        shapes = self.shapes(state)
+        return None if shapes is None else evaluation_shapes(self.config, self.problems, shapes)
+
+    def future_calls(self, state: TrainState) -> list[FutureCall]:
+        shapes, own = self.shapes(state), self.evaluation_shapes(state) if self.problems else None
+        if shapes is None:
+            return []
+        calls = rollout_calls(self.sampler, self.variables(state), self.config.rollout, shapes)
+        if own is not None and own != shapes:
+            calls += rollout_calls(self.sampler, self.variables(state), self.config.rollout, own)
+        return calls + self.update_calls(state)
+
+    def update_calls(self, state: TrainState) -> list[FutureCall]:
+        """The update, with the shapes of its batch: [FutureCall(self.update, (state, batch, self.frozen))]."""
+        batch = abstract_batch(self.config, Placement(self.policy.layout, jax.local_devices()[0]), self.sizes)
+        return [FutureCall(self.update, (shapes_of(state), batch, self.frozen))]
+
     def run(self, state: TrainState, number: int) -> StepResult:
         """Makes step `number`, counted from 0: samples, scores, updates. The memory of `state` is reused."""
         config = self.config
+        shapes = self.shapes(state)
         clock = Clock(self.programs)
         prompts = self.source.batch(number)
         rollout = self.sampler.sample(
-            self.learner.policy_variables(state.trainable, self.frozen),
+            self.variables(state),
             prompts.prompt_ids,
             config.rollout,
             seed=config.train.seed,
             step=number,
             indices=prompts.indices,
             limits=self.limits,
+            shapes=shapes,
         )
         clock.lap("rollout_seconds")
         texts = [self.policy.text_of(ids) for ids in rollout.completion_ids]
@@ -163,7 +223,11 @@ class GrpoStep:
         for line in failure_lines(scored):
             self.display.warning(line)
         clock.lap("reward_seconds")
-        state, packed = self.update(state, train_batch(prompts, rollout, scored, config, self.policy.layout), self.frozen)
+        if not self.rewarded:
+            self.rewarded.append(time.perf_counter())
+        layout, skips = self.policy.layout, self.learner.skips
+        batch = train_batch(prompts, rollout, scored, config, self.sizes, layout, skips=skips)
+        state, packed = self.update(state, batch, self.frozen)
         metrics, advantages = packed.to_host()
         clock.lap("update_seconds")
         metrics.setdefault("kl_divergence", None)  # not computed, which is not 0
@@ -177,8 +241,10 @@ class GrpoStep:
         """Evaluates the held-out prompts, greedily; None where nothing is held out."""
         if not isinstance(self.source, PromptSource):
             return None
-        variables, tokenizer = self.learner.policy_variables(state.trainable, self.frozen), self.policy.need_tokenizer()
-        result = evaluate_held_out(self.sampler, variables, self.source, self.functions, tokenizer, self.config)
+        tokenizer, shapes = self.policy.need_tokenizer(), self.evaluation_shapes(state) if self.problems else None
+        result = evaluate_held_out(
+            self.sampler, self.variables(state), self.source, self.functions, tokenizer, self.config, shapes=shapes
+        )
         if result is None:
             return None
         metrics = {"accuracy": result.accuracy, "problems": result.problems, "reward/mean": result.reward_mean}
@@ -188,15 +254,28 @@ class GrpoStep:
         """Mean k3 from the reference, nats a token, on one completion sampled of each held-out prompt."""
         config, problems = self.config, self.problems
         (batch,) = source.held_out_batches(problems)
-        slots = self.sampler.round_up_slots(evaluation_slots(config, problems))
-        settings = replace(config.rollout, num_generations=1, slots=slots)
-        variables = self.learner.policy_variables(state.trainable, self.frozen)
-        rollout = self.sampler.sample(variables, batch.prompt_ids, settings, seed=config.train.seed, indices=batch.indices)
-        rows = min(self.sampler.round_up_slots(problems), self.learner.micro_batch[0] * self.learner.micro_batch[1])
-        sums = np.zeros(2)
-        for token_ids, mask in text_batches(batch.prompt_ids, rollout.completion_ids, rows, self.policy.layout):
-            sums += self.policy.on_host(self.kl(state.trainable, token_ids, mask, self.frozen))
+        settings, shapes = replace(config.rollout, num_generations=1), self.evaluation_shapes(state)
+        rollout = self.sampler.sample(
+            self.variables(state), batch.prompt_ids, settings, seed=config.train.seed, indices=batch.indices, shapes=shapes
+        )
+        lengths, layout = text_lengths(config, source.prompt_lengths[1]), self.policy.layout
+        sizes = row_sizes(lengths, problems, 1, self.sizes[0].tokens, 1 if layout is None else layout.rows)
+        held_out = text_batch(batch.prompt_ids, rollout.completion_ids, sizes, config.rollout.max_completion_length, layout)
+        sums = self.policy.on_host(self.kl(state.trainable, held_out, self.frozen))
         return float(sums[0] / sums[1])
+
+
+def text_lengths(config: Config, prompt_lengths: np.ndarray) -> Lengths:
+    """The lengths of a run's texts."""
+    return Lengths(int(prompt_lengths.min()), int(prompt_lengths.max()), config.rollout.max_completion_length)
+
+
+def with_widest_prompts(config: Config, source: Prompts) -> Config:
+    """The settings with the length of the longest prompt as the limit, so that what is compiled to measure it is what runs."""
+    if not isinstance(source, PromptSource):
+        return config
+    longest = max(int(lengths.max(initial=1)) for lengths in source.prompt_lengths)
+    return replace(config, rollout=replace(config.rollout, max_prompt_length=min(longest, config.rollout.max_prompt_length)))
 
 
 def reference_of(policy: Policy, config: Config) -> Params | None:

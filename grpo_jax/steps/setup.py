@@ -13,6 +13,7 @@ from grpo_jax.policy import Policy
 from grpo_jax.run.display import Display
 from grpo_jax.run.folder import RunFolder
 from grpo_jax.runtime import distributed
+from grpo_jax.runtime.compilation_cache import use_compilation_cache
 from grpo_jax.runtime.mesh import check_prompts, make_layout
 from grpo_jax.weights.axes import check_mesh
 from grpo_jax.weights.hf import find_model, read_folder_spec
@@ -39,6 +40,7 @@ def begin(config: Config, sources: Mapping[str, str] | None, *, resume: bool) ->
     distributed.check_shared(Path(config.train.run_dir))
     display = Display(config.train.quiet, silent=not distributed.is_main())
     display.settings(resolved_settings(config, sources or {}))
+    use_compilation_cache(config.train.compilation_cache)
     if layout is not None:
         sizes, kind = ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items()), jax.devices()[0].device_kind
         processes = f" in {jax.process_count()} processes" if distributed.is_multiprocess() else ""

@@ -6,22 +6,26 @@ import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import numpy as np
 import optax
 
 from grpo_jax.config import Config
 from grpo_jax.config.checks import require
 from grpo_jax.data.completions import CompletionSource, completion_pairs
+from grpo_jax.fit.abstract import Placement, shapes_of
 from grpo_jax.fit.learners import trained_model
-from grpo_jax.learner.batches import supervised_batch
+from grpo_jax.fit.micro_batch import row_tokens
+from grpo_jax.learner.batches import batch_shapes, text_batch
 from grpo_jax.learner.optim import learning_rate_at, make_optimizer, updates_of
+from grpo_jax.learner.packing import Lengths, RowSize, row_sizes
 from grpo_jax.learner.step import Learner
 from grpo_jax.learner.supervised import supervised_step
 from grpo_jax.policy import Policy, sampler_of
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.run.display import Display
 from grpo_jax.run.step_metrics import Clock
-from grpo_jax.runtime.mesh import mesh_micro_batch
+from grpo_jax.runtime.compile_ahead import FutureCall
 from grpo_jax.runtime.programs import Program
 from grpo_jax.steps import StepResult
 from grpo_jax.steps.setup import placed_policy, read_tokenizer
@@ -36,6 +40,7 @@ class SupervisedStep:
     policy: Policy
     source: CompletionSource
     learner: Learner
+    sizes: tuple[RowSize, ...]
     sampler: Sampler
     update: Program
     frozen: Frozen
@@ -67,24 +72,27 @@ class SupervisedStep:
         optimizer: optax.GradientTransformation | None = None,
     ) -> SupervisedStep:
         """Builds the step from what has been read and checked. Compiles nothing."""
-        full, updates, limits = policy.adapters is None, updates_of(config, supervised=True), config.rollout
-        micro = config.train.micro_batch_prompts
-        require(micro != "auto", "train.micro_batch_prompts", micro, "use a number of rows, or null; auto is for GRPO")
-        rows = mesh_micro_batch(policy.layout, micro) if isinstance(micro, int) else config.train.prompts_per_step
+        full, updates, train = policy.adapters is None, updates_of(config, supervised=True), config.train
+        for name in ("micro_batch_tokens", "micro_batch_prompts"):
+            value = getattr(train, name)
+            require(value != "auto", f"train.{name}", value, "use a number, or null; auto is for GRPO")
+        prompts = source.train.prompt_lengths
+        lengths = Lengths(int(prompts.min()), int(prompts.max()), config.rollout.max_completion_length)
+        shards = 1 if policy.layout is None else policy.layout.rows
+        sizes = row_sizes(lengths, train.prompts_per_step, 1, row_tokens(config, policy, lengths, 1), shards)
         learner = Learner(
-            model=trained_model(policy, config.model.remat, rows * (limits.max_prompt_length + limits.max_completion_length))[0],
+            model=trained_model(policy, config.model.remat, sizes[0].tokens)[0],
             objective=config.objective,
             optimizer=optimizer or make_optimizer(config.optim, updates),
             learning_rate=None if optimizer else functools.partial(learning_rate_at, config.optim, updates),
             full=full,
             temperature=1.0,
             max_completion_length=config.rollout.max_completion_length,
-            micro_batch=(rows, 1),
         )
         sampler = sampler_of(policy).announcing(display.compiling)
         update = Program("update", functools.partial(supervised_step, learner), donate=(0,), announce=display.compiling)
         frozen = Frozen(base={} if full else policy.params, reference=None)
-        return SupervisedStep(config, policy, source, learner, sampler, update, frozen)
+        return SupervisedStep(config, policy, source, learner, sizes, sampler, update, frozen)
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -94,9 +102,27 @@ class SupervisedStep:
     def problems(self) -> int:
         return len(self.source.held_out)
 
+    @property
+    def first_rewards_at(self) -> float | None:
+        """None: there are no rewards."""
+        return None
+
+    def future_calls(self, state: TrainState) -> list[FutureCall]:
+        return self.update_calls(state)
+
+    def update_calls(self, state: TrainState) -> list[FutureCall]:
+        """The update, with the shapes of its batch: [FutureCall(self.update, (state, batch, self.frozen))]."""
+        layout, train = self.policy.layout, self.config.train
+        shards = 1 if layout is None else layout.rows
+        rows = -(-train.prompts_per_step // shards) * shards
+        shapes = batch_shapes(self.sizes, rows, 1, self.config.rollout.max_completion_length, shards)
+        placement = Placement(layout, jax.local_devices()[0])
+        return [FutureCall(self.update, (shapes_of(state), placement.put_batch(shapes), self.frozen))]
+
     def run(self, state: TrainState, number: int) -> StepResult:
         clock = Clock((self.update,))
-        batch = supervised_batch(self.source.batch(number), self.config, self.policy.layout)
+        rows, width = self.source.batch(number), self.config.rollout.max_completion_length
+        batch = text_batch(rows.prompt_ids, rows.completion_ids, self.sizes, width, self.policy.layout)
         state, packed = self.update(state, batch, self.frozen)
         metrics = packed.to_dict()
         clock.lap("step_seconds")

@@ -60,6 +60,7 @@ class BenchOptions:
         dtype: Number format of the model, `auto`, `float32` or `bfloat16`.
         remat: As `model.remat`.
         micro_batch_prompts: As `train.micro_batch_prompts`.
+        micro_batch_tokens: As `train.micro_batch_tokens`.
         ragged: Draws lengths from a seeded heavy tail, with a mean of a quarter of the longest.
     """
 
@@ -78,6 +79,7 @@ class BenchOptions:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["auto", "none", "layer", "offload"] = "auto"
     micro_batch_prompts: int | None = None
+    micro_batch_tokens: int | None = None
     ragged: bool = False
 
     def config(self) -> Config:
@@ -102,6 +104,7 @@ class BenchOptions:
                 steps=WARMUP_STEPS + self.steps,
                 prompts_per_step=self.prompts,
                 micro_batch_prompts=self.micro_batch_prompts,
+                micro_batch_tokens=self.micro_batch_tokens,
                 save_every=0,
                 show_every=0,
                 quiet=True,
@@ -149,6 +152,11 @@ class RandomPrompts:
         ids = np.random.default_rng([0, step]).integers(0, self.spec.vocab, (self.prompts, self.length))
         indices = np.arange(step * self.prompts, (step + 1) * self.prompts)
         return PromptBatch(step, indices, [f"prompt {index}" for index in indices], ids.tolist(), {})
+
+    @property
+    def prompt_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of the prompts to train on, and of held-out ones, of which there are none."""
+        return np.full(self.prompts, self.length), np.zeros(0, np.int64)
 
 
 def made_up_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from grpo_jax.config.checks import require
+from grpo_jax.models.layers import JOINED
 from grpo_jax.models.spec import ModelSpec, lora_specs, param_specs
 from grpo_jax.runtime.sharding import AxesTable, Layout
 from grpo_jax.weights.quantize import quantized_specs
@@ -18,6 +19,18 @@ def model_axes(spec: ModelSpec) -> AxesTable:
     """Logical axes of every weight and of every adapter that the model may have, by path."""
     table = {path: p.axes for path, p in param_specs(spec).items()}
     return table | {path: p.axes for path, p in lora_specs(spec, 1, tuple(spec.linear_shapes())).items()}
+
+
+def decoding_axes(spec: ModelSpec) -> AxesTable:
+    """`model_axes` and the axes of joined linear layers (`models.layers.JOINED`), which exist where `tensor` is 1."""
+    table = model_axes(spec)
+    joined_axes = {
+        ("layers", joined, leaf): table["layers", names[0], leaf]
+        for joined, names in JOINED.items()
+        for leaf in ("kernel", "bias", "a", "b")
+        if ("layers", names[0], leaf) in table
+    }
+    return {**table, **joined_axes}
 
 
 def check_mesh(layout: Layout | None, spec: ModelSpec, quantization: str = "none") -> None:

@@ -1,8 +1,8 @@
 """Loads weights from files onto devices, shard by shard.
 
-A process reads only what its own devices hold, and a stacked parameter one layer at a time. So besides the devices' copy the host
-holds at most one layer of one parameter, or one embedding. Without a layout everything goes to one device. Names and files are in
-`hf.py`, the choice of quantised weights in `quantize.py`.
+A process reads only what its own devices hold, and a large stacked parameter one layer at a time. So besides the devices' copy the
+host holds at most one layer of one parameter, or one embedding, or 4 MiB. Without a layout everything goes to one device. Names
+and files are in `hf.py`, the choice of quantised weights in `quantize.py`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from grpo_jax.weights.quantize import quantized_specs
 from grpo_kernels import QuantizedWeight, quantize
 
 Index = tuple[slice, ...]
+
+SMALL_STACK_BYTES = 2**22
+"""Stacked parameters of up to this size are read at once: programs that write layers would take longer to compile."""
 
 
 def load_params(
@@ -83,7 +86,9 @@ def load_array(files: TensorFiles, source: TensorSource, shape: tuple[int, ...],
 
 
 def load_stacked(files: TensorFiles, source: TensorSource, shape: tuple[int, ...], sharding: Sharding, dtype: Any) -> Array:
-    """Loads a stacked parameter [L, ...] layer by layer into zeros on the devices."""
+    """Loads a stacked parameter [L, ...]: a small one at once, a larger one layer by layer into zeros on the devices."""
+    if math.prod(shape) * jnp.dtype(dtype).itemsize <= SMALL_STACK_BYTES:
+        return load_array(files, source, shape, sharding, dtype)
     stack = device_zeros(shape, jnp.dtype(dtype), sharding)
     for layer in range(shape[0]):
         part = load_layer(files, source, shape, layer, sharding, dtype)

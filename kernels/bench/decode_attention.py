@@ -63,12 +63,19 @@ def main() -> None:
     array = jnp.zeros((int(needed) // 4,), jnp.float32)
     bandwidth = needed / seconds_of(jax.jit(jnp.sum), array)
     print(f"{jax.devices()[0].device_kind}: {needed / 2**20:,.0f} MiB to read, sum over as much at {bandwidth / 1e9:,.0f} GB/s")
-    default = ["reference", "xla", "mosaic_tpu"] if jax.default_backend() == "tpu" else ["reference", "xla"]
+    kernels = {"tpu": ["mosaic_tpu"], "gpu": [] if int8 else ["mosaic_gpu"]}
+    default = ["reference", "xla", *kernels.get(jax.default_backend(), [])]
+    arguments = (q, prefix, numbers[0], past_blocks, segment_cache, numbers[1], jnp.int32(0))
+    expected = jax.jit(functools.partial(decode_attention, implementation="reference"))(*arguments).astype(jnp.float32)
     for name in args.implementation or default:
         program = jax.jit(functools.partial(decode_attention, implementation=name))
-        seconds = seconds_of(program, q, prefix, numbers[0], past_blocks, segment_cache, numbers[1], jnp.int32(0))
+        apart = float(jnp.max(jnp.abs(program(*arguments).astype(jnp.float32) - expected)))
+        seconds = seconds_of(program, *arguments)
         share = needed / seconds / bandwidth
-        print(f"{name:>10}: {seconds * 1e6:,.0f} µs, {needed / seconds / 1e9:,.0f} GB/s, {share:.0%} of that")
+        print(
+            f"{name:>10}: {seconds * 1e6:,.0f} µs, {needed / seconds / 1e9:,.0f} GB/s, {share:.0%} of that, "
+            f"at most {apart:.4f} from the reference"
+        )
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ Example:
 from grpo_kernels.numerics import NO_WINDOW
 from grpo_kernels.ops.decode_attention import KVCache, SlotMap, decode_attention
 from grpo_kernels.ops.group_advantages import group_advantages
-from grpo_kernels.ops.group_attention import group_attention
+from grpo_kernels.ops.group_attention import AttentionPlan, KeyRanges, Limits, group_attention, plan_attention, prompt_ranges
 from grpo_kernels.ops.grpo_loss import LossSettings, grpo_loss
 from grpo_kernels.ops.head_logprob import head_logprob
 from grpo_kernels.ops.head_sample import Draws, head_sample
@@ -24,9 +24,12 @@ from grpo_kernels.target import Implementation, Target, tracing_for
 
 __all__ = [
     "NO_WINDOW",
+    "AttentionPlan",
     "Draws",
     "Implementation",
     "KVCache",
+    "KeyRanges",
+    "Limits",
     "LossSettings",
     "QuantizedWeight",
     "SlotMap",
@@ -38,6 +41,8 @@ __all__ = [
     "grpo_loss",
     "head_logprob",
     "head_sample",
+    "plan_attention",
+    "prompt_ranges",
     "quantize",
     "quantized_matmul",
     "quantized_shapes",

@@ -17,7 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 Platform = Literal["cpu", "gpu", "tpu"]
 
 Implementation = Literal["reference", "xla", "mosaic_tpu", "mosaic_gpu"]
-"""`reference`: plain JAX without blocks. `xla`: blocked JAX for any device. `mosaic_tpu`, `mosaic_gpu`: Pallas kernels."""
+"""`reference` is plain JAX without blocks; `xla` is blocked JAX for any device; `mosaic_tpu` is a Pallas kernel for TPUs, and
+`mosaic_gpu` one for NVIDIA GPUs from Hopper on."""
 
 LEAST_VECTOR_MEMORY = 16 * 2**20
 """Bytes of a v4's core, the least of the TPUs supported; what a chip is assumed to have where nothing says more."""

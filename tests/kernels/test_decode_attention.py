@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernel_checks import CHIPS, compiled_for, no_race
 from plain_oracles import array_sizes, quick_compiling
 
 from grpo_kernels import NO_WINDOW, KVCache, SlotMap, decode_attention
 from grpo_kernels.ops.decode_attention import BlockSizes, mosaic_tpu
+from grpo_kernels.ops.decode_attention.mosaic_gpu import refusal
 from grpo_kernels.ops.decode_attention.shapes import EIGHT_B, GEMMA_3_12B, Shape
 
 K, DH, SEGMENT = 2, 16, 4
@@ -161,6 +163,58 @@ def test_the_kernel_gives_the_same_and_has_no_race(name: str, capsys: pytest.Cap
     with no_race(capsys):
         got = attention("mosaic_tpu", case, stacked(arguments))
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance(case))
+
+
+HOPPER = {
+    "in order": Case(queries=2, lengths=(48, 17), prompt=48, base=(16, 64, 33, 48), past_blocks=(16, 64), step=2, dtype="bfloat16"),
+    "no past": Case(queries=9, lengths=(32,), prompt=32, base=(0, 0), past_blocks=(), step=0, dtype="bfloat16"),
+    "anywhere": Case(
+        prompt_slots=(2, 0, 2, 0), lengths=(32, 3, 1), prompt=32, base=(0, 48, 5, 16), past_blocks=(16, 32), dtype="bfloat16"
+    ),
+}
+
+
+NEW_ENOUGH = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernels need jax 0.11.2")
+
+
+@NEW_ENOUGH
+@pytest.mark.parametrize("name", HOPPER)
+def test_the_kernels_for_nvidia_give_the_same_and_have_no_race(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Heads of 64 and a segment of 16 columns, the least that is multiplied at once; of the second of two layers."""
+    for constant, value in (("DH", 64), ("SEGMENT", 16), ("K", 1)):
+        monkeypatch.setitem(globals(), constant, value)
+    case = HOPPER[name]
+    arguments, expected = problem(case)
+    arguments = stacked(arguments) | {"window": NO_WINDOW}
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
+        got = decode_attention(**arguments, implementation="mosaic_gpu")
+    assert "RACE" not in capsys.readouterr().out.upper()
+    np.testing.assert_allclose(np.asarray(got.astype(jnp.float32)), expected, rtol=0, atol=tolerance(case))
+
+
+@NEW_ENOUGH
+@pytest.mark.parametrize(("dtype", "message"), [("float32", "must be bfloat16"), ("bfloat16", "wide, not 16")])
+def test_the_kernel_for_nvidia_says_what_it_cannot_compute(dtype: str, message: str) -> None:
+    arguments, _ = problem(Case(dtype=dtype))
+    with pytest.raises(ValueError, match=f"'mosaic_gpu' cannot compute this: .*{message}.*use 'xla'"):
+        decode_attention(**arguments, implementation="mosaic_gpu")
+
+
+@NEW_ENOUGH
+def test_reasons_not_to_take_the_kernel_for_nvidia() -> None:
+    q, keys = jnp.zeros((4, 2, 4, 64), jnp.bfloat16), jnp.zeros((4, 2, 32, 64), jnp.bfloat16)
+    cache, odd = KVCache(keys, keys), KVCache(keys[:, :, :24], keys[:, :, :24])
+    assert refusal(q, [cache], NO_WINDOW, None) is None
+    for arguments, reason in (
+        ((q, [cache], jnp.int32(NO_WINDOW), None), "no windows"),
+        ((q, [cache], 1024, None), "no windows"),
+        ((q, [cache], NO_WINDOW, 30.0), "no soft cap"),
+        ((q, [odd], NO_WINDOW, None), "multiple of 16"),
+        ((jnp.zeros((4, 2, 65, 64), jnp.bfloat16), [cache], NO_WINDOW, None), "at most 64"),
+    ):
+        assert reason in str(refusal(*arguments))
 
 
 def test_one_layer_of_several_is_read() -> None:

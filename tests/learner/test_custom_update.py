@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from padded_batches import PaddedBatch
 from plain_oracles import LORA, moved, quick_compiling, tiny_policy
 
 from grpo_jax.config import Config
@@ -25,7 +26,7 @@ from grpo_jax.learner.loss import grpo_loss, token_weights, total_stats
 from grpo_jax.learner.optim import make_optimizer
 from grpo_jax.learner.step import Learner
 from grpo_jax.runtime.programs import Program
-from grpo_jax.types import Frozen, Params, TrainBatch
+from grpo_jax.types import Frozen, Params
 
 B, G, P, C = 2, 2, 4, 4
 N = B * G
@@ -44,27 +45,25 @@ def _quick() -> Iterator[None]:
         yield
 
 
-def batch(width: int = C, seed: int = 0) -> TrainBatch:
+def batch(width: int = C, seed: int = 0) -> PaddedBatch:
     """Four completions of up to `width` tokens."""
     rng = np.random.default_rng(seed)
     vocab = tiny_policy(FAMILY).spec.vocab
     mask = np.arange(width)[None, :] < np.array([width, 1, 2, width])[:, None]
-    return jax.device_put(
-        TrainBatch(
-            prompt_ids=rng.integers(6, vocab, (B, P)).astype(np.int32),
-            prompt_lengths=np.array([2, P], np.int32),
-            completion_ids=rng.integers(6, vocab, (N, width)).astype(np.int32),
-            completion_mask=mask,
-            sampler_logprobs=np.where(mask, rng.normal(-4, 1, (N, width)), 0).astype(np.float32),
-            rewards=rng.normal(size=(B, G)).astype(np.float32),
-            valid=np.ones((B, G), bool),
-        )
+    return PaddedBatch(
+        prompt_ids=rng.integers(6, vocab, (B, P)).astype(np.int32),
+        prompt_lengths=np.array([2, P], np.int32),
+        completion_ids=rng.integers(6, vocab, (N, width)).astype(np.int32),
+        completion_mask=mask,
+        sampler_logprobs=np.where(mask, rng.normal(-4, 1, (N, width)), 0).astype(np.float32),
+        rewards=rng.normal(size=(B, G)).astype(np.float32),
+        valid=np.ones((B, G), bool),
     )
 
 
-def learner(optimizer: optax.GradientTransformation | None, loss_fn: Any = None, cut: tuple[int, int] = (B, G)) -> Learner:
+def learner(optimizer: optax.GradientTransformation | None, loss_fn: Any = None) -> Learner:
     model = tiny_policy(FAMILY, LORA).model.clone(unroll=False)
-    return Learner.of(CONFIG, model, full=False, micro_batch=cut, updates=10, stop_ids=(2,), optimizer=optimizer, loss_fn=loss_fn)
+    return Learner.of(CONFIG, model, full=False, updates=10, stop_ids=(2,), optimizer=optimizer, loss_fn=loss_fn)
 
 
 def start() -> tuple[Params, Frozen]:
@@ -88,8 +87,9 @@ def update(
     optimizer: optax.GradientTransformation, loss_fn: Any = None, cut: tuple[int, int] = (B, G)
 ) -> tuple[Params, Any, dict[str, float]]:
     """Trained arrays, state of the optimiser and metrics of one update."""
-    made, (trainable, frozen) = learner(optimizer, loss_fn, cut), start()
-    state, packed = Program("update", made.train_step, donate=(0,))(made.init(trainable), batch(), frozen)
+    made, (trainable, frozen) = learner(optimizer, loss_fn), start()
+    given = batch().packed(cut, skips=made.skips)
+    state, packed = Program("update", made.train_step, donate=(0,))(made.init(trainable), given, frozen)
     return state.trainable, state.opt_state, packed.to_dict()
 
 
@@ -124,14 +124,14 @@ def likelihood(*, logps: Any, weights: Any, completion_mask: Any, **_: Any) -> A
 
 def test_without_a_kl_term_a_loss_function_sees_groups_without_an_advantage() -> None:
     """All rewards are equal. The oracle is the loss with β > 0, where every group is given to the loss anyway."""
-    equal = jax.device_put(replace(batch(), rewards=np.ones((B, G), np.float32)))
+    equal = replace(batch(), rewards=np.ones((B, G), np.float32)).packed((1, G))
     losses = []
     for beta in (0.0, 0.1):
         trainable, frozen = start()
         config = replace(CONFIG, objective=replace(CONFIG.objective, beta=beta))
         model = tiny_policy(FAMILY, LORA).model.clone(unroll=False)
         made = Learner.of(
-            config, model, full=False, micro_batch=(1, G), updates=10, stop_ids=(2,), optimizer=optax.sgd(RATE), loss_fn=likelihood
+            config, model, full=False, updates=10, stop_ids=(2,), optimizer=optax.sgd(RATE), loss_fn=likelihood
         )
         _, packed = Program("update", made.train_step, donate=(0,))(made.init(trainable), equal, frozen)
         losses.append(packed.to_dict()["loss"])
@@ -141,7 +141,7 @@ def test_without_a_kl_term_a_loss_function_sees_groups_without_an_advantage() ->
 
 def test_a_reinforce_loss_is_that_of_numpy() -> None:
     _, _, metrics = update(gradient_as_state(), reinforce, (1, 1))
-    policy, given = tiny_policy(FAMILY, LORA), jax.device_get(batch())
+    policy, given = tiny_policy(FAMILY, LORA), batch()
     logps, _ = jax.jit(functools.partial(completion_logprobs, policy.model))(
         policy.variables, given.prompt_ids, given.prompt_lengths, given.completion_ids, jnp.float32(0.8)
     )
@@ -192,7 +192,7 @@ def sgd_step() -> tuple[Learner, Any]:
 def test_any_optax_transformation_makes_the_update() -> None:
     """SGD: parameters − rate · gradient; a constant rate is not in its state, and there is no metric of it."""
     (made, step), (trainable, frozen) = sgd_step(), start()
-    after, packed = step(made.init(trainable), batch(), frozen)
+    after, packed = step(made.init(trainable), batch().packed((B, G)), frozen)
     gradient = update(gradient_as_state())[1]
     expected = jax.tree.map(lambda p, g: p - jnp.float32(RATE) * g, trainable, gradient)
     chex.assert_trees_all_close(after.trainable, expected, rtol=1e-6)
@@ -205,7 +205,7 @@ def test_a_factored_optimiser_with_injected_settings_reports_its_learning_rate()
     made, (trainable, frozen) = learner(optimizer), start()
     state = made.init(trainable)
     expected, _ = optimizer.update(update(gradient_as_state())[1], state.opt_state, trainable)
-    after, packed = jax.jit(made.train_step)(state, batch(), frozen)
+    after, packed = jax.jit(made.train_step)(state, batch().packed((B, G)), frozen)
     assert packed.to_dict()["learning_rate"] == pytest.approx(0.02)
     chex.assert_trees_all_close(after.trainable, optax.apply_updates(trainable, expected), rtol=1e-4, atol=1e-6)
     shapes = {leaf.shape for leaf in jax.tree.leaves(state.opt_state)}
@@ -214,7 +214,7 @@ def test_a_factored_optimiser_with_injected_settings_reports_its_learning_rate()
 
 def test_without_an_optimiser_the_settings_make_adamw() -> None:
     made, (trainable, frozen) = learner(None), start()
-    metrics = jax.eval_shape(made.train_step, made.init(trainable), batch(), frozen)[1]
+    metrics = jax.eval_shape(made.train_step, made.init(trainable), batch().packed((B, G)), frozen)[1]
     assert "learning_rate" in metrics.names
     chex.assert_trees_all_equal(made.init(trainable).opt_state, make_optimizer(CONFIG.optim, 10).init(trainable))
 
@@ -222,9 +222,10 @@ def test_without_an_optimiser_the_settings_make_adamw() -> None:
 def test_an_update_is_traced_once_for_each_width() -> None:
     """The state that an update returns has the types of the one that it got, so the second batch finds the program."""
     (made, step), (trainable, frozen) = sgd_step(), start()
-    state, _ = step(made.init(trainable), batch(), frozen)
-    state, _ = step(state, batch(seed=1), frozen)
-    step.lower(state, batch(width=3), frozen)
-    step.lower(state, batch(width=3, seed=1), frozen)
+    cut = (B, G)
+    state, _ = step(made.init(trainable), batch().packed(cut), frozen)
+    state, _ = step(state, batch(seed=1).packed(cut), frozen)
+    step.lower(state, batch(width=3).packed(cut), frozen)
+    step.lower(state, batch(width=3, seed=1).packed(cut), frozen)
     with pytest.raises(AssertionError, match="traced > 2 times"):
-        step.lower(state, batch(width=2), frozen)
+        step.lower(state, batch(width=2).packed(cut), frozen)

@@ -13,7 +13,7 @@ import pytest
 from plain_oracles import LORA, STOPS, array_sizes, golden_config, log_softmax, plain_model, quick_compiling, tiny_policy
 
 from goldens.folders import FAMILIES
-from grpo_jax.learner.logprobs import completion_logprobs, truncated_completion_logprobs
+from grpo_jax.learner.logprobs import completion_logprobs, padded_rows, row_logprobs
 from grpo_jax.learner.truncated import Truncation
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.spec import abstract_params
@@ -63,6 +63,16 @@ def values_and_gradient(
     policy = tiny_policy(family, LORA)
     gradient, logps = program(family, **how)(policy.adapters, policy.params, prompts, lengths, completions, counts)
     return np.asarray(logps), np.concatenate([np.asarray(leaf).ravel() for leaf in jax.tree.leaves(gradient)])
+
+
+def tables(outputs: Any, rows: int, columns: int) -> Any:
+    """Outputs of `row_logprobs` of padded rows, as tables [N, C]."""
+    groups = rows // PROMPT_LENGTHS.size
+
+    def table(x: Any) -> Any:
+        return jnp.concatenate([x[:, :groups].reshape(rows, 1), x[:, groups:].reshape(rows, columns - 1)], axis=1)
+
+    return tuple(map(table, outputs))
 
 
 @functools.cache
@@ -192,7 +202,7 @@ def test_the_trainer_has_the_log_probabilities_that_the_sampler_returned(family:
         table[number, : len(row.ids)], theirs[number, : len(row.ids)] = row.ids, row.logprobs
     mask = np.arange(C)[None, :] < np.array([len(row.ids) for row in rows])[:, None]
     padded = np.array([row + [0] * (P - len(row)) for row in prompts], np.int32)
-    run = jax.jit(lambda v, p, n, c: truncated_completion_logprobs(policy.model, v, p, n, c, truncation, 0.7))
+    run = jax.jit(lambda v, *rows: tables(row_logprobs(policy.model, v, padded_rows(*rows), truncation, 0.7), B * G, C))
     logps, untruncated, entropy = run(policy.variables, padded, PROMPT_LENGTHS, table)
     assert np.abs(np.asarray(logps) - theirs)[mask].max() < 1e-4
     plain, plain_entropy = scored(family, padded, table, 0.7)
@@ -215,9 +225,9 @@ def test_there_is_never_an_array_of_rows_by_tokens_by_vocabulary(trainable: bool
         variables = {"params": params}
         if truncation is None:
             return jnp.sum(completion_logprobs(model, variables, prompts, lengths, completions, head_trainable=trainable)[0])
-        logps, untruncated, _ = truncated_completion_logprobs(
-            model, variables, prompts, lengths, completions, truncation, head_trainable=trainable
-        )
+        rows = padded_rows(prompts, lengths, completions)
+        logps, untruncated, _ = row_logprobs(model, variables, rows, truncation, head_trainable=trainable)
+        assert untruncated is not None
         return jnp.sum(logps + untruncated)
 
     largest = array_sizes(jax.make_jaxpr(jax.grad(scalar))(abstract_params(spec, "float32"), *shapes))

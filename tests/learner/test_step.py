@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from padded_batches import PaddedBatch, micro_batches_used, shapes_of
 from plain_oracles import (
     LORA,
     array_sizes,
@@ -27,7 +28,6 @@ from plain_oracles import (
 from goldens.folders import model_tensors
 from grpo_jax.config import LoraConfig, ObjectiveConfig, OptimConfig
 from grpo_jax.learner import step as step_module
-from grpo_jax.learner.micro_batches import MicroBatches
 from grpo_jax.learner.optim import make_optimizer
 from grpo_jax.learner.step import Learner
 from grpo_jax.learner.truncated import Truncation
@@ -35,7 +35,7 @@ from grpo_jax.models.families import read_spec
 from grpo_jax.models.spec import abstract_params, lora_specs, nest
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.runtime.programs import Program
-from grpo_jax.types import Frozen, Params, TrainBatch
+from grpo_jax.types import Frozen, Params
 
 B, G, P, C = 4, 4, 8, 6
 N = B * G
@@ -53,7 +53,7 @@ def _quick() -> Iterator[None]:
 
 
 @functools.cache
-def batch() -> TrainBatch:
+def batch() -> PaddedBatch:
     """Sixteen rows of unequal length: row 5 could not be scored, the last group's rewards are equal, row 9 is masked."""
     rng = np.random.default_rng(0)
     vocabulary = golden_config(FAMILY)["vocab_size"]
@@ -64,16 +64,14 @@ def batch() -> TrainBatch:
     rewards[3] = 0.7
     completions = np.where(np.arange(C)[None, :] < LENGTHS[:, None], rng.integers(6, vocabulary, (N, C)), 0)
     prompts = np.where(np.arange(P)[None, :] < PROMPT_LENGTHS[:, None], rng.integers(6, vocabulary, (B, P)), 0)
-    return jax.device_put(
-        TrainBatch(
-            prompt_ids=prompts.astype(np.int32),
-            prompt_lengths=PROMPT_LENGTHS,
-            completion_ids=completions.astype(np.int32),
-            completion_mask=mask,
-            sampler_logprobs=np.where(mask, -4 + rng.normal(size=(N, C)), 0).astype(np.float32),
-            rewards=rewards,
-            valid=valid,
-        )
+    return PaddedBatch(
+        prompt_ids=prompts.astype(np.int32),
+        prompt_lengths=PROMPT_LENGTHS,
+        completion_ids=jnp.asarray(completions.astype(np.int32)),
+        completion_mask=mask,
+        sampler_logprobs=np.where(mask, -4 + rng.normal(size=(N, C)), 0).astype(np.float32),
+        rewards=rewards,
+        valid=valid,
     )
 
 
@@ -109,7 +107,7 @@ def plain_adamw(params: Params, gradients: list[Params]) -> Params:
     return jax.tree.map(leaf, params, *gradients)
 
 
-def learner(objective: ObjectiveConfig, cut: tuple[int, int] = (B, G), **change: Any) -> Learner:
+def learner(objective: ObjectiveConfig, **change: Any) -> Learner:
     made = Learner(
         model=tiny_policy(FAMILY, LORA).model,
         objective=objective,
@@ -118,7 +116,6 @@ def learner(objective: ObjectiveConfig, cut: tuple[int, int] = (B, G), **change:
         full=False,
         temperature=TEMPERATURE,
         max_completion_length=MAX_LENGTH,
-        micro_batch=cut,
     )
     return dataclasses.replace(made, **change)
 
@@ -137,9 +134,9 @@ def program(
     objective: ObjectiveConfig, cut: tuple[int, int] = (B, G), full: bool = False, truncation: Truncation | None = None
 ) -> Callable[..., Any]:
     """Compiled (trainable, batch, frozen) → state, metrics; the trainable arrays are donated."""
-    made = learner(objective, cut, full=full, truncation=truncation)
+    made = learner(objective, full=full, truncation=truncation)
     run = Program("update", made.train_step, donate=(0,))
-    return lambda trainable, batch, frozen: run(made.init(trainable), batch, frozen)
+    return lambda trainable, batch, frozen: run(made.init(trainable), batch.packed(cut, skips=made.skips), frozen)
 
 
 @functools.cache
@@ -192,7 +189,8 @@ CUTS = [
 def test_the_micro_batch_changes_nothing(name: str, cut: tuple[int, int], full: bool) -> None:
     at_once, gradient, metrics, advantages = update(OBJECTIVES[name], full=full)
     trained, cut_gradient, cut_metrics, cut_advantages = update(OBJECTIVES[name], cut, full)
-    assert_near_in_norm(cut_gradient, gradient)
+    # The gradient of a second update is that of adapters which the first one has rounded.
+    assert_near_in_norm(cut_gradient, gradient, 1e-5 * OBJECTIVES[name].num_iterations)
     assert_near_in_norm(
         jax.tree.map(jnp.subtract, trained, start(full)[0]), jax.tree.map(jnp.subtract, at_once, start(full)[0]), 2e-5
     )
@@ -542,7 +540,9 @@ def test_groups_without_advantage_are_not_computed_where_there_is_no_kl_term(nam
     poisoned = np.array(equal.prompt_ids)
     poisoned[[0, 2, 3]] = 10**6
 
-    def gradient_of(batch: TrainBatch, cut: tuple[int, int]) -> tuple[np.ndarray, dict[str, float], np.ndarray]:
+    def gradient_of(
+        batch: PaddedBatch, cut: tuple[int, int], objective: ObjectiveConfig = objective
+    ) -> tuple[np.ndarray, dict[str, float], np.ndarray]:
         trainable, frozen = start()
         state, packed = program(objective, cut)(trainable, batch, frozen)
         return flat(state.opt_state[1]), *packed.to_host()
@@ -551,7 +551,7 @@ def test_groups_without_advantage_are_not_computed_where_there_is_no_kl_term(nam
     assert np.linalg.norm(gradient) > 0
     assert metrics["reward/frac_zero_std"] == 0.75
     unknown = dataclasses.replace(equal, prompt_ids=jnp.asarray(poisoned))
-    assert np.isnan(gradient_of(unknown, (B, G))[0]).any()
+    assert np.isnan(gradient_of(unknown, (B, G), OBJECTIVES["dapo"])[0]).any()  # with a KL term all are computed
     own, own_metrics, own_advantages = gradient_of(unknown, cut)
     assert np.linalg.norm(own - gradient) <= 1e-5 * np.linalg.norm(gradient)
     assert np.array_equal(advantages, own_advantages)
@@ -571,23 +571,23 @@ def test_a_batch_without_a_trained_token_changes_nothing() -> None:
 def test_no_forward_pass_that_is_not_needed(monkeypatch: pytest.MonkeyPatch, beta: float, iterations: int) -> None:
     """One pass with a gradient; the reference's only where there is a KL term; never one for the old log-probabilities."""
     seen: list[bool] = []
-    inner = step_module.completion_logprobs
+    inner = step_module.row_logprobs
 
     def counted(model: Any, variables: Params, *rest: Any, **options: Any) -> Any:
         seen.append("lora" in variables)
         return inner(model, variables, *rest, **options)
 
-    monkeypatch.setattr(step_module, "completion_logprobs", counted)
+    monkeypatch.setattr(step_module, "row_logprobs", counted)
     made = learner(ObjectiveConfig(beta=beta, num_iterations=iterations))
     trainable, frozen = start()
-    jax.eval_shape(made.train_step, made.init(trainable), batch(), Frozen(frozen.base, {}))
+    jax.eval_shape(made.train_step, made.init(trainable), batch().packed((B, G)), Frozen(frozen.base, {}))
     assert set(seen) == ({True, False} if beta else {True})
-    assert seen.count(False) <= 1
+    assert seen.count(False) <= len(batch().packed((B, G)).micro_batches)  # once a size of rows
 
 
 def test_without_a_kl_term_full_fine_tuning_needs_no_reference() -> None:
     made = learner(ObjectiveConfig(beta=0.0), full=True)
-    _, metrics = jax.eval_shape(made.train_step, made.init(start(full=True)[0]), batch(), Frozen({}, None))
+    _, metrics = jax.eval_shape(made.train_step, made.init(start(full=True)[0]), batch().packed((B, G)), Frozen({}, None))
     assert "kl_divergence" not in metrics.names
 
 
@@ -634,7 +634,7 @@ def test_the_state_is_donated_and_nothing_else() -> None:
     before = flat(frozen.base)
     after, _ = program(OBJECTIVES["dapo"])(trainable, batch(), frozen)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(trainable))
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((after, batch(), frozen)))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((after, frozen)))
     assert np.array_equal(flat(frozen.base), before)
 
 
@@ -652,23 +652,32 @@ def test_metrics_come_to_the_host_in_one_transfer(monkeypatch: pytest.MonkeyPatc
     assert set(packed.to_dict()) == set(metrics)
 
 
-def test_a_cut_that_does_not_divide_the_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match="3 prompts and 4 completions"):
-        MicroBatches.of(batch(), (3, 4))
-    with pytest.raises(ValueError, match="4 prompts and 3 completions"):
-        MicroBatches.of(batch(), (4, 3))
+def test_completions_without_a_trained_token_are_not_computed() -> None:
+    """Their tokens are ids that no embedding has: computed, they would make all NaN."""
+    poisoned = np.array(batch().completion_ids)
+    poisoned[9] = 10**6
+    _, gradient, metrics, _ = update(OBJECTIVES["dapo"])
+    trainable, frozen = start()
+    unknown = dataclasses.replace(batch(), completion_ids=jnp.asarray(poisoned))
+    state, packed = program(OBJECTIVES["dapo"])(trainable, unknown, frozen)
+    assert np.array_equal(flat(state.opt_state[1]), flat(gradient))
+    assert packed.to_dict() == metrics
 
 
-@pytest.mark.parametrize("cut", [(4, 4), (2, 2), (1, 4), (4, 1)])
-def test_cutting_and_joining_are_inverse_and_keep_rows_with_their_prompts(cut: tuple[int, int]) -> None:
-    split = MicroBatches.of(batch(), cut)
-    rows = jnp.arange(N, dtype=jnp.int32)[:, None]
-    assert np.array_equal(split.join(split.rows(rows)), rows)
-    prompts, completions = np.asarray(split.prompt_ids), np.asarray(split.completion_ids)
-    for micro in range(split.count):
-        for index, row in enumerate(np.asarray(split.rows(rows))[micro, :, 0]):
-            assert np.array_equal(prompts[micro, index // cut[1]], np.asarray(batch().prompt_ids)[row // G])
-            assert np.array_equal(completions[micro, index], np.asarray(batch().completion_ids)[row])
+def test_micro_batches_without_tokens_are_not_computed() -> None:
+    """The batch needs two rows of the four that the longest texts would; in the others a token could only add NaN."""
+    packed = batch().packed((1, G))
+    used = micro_batches_used(packed)
+    assert sum(used) < sum(part.completions.shape[0] for part in packed.micro_batches)
+    largest = packed.micro_batches[0]
+    poisoned = np.array(largest.rows.ids)
+    poisoned[used[0] :] = 10**6
+    rows = largest.rows.replace(ids=jnp.asarray(poisoned))
+    trainable, frozen = start()
+    made = learner(OBJECTIVES["dapo"])
+    changed = packed.replace(micro_batches=(largest.replace(rows=rows), *packed.micro_batches[1:]))
+    state, _ = jax.jit(made.train_step)(made.init(trainable), changed, frozen)
+    assert_near_in_norm(state.opt_state[1], update(OBJECTIVES["dapo"])[1])
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -677,20 +686,12 @@ def test_no_update_ever_holds_rows_by_tokens_by_vocabulary(full: bool) -> None:
     spec = read_spec(golden_config("llama2") | {"vocab_size": vocabulary})
     lora = LoraConfig(rank=2)
     model = Transformer(spec, jnp.dtype("float32"), lora.scale, "layer")
-    made = learner(ObjectiveConfig(beta=0.1, num_iterations=2), (2, 4), model=model, full=full)
+    made = learner(ObjectiveConfig(beta=0.1, num_iterations=2), model=model, full=full)
     base = abstract_params(spec, "float32")
     shape: Any = jax.ShapeDtypeStruct
     adapters = nest({path: shape(p.shape, jnp.float32) for path, p in lora_specs(spec, 2, lora.target_names).items()})
     trainable = base if full else adapters
     state = jax.eval_shape(made.init, trainable)
-    given = TrainBatch(
-        prompt_ids=shape((2, 32), jnp.int32),
-        prompt_lengths=shape((2,), jnp.int32),
-        completion_ids=shape((rows, tokens), jnp.int32),
-        completion_mask=shape((rows, tokens), jnp.bool_),
-        sampler_logprobs=shape((rows, tokens), jnp.float32),
-        rewards=shape((2, 4), jnp.float32),
-        valid=shape((2, 4), jnp.bool_),
-    )
+    given = shapes_of(2, 4, 32, tokens, (2, 4))
     frozen = Frozen({}, base) if full else Frozen(base, {})
     assert array_sizes(jax.make_jaxpr(made.train_step)(state, given, frozen)) < rows * tokens * vocabulary / 10

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from padded_batches import shapes_of
 
 from goldens.folders import build_model_folder
 from grpo_jax.config import LoraConfig, ObjectiveConfig, OptimConfig, RolloutConfig
@@ -20,7 +21,7 @@ from grpo_jax.rollout.kv_cache import empty_past_block, write_segment
 from grpo_jax.rollout.prefill import insert_prompts, prefill
 from grpo_jax.rollout.sampling import controls_of
 from grpo_jax.rollout.weights import prepare_weights
-from grpo_jax.types import Frozen, TrainBatch
+from grpo_jax.types import Frozen
 from grpo_jax.weights.hf import read_folder_spec
 from grpo_jax.weights.lora import init_lora
 
@@ -60,19 +61,9 @@ def test_the_update_compiles_for_a_tpu(chips: Any, model: Transformer):
     variables = variables_of(model, chips["v5e"])
     optim = OptimConfig()
     learner = Learner(
-        model, ObjectiveConfig(), make_optimizer(optim, 10), functools.partial(learning_rate_at, optim, 10), False, 1.0, C, STOPS
+        model, ObjectiveConfig(), make_optimizer(optim, 10), functools.partial(learning_rate_at, optim, 10), False, 1.0, C
     )
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        "prompt_ids": ((B, P), jnp.int32),
-        "prompt_lengths": ((B,), jnp.int32),
-        "completion_ids": ((B * G, C), jnp.int32),
-        "completion_mask": ((B * G, C), jnp.bool_),
-        "sampler_logprobs": ((B * G, C), jnp.float32),
-        "rewards": ((B, G), jnp.float32),
-        "valid": ((B, G), jnp.bool_),
-    }
-    fields: dict[str, Any] = {name: jax.ShapeDtypeStruct(*value) for name, value in shapes.items()}
-    batch = TrainBatch(**fields)
+    batch = shapes_of(B, G, P, C, (B, G))
     state = on(chips["v5e"], jax.eval_shape(learner.init, variables["lora"]))
     train_step = jax.jit(learner.train_step, donate_argnums=0)
     update = compiled_for(train_step, state, on(chips["v5e"], batch), Frozen(variables["params"], {}))
@@ -91,7 +82,7 @@ def test_the_rollout_compiles_for_a_tpu(chips: Any, model: Transformer, refilled
 
     prepared = functools.partial(prepare_weights, model, unroll=False)
     weights = compiled_for(jax.jit(prepared), variables_of(model, chips["v5e"]))
-    assert weights.out_info["params"]["layers"]["q_proj"]["kernel"].shape[0] == model.spec.layers
+    assert weights.out_info["params"]["layers"]["qkv_proj"]["kernel"].shape[0] == model.spec.layers
     weights = on(chips["v5e"], weights.out_info)
 
     computed = functools.partial(prefill, model, int8=int8)

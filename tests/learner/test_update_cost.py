@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from compiled_rollout import LLAMA_8B
-from compiled_update import batch_of, lowered_update
+from compiled_update import lowered_update
 from hlo_costs import matmul_operations
 from jax.sharding import SingleDeviceSharding
+from padded_batches import shapes_of
 from plain_oracles import quick_compiling
 
 from grpo_jax.config import LoraConfig
@@ -56,8 +57,8 @@ def test_an_update_multiplies_with_each_weight_no_more_often_than_needed(remat: 
 
     The adapters' own products come on top. The head computes completion tokens only.
     """
-    batch, cpu = batch_of(1, GENERATIONS, TOKENS, TOKENS), SingleDeviceSharding(jax.devices("cpu")[0])
-    lowered = lowered_update(SPEC, batch, cpu, micro_batch=(1, GENERATIONS), lora=LoraConfig(rank=16), remat=remat)
+    batch, cpu = shapes_of(1, GENERATIONS, TOKENS, TOKENS, (1, GENERATIONS)), SingleDeviceSharding(jax.devices("cpu")[0])
+    lowered = lowered_update(SPEC, batch, cpu, lora=LoraConfig(rank=16), remat=remat)
     text = lowered.compile().as_text()
     tokens, completions = TOKENS * (1 + GENERATIONS), TOKENS * GENERATIONS
     layers = LAYERS * sum(rows * columns for rows, columns in SPEC.linear_shapes().values())

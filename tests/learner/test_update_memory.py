@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from compiled_rollout import LLAMA_8B, size_of
-from compiled_update import base_of, batch_of, lowered_update
+from compiled_update import base_of, lowered_update
 
 from grpo_jax.config import LoraConfig
 from grpo_jax.fit.scratch import scratch_counted
@@ -30,9 +30,8 @@ def lowered(chip: Any, quantization: str, spec: ModelSpec = LLAMA_8B, completion
     """Lowers an update of one group of eight completions, one per micro-batch."""
     return lowered_update(
         spec,
-        batch_of(1, 8, PROMPT, completion),
+        shapes_of(1, 8, PROMPT, completion, (1, 1)),
         chip,
-        micro_batch=(1, 1),
         lora=LoraConfig(rank=32),
         implementation="mosaic_tpu",
         quantization=quantization,

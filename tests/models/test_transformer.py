@@ -12,7 +12,7 @@ import pytest
 from plain_oracles import LORA, golden_config, log_softmax, plain_model, quick_compiling, tiny_policy
 
 from goldens.folders import FAMILIES, model_tensors, read_golden
-from grpo_jax.models.attention import group_attend
+from grpo_jax.models.attention import prefill_attend
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.layers import rotate
 from grpo_jax.models.spec import ModelSpec, Rope, abstract_params, count_parameters, flatten, init_params, nest, param_specs
@@ -39,7 +39,7 @@ def hidden_states(model: Transformer, variables: Params, ids: np.ndarray) -> np.
 
     @jax.jit
     def run(variables: Params, ids: jax.Array, positions: jax.Array) -> jax.Array:
-        attend = group_attend(model.spec, jnp.full((b,), t, jnp.int32), t, 0)
+        attend = prefill_attend(model, jnp.full((b,), t, jnp.int32), t)
         hidden, _, _ = forward(model, variables, ids, positions, attend)  # type: ignore[misc] - Flax returns a union
         return hidden
 
@@ -152,7 +152,7 @@ def test_bfloat16_hidden_states_are_near_those_of_float32() -> None:
 
     def run(variables: Params) -> jax.Array:
         ids = jnp.arange(6, 20, dtype=jnp.int32)[None]
-        attend = group_attend(model.spec, jnp.array([14], jnp.int32), 14, 0)
+        attend = prefill_attend(model, jnp.array([14], jnp.int32), 14)
         return forward(model, variables, ids, jnp.arange(14, dtype=jnp.int32)[None], attend)[0]  # type: ignore[index] - Flax returns a union
 
     narrow = jax.jit(run)(policy.variables)
@@ -164,11 +164,13 @@ def test_compile_time_does_not_grow_with_depth() -> None:
     def lines(layers: int) -> int:
         spec: ModelSpec = read_spec(STORIES | {"num_hidden_layers": layers})
         model = Transformer(spec, jnp.dtype("float32"))
-        attend = group_attend(spec, jnp.array([4], jnp.int32), 4, 0)
         ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
-        lowered = jax.jit(lambda v, i, p: forward(model, v, i, p, attend)).lower(
-            {"params": abstract_params(spec, "float32")}, ids, ids
-        )
+
+        def run(variables: Params, ids: jax.Array, positions: jax.Array) -> jax.Array:
+            attend = prefill_attend(model, jnp.array([4], jnp.int32), 4)
+            return forward(model, variables, ids, positions, attend)[0]
+
+        lowered = jax.jit(run).lower({"params": abstract_params(spec, "float32")}, ids, ids)
         return lowered.as_text().count("\n")
 
     assert lines(40) == lines(4)

@@ -29,7 +29,7 @@ def _quick() -> Iterator[None]:
 
 
 def spec_of(softcap: float | None) -> ModelSpec:
-    """A spec of which only the soft cap is used."""
+    """A spec of which only the soft cap and the windows are used."""
     return dataclasses.replace(tiny_policy("gemma2").spec, attention_softcap=softcap)
 
 
@@ -99,10 +99,15 @@ def test_one_token_sees_its_prompt_its_past_and_this_segment(
     per_layer = (cache(prefix), (cache(past, slice(0, 8)), cache(past, slice(8, 12))))
     all_layers = None if together else jax.tree.map(lambda x: jnp.stack([x + jnp.ones_like(x), x]), per_layer)
     scalars = (jnp.asarray(x, jnp.int32) for x in (lengths, base, step))
-    attend = decode_attend(spec_of(softcap), *scalars, slot_map, all_layers=all_layers)
+    spec = dataclasses.replace(spec_of(softcap), windows=(window if window < NO_WINDOW else None,))
+    attend = decode_attend(spec, *scalars, slot_map, all_layers=all_layers)
     cache = jax.tree.map(lambda x: jnp.stack([x + jnp.ones_like(x), x]), cache(segment_cache))  # of two layers, this is the second
-    settings = {"layer": jnp.int32(1), "window": jnp.int32(window), "per_layer": per_layer if together else None, "cache": cache}
+    settings = {"layer": jnp.int32(1), "window": jnp.int32(window), "per_layer": per_layer if together else None}
+    settings["cache"] = cache if together else (cache, jnp.int32(1))
     out, cache, _ = jax.jit(functools.partial(attend, **settings))(*(jnp.asarray(x[:, None]) for x in (q, k, v)))
+    if not together:
+        cache, number = cache
+        assert number == 2  # of the next layer
 
     def values(x: np.ndarray) -> np.ndarray:
         scale = np.maximum(np.abs(x).max(axis=-1, keepdims=True), 1e-30) / 127
@@ -158,16 +163,18 @@ def test_a_segment_goes_behind_each_slots_past(int8: bool, transposed: bool) -> 
         np.testing.assert_array_equal(new, expected)
 
 
-def test_a_segment_of_slots_that_began_together_goes_into_the_last_past_block() -> None:
+@pytest.mark.parametrize("start", [0, 4, 8, 12, 16])
+def test_a_segment_of_slots_that_began_together_goes_into_the_past_block_that_it_belongs_to(start: int) -> None:
     zeros = jnp.zeros((1, 3, K, 8, DH))
     past_blocks = (KVCache(zeros, zeros), KVCache(zeros, zeros))
     own = jnp.asarray(normal(0, 1, 3, K, 4, DH))
     segment_cache = KVCache(own, own)
-    first, last = write_segment(past_blocks, segment_cache, jnp.full((3,), 12, jnp.int32), together=True)
-    assert not np.any(first.k)
-    assert not np.any(last.k[:, :, :, :4])
-    np.testing.assert_array_equal(last.k[:, :, :, 4:], own)
-    np.testing.assert_array_equal(last.v, last.k)
+    got = write_segment(past_blocks, segment_cache, jnp.full((3,), start, jnp.int32), together=True)
+    expected = np.zeros((1, 3, K, 16, DH), np.float32)
+    if start < 16:  # else it is behind all past blocks, where no completion goes on
+        expected[:, :, :, start : start + 4] = own
+    np.testing.assert_array_equal(np.concatenate([block.k for block in got], axis=3), expected)
+    np.testing.assert_array_equal(np.concatenate([block.v for block in got], axis=3), expected)
     assert write_segment((), segment_cache, jnp.zeros((3,), jnp.int32), together=True) == ()
 
 

@@ -13,6 +13,7 @@ from plain_oracles import log_softmax, quick_compiling, staying_tokens
 from scipy.stats import chisquare
 
 from grpo_jax.rollout.sampling import NEAR_LOGITS, Thresholds, draw, sample_inverse_cdf, truncate
+from grpo_kernels import Target, tracing_for
 
 OFF = (0, 1.0, 0.0)
 jit_truncate, jit_draw, jit_inverse = jax.jit(truncate), jax.jit(draw), jax.jit(sample_inverse_cdf)
@@ -253,3 +254,20 @@ def test_draws_that_small_changes_of_the_logits_alter_are_close(cut: tuple[int, 
     assert differs.sum() > 50
     assert not (differs & ~np.asarray(close)).any()
     assert np.asarray(close).mean() < 0.2
+
+
+@pytest.mark.parametrize("cut", [None, (5, 0.7, 0.05)], ids=str)
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_on_a_gpu_no_branch_is_waited_for_and_the_draws_are_the_same(
+    cut: tuple[int, float, float] | None, temperature: float
+) -> None:
+    rng = np.random.default_rng(5)
+    logits, uniform = jnp.asarray(rng.normal(size=(400, 50)), jnp.float32), jnp.asarray(rng.random(400), jnp.float32)
+    thresholds = None if cut is None else Thresholds(jnp.int32(cut[0]), jnp.float32(cut[1]), jnp.float32(cut[2]))
+    arguments = (logits, uniform, jnp.float32(temperature), thresholds)
+    expected = draw(*arguments)
+    with tracing_for(Target("gpu")):
+        got = jax.jit(draw)(*arguments)
+        assert "cond" not in str(jax.make_jaxpr(draw)(*arguments))
+    for ours, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)  # one was compiled as a whole

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -90,6 +90,18 @@ def test_without_refilling_all_wait_for_the_last() -> None:
     assert schedule.admit() == ([], [0, 1, 2])
     assert schedule.completion_in_slot.tolist() == [3, 4, 5]
     schedule.end([0, 1, 2])
+    assert schedule.finished
+
+
+def test_fixed_slots_are_those_of_the_prompt_also_with_fewer_completions_each() -> None:
+    fixed = Sizes(slots=12, prompt_slots=3, slots_per_prompt=4, prompt=8, segment=4, past_blocks=(8,), fixed=True)
+    schedule = Schedule.of(fixed, prompts=2, generations=2)
+    assert schedule.admit() == ([], [0, 1, 4, 5])
+    assert schedule.completion_in_slot.tolist() == [0, 1, -1, -1, 2, 3, -1, -1, -1, -1, -1, -1]
+    assert schedule.slot_indices[[0, 1, 4, 5]].tolist() == [0, 1, 0, 1]
+    schedule.end([0, 5])
+    assert schedule.admit() == ([], [])
+    schedule.end([1, 4])
     assert schedule.finished
 
 
@@ -198,13 +210,21 @@ def test_past_blocks_have_room_for_what_is_read_again_and_are_equal_at_first_and
         if len(past_blocks) > 1:
             assert FIRST_PAST_BLOCK <= past_blocks[0] < FIRST_PAST_BLOCK + segment
         for number in range(1, len(past_blocks) - 1):
-            assert past_blocks[number] == (past_blocks[0] if number < 4 else sum(past_blocks[:number]))
-        assert len(past_blocks) <= 4 + max(0, int(np.ceil(np.log2(max(1, longest / (4 * FIRST_PAST_BLOCK))))))
+            assert past_blocks[number] == (past_blocks[0] if number < 2 else sum(past_blocks[:number]))
+        assert len(past_blocks) <= 2 + max(0, int(np.ceil(np.log2(max(1, longest / (2 * FIRST_PAST_BLOCK))))))
+        halves = past_block_sizes(longest, segment, skips=False)  # on a GPU each number of blocks is a program
+        assert sum(halves) == sum(past_blocks)
+        assert len(halves) <= 2
+        assert all(size % segment == 0 for size in halves)
+        assert len(halves) < 2 or halves[1] <= halves[0] <= halves[1] + segment
 
 
 def test_as_many_past_blocks_as_the_tokens_need() -> None:
     shape = Sizes(slots=1, prompt_slots=1, slots_per_prompt=1, prompt=8, segment=8, past_blocks=(16, 16, 32), fixed=True)
-    assert [shape.past_blocks_for(n) for n in (0, 1, 16, 17, 32, 33, 64)] == [0, 1, 1, 2, 2, 3, 3]
+    assert [shape.past_blocks_for(n) for n in (0, 1, 16, 17, 32, 33, 64)] == [1, 1, 1, 2, 2, 3, 3]
+    skipping = replace(shape, skips=True)
+    assert [skipping.past_blocks_for(n) for n in (0, 1, 64)] == [3, 3, 3]
+    assert replace(shape, past_blocks=()).past_blocks_for(0) == 0
 
 
 def test_a_segment_is_as_set_and_never_longer_than_a_completion() -> None:

@@ -51,7 +51,7 @@ def scripted(script: Sequence[Sequence[int]], generations: int, decode_text: Dec
         none = np.zeros(count, np.int32)
         return SegmentTokens(ids, logps.astype(np.float32), ends, stopped, none, none > 0), past_blocks  # type: ignore[arg-type] - NumPy
 
-    def prepare_weights(variables: Any, *, unroll: bool) -> Any:
+    def prepare_weights(variables: Any, **_: Any) -> Any:
         return variables
 
     def prompts(*_: Any, **__: Any) -> PrefilledPrompts:
@@ -61,7 +61,7 @@ def scripted(script: Sequence[Sequence[int]], generations: int, decode_text: Dec
         return past_blocks
 
     parts: tuple[Any, ...] = (prepare_weights, prompts, prompts, segment, write, prompts)
-    return Sampler(tiny_policy("qwen3").model, (STOP_ID,), decode_text, *parts)
+    return Sampler(tiny_policy("qwen3").model.clone(unroll=True), (STOP_ID,), decode_text, *parts)
 
 
 def expected_row(ids: Sequence[int], strings: Sequence[str], decode_text: DecodeText) -> tuple[list[int], str]:

@@ -18,8 +18,9 @@ from grpo_jax.rollout.decode import SlotState, decode_segment
 from grpo_jax.rollout.kv_cache import empty_cache, empty_past_block, write_segment
 from grpo_jax.rollout.prefill import PrefilledPrompts
 from grpo_jax.rollout.sampling import controls_of
+from grpo_jax.rollout.weights import decoding_model, prepared_shapes
 from grpo_jax.runtime.sharding import Layout
-from grpo_jax.weights.axes import model_axes
+from grpo_jax.weights.axes import decoding_axes
 from grpo_jax.weights.lora import init_lora
 
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 32, 4096, 32, 8, 128, 128_256
@@ -77,15 +78,29 @@ def size_of(tree: Any) -> int:
     return sum(math.prod(shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def segment_memory(
+@dataclass(frozen=True)
+class Segment:
+    """A compiled segment and the shapes of its arguments."""
+
+    compiled: Any
+    weights: Any
+    prompts: PrefilledPrompts
+    past_blocks: tuple[Any, ...]
+    segment_cache: Any
+    number: Any
+
+
+def compiled_segment(
     device: Any,
     *,
     refilled: bool,
     int8: bool = False,
     options: dict[str, Any] | None = None,
     implementation: str | None = None,
-    rank: int = 32,
-) -> Memory:
+    rank: int | None = 32,
+    past_sizes: tuple[int, ...] = PAST_BLOCKS,
+    prepared: dict[str, bool] | None = None,
+) -> Segment:
     """Compiles a segment of 64 slots: 8 prompts of 2,048 tokens, 8 completions each, up to 1,024 tokens of each in the past.
 
     Args:
@@ -94,6 +109,9 @@ def segment_memory(
         options: for XLA's compiler.
         implementation: of the kernels; None chooses by the device of this process, which is not the one compiled for.
         rank: of the adapters; must differ from a device's slots, or what a layer computes would be counted as copies of adapters.
+            None has no adapters.
+        past_sizes: tokens per slot of each past block.
+        prepared: settings of `prepare_weights`; None decodes with the weights of training.
     """
     layout = device if isinstance(device, Layout) else None
 
@@ -102,11 +120,16 @@ def segment_memory(
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
     model = Transformer(LLAMA_8B, jnp.dtype("bfloat16"), 2.0, implementation=implementation, layout=layout)
-    lora = jax.eval_shape(lambda: init_lora(LLAMA_8B, LoraConfig(rank=rank), jax.random.key(0)))
-    lora = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), lora)
-    weights = on({"params": abstract_params(LLAMA_8B, jnp.bfloat16), "lora": lora})
+    variables = {"params": abstract_params(LLAMA_8B, jnp.bfloat16)}
+    if rank is not None:
+        lora = jax.eval_shape(lambda: init_lora(LLAMA_8B, LoraConfig(rank=rank), jax.random.key(0)))
+        variables["lora"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), lora)
+    if prepared is not None:
+        variables = prepared_shapes(model, variables, unroll=False, **prepared)
+        model = decoding_model(model)
+    weights = on(variables)
     if layout is not None:
-        shardings = layout.decoding.tree(weights, model_axes(LLAMA_8B))
+        shardings = layout.decoding.tree(weights, decoding_axes(LLAMA_8B))
         weights = jax.tree.map(lambda x, own: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own), weights, shardings)
     slots = PROMPTS * GENERATIONS
 
@@ -121,7 +144,7 @@ def segment_memory(
     lengths: Any = jax.ShapeDtypeStruct((PROMPTS,), jnp.int32)
     prompts = PrefilledPrompts(cache, *on((lengths, hidden), "prompts"))
     past_blocks, segment_cache = (
-        on(jax.eval_shape(lambda sizes=sizes: past(sizes)), *CACHE_AXES) for sizes in (PAST_BLOCKS, (SEGMENT_TOKENS,))
+        on(jax.eval_shape(lambda sizes=sizes: past(sizes)), *CACHE_AXES) for sizes in (past_sizes, (SEGMENT_TOKENS,))
     )
     number: Any = on(jax.ShapeDtypeStruct((slots,), jnp.int32), "slots")
     flag: Any = on(jax.ShapeDtypeStruct((slots,), jnp.bool_), "slots")
@@ -131,9 +154,18 @@ def segment_memory(
     compiled = program.lower(
         weights, prompts, past_blocks, SlotState(*[number] * 7, live=flag, begins=flag), table, controls
     ).compile(compiler_options=options)
+    return Segment(compiled, weights, prompts, past_blocks, segment_cache[0], number)
+
+
+def segment_memory(device: Any, *, refilled: bool, **settings: Any) -> Memory:
+    """Compiles a segment, and the program that appends it to the past; see `compiled_segment`."""
+    layout = device if isinstance(device, Layout) else None
+    segment = compiled_segment(device, refilled=refilled, **settings)
+    compiled, weights, prompts, past_blocks = segment.compiled, segment.weights, segment.prompts, segment.past_blocks
+    slots = PROMPTS * GENERATIONS
     writing = jax.jit(functools.partial(write_segment, together=not refilled, layout=layout), donate_argnums=(0,))
     analysis: Any = compiled.memory_analysis()
-    written: Any = writing.lower(past_blocks, segment_cache[0], number).compile().memory_analysis()
+    written: Any = writing.lower(past_blocks, segment.segment_cache, segment.number).compile().memory_analysis()
     program_text = compiled.as_text() or ""
     return Memory(
         arguments=analysis.argument_size_in_bytes,
@@ -143,7 +175,7 @@ def segment_memory(
         weights=size_of(weights),
         prefix=size_of(prompts),
         past=size_of(past_blocks),
-        segment_cache=size_of(segment_cache),
+        segment_cache=size_of((segment.segment_cache,)),
         logits=4 * slots * VOCAB,
         copied=LAYERS * copied_bytes(program_text, (weights, prompts, past_blocks)),
         passed=max([0, *(size for kind, size in collectives(program_text) if kind != "all-reduce")]),

@@ -23,24 +23,6 @@ def on(device: Any, tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
 
 
-def batch_of(prompts: int, generations: int, prompt_tokens: int, completion_tokens: int) -> TrainBatch:
-    """Returns the shapes of a batch."""
-    rows = prompts * generations
-
-    def array(dtype: Any, *shape: int) -> Any:
-        return jax.ShapeDtypeStruct(shape, dtype)
-
-    return TrainBatch(
-        prompt_ids=array(jnp.int32, prompts, prompt_tokens),
-        prompt_lengths=array(jnp.int32, prompts),
-        completion_ids=array(jnp.int32, rows, completion_tokens),
-        completion_mask=array(jnp.bool_, rows, completion_tokens),
-        sampler_logprobs=array(jnp.float32, rows, completion_tokens),
-        rewards=array(jnp.float32, prompts, generations),
-        valid=array(jnp.bool_, prompts, generations),
-    )
-
-
 def base_of(spec: ModelSpec, dtype: Any, quantization: str) -> Any:
     """Returns the shapes of the frozen weights."""
     dense = abstract_params(spec, dtype)
@@ -55,7 +37,6 @@ def lowered_update(
     batch: TrainBatch,
     device: Any,
     *,
-    micro_batch: tuple[int, int],
     lora: LoraConfig,
     dtype: Any = jnp.bfloat16,
     beta: float = 0.04,
@@ -78,8 +59,7 @@ def lowered_update(
         learning_rate=functools.partial(learning_rate_at, optim, 10),
         full=False,
         temperature=1.0,
-        max_completion_length=batch.completion_ids.shape[1],
-        micro_batch=micro_batch,
+        max_completion_length=batch.completion_mask.shape[1],
     )
     adapters = jax.eval_shape(lambda: init_lora(spec, lora, jax.random.key(0)))
     state = jax.eval_shape(learner.init, adapters)

@@ -28,7 +28,7 @@ from plain_oracles import quick_compiling, tiny_policy
 from rollouts import folded_numbers, nearness
 
 from grpo_jax.config import LoraConfig, MeshConfig, RolloutConfig
-from grpo_jax.models.attention import group_attend
+from grpo_jax.models.attention import prefill_attend
 from grpo_jax.models.spec import ModelSpec, Rope, init_params
 from grpo_jax.models.transformer import Transformer, forward, head_matrix
 from grpo_jax.rollout.sampler import Sampler
@@ -37,7 +37,7 @@ from grpo_jax.rollout.shapes import pad_rows
 from grpo_jax.runtime.mesh import make_layout
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params, Rollout
-from grpo_jax.weights.axes import model_axes
+from grpo_jax.weights.axes import decoding_axes, model_axes
 from grpo_jax.weights.lora import init_lora
 from grpo_jax.weights.quantize import quantize_params
 from grpo_kernels import head_sample
@@ -159,7 +159,7 @@ def next_logits(spec: ModelSpec, variables: Params, ids: jax.Array, length: jax.
     """Computes logits [V] after a text, on one device and without a cache."""
     model = Transformer(spec, jnp.dtype(jnp.float32), LORA.scale)
     positions = jnp.arange(ids.shape[0], dtype=jnp.int32)[None, :]
-    hidden, _, _ = forward(model, variables, ids[None], positions, group_attend(SPEC, length[None], ids.shape[0], 0))
+    hidden, _, _ = forward(model, variables, ids[None], positions, prefill_attend(model, length[None], ids.shape[0]))
     logits = jnp.einsum("d,vd->v", hidden[0, length - 1], head_matrix(SPEC, variables["params"]))
     return soft_cap(logits, spec.final_softcap)
 
@@ -201,7 +201,7 @@ def differences(how: dict[str, Any], got: Rollout, expected: Rollout) -> tuple[l
 
 def misplaced(spec: ModelSpec, variables: Params, layout: Layout) -> list[str]:
     """Lists decoding weights that are sharded over fsdp, or not sharded over tensor as their axes say."""
-    table, found = model_axes(spec), []
+    table, found = decoding_axes(spec), []
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         names = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
         names = tuple("layers" if name.startswith("layers_") else name for name in names[1:])

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from padded_batches import PaddedBatch
 from plain_oracles import quick_compiling
 
 from grpo_jax.config import LoraConfig, MeshConfig, ObjectiveConfig, RolloutConfig
@@ -28,8 +29,8 @@ from grpo_jax.learner.truncated import Truncation
 from grpo_jax.models.spec import ModelSpec, Rope, init_params, lora_specs, param_specs
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.runtime.mesh import make_layout
-from grpo_jax.runtime.sharding import BATCH_AXES, Layout
-from grpo_jax.types import Frozen, TrainBatch
+from grpo_jax.runtime.sharding import Layout
+from grpo_jax.types import Frozen
 from grpo_jax.weights.axes import check_mesh, model_axes
 from grpo_jax.weights.lora import init_lora
 from grpo_jax.weights.quantize import quantize_params
@@ -73,14 +74,14 @@ def keep_gradient() -> optax.GradientTransformation:
     return optax.GradientTransformation(zeros, lambda gradient, state, params=None: (zeros(gradient), gradient))
 
 
-def batch_of(spec: ModelSpec, *, equal_groups: int) -> TrainBatch:
+def batch_of(spec: ModelSpec, *, equal_groups: int) -> PaddedBatch:
     """Makes a random batch; the first `equal_groups` groups have equal rewards."""
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, P + 1, B).astype(np.int32)
     rewards = rng.normal(size=(B, G)).astype(np.float32)
     rewards[:equal_groups] = 1.0
     mask = np.arange(C)[None, :] < rng.integers(1, C + 1, B * G)[:, None]
-    return TrainBatch(
+    return PaddedBatch(
         prompt_ids=np.where(np.arange(P)[None, :] < lengths[:, None], rng.integers(1, spec.vocab, (B, P)), 0).astype(np.int32),
         prompt_lengths=lengths,
         completion_ids=np.where(mask, rng.integers(1, spec.vocab, (B * G, C)), 0).astype(np.int32),
@@ -95,7 +96,6 @@ def learner_of(
     spec: ModelSpec,
     layout: Layout | None,
     *,
-    micro: int,
     full: bool,
     objective: dict[str, Any],
     remat: Any,
@@ -113,7 +113,6 @@ def learner_of(
         full=full,
         temperature=0.9,
         max_completion_length=C,
-        micro_batch=(micro, G),
         truncation=Truncation.of(RolloutConfig(**rollout), (1, 2)),
     )
 
@@ -123,6 +122,7 @@ def update(spec: ModelSpec, layout: Layout | None, how: dict[str, Any]) -> tuple
     options = {"micro": B, "full": False, "objective": {}, "remat": "none", "unroll": False, "rollout": {}, "implementation": None}
     quantization, equal = how.get("quantization", "none"), how.get("equal_groups", 3)
     options |= {name: value for name, value in how.items() if name in options}
+    micro = options.pop("micro")
     learner = learner_of(spec, layout, **options)
     params = init_params(spec, jax.random.key(0), jnp.float32)
     params = params if quantization == "none" else quantize_params(spec, params, quantization)
@@ -131,13 +131,11 @@ def update(spec: ModelSpec, layout: Layout | None, how: dict[str, Any]) -> tuple
     full = options["full"]
     started: Any = jax.tree.map(jnp.copy, params) if full else adapters
     frozen = Frozen({} if full else params, params if full else {})
-    batch: Any = batch_of(spec, equal_groups=equal)
-    if layout is None:
-        batch = jax.device_put(batch)
-    else:
+    batch = batch_of(spec, equal_groups=equal).packed((micro, G), layout, skips=learner.skips)
+    if layout is not None:
         check_mesh(layout, spec)
         axes = model_axes(spec)
-        started, frozen, batch = layout.put_tree(started, axes), layout.put_tree(frozen, axes), layout.put_tree(batch, BATCH_AXES)
+        started, frozen = layout.put_tree(started, axes), layout.put_tree(frozen, axes)
     state = learner.init(started)
     compiled = jax.jit(learner.train_step, donate_argnums=0).lower(state, batch, frozen).compile()
     after, packed = compiled(state, batch, frozen)

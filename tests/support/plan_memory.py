@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.config import Config
-from grpo_jax.fit.abstract import abstract_policy, longest_batch, placement_of
+from grpo_jax.fit.abstract import abstract_batch, abstract_policy, placement_of
 from grpo_jax.fit.learners import grpo_learner
-from grpo_jax.fit.micro_batch import micro_batch_of
+from grpo_jax.fit.micro_batch import longest_lengths, row_tokens, sizes_of_rows
 from grpo_jax.fit.phases import RunShapes, update_memory
 from grpo_jax.fit.targets import machine_of
 from grpo_jax.runtime.memory import proc_bytes
@@ -86,15 +86,16 @@ def main() -> None:
         spec, machine = read_folder_spec(Path(folder)), machine_of("cpu")
         placement = placement_of(config, spec, machine)
         policy = abstract_policy(config, Path(folder), spec, placement)
-    micro_batch = micro_batch_of(config, policy)
-    learner, _ = grpo_learner(config, policy, micro_batch)
-    run = RunShapes.of(config, policy, placement, learner, no_announcement)
+    lengths = longest_lengths(config)
+    sizes = sizes_of_rows(config, policy.layout, lengths, row_tokens(config, policy, lengths))
+    learner, _ = grpo_learner(config, policy, sizes[0].tokens)
+    run = RunShapes.of(config, policy, placement, learner, sizes, no_announcement)
     program = Program("update", run.learner.train_step, donate=(0,))
     use = update_memory(run, program)
     before = anonymous_bytes()
     with Peak() as peak:
         own = filled(policy.adapters)
-        arguments = filled((run.state, longest_batch(config, placement), run.frozen))
+        arguments = filled((run.state, abstract_batch(config, placement, sizes), run.frozen))
         jax.block_until_ready((own, arguments))
         arrays = anonymous_bytes() - before
         jax.block_until_ready(program(*arguments))

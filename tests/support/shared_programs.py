@@ -80,10 +80,12 @@ def shared_programs() -> Iterator[None]:
         with self.announce(self.name):
             self._compiled[own], self._jitted[id(known[key][0])] = known[key]
         self.compile_seconds += time.perf_counter() - start
+        self.waited_seconds += time.perf_counter() - start
         return self._compiled[own]
 
-    Program.compiled = compiled
+    ahead = Program.compile_ahead
+    Program.compiled, Program.compile_ahead = compiled, lambda *_, **__: None
     try:
         yield
     finally:
-        Program.compiled = inner
+        Program.compiled, Program.compile_ahead = inner, ahead

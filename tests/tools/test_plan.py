@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from shared_programs import shared_programs
 import grpo_jax.fit.auto as auto
 from grpo_jax.config import Config, ConfigError
 from grpo_jax.fit.memory_use import COMPONENTS, MemoryUse
-from grpo_jax.fit.micro_batch import micro_batches_to_try, smaller_micro_batches, tokens_of
+from grpo_jax.fit.micro_batch import longest_lengths, rows_to_try, smaller_rows
 from grpo_jax.fit.phases import RolloutMemory
 from grpo_jax.fit.targets import GPUS, Machine
 from grpo_jax.rollout.shapes import evaluation_slots, sizes_of
@@ -165,8 +166,8 @@ def test_advice_that_is_followed_fits(folder: Path, monkeypatch: pytest.MonkeyPa
     short = make_plan(config, "cpu", show=shown.append)
     said = json_of(short)
     assert not said["fits"]
-    assert said["advice"]["train.micro_batch_prompts"] < 8
-    assert any(line.startswith("trying train.micro_batch_prompts") for line in shown)
+    assert said["advice"]["train.micro_batch_tokens"] < whole.verdict.tokens
+    assert any(line.startswith("trying train.micro_batch_tokens") for line in shown)
     again = json_of(make_plan(with_changes(config, said["advice"]), "cpu"))
     assert again["fits"]
     assert again["peak_memory_bytes"] <= limit
@@ -277,14 +278,15 @@ def test_settings_are_changed_to_split_evenly_over_the_devices(folder: Path) -> 
     assert for_mesh(settings(folder, train={"prompts_per_step": 4}), spec, eight) == {"mesh.fsdp": -1, "mesh.tensor": 2}
 
 
-def test_smaller_micro_batches_and_which_of_them_to_try(folder: Path) -> None:
+def test_smaller_rows_and_which_of_them_to_try(folder: Path) -> None:
     config = settings(folder)
-    sizes = smaller_micro_batches(config, (8, 4), None)
-    assert sizes == [(4, 4), (2, 4), (1, 4), (1, 2), (1, 1)]
-    assert [tokens_of(config, size) for size in sizes] == [448, 224, 112, 64, 40]
-    # 896 tokens took 896 bytes next to 100: 324 remain for 224 tokens; then half of them, and the smallest.
-    assert micro_batches_to_try(config, sizes, (8, 4), 100, 896, 424) == [(2, 4), (1, 4), (1, 1)]
-    assert micro_batches_to_try(config, sizes, (8, 4), 100, 896, 50) == [(1, 1)]
+    lengths = longest_lengths(config)
+    group = 16 + 4 * 23  # a prompt, and four completions without their last tokens
+    sizes = smaller_rows(config, 4 * group, lengths)
+    assert sizes == [3 * group, 2 * group, group, 16 + 3 * 23, 16 + 2 * 23, 16 + 23]
+    # Rows of 432 tokens took 864 bytes next to 100: 450 remain, for 225 tokens; then half of them, and the smallest.
+    assert rows_to_try(sizes, 4 * group, 100, 864, 550) == [2 * group, group, 16 + 23]
+    assert rows_to_try(sizes, 4 * group, 100, 864, 50) == [16 + 23]
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +298,7 @@ def chosen(tmp_path_factory: pytest.TempPathFactory) -> tiny_runs.Finished:
 
 
 def test_auto_prints_its_plan_and_compiles_the_longest_first(chosen: tiny_runs.Finished) -> None:
-    assert "micro-batch: 2 prompts, 4 completions of each" in chosen.printed
+    assert re.search(r"micro-batch: \d+ tokens", chosen.printed)
     plan, step = chosen.printed.index("micro-batch:"), chosen.printed.index("step 1")
     assert plan < step
     assert chosen.printed.index("compiling update") < plan
@@ -327,14 +329,15 @@ def test_auto_takes_less_where_memory_is_short(fixed_share: float, tmp_path: Pat
     policy_bytes = 4 * 30_000
     if fixed_share == 0.0:
         monkeypatch.setattr(auto, "least_free_bytes", lambda: 1000)
-        with pytest.raises(ConfigError, match="micro_batch_prompts is auto: the smallest update needs"):
+        with pytest.raises(ConfigError, match="micro_batch_tokens is auto: the smallest update needs"):
             tiny_runs.run(config)
         return
-    tiny_runs.run(config)
+    whole = tiny_runs.run(config)
     monkeypatch.setattr(auto, "least_free_bytes", lambda: seen[0] - policy_bytes)
     monkeypatch.setattr(auto, "fit_rollout", lambda run, limit, display: rollout_anyhow(run))
     short = tiny_runs.run(replace(config, train=replace(config.train, run_dir=str(tmp_path / "short"))))
-    assert "micro-batch: 2 prompts, 4 completions" not in short.printed
+    tokens = [int(re.findall(r"micro-batch: (\d+) tokens", done.printed)[0]) for done in (whole, short)]
+    assert tokens[1] < tokens[0]
 
 
 @pytest.mark.usefixtures("quickly")

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tiny_runs
 from jax.sharding import SingleDeviceSharding
+from padded_batches import shapes_of
 from plain_oracles import quick_compiling, with_random_adapters
 from safetensors.numpy import load_file
 
@@ -28,7 +29,7 @@ from grpo_jax.models.spec import ModelError, ModelSpec, Rope, abstract_params, f
 from grpo_jax.models.transformer import Transformer, split_layers
 from grpo_jax.policy import Policy, config_with_policy
 from grpo_jax.run.saved import load_run
-from grpo_jax.types import Frozen, Params, TrainBatch
+from grpo_jax.types import Frozen, Params
 from grpo_jax.weights.hf import read_folder_spec
 from grpo_jax.weights.loading import load_params
 from grpo_jax.weights.lora import init_lora
@@ -192,7 +193,7 @@ def test_log_probabilities_match_a_dense_model_of_the_rounded_weights(form: str)
 def test_split_and_joined_layers_have_the_same_weights() -> None:
     """As in decoding on a CPU: the joined weight is the concatenation of the single ones."""
     layer = split_layers({"params": policy_of("nf4").params})["params"]["layers_1"]
-    joined = join_linears(layer)["qkv_proj"]["kernel"]
+    joined = join_linears(layer)[0]["qkv_proj"]["kernel"]
     parts = [np.asarray(dequantize(layer[name]["kernel"])) for name in ("q_proj", "k_proj", "v_proj")]
     np.testing.assert_array_equal(np.asarray(dequantize(joined)), np.concatenate(parts, axis=1))
 
@@ -326,18 +327,8 @@ def test_an_update_stores_no_dense_weight(chips: dict[str, SingleDeviceSharding]
     model = Transformer(WIDE, jnp.dtype("bfloat16"), LORA.scale, "layer", implementation="mosaic_tpu")
     optim = OptimConfig()
     rate = functools.partial(learning_rate_at, optim, 10)
-    learner = Learner(model, ObjectiveConfig(), make_optimizer(optim, 10), rate, False, 1.0, length, (b, g))
-    completions, groups = (b * g, length), (b, g)
-    shape: Any = jax.ShapeDtypeStruct
-    batch = TrainBatch(
-        prompt_ids=shape((b, length), jnp.int32),
-        prompt_lengths=shape((b,), jnp.int32),
-        completion_ids=shape(completions, jnp.int32),
-        completion_mask=shape(completions, jnp.bool_),
-        sampler_logprobs=shape(completions, jnp.float32),
-        rewards=shape(groups, jnp.float32),
-        valid=shape(groups, jnp.bool_),
-    )
+    learner = Learner(model, ObjectiveConfig(), make_optimizer(optim, 10), rate, False, 1.0, length)
+    batch = shapes_of(b, g, length, length, (b, g))
     arguments = on((jax.eval_shape(learner.init, adapters), batch, Frozen(nest(base), {})))
     memory: Any = jax.jit(learner.train_step, donate_argnums=0).lower(*arguments).compile().memory_analysis()
     print(f"v6e, int4: temporaries {memory.temp_size_in_bytes / 2**20:.2f} MiB")

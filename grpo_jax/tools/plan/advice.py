@@ -15,7 +15,7 @@ from typing import Any
 from grpo_jax.config import Config, ConfigError
 from grpo_jax.config.load import config_from_dict, config_to_dict
 from grpo_jax.fit.memory_use import MemoryUse
-from grpo_jax.fit.micro_batch import micro_batches_to_try, smaller_micro_batches
+from grpo_jax.fit.micro_batch import longest_lengths, rows_to_try, smaller_rows
 from grpo_jax.fit.targets import GIB, GPU_COUNTS, TPUS, Machine, machine_of
 from grpo_jax.models.spec import ModelError, ModelSpec
 from grpo_jax.runtime.mesh import make_layout, mesh_micro_batch
@@ -222,16 +222,17 @@ class Search:
         return not self.verdict.fits(use) and (limit is None or use.bytes_without(varying) <= limit)
 
     def smaller(self) -> Iterator[Changes]:
-        """Yields smaller micro-batches."""
-        update, limit, tried = self.verdict.update, self.machine.limit_bytes, self.verdict.micro_batch
+        """Yields shorter packed rows."""
+        update, limit, tried = self.verdict.update, self.machine.limit_bytes, self.verdict.tokens
         if limit is None or not self.can_fit_without(update, PER_MICRO_BATCH):
             return
         config, fixed = self.verdict.config, update.bytes_without(PER_MICRO_BATCH)
-        sizes = smaller_micro_batches(config, tried, make_layout(config.mesh, self.machine.devices))
+        sizes = smaller_rows(config, tried, longest_lengths(config))
         if not sizes:
             return
-        for prompts, completions in micro_batches_to_try(config, sizes, tried, fixed, update.peak_bytes - fixed, limit):
-            yield {"train.micro_batch_prompts": prompts, "train.micro_batch_completions": completions}
+        unset = {"train.micro_batch_prompts": None, "train.micro_batch_completions": None}
+        for tokens in rows_to_try(sizes, tried, fixed, update.peak_bytes - fixed, limit):
+            yield {"train.micro_batch_tokens": tokens} | (unset if config.train.micro_batch_tokens is None else {})
             if self.verdict.fits(self.verdict.update):
                 return
 

@@ -62,6 +62,7 @@ def json_of(plan: Plan) -> dict[str, Any]:
         "memory": verdict.largest.components,
         **phases,
         "slots": verdict.rollout.slots,
+        "micro_batch_tokens": verdict.tokens,
         "micro_batch_prompts": prompts,
         "micro_batch_completions": completions,
         "remat": verdict.remat,
@@ -86,7 +87,7 @@ def rows_of(plan: Plan) -> list[tuple[str, str]]:
         *phase_rows("rollout", verdict.rollout.use, verdict.rollout_seconds),
         ("slots", str(verdict.rollout.slots)),
         *phase_rows("update", verdict.update, verdict.update_seconds),
-        ("micro-batch", f"{verdict.micro_batch[0]} prompts, {verdict.micro_batch[1]} completions of each"),
+        ("micro-batch", f"{verdict.tokens} tokens: {verdict.micro_batch[0]} prompts, {verdict.micro_batch[1]} completions of each"),
         ("model.remat", verdict.remat),
         (
             "operations",

@@ -13,7 +13,7 @@ from grpo_jax.config import Config, RolloutConfig
 from grpo_jax.fit.abstract import abstract_policy, placement_of
 from grpo_jax.fit.learners import grpo_learner
 from grpo_jax.fit.memory_use import MemoryUse
-from grpo_jax.fit.micro_batch import micro_batch_of
+from grpo_jax.fit.micro_batch import longest_lengths, row_tokens, sizes_of_rows
 from grpo_jax.fit.phases import RolloutMemory, RunShapes, rollout_memory, update_memory
 from grpo_jax.fit.targets import Machine
 from grpo_jax.models.spec import ModelSpec
@@ -27,6 +27,8 @@ class Verdict:
     """What a run needs on each device of a machine.
 
     Attributes:
+        tokens: of the update's packed rows.
+        row_shards: parts of the mesh that prompts are split over.
         remat: what `model.remat` resolves to.
         devices: how many of the machine's devices are in use.
         rollout_seconds, update_seconds: the shortest time by the roofline; None where the chip's speed is not known.
@@ -36,12 +38,21 @@ class Verdict:
     machine: Machine
     rollout: RolloutMemory
     update: MemoryUse
-    micro_batch: tuple[int, int]
+    tokens: int
+    row_shards: int
     remat: str
     cost: StepCost
     devices: int
     rollout_seconds: float | None
     update_seconds: float | None
+
+    @property
+    def micro_batch(self) -> tuple[int, int]:
+        """How many prompts, on all row shards together, and completions of each have their gradient computed at once."""
+        lengths, generations = longest_lengths(self.config), self.config.rollout.num_generations
+        if self.tokens < lengths.group(generations):
+            return self.row_shards, max(1, (self.tokens - lengths.longest_prompt) // max(1, lengths.completion - 1))
+        return self.row_shards * (self.tokens // lengths.group(generations)), generations
 
     @property
     def largest(self) -> MemoryUse:
@@ -88,15 +99,16 @@ class Planner:
         with tracing_for(machine.target):
             placement = placement_of(config, self.spec, machine)
             policy = abstract_policy(config, self.folder, self.spec, placement)
-            micro_batch = micro_batch_of(config, policy)
-            learner, remat = grpo_learner(config, policy, micro_batch)
-            run = RunShapes.of(config, policy, placement, learner, self.announce)
+            lengths = longest_lengths(config)
+            sizes = sizes_of_rows(config, policy.layout, lengths, row_tokens(config, policy, lengths))
+            learner, remat = grpo_learner(config, policy, sizes[0].tokens)
+            run = RunShapes.of(config, policy, placement, learner, sizes, self.announce)
             update = self.update(run, machine, remat)
             rollout = self.rollout(run, machine)
         cost = step_cost(run)
         devices, tensor = (1, 1) if placement.layout is None else (placement.layout.mesh.size, placement.layout.tensor)
         seconds = roofline_seconds(run, machine, cost, devices, tensor, remat)
-        return Verdict(config, machine, rollout, update, micro_batch, remat, cost, devices, *seconds)
+        return Verdict(config, machine, rollout, update, sizes[0].tokens, run.row_shards, remat, cost, devices, *seconds)
 
     def update(self, run: RunShapes, machine: Machine, remat: str) -> MemoryUse:
         """Returns an update's memory; settings that only sampling reads do not compile it again."""
@@ -106,7 +118,7 @@ class Planner:
             max_prompt_length=config.rollout.max_prompt_length,
             max_completion_length=config.rollout.max_completion_length,
         )
-        key = repr((machine.name, replace(config, rollout=rollout), run.learner.micro_batch, remat))
+        key = repr((machine.name, replace(config, rollout=rollout), run.sizes, remat))
         if key not in self._updates:
             self._updates[key] = update_memory(run)
             self.compile_seconds += self._updates[key].compile_seconds
@@ -115,7 +127,7 @@ class Planner:
     def rollout(self, run: RunShapes, machine: Machine) -> RolloutMemory:
         """Returns a rollout's memory; settings that only the update reads do not compile it again."""
         config = run.config
-        train = replace(config.train, micro_batch_prompts=None, micro_batch_completions=None)
+        train = replace(config.train, micro_batch_tokens=None, micro_batch_prompts=None, micro_batch_completions=None)
         key = repr((machine.name, replace(config, train=train, model=replace(config.model, remat="auto"))))
         if key not in self._rollouts:
             self._rollouts[key] = rollout_memory(run, machine.limit_bytes)
@@ -155,7 +167,6 @@ def roofline_seconds(
     rollout_bytes = cost.rollout_steps * weight_bytes + cost.past_bytes / devices
     rollout = max(cost.rollout_flops / devices / speed, rollout_bytes / chip.bytes_per_second)
     passes = 2 + (remat != "none") + run.config.objective.needs_reference
-    prompts, completions = run.learner.micro_batch
-    micro_batches = run.config.train.prompts_per_step * run.config.rollout.num_generations / (prompts * completions)
+    micro_batches = run.sizes[0].count
     update = max(cost.update_flops / devices / speed, micro_batches * passes * weight_bytes / chip.bytes_per_second)
     return rollout, update

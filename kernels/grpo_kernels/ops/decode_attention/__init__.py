@@ -12,6 +12,7 @@ array of scores of a slot's heads over all keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -22,7 +23,7 @@ from grpo_kernels.ops.decode_attention.kv_cache import KVCache, SlotMap, layer_o
 from grpo_kernels.ops.decode_attention.mosaic_tpu import decode_attention_mosaic_tpu
 from grpo_kernels.ops.decode_attention.reference import decode_attention_reference
 from grpo_kernels.ops.decode_attention.xla import decode_attention_xla
-from grpo_kernels.target import platform, resolve_implementation
+from grpo_kernels.target import Implementation, platform, resolve_implementation
 
 __all__ = ["NO_WINDOW", "BlockSizes", "KVCache", "SlotMap", "choose_block_sizes", "chosen", "decode_attention", "layer_of"]
 
@@ -30,13 +31,22 @@ TILE_COLUMNS = 128
 """Elements in a row of a TPU's tile."""
 
 
+MOSAIC_GPU_BY_DEFAULT = False
+"""Whether None resolves to "mosaic_gpu" on a GPU, where it can compute the arguments. The kernel is compiled for an H200 and
+interpreted in the tests, but has not run on a GPU yet."""
+
+
 def chosen(implementation: str | None, width: int) -> str:
     """The named implementation, or the one that None resolves to for heads of that width.
 
-    XLA lays out heads that do not fill whole tiles with X innermost, so the kernel would get a padded copy of everything.
+    XLA lays out heads that do not fill whole tiles with X innermost, so the TPU's kernel would get a padded copy of everything.
     """
-    default = "mosaic_tpu" if platform() == "tpu" and width % TILE_COLUMNS == 0 else "xla"
-    return resolve_implementation("decode_attention", implementation, default)
+    default: Implementation = "xla"
+    if platform() == "tpu" and width % TILE_COLUMNS == 0:
+        default = "mosaic_tpu"
+    if platform() == "gpu" and MOSAIC_GPU_BY_DEFAULT:
+        default = "mosaic_gpu"
+    return resolve_implementation("decode_attention", implementation, default, get_args(Implementation))
 
 
 def decode_attention(
@@ -75,7 +85,8 @@ def decode_attention(
             where a slice would be a copy.
         softcap: c in c·tanh(score / c), before the mask; None is off.
         implementation: "reference" (plain, builds [S, K, R, P + X + C]), "xla" (plain JAX, merges parts; runs anywhere),
-            "mosaic_tpu" (Pallas), or None: "mosaic_tpu" on a TPU where Dh is a multiple of 128, else "xla".
+            "mosaic_tpu" (Pallas), "mosaic_gpu" (Pallas, bfloat16, no window and no soft cap), or None: "mosaic_tpu" on a TPU where
+            Dh is a multiple of 128, "mosaic_gpu" on a GPU where `MOSAIC_GPU_BY_DEFAULT` says so and it can, else "xla".
         block_sizes: of "mosaic_tpu"; None = `choose_block_sizes`.
 
     Raises:
@@ -83,6 +94,16 @@ def decode_attention(
     """
     check(q, prefix, lengths, past_blocks, segment_cache, base, slot_map, layer)
     named = chosen(implementation, q.shape[-1])
+    if named == "mosaic_gpu":
+        # Imported here: jax has no Mosaic GPU on some systems, and importing it takes time.
+        from grpo_kernels.ops.decode_attention.mosaic_gpu import decode_attention_mosaic_gpu, refusal
+
+        reason = refusal(q, (prefix, *past_blocks, segment_cache), window, softcap)
+        if reason is None:
+            return decode_attention_mosaic_gpu(q, prefix, lengths, past_blocks, segment_cache, base, step, slot_map, layer)
+        if implementation is not None:
+            raise ValueError(f"decode_attention: implementation 'mosaic_gpu' cannot compute this: {reason}; use 'xla'")
+        named = "xla"
     window = jnp.asarray(window, jnp.int32)
     (s, kv, r, _), b = q.shape, lengths.shape[0]
     if named == "mosaic_tpu":
@@ -96,9 +117,9 @@ def decode_attention(
             q, prefix, lengths, tuple(past_blocks), segment_cache, base, step, slot_map, window, layer, softcap, blocks
         )
     prefix, segment_cache = layer_of(prefix, layer), layer_of(segment_cache, layer)
-    past_blocks = [layer_of(past_block, layer) for past_block in past_blocks]
     if named == "xla":
-        return decode_attention_xla(q, prefix, lengths, past_blocks, segment_cache, base, step, slot_map, window, softcap)
+        return decode_attention_xla(q, prefix, lengths, past_blocks, segment_cache, base, step, slot_map, window, layer, softcap)
+    past_blocks = [layer_of(past_block, layer) for past_block in past_blocks]
     prompt_slots = jnp.arange(s, dtype=jnp.int32) // (s // b) if slot_map is None else slot_map.prompt_slots
     return decode_attention_reference(q, prefix, lengths, past_blocks, segment_cache, base, step, prompt_slots, window, softcap)
 

@@ -1,4 +1,4 @@
-"""`decode_attention` in plain JAX, for CPU and GPU: the softmaxes over prompt and own keys are merged by log-sum-exp."""
+"""`decode_attention` in plain JAX, for CPU and GPU: the softmaxes over prompt, past and segment are merged by log-sum-exp."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_kernels.numerics import EMPTY_MAX, MASK_VALUE, einsum_float32, in_window, soft_cap
-from grpo_kernels.ops.decode_attention.kv_cache import KVCache, SlotMap
+from grpo_kernels.ops.decode_attention.kv_cache import KVCache, SlotMap, layer_of
+from grpo_kernels.target import platform
 
 
 @struct.dataclass
@@ -57,15 +58,16 @@ def partial_softmax(
     return PartialSoftmax(mixed, top, total)
 
 
-def merge(parts: list[PartialSoftmax]) -> Float[Array, "..."]:
-    """Merges the softmaxes of several parts into that over all their keys, float32."""
-    top = parts[0].top
-    for part in parts[1:]:
-        top = jnp.maximum(top, part.top)
-    factors = [jnp.exp(part.top - top) for part in parts]
-    total = sum((part.total * factor for part, factor in zip(parts, factors, strict=True)), jnp.float32(0))
-    mixed = sum((part.mixed * factor for part, factor in zip(parts, factors, strict=True)), jnp.float32(0))
-    return mixed / total
+def joined(one: PartialSoftmax, other: PartialSoftmax) -> PartialSoftmax:
+    """Joins the softmaxes of two parts to that over the keys of both."""
+    top = jnp.maximum(one.top, other.top)
+    first, second = jnp.exp(one.top - top), jnp.exp(other.top - top)
+    return PartialSoftmax(one.mixed * first + other.mixed * second, top, one.total * first + other.total * second)
+
+
+def divided(part: PartialSoftmax) -> Float[Array, "..."]:
+    """Returns the attention output, float32."""
+    return part.mixed / part.total
 
 
 def shared_prefix(
@@ -113,18 +115,53 @@ def decode_attention_xla(
     step: Int[Array, ""],
     slot_map: SlotMap | None,
     window: Int[Array, ""],
+    layer: Int[Array, ""] | None,
     softcap: float | None,
 ) -> Float[Array, "S K R Dh"]:
-    """Computes `decode_attention` in two parts: each slot's prompt, and its own keys."""
-    at = base + step
+    """Computes `decode_attention` in parts: each slot's prompt, its past, and the segment with what else is in its softmax.
+
+    Past blocks that no slot sees are not read: each is a loop of one turn or none, whose length the host does not know. On an
+    NVIDIA GPU every such loop would let the device wait for its host, so there the past and the segment are one softmax.
+
+    Args:
+        past_blocks: of all layers where `layer` is given; a block is sliced where it is read.
+    """
+    at, longest = base + step, jnp.max(base)
+    seen = shared_prefix(q, prefix, lengths, at, slot_map, window, softcap)
     own: list[tuple[KVCache, Any]] = []
     start = 0
     for past_block in past_blocks:
-        index = start + jnp.arange(past_block.v.shape[2], dtype=jnp.int32)[None, :]
-        mask = (index < base[:, None]) & (at[:, None] - index < window)
-        own.append((past_block, mask[:, None, None, :]))
-        start += past_block.v.shape[2]
+        size = past_block.v.shape[-2]
+        index = start + jnp.arange(size, dtype=jnp.int32)[None, :]
+        mask = ((index < base[:, None]) & (at[:, None] - index < window))[:, None, None, :]
+        if platform() == "gpu":
+            own.append((layer_of(past_block, layer), mask))
+        else:
+            seen = with_past_block(seen, q, past_block, mask, longest > start, layer, softcap)
+        start += size
     index = jnp.arange(segment_cache.v.shape[2], dtype=jnp.int32)
     own.append((segment_cache, in_window(step, index, window)[None, None, None, :]))
-    parts = [shared_prefix(q, prefix, lengths, at, slot_map, window, softcap), partial_softmax(q, own, softcap)]
-    return merge(parts).astype(q.dtype)
+    return divided(joined(seen, partial_softmax(q, own, softcap))).astype(q.dtype)
+
+
+def with_past_block(
+    before: PartialSoftmax,
+    q: Float[Array, "S K R Dh"],
+    past_block: KVCache,
+    mask: Bool[Array, "..."],
+    seen: Bool[Array, ""],
+    layer: Int[Array, ""] | None,
+    softcap: float | None,
+) -> PartialSoftmax:
+    """Adds a past block to a softmax where any slot sees it, and else does not read the block.
+
+    A `cond` would be as right, but XLA's CPU compiler uses one core for what is in its branches.
+    """
+
+    def turn(state: tuple[Array, PartialSoftmax]) -> tuple[Array, PartialSoftmax]:
+        # Without the barrier XLA moves the products out of the loop, as nothing in them changes, and so computes them always.
+        number, queries = jax.lax.optimization_barrier((state[0], q))
+        return number + 1, joined(state[1], partial_softmax(queries, [(layer_of(past_block, layer), mask)], softcap))
+
+    turns = seen.astype(jnp.int32)
+    return jax.lax.while_loop(lambda state: state[0] < turns, turn, (jnp.int32(0), before))[1]

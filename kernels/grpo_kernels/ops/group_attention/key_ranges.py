@@ -7,10 +7,14 @@ lengths.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
+
+AnyArray: TypeAlias = Array | np.ndarray
+"""An array on the device or on the host."""
 
 
 class KeyRanges(NamedTuple):
@@ -29,14 +33,15 @@ class KeyRanges(NamedTuple):
             own_start=[0, 0, 2, 2, 4, 4], own_end=[1, 2, 3, 4, 5, 6])
     """
 
-    prompt_start: Int[Array, "B N"]
-    prompt_end: Int[Array, "B N"]
-    own_start: Int[Array, "B N"]
-    own_end: Int[Array, "B N"]
+    prompt_start: Int[AnyArray, "B N"]
+    prompt_end: Int[AnyArray, "B N"]
+    own_start: Int[AnyArray, "B N"]
+    own_end: Int[AnyArray, "B N"]
 
 
 def within_window(ranges: KeyRanges, window: int | Int[Array, ""]) -> Int[Array, "B 4 N"]:
     """Returns the four numbers of each query without the keys that are `window` or more positions before it."""
+    ranges = KeyRanges(*map(jnp.asarray, ranges))
     prompt_tokens = ranges.prompt_end - ranges.prompt_start
     position = prompt_tokens + ranges.own_end - 1 - ranges.own_start
     hidden = jnp.maximum(position - window + 1, 0)

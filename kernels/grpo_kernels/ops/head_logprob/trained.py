@@ -74,7 +74,7 @@ def local_sums_backward(softcap: float | None, blocks: BlockSizes, residuals: An
 
     blank = (jnp.zeros(x.shape, jnp.float32), jnp.zeros(w.shape, w.dtype))
     numbers = jnp.arange(chunks, dtype=jnp.int32)
-    (dx, dw), _ = jax.lax.scan(step, vary_like(blank, x, w, ids, temperature, *cotangents[:4]), numbers)
+    (dx, dw), _ = jax.lax.scan(step, vary_like(blank, x, w, ids, jnp.asarray(temperature), *cotangents[:4]), numbers)
     return dx.astype(x.dtype), dw, None, None
 
 

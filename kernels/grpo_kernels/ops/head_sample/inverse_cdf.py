@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from grpo_kernels.target import platform
+
 BLOCK = 128
 """Tokens of a block."""
 
@@ -129,7 +131,10 @@ def draw_scaled(scaled: Float[Array, "N V"], uniform: Float[Array, "N"], greedy:
     def second_is_near() -> Bool[Array, "N"]:
         return jnp.sum(scaled > top - jnp.float32(near), axis=-1, dtype=jnp.int32) > 1
 
-    close = jax.lax.cond(greedy, second_is_near, lambda: close)
+    if platform() == "gpu":  # the host would wait for the branch at every token
+        close = jnp.where(greedy, second_is_near(), close)
+    else:
+        close = jax.lax.cond(greedy, second_is_near, lambda: close)
     logp = take(scaled, ids) - top[:, 0] - jnp.log(total)
     gap = jnp.where(weights > 0, scaled - top, jnp.float32(0))
     entropy = jnp.log(total) - jnp.sum(weights * gap, axis=-1) / total
