@@ -73,7 +73,7 @@ $(VENV_PEERS)/.installed: $(NEEDS) | $(VENV_PEERS)/bin/python
 
 $(VENV_GPU)/.installed: $(NEEDS) | $(VENV_GPU)/bin/python
 	@echo "Installing grpo-jax and NVIDIA's compilers into $(VENV_GPU); the first time takes some minutes."
-	$(VENV_GPU)/bin/python -m pip install $(PIP_FLAGS) --editable '.[test]'
+	$(VENV_GPU)/bin/python -m pip install $(PIP_FLAGS) --editable '.[test]' "tokamax; python_version >= '3.12'"
 	jax=$$($(VENV_GPU)/bin/python -c "import importlib.metadata as m; print(m.version('jaxlib'))"); \
 	  $(VENV_GPU)/bin/python -m pip install $(PIP_FLAGS) --no-deps jax-cuda13-pjrt==$$jax jax-cuda13-plugin==$$jax \
 	  nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt

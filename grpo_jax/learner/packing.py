@@ -59,7 +59,9 @@ class Lengths:
         return self.longest_prompt + completions * (self.completion - 1)
 
 
-def row_sizes(lengths: Lengths, prompts: int, generations: int, tokens: int, shards: int = 1) -> tuple[RowSize, ...]:
+def row_sizes(
+    lengths: Lengths, prompts: int, generations: int, tokens: int, shards: int = 1, multiple: int = 1
+) -> tuple[RowSize, ...]:
     """Returns the sizes of the rows of a run: rows of this many tokens, and smaller ones for what is left over.
 
     There are as many rows as the longest texts need; those without tokens are not computed.
@@ -69,9 +71,14 @@ def row_sizes(lengths: Lengths, prompts: int, generations: int, tokens: int, sha
         prompts, generations: B and G.
         tokens: of a row; fewer where all texts are shorter, and never fewer than the longest prompt and completion.
         shards: R, rows that are computed at once.
+        multiple: tokens are rounded up to a multiple of this, so that kernels need not pad a row in every layer.
     """
+
+    def rounded(tokens: int) -> int:
+        return -(-tokens // multiple) * multiple
+
     least, most = lengths.group(1), -(-prompts // shards) * lengths.group(generations)
-    tokens = max(least, min(tokens, most))
+    tokens = rounded(max(least, min(tokens, most)))
     each = min(generations, (tokens - lengths.longest_prompt) // max(lengths.completion - 1, 1))
     groups = max(1, tokens // lengths.group(generations))  # whole groups of a row
     pieces = -(-prompts // groups) if each == generations else prompts * -(-generations // each)
@@ -84,7 +91,7 @@ def row_sizes(lengths: Lengths, prompts: int, generations: int, tokens: int, sha
 
     rows = size(tokens, -(-pieces // shards))
     quarter = tokens // 4 >= QUARTER_PROMPTS * lengths.longest_prompt
-    small, count = max(least, -(-tokens // (4 if quarter else 2))), 3 if quarter else 1
+    small, count = rounded(max(least, -(-tokens // (4 if quarter else 2)))), 3 if quarter else 1
     return (rows, size(small, count)) if small < tokens and rows.count < MANY_ROWS else (rows,)
 
 

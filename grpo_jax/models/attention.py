@@ -35,6 +35,8 @@ def plans_of(model: Transformer, ranges: KeyRanges, limits: Limits, keys: int) -
             heads_of_key=spec.heads // spec.kv_heads,
             window=window,
             implementation=model.implementation,
+            head_dim=spec.head_dim,
+            dtype=model.dtype,
         )
 
     windows = {NO_WINDOW if window is None else window for window in spec.windows}

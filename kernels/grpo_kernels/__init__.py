@@ -1,4 +1,4 @@
-"""Operations of GRPO training with a plain JAX reference each and Pallas kernels for TPUs; `kernels/README.md` lists them.
+"""Operations of GRPO training with a plain JAX reference each and Pallas kernels; `kernels/README.md` lists them.
 
 Example:
     from grpo_kernels import head_logprob

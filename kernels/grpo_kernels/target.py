@@ -6,6 +6,7 @@ the key of JAX's caches, so that nothing traced for one chip is used for another
 
 from __future__ import annotations
 
+import re
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,11 +32,13 @@ class Target:
         platform: as `jax.default_backend()` would return it.
         vector_memory_bytes: of a TPU's core; 0 where it is unknown, and on other platforms.
         generation: of a TPU, 4 for a v4; 0 where it is unknown, and kernels then use the instructions that all have.
+        compute_capability: of an NVIDIA GPU, such as (9, 0); (0, 0) where it is unknown, and on other platforms.
     """
 
     platform: Platform
     vector_memory_bytes: int = 0
     generation: int = 0
+    compute_capability: tuple[int, int] = (0, 0)
 
 
 TARGET: Any = jax.make_user_context(default_value=None)
@@ -73,6 +76,17 @@ def generation() -> int:
     if chip is not None:
         return chip.generation
     return pltpu.get_tpu_info().generation if jax.default_backend() == "tpu" else 0
+
+
+def compute_capability() -> tuple[int, int]:
+    """Compute capability of the NVIDIA GPU that is traced for, such as (9, 0); (0, 0) where it is unknown, and on other devices."""
+    chip = target()
+    if chip is not None:
+        return chip.compute_capability
+    if jax.default_backend() != "gpu":
+        return 0, 0
+    numbers = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(jax.devices()[0], "compute_capability", "")))
+    return (0, 0) if numbers is None else (int(numbers[1]), int(numbers[2]))
 
 
 def resolve_implementation(

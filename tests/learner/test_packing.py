@@ -66,8 +66,9 @@ def test_every_token_is_predicted_once_from_its_prompt_and_its_own_completion(se
     generations, prompt, completion = int(rng.integers(1, 7)), int(rng.integers(1, 30)), int(rng.integers(1, 40))
     prompt_ids, completion_ids = texts(seed, prompts, generations, prompt, completion)
     lengths = Lengths(min(map(len, prompt_ids)), prompt, completion)
-    tokens = int(rng.integers(lengths.group(1), prompts * lengths.group(generations) + 1))
-    sizes = row_sizes(lengths, prompts, generations, tokens, shards)
+    tokens, multiple = int(rng.integers(lengths.group(1), prompts * lengths.group(generations) + 1)), int(rng.choice([1, 16]))
+    sizes = row_sizes(lengths, prompts, generations, tokens, shards, multiple)
+    assert all(size.tokens % multiple == 0 for size in sizes)
     trained = rng.random(prompts * generations) < 0.9
     last = rng.random(prompts) < 0.3
     packed = pack(prompt_ids, completion_ids, trained, sizes, width=completion, last=last, shards=shards)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +27,13 @@ from grpo_kernels.ops.group_attention.block_pairs import (
     most_pairs,
 )
 from grpo_kernels.ops.group_attention.block_sizes import BlockSizes, choose_block_sizes
+from grpo_kernels.ops.group_attention.gpu_tiles import Tiles
 from grpo_kernels.ops.group_attention.key_ranges import KeyRanges, prompt_ranges, within_window
+from grpo_kernels.ops.group_attention.mosaic_gpu import group_attention_mosaic_gpu, plan_tiles, refusal
 from grpo_kernels.ops.group_attention.mosaic_tpu import group_attention_mosaic_tpu
 from grpo_kernels.ops.group_attention.reference import group_attention_reference
 from grpo_kernels.ops.group_attention.xla import group_attention_xla
-from grpo_kernels.target import platform, resolve_implementation
+from grpo_kernels.target import Implementation, platform, resolve_implementation
 
 __all__ = [
     "AttentionPlan",
@@ -43,11 +46,13 @@ __all__ = [
     "prompt_ranges",
 ]
 
+IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu", "mosaic_gpu")
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("bounds", "by_query", "by_key"),
-    meta_fields=("keys", "implementation", "blocks"),
+    data_fields=("bounds", "by_query", "by_key", "tiles"),
+    meta_fields=("keys", "implementation", "blocks", "prompts"),
 )
 @dataclass(frozen=True)
 class AttentionPlan:
@@ -58,9 +63,11 @@ class AttentionPlan:
     Attributes:
         bounds: [B, 4, N], the keys that each query sees (`KeyRanges`), within the window.
         by_query, by_key: pairs of blocks to visit, in either order; None where the implementation does not need them.
+        tiles: blocks to visit, of `mosaic_gpu`; None elsewhere.
         keys: T.
-        implementation: "reference", "xla" or "mosaic_tpu".
+        implementation: "reference", "xla", "mosaic_tpu" or "mosaic_gpu".
         blocks: block sizes.
+        prompts: rows have prompts that other sequences continue.
     """
 
     bounds: Int[Array, "B 4 N"]
@@ -69,6 +76,16 @@ class AttentionPlan:
     keys: int
     implementation: str
     blocks: BlockSizes
+    tiles: Tiles | None = None
+    prompts: bool = True
+
+
+def default_implementation(head_dim: int | None, dtype: Any) -> Implementation:
+    """The implementation of None: Pallas kernels on a TPU, and on a GPU that has them for these shapes, else "xla"."""
+    if platform() == "tpu":
+        return "mosaic_tpu"
+    known = platform() == "gpu" and head_dim is not None and dtype is not None
+    return "mosaic_gpu" if known and refusal(head_dim, dtype) is None else "xla"
 
 
 def plan_attention(
@@ -79,6 +96,8 @@ def plan_attention(
     kv_heads: int,
     heads_of_key: int,
     window: int | Int[Array, ""],
+    head_dim: int | None = None,
+    dtype: Any = None,
     implementation: str | None = None,
     block_sizes: BlockSizes | None = None,
 ) -> AttentionPlan:
@@ -90,12 +109,15 @@ def plan_attention(
         keys: T, tokens of a row.
         kv_heads, heads_of_key: K, and R query heads for each of them.
         window: positions that a query sees, its own included; 2**30 is no window.
+        head_dim, dtype: Dh and the dtype of q, k and v; without them None is not "mosaic_gpu".
         implementation: "reference" (plain, builds [B, K, R, N, T]), "xla" (plain JAX in blocks; runs anywhere), "mosaic_tpu"
-            (Pallas), or None: "mosaic_tpu" on a TPU, else "xla".
-        block_sizes: None = `choose_block_sizes`.
+            (Pallas), "mosaic_gpu" (tokamax and Pallas, on a Hopper GPU), or None: "mosaic_tpu" on a TPU, "mosaic_gpu" where it
+            runs, else "xla".
+        block_sizes: None = `choose_block_sizes`; "mosaic_gpu" takes no others.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown implementation, or more pairs of blocks than a TPU's list can have.
+        ValueError: shapes that do not fit, an implementation that is unknown or does not run here, or more pairs of blocks than a
+            TPU's list can have.
     """
     shape = ranges.own_end.shape
     if len(shape) != 2 or any(x.shape != shape for x in ranges):
@@ -103,11 +125,16 @@ def plan_attention(
     if keys < 1:
         raise ValueError(f"plan_attention: keys is {keys}; a row has at least 1 token")
     rows, queries = shape
-    named = resolve_implementation("group_attention", implementation, "mosaic_tpu" if platform() == "tpu" else "xla")
+    named = resolve_implementation("group_attention", implementation, default_implementation(head_dim, dtype), IMPLEMENTATIONS)
     blocks = block_sizes or choose_block_sizes(queries, keys, kv_heads * heads_of_key, heads_of_key, named)
     bounds = within_window(ranges, window)
     if named == "reference":
         return AttentionPlan(bounds, None, None, keys, named, blocks)
+    if named == "mosaic_gpu":
+        check_runs(head_dim, dtype)
+        if blocks != choose_block_sizes(queries, keys, kv_heads * heads_of_key, heads_of_key, named):
+            raise ValueError(f"group_attention: implementation 'mosaic_gpu' does not take {blocks}; leave block_sizes out")
+        return AttentionPlan(bounds, None, None, keys, named, blocks, plan_tiles(bounds, keys), limits.prompts > 0)
     if named == "xla":
         blocks = BlockSizes(min(blocks.queries, queries), min(blocks.keys, keys))
     sizes = (blocks.queries, blocks.keys)
@@ -154,11 +181,21 @@ def group_attention(
         out = group_attention(q, k, v, plan)
     """
     check(q, k, v, plan, softcap)
+    if plan.tiles is not None:
+        check_runs(q.shape[-1], q.dtype)
+        return group_attention_mosaic_gpu(q, k, v, plan.bounds, plan.tiles, softcap, prompts=plan.prompts)
     if plan.implementation == "reference" or plan.by_query is None:
         return group_attention_reference(q, k, v, plan.bounds, softcap)
     if plan.implementation == "xla" or plan.by_key is None:
         return group_attention_xla(q, k, v, plan.bounds, plan.by_query, softcap, plan.blocks)
     return group_attention_mosaic_tpu(q, k, v, plan.bounds, plan.by_query, plan.by_key, softcap, plan.blocks)
+
+
+def check_runs(head_dim: int | None, dtype: Any) -> None:
+    """Raises ValueError with the reason why "mosaic_gpu" does not run."""
+    reason = refusal(head_dim, dtype)
+    if reason is not None:
+        raise ValueError(f"group_attention: implementation 'mosaic_gpu' {reason}")
 
 
 def check(q: Array, k: Array, v: Array, plan: AttentionPlan, softcap: float | None) -> None:
