@@ -271,7 +271,8 @@ def parser() -> argparse.ArgumentParser:
         "--kv_dtype", choices=("auto", "int8"), default="auto", help="number format of keys and values (default auto)"
     )
     made.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto is the model's own")
-    made.add_argument("--remat", choices=("auto", "none", "layer", "offload"), default="auto", help="as model.remat (default auto)")
+    remats = ("auto", "none", "selective", "layer", "offload")
+    made.add_argument("--remat", choices=remats, default="auto", help="as model.remat (default auto)")
     made.add_argument("--micro_batch_prompts", type=positive, metavar="B", help="as train.micro_batch_prompts")
     made.add_argument("--micro_batch_tokens", type=positive, metavar="T", help="as train.micro_batch_tokens")
     made.add_argument("--ragged", action="store_true", help="lengths from a heavy tail, with a mean of a quarter of the longest")

@@ -27,15 +27,17 @@ class ModelConfig:
         quantization: Format of the layers' frozen matrices, quantised while they are read: `int8`, `int4` or `nf4`
             (https://arxiv.org/abs/2305.14314), or `none`. Requires adapters (lora.rank above 0); embedding, head and norms keep
             dtype.
-        remat: What the backward pass recomputes instead of storing: `none`, `layer` (inside each layer), `offload` (as layer,
-            with each layer's input stored in the host's memory), or `auto`: none on a CPU with enough memory, else layer.
+        remat: What the backward pass recomputes instead of storing: `none`, `selective` (inside each layer, but not attention and
+            its output's product), `layer` (inside each layer), `offload` (as layer, with each layer's input stored in the host's
+            memory), or `auto`: the first of these that fits with `train.micro_batch_tokens: auto`, else none on a CPU with enough
+            memory, and layer.
     """
 
     path: str | None = None
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     quantization: Literal["none", "int8", "int4", "nf4"] = "none"
-    remat: Literal["auto", "none", "layer", "offload"] = "auto"
+    remat: Literal["auto", "none", "selective", "layer", "offload"] = "auto"
 
     def __post_init__(self) -> None:
         check_types(self, "model")

@@ -5,6 +5,7 @@ The run uses the programs that are compiled here: no later step needs more memor
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -104,6 +105,10 @@ def fit_run(
     return Fitted(fitted, run.learner, run.sizes, sampler, update, remat)
 
 
+FittedUpdate = tuple[RunShapes, Program, MemoryUse, str]
+"""A run, its update, the memory that it needs, and what `model.remat` resolves to."""
+
+
 def fit_update(
     config: Config,
     policy: Policy,
@@ -113,7 +118,7 @@ def fit_update(
     display: Display,
     make_learner: MakeLearner,
     lengths: Lengths,
-) -> tuple[RunShapes, Program, MemoryUse, str]:
+) -> FittedUpdate:
     """Compiles updates until one fits, starting with the longest rows.
 
     Returns:
@@ -122,8 +127,8 @@ def fit_update(
     first = row_tokens(config, policy, lengths)
     sizes = [first, *smaller_rows(config, first, lengths)]
 
-    def run_with(tokens: int) -> tuple[RunShapes, str]:
-        learner, remat = make_learner(config, policy, tokens)
+    def run_with(tokens: int, remat: Any = config.model.remat) -> tuple[RunShapes, str]:
+        learner, remat = make_learner(replace(config, model=replace(config.model, remat=remat)), policy, tokens)
         rows = sizes_of_rows(config, policy.layout, lengths, tokens)
         return RunShapes.of(config, policy, placement, learner, rows, display.compiling, frozen), remat
 
@@ -139,16 +144,52 @@ def fit_update(
         size = queue.pop(0)
         tried.add(size)
         run, remat = run_with(size)
-        update = Program("update", run.learner.train_step, donate=(0,), announce=display.compiling)
-        use = update_memory(run, update)
+        update, use = compiled_update(run, display)
         if use.fits(limit):
-            return run, update, use, remat
+            found = (run, update, use, remat)
+            if config.model.remat != "auto" or remat == "none" or limit is None:
+                return found
+            return less_recomputed(found, functools.partial(run_with, size), limit, display) or found
         varying = use.components["activations"] + use.components["temporaries"]
         smaller = [other for other in sizes if other not in tried and other < size]
         if smaller and limit is not None:
             queue = rows_to_try(smaller, size, use.peak_bytes - varying, varying, limit)
     assert use is not None
+    if config.model.remat == "auto":
+        run, remat = run_with(sizes[-1], "offload")
+        update, offloaded = compiled_update(run, display)
+        if offloaded.fits(limit):
+            return run, update, offloaded, remat
     raise too_large("train.micro_batch_tokens is auto: the smallest update", use, limit)
+
+
+def compiled_update(run: RunShapes, display: Display) -> tuple[Program, MemoryUse]:
+    """Compiles a run's update."""
+    update = Program("update", run.learner.train_step, donate=(0,), announce=display.compiling)
+    return update, update_memory(run, update)
+
+
+def less_recomputed(
+    found: FittedUpdate, run_with: Callable[[str], tuple[RunShapes, str]], limit: int, display: Display
+) -> FittedUpdate | None:
+    """The update that recomputes least and fits: the one that recomputes nothing, else the selective one; None where neither fits.
+
+    What would be saved is known before compiling, so that what cannot fit is not compiled.
+
+    Args:
+        found: an update that recomputes layers, and fits.
+        run_with: a value of `model.remat` to the run with it.
+    """
+    run, _, use, _ = found
+    saved = activation_bytes(run)
+    for remat in ("none", "selective"):
+        other, resolved = run_with(remat)
+        if use.peak_bytes - saved + activation_bytes(other) > limit:
+            continue
+        update, other_use = compiled_update(other, display)
+        if other_use.fits(limit):
+            return other, update, other_use, resolved
+    return None
 
 
 def fit_rollout(run: RunShapes, limit: int | None, display: Display) -> tuple[Sampler, RolloutMemory]:

@@ -25,8 +25,8 @@ from grpo_jax.types import Params
 from grpo_kernels import QuantizedWeight, quantized_matmul
 from grpo_kernels.numerics import precision_of
 
-LAYER_INPUT = "layer_input"
-"""Name by which `jax.checkpoint` policies find a layer's input."""
+LAYER_INPUT, LAYER_MIDDLE = "layer_input", "layer_middle"
+"""Names by which `jax.checkpoint` policies find a layer's input, and its hidden states between attention and feed-forward."""
 
 SelectTokens = Callable[[Array], Array]
 """[B, T, ...] → [B, W, ...]: picks the tokens whose hidden states are returned, in that order."""
@@ -260,7 +260,7 @@ class Block(nn.Module):
         x, spec = checkpoint_name(x, LAYER_INPUT), self.spec
         mixed, cache, stacked = self.attention(self.norm("attn_norm", x), layer, rope, cache, select)
         x = x if select is None else select(x)
-        x = x + (self.norm("post_attn_norm", mixed) if spec.sandwich else mixed)
+        x = checkpoint_name(x + (self.norm("post_attn_norm", mixed) if spec.sandwich else mixed), LAYER_MIDDLE)
         fed = self.feed_forward(self.norm("ffw_norm", x))
         x = x + (self.norm("post_ffw_norm", fed) if spec.sandwich else fed)
         return (x, cache), stacked

@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.models.layers import LAYER_INPUT, Attend, Block, RMSNorm, SelectTokens, rope_tables
+from grpo_jax.models.layers import LAYER_INPUT, LAYER_MIDDLE, Attend, Block, RMSNorm, SelectTokens, rope_tables
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.sharding import GATHERED, Layout
 from grpo_jax.types import Params
+from grpo_kernels import ATTENTION_RESULT
 
 NO_WINDOW = 2**30
 """Window of a layer that sees every position."""
@@ -36,8 +37,9 @@ class Transformer(nn.Module):
         spec: sizes and switches of the model.
         dtype: dtype of the computation; weights are cast to it where they are used.
         lora_scale: factor of the adapters' product.
-        remat: `layer` saves only each layer's input for the backward pass and recomputes the rest; `offload` also moves that input
-            to the host's memory.
+        remat: `layer` saves only each layer's input for the backward pass and recomputes the rest; `selective` also saves
+            attention's result and the hidden states behind it, so that neither attention nor its output's product runs again;
+            `offload` is `layer` with the input in the host's memory.
         unroll: run the layers one after the other instead of in a scan; ignored with remat.
         implementation: of the kernels (`grpo_kernels`): "reference", "xla", "mosaic_tpu", or None for the device's.
         layout: sharding of weights and hidden states; None is one device.
@@ -46,7 +48,7 @@ class Transformer(nn.Module):
     spec: ModelSpec
     dtype: Any
     lora_scale: float = 1.0
-    remat: Literal["none", "layer", "offload"] = "none"
+    remat: Literal["none", "selective", "layer", "offload"] = "none"
     unroll: bool = False
     implementation: str | None = None
     layout: Layout | None = None
@@ -167,12 +169,14 @@ def split_layers(variables: Params) -> Params:
 
 
 def remat_policy(remat: str) -> Any:
-    """What `jax.checkpoint` saves of a layer next to its inputs: nothing, or with `offload` its input, on the host.
+    """What `jax.checkpoint` saves of a layer next to its inputs.
 
-    With `none` it saves all but the gathered weights, which would be the whole model on each device.
+    With `layer` nothing, with `selective` what has a name, with `offload` its input, on the host. With `none` it saves all but the gathered weights, which would be the whole model on each device.
     """
     if remat == "none":
         return jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+    if remat == "selective":
+        return jax.checkpoint_policies.save_only_these_names(ATTENTION_RESULT, LAYER_MIDDLE)
     if remat != "offload":
         return None
     return jax.checkpoint_policies.save_and_offload_only_these_names(

@@ -77,7 +77,7 @@ class BenchOptions:
     capacity: int | None = None
     kv_dtype: Literal["auto", "int8"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    remat: Literal["auto", "none", "layer", "offload"] = "auto"
+    remat: Literal["auto", "none", "selective", "layer", "offload"] = "auto"
     micro_batch_prompts: int | None = None
     micro_batch_tokens: int | None = None
     ragged: bool = False

@@ -9,6 +9,7 @@ from grpo_kernels.numerics import NO_WINDOW
 from grpo_kernels.ops.decode_attention import KVCache, SlotMap, decode_attention
 from grpo_kernels.ops.group_advantages import group_advantages
 from grpo_kernels.ops.group_attention import AttentionPlan, KeyRanges, Limits, group_attention, plan_attention, prompt_ranges
+from grpo_kernels.ops.group_attention.names import ATTENTION_RESULT
 from grpo_kernels.ops.grpo_loss import LossSettings, grpo_loss
 from grpo_kernels.ops.head_logprob import head_logprob
 from grpo_kernels.ops.head_sample import Draws, head_sample
@@ -23,6 +24,7 @@ from grpo_kernels.ops.quantized_matmul import (
 from grpo_kernels.target import Implementation, Target, tracing_for
 
 __all__ = [
+    "ATTENTION_RESULT",
     "NO_WINDOW",
     "AttentionPlan",
     "Draws",

@@ -133,7 +133,7 @@ def test_values_entropies_and_gradients_are_those_of_the_plain_forward_pass(fami
     np.testing.assert_allclose(entropy, -(np.exp(wide) * wide).sum(axis=-1), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("family", "remat"), [("qwen2", "offload"), ("gemma3", "layer")])
+@pytest.mark.parametrize(("family", "remat"), [("qwen2", "offload"), ("gemma3", "layer"), ("qwen2", "selective")])
 def test_computing_layers_again_in_the_backward_pass_changes_nothing(family: str, remat: str) -> None:
     prompts, completions, counts = batch(tiny_policy(family).spec.vocab)
     saved, gradient = values_and_gradient(family, prompts, PROMPT_LENGTHS, completions, counts)

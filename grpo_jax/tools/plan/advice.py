@@ -237,9 +237,12 @@ class Search:
                 return
 
     def remat(self) -> Iterator[Changes]:
-        """Yields recomputing each layer's activations in the backward pass."""
-        if not self.verdict.fits(self.verdict.update) and self.verdict.remat == "none":
-            yield {"model.remat": "layer"}
+        """Yields recomputing more of each layer in the backward pass."""
+        order = ["none", "selective", "layer"]
+        current = self.verdict.remat
+        for remat in order[order.index(current) + 1 :] if current in order else []:
+            if not self.verdict.fits(self.verdict.update):
+                yield {"model.remat": remat}
 
     def fewer_slots(self) -> Iterator[Changes]:
         """Yields fewer completions at once: as many as fit if memory grows with them, then half of that, and half again."""

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_kernels.numerics import round_up
 from grpo_kernels.ops.group_attention.gpu_tiles import LOG2_E, TILE, Tiles, tiles_of
+from grpo_kernels.ops.group_attention.names import named
 from grpo_kernels.target import compute_capability, platform
 
 HEAD_DIMS = (64, 128, 256)
@@ -143,6 +144,7 @@ def attention_forward(q: Array, k: Array, v: Array, bounds: Array, tiles: Tiles,
     out, lse = part(bounds[:, 2], bounds[:, 3], static.softcap)
     if static.prompts:
         out, lse = merge(part(bounds[:, 0], bounds[:, 1], static.softcap), (out, lse))
+    out, lse = named(out, lse)
     return out, (q, k, v, bounds, tiles, out, lse)
 
 

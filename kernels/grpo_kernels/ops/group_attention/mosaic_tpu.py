@@ -26,6 +26,7 @@ from grpo_kernels.numerics import EMPTY_MAX, MASK_VALUE, einsum_float32, round_u
 from grpo_kernels.ops.group_attention.block_pairs import ALL_SEEN, PAIR_BITS, BlockPairs, blocks_of
 from grpo_kernels.ops.group_attention.block_sizes import BlockSizes
 from grpo_kernels.ops.group_attention.key_ranges import sees
+from grpo_kernels.ops.group_attention.names import named
 
 SUBLANES = 8
 """Rows of a tile of 32-bit values."""
@@ -304,6 +305,7 @@ def attention_forward(
         forward_kernel, "group_attention", static, by_query, arrays, ["q", "lse"], scratch, products=2, by_key=False
     )
     out = from_blocks(out, q.shape[1])
+    out, lse = named(out, lse)
     return out, (q, k, v, bounds, by_query, by_key, out, lse)
 
 

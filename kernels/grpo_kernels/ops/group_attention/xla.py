@@ -22,6 +22,7 @@ from grpo_kernels.numerics import EMPTY_MAX, MASK_VALUE, einsum_float32, soft_ca
 from grpo_kernels.ops.group_attention.block_pairs import ALL_SEEN, PAIR_BITS, BlockPairs
 from grpo_kernels.ops.group_attention.block_sizes import BlockSizes
 from grpo_kernels.ops.group_attention.key_ranges import sees
+from grpo_kernels.ops.group_attention.names import named
 from grpo_kernels.target import platform
 
 
@@ -189,6 +190,7 @@ def attention_forward(q: Array, k: Array, v: Array, bounds: Array, listed: Block
     """Computes `attention`, and the arrays that its backward pass needs."""
     out, lse = forward(heads_first(q), heads_first(k), heads_first(v), bounds, listed, static)
     out = jnp.moveaxis(out, -2, 1)
+    out, lse = named(out, lse)
     return out, (q, k, v, bounds, listed, out, lse)
 
 
