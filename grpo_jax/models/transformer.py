@@ -171,7 +171,8 @@ def split_layers(variables: Params) -> Params:
 def remat_policy(remat: str) -> Any:
     """What `jax.checkpoint` saves of a layer next to its inputs.
 
-    With `layer` nothing, with `selective` what has a name, with `offload` its input, on the host. With `none` it saves all but the gathered weights, which would be the whole model on each device.
+    With `layer` nothing, with `selective` what has a name, with `offload` its input, on the host. With `none` all but the gathered
+    weights, which would be the whole model on each device.
     """
     if remat == "none":
         return jax.checkpoint_policies.save_anything_except_these_names(GATHERED)

@@ -51,13 +51,14 @@ def own_product(op_name: str) -> bool:
     return "reference" not in op_name and not ("attention" in op_name and "_proj" not in op_name)
 
 
-@pytest.mark.parametrize(("remat", "most"), [("none", 4.6), ("selective", 5.9), ("layer", 6.7)])
+@pytest.mark.parametrize(("remat", "most"), [("none", 4.6), ("selective", 4.75), ("layer", 6.7)])
 def test_an_update_multiplies_with_each_weight_no_more_often_than_needed(remat: str, most: float) -> None:
     """Forward and gradient of the hidden states: 4 operations a weight and token; the layers' second forward: 2 more.
 
     The adapters' own products come on top. The head computes completion tokens only.
     """
-    batch, cpu = shapes_of(1, GENERATIONS, TOKENS, TOKENS, (1, GENERATIONS)), SingleDeviceSharding(jax.devices("cpu")[0])
+    batch = shapes_of(1, GENERATIONS, TOKENS, TOKENS, (1, GENERATIONS), one_size=True)
+    cpu = SingleDeviceSharding(jax.devices("cpu")[0])
     lowered = lowered_update(SPEC, batch, cpu, lora=LoraConfig(rank=16), remat=remat)
     text = lowered.compile().as_text()
     tokens, completions = TOKENS * (1 + GENERATIONS), TOKENS * GENERATIONS

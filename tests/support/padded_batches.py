@@ -68,10 +68,17 @@ def sizes_of(
     return row_sizes(lengths, *groups, cut[0] // shards * lengths.group(cut[1]), shards)
 
 
-def shapes_of(prompts: int, generations: int, prompt: int, completion: int, cut: tuple[int, int], shards: int = 1) -> TrainBatch:
-    """The shapes of a batch whose prompts all have `prompt` tokens, and completions up to `completion`."""
+def shapes_of(
+    prompts: int, generations: int, prompt: int, completion: int, cut: tuple[int, int], shards: int = 1, *, one_size: bool = False
+) -> TrainBatch:
+    """The shapes of a batch whose prompts all have `prompt` tokens, and completions up to `completion`.
+
+    Args:
+        one_size: without the smaller rows for what is left over, so that the longest texts run all of the program.
+    """
     lengths = Lengths(prompt, prompt, completion)
     sizes = row_sizes(lengths, prompts, generations, cut[0] // shards * lengths.group(cut[1]), shards)
+    sizes = sizes[:1] if one_size else sizes
     return batch_shapes(sizes, prompts, generations, completion, shards)
 
 
