@@ -64,7 +64,7 @@ def row_logprobs(
     options: dict[str, Any] = {"softcap": model.spec.final_softcap, "head_trainable": head_trainable}
     options["implementation"] = model.implementation
 
-    def of_entries(hidden: Array, targets: Array, columns: Array) -> Outputs:
+    def of_entries(temperature: Array, hidden: Array, targets: Array, columns: Array) -> Outputs:
         r, e, d = hidden.shape
         flat = hidden.reshape(r * e, d), head, targets.reshape(r * e)
         if truncation is None:
@@ -77,24 +77,24 @@ def row_logprobs(
         first, second, third = (x.reshape(r, e) for x in outputs)
         return first, second, third
 
-    outputs = in_parts(of_entries, hidden, jnp.asarray(rows.targets), jnp.asarray(rows.columns), used)
-    logps, untruncated, entropy = outputs
+    entries = (hidden, jnp.asarray(rows.targets), jnp.asarray(rows.columns))
+    logps, untruncated, entropy = in_parts(of_entries, jnp.asarray(temperature, jnp.float32), entries, used)
     return logps, None if truncation is None else untruncated, entropy
 
 
-def in_parts(function: Any, hidden: Array, targets: Array, columns: Array, used: Array | None) -> Outputs:
-    """Applies a function of entries to parts of them, and not to parts of which none is used."""
-    rows, entries, _ = hidden.shape
-    size = max(-(-entries // HEAD_BLOCKS), -(-LEAST_HEAD_BLOCK // rows))
-    if used is None or size >= entries:
-        outputs: Outputs = function(hidden, targets, columns)
+def in_parts(function: Any, temperature: Array, entries: tuple[Array, ...], used: Array | None) -> Outputs:
+    """Applies a function of temperature and entries to parts of them, and not to parts of which none is used."""
+    rows, count = entries[1].shape
+    size = max(-(-count // HEAD_BLOCKS), -(-LEAST_HEAD_BLOCK // rows))
+    if used is None or size >= count:
+        outputs: Outputs = function(temperature, *entries)
         return outputs
     parts = []
-    for start in range(0, entries, size):
-        part = tuple(x[:, start : start + size] for x in (hidden, targets, columns))
+    for start in range(0, count, size):
+        part = tuple(x[:, start : start + size] for x in entries)
         nothing = tuple(jnp.zeros(part[1].shape, jnp.float32) for _ in range(3))
         needed = jnp.any(used[:, start : start + size])
-        parts.append(jax.lax.cond(needed, function, lambda *_, nothing=nothing: nothing, *part))
+        parts.append(jax.lax.cond(needed, function, lambda *_, nothing=nothing: nothing, temperature, *part))
     logps, untruncated, entropy = (jnp.concatenate(x, axis=1) for x in zip(*parts, strict=True))
     return logps, untruncated, entropy
 

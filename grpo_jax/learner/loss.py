@@ -231,9 +231,20 @@ def kl_reward_penalty(logps: ArrayLike, ref_logps: ArrayLike, completion_mask: A
     return stop_gradient(jnp.sum(penalty, axis=1))
 
 
-def total_stats(stacked: Mapping[str, Float[Array, "M"]]) -> Stats:
-    """Adds up the sums of M micro-batches, stacked along a leading axis as `lax.scan` does."""
-    return {name: jnp.max(values, axis=0) if name.endswith("_max") else jnp.sum(values, axis=0) for name, values in stacked.items()}
+def total_stats(stacked: Mapping[str, Float[Array, "M"]], computed: Bool[Array, "M"] | None = None) -> Stats:
+    """Adds up the sums of M micro-batches, stacked along a leading axis as `lax.scan` does.
+
+    Args:
+        computed: True = the micro-batch was computed; the others have sums of 0, and no maximum. None is all.
+    """
+
+    def largest(values: Array) -> Array:
+        if computed is None:
+            return jnp.max(values, axis=0)
+        most = jnp.max(jnp.where(computed, values, -jnp.inf), axis=0)
+        return jnp.where(jnp.any(computed), most, jnp.float32(0))
+
+    return {name: largest(values) if name.endswith("_max") else jnp.sum(values, axis=0) for name, values in stacked.items()}
 
 
 def finish_stats(sums: Mapping[str, Float[Array, ""]]) -> dict[str, Float[Array, ""]]:

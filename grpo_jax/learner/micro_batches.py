@@ -83,15 +83,15 @@ def scan_micro_batches(
     carry: Any,
     used: Callable[[MicroBatch], Bool[Array, ""]],
     layout: Layout | None,
-) -> tuple[Any, Any]:
-    """Applies a function to one micro-batch after the other, and adds up its outputs.
+) -> tuple[Any, Any, Bool[Array, "M"]]:
+    """Applies a function to one micro-batch after the other.
 
     Args:
         function: carry and micro-batch to the next carry, and outputs (a tree of arrays).
         used: whether a micro-batch is computed; one that is not leaves the carry as it is and has outputs of 0.
 
     Returns:
-        The last carry, and the outputs, stacked along a leading axis.
+        The last carry; the outputs, stacked along a leading axis; and which micro-batches were computed.
     """
     stacks = []
     compute = jax.jit(function, inline=True)  # traced once for its outputs' shapes and for its program
@@ -102,12 +102,15 @@ def scan_micro_batches(
             rows, completions, number = part
             micro_batch = MicroBatch(rows, completions, jnp.asarray(batch.places) - number * completions.size, layout)
             nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute, carry, micro_batch)[1])
-            return jax.lax.cond(used(micro_batch), compute, lambda carry, _: (carry, nothing), carry, micro_batch)
+            needed = used(micro_batch)
+            carry, outputs = jax.lax.cond(needed, compute, lambda carry, _: (carry, nothing), carry, micro_batch)
+            return carry, (outputs, needed)
 
         parts = (jax.tree.map(jnp.asarray, batch.rows), jnp.asarray(batch.completions), jnp.arange(count, dtype=jnp.int32))
         carry, outputs = jax.lax.scan(one, carry, parts)
         stacks.append(outputs)
-    return carry, jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)
+    outputs, computed = jax.tree.map(lambda *x: jnp.concatenate(x), *stacks)
+    return carry, outputs, computed
 
 
 def any_token(micro_batch: MicroBatch) -> Bool[Array, ""]:

@@ -265,7 +265,7 @@ class Learner:
             return (tables[0] + logps, tables[1] + (logps if untruncated is None else untruncated)), None
 
         zero = jnp.zeros(batch.completion_mask.shape, jnp.float32)
-        tables, _ = scan_micro_batches(batch.micro_batches, add, (zero, zero), any_token, self.model.layout)
+        tables, _, _ = scan_micro_batches(batch.micro_batches, add, (zero, zero), any_token, self.model.layout)
         return jax.lax.stop_gradient(tables)
 
     def loss(self, tokens: dict[str, Array | None]) -> tuple[Float[Array, ""], Stats]:
@@ -325,9 +325,11 @@ class Learner:
             return jnp.any(known["completion_mask"] & part.here) if self.skips else any_token(part)
 
         zero = jax.tree.map(jnp.zeros_like, state.trainable), jnp.zeros(batch.completion_mask.shape, jnp.float32)
-        (gradient, logps), stacked = scan_micro_batches(batch.micro_batches, accumulate, zero, used, self.model.layout)
+        (gradient, logps), stacked, computed = scan_micro_batches(
+            batch.micro_batches, accumulate, zero, used, self.model.layout
+        )
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.trainable)
-        sums = total_stats(stacked)
+        sums = total_stats(stacked, computed)
         metrics = (finish_stats(sums) if self.loss_fn is None else finish_custom_stats(sums)) | {
             "loss": sums["loss"],
             "entropy": sums["entropy"] / jnp.maximum(sums["tokens"], jnp.float32(1)),

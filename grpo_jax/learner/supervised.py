@@ -31,7 +31,9 @@ def supervised_step(learner: Learner, state: TrainState, batch: TrainBatch, froz
         return learner.placed(jax.tree.map(jnp.add, gradient, new)), (loss, entropy)
 
     zero = jax.tree.map(jnp.zeros_like, state.trainable)
-    gradient, (losses, entropies) = scan_micro_batches(batch.micro_batches, accumulate, zero, any_token, learner.model.layout)
+    gradient, (losses, entropies), _ = scan_micro_batches(
+        batch.micro_batches, accumulate, zero, any_token, learner.model.layout
+    )
     updates, opt_state = learner.optimizer.update(gradient, state.opt_state, state.trainable)
     metrics = {
         "loss": jnp.sum(losses),

@@ -47,26 +47,28 @@ def plans_of(model: Transformer, ranges: KeyRanges, limits: Limits, keys: int) -
 
 
 def group_attend(
-    model: Transformer, ranges: KeyRanges, limits: Limits, selected: Int[Array, "B W"] | None = None
+    model: Transformer, ranges: KeyRanges, limits: Limits, tokens: Int[Array, "B W"] | None = None
 ) -> Attend:
     """Makes the attention function of training, over packed rows, or of prefill.
 
     Args:
         ranges: [B, T], the keys that each token sees.
         limits: what every row keeps to.
-        selected: tokens whose queries alone may be asked, as in the last layer of an unrolled model; None is all tokens.
+        tokens: those that alone ask where queries are `selected`, as in the last layer of an unrolled model; None is all.
     """
     spec, layout, keys = model.spec, model.layout, ranges.own_end.shape[1]
-    by_queries = {keys: plans_of(model, ranges, limits, keys)}
-    if selected is not None and model.unrolled:
-        of_selected = KeyRanges(*(jnp.take_along_axis(jnp.asarray(x), selected, axis=1) for x in ranges))
-        by_queries = {selected.shape[1]: plans_of(model, of_selected, limits, keys)} | by_queries
+    of_all = of_selected = plans_of(model, ranges, limits, keys)
+    if tokens is not None and model.unrolled:
+        own = KeyRanges(*(jnp.take_along_axis(jnp.asarray(x), tokens, axis=1) for x in ranges))
+        of_selected = plans_of(model, own, limits, keys)
 
     def mix(q: Array, k: Array, v: Array, plan: AttentionPlan) -> Array:
         return group_attention(q, k, v, plan, softcap=spec.attention_softcap)
 
-    def attend(q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any) -> tuple[Array, Any, Any]:
-        plan = of_window(by_queries[q.shape[1]], window)
+    def attend(
+        q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any, selected: bool = False
+    ) -> tuple[Array, Any, Any]:
+        plan = of_window(of_selected if selected else of_all, window)
         if layout is None:
             return mix(q, k, v, plan), cache, None
         queries, of_keys = layout.spec("rows", None, "kv_heads", None, None), layout.spec("rows", None, "kv_heads", None)
@@ -135,8 +137,12 @@ def prefill_attend(model: Transformer, prompt_lengths: Int[Array, "B"], prompt_w
     last = (prompt_lengths - 1)[:, None]
     prompt_attend = group_attend(model, prompt_ranges(prompt_lengths, prompt_width), limits, last)
 
-    def attend(q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any) -> tuple[Array, Any, Any]:
-        out, cache, _ = prompt_attend(q, k, v, layer=layer, window=window, per_layer=per_layer, cache=cache)
+    def attend(
+        q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any, selected: bool = False
+    ) -> tuple[Array, Any, Any]:
+        out, cache, _ = prompt_attend(
+            q, k, v, layer=layer, window=window, per_layer=per_layer, cache=cache, selected=selected
+        )
         return out, cache, (jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1))
 
     return attend

@@ -35,13 +35,13 @@ SelectTokens = Callable[[Array], Array]
 class Attend(Protocol):
     """Attention of one layer.
 
-    Takes q [B, T, K, R, Dh] (scaled; R = H/K; in the last layer perhaps only of the selected tokens), k and v [B, T, K, Dh], the
-    layer's number and window (int32 scalars), the layer's part of `Transformer`'s `per_layer`, and the cache.
+    Takes q [B, T, K, R, Dh] (scaled; R = H/K), k and v [B, T, K, Dh], the layer's number and window (int32 scalars), the layer's part
+    of `Transformer`'s `per_layer`, the cache, and `selected`: q has only the selected tokens, as in the last layer.
     Returns the attention's output [B, T, K, R, Dh], the cache, and the layer's output for `Transformer` to stack.
     """
 
     def __call__(
-        self, q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any
+        self, q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any, selected: bool = False
     ) -> tuple[Array, Any, Any]: ...
 
 
@@ -299,7 +299,14 @@ class Block(nn.Module):
         b, t = q.shape[:2]
         q = q.reshape(b, t, spec.kv_heads, spec.heads // spec.kv_heads, spec.head_dim)
         mixed, cache, stacked = self.attend(
-            q, k, v, layer=layer["number"], window=layer["window"], per_layer=layer["per_layer"], cache=cache
+            q,
+            k,
+            v,
+            layer=layer["number"],
+            window=layer["window"],
+            per_layer=layer["per_layer"],
+            cache=cache,
+            selected=select is not None,
         )
         return self.linear("o_proj", mixed.reshape(b, t, spec.heads * spec.head_dim)), cache, stacked
 

@@ -182,7 +182,9 @@ def decode_attend(
     windows = any(window is not None for window in spec.windows)
     local = functools.partial(write_and_attend, windows=windows, softcap=spec.attention_softcap, implementation=implementation)
 
-    def attend(q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any) -> tuple[Array, Any, Any]:
+    def attend(
+        q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any, selected: bool = False
+    ) -> tuple[Array, Any, Any]:
         if all_layers is not None:
             (cache, number), caches = cache, all_layers
             out, cache = run((q, k, v), caches, cache, (lengths, base, slot_map), (number, window, step))

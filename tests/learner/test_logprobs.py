@@ -152,6 +152,18 @@ def test_layers_without_a_loop_over_them_are_the_same_layers(family: str) -> Non
     assert_near_in_norm(single_gradient, gradient)
 
 
+def test_the_last_layer_may_have_as_many_queries_as_a_row_has_tokens() -> None:
+    """With prompts as long as there are completions of each, a row has as many entries as tokens, in another order."""
+    prompts, completions, counts = batch(tiny_policy("qwen2").spec.vocab)
+    short, lengths = prompts[:, :G], np.minimum(PROMPT_LENGTHS, G)
+    rows = padded_rows(jnp.asarray(short), jnp.asarray(lengths), jnp.asarray(completions))
+    assert rows.selected.shape == rows.ids.shape
+    stacked, gradient = values_and_gradient("qwen2", short, lengths, completions, counts)
+    single, single_gradient = values_and_gradient("qwen2", short, lengths, completions, counts, unroll=True)
+    np.testing.assert_allclose(single, stacked, rtol=0, atol=1e-5)  # 20 nats in float32, summed in another order
+    assert_near_in_norm(single_gradient, gradient)
+
+
 def test_padding_changes_nothing() -> None:
     prompts, completions, counts = batch(tiny_policy("mistral").spec.vocab)
     other_prompts, other_completions = prompts.copy(), completions.copy()

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from compiled_rollout import LLAMA_8B
-from compiled_update import base_of, batch_of
+from compiled_update import base_of
+from padded_batches import shapes_of
 
 from grpo_jax.config import LoraConfig, MeshConfig, ObjectiveConfig, OptimConfig
 from grpo_jax.learner.optim import make_optimizer
@@ -109,7 +110,7 @@ def test_an_update_compiles_for_four_tpu_chips(chips: Any) -> None:
     )
     model = Transformer(spec, jnp.dtype(jnp.bfloat16), 1.0, "layer", implementation="mosaic_tpu", layout=layout)
     optimizer = make_optimizer(OptimConfig(), 10)
-    learner = Learner(model, ObjectiveConfig(beta=0.04), optimizer, lambda _: jnp.float32(1), False, 1.0, 128, (2, 2))
+    learner = Learner(model, ObjectiveConfig(beta=0.04), optimizer, lambda _: jnp.float32(1), False, 1.0, 128)
     adapters = jax.eval_shape(lambda: init_lora(spec, LoraConfig(rank=8), jax.random.key(0)))
     axes = model_axes(spec)
 
@@ -118,6 +119,7 @@ def test_an_update_compiles_for_four_tpu_chips(chips: Any) -> None:
 
     state = on(jax.eval_shape(learner.init, adapters), axes)
     frozen = on(Frozen(base_of(spec, jnp.bfloat16, "int4"), {}), axes)
-    lowered = jax.jit(learner.train_step, donate_argnums=0).lower(state, on(batch_of(4, 2, 128, 128), BATCH_AXES), frozen)
+    batch = on(shapes_of(4, 2, 128, 128, (4, 2), 2), BATCH_AXES)
+    lowered = jax.jit(learner.train_step, donate_argnums=0).lower(state, batch, frozen)
     text = lowered.compile().as_text()
     assert text.count("tpu_custom_call") >= 4  # attention, head, loss, advantages

@@ -17,7 +17,7 @@ from tiny_runs import config_of, run
 from grpo_jax.config import ObjectiveConfig, RolloutConfig
 from grpo_jax.learner import truncated
 from grpo_jax.learner.loss import grpo_loss
-from grpo_jax.learner.truncated import Truncation, separating_logit, truncated_logprobs
+from grpo_jax.learner.truncated import Truncation, separating_logit
 from grpo_jax.rollout.sampling import Thresholds, truncate
 from grpo_kernels import head_logprob
 
@@ -75,6 +75,14 @@ def plain(
         untruncated = log_softmax(row)
         results[:, n, t] = row[y] - np.log(np.exp(row[stay]).sum()), untruncated[y], -(np.exp(untruncated) * untruncated).sum()
     return results[0], results[1], results[2], added
+
+
+def truncated_logprobs(hidden: Any, head: Any, ids: Any, truncation: Truncation, **options: Any) -> tuple[Any, ...]:
+    """The function of flat tokens, applied to tables: hidden [N, C, D], ids [N, C]."""
+    n, c = ids.shape
+    columns = jnp.tile(jnp.arange(c, dtype=jnp.int32), n)
+    flat = jnp.reshape(hidden, (n * c, -1)), head, jnp.reshape(ids, -1), columns
+    return tuple(x.reshape(n, c) for x in truncated.truncated_logprobs(*flat, truncation, **options))
 
 
 def ours(

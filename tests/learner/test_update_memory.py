@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from compiled_rollout import LLAMA_8B, size_of
 from compiled_update import base_of, lowered_update
+from padded_batches import shapes_of
 
 from grpo_jax.config import LoraConfig
 from grpo_jax.fit.scratch import scratch_counted

@@ -60,7 +60,10 @@ def scripted(script: Sequence[Sequence[int]], generations: int, decode_text: Dec
     def write(past_blocks: Any, *_: Any, **__: Any) -> Any:
         return past_blocks
 
-    parts: tuple[Any, ...] = (prepare_weights, prompts, prompts, segment, write, prompts)
+    def no_past(*_: Any, **__: Any) -> tuple[Any, ...]:
+        return ()
+
+    parts: tuple[Any, ...] = (prepare_weights, prompts, prompts, segment, write, no_past)
     return Sampler(tiny_policy("qwen3").model.clone(unroll=True), (STOP_ID,), decode_text, *parts)
 
 

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 from compiled_rollout import LLAMA_8B
-from compiled_update import base_of, batch_of
+from compiled_update import base_of
 from jax.sharding import AbstractMesh, PartitionSpec
+from padded_batches import shapes_of
 
 from grpo_jax.config import ConfigError, LoraConfig, MeshConfig, OptimConfig
 from grpo_jax.learner.optim import make_optimizer
@@ -63,7 +64,7 @@ def test_every_array_of_an_update_has_one_rule(quantization: str) -> None:
         opt_state=jax.eval_shape(make_optimizer(OptimConfig(), 10).init, adapters),
     )
     frozen = Frozen(base=base_of(LLAMA_8B, jnp.bfloat16, quantization), reference=adapters)
-    for tree, rules in ((state, table), (frozen, table), (batch_of(8, 4, 16, 16), BATCH_AXES)):
+    for tree, rules in ((state, table), (frozen, table), (shapes_of(8, 4, 16, 16, (8, 4), 8), BATCH_AXES)):
         shardings = layout.tree(tree, rules)
         assert jax.tree.structure(shardings) == jax.tree.structure(tree)
     lora = layout.tree(state, table)

@@ -328,7 +328,7 @@ def test_an_update_stores_no_dense_weight(chips: dict[str, SingleDeviceSharding]
     optim = OptimConfig()
     rate = functools.partial(learning_rate_at, optim, 10)
     learner = Learner(model, ObjectiveConfig(), make_optimizer(optim, 10), rate, False, 1.0, length)
-    batch = shapes_of(b, g, length, length, (b, g))
+    batch = shapes_of(b, g, length, length, (b, g), one_size=True)
     arguments = on((jax.eval_shape(learner.init, adapters), batch, Frozen(nest(base), {})))
     memory: Any = jax.jit(learner.train_step, donate_argnums=0).lower(*arguments).compile().memory_analysis()
     print(f"v6e, int4: temporaries {memory.temp_size_in_bytes / 2**20:.2f} MiB")

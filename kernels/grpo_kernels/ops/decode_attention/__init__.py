@@ -31,7 +31,7 @@ TILE_COLUMNS = 128
 """Elements in a row of a TPU's tile."""
 
 
-MOSAIC_GPU_BY_DEFAULT = False
+MOSAIC_GPU_BY_DEFAULT = True
 """Whether None resolves to "mosaic_gpu" on a GPU, where it can compute the arguments. The kernel is compiled for an H200 and
 interpreted in the tests, but has not run on a GPU yet."""
 
