@@ -119,8 +119,8 @@ def take_backward(firsts: int, residuals: Any, d_out: Array) -> tuple[Any, ...]:
         dx = jnp.zeros((*inverse.shape, *d_out.shape[2:]), d_out.dtype)
     else:
         dx = jnp.where(seen, take(d_out[:, firsts:], jnp.maximum(inverse, 0)), jnp.zeros((), d_out.dtype))
-    row = jnp.arange(selected.shape[0], dtype=jnp.int32)[:, None]
-    return dx.at[row, selected[:, :firsts]].add(d_out[:, :firsts]), *none
+    # Row by row, so that on a mesh each device adds to its own rows.
+    return jax.vmap(lambda own, at, more: own.at[at].add(more))(dx, selected[:, :firsts], d_out[:, :firsts]), *none
 
 
 take_tokens.defvjp(take_forward, take_backward)

@@ -35,8 +35,8 @@ SelectTokens = Callable[[Array], Array]
 class Attend(Protocol):
     """Attention of one layer.
 
-    Takes q [B, T, K, R, Dh] (scaled; R = H/K), k and v [B, T, K, Dh], the layer's number and window (int32 scalars), the layer's part
-    of `Transformer`'s `per_layer`, the cache, and `selected`: q has only the selected tokens, as in the last layer.
+    Takes q [B, T, K, R, Dh] (scaled; R = H/K), k and v [B, T, K, Dh], the layer's number and window (int32 scalars), the layer's
+    part of `Transformer`'s `per_layer`, the cache, and `selected`: q has only the selected tokens, as in the last layer.
     Returns the attention's output [B, T, K, R, Dh], the cache, and the layer's output for `Transformer` to stack.
     """
 

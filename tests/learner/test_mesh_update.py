@@ -35,8 +35,8 @@ MEAN_TERM = 0.3
 """Below the mean size of a term of the loss: with rewards from a normal distribution, half of the advantages of a pair are 0.7, and
 few groups have none."""
 
-ROWS = 32
-"""Completions of a step in `mesh_update.py`."""
+ROWS, COLUMNS = 32, 6
+"""Completions of a step in `mesh_update.py`, and tokens of the longest."""
 
 CASES = [("lora", "8x1x1"), ("lora", "1x8x1"), ("lora", "1x1x4"), ("lora", "2x2x2")] + [
     (name, "2x2x2") for name in ("micro", "full", "beta0")
@@ -68,7 +68,10 @@ def test_a_mesh_gives_the_loss_and_the_gradients_of_one_device(results: dict[tup
 
 
 def test_an_update_over_fsdp_gathers_weights_and_adds_up_gradients(results: dict[tuple[str, str], Any]) -> None:
-    """Otherwise only scalars and the step's N advantages are moved: no logits, no hidden states, no batch."""
+    """Otherwise only scalars, one for each entry or token of a completion, and the step's N advantages are moved.
+
+    No logits, no hidden states, no token ids: log-probabilities come from packed rows, which have completions of any shard.
+    """
     found = results["lora", "1x8x1"]
     weights, adapters = ({tuple(shape) for shape in found[name]} for name in ("weights", "adapters"))
     one_layer = {shape[1:] for shape in weights | adapters}
@@ -82,7 +85,8 @@ def test_an_update_over_fsdp_gathers_weights_and_adds_up_gradients(results: dict
     assert len(gathered) + len(reduced) == len(moved)
     assert len(gathered) >= 2 * 7  # of each of the seven matrices, forward and backward
     for dims in gathered:
-        assert is_one_of(dims, weights | one_layer) or dims == [ROWS], dims
+        scalars = dims in ([ROWS], [ROWS, COLUMNS], *([entries] for entries in found["entries"]))
+        assert is_one_of(dims, weights | one_layer) or scalars, dims
     of_adapters = {shape[1:] for shape in adapters}
     assert sum(is_one_of(dims, of_adapters) for dims in reduced) >= 2 * 7
     for dims in reduced:

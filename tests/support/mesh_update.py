@@ -160,6 +160,12 @@ CASES: dict[str, tuple[tuple[str, ...], ModelSpec, dict[str, Any]]] = {
 }
 
 
+def entries_of(spec: ModelSpec, layout: Layout | None, how: dict[str, Any]) -> list[int]:
+    """Returns how many entries a micro-batch of each size has, on all row shards."""
+    batch = batch_of(spec, equal_groups=how.get("equal_groups", 3)).packed((how.get("micro", B), G), layout)
+    return [part.completions[0].size for part in batch.micro_batches]
+
+
 def distance(got: Any, expected: Any) -> float:
     """Returns the norm of the difference divided by the norm."""
     one, other = (np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)]) for tree in (got, expected))
@@ -199,6 +205,7 @@ def main() -> None:
                 "gradient": distance(gradients, gradient),
                 "metrics": {key: [own[key], metrics[key]] for key in metrics},
                 "collectives": collectives(text) if mesh == "1x8x1" else None,
+                "entries": entries_of(spec, layout, how),
                 "weights": [p.shape for p in param_specs(spec).values()],
                 "adapters": [p.shape for p in lora_specs(spec, LORA.rank, LORA.target_names).values()],
                 "seconds": seconds,
