@@ -28,7 +28,7 @@ def train_batch(
     *,
     skips: bool = False,
 ) -> TrainBatch:
-    """The batch of a GRPO step.
+    """The batch of a GRPO step, on the host.
 
     Args:
         sizes: of the packed rows.
@@ -47,17 +47,27 @@ def train_batch(
     trained: np.ndarray = np.ones(len(lengths), bool) if config.objective.kl_in_reward else np.asarray(mask.any(axis=1))
     shards = 1 if layout is None else layout.rows
     last = alike if skips else None
-    batch = TrainBatch(
-        micro_batches=pack(
-            prompts.prompt_ids, rollout.completion_ids, trained, sizes, width=width, last=last, shards=shards
-        ),
+    return TrainBatch(
+        micro_batches=pack(prompts.prompt_ids, rollout.completion_ids, trained, sizes, width=width, last=last, shards=shards),
         completion_lengths=lengths.astype(np.int32),
         completion_mask=mask,
         sampler_logprobs=logps,
         rewards=rewards,
         valid=valid,
     )
-    return on_devices(batch, layout)
+
+
+def padding_share(batch: TrainBatch) -> float:
+    """Padding in the rows that an update computes, as a share of their tokens; of a batch on the host.
+
+    Micro-batches that turn out to have no group with an advantage are counted, though they are skipped.
+    """
+    real = computed = 0
+    for part in batch.micro_batches:
+        seen = np.asarray(part.rows.ranges.own_end) > 0
+        real += int(seen.sum())
+        computed += int(seen.any(axis=(1, 2)).sum()) * seen[0].size
+    return 1 - real / max(computed, 1)
 
 
 def text_batch(

@@ -19,7 +19,7 @@ from grpo_jax.fit.abstract import Placement, abstract_batch, shapes_of
 from grpo_jax.fit.auto import fit_run
 from grpo_jax.fit.learners import grpo_learner
 from grpo_jax.fit.micro_batch import is_auto, row_tokens, sizes_of_rows
-from grpo_jax.learner.batches import text_batch, train_batch
+from grpo_jax.learner.batches import on_devices, padding_share, text_batch, train_batch
 from grpo_jax.learner.custom_loss import LossFunction
 from grpo_jax.learner.packing import Lengths, RowSize, row_sizes
 from grpo_jax.learner.step import Learner
@@ -227,10 +227,11 @@ class GrpoStep:
             self.rewarded.append(time.perf_counter())
         layout, skips = self.policy.layout, self.learner.skips
         batch = train_batch(prompts, rollout, scored, config, self.sizes, layout, skips=skips)
-        state, packed = self.update(state, batch, self.frozen)
+        state, packed = self.update(state, on_devices(batch, layout), self.frozen)
         metrics, advantages = packed.to_host()
         clock.lap("update_seconds")
         metrics.setdefault("kl_divergence", None)  # not computed, which is not 0
+        metrics["update/padding"] = padding_share(batch)
         metrics |= reward_metrics(scored) | length_metrics(rollout) | clock.metrics(prompts, rollout)
         completions = StepCompletions(
             prompts.prompts, texts, rollout.completion_ids, scored.per_function, advantages, list(rollout.finish_reasons)

@@ -203,6 +203,8 @@ def bench(options: BenchOptions, display: Display) -> dict[str, Any]:
         "mbu": cost.rollout_bytes / result["rollout_seconds"] / transfer,
         "computed_from": asdict(cost) | {"rollout_bytes": cost.rollout_bytes},
         "steps": [{name: step[name] for name in MEDIANS} for step in measured],
+        "padding": statistics.fmean(step["update/padding"] for step in measured),
+        "programs": sum(program.compilations for program in step.programs),
         "near_ties": statistics.fmean(step["sampling/near_ties"] for step in measured),
         "logp_difference_max": max(step["sampling/logp_difference/max"] for step in measured),
         "options": asdict(options),

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from grpo_jax.learner.batches import padding_share
 from grpo_jax.learner.packing import Lengths, pack, row_sizes
 from grpo_jax.tools.bench import heavy_tail
-from grpo_jax.types import MicroBatches
+from grpo_jax.types import MicroBatches, TrainBatch
 
 
 def texts(seed: int, prompts: int, generations: int, prompt: int, completion: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -111,6 +112,15 @@ def test_a_heavy_tail_costs_little_more_than_its_tokens(prompt: int, completion:
     sizes = row_sizes(lengths, 4, 8, lengths.group(8))
     packed = pack([[1] * prompt] * 4, [[2] * n for n in drawn], [True] * 32, sizes, width=completion)
     assert 4 * lengths.group(8) / computed(packed)[1] >= least
+
+
+def test_padding_is_the_share_of_computed_tokens_that_are_none() -> None:
+    """One prompt of 4 tokens with completions of 5 and 2, in a row of 12: 4 + 4 + 1 tokens."""
+    sizes = row_sizes(Lengths(4, 4, 5), 1, 2, 12)
+    packed = pack([[1] * 4], [[2] * 5, [3] * 2], [True] * 2, sizes[:1], width=5)
+    empty = np.zeros((2, 5), np.float32)
+    batch = TrainBatch(packed, empty > 0, empty, empty[:1, :2], empty[:1, :2] == 0)
+    assert padding_share(batch) == pytest.approx(1 - 9 / 12)
 
 
 def test_groups_that_may_be_skipped_are_packed_apart() -> None:

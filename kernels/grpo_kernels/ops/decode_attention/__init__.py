@@ -32,8 +32,8 @@ TILE_COLUMNS = 128
 
 
 MOSAIC_GPU_BY_DEFAULT = True
-"""Whether None resolves to "mosaic_gpu" on a GPU, where it can compute the arguments. On an H100 the kernel agrees with the reference
-and is faster than "xla" (`kernels/README.md`)."""
+"""Whether None resolves to "mosaic_gpu" on a GPU, where it can compute the arguments. On an H100 the kernel agrees with the
+reference and is faster than "xla" (`kernels/README.md`)."""
 
 
 def chosen(implementation: str | None, width: int) -> str:
