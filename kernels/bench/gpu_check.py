@@ -105,7 +105,7 @@ def parts(folder: Path, *, tiny: bool) -> list[Part]:
         small = ("--prompts", "1", "--prompt_length", "16", "--completion_length", "8", "--steps", "1", "--dtype", "float32")
         return [
             Part("attention", kernel("group_attention", "--prompt", "64", "--completion", "32", "--generations", "2"), 120),
-            Part("decoding attention", kernel("decode_attention", "--slots", "4", "--filled", "64"), 120),
+            Part("decoding attention", kernel("decode_attention", "--slots", "8", "--filled", "64"), 120),
             Part("a step of a tiny model", steps("tiny", *small), 200),
         ]
     whole = ("--prompts", "4", "--prompt_length", "512", "--completion_length", "256", "--steps", "2")
