@@ -111,9 +111,9 @@ def parts(folder: Path, *, tiny: bool) -> list[Part]:
     whole = ("--prompts", "4", "--prompt_length", "512", "--completion_length", "256", "--steps", "2")
     ragged = ("--prompts", "8", "--prompt_length", "256", "--completion_length", "512", "--steps", "2", "--ragged")
     return [
-        Part("attention", kernel("group_attention"), 110),
+        Part("attention", kernel("group_attention", "--check"), 180),
         Part("decoding attention", kernel("decode_attention"), 60),
-        Part("a step of Llama-3.1-8B", steps("llama-3.1-8b", *whole), 150),
+        Part("a step of Llama-3.1-8B", steps("llama-3.1-8b", *whole), 200),
         Part("the head", kernel("head_logprob"), 60),
         Part("few bits", kernel("quantized_matmul"), 60),
         Part("a step of Qwen2.5-1.5B, ragged", steps("qwen2.5-1.5b", *ragged), 120),
