@@ -33,9 +33,11 @@ from grpo_kernels.target import Target, tracing_for
 IMPLEMENTATIONS = ["reference", "xla", "mosaic_tpu"]
 
 
-def planned(case: Case, window: Any, implementation: str, *, small: bool = True) -> AttentionPlan:
+def planned(
+    case: Case, window: Any, implementation: str, *, small: bool = True, blocks: BlockSizes | None = None
+) -> AttentionPlan:
     """The plan of a case; blocks small enough for sequences to have several where nothing else is said."""
-    blocks = BlockSizes(*case.blocks) if implementation == "mosaic_tpu" else BlockSizes(8, 8)
+    blocks = blocks or (BlockSizes(*case.blocks) if implementation == "mosaic_tpu" else BlockSizes(8, 8))
     return plan_attention(
         key_ranges(case),
         case.limits,
@@ -49,11 +51,11 @@ def planned(case: Case, window: Any, implementation: str, *, small: bool = True)
 
 
 @functools.cache
-def program(case: Case, implementation: str, *, small: bool = True) -> Any:
+def program(case: Case, implementation: str, *, small: bool = True, blocks: BlockSizes | None = None) -> Any:
     """(window, q, k, v, d_out) → result, dq, dk, dv."""
 
     def run(window: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, d_out: jax.Array) -> Any:
-        plan = planned(case, window, implementation, small=small)
+        plan = planned(case, window, implementation, small=small, blocks=blocks)
         out, pullback = jax.vjp(functools.partial(group_attention, plan=plan, softcap=case.softcap), q, k, v)
         return out, *pullback(d_out)
 
@@ -131,14 +133,43 @@ def test_a_group_may_be_split() -> None:
 @pytest.mark.parametrize("case", CASES[:3], ids=str)
 def test_a_loop_of_known_length_gives_the_same(case: Case) -> None:
     """On a GPU every row makes as many visits as the longest may need; those beyond the list add nothing, to the last bit."""
-    arrays = inputs(case)
-    with tracing_for(Target("gpu")), quick_compiling():
-        planned_for_gpu = program.__wrapped__(case, "xla")
-        text = planned_for_gpu.lower(jnp.int32(10), *arrays).compile().as_text()
-        fixed = planned_for_gpu(jnp.int32(10), *arrays)
+    arrays = (jnp.int32(10), *inputs(case))
+    with quick_compiling():
+        with tracing_for(Target("gpu")):
+            planned_for_gpu = program.__wrapped__(case, "xla")
+            text = planned_for_gpu.lower(*arrays).compile().as_text()
+            fixed = planned_for_gpu(*arrays)
+        others = program.__wrapped__(case, "xla")(*arrays)
     assert text.count(" while(") == text.count("known_trip_count")
-    for one, other in zip(fixed, program(case, "xla")(jnp.int32(10), *arrays), strict=True):
+    for one, other in zip(fixed, others, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("window", [NO_WINDOW, 10, 0])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_large_blocks_on_a_cpu(case: Case, window: int) -> None:
+    """Every pair of blocks that see each other is visited once: in a large block, or alone. Values and gradients are the same."""
+    blocks = BlockSizes(4, 4, 12, 8)
+    plan = planned(case, window, "xla", blocks=blocks)
+    some = np.any(visible_blocks(case, window, (4, 4))[0], axis=0)
+    visits = np.zeros(some.shape, np.int32)
+    assert plan.by_query is not None
+    assert (plan.large is not None) == (asked(case) >= 12 and case.tokens >= 8)
+    for listed, tall, wide in ((plan.large, 3, 2), (plan.by_query, 1, 1)):
+        if listed is None:
+            continue
+        for number in np.asarray(listed.pairs)[: int(listed.count[0])] % ALL_SEEN:
+            row, column = divmod(int(number), 2**PAIR_BITS)
+            part = visits[row * tall : (row + 1) * tall, column * wide : (column + 1) * wide]
+            assert listed is plan.by_query or 2 * np.sum(some[row * tall :, column * wide :][:tall, :wide]) > tall * wide
+            part += 1
+    np.testing.assert_array_equal(visits[some], 1)
+    assert visits.max() <= 1
+    arrays = inputs(case)
+    with quick_compiling():
+        got = program(case, "xla", blocks=blocks)(jnp.int32(window), *arrays)
+    for name, one, expected in zip(("out", "dq", "dk", "dv"), got, by_the_book(case, window, *arrays), strict=True):
+        np.testing.assert_allclose(one, expected, rtol=1e-5, atol=2e-5, err_msg=name)
 
 
 def test_the_kernels_have_no_race(capsys: pytest.CaptureFixture[str]) -> None:
@@ -191,8 +222,12 @@ def test_a_list_is_never_too_short() -> None:
 
 
 def test_block_sizes_follow_the_heads_and_the_device() -> None:
-    assert choose_block_sizes(4096, 4096, 4, 1, "xla") == BlockSizes(64, 64)
-    assert choose_block_sizes(4096, 4096, 128, 4, "xla") == BlockSizes(32, 32)
+    assert choose_block_sizes(4096, 4096, 4, 1, "xla") == BlockSizes(64, 64, 1024, 128)
+    assert choose_block_sizes(4096, 4096, 128, 4, "xla") == BlockSizes(32, 32, 256, 128)
+    assert choose_block_sizes(4096, 4096, 9, 3, "xla") == BlockSizes(64, 64, 384, 128)
+    assert choose_block_sizes(500, 4096, 4, 2, "xla") == BlockSizes(64, 64)
+    with pytest.raises(ValueError, match="large blocks that are not multiples"):
+        BlockSizes(64, 64, 100, 128)
     assert choose_block_sizes(9, 30, 4, 1, "xla") == BlockSizes(9, 30)
     with tracing_for(Target("gpu")):
         assert choose_block_sizes(4096, 4096, 32, 4, "xla") == BlockSizes(256, 256)

@@ -9,7 +9,7 @@ from G·(P + C) to P + G·C. Sequences stand back to back with their real length
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from grpo_kernels.ops.group_attention.block_pairs import (
     blocks_of,
     list_block_pairs,
     most_pairs,
+    mostly_seen,
 )
 from grpo_kernels.ops.group_attention.block_sizes import BlockSizes, choose_block_sizes
 from grpo_kernels.ops.group_attention.gpu_tiles import Tiles
@@ -51,7 +52,7 @@ IMPLEMENTATIONS = ("reference", "xla", "mosaic_tpu", "mosaic_gpu")
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("bounds", "by_query", "by_key", "tiles"),
+    data_fields=("bounds", "by_query", "by_key", "large", "tiles"),
     meta_fields=("keys", "implementation", "blocks", "prompts"),
 )
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class AttentionPlan:
     Attributes:
         bounds: [B, 4, N], the keys that each query sees (`KeyRanges`), within the window.
         by_query, by_key: pairs of blocks to visit, in either order; None where the implementation does not need them.
+        large: pairs of large blocks, whose parts are not in `by_query`; None without large blocks, or in a row shorter than one.
         tiles: blocks to visit, of `mosaic_gpu`; None elsewhere.
         keys: T.
         implementation: "reference", "xla", "mosaic_tpu" or "mosaic_gpu".
@@ -76,6 +78,7 @@ class AttentionPlan:
     keys: int
     implementation: str
     blocks: BlockSizes
+    large: BlockPairs | None = None
     tiles: Tiles | None = None
     prompts: bool = True
 
@@ -134,15 +137,23 @@ def plan_attention(
         check_runs(head_dim, dtype)
         if blocks != choose_block_sizes(queries, keys, kv_heads * heads_of_key, heads_of_key, named):
             raise ValueError(f"group_attention: implementation 'mosaic_gpu' does not take {blocks}; leave block_sizes out")
-        return AttentionPlan(bounds, None, None, keys, named, blocks, plan_tiles(bounds, keys), limits.prompts > 0)
+        return AttentionPlan(bounds, None, None, keys, named, blocks, tiles=plan_tiles(bounds, keys), prompts=limits.prompts > 0)
     if named == "xla":
-        blocks = BlockSizes(min(blocks.queries, queries), min(blocks.keys, keys))
+        if queries < blocks.large_queries or keys < blocks.large_keys:
+            blocks = BlockSizes(blocks.queries, blocks.keys)
+        blocks = replace(blocks, queries=min(blocks.queries, queries), keys=min(blocks.keys, keys))
     sizes = (blocks.queries, blocks.keys)
     some, every = block_visibility(bounds, keys, sizes)
     most = most_pairs(queries, keys, sizes, limits)
     if named == "xla":
         some, every = jnp.any(some, axis=0, keepdims=True), jnp.all(every, axis=0, keepdims=True)
-        return AttentionPlan(bounds, list_block_pairs(some, every, rows * most), None, keys, named, blocks)
+        if not blocks.large_queries:
+            return AttentionPlan(bounds, list_block_pairs(some, every, rows * most, all_rows=False), None, keys, named, blocks)
+        sizes = (blocks.large_queries, blocks.large_keys)
+        mostly, others = mostly_seen(some, (sizes[0] // blocks.queries, sizes[1] // blocks.keys))
+        large = list_block_pairs(mostly, mostly, rows * most_pairs(queries, keys, sizes, limits), all_rows=False)
+        by_query = list_block_pairs(others, every, rows * most, all_rows=False)
+        return AttentionPlan(bounds, by_query, None, keys, named, blocks, large)
     most_blocks = max(blocks_of(queries, blocks.queries), blocks_of(keys, blocks.keys))
     if rows * (most + most_blocks) > MAX_PAIRS or rows * most_blocks > 2**PAIR_BITS:
         raise ValueError(
@@ -187,7 +198,7 @@ def group_attention(
     if plan.implementation == "reference" or plan.by_query is None:
         return group_attention_reference(q, k, v, plan.bounds, softcap)
     if plan.implementation == "xla" or plan.by_key is None:
-        return group_attention_xla(q, k, v, plan.bounds, plan.by_query, softcap, plan.blocks)
+        return group_attention_xla(q, k, v, plan.bounds, (plan.large, plan.by_query), softcap, plan.blocks)
     return group_attention_mosaic_tpu(q, k, v, plan.bounds, plan.by_query, plan.by_key, softcap, plan.blocks)
 
 

@@ -44,7 +44,7 @@ class BlockPairs(NamedTuple):
     Attributes:
         pairs: outer block · 2**PAIR_BITS + inner block, plus `ALL_SEEN` where no mask is needed; first the pairs to visit, then -1.
             One longer than the most pairs, so that every pair has a next one.
-        count: [1] number of pairs to visit, at least one for each outer block.
+        count: [1] number of pairs to visit.
     """
 
     pairs: Int[Array, "N"]
@@ -91,14 +91,32 @@ def block_visibility(
     return jnp.any(some, axis=2), jnp.all(every, axis=2)
 
 
-def list_block_pairs(some: Bool[Array, "B Q X"], every: Bool[Array, "B Q X"], most: int, *, by_key: bool = False) -> BlockPairs:
+def mostly_seen(some: Bool[Array, "B Q X"], size: tuple[int, int]) -> tuple[Bool[Array, "B P Y"], Bool[Array, "B Q X"]]:
+    """Parts the pairs that see each other: large pairs, of size[0] · size[1] pairs more than half of which do, and the others.
+
+    Returns:
+        the large pairs, and the pairs that are in none of them.
+    """
+    b, rows, columns = some.shape
+    tall, wide = size
+    padded = jnp.pad(some, ((0, 0), (0, -rows % tall), (0, -columns % wide)))
+    parts = padded.reshape(b, padded.shape[1] // tall, tall, padded.shape[2] // wide, wide)
+    large = 2 * jnp.sum(parts, axis=(2, 4), dtype=jnp.int32) > tall * wide
+    of_pair = jnp.repeat(jnp.repeat(large, tall, axis=1), wide, axis=2)[:, :rows, :columns]
+    return large, some & ~of_pair
+
+
+def list_block_pairs(
+    some: Bool[Array, "B Q X"], every: Bool[Array, "B Q X"], most: int, *, by_key: bool = False, all_rows: bool = True
+) -> BlockPairs:
     """Lists the pairs that see each other, grouped by their block of queries, or by that of keys.
 
-    Blocks are counted through all rows. A block that has no pair gets one with its row's first block, in which nothing is seen, so
-    that each result is written.
+    Blocks are counted through all rows.
 
     Args:
         most: the most pairs of a row, from `most_pairs`.
+        all_rows: a block that has no pair gets one with its row's first block, in which nothing is seen, so that each result is
+            written.
     """
     if by_key:
         some, every = jnp.swapaxes(some, 1, 2), jnp.swapaxes(every, 1, 2)
@@ -107,7 +125,7 @@ def list_block_pairs(some: Bool[Array, "B Q X"], every: Bool[Array, "B Q X"], mo
     outer = row * outer_blocks + jnp.arange(outer_blocks, dtype=jnp.int32)[None, :, None]
     inner = row * inner_blocks + jnp.arange(inner_blocks, dtype=jnp.int32)[None, None, :]
     first = jnp.arange(inner_blocks, dtype=jnp.int32)[None, None, :] == 0
-    listed = (some | (first & ~jnp.any(some, axis=2, keepdims=True))).reshape(-1)
+    listed = (some | (first & ~jnp.any(some, axis=2, keepdims=True)) if all_rows else some).reshape(-1)
     pairs = ((outer << PAIR_BITS) + inner + jnp.where(every, jnp.int32(ALL_SEEN), 0)).reshape(-1)
     # Sorted together with their keys: this needs no gather, with which XLA's compiler for TPUs (libtpu 0.0.50) fails where the list
     # is long.

@@ -1,11 +1,12 @@
 """`group_attention` in plain JAX, for GPU and CPU: blocks of queries against blocks of keys.
 
 FlashAttention-2 (https://arxiv.org/abs/2307.08691, algorithms 1 and 2): no array of scores is larger than one block of all heads,
-and the backward pass computes them again from the log-sum-exp. One loop visits the pairs of blocks that `block_pairs` lists; rows
-of a batch share the list.
+and the backward pass computes them again from the log-sum-exp. A loop visits the pairs of blocks that `block_pairs` lists; rows of
+a batch share the list.
 
-On a CPU the loop is as long as the list. On a GPU a loop whose length is not known makes the host wait at each turn, so there it
-has the length of the longest list, and turns beyond the list see nothing.
+On a CPU the loop is as long as the list, and another loop first visits large pairs, which both cores compute. On a GPU a loop whose
+length is not known makes the host wait at each turn, so there it has the length of the longest list, and turns beyond the list see
+nothing.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ class Static(NamedTuple):
     """What a program is compiled for.
 
     Attributes:
-        blocks: queries and keys in a block.
+        blocks: queries and keys in a block, and in a large block.
         softcap: None is off.
         fixed_length: the loop has a length that does not depend on the data.
     """
 
-    blocks: tuple[int, int]
+    blocks: BlockSizes
     softcap: float | None
     fixed_length: bool
 
@@ -50,9 +51,10 @@ def put_at(x: Array, block: Array, start: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(x, block.astype(x.dtype), start, axis=x.ndim - 2)
 
 
-def add_at(x: Array, block: Array, start: Array) -> Array:
-    """Adds a block at the axis before the last."""
-    return put_at(x, slice_at(x, start, block.shape[-2]) + block, start)
+def add_at(x: Array, block: Array, start: Array, axis: int) -> Array:
+    """Adds a block at an axis."""
+    now = jax.lax.dynamic_slice_in_dim(x, start, block.shape[axis], axis)
+    return jax.lax.dynamic_update_slice_in_dim(x, now + block, start, axis)
 
 
 def scores_of(q: Float[Array, "B K R c Dh"], k: Float[Array, "B K x Dh"]) -> Float[Array, "B K R c x"]:
@@ -67,11 +69,15 @@ def values_of(weights: Float[Array, "B K R c x"], v: Float[Array, "B K x Dh"]) -
     return einsum_float32("bkqx,bkxd->bkqd", weights.astype(v.dtype).reshape(b, kv, r * c, x), v).reshape(b, kv, r, c, -1)
 
 
-def keys_gradient(weights: Float[Array, "B K R c x"], q: Float[Array, "B K R c Dh"]) -> Float[Array, "B K x Dh"]:
-    """Computes weightsᵀ·q in float32."""
+def keys_gradient(weights: Float[Array, "B K R c x"], q: Float[Array, "B K R c Dh"]) -> Float[Array, "B K Dh x"]:
+    """Computes qᵀ·weights in float32, which a CPU does in two thirds of the time of weightsᵀ·q."""
     b, kv, r, c, x = weights.shape
     rows = (b, kv, r * c)
-    return einsum_float32("bkqx,bkqd->bkxd", weights.astype(q.dtype).reshape(*rows, x), q.reshape(*rows, -1))
+    return einsum_float32("bkqx,bkqd->bkdx", weights.astype(q.dtype).reshape(*rows, x), q.reshape(*rows, -1))
+
+
+Lists = tuple[BlockPairs | None, BlockPairs]
+"""Pairs of large blocks, if there are any, and of blocks."""
 
 
 class Pair(NamedTuple):
@@ -101,10 +107,19 @@ def pair_at(listed: BlockPairs, turn: Array, bounds: Int[Array, "B 4 N"], keys: 
     return Pair(query, key, visible[:, None, None])
 
 
-def visit_all(listed: BlockPairs, static: Static, visit: Any, state: Any) -> Any:
-    """Runs `visit` for every pair."""
-    length = listed.pairs.shape[0] - 1 if static.fixed_length else listed.count[0]
-    return jax.lax.fori_loop(0, length, visit, state)
+def visit_all(lists: Lists, bounds: Int[Array, "B 4 N"], keys: int, static: Static, visit: Any, state: Any) -> Any:
+    """Runs `visit(pair, blocks, state)` for every pair, the large ones first."""
+    own, large = static.blocks, (static.blocks.large_queries, static.blocks.large_keys)
+    for listed, blocks in zip(lists, (large, (own.queries, own.keys)), strict=True):
+        if listed is None:
+            continue
+
+        def turn(number: Array, state: Any, listed: BlockPairs = listed, blocks: tuple[int, int] = blocks) -> Any:
+            return visit(pair_at(listed, number, bounds, keys, blocks), blocks, state)
+
+        length = listed.pairs.shape[0] - 1 if static.fixed_length else listed.count[0]
+        state = jax.lax.fori_loop(0, length, turn, state)
+    return state
 
 
 def forward(
@@ -112,14 +127,13 @@ def forward(
     k: Float[Array, "B K T Dh"],
     v: Float[Array, "B K T Dh"],
     bounds: Int[Array, "B 4 N"],
-    listed: BlockPairs,
+    lists: Lists,
     static: Static,
 ) -> tuple[Float[Array, "B K R N Dh"], Float[Array, "B K R N 1"]]:
     """Computes attention and the log-sum-exp."""
-    c, x = static.blocks
 
-    def visit(turn: Array, state: Any) -> Any:
-        pair = pair_at(listed, turn, bounds, k.shape[2], static.blocks)
+    def visit(pair: Pair, blocks: tuple[int, int], state: Any) -> Any:
+        c, x = blocks
         scores = scores_of(slice_at(q, pair.query, c), slice_at(k, pair.key, x))
         scores = jnp.where(pair.visible, soft_cap(scores, static.softcap), jnp.float32(MASK_VALUE))
         top, total, mixed = (slice_at(array, pair.query, c) for array in state)
@@ -131,7 +145,7 @@ def forward(
 
     rows = (*q.shape[:4], 1)
     start = (jnp.full(rows, EMPTY_MAX, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros(q.shape, jnp.float32))
-    top, total, mixed = visit_all(listed, static, visit, start)
+    top, total, mixed = visit_all(lists, bounds, k.shape[2], static, visit, start)
     safe = jnp.where(total > 0, total, jnp.float32(1))
     return (mixed / safe).astype(q.dtype), top + jnp.log(safe)
 
@@ -139,7 +153,7 @@ def forward(
 def backward(
     arrays: tuple[Array, Array, Array],
     bounds: Int[Array, "B 4 N"],
-    listed: BlockPairs,
+    lists: Lists,
     of_result: tuple[Array, Array, Array],
     static: Static,
 ) -> tuple[Array, Array, Array]:
@@ -150,10 +164,9 @@ def backward(
         of_result: gradient of the result, as q; the log-sum-exp and Σ (result · its gradient), [B, K, R, N, 1].
     """
     q, k, v = arrays
-    c, x = static.blocks
 
-    def visit(turn: Array, state: Any) -> Any:
-        pair = pair_at(listed, turn, bounds, k.shape[2], static.blocks)
+    def visit(pair: Pair, blocks: tuple[int, int], state: Any) -> Any:
+        c, x = blocks
         tile, d_tile, lse, delta = (slice_at(array, pair.query, c) for array in (q, *of_result))
         k_tile, v_tile = slice_at(k, pair.key, x), slice_at(v, pair.key, x)
         scores, slope = soft_cap_and_slope(scores_of(tile, k_tile), static.softcap)
@@ -161,11 +174,15 @@ def backward(
         d_scores = weights * (scores_of(d_tile, v_tile) - delta)
         d_scores = d_scores if slope is None else d_scores * slope
         dq, dk, dv = state
-        dq = add_at(dq, values_of(d_scores, k_tile), pair.query)
-        return dq, add_at(dk, keys_gradient(d_scores, tile), pair.key), add_at(dv, keys_gradient(weights, d_tile), pair.key)
+        dq = add_at(dq, values_of(d_scores, k_tile), pair.query, axis=3)
+        dk = add_at(dk, keys_gradient(d_scores, tile), pair.key, axis=3)
+        dv = add_at(dv, keys_gradient(weights, d_tile), pair.key, axis=3)
+        return dq, dk, dv
 
-    dq, dk, dv = visit_all(listed, static, visit, tuple(jnp.zeros(array.shape, jnp.float32) for array in arrays))
-    return dq, dk, dv
+    of_keys = (*k.shape[:2], k.shape[3], k.shape[2])
+    start = tuple(jnp.zeros(shape, jnp.float32) for shape in (q.shape, of_keys, of_keys))
+    dq, dk, dv = visit_all(lists, bounds, k.shape[2], static, visit, start)
+    return dq, jnp.swapaxes(dk, 2, 3), jnp.swapaxes(dv, 2, 3)
 
 
 def heads_first(x: Array) -> Array:
@@ -179,29 +196,29 @@ def attention(
     k: Float[Array, "B T K Dh"],
     v: Float[Array, "B T K Dh"],
     bounds: Int[Array, "B 4 N"],
-    listed: BlockPairs,
+    lists: Lists,
     static: Static,
 ) -> Float[Array, "B N K R Dh"]:
     """Computes `group_attention_xla` with its gradient."""
-    return attention_forward(q, k, v, bounds, listed, static)[0]
+    return attention_forward(q, k, v, bounds, lists, static)[0]
 
 
-def attention_forward(q: Array, k: Array, v: Array, bounds: Array, listed: BlockPairs, static: Static) -> tuple[Array, Any]:
+def attention_forward(q: Array, k: Array, v: Array, bounds: Array, lists: Lists, static: Static) -> tuple[Array, Any]:
     """Computes `attention`, and the arrays that its backward pass needs."""
-    out, lse = forward(heads_first(q), heads_first(k), heads_first(v), bounds, listed, static)
+    out, lse = forward(heads_first(q), heads_first(k), heads_first(v), bounds, lists, static)
     out = jnp.moveaxis(out, -2, 1)
     out, lse = named(out, lse)
-    return out, (q, k, v, bounds, listed, out, lse)
+    return out, (q, k, v, bounds, lists, out, lse)
 
 
 def attention_backward(static: Static, residuals: Any, d_out: Array) -> tuple[Any, ...]:
     """Computes gradients of q, k and v."""
-    q, k, v, bounds, listed, out, lse = residuals
+    q, k, v, bounds, lists, out, lse = residuals
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     arrays = (heads_first(q), heads_first(k), heads_first(v))
-    gradients = backward(arrays, bounds, listed, (heads_first(d_out), lse, heads_first(delta)), static)
+    gradients = backward(arrays, bounds, lists, (heads_first(d_out), lse, heads_first(delta)), static)
     dq, dk, dv = (jnp.moveaxis(x, -2, 1).astype(like.dtype) for x, like in zip(gradients, (q, k, v), strict=True))
-    return dq, dk, dv, *jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (bounds, listed))
+    return dq, dk, dv, *jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (bounds, lists))
 
 
 attention.defvjp(attention_forward, attention_backward)
@@ -212,9 +229,9 @@ def group_attention_xla(
     k: Float[Array, "B T K Dh"],
     v: Float[Array, "B T K Dh"],
     bounds: Int[Array, "B 4 N"],
-    listed: BlockPairs,
+    lists: Lists,
     softcap: float | None,
     blocks: BlockSizes,
 ) -> Float[Array, "B N K R Dh"]:
-    """Computes `group_attention`; `listed` has the pairs of any row."""
-    return attention(q, k, v, bounds, listed, Static((blocks.queries, blocks.keys), softcap, fixed_length=platform() == "gpu"))
+    """Computes `group_attention`; the lists have the pairs of any row."""
+    return attention(q, k, v, bounds, lists, Static(blocks, softcap, fixed_length=platform() == "gpu"))
