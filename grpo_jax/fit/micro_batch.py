@@ -51,7 +51,8 @@ def row_tokens(config: Config, policy: Policy, lengths: Lengths, generations: in
         return mesh_micro_batch(policy.layout, train.micro_batch_prompts) // shards * group
     if platform() == "cpu" and not is_auto(config):
         widest = max(policy.spec.width, policy.spec.ffw) * policy.model.dtype.itemsize
-        return max(group, CACHED_BYTES // widest)
+        # Whole groups, so that completions of full length leave no padding.
+        return max(1, CACHED_BYTES // widest // group) * group
     return -(-train.prompts_per_step // shards) * group
 
 

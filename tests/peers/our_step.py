@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from step_task import ALPHA, BETA, LEARNING_RATE, RANK, Watch, calls, made_up_prompts, parser, report
+from step_task import ALPHA, BETA, LEARNING_RATE, RANK, Watch, calls, parser, prompts_of, report
 
 import grpo_jax as gx
 from grpo_jax.config import Config, LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, RolloutConfig, TrainConfig
@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
 def settings(given: argparse.Namespace, folder: str) -> Config:
     """Returns the step as settings of grpo_jax: one update over all its rows."""
     return Config(
-        model=ModelConfig(path=given.model, remat=given.remat),
+        model=ModelConfig(path=given.model, dtype="float32", remat=given.remat),
         lora=LoraConfig(rank=RANK, alpha=ALPHA),
         rollout=RolloutConfig(
             num_generations=given.num_generations,
@@ -64,14 +64,15 @@ def run(given: argparse.Namespace, folder: str) -> None:
     """Trains and prints the result."""
     watch = Watch(given)
 
-    def reward(prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    def reward(prompts: list[Any], completion_ids: list[list[int]], **columns: Any) -> list[float]:
         return watch.reward(prompts, completion_ids)
 
-    rows = [{"prompt": prompt} for prompt in made_up_prompts(given)]
+    rows = [{"prompt": prompt} for prompt in prompts_of(given)]
     with contextlib.redirect_stdout(sys.stderr):
         config = settings(given, folder)
         policy = gx.Policy.from_pretrained(given.model, lora=config.lora)
-        policy = dataclasses.replace(policy, stop_ids=())  # no stop token ends a completion
+        if given.questions is None:
+            policy = dataclasses.replace(policy, stop_ids=())  # no stop token ends a completion
         result = gx.train(config, policy=policy, dataset=rows, reward_funcs=reward)
     leaves = jax.tree_util.tree_leaves_with_path(result.policy.adapters)
     ends = [np.asarray(leaf) for path, leaf in leaves if jax.tree_util.keystr(path).endswith("['b']")]

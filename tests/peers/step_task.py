@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import math
 import random
+import resource
 import statistics
 import sys
 import time
@@ -30,8 +31,9 @@ RANK, ALPHA, BETA, LEARNING_RATE = 16, 32.0, 0.04, 1e-4
 def parser(description: str) -> argparse.ArgumentParser:
     """Makes a parser with the options that every trainer has."""
     made = argparse.ArgumentParser(description=description)
-    made.add_argument("--model", required=True, help="folder that random_qwen3.py wrote")
-    made.add_argument("--prompt_length", type=int, default=64, help="tokens of every prompt")
+    made.add_argument("--model", required=True, help="folder that random_qwen3.py wrote, or of a chat model with --questions")
+    made.add_argument("--prompt_length", type=int, default=64, help="tokens of every prompt; with --questions the most")
+    made.add_argument("--questions", default=None, help="JSON lines with `question`, asked of a chat model; completions end by themselves")
     add_shape_options(made)
     return made
 
@@ -47,6 +49,15 @@ def add_shape_options(to: argparse.ArgumentParser) -> None:
 def calls(given: argparse.Namespace) -> int:
     """Returns the number of steps that a trainer runs; the last one only ends the time of the one before."""
     return WARM_UP + given.steps + 1
+
+
+def prompts_of(given: argparse.Namespace) -> list[Any]:
+    """Returns the prompts of all steps, all different: random words, or the first questions of the file as conversations."""
+    if given.questions is None:
+        return made_up_prompts(given)
+    with open(given.questions, encoding="utf-8") as lines:
+        questions = [json.loads(line)["question"] for line, _ in zip(lines, range(given.prompts * calls(given)), strict=False)]
+    return [[{"role": "user", "content": question}] for question in questions]
 
 
 def made_up_prompts(given: argparse.Namespace) -> list[str]:
@@ -65,21 +76,26 @@ class Watch:
         given: the command line.
         times: seconds at which the reward was called, one a step.
         distinct: different completions in each step.
+        tokens: mean tokens of a completion in each step.
     """
 
     given: argparse.Namespace
     times: list[float] = field(default_factory=list)
     distinct: list[int] = field(default_factory=list)
+    tokens: list[float] = field(default_factory=list)
 
-    def reward(self, prompts: Sequence[str], completions: Sequence[Sequence[Any]]) -> list[float]:
+    def reward(self, prompts: Sequence[Any], completions: Sequence[Sequence[Any]]) -> list[float]:
         """Returns the rewards of a step's completions, each a list of its tokens, as ids or as words."""
         self.times.append(time.perf_counter())
         given = self.given
         assert len(prompts) == len(completions) == given.prompts * given.num_generations, (len(prompts), len(completions))
-        assert len(set(prompts)) == given.prompts
-        assert {len(prompt.split()) for prompt in prompts} == {given.prompt_length}
+        assert len(set(map(str, prompts))) == given.prompts
         lengths = {len(row) for row in completions}
-        assert lengths == {given.completion_length}, f"completions of {sorted(lengths)} tokens"
+        if given.questions is None:
+            assert {len(prompt.split()) for prompt in prompts} == {given.prompt_length}
+            assert lengths == {given.completion_length}, f"completions of {sorted(lengths)} tokens"
+        assert 0 < max(lengths) <= given.completion_length, f"completions of {sorted(lengths)} tokens"
+        self.tokens.append(sum(map(len, completions)) / len(completions))
         texts = [" ".join(map(str, row)) for row in completions]
         self.distinct.append(len(set(texts)))
         return [float(zlib.crc32(text.encode()) % 7) for text in texts]
@@ -121,12 +137,15 @@ def report(
     assert all(math.isfinite(loss) for loss in losses), losses
     assert 0 < change < math.inf, f"the adapters changed by {change}"
     rows = watch.given.prompts * watch.given.num_generations
-    assert watch.distinct == [rows] * len(watch.times), f"of {rows} completions {watch.distinct} are different"
+    if watch.given.questions is None:
+        assert watch.distinct == [rows] * len(watch.times), f"of {rows} completions {watch.distinct} are different"
     result = {
         "step_seconds": steps,
         "rollout_seconds": rollout_seconds[WARM_UP + 1 :][: len(steps)],
         "median_step_seconds": statistics.median(steps),
         "called_at_seconds": watch.times,
+        "completion_tokens_mean": watch.tokens,
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "losses": losses,
         "trained_parameters": trained,
         "adapter_change": change,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from step_task import ALPHA, BETA, LEARNING_RATE, RANK, Watch, calls, made_up_prompts, parser, report, timed
+from step_task import ALPHA, BETA, LEARNING_RATE, RANK, Watch, calls, parser, prompts_of, report, timed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -32,6 +32,7 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
     options.add_argument("--cache", choices=["dynamic", "static"], default="dynamic")
     options.add_argument("--continuous", action="store_true", help="transformers' continuous batching")
+    options.add_argument("--bias_correction_kl", action="store_true", help="TRL's default; k3 as in grpo_jax where left out")
     options.add_argument("--compile", action="store_true", help="torch.compile of the trained model")
     options.add_argument("--rows", type=int, default=None, help="rows of a forward pass; all of a step's where left out")
     return options.parse_args()
@@ -51,14 +52,14 @@ def settings(given: argparse.Namespace, folder: str) -> GRPOConfig:
         num_iterations=1,
         shuffle_dataset=False,
         max_completion_length=given.completion_length,
-        generation_kwargs={"min_new_tokens": given.completion_length},
+        generation_kwargs={"min_new_tokens": given.completion_length} if given.questions is None else {},
         cache_implementation=None if given.cache == "dynamic" else given.cache,
         use_transformers_continuous_batching=given.continuous,
         temperature=1.0,
         top_p=1.0,
         top_k=0,
         beta=BETA,
-        use_bias_correction_kl=False,
+        use_bias_correction_kl=given.bias_correction_kl,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         warmup_steps=0,
@@ -81,7 +82,7 @@ def run(given: argparse.Namespace, folder: str) -> None:
     torch.set_num_threads(given.threads)
     watch = Watch(given)
 
-    def reward(prompts: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
+    def reward(prompts: list[Any], completion_ids: list[list[int]], **columns: Any) -> list[float | None]:
         return [*watch.reward(prompts, completion_ids)]
 
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32, attn_implementation=given.attention)
@@ -89,7 +90,7 @@ def run(given: argparse.Namespace, folder: str) -> None:
         model=model,
         reward_funcs=reward,
         args=settings(given, folder),
-        train_dataset=Dataset.from_dict({"prompt": made_up_prompts(given)}),
+        train_dataset=Dataset.from_dict({"prompt": prompts_of(given)}),
         processing_class=AutoTokenizer.from_pretrained(given.model, padding_side="left"),
         peft_config=LoraConfig(
             r=RANK, lora_alpha=int(ALPHA), lora_dropout=0.0, target_modules=LINEAR, bias="none", task_type="CAUSAL_LM"
