@@ -33,7 +33,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--model", required=True, help="folder that random_qwen3.py wrote, or of a chat model with --questions")
     made.add_argument("--prompt_length", type=int, default=64, help="tokens of every prompt; with --questions the most")
-    made.add_argument("--questions", default=None, help="JSON lines with `question`, asked of a chat model; completions end by themselves")
+    made.add_argument(
+        "--questions", default=None, help="JSON lines with `question` for a chat model, whose completions end as it says"
+    )
     add_shape_options(made)
     return made
 
