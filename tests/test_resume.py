@@ -21,7 +21,7 @@ import grpo_jax as gx
 from grpo_jax import cli
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import RewardError
-from grpo_jax.run.checkpoint import Checkpointer
+from grpo_jax.run.checkpoint import Checkpointer, CheckpointError
 from grpo_jax.run.resume import RunFolderError
 from grpo_jax.trainer import TrainResult
 
@@ -179,6 +179,20 @@ def test_an_older_checkpoint_is_taken_where_the_newest_was_cut_short(uninterrupt
     shutil.rmtree(tmp_path / "checkpoints" / "3" / "host")
     resumed = train(config_of(tmp_path, **SECTIONS["bare"]), resume=True)
     assert_same_run(resumed, uninterrupted("bare"))
+
+
+def test_a_run_without_a_readable_checkpoint_does_not_start_over(uninterrupted: Callable[[str], TrainResult], tmp_path: Path):
+    shutil.copytree(uninterrupted("bare").run_dir, tmp_path, dirs_exist_ok=True)
+    for step in tmp_path.glob("checkpoints/[0-9]*"):
+        content = bytearray((step / "host" / "metadata").read_bytes())
+        content[0] ^= 1  # the brace that opens the JSON object
+        (step / "host" / "metadata").write_bytes(content)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
+    for _ in range(2):  # nor at the next try
+        with pytest.raises(CheckpointError, match="checkpoints"):
+            train(config_of(tmp_path, **SECTIONS["bare"]), resume=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")} == before
+    assert len(list(tmp_path.glob("checkpoints/*/state"))) == 2
 
 
 def test_a_run_folder_that_is_taken_is_refused_without_resume_and_with_other_settings(tmp_path: Path, no_program: None):

@@ -85,19 +85,27 @@ class Checkpointer:
         self._current.add(step)
 
     def latest_step(self) -> int | None:
-        """Returns the newest step with a complete checkpoint, or None; one that is damaged or lost its host values is skipped."""
+        """Returns the newest step with a checkpoint that can be read, or None where the folder has no checkpoint.
+
+        Raises:
+            CheckpointError: there are checkpoints and none of them can be read. A run that started over would delete them.
+        """
         self.wait()
         if self._read_only:
             self._manager.reload()
         return broadcast_from_main(self._latest())
 
     def _latest(self) -> int | None:
+        errors: list[CheckpointError] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 self._content(step)
-            except CheckpointError:
+            except CheckpointError as error:
+                errors.append(error)
                 continue
             return step
+        if errors:
+            raise CheckpointError(f"no checkpoint in {self.folder} can be read:\n{errors[0]}") from errors[0]
         return None
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
