@@ -213,7 +213,8 @@ class Trainer:
         checkpoints = Checkpointer(folder.checkpoints, config.train.keep_checkpoints)
         self.folder, self._checkpoints = folder, checkpoints
         self.steps_done, seconds = checkpoints.latest_step() or 0, 0.0
-        folder.cut_back(self.steps_done)
+        for line in [*checkpoints.damaged, *folder.cut_back(self.steps_done)]:
+            self.display.warning(line)
         if self.steps_done:
             self.state, stored = checkpoints.restore(self.state)
             seconds = float(stored["seconds"])

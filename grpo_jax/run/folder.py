@@ -106,15 +106,23 @@ class RunFolder:
         """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    def cut_back(self, step: int) -> None:
-        """Removes all records after a step, so that the files continue like those of an uninterrupted run."""
+    def cut_back(self, step: int) -> list[str]:
+        """Removes all records after a step, so that the files continue like those of an uninterrupted run.
+
+        Returns:
+            A line for each file that had broken lines before that, which are removed too.
+        """
         if not self.writes:
-            return
+            return []
+        lines: list[str] = []
         for records in (self._metrics, self._evaluations, self._completions):
-            records.cut_back(step)
+            broken = records.cut_back(step)
+            if broken:
+                lines.append(f"{records.path} was damaged: {broken} of its lines could not be read and are removed")
         self._close_board()
         if self.resumed:
             self._open_board(purge_step=step + 1)
+        return lines
 
     def write_step(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the metrics of a finished step.

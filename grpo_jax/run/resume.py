@@ -84,5 +84,5 @@ def may_change(line: str, config: Config) -> bool:
 def holds_run(path: Path) -> bool:
     """Whether a folder contains something that could be lost: a finished step, a checkpoint or a summary."""
     metrics, checkpoints = path / "metrics.jsonl", path / "checkpoints"
-    saved = checkpoints.is_dir() and any(entry.name.isdigit() for entry in checkpoints.iterdir())
+    saved = checkpoints.is_dir() and any(entry.name.partition(".damaged")[0].isdecimal() for entry in checkpoints.iterdir())
     return saved or (path / "summary.json").exists() or (metrics.is_file() and metrics.stat().st_size > 0)
