@@ -27,6 +27,7 @@ import optax
 
 from grpo_jax.config import Config, TrainConfig, check_supervised, check_training
 from grpo_jax.learner.custom_loss import LossFunction
+from grpo_jax.learner.optim import SKIPPED
 from grpo_jax.policy import Policy, config_with_policy
 from grpo_jax.run.callbacks import (
     Callback,
@@ -51,6 +52,10 @@ from grpo_jax.steps.supervised import SupervisedStep
 from grpo_jax.types import TrainState
 
 Rewards = Callable[..., Any] | Sequence[Callable[..., Any]]
+
+
+class NotFiniteError(ArithmeticError):
+    """The loss or the gradient was not finite in too many steps in a row. The state before them is saved."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,7 @@ class Trainer:
         config: the settings of the run.
         state: the train state; the next step reuses its memory.
         steps_done: steps finished.
+        skipped_in_a_row: how many of the last steps had no update, because loss or gradient was not finite.
         should_stop: set it to True, in a callback for example, and `train` ends after the current step.
 
     Raises:
@@ -142,7 +148,7 @@ class Trainer:
             )
         self.callbacks: list[Callback] = list(callbacks)
         self.state: TrainState = self._step.learner.init(self._step.policy.trainable())
-        self.steps_done, self.should_stop = 0, False
+        self.steps_done, self.skipped_in_a_row, self.should_stop = 0, 0, False
         self.folder: RunFolder | None = None
         self._checkpoints: Checkpointer | None = None
         self._started, self._ahead = 0.0, CompileAhead()
@@ -163,16 +169,20 @@ class Trainer:
 
         Raises:
             RewardError: too many completions could not be scored.
+            NotFiniteError: loss or gradient was not finite in `optim.max_skipped_steps` steps in a row.
         """
-        train = self.config.train
+        train, due = self.config.train, False
         with self:
             self._evaluate_after(self.steps_done)
             with self.display.progress(train.steps, self.steps_done):
                 while self.steps_done < train.steps and not self.should_stop:
                     self.step()
                     self._evaluate_after(self.steps_done)
-                    if saves_after(train, self.steps_done) or self.should_stop:
+                    due = due or saves_after(train, self.steps_done)
+                    last = self.should_stop or self.steps_done == train.steps
+                    if last or (due and not self.skipped_in_a_row):  # else the same state would replace older checkpoints
                         self.save()
+                        due = False
             result = self._finish()
             self._call("on_train_end")
         return result
@@ -187,6 +197,7 @@ class Trainer:
             self.display.note(first_step_line(self._first_step, compile_counts() - self._counts_before))
         self._ahead.check()
         self._call("on_step_end", metrics, completions)
+        self._count_skipped(metrics)
         return metrics, completions
 
     def evaluate(self) -> dict[str, Any] | None:
@@ -200,7 +211,8 @@ class Trainer:
     def save(self) -> None:
         """Saves a checkpoint; it is written in the background."""
         _, checkpoints = self.open()
-        values = checkpoint_values(self._step.policy, self.supervised) | {"seconds": time.perf_counter() - self._started}
+        values = checkpoint_values(self._step.policy, self.supervised)
+        values |= {"seconds": time.perf_counter() - self._started, "skipped_in_a_row": self.skipped_in_a_row}
         checkpoints.save(self.steps_done, self.state, values)
         self._call("on_save")
 
@@ -217,7 +229,7 @@ class Trainer:
             self.display.warning(line)
         if self.steps_done:
             self.state, stored = checkpoints.restore(self.state)
-            seconds = float(stored["seconds"])
+            seconds, self.skipped_in_a_row = float(stored["seconds"]), stored["skipped_in_a_row"]
             self.display.note(f"resuming after step {self.steps_done}")
         self._started = time.perf_counter() - seconds
         self.callbacks = [
@@ -257,6 +269,27 @@ class Trainer:
         due = evaluates_after(self.config.train, step) or self.should_stop
         if due and not distributed.broadcast_from_main(step in folder.evaluations()):
             self.evaluate()
+
+    def _count_skipped(self, metrics: Mapping[str, Any]) -> None:
+        """Says that a step had no update; after `optim.max_skipped_steps` of them in a row saves the state and raises."""
+        if not metrics[SKIPPED]:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        count, limit, step = self.skipped_in_a_row, self.config.optim.max_skipped_steps, self.steps_done
+        self.display.warning(
+            f"step {step}: loss {metrics['loss']:.3g}, gradient norm {metrics['grad_norm']:.3g}; what is not finite is not applied. "
+            f"Skipped in a row: {count}; the run stops at {limit}"
+        )
+        if count < limit:
+            return
+        self.skipped_in_a_row = 0  # a resumed run may skip as many again
+        self.save()
+        raise NotFiniteError(
+            f"the loss or the gradient was not finite in {limit} steps in a row (optim.max_skipped_steps). The state after step "
+            f"{step - limit}, the last one with an update, is saved as step {step}. See loss, grad_norm and reward/mean up to step "
+            f"{step - limit} in {self.config.train.run_dir}/metrics.jsonl; a new run with a lower optim.learning_rate usually helps"
+        )
 
     def _until_first_step(self) -> dict[str, Any]:
         """Seconds from the start of the command to the first rewards and to the end of the first step of this process."""

@@ -21,6 +21,8 @@ class OptimConfig:
         b1: Decay of the first moment.
         b2: Decay of the second moment.
         eps: Added to the square root of the second moment.
+        max_skipped_steps: The run saves its state and stops after this many steps in a row whose loss or gradient was not finite.
+            The update of such a step is left out.
     """
 
     learning_rate: float = 1e-5
@@ -31,6 +33,7 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    max_skipped_steps: int = 5
 
     def __post_init__(self) -> None:
         check_types(self, "optim")
@@ -42,6 +45,7 @@ class OptimConfig:
         require(0 <= self.b1 < 1, "optim.b1", self.b1, "use a number from 0 up to 1")
         require(0 <= self.b2 < 1, "optim.b2", self.b2, "use a number from 0 up to 1")
         require(self.eps > 0, "optim.eps", self.eps, "use a small positive number such as 1e-8")
+        require(self.max_skipped_steps >= 1, "optim.max_skipped_steps", self.max_skipped_steps, "use at least 1")
 
 
 @dataclass(frozen=True)
