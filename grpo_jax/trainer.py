@@ -278,7 +278,7 @@ class Trainer:
         self.skipped_in_a_row += 1
         count, limit, step = self.skipped_in_a_row, self.config.optim.max_skipped_steps, self.steps_done
         self.display.warning(
-            f"step {step}: loss {metrics['loss']:.3g}, gradient norm {metrics['grad_norm']:.3g}; what is not finite is not applied. "
+            f"step {step}: loss {metrics['loss']:.3g}, gradient norm {metrics['grad_norm']:.3g}; the update was skipped. "
             f"Skipped in a row: {count}; the run stops at {limit}"
         )
         if count < limit:

@@ -176,8 +176,8 @@ class Tokenizer:
                 if not 0 <= beyond < self.vocabulary:
                     token = self.hf.convert_ids_to_tokens(beyond) if beyond >= 0 else None
                     raise TokenizerError(
-                        f"token id {beyond}{f' ({token!r})' if token else ''} is beyond the model's vocabulary, which config.json says "
-                        f"has {self.vocabulary} ids: {self.folder or 'the tokenizer'} has the tokenizer of another model"
+                        f"token id {beyond}{f' ({token!r})' if token else ''} is beyond the model's vocabulary, which has "
+                        f"{self.vocabulary} ids by its config.json: {self.folder or 'the tokenizer'} has the tokenizer of another model"
                     )
         return ids
 

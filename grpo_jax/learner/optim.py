@@ -76,8 +76,8 @@ def apply_gradient(
 ) -> tuple[TrainState, dict[str, Array]]:
     """Makes one update, unless the loss or the gradient is not finite: then the state stays as it is, bit for bit.
 
-    Weights, the optimiser's state with its count, and the number of updates all stay. A gradient whose norm is beyond float32 counts
-    as not finite. The choice is made on the device, within the pass that writes the new state.
+    Weights, the optimiser's state with its count, and the number of updates all stay. A gradient whose norm is beyond float32
+    counts as not finite. The choice is made on the device, within the pass that writes the new state.
 
     Returns:
         The next state, and the metrics `grad_norm` (before clipping) and `update/skipped` (0 or 1).

@@ -24,8 +24,9 @@ def summarize(history: Sequence[Mapping[str, Any]], results: Mapping[str, Any], 
         extras: more values that JSON can hold.
 
     Returns:
-        The results, `skipped_steps` (those without an update, because loss or gradient was not finite), `reward_first`, `reward_last`, `kl_divergence_last`, `loss_first` and `loss_last` where there is such a metric,
-        the extras, versions and devices.
+        The results; `skipped_steps`, those without an update because loss or gradient was not finite; `reward_first`,
+        `reward_last`, `kl_divergence_last`, `loss_first` and `loss_last` where there is such a metric; the extras, versions and
+        devices.
     """
     import jax
 
