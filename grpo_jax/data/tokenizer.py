@@ -177,7 +177,7 @@ class Tokenizer:
                     token = self.hf.convert_ids_to_tokens(beyond) if beyond >= 0 else None
                     raise TokenizerError(
                         f"token id {beyond}{f' ({token!r})' if token else ''} is beyond the model's vocabulary, which has "
-                        f"{self.vocabulary} ids by its config.json: {self.folder or 'the tokenizer'} has the tokenizer of another model"
+                        f"{self.vocabulary} ids by its config.json; {self.folder or 'this'} has the tokenizer of another model"
                     )
         return ids
 

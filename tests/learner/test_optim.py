@@ -189,9 +189,7 @@ def contents(state: TrainState) -> list[tuple[str, bytes]]:
         (1.0, -np.inf, None),
     ],
 )
-def test_what_is_not_finite_leaves_the_state_bit_for_bit_as_if_the_step_had_not_been(
-    poison: float, loss: float, norm: float | None
-):
+def test_what_is_not_finite_leaves_the_state_as_if_the_step_had_not_been(poison: float, loss: float, norm: float | None):
     optim = OptimConfig(learning_rate=0.1, schedule="cosine", warmup_steps=1, weight_decay=0.1)
     optimizer = make_optimizer(optim, 6)
     update = jax.jit(lambda state, gradient, loss: apply_gradient(optimizer, state, gradient, loss))
