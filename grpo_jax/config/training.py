@@ -72,6 +72,8 @@ class TrainConfig:
         show_every: Steps between tables of sampled completions on the terminal; 0 shows none.
         quiet: Print plain lines instead of a live progress bar and tables, for logs.
         track: Where metrics are sent in addition to the run folder: `none`, or `wandb` (needs the extra `track`).
+        grace_seconds: Longest time that a step may go on after SIGTERM, SIGHUP or the first Ctrl-C. The run then saves its state,
+            writes its summary and ends; a step that lasts longer is abandoned.
         debug: Check after every step that all trained arrays are finite; costs a copy of them to the host.
         compilation_cache: Store compiled programs on disk, so that a second start compiles nothing: true uses
             JAX_COMPILATION_CACHE_DIR, or $XDG_CACHE_HOME/grpo_jax, or ~/.cache/grpo_jax; a path is another folder; false stores
@@ -93,6 +95,7 @@ class TrainConfig:
     show_every: int = 10
     quiet: bool = False
     track: Literal["none", "wandb"] = "none"
+    grace_seconds: float = 20.0
     debug: bool = False
     compilation_cache: bool | str = True
 
@@ -105,6 +108,7 @@ class TrainConfig:
         require(self.keep_checkpoints >= 1, "train.keep_checkpoints", self.keep_checkpoints, "keep at least 1")
         require(self.eval_every >= 0, "train.eval_every", self.eval_every, "use 0 (before and after only) or a number of steps")
         require(self.eval_slots is None or self.eval_slots >= 1, "train.eval_slots", self.eval_slots, "use at least 1, or null")
+        require(self.grace_seconds >= 0, "train.grace_seconds", self.grace_seconds, "use 0 (abandon the step at once) or more")
         require(self.show_every >= 0, "train.show_every", self.show_every, "use 0 (never) or a number of steps")
         require(
             self.micro_batch_tokens is None or (self.micro_batch_prompts is None and self.micro_batch_completions is None),
