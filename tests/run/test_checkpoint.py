@@ -222,7 +222,7 @@ def test_undamaged_checkpoints_are_not_called_damaged(two_checkpoints: Path) -> 
     files = read_digests(two_checkpoints / "5")
     assert sorted(files) == sorted(set(names_of_files(two_checkpoints / "5")) - {*COMMIT_FILES, DIGESTS})
     content = (two_checkpoints / "5/host/metadata").read_bytes()
-    assert files["host/metadata"] == {"blake2b": hashlib.blake2b(content, digest_size=32).hexdigest(), "bytes": len(content)}
+    assert files["host/metadata"] == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
 
 
 def test_every_flipped_bit_is_found_and_the_checkpoint_before_it_taken(two_checkpoints: Path, tmp_path: Path) -> None:
