@@ -174,7 +174,7 @@ class Tokenizer:
         if self.vocabulary is not None:
             for beyond in (max(ids, default=0), min(ids, default=0)):
                 if not 0 <= beyond < self.vocabulary:
-                    token = self.hf.convert_ids_to_tokens(beyond) if beyond >= 0 else None
+                    token = self.hf.convert_ids_to_tokens(beyond) if 0 <= beyond < 2**31 else None
                     raise TokenizerError(
                         f"token id {beyond}{f' ({token!r})' if token else ''} is beyond the model's vocabulary, which has "
                         f"{self.vocabulary} ids by its config.json; {self.folder or 'this'} has the tokenizer of another model"

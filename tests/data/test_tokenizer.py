@@ -187,7 +187,7 @@ assert dict(os.environ) == before
 @pytest.mark.parametrize(
     ("words", "vocabulary", "stop", "said"),
     [
-        ("one two three", 8, 2, "token id 8 ('<unk>') is beyond the model's vocabulary, which has 8 ids by its config.json"),
+        ("one two three", 7, 2, "token id 7 ('three') is beyond the model's vocabulary, which has 7 ids by its config.json"),
         ("one two three", 9, 9, "token id 9 is beyond"),
         ("one two three", 9, 10**12, "token id 1000000000000 is beyond"),
         ("one two three", 9, -5, "token id -5 is beyond"),
