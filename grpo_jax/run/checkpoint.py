@@ -106,7 +106,7 @@ class Checkpointer:
         self._current.add(step)
 
     def latest_step(self) -> int | None:
-        """Returns the newest step whose checkpoint is not damaged, or None where no checkpoint was ever committed.
+        """Returns the newest step whose checkpoint is not damaged, or None where none has been committed.
 
         Damaged checkpoints that are newer are renamed, unless this object is read-only, and listed in `damaged`.
 
