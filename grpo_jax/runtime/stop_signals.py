@@ -74,6 +74,7 @@ class StopSignals:
         self._received_at = 0.0
         self._own_signals, self._own_pending, self._abandoned = 0, False, False
         self._pipe: tuple[int, int] | None = None
+        self._before_fd = -1
         self._watcher: threading.Thread | None = None
 
     def __enter__(self) -> StopSignals:
