@@ -262,14 +262,15 @@ class _Console(Console):
 
 def discard_output() -> None:
     """Sends what the process still writes to its broken standard output to nowhere, also what is buffered for it."""
+    output = sys.__stdout__
+    if output is None or output.closed:
+        return
     try:
-        sys.stdout.flush()
+        output.flush()
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
+        os.dup2(nowhere, output.fileno())
         os.close(nowhere)
-    except ValueError:  # closed
-        return
 
 
 class _Bar:
