@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         tag_format,
     )
     from grpo_jax.run.callbacks import Callback
+    from grpo_jax.runtime.stop_signals import RunInterruptedError
     from grpo_jax.trainer import Trainer, TrainResult, sft, train
 
 __version__ = "0.1.0"
@@ -59,6 +60,7 @@ MODULES = {
     "Policy": "policy",
     "RewardsConfig": "config",
     "RolloutConfig": "config",
+    "RunInterruptedError": "runtime.stop_signals",
     "Tokenizer": "data.tokenizer",
     "TrainConfig": "config",
     "TrainResult": "trainer",
@@ -91,6 +93,7 @@ __all__ = [
     "Policy",
     "RewardsConfig",
     "RolloutConfig",
+    "RunInterruptedError",
     "Tokenizer",
     "TrainConfig",
     "TrainResult",

@@ -2,7 +2,7 @@
 
 Each command parses its options, builds the config and calls one function of the package. JAX is imported when a command runs,
 never for `--help`. Every setting is an option `--section.field`, whose help is the entry in the section's docstring. Exit status:
-0; 2 for a mistake of the user's (one block on standard error, no traceback); 130 for Ctrl-C.
+0; 2 for a mistake of the user's (one block on standard error, no traceback); 130, 143 or 129 for Ctrl-C, SIGTERM or SIGHUP.
 
 argparse splits the words and `config.load` gives the values their types, as it does for YAML: one set of rules, and errors that
 name the setting. (jsonargparse would parse quoted text inside a mapping a second time, so that `{year: "2024"}` became a number.)
@@ -11,6 +11,7 @@ name the setting. (jsonargparse would parse quoted text inside a mapping a secon
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
 import shlex
 import sys
@@ -19,6 +20,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from grpo_jax import __version__
@@ -26,7 +28,9 @@ from grpo_jax.config import Config, ConfigError, Loaded, RolloutConfig, load
 from grpo_jax.config.checks import describe, field_types, nearest, show
 from grpo_jax.config.load import nearest_setting, setting_types
 from grpo_jax.config.presets import OBJECTIVE_DEFAULTS
+from grpo_jax.run.resume import holds_checkpoint, holds_run
 from grpo_jax.runtime.safe_text import safe_text
+from grpo_jax.runtime.stop_signals import RunInterruptedError
 
 USER_ERROR, INTERRUPTED = 2, 130
 RESUMABLE = ("train", "sft")
@@ -48,9 +52,10 @@ def main(words: Sequence[str] | None = None) -> int:
         if rest:
             raise unknown_option(rest[0], arguments)
         arguments.action(arguments)
-    except KeyboardInterrupt:
-        print(interrupted(words, arguments.command), file=sys.stderr)
-        return INTERRUPTED
+    except KeyboardInterrupt as error:
+        with contextlib.suppress(OSError):  # after SIGHUP there is no terminal
+            print(interrupted(words, arguments), file=sys.stderr, flush=True)
+        return status_of(error)
     except Exception as error:
         if not is_users(error):
             raise
@@ -62,6 +67,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def train(arguments: argparse.Namespace) -> None:
     """`grpo-jax train`."""
     loaded = loaded_settings(arguments)
+    arguments.writes_to = loaded.config.train.run_dir
     from grpo_jax.runtime.distributed import joined_processes
     from grpo_jax.trainer import train as run
 
@@ -72,6 +78,7 @@ def train(arguments: argparse.Namespace) -> None:
 def sft(arguments: argparse.Namespace) -> None:
     """`grpo-jax sft`."""
     loaded = loaded_settings(arguments)
+    arguments.writes_to = loaded.config.train.run_dir
     from grpo_jax.runtime.distributed import joined_processes
     from grpo_jax.trainer import sft as run
 
@@ -351,15 +358,24 @@ def error_block(error: Exception) -> str:
 def ending(error: BaseException) -> tuple[str, int]:
     """What one of several processes says of the error that ends it, and its exit status."""
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; what was saved last is kept, and the same command with --resume continues from it", INTERRUPTED
+        return "interrupted; the same command with --resume continues from what was saved last", status_of(error)
     if isinstance(error, Exception) and is_users(error):
         return error_block(error), USER_ERROR
     return "".join(traceback.format_exception(error)), 1
 
 
-def interrupted(words: Sequence[str], command: str) -> str:
-    """What to say after Ctrl-C: for a training run, the command that continues it."""
-    if command not in RESUMABLE:
+def status_of(error: KeyboardInterrupt) -> int:
+    """The exit status of a command that a signal has ended."""
+    return int(error.code or 1) if isinstance(error, RunInterruptedError) else INTERRUPTED
+
+
+def interrupted(words: Sequence[str], arguments: argparse.Namespace) -> str:
+    """What to say after a signal: for a training run, the command that continues it, or starts it again where nothing was saved."""
+    folder = vars(arguments).get("writes_to")
+    if arguments.command not in RESUMABLE or folder is None:
         return "interrupted"
-    again = shlex.join(["grpo-jax", *words, *([] if "--resume" in words else ["--resume"])])
-    return f"interrupted; what was saved last is kept, and this continues from it:\n    {again}"
+    saved, taken = holds_checkpoint(Path(folder)), holds_run(Path(folder))
+    again = shlex.join(["grpo-jax", *words, *(["--resume"] if taken and "--resume" not in words else [])])
+    if saved:
+        return f"interrupted; what was saved last is kept, and this continues from it:\n    {again}"
+    return f"interrupted before anything was saved; this starts at step 0 again:\n    {again}"

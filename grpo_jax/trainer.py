@@ -7,6 +7,7 @@
         state     = train_step(state, batch)                  one pure, jitted update; the old state's memory is reused
         callbacks                                             write metrics and completions, update display and trackers, the user's
         every eval_every steps: evaluate; every save_every steps: save a checkpoint
+        after SIGTERM, SIGHUP or Ctrl-C: save and end
 
 `steps/grpo.py` has these statements. The supervised warm-up is the same loop with another step, `steps/supervised.py`. With
 several processes each one runs this page on the same prompts and completions; each scores its own share of them, process 0 alone
@@ -15,8 +16,10 @@ writes and shows, and all write checkpoints (`runtime/distributed.py`).
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +30,7 @@ import optax
 
 from grpo_jax.config import Config, TrainConfig, check_supervised, check_training
 from grpo_jax.learner.custom_loss import LossFunction
+from grpo_jax.learner.optim import SKIPPED
 from grpo_jax.policy import Policy, config_with_policy
 from grpo_jax.run.callbacks import (
     Callback,
@@ -37,6 +41,7 @@ from grpo_jax.run.callbacks import (
     StepCompletions,
 )
 from grpo_jax.run.checkpoint import Checkpointer
+from grpo_jax.run.endings import NotFiniteError, skipped_line, stopped_by_signal, stopped_by_skips
 from grpo_jax.run.folder import RunFolder
 from grpo_jax.run.saved import checkpoint_values
 from grpo_jax.run.tracking import tracker_callbacks
@@ -44,6 +49,7 @@ from grpo_jax.runtime import distributed
 from grpo_jax.runtime.compile_ahead import CompileAhead
 from grpo_jax.runtime.compile_counts import CompileCounts, compile_counts
 from grpo_jax.runtime.programs import Program, compile_seconds, waited_seconds
+from grpo_jax.runtime.stop_signals import RunInterruptedError, StepAbandonedError, StopSignals, is_interactive
 from grpo_jax.steps import Step
 from grpo_jax.steps.grpo import GrpoStep
 from grpo_jax.steps.setup import begin
@@ -95,6 +101,7 @@ class Trainer:
         config: the settings of the run.
         state: the train state; the next step reuses its memory.
         steps_done: steps finished.
+        skipped_in_a_row: how many of the last steps had no update, because loss or gradient was not finite.
         should_stop: set it to True, in a callback for example, and `train` ends after the current step.
 
     Raises:
@@ -142,16 +149,22 @@ class Trainer:
             )
         self.callbacks: list[Callback] = list(callbacks)
         self.state: TrainState = self._step.learner.init(self._step.policy.trainable())
-        self.steps_done, self.should_stop = 0, False
+        self.steps_done, self.skipped_in_a_row, self.should_stop = 0, 0, False
         self.folder: RunFolder | None = None
         self._checkpoints: Checkpointer | None = None
         self._started, self._ahead = 0.0, CompileAhead()
         self._first_step: dict[str, Any] = {}
+        self._computing = False  # a step or an evaluation, of which nothing has been recorded yet
 
     @property
     def policy(self) -> Policy:
         """The policy as trained so far, with a copy of the trained arrays."""
         return self._step.policy.with_trained(jax.tree.map(jnp.copy, self.state.trainable))
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder with everything that the run writes."""
+        return Path(self.config.train.run_dir)
 
     @property
     def programs(self) -> tuple[Program, ...]:
@@ -161,38 +174,65 @@ class Trainer:
     def train(self) -> TrainResult:
         """Makes all steps that are left, from the first or from the newest checkpoint, and writes the result.
 
+        After SIGTERM, SIGHUP or Ctrl-C the step is finished, within `train.grace_seconds`; then the state is saved and the result
+        written. In a notebook, Ctrl-C returns that result.
+
         Raises:
+            RunInterruptedError: one of these signals came; the error has the result.
             RewardError: too many completions could not be scored.
+            NotFiniteError: loss or gradient was not finite in `optim.max_skipped_steps` steps in a row.
         """
-        train = self.config.train
-        with self:
-            self._evaluate_after(self.steps_done)
-            with self.display.progress(train.steps, self.steps_done):
-                while self.steps_done < train.steps and not self.should_stop:
-                    self.step()
-                    self._evaluate_after(self.steps_done)
-                    if saves_after(train, self.steps_done) or self.should_stop:
-                        self.save()
-            result = self._finish()
+        with StopSignals(self.config.train.grace_seconds, self._may_abandon, self._say_stopping) as stop, self:
+            try:
+                number = self._make_steps(stop)
+            except StepAbandonedError:
+                number = stop.received or 0
+                self.display.warning(f"step {self.steps_done + 1} took longer than train.grace_seconds and was abandoned")
+            result = self._finish(number) if self.steps_done or not number else TrainResult(self.policy, [], {}, self.run_dir)
             self._call("on_train_end")
+            if number:
+                self.display.note(stopped_by_signal(number, self.steps_done, self.config.train.steps))
+        if number and not (number == signal.SIGINT and is_interactive()):
+            raise RunInterruptedError(number, result)
         return result
+
+    def _make_steps(self, stop: StopSignals) -> int:
+        """Makes the steps that are left, with evaluations and checkpoints; returns the signal's number that ends them, or 0."""
+        train, due = self.config.train, False
+        self._evaluate_after(self.steps_done)
+        with self.display.progress(train.steps, self.steps_done):
+            while self.steps_done < train.steps and not self.should_stop:
+                if number := self._signal(stop):
+                    return number
+                self.step()
+                self._evaluate_after(self.steps_done)
+                due = due or saves_after(train, self.steps_done)
+                last = self.should_stop or self.steps_done == train.steps
+                if last or (due and not self.skipped_in_a_row):  # else the same state would replace older checkpoints
+                    self.save()
+                    due = False
+        return 0
 
     def step(self) -> tuple[dict[str, Any], StepCompletions | None]:
         """Makes one step; returns its metrics and, in GRPO, its completions."""
         self.open()
-        self.state, metrics, completions = self._step.run(self.state, self.steps_done)
+        with self._abandonable():
+            made = self._step.run(self.state, self.steps_done)
+        self.state, metrics, completions = made
         self.steps_done += 1
         if not self._first_step:
             self._first_step = self._until_first_step()
             self.display.note(first_step_line(self._first_step, compile_counts() - self._counts_before))
         self._ahead.check()
         self._call("on_step_end", metrics, completions)
+        self._count_skipped(metrics)
         return metrics, completions
 
     def evaluate(self) -> dict[str, Any] | None:
         """Evaluates on the held-out part, greedily; returns accuracy and number of problems, None where nothing is held out."""
         self.open()
-        metrics = self._step.evaluate(self.state)
+        with self._abandonable():
+            metrics = self._step.evaluate(self.state)
         if metrics is not None:
             self._call("on_evaluate", metrics)
         return metrics
@@ -200,7 +240,8 @@ class Trainer:
     def save(self) -> None:
         """Saves a checkpoint; it is written in the background."""
         _, checkpoints = self.open()
-        values = checkpoint_values(self._step.policy, self.supervised) | {"seconds": time.perf_counter() - self._started}
+        values = checkpoint_values(self._step.policy, self.supervised)
+        values |= {"seconds": time.perf_counter() - self._started, "skipped_in_a_row": self.skipped_in_a_row}
         checkpoints.save(self.steps_done, self.state, values)
         self._call("on_save")
 
@@ -208,15 +249,23 @@ class Trainer:
         """Opens the run folder and goes to its newest checkpoint; the first step, evaluation or save does it by itself."""
         if self.folder is not None and self._checkpoints is not None:
             return self.folder, self._checkpoints
+        try:
+            return self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> tuple[RunFolder, Checkpointer]:
         config = self.config
         folder = RunFolder.create(config.train.run_dir, config, self._sources, resume=self.resume, writes=distributed.is_main())
-        checkpoints = Checkpointer(folder.checkpoints, config.train.keep_checkpoints)
-        self.folder, self._checkpoints = folder, checkpoints
+        self.folder = folder
+        checkpoints = self._checkpoints = Checkpointer(folder.checkpoints, config.train.keep_checkpoints)
         self.steps_done, seconds = checkpoints.latest_step() or 0, 0.0
-        folder.cut_back(self.steps_done)
+        for line in [*checkpoints.damaged, *folder.cut_back(self.steps_done)]:
+            self.display.warning(line)
         if self.steps_done:
             self.state, stored = checkpoints.restore(self.state)
-            seconds = float(stored["seconds"])
+            seconds, self.skipped_in_a_row = float(stored["seconds"]), stored["skipped_in_a_row"]
             self.display.note(f"resuming after step {self.steps_done}")
         self._started = time.perf_counter() - seconds
         self.callbacks = [
@@ -257,6 +306,41 @@ class Trainer:
         if due and not distributed.broadcast_from_main(step in folder.evaluations()):
             self.evaluate()
 
+    @contextlib.contextmanager
+    def _abandonable(self) -> Iterator[None]:
+        """Surrounds what may be abandoned after a signal: nothing is recorded or changed before it ends."""
+        self._computing = True
+        try:
+            yield
+        finally:
+            self._computing = False
+
+    def _may_abandon(self) -> bool:
+        """Whether the step can be left where it is: the state is not yet part of the next one, and no other process waits."""
+        lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
+        return self._computing and not lost and not distributed.is_multiprocess()
+
+    def _signal(self, stop: StopSignals) -> int:
+        """The number of the signal to stop, or 0. All processes of a run stop after the same step."""
+        return max(distributed.gather_values(stop.received or 0))
+
+    def _say_stopping(self, name: str) -> None:
+        seconds = self.config.train.grace_seconds
+        self.display.note(f"{name}: the run ends after this step, which may take {seconds:g} s; a second signal ends it at once")
+
+    def _count_skipped(self, metrics: Mapping[str, Any]) -> None:
+        """Says that a step had no update; after `optim.max_skipped_steps` of them in a row saves the state and raises."""
+        if not metrics[SKIPPED]:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_in_a_row += 1
+        limit = self.config.optim.max_skipped_steps
+        self.display.warning(skipped_line(self.steps_done, metrics, self.skipped_in_a_row, limit))
+        if self.skipped_in_a_row >= limit:
+            self.skipped_in_a_row = 0  # a resumed run may skip as many again
+            self.save()
+            raise NotFiniteError(stopped_by_skips(self.steps_done, limit, self.run_dir))
+
     def _until_first_step(self) -> dict[str, Any]:
         """Seconds from the start of the command to the first rewards and to the end of the first step of this process."""
         rewards = self._step.first_rewards_at
@@ -265,9 +349,11 @@ class Trainer:
             "seconds_to_first_step": time.perf_counter() - self._begun,
         }
 
-    def _finish(self) -> TrainResult:
-        """Writes and shows the result of a run."""
+    def _finish(self, number: int) -> TrainResult:
+        """Writes and shows the result of a run, which a signal of that number has ended (0: none)."""
         folder, checkpoints = self.open()
+        if number:
+            self.save()
         checkpoints.wait()
         seconds = time.perf_counter() - self._started
         distributed.barrier("last step written")  # the others read what process 0 has written
@@ -287,6 +373,7 @@ class Trainer:
             compile_wait_seconds=waited_seconds(*self.programs),
             programs_compiled=counts.compiled,
             programs_from_cache=counts.from_cache,
+            **({"interrupted_by": signal.Signals(number).name} if number else {}),
         )
         distributed.barrier("result written")
         self.display.report(summary, folder.written() | files)

@@ -217,10 +217,18 @@ def test_errors_of_this_package_are_messages_and_others_are_bugs(
 
 def test_an_interrupt_says_how_to_continue(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     path = tmp_path / "my run.yaml"
-    path.write_text("")
+    path.write_text(f"train: {{run_dir: {tmp_path / 'run'}}}")
     stand_in(monkeypatch, "trainer", "train", KeyboardInterrupt())
     assert cli.main(["train", "--config", str(path), "--train.steps", "7"]) == 130
-    assert f"grpo-jax train --config '{path}' --train.steps 7 --resume\n" in capsys.readouterr().err
+    again = f"    grpo-jax train --config '{path}' --train.steps 7"
+    assert capsys.readouterr().err == f"interrupted before anything was saved; this starts at step 0 again:\n{again}\n"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1}\n')  # a folder with a finished step is taken by --resume alone
+    assert cli.main(["train", "--config", str(path), "--train.steps", "7"]) == 130
+    assert capsys.readouterr().err == f"interrupted before anything was saved; this starts at step 0 again:\n{again} --resume\n"
+    (tmp_path / "run" / "checkpoints" / "5").mkdir(parents=True)
+    assert cli.main(["train", "--config", str(path), "--train.steps", "7"]) == 130
+    assert f"this continues from it:\n{again} --resume\n" in capsys.readouterr().err
     stand_in(monkeypatch, "run.saved", "export_run", KeyboardInterrupt())
     assert cli.main(["export", "--run", "a", "--out", "b", "--format", "adapter"]) == 130
     assert capsys.readouterr().err == "interrupted\n"

@@ -21,7 +21,7 @@ import grpo_jax as gx
 from grpo_jax import cli
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import RewardError
-from grpo_jax.run.checkpoint import Checkpointer
+from grpo_jax.run.checkpoint import Checkpointer, CheckpointError
 from grpo_jax.run.resume import RunFolderError
 from grpo_jax.trainer import TrainResult
 
@@ -173,12 +173,47 @@ def test_a_policy_that_was_handed_over_is_resumed_too(uninterrupted: Callable[[s
     assert_same_run(train(config, policy=policy, resume=True), uninterrupted("bare"))
 
 
-def test_an_older_checkpoint_is_taken_where_the_newest_was_cut_short(uninterrupted: Callable[[str], TrainResult], tmp_path: Path):
+def test_an_older_checkpoint_is_taken_where_the_newest_was_cut_short(
+    uninterrupted: Callable[[str], TrainResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     shutil.copytree(uninterrupted("bare").run_dir, tmp_path, dirs_exist_ok=True)
     (tmp_path / "summary.json").unlink()
-    shutil.rmtree(tmp_path / "checkpoints" / "3" / "host")
+    content = (tmp_path / "checkpoints/3/state/_METADATA").read_bytes()
+    (tmp_path / "checkpoints/3/state/_METADATA").write_bytes(content[:100])
     resumed = train(config_of(tmp_path, **SECTIONS["bare"]), resume=True)
+    printed = capsys.readouterr().out
+    assert (
+        f"3/state/_METADATA is damaged: it has 100 bytes instead of {len(content)}; the checkpoint is kept as 3.damaged" in printed
+    )
+    assert "resuming after step 2\n" in printed
     assert_same_run(resumed, uninterrupted("bare"))
+    assert (tmp_path / "checkpoints/3.damaged/state/_METADATA").stat().st_size == 100
+
+
+def test_records_are_repaired_when_a_run_is_resumed(
+    uninterrupted: Callable[[str], TrainResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(uninterrupted("bare").run_dir, tmp_path, dirs_exist_ok=True)
+    whole = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text(whole[0] + '{"step\n' + whole[1] + '{"loss": 1}\n' + whole[2] + whole[0][:40])
+    resumed = train(config_of(tmp_path, **SECTIONS["bare"]), resume=True)
+    assert (tmp_path / "metrics.jsonl").read_text() == "".join(whole)
+    assert timeless(resumed.history) == timeless(uninterrupted("bare").history)
+    assert "metrics.jsonl was damaged: 2 of its lines could not be read and are removed" in capsys.readouterr().out
+
+
+def test_a_run_without_a_readable_checkpoint_does_not_start_over(uninterrupted: Callable[[str], TrainResult], tmp_path: Path):
+    shutil.copytree(uninterrupted("bare").run_dir, tmp_path, dirs_exist_ok=True)
+    for step in tmp_path.glob("checkpoints/[0-9]*"):
+        content = bytearray((step / "host" / "metadata").read_bytes())
+        content[0] ^= 1  # the brace that opens the JSON object
+        (step / "host" / "metadata").write_bytes(content)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")}
+    for _ in range(2):  # nor at the next try
+        with pytest.raises(CheckpointError, match="every checkpoint in"):
+            train(config_of(tmp_path, **SECTIONS["bare"]), resume=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.jsonl")} == before
+    assert len(list(tmp_path.glob("checkpoints/*/state"))) == 2
 
 
 def test_a_run_folder_that_is_taken_is_refused_without_resume_and_with_other_settings(tmp_path: Path, no_program: None):

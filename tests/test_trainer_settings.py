@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from tiny_runs import (
     letters,
     records,
     run,
+    saved_weights,
     tiny_model,
 )
 
@@ -36,6 +38,7 @@ from grpo_jax.learner.packing import Lengths, row_sizes
 from grpo_jax.learner.step import Learner
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import RewardError, ScoredBatch
+from grpo_jax.run.endings import NotFiniteError
 from grpo_jax.types import Frozen, PromptBatch, Rollout
 
 ROWS = additions()
@@ -235,3 +238,41 @@ def test_without_a_kl_term_no_divergence_is_shown_and_evaluations_compute_it_whe
     assert after["kl_divergence"] == pytest.approx(float(np.mean(np.exp(d) - d - 1)), rel=1e-3)
     assert after["kl_divergence"] > 1e-6
     assert f"KL to the reference {after['kl_divergence']:.4f} nats a token" in done.printed
+
+
+def test_a_run_whose_weights_have_gone_astray_stops_and_keeps_the_checkpoints_before(tmp_path: Path):
+    """After one step at a learning rate of 1e30 no loss is finite any more."""
+    sections = {"optim": {"learning_rate": 1e30, "max_skipped_steps": 3}, "train": {"steps": 12, "save_every": 1}}
+    config = config_of(tmp_path, **sections)
+    with pytest.raises(NotFiniteError, match=r"in 3 steps in a row .* after step 1, the last one .* is saved as step 4"):
+        run(config)
+    history = records(tmp_path / "metrics.jsonl")
+    assert [record["update/skipped"] for record in history] == [0, 1, 1, 1]
+    assert all(record["grad_norm"] is None or record["loss"] is None for record in history[1:])
+    states = {step: saved_weights(tmp_path, step) for step in (1, 4)}  # none of 2 and 3, which would have replaced 1
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"1", "4"}
+    assert_same_arrays(states[1], states[4])
+    assert all(np.isfinite(array).all() for array in arrays(states[4]).values())
+    with pytest.raises(NotFiniteError, match="the last one with an update, is saved as step 7"):
+        run(config, resume=True)
+    assert [record["step"] for record in records(tmp_path / "metrics.jsonl")] == list(range(1, 8))
+
+
+def test_a_skipped_step_is_counted_and_shown_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The sampler's log-probabilities of the second step are NaN, and so is a loss with importance weights."""
+    calls = itertools.count(1)
+
+    def poisoned(*arguments: Any, **named: Any) -> Any:
+        batch = train_batch(*arguments, **named)
+        if next(calls) != 2:
+            return batch
+        return replace(batch, sampler_logprobs=np.full_like(batch.sampler_logprobs, np.nan))
+
+    monkeypatch.setattr("grpo_jax.steps.grpo.train_batch", poisoned)
+    done = run(config_of(tmp_path, objective={"importance_cap": 2.0}, train={"steps": 3, "save_every": 2}))
+    assert [record["update/skipped"] for record in done.result.history] == [0, 1, 0]
+    assert done.result.summary["skipped_steps"] == 1
+    assert "warning: step 2: loss nan, gradient norm nan; " in done.printed
+    assert "Skipped in a row: 1; the run stops at 5" in done.printed
+    # The checkpoint that was due after step 2 was saved after step 3.
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]

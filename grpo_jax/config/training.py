@@ -21,6 +21,8 @@ class OptimConfig:
         b1: Decay of the first moment.
         b2: Decay of the second moment.
         eps: Added to the square root of the second moment.
+        max_skipped_steps: The run saves its state and stops after this many steps in a row whose loss or gradient was not finite.
+            The update of such a step is left out.
     """
 
     learning_rate: float = 1e-5
@@ -31,6 +33,7 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    max_skipped_steps: int = 5
 
     def __post_init__(self) -> None:
         check_types(self, "optim")
@@ -42,6 +45,7 @@ class OptimConfig:
         require(0 <= self.b1 < 1, "optim.b1", self.b1, "use a number from 0 up to 1")
         require(0 <= self.b2 < 1, "optim.b2", self.b2, "use a number from 0 up to 1")
         require(self.eps > 0, "optim.eps", self.eps, "use a small positive number such as 1e-8")
+        require(self.max_skipped_steps >= 1, "optim.max_skipped_steps", self.max_skipped_steps, "use at least 1")
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,8 @@ class TrainConfig:
         show_every: Steps between tables of sampled completions on the terminal; 0 shows none.
         quiet: Print plain lines instead of a live progress bar and tables, for logs.
         track: Where metrics are sent in addition to the run folder: `none`, or `wandb` (needs the extra `track`).
+        grace_seconds: Longest time that a step may go on after SIGTERM, SIGHUP or the first Ctrl-C. The run then saves its state,
+            writes its summary and ends; a step that lasts longer is abandoned.
         debug: Check after every step that all trained arrays are finite; costs a copy of them to the host.
         compilation_cache: Store compiled programs on disk, so that a second start compiles nothing: true uses
             JAX_COMPILATION_CACHE_DIR, or $XDG_CACHE_HOME/grpo_jax, or ~/.cache/grpo_jax; a path is another folder; false stores
@@ -89,6 +95,7 @@ class TrainConfig:
     show_every: int = 10
     quiet: bool = False
     track: Literal["none", "wandb"] = "none"
+    grace_seconds: float = 20.0
     debug: bool = False
     compilation_cache: bool | str = True
 
@@ -101,6 +108,7 @@ class TrainConfig:
         require(self.keep_checkpoints >= 1, "train.keep_checkpoints", self.keep_checkpoints, "keep at least 1")
         require(self.eval_every >= 0, "train.eval_every", self.eval_every, "use 0 (before and after only) or a number of steps")
         require(self.eval_slots is None or self.eval_slots >= 1, "train.eval_slots", self.eval_slots, "use at least 1, or null")
+        require(self.grace_seconds >= 0, "train.grace_seconds", self.grace_seconds, "use 0 (abandon the step at once) or more")
         require(self.show_every >= 0, "train.show_every", self.show_every, "use 0 (never) or a number of steps")
         require(
             self.micro_batch_tokens is None or (self.micro_batch_prompts is None and self.micro_batch_completions is None),

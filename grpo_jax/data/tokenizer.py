@@ -48,6 +48,8 @@ class Tokenizer:
         prefix_ids: Special tokens before a plain text.
         suffix_ids: Special tokens after a plain text, without end-of-sequence tokens.
         folder: Folder that it was read from; None where it was made in memory.
+        vocabulary: Number of ids that the model has, from its config.json; None where that is not known. An id beyond it would read
+            past the end of the embedding.
 
     Example:
         tokenizer = Tokenizer.from_folder("model"); tokenizer.encode_prompt("Once", chat=False)  # [1, 403]
@@ -58,13 +60,14 @@ class Tokenizer:
     prefix_ids: tuple[int, ...]
     suffix_ids: tuple[int, ...]
     folder: Path | None = None
+    vocabulary: int | None = None
 
     @staticmethod
     def from_folder(path: str | os.PathLike[str]) -> Tokenizer | None:
         """Reads the tokenizer of a model's folder; None where there is none.
 
         Raises:
-            TokenizerError: The folder is missing, or a file in it cannot be read.
+            TokenizerError: The folder is missing, a file in it cannot be read, or the tokenizer belongs to a larger model.
         """
         folder = Path(path).expanduser()
         if not folder.is_dir():
@@ -77,21 +80,30 @@ class Tokenizer:
             hf = auto_tokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         except Exception as error:  # the Rust parser raises bare Exception
             raise TokenizerError(f"the tokenizer in {folder} cannot be read: {error}") from error
-        return Tokenizer.wrap(hf, model_stop_ids, folder)
+        return Tokenizer.wrap(hf, model_stop_ids, folder, read_vocabulary(folder))
 
     @staticmethod
-    def wrap(hf: Any, model_stop_ids: Sequence[int] = (), folder: Path | None = None) -> Tokenizer:
+    def wrap(hf: Any, model_stop_ids: Sequence[int] = (), folder: Path | None = None, vocabulary: int | None = None) -> Tokenizer:
         """Makes a `Tokenizer` from a tokenizer of transformers in memory.
 
         Args:
             hf: A tokenizer of transformers.
             model_stop_ids: End-of-sequence ids in the model's own files; the tokenizer's is added.
             folder: Folder that it was read from, if any.
+            vocabulary: Number of ids that the model has, if known.
+
+        Raises:
+            TokenizerError: An id that every text needs, or one of the vocabulary's own, is beyond the model's ids.
         """
         own = () if hf.eos_token_id is None else (int(hf.eos_token_id),)
         stop_ids = tuple(sorted({*model_stop_ids, *own}))
         prefix, suffix = special_tokens_around(hf)
-        return Tokenizer(hf, stop_ids, prefix, tuple(i for i in suffix if i not in stop_ids), folder)
+        made = Tokenizer(hf, stop_ids, prefix, tuple(i for i in suffix if i not in stop_ids), folder, vocabulary)
+        if vocabulary is not None:
+            # An added token beyond the vocabulary does no harm until a text has it, as Gemma 3's <image_soft_token>.
+            added = hf.get_added_vocab()
+            made.check_ids([*stop_ids, *prefix, *suffix, *(i for token, i in hf.get_vocab().items() if token not in added)])
+        return made
 
     @property
     def eos_id(self) -> int | None:
@@ -155,7 +167,19 @@ class Tokenizer:
 
     def encode_text(self, text: str) -> list[int]:
         """Returns the token ids of a text, without adding special tokens; a special token spelled in the text becomes its id."""
-        return list(self.hf.encode(text, add_special_tokens=False, verbose=False))
+        return self.check_ids(list(self.hf.encode(text, add_special_tokens=False, verbose=False)))
+
+    def check_ids(self, ids: list[int]) -> list[int]:
+        """Returns the ids; raises TokenizerError where the model has no such id."""
+        if self.vocabulary is not None:
+            for beyond in (max(ids, default=0), min(ids, default=0)):
+                if not 0 <= beyond < self.vocabulary:
+                    token = self.hf.convert_ids_to_tokens(beyond) if 0 <= beyond < 2**31 else None
+                    raise TokenizerError(
+                        f"token id {beyond}{f' ({token!r})' if token else ''} is beyond the model's vocabulary, which has "
+                        f"{self.vocabulary} ids by its config.json; {self.folder or 'this'} has the tokenizer of another model"
+                    )
+        return ids
 
     def token_starts(self, text: str) -> list[int]:
         """Returns the character offsets where tokens of `encode_text(text)` begin; every offset where that is not known."""
@@ -210,12 +234,7 @@ def read_model_stop_ids(folder: Path) -> tuple[int, ...]:
         path = folder / name
         if not path.is_file():
             continue
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise TokenizerError(f"{path} cannot be read: {error}") from error
-        if not isinstance(values, dict):
-            raise TokenizerError(f"{path} is not a JSON object")
+        values = read_object(path)
         found = values.get("eos_token_id")
         if found is None and isinstance(values.get("text_config"), dict):
             found = values["text_config"].get("eos_token_id")
@@ -225,6 +244,28 @@ def read_model_stop_ids(folder: Path) -> tuple[int, ...]:
         if ids:
             return tuple(sorted(set(ids)))
     return ()
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON file's object; TokenizerError where it is broken."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise TokenizerError(f"{path} is not a JSON object")
+    return values
+
+
+def read_vocabulary(folder: Path) -> int | None:
+    """Reads the number of the model's token ids from `config.json`; None where it does not say."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    values = read_object(path)
+    text = values.get("text_config")
+    size = values.get("vocab_size", text.get("vocab_size") if isinstance(text, dict) else None)
+    return size if isinstance(size, int) and not isinstance(size, bool) else None
 
 
 def special_tokens_around(hf: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -1,6 +1,6 @@
-"""The optimiser: one Optax chain and its learning-rate schedule.
+"""The optimiser: one Optax chain and its learning-rate schedule, and the update that leaves out what is not finite.
 
-The state is float32. Applying the updates and accumulating gradients is left to `step`.
+The state is float32. Accumulating gradients is left to `step`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from jaxtyping import Array, Float
 
 from grpo_jax.config import Config, OptimConfig
 from grpo_jax.config.checks import require
+from grpo_jax.types import Params, TrainState
+
+SKIPPED = "update/skipped"
+"""The metric that counts the updates of a step that were left out."""
 
 NOT_DECAYED = ("scale", "bias")
 """Endings of the names of vectors (of a norm, of a linear layer), which may have more axes because layers are stacked."""
@@ -65,6 +69,26 @@ def make_optimizer(optim: OptimConfig, steps: int, updates_per_step: int = 1) ->
             return chain.update(_float32(updates), state, None if params is None else _float32(params))
 
     return optax.GradientTransformation(init, update)
+
+
+def apply_gradient(
+    optimizer: optax.GradientTransformation, state: TrainState, gradient: Params, loss: Float[Array, ""]
+) -> tuple[TrainState, dict[str, Array]]:
+    """Makes one update, unless the loss or the gradient is not finite: then the state stays as it is, bit for bit.
+
+    Weights, the optimiser's state with its count, and the number of updates all stay. A gradient whose norm is beyond float32
+    counts as not finite. The choice is made on the device, within the pass that writes the new state.
+
+    Returns:
+        The next state, and the metrics `grad_norm` (before clipping) and `update/skipped` (0 or 1).
+    """
+    norm = optax.tree.norm(gradient)
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
+    trainable: Any = optax.apply_updates(state.trainable, updates)
+    made = TrainState(state.step + 1, trainable, opt_state)
+    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), made, state)
+    return state, {"grad_norm": norm, SKIPPED: 1 - finite.astype(jnp.float32)}
 
 
 def make_schedule(optim: OptimConfig, steps: int, updates_per_step: int = 1) -> optax.Schedule:

@@ -9,6 +9,7 @@ them every denominator, come from the whole batch, so the result does not depend
   clipping, the difference to the sampler) do not. With a user's loss nothing is skipped.
 - With one update a batch the old log-probabilities are the new ones without gradient and cost no forward pass. With several
   updates those of the first update are the old log-probabilities of all.
+- An update whose loss or gradient is not finite changes nothing (`optim.apply_gradient`).
 - Sampling that truncates the distribution or bans tokens: the policy's log-probabilities are those of the truncated distribution.
   The KL term and the reference use the untruncated one (`loss.py` says why).
 - On a mesh (`Transformer.layout`) each device has its share of the rows; sums over the batch are over all devices.
@@ -33,7 +34,7 @@ from grpo_jax.learner.logprobs import row_logprobs
 from grpo_jax.learner.loss import Stats, finish_stats, kl_per_token, kl_reward_penalty, token_weights, total_stats, weighted_loss
 from grpo_jax.learner.metrics import PackedMetrics, batch_metrics, pack
 from grpo_jax.learner.micro_batches import MicroBatch, any_token, scan_micro_batches
-from grpo_jax.learner.optim import learning_rate_at, make_optimizer
+from grpo_jax.learner.optim import SKIPPED, apply_gradient, learning_rate_at, make_optimizer
 from grpo_jax.learner.truncated import Truncation
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.runtime.sharding import ROW_AXES, Layout
@@ -224,7 +225,7 @@ class Learner:
     ) -> tuple[TrainState, dict[str, Array]]:
         """Makes several updates on one batch. Log-probabilities of the first update are the old log-probabilities of all.
 
-        The metrics are those of the last update.
+        The metrics are those of the last update; skipped updates are counted over all.
         """
         start = jnp.zeros(batch.completion_mask.shape, jnp.float32) if old_logps is None else old_logps
 
@@ -236,7 +237,7 @@ class Learner:
 
         numbers = jnp.arange(self.objective.num_iterations, dtype=jnp.int32)
         (state, _), metrics = jax.lax.scan(body, (state, start), numbers)
-        return state, {name: values[-1] for name, values in metrics.items()}
+        return state, {name: jnp.sum(values) if name == SKIPPED else values[-1] for name, values in metrics.items()}
 
     def logprobs(
         self, variables: Params, part: MicroBatch, truncation: Truncation | None, head_trainable: bool
@@ -302,6 +303,7 @@ class Learner:
             known: `weighted_loss`'s arrays by argument name, of the whole batch; and `first`, whether this is the first of several
                 updates.
         """
+
         def loss_of(trainable: Params, part: MicroBatch) -> tuple[Array, tuple[Array, dict[str, Array]]]:
             logps, untruncated, entropy = self.logprobs(
                 self.policy_variables(trainable, frozen), part, self.truncation, head_trainable=self.full
@@ -325,19 +327,14 @@ class Learner:
             return jnp.any(known["completion_mask"] & part.here) if self.skips else any_token(part)
 
         zero = jax.tree.map(jnp.zeros_like, state.trainable), jnp.zeros(batch.completion_mask.shape, jnp.float32)
-        (gradient, logps), stacked, computed = scan_micro_batches(
-            batch.micro_batches, accumulate, zero, used, self.model.layout
-        )
-        updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.trainable)
+        (gradient, logps), stacked, computed = scan_micro_batches(batch.micro_batches, accumulate, zero, used, self.model.layout)
         sums = total_stats(stacked, computed)
+        made, counts = apply_gradient(self.optimizer, state, gradient, sums["loss"])
         metrics = (finish_stats(sums) if self.loss_fn is None else finish_custom_stats(sums)) | {
             "loss": sums["loss"],
             "entropy": sums["entropy"] / jnp.maximum(sums["tokens"], jnp.float32(1)),
-            "grad_norm": optax.tree.norm(gradient),
         }
-        metrics |= self.rate_metrics(state)
-        trainable: Any = optax.apply_updates(state.trainable, updates)
-        return TrainState(state.step + 1, trainable, opt_state), logps, metrics
+        return made, logps, metrics | counts | self.rate_metrics(state)
 
 
 def local_prompts(function: Callable[..., Any], layout: Layout | None) -> Callable[..., Any]:

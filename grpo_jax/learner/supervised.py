@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import optax
 
 from grpo_jax.learner.logprobs import row_logprobs
 from grpo_jax.learner.metrics import PackedMetrics, pack
 from grpo_jax.learner.micro_batches import MicroBatch, any_token, scan_micro_batches
+from grpo_jax.learner.optim import apply_gradient
 from grpo_jax.learner.step import Learner
 from grpo_jax.types import Frozen, Params, TrainBatch, TrainState
 
@@ -31,15 +29,8 @@ def supervised_step(learner: Learner, state: TrainState, batch: TrainBatch, froz
         return learner.placed(jax.tree.map(jnp.add, gradient, new)), (loss, entropy)
 
     zero = jax.tree.map(jnp.zeros_like, state.trainable)
-    gradient, (losses, entropies), _ = scan_micro_batches(
-        batch.micro_batches, accumulate, zero, any_token, learner.model.layout
-    )
-    updates, opt_state = learner.optimizer.update(gradient, state.opt_state, state.trainable)
-    metrics = {
-        "loss": jnp.sum(losses),
-        "entropy": jnp.sum(entropies),
-        "grad_norm": optax.tree.norm(gradient),
-    } | learner.rate_metrics(state)
-    trainable: Any = optax.apply_updates(state.trainable, updates)
-    state = learner.placed(TrainState(state.step + 1, trainable, opt_state))
-    return state, pack(metrics, jnp.zeros((1, 0), jnp.float32), learner.model.layout)
+    gradient, (losses, entropies), _ = scan_micro_batches(batch.micro_batches, accumulate, zero, any_token, learner.model.layout)
+    loss = jnp.sum(losses)
+    made, counts = apply_gradient(learner.optimizer, state, gradient, loss)
+    metrics = {"loss": loss, "entropy": jnp.sum(entropies)} | counts | learner.rate_metrics(state)
+    return learner.placed(made), pack(metrics, jnp.zeros((1, 0), jnp.float32), learner.model.layout)

@@ -1,13 +1,16 @@
 """Saves and restores checkpoints of a run: the train state and a dict of plain values, written by Orbax in the background.
 
 A state is restored bit for bit, with the dtypes it was saved in and the shardings of the state that it is read into, so the mesh
-and the number of processes may change. A checkpoint gets its final name only when all of its files are written, so an incomplete
-one is never used. With several processes, each writes the arrays of its own devices to storage that all share, and all must make
-the same calls. Not saved: the frozen base model, which is read from its own folder again. Remote storage is not supported.
+and the number of processes may change. A checkpoint gets its final name only when all of its files and their digests are written,
+so an incomplete one is never used. The digests are verified before anything is read: a damaged checkpoint is renamed to
+`<step>.damaged` and kept, and the one before it is taken. With several processes, each writes the arrays of its own devices to
+storage that all share, and all must make the same calls. Not saved: the frozen base model, which is read from its own folder again.
+Remote storage is not supported.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +19,15 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from grpo_jax.runtime.distributed import broadcast_from_main
+from grpo_jax.run.digests import DamagedError, verify_digests, write_digests
+from grpo_jax.runtime.distributed import broadcast_from_main, is_main
 
 HOST, STATE = "host", "state"
 SHOWN_DIFFERENCES = 6
+DAMAGED = ".damaged"
+"""Ending of the name of a checkpoint that is damaged."""
+COMMIT_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
+"""Files that Orbax writes when it commits a checkpoint, after the digests; nothing is restored from them."""
 
 
 class CheckpointError(ValueError):
@@ -34,6 +42,9 @@ class Checkpointer:
         keep: How many of the newest checkpoints are kept; None opens the folder for reading only, which is safe while a run is
             still writing to it.
 
+    Attributes:
+        damaged: A line for each checkpoint that was found to be damaged.
+
     Example:
         with Checkpointer("runs/a/checkpoints", keep=2) as checkpoints:
             checkpoints.save(10, state, {"next_row": 80})
@@ -41,12 +52,20 @@ class Checkpointer:
 
     def __init__(self, folder: str | Path, keep: int | None) -> None:
         self.folder = Path(folder).resolve()
+        self.damaged: list[str] = []
         self._current: set[int] = set()  # steps that this object has saved or restored
+        self._verified: set[int] = set()  # steps with the right digests
+        self._saving = -1  # the step that is being written
         self._read_only = keep is None
         if self._read_only and not self.folder.is_dir():
             raise CheckpointError(f"{folder}: no folder with checkpoints; give the folder of a run that has saved one")
         writes = not self._read_only
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=writes, cleanup_tmp_directories=writes)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            create=writes,
+            cleanup_tmp_directories=writes,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_digests),  # called before the commit
+        )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def save(self, step: int, state: Any, host: dict[str, Any]) -> None:
@@ -77,6 +96,8 @@ class Checkpointer:
         for old in self._manager.all_steps():
             if old >= step:
                 self._manager.delete(old)
+                self._verified.discard(old)
+        self._saving = step
         args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave(content))
         # The copy to the host is intended, and happens before this returns. On CPU Orbax keeps a view instead of a copy; JAX then
         # does not reuse the buffer, so that a later step to which the state is donated writes elsewhere.
@@ -85,20 +106,69 @@ class Checkpointer:
         self._current.add(step)
 
     def latest_step(self) -> int | None:
-        """Returns the newest step with a complete checkpoint, or None; one that is damaged or lost its host values is skipped."""
-        self.wait()
-        if self._read_only:
-            self._manager.reload()
-        return broadcast_from_main(self._latest())
+        """Returns the newest step whose checkpoint is not damaged, or None where none has been committed.
 
-    def _latest(self) -> int | None:
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        Damaged checkpoints that are newer are renamed, unless this object is read-only, and listed in `damaged`.
+
+        Raises:
+            CheckpointError: there are only damaged checkpoints, or the storage cannot be read. A run that started over would lose
+                what is there.
+        """
+        self.wait()
+        found = broadcast_from_main(self._newest() if is_main() else None)
+        self._manager.reload()
+        self.damaged += found["damaged"]
+        if found["error"]:
+            raise CheckpointError(found["error"])
+        if found["step"] is not None:
+            self._verified.add(found["step"])
+        return found["step"]
+
+    def _newest(self) -> dict[str, Any]:
+        """Looks for the newest undamaged checkpoint: {"step": it or None, "damaged": lines, "error": why not, or None}."""
+        damaged: list[str] = []
+        try:
+            steps = (int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+            for step in sorted(steps, reverse=True):
+                damage = self._damage(step)
+                if damage is None:
+                    return {"step": step, "damaged": damaged, "error": None}
+                if not (self.folder / str(step)).is_dir():
+                    continue  # the run that writes has removed it meanwhile
+                damaged.append(damage if self._read_only else f"{damage}; the checkpoint is kept as {self._quarantine(step)}")
+            left = sorted(path.name for path in self.folder.glob(f"*{DAMAGED}*"))
+        except OSError as error:
+            return {"step": None, "damaged": damaged, "error": f"{self.folder} cannot be read: {error}"}
+        error = None
+        if damaged or left:
+            error = (
+                f"every checkpoint in {self.folder} is damaged ({', '.join(left) or damaged[0]}), so the run cannot continue. It "
+                "does not start over by itself: choose another train.run_dir, or remove that folder to start at step 0"
+            )
+        return {"step": None, "damaged": damaged, "error": error}
+
+    def _damage(self, step: int) -> str | None:
+        """Says which file of a checkpoint is damaged; None where all are as they were written."""
+        if step not in self._verified:
             try:
-                self._content(step)
-            except CheckpointError:
-                continue
-            return step
+                verify_digests(self.folder / str(step), COMMIT_FILES)
+            except DamagedError as error:
+                return str(error)
         return None
+
+    def _quarantine(self, step: int) -> str:
+        """Renames a damaged checkpoint, so that nothing reads or removes it, and returns its new name."""
+        names = (f"{step}{DAMAGED}" + (f"-{number}" if number else "") for number in itertools.count())
+        name = next(name for name in names if not (self.folder / name).exists())
+        (self.folder / str(step)).rename(self.folder / name)
+        return name
+
+    def _write_digests(self) -> None:
+        """Writes the digests of the checkpoint that is about to be committed; Orbax's background thread calls it."""
+        if not is_main():
+            return
+        (folder,) = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
+        write_digests(folder, COMMIT_FILES)
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """Reads a checkpoint.
@@ -106,7 +176,7 @@ class Checkpointer:
         Args:
             abstract_state: A tree of the same structure, of arrays or `jax.ShapeDtypeStruct`. The result gets their shardings; a
                 leaf without one goes to the first device.
-            step: Which checkpoint; None is the newest complete one.
+            step: Which checkpoint; None is the newest undamaged one.
 
         Returns:
             The state, of the structure of abstract_state, and the host dict.
@@ -130,7 +200,7 @@ class Checkpointer:
         Args:
             part: Name of a field of the state that is a nested dict of arrays.
             shardings: Given the part as nested dicts of `jax.ShapeDtypeStruct`, returns the sharding of each array.
-            step: Which checkpoint; None is the newest complete one.
+            step: Which checkpoint; None is the newest undamaged one.
 
         Raises:
             CheckpointError: there is none, it is damaged, or it has no such part.
@@ -154,7 +224,7 @@ class Checkpointer:
         return jax.tree.unflatten(jax.tree.structure(targets), [arrays[name] for name in flat])
 
     def host(self, step: int | None = None) -> dict[str, Any]:
-        """Reads only the host dict, of a step or of the newest complete one; it can say how to build the state to restore into.
+        """Reads only the host dict, of a step or of the newest undamaged one; it can say how to build the state to restore into.
 
         Raises:
             CheckpointError: there is none, or it is damaged.
@@ -176,17 +246,23 @@ class Checkpointer:
         self.close()
 
     def _chosen(self, step: int | None) -> int:
-        """Returns the step, or for None the newest complete one; raises CheckpointError where there is none."""
-        step = self.latest_step() if step is None else step
+        """Returns the step, or for None the newest undamaged one; raises CheckpointError where there is none or it is damaged."""
         if step is None:
-            raise CheckpointError(f"{self.folder} holds no complete checkpoint")
+            step = self.latest_step()
+            if step is None:
+                raise CheckpointError(f"{self.folder} holds no complete checkpoint")
+            return step
+        damage = broadcast_from_main(self._damage(step) if is_main() else None)
+        if damage is not None:
+            raise CheckpointError(damage)
+        self._verified.add(step)
         return step
 
     def _content(self, step: int) -> dict[str, Any]:
         """Reads what was stored next to the arrays: {"host": the caller's dict, "arrays": {name: [shape, dtype]}}."""
         content = self._read(step, HOST, ocp.args.JsonRestore())
         if content.keys() != {"host", "arrays"}:
-            raise _damaged(self.folder / str(step), KeyError("host values of another format"))
+            raise _unreadable(self.folder / str(step), KeyError("host values of another format"))
         return content
 
     def _read(self, step: int, item: str, args: Any) -> Any:
@@ -195,7 +271,7 @@ class Checkpointer:
             with jax.transfer_guard("allow"):
                 return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
         except Exception as error:  # Orbax, TensorStore and the file system raise different types
-            raise _damaged(self.folder / str(step), error) from error
+            raise _unreadable(self.folder / str(step), error) from error
 
 
 def _by_name(tree: Any) -> dict[str, Any]:
@@ -241,7 +317,10 @@ def _spell(description: list[Any]) -> str:
     return f"{dtype}[{','.join(map(str, shape))}]"
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    """Builds the error for a checkpoint that cannot be read."""
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    """Builds the error for a checkpoint that is not damaged and cannot be read."""
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return CheckpointError(f"{path} cannot be read ({reason}); remove that folder to go on from the checkpoint before it")
+    return CheckpointError(
+        f"{path} cannot be read ({reason}), although its files are as they were written; use the versions of jax and "
+        "orbax-checkpoint that wrote it"
+    )

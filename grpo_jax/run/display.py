@@ -1,13 +1,15 @@
 """Shows a run to the user: settings, compile times, a progress bar, sampled completions, the result.
 
 On a terminal or in a notebook it prints tables and one live bar below them. In quiet mode, and where the output is not a terminal,
-it prints plain lines without control codes, one per step, for logs. Nothing here computes or uses a device.
+it prints plain lines without control codes, one per step, for logs. Where nobody reads the output any more (`| head`, a closed
+terminal, a full disk), the run goes on without it. Nothing here computes or uses a device.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,7 +62,7 @@ class Display:
 
     def __init__(self, quiet: bool = False, console: Console | None = None, silent: bool = False) -> None:
         # Without these options rich would interpret strings as markup, emoji codes or highlights.
-        self._console = console or Console(highlight=False, markup=False, emoji=False)
+        self._console = console or _Console(highlight=False, markup=False, emoji=False)
         self.quiet, self._silent = quiet or silent, silent
         self.plain = self.quiet or not _can_redraw(self._console)
         self._live: Live | None = None
@@ -80,7 +82,7 @@ class Display:
         if self.plain:
             self._lines(tables.settings_lines(settings))
         else:
-            self._console.print(tables.settings_table(settings))
+            self._rich(tables.settings_table(settings))
 
     @contextmanager
     def busy(self, doing: str, done: str | None = None) -> Iterator[None]:
@@ -165,7 +167,7 @@ class Display:
         if self.plain:
             self._lines(tables.completions_lines(step, samples))
         else:
-            self._console.print(tables.completions_table(step, samples))
+            self._rich(tables.completions_table(step, samples))
 
     def evaluation(self, step: int, accuracy: Number, problems: int, kl: Number | None = None) -> None:
         """Shows the held-out accuracy (0 to 1) after a step, and the KL divergence where it is known; step 0 is before training."""
@@ -193,13 +195,26 @@ class Display:
         if self.plain:
             self._lines(tables.report_lines(rows, files))
         else:
-            self._console.print(tables.report_panel(title, rows, files))
+            self._rich(tables.report_panel(title, rows, files))
 
     def _print(self, rich: RenderableType, line: str) -> None:
         if self.plain:
             self._lines([line])
         else:
-            self._console.print(rich)
+            self._rich(rich)
+
+    def _rich(self, renderable: RenderableType) -> None:
+        with self._output():
+            self._console.print(renderable)
+
+    @contextmanager
+    def _output(self) -> Iterator[None]:
+        """Surrounds whatever writes; after an error of the output nothing is written any more."""
+        try:
+            yield
+        except OSError:
+            self._silent = self._console.quiet = True
+            discard_output()
 
     def _lines(self, lines: Sequence[str]) -> None:
         """Writes plain lines without rich, which would wrap them and add control codes."""
@@ -207,10 +222,11 @@ class Display:
             return
         file = self._console.file
         encoding = self._console.encoding
-        for line in lines:
-            safe = safe_text(line).encode(encoding, "backslashreplace").decode(encoding)
-            file.write(f"{safe}\n")
-        file.flush()
+        with self._output():
+            for line in lines:
+                safe = safe_text(line).encode(encoding, "backslashreplace").decode(encoding)
+                file.write(f"{safe}\n")
+            file.flush()
 
     @contextmanager
     def _shown(self) -> Iterator[None]:
@@ -218,18 +234,43 @@ class Display:
         if self.plain or self._live is not None:
             yield
             return
-        with Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True) as live:
-            self._live = live
-            try:
-                yield
-            finally:
-                self._live = None
+        live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4, transient=True)
+        with self._output():
+            live.start()
+        self._live = live
+        try:
+            yield
+        finally:
+            self._live = None
+            with self._output():
+                live.stop()
 
     def _render(self) -> RenderableType:
         parts: list[RenderableType] = [] if self._bar is None else self._bar.render()
         for doing, started in tuple(self._busy):
             parts.append(Spinner("dots", Text(f"{safe_text(doing)}  {time.perf_counter() - started:.0f} s")))
         return Group(*parts)
+
+
+class _Console(Console):
+    """A console that does not end the process where nobody reads its output."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        discard_output()
+
+
+def discard_output() -> None:
+    """Sends what the process still writes to its broken standard output to nowhere, also what is buffered for it."""
+    output = sys.__stdout__
+    if output is None or output.closed:
+        return
+    try:
+        output.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, output.fileno())
+        os.close(nowhere)
 
 
 class _Bar:

@@ -6,13 +6,14 @@
     evaluations.jsonl   one object an evaluation: {"step": 0, "accuracy": 0.41, "problems": 256}
     completions.jsonl   one object a completion: step, prompt, completion, rewards by function, advantage, finish_reason
     tensorboard/        the same metrics for TensorBoard
+    run.lock            who writes to the folder now
     checkpoints/        written by `grpo_jax.run.checkpoint`
     summary.json        the result, and what it was computed with
     curves.png          the metrics as a picture
 
 Steps are numbered by how many are finished: the first is 1, and 0 is before it. Of several processes that train together one
-writes; the others open the folder with `writes=False` and only read. There is no locking: two runs that write to one folder at the
-same time are not noticed.
+writes; the others open the folder with `writes=False` and only read. The one that writes has the folder's lock (`lock.py`): a
+second run is refused.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from typing import Any
 
 from grpo_jax.config import Config, resolved_settings, write_yaml
 from grpo_jax.run.curves import draw_curves
+from grpo_jax.run.lock import LockedError, lock, unlock
 from grpo_jax.run.records import Column, Number, RecordFile, plain
-from grpo_jax.run.resume import check_run_folder, holds_run
+from grpo_jax.run.resume import RunFolderError, check_run_folder, holds_run
 from grpo_jax.run.summary import summarize
 
 FILES = {
@@ -86,35 +88,57 @@ class RunFolder:
         Raises:
             RunFolderError: as `check_run_folder`.
         """
-        RunFolder.check(run_dir, config, resume=resume)
+        RunFolder.check(run_dir, config, resume=resume, writes=writes)
         path = Path(run_dir)
-        folder = RunFolder(path, resumed=holds_run(path), writes=writes)
         if not writes:
-            return folder
+            return RunFolder(path, resumed=holds_run(path), writes=False)
         path.mkdir(parents=True, exist_ok=True)
-        if not folder.resumed:
-            folder.cut_back(-1)
+        try:
+            lock(path)
+        except LockedError as error:
+            raise RunFolderError(str(error)) from error
+        try:
+            RunFolder.check(run_dir, config, resume=resume)  # another run may have come and gone since
+            folder = RunFolder(path, resumed=holds_run(path), writes=True)
+            folder._begin(config, sources)
+        except BaseException:
+            unlock(path)
+            raise
+        return folder
+
+    def _begin(self, config: Config, sources: Mapping[str, str] | None) -> None:
+        """Empties a folder without a run of what was left in it, and writes the settings."""
+        path = self.path
+        if not self.resumed:
+            self.cut_back(-1)
             for events in (path / "tensorboard").glob("events.out.tfevents.*"):
                 events.unlink()
         write_yaml(config, path / "config.yaml.tmp")
         (path / "config.yaml.tmp").replace(path / "config.yaml")
         _write_json(path / "settings.json", [asdict(setting) for setting in resolved_settings(config, sources or {})])
-        return folder
 
     @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    def cut_back(self, step: int) -> None:
-        """Removes all records after a step, so that the files continue like those of an uninterrupted run."""
+    def cut_back(self, step: int) -> list[str]:
+        """Removes all records after a step, so that the files continue like those of an uninterrupted run.
+
+        Returns:
+            A line for each file that had broken lines before that, which are removed too.
+        """
         if not self.writes:
-            return
+            return []
+        lines: list[str] = []
         for records in (self._metrics, self._evaluations, self._completions):
-            records.cut_back(step)
+            broken = records.cut_back(step)
+            if broken:
+                lines.append(f"{records.path} was damaged: {broken} of its lines could not be read and are removed")
         self._close_board()
         if self.resumed:
             self._open_board(purge_step=step + 1)
+        return lines
 
     def write_step(self, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Writes the metrics of a finished step.
@@ -230,10 +254,12 @@ class RunFolder:
         return {str(self.path / name): what for name, what in FILES.items() if (self.path / name).exists()}
 
     def close(self) -> None:
-        """Closes every file."""
+        """Closes every file and gives the folder's lock back."""
         for records in (self._metrics, self._evaluations, self._completions):
             records.close()
         self._close_board()
+        if self.writes:
+            unlock(self.path)
 
     def __enter__(self) -> RunFolder:
         return self

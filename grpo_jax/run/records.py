@@ -1,7 +1,7 @@
 """Reads and writes JSON Lines files whose records each have a step, in the order of the steps.
 
-However the process ends, a file is complete up to its last flushed line, and it can be cut back to a step. NaN and infinities,
-which JSON does not have, are stored as null.
+However the process ends, a file is complete up to its last flushed line, and it can be cut back to a step. A line that a fault of
+the disk broke costs that record and no other. NaN and infinities, which JSON does not have, are stored as null.
 """
 
 from __future__ import annotations
@@ -55,20 +55,40 @@ class RecordFile:
 
     def read(self) -> list[dict[str, Any]]:
         """Returns every complete record; [] where there is no file."""
-        return [record for _, record in _complete_records(self.path)]
+        return [record for _, record in _complete_lines(self.path) if record is not None]
 
-    def cut_back(self, step: int) -> None:
-        """Removes the records after a step, and an incomplete last line."""
+    def cut_back(self, step: int) -> int:
+        """Removes the records after a step, and an incomplete last line.
+
+        Lines before that which are no records are removed too; the file is then written anew and renamed into place.
+
+        Returns:
+            The number of these lines.
+        """
         self.close()
         if not self.path.exists():
-            return
-        end = 0
-        for position, record in _complete_records(self.path):
-            if record["step"] > step:
+            return 0
+        end, broken = 0, 0
+        for position, record in _complete_lines(self.path):
+            if record is not None and record["step"] > step:
                 break
-            end = position
-        with self.path.open("r+b") as file:
-            file.truncate(end)
+            end, broken = position, broken + (record is None)
+        if broken:
+            self._rewrite(end)
+        else:
+            with self.path.open("r+b") as file:
+                file.truncate(end)
+        return broken
+
+    def _rewrite(self, end: int) -> None:
+        """Writes the file anew with the records up to a position in bytes, and renames it into place."""
+        unfinished = self.path.with_name(self.path.name + ".tmp")
+        with self.path.open("rb") as file, unfinished.open("wb") as target:
+            while file.tell() < end:
+                line = file.readline()
+                if _record(line) is not None:
+                    target.write(line)
+        unfinished.replace(self.path)
 
     def close(self) -> None:
         """Closes the file; the next append opens it again."""
@@ -77,8 +97,8 @@ class RecordFile:
             self._file = None
 
 
-def _complete_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields each record with the position of its end in bytes, up to the first incomplete line."""
+def _complete_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """Yields, for each complete line, the position of its end in bytes and its record; None where it is no record."""
     if not path.exists():
         return
     position = 0
@@ -87,8 +107,13 @@ def _complete_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             position += len(line)
             if not line.endswith(b"\n"):
                 return
-            try:
-                record = json.loads(line)
-            except ValueError:
-                return
-            yield position, record
+            yield position, _record(line)
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The record of a line: a JSON object with a step; None where the line is something else."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and type(record.get("step")) is int else None

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from grpo_jax.config import Config, ConfigError, config_to_dict, difference
+from grpo_jax.run.lock import LockedError, check_unlocked
 
 FREE_ON_RESUME = (
     "model.remat",
+    "optim.max_skipped_steps",
     "rewards.max_failed_share",
     "rewards.timeout_seconds",
     "rollout.refill",
@@ -18,6 +20,7 @@ FREE_ON_RESUME = (
     "train.eval_every",
     "train.eval_kl",
     "train.eval_slots",
+    "train.grace_seconds",
     "train.keep_checkpoints",
     "train.micro_batch_completions",
     "train.micro_batch_prompts",
@@ -39,15 +42,24 @@ class RunFolderError(FileExistsError, ValueError):
     """A folder cannot be used for this run. The message names it and says what to do."""
 
 
-def check_run_folder(run_dir: str | Path, config: Config, *, resume: bool) -> None:
+def check_run_folder(run_dir: str | Path, config: Config, *, resume: bool, writes: bool = True) -> None:
     """Checks a folder without writing anything, so that it can be called before anything slow.
 
+    Args:
+        writes: False for a process that reads what another one writes.
+
     Raises:
-        RunFolderError: the folder holds a run and resume is false; it holds a run with other settings; it is not a folder.
+        RunFolderError: the folder holds a run and resume is false; it holds a run with other settings; it is not a folder; or
+            another process writes to it.
     """
     path = Path(run_dir)
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path} is a file, not a folder: choose another train.run_dir")
+    if writes:
+        try:
+            check_unlocked(path)
+        except LockedError as error:
+            raise RunFolderError(str(error)) from error
     if not holds_run(path):
         return
     if not resume:
@@ -83,6 +95,11 @@ def may_change(line: str, config: Config) -> bool:
 
 def holds_run(path: Path) -> bool:
     """Whether a folder contains something that could be lost: a finished step, a checkpoint or a summary."""
-    metrics, checkpoints = path / "metrics.jsonl", path / "checkpoints"
-    saved = checkpoints.is_dir() and any(entry.name.isdigit() for entry in checkpoints.iterdir())
-    return saved or (path / "summary.json").exists() or (metrics.is_file() and metrics.stat().st_size > 0)
+    metrics = path / "metrics.jsonl"
+    return holds_checkpoint(path) or (path / "summary.json").exists() or (metrics.is_file() and metrics.stat().st_size > 0)
+
+
+def holds_checkpoint(path: Path) -> bool:
+    """Whether a run folder contains a checkpoint, be it a damaged one."""
+    checkpoints = path / "checkpoints"
+    return checkpoints.is_dir() and any(entry.name.partition(".damaged")[0].isdecimal() for entry in checkpoints.iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -43,6 +44,8 @@ def load_run(run_dir: str | Path) -> tuple[Config, Policy]:
     config = Config.from_yaml(folder / "config.yaml")
     with Checkpointer(folder / "checkpoints", keep=None) as checkpoints:
         values = checkpoints.host()
+        for line in checkpoints.damaged:
+            print(f"warning: {line}; an older checkpoint is read", file=sys.stderr)
         lora = None if values["lora"] is None else LoraConfig(**values["lora"])
         source = values["model"] if Path(values["model"]).is_dir() else values["name"]
         mesh = available_mesh(config, read_folder_spec(find_model(source)))

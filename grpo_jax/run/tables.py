@@ -223,6 +223,8 @@ def report_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
             rows.append((name, f"{first:.3f} -> {last:.3f}  (means of the first and the last steps)"))
     if summary.get("kl_divergence_last") is not None:
         rows.append(("KL to the reference", f"{summary['kl_divergence_last']:.4f} nats a token  (mean of the last steps)"))
+    if summary.get("skipped_steps"):
+        rows.append(("skipped steps", f"{summary['skipped_steps']}  (loss or gradient not finite, no update)"))
     rows.append(("time", f"{duration(summary['seconds'])} for {summary['steps']} steps"))
     return rows
 

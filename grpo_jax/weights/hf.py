@@ -18,6 +18,7 @@ import numpy as np
 
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelError, ModelSpec, param_specs
+from grpo_jax.weights.finite import all_finite
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Names of constants that old checkpoints store next to the weights; they are computed from config.json instead.
@@ -195,6 +196,15 @@ def open_shard(file: Path, safe_open: Any) -> Iterator[Any]:
         raise ModelError(f"{file} is broken ({error}); download it again") from error
 
 
+def require_finite(file: Path, name: str, values: np.ndarray) -> None:
+    """Raises ModelError where a tensor of a file contains NaN or infinity."""
+    if not all_finite(values):
+        raise ModelError(
+            f"{file}: tensor {name} contains NaN or infinity, and so would every result; download the file again, or take weights "
+            "from before the training that broke them"
+        )
+
+
 class TensorFiles:
     """The open safetensors files of a folder, read by slices.
 
@@ -225,9 +235,11 @@ class TensorFiles:
         return tuple(self._shards[self.files[name]].get_slice(name).get_shape())
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """Reads part of a tensor, or all of it."""
+        """Reads part of a tensor, or all of it; ModelError where it contains NaN or infinity."""
         index = tuple(slice(None) for _ in self.shape(name)) if index is None else index
-        return self._shards[self.files[name]].get_slice(name)[index]
+        values = self._shards[self.files[name]].get_slice(name)[index]
+        require_finite(self.folder / self.files[name], name, values)
+        return values
 
 
 def check_tensors(folder: Path, spec: ModelSpec, files: TensorFiles) -> None:

@@ -25,7 +25,7 @@ from grpo_jax.config.checks import require
 from grpo_jax.config.sections import LINEAR_TARGETS
 from grpo_jax.models.spec import ModelError, ModelSpec, flatten, lora_specs, nest
 from grpo_jax.types import Params
-from grpo_jax.weights.hf import find_folder, module_path, module_paths, open_shard, read_json
+from grpo_jax.weights.hf import find_folder, module_path, module_paths, open_shard, read_json, require_finite
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Settings of a PEFT config that are not supported, with the values that mean "not used".
@@ -150,6 +150,7 @@ def load_adapter(source: str | Path, spec: ModelSpec) -> tuple[Params, LoraConfi
                     f"{folder}: tensor {name} is missing: the adapter does not cover every layer of this {spec.layers}-layer model"
                 )
             tensor = tensors.pop(name)
+            require_finite(folder / ADAPTER_WEIGHTS, name, tensor)
             expected = (p.shape[-1], p.shape[-2])
             if tensor.shape != expected:
                 raise ModelError(

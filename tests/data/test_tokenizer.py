@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -181,3 +182,31 @@ assert dict(os.environ) == before
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert result.stdout.strip() == "[1, 5]"
     assert result.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "vocabulary", "stop", "said"),
+    [
+        ("one two three", 7, 2, "token id 7 ('three') is beyond the model's vocabulary, which has 7 ids by its config.json"),
+        ("one two three", 9, 9, "token id 9 is beyond"),
+        ("one two three", 9, 10**12, "token id 1000000000000 is beyond"),
+        ("one two three", 9, -5, "token id -5 is beyond"),
+    ],
+)
+def test_ids_beyond_the_models_vocabulary_are_refused_while_reading(
+    tmp_path: Path, words: str, vocabulary: int, stop: int, said: str
+) -> None:
+    tokenizer = word_tokenizer(words)  # ids 0 to 4 are special, 5 to 7 words, 8 is <unk>
+    folder = save_folder(tokenizer, tmp_path, config={"vocab_size": vocabulary}, generation_config={"eos_token_id": stop})
+    with pytest.raises(TokenizerError, match=re.escape(said)):
+        Tokenizer.from_folder(folder)
+
+
+def test_an_added_token_beyond_the_models_vocabulary_is_refused_where_a_text_has_it(tmp_path: Path) -> None:
+    hf = word_tokenizer("one two three")
+    hf.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    folder = save_folder(hf, tmp_path, config={"text_config": {"vocab_size": 9}})
+    tokenizer = load(folder)
+    assert tokenizer.encode_text("one two") == [5, 6]
+    with pytest.raises(TokenizerError, match=r"token id 9 \('<image>'\) is beyond"):
+        tokenizer.encode_prompt("one <image>", chat=False)

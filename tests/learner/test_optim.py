@@ -12,7 +12,8 @@ import optax
 import pytest
 
 from grpo_jax.config import ConfigError, OptimConfig
-from grpo_jax.learner.optim import decay_mask, learning_rate_at, make_optimizer
+from grpo_jax.learner.optim import SKIPPED, apply_gradient, decay_mask, learning_rate_at, make_optimizer
+from grpo_jax.types import TrainState
 
 
 def parameters(dtype: Any = jnp.float32) -> dict[str, Any]:
@@ -171,3 +172,40 @@ def test_warm_up_counts_training_steps_where_a_step_has_several_updates() -> Non
     np.testing.assert_allclose(rates, [0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6], rtol=1e-6)
     with pytest.raises(ConfigError, match=r"optim\.warmup_steps is 2: use fewer than the 2 training steps"):
         make_optimizer(optim, 6, 3)
+
+
+def contents(state: TrainState) -> list[tuple[str, bytes]]:
+    return [(str(leaf.dtype), np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(state)]
+
+
+@pytest.mark.parametrize(
+    ("poison", "loss", "norm"),
+    [
+        (np.nan, 0.5, np.nan),
+        (np.inf, 0.5, np.inf),
+        (-np.inf, 0.5, np.inf),
+        (3e38, 0.5, np.inf),
+        (1.0, np.nan, None),
+        (1.0, -np.inf, None),
+    ],
+)
+def test_what_is_not_finite_leaves_the_state_as_if_the_step_had_not_been(poison: float, loss: float, norm: float | None):
+    optim = OptimConfig(learning_rate=0.1, schedule="cosine", warmup_steps=1, weight_decay=0.1)
+    optimizer = make_optimizer(optim, 6)
+    update = jax.jit(lambda state, gradient, loss: apply_gradient(optimizer, state, gradient, loss))
+    params = parameters()
+    rng = np.random.default_rng(2)
+    good = [jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype), params) for _ in range(2)]
+    bad = jax.tree.map(jnp.copy, good[1])
+    bad["layers"]["kernel"] = bad["layers"]["kernel"].at[1, 2, 3].set(poison)
+    first, metrics = update(TrainState(jnp.int32(0), params, optimizer.init(params)), good[0], jnp.float32(1))
+    assert metrics[SKIPPED] == 0
+    skipped, metrics = update(first, bad, jnp.float32(loss))
+    assert contents(skipped) == contents(first)
+    assert metrics[SKIPPED] == 1
+    if norm is not None:
+        np.testing.assert_equal(float(metrics["grad_norm"]), norm)
+    after, expected = update(skipped, good[1], jnp.float32(1))[0], update(first, good[1], jnp.float32(1))[0]
+    assert contents(after) == contents(expected)
+    assert contents(after) != contents(first)
+    assert int(after.step) == 2

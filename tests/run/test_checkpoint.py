@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,8 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax.run.checkpoint import Checkpointer, CheckpointError
+from grpo_jax.run.checkpoint import COMMIT_FILES, Checkpointer, CheckpointError
+from grpo_jax.run.digests import DIGESTS, read_digests
 from grpo_jax.types import TrainState
 
 HOST = {"next_row": 80, "slots": 16, "note": "übung", "nested": {"buckets": [32, 64]}}
@@ -160,42 +164,127 @@ def test_a_save_that_was_killed_is_not_used(tmp_path: Path) -> None:
         assert checkpoints.host() == {"n": 22}
 
 
-def test_a_checkpoint_that_lost_its_host_values_is_skipped_and_replaced(tmp_path: Path) -> None:
+def test_a_checkpoint_that_lost_its_host_values_is_kept_under_another_name_and_skipped(tmp_path: Path) -> None:
     with Checkpointer(tmp_path, keep=3) as checkpoints:
         checkpoints.save(1, make_state(step=1), {"n": 1})
         checkpoints.save(5, make_state(step=5), {"n": 5})
     shutil.rmtree(tmp_path / "5" / "host")
     with Checkpointer(tmp_path, keep=3) as checkpoints:
+        with pytest.raises(CheckpointError, match=r"5/host/\S+ is damaged: the file is missing"):
+            checkpoints.restore(abstract(make_state()), 5)
         assert checkpoints.latest_step() == 1
         restored, _ = checkpoints.restore(abstract(make_state()))
         assert int(restored["step"]) == 1
-        with pytest.raises(CheckpointError, match=r"5 cannot be read .*remove that folder"):
-            checkpoints.restore(abstract(make_state()), 5)
-        checkpoints.save(3, restored, {"n": 3})
-        checkpoints.wait()
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "3"]
+        checkpoints.save(5, restored, {"n": 55})
+        assert checkpoints.latest_step() == 5
+        assert checkpoints.host() == {"n": 55}
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "5", "5.damaged"]
+        assert [line.partition("; ")[2] for line in checkpoints.damaged] == ["the checkpoint is kept as 5.damaged"]
 
 
-@pytest.mark.parametrize("damage", ["remove", "truncate", "change"])
-def test_damaged_arrays_raise(tmp_path: Path, damage: str) -> None:
-    state = {"w": jax.random.normal(jax.random.key(0), (5000,))}
-    with Checkpointer(tmp_path, keep=3) as checkpoints:
-        checkpoints.save(5, state, {})
-    files = [path for path in (tmp_path / "5" / "state").rglob("d/*") if path.is_file()]
-    for path in files:
-        if damage == "remove":
-            path.unlink()
-        elif damage == "truncate":
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        else:
-            content = bytearray(path.read_bytes())
-            content[len(content) // 2] ^= 0xFF
-            path.write_bytes(bytes(content))
-    with (
-        Checkpointer(tmp_path, keep=3) as checkpoints,
-        pytest.raises(CheckpointError, match=r"5 cannot be read .*remove that folder"),
-    ):
-        checkpoints.restore(abstract(state))
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with checkpoints of steps 1 and 5."""
+    folder = tmp_path_factory.mktemp("two")
+    with Checkpointer(folder, keep=2) as checkpoints:
+        checkpoints.save(1, make_state(step=1), {"n": 1})
+        checkpoints.save(5, make_state(step=5), {"n": 5})
+    return folder
+
+
+def names_of_files(step: Path) -> list[str]:
+    return sorted(str(path.relative_to(step)) for path in step.rglob("*") if path.is_file())
+
+
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def restored_step(folder: Path) -> tuple[int, list[str]]:
+    """The step that is resumed from, checked bit for bit, and the lines about damaged checkpoints."""
+    with Checkpointer(folder, keep=2) as checkpoints:
+        step = checkpoints.latest_step()
+        assert step is not None
+        restored, host = checkpoints.restore(abstract(make_state()))
+        assert to_bytes(restored) == to_bytes(make_state(step=step))
+        assert host == {"n": step}
+        return step, checkpoints.damaged
+
+
+def test_undamaged_checkpoints_are_not_called_damaged(two_checkpoints: Path) -> None:
+    assert restored_step(two_checkpoints) == (5, [])
+    files = read_digests(two_checkpoints / "5")
+    assert sorted(files) == sorted(set(names_of_files(two_checkpoints / "5")) - {*COMMIT_FILES, DIGESTS})
+    content = (two_checkpoints / "5/host/metadata").read_bytes()
+    assert files["host/metadata"] == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+
+
+def test_every_flipped_bit_is_found_and_the_checkpoint_before_it_taken(two_checkpoints: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for number, name in enumerate(2 * names_of_files(two_checkpoints / "5")):
+        folder = tmp_path / str(number)
+        shutil.copytree(two_checkpoints, folder)
+        flip(folder / "5" / name, int(random.integers(8 * (folder / "5" / name).stat().st_size)))
+        step, damaged = restored_step(folder)
+        if name in COMMIT_FILES:  # nothing is read from them: the arrays are those that were saved
+            assert (step, damaged) == (5, [])
+            continue
+        assert step == 1, name
+        assert len(damaged) == 1
+        assert damaged[0].startswith(f"{folder / '5' / name} is damaged: ")
+        assert names_of_files(folder / "5.damaged") == names_of_files(two_checkpoints / "5")
+
+
+@pytest.mark.parametrize("damage", [truncate, Path.unlink])
+def test_every_truncated_or_deleted_file_is_found(two_checkpoints: Path, tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    for number, name in enumerate(names_of_files(two_checkpoints / "5")):
+        folder = tmp_path / str(number)
+        shutil.copytree(two_checkpoints, folder)
+        damage(folder / "5" / name)
+        step, damaged = restored_step(folder)
+        assert (step, len(damaged)) in ([(1, 1), (5, 0)] if name in COMMIT_FILES else [(1, 1)]), name
+
+
+def test_a_run_with_only_damaged_checkpoints_does_not_start_over(two_checkpoints: Path, tmp_path: Path) -> None:
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
+    for step in (1, 5):
+        (tmp_path / str(step) / "digests.json").unlink()
+    for _ in range(2):  # the second time both have their new names
+        with (
+            Checkpointer(tmp_path, keep=2) as checkpoints,
+            pytest.raises(CheckpointError, match=r"every checkpoint .*start at step 0"),
+        ):
+            checkpoints.latest_step()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1.damaged", "5.damaged"]
+
+
+def test_storage_that_cannot_be_read_is_an_error_and_no_damage(
+    two_checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
+
+    def refuse(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("grpo_jax.run.digests.file_digest", refuse)
+    with Checkpointer(tmp_path, keep=2) as checkpoints, pytest.raises(CheckpointError, match="Permission denied"):
+        checkpoints.latest_step()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "5"]
+
+
+def test_reading_only_leaves_a_damaged_checkpoint_where_it_is(two_checkpoints: Path, tmp_path: Path) -> None:
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
+    truncate(tmp_path / "5" / "state" / "_METADATA")
+    with Checkpointer(tmp_path, keep=None) as checkpoints:
+        assert checkpoints.host() == {"n": 1}
+        assert checkpoints.damaged[0].startswith(f"{tmp_path / '5/state/_METADATA'} is damaged: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "5"]
 
 
 def test_a_state_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tiny_tokenizers import CHATML, byte_tokenizer, save_folder
 
 from goldens.weights import tensor
 from grpo_jax.config import Config
+from grpo_jax.run.checkpoint import Checkpointer
 from grpo_jax.trainer import TrainResult, train
 
 STOPS = [4, *range(201, 261)]
@@ -163,6 +164,13 @@ def expected_advantages(rewards: np.ndarray) -> np.ndarray:
     groups = np.asarray(rewards, np.float64).reshape(-1, G)
     mean, std = groups.mean(axis=1, keepdims=True), groups.std(axis=1, ddof=1, keepdims=True)
     return np.where(std > 0, (groups - mean) / (std + 1e-4), 0.0).reshape(-1)
+
+
+def saved_weights(run_dir: Path, step: int | None = None) -> Any:
+    """The trained arrays in a checkpoint of a run; None is the newest one."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with Checkpointer(run_dir / "checkpoints", keep=None) as checkpoints:
+        return checkpoints.restore_part("trainable", lambda tree: jax.tree.map(lambda _: device, tree), step)
 
 
 def records(path: Path) -> list[dict[str, Any]]:

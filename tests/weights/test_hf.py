@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from goldens.folders import build_model_folder, model_tensors
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.spec import ModelError, flatten, init_params, param_specs
+from grpo_jax.weights.finite import all_finite
 from grpo_jax.weights.hf import INDEX, WEIGHTS, find_model, read_folder_spec, tensor_names
 from grpo_jax.weights.loading import load_params
 
@@ -344,3 +345,33 @@ def test_a_folder_may_be_removed_after_loading(tmp_path: Path) -> None:
     before = np.asarray(params["embed"]["embedding"]).copy()
     shutil.rmtree(folder)
     assert np.array_equal(params["embed"]["embedding"], before)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_nan_and_infinity_are_found_while_reading(tmp_path: Path, dtype: str, value: float) -> None:
+    folder = build_model_folder(tmp_path, "llama2")
+
+    def change(tensors: dict[str, np.ndarray]) -> None:
+        tensors |= {name: tensor.astype(jnp.dtype(dtype)) for name, tensor in tensors.items()}
+        tensors[BROKEN_TENSOR][3, 5] = value
+
+    rewrite(folder, change)
+    with pytest.raises(ModelError, match=rf"model\.safetensors: tensor {BROKEN_TENSOR} contains NaN or infinity"):
+        load(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64", "float8_e4m3fn", "float8_e5m2", "int8"])
+def test_finite_values_are_told_from_others_in_every_format(dtype: str) -> None:
+    """Every pattern of 16 bits, and those of the wider formats with the same first 16 bits; NumPy judges after widening."""
+    size = jnp.dtype(dtype).itemsize
+    patterns = np.arange(2 ** min(16, 8 * size), dtype=np.uint64) << np.uint64(8 * size - min(16, 8 * size))
+    values = patterns.astype(f"uint{8 * size}").view(jnp.dtype(dtype))
+    with np.errstate(invalid="ignore"):  # NumPy warns of signalling NaN
+        expected = np.isfinite(values.astype(np.float64)).tolist()
+    assert [all_finite(values[i : i + 1]) for i in range(values.size)] == expected
+    long = np.zeros(600_000, jnp.dtype(dtype))
+    assert all_finite(long)
+    if not all(expected):
+        long[555_555] = values[expected.index(False)]
+        assert not all_finite(long.reshape(600, 1000).T)

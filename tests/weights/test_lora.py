@@ -205,3 +205,13 @@ def test_an_adapter_may_be_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     jax.tree.map(np.testing.assert_array_equal, adapters, local)
     with pytest.raises(ModelError, match=r"lora\.adapter: './nothing' is not a folder"):
         load_adapter("./nothing", spec)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_nan_and_infinity_in_an_adapter_are_found_while_reading(tmp_path: Path, value: float) -> None:
+    folder = build_adapter_folder(tmp_path, ADAPTER)
+    tensors = load_file(folder / WEIGHTS)
+    tensors[FIRST][1, 1] = value
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(ModelError, match=rf"{WEIGHTS}: tensor {FIRST} contains NaN or infinity"):
+        load_adapter(folder, spec_of("llama3_scaled"))
