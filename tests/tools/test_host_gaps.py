@@ -1,0 +1,80 @@
+"""Host gaps: the union of intervals worked out by hand, and calls that are at work, or not, for a known time."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from grpo_jax.runtime.programs import Program
+from grpo_jax.tools.bench.host_gaps import CallTimes, busy_seconds
+
+LATE = 0.1
+"""Seconds by which the thread that waits may be late on a busy machine."""
+
+
+def test_the_union_of_intervals() -> None:
+    assert busy_seconds([]) == 0
+    assert busy_seconds([(1, 3), (5, 6)]) == 3
+    assert busy_seconds([(5, 6), (1, 3), (2, 4), (2, 2.5)]) == 4  # 1 to 4, and 5 to 6
+    assert busy_seconds([(0, 10), (3, 4), (9, 12)]) == 12
+
+
+def slow(seconds: float) -> Program:
+    """A program that takes so long on its device, and returns twice its argument."""
+
+    def wait(x: np.ndarray) -> np.ndarray:
+        time.sleep(seconds)
+        return 2 * np.asarray(x)
+
+    return Program("slow", lambda x: jax.pure_callback(wait, jax.ShapeDtypeStruct(x.shape, x.dtype), x))
+
+
+def test_time_between_calls_is_a_gap_and_time_within_them_is_not() -> None:
+    program, x = slow(0.2), jnp.ones((4,))
+    jax.block_until_ready(program(x))
+    with CallTimes([program]) as times:
+        start = time.perf_counter()
+        for _ in range(2):
+            np.testing.assert_array_equal(jax.device_get(program(x)), [2, 2, 2, 2])
+            time.sleep(0.3)
+        wall = time.perf_counter() - start
+        intervals = times.take()
+        assert len(intervals) == 2
+        assert all(ended - begun >= 0.2 for begun, ended in intervals)
+        assert busy_seconds(intervals) >= 2 * 0.2
+        assert wall - busy_seconds(intervals) >= 2 * (0.3 - LATE)
+        assert times.take() == []
+
+
+def test_what_the_host_does_while_a_device_works_is_no_gap() -> None:
+    program, x = slow(0.4), jnp.ones((4,))
+    jax.block_until_ready(program(x))
+    with CallTimes([program]) as times:
+        start = time.perf_counter()
+        result = program(x)
+        time.sleep(0.2)
+        jax.block_until_ready(result)
+        wall = time.perf_counter() - start
+        assert wall - busy_seconds(times.take()) < LATE
+
+
+def test_results_whose_memory_a_later_call_has_taken_are_not_waited_for() -> None:
+    program = Program("add", lambda x: x + 1, donate=(0,))
+    with CallTimes([program]) as times:
+        x = jnp.zeros((1000,))
+        for _ in range(50):
+            x = program(x)
+        assert len(times.take()) == 50
+    np.testing.assert_array_equal(x, np.full(1000, 50))
+
+
+def test_nothing_is_recorded_afterwards() -> None:
+    program = slow(0)
+    with CallTimes([program]) as times:
+        pass
+    program(jnp.ones((4,)))
+    assert program.observe is None
+    assert times._queue.empty()
