@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,9 @@ LATE = 0.1
 
 def test_the_union_of_intervals() -> None:
     assert busy_seconds([]) == 0
-    assert busy_seconds([(1, 3), (5, 6)]) == 3
-    assert busy_seconds([(5, 6), (1, 3), (2, 4), (2, 2.5)]) == 4  # 1 to 4, and 5 to 6
-    assert busy_seconds([(0, 10), (3, 4), (9, 12)]) == 12
+    assert busy_seconds([(1.0, 3.0), (5.0, 6.0)]) == 3
+    assert busy_seconds([(5.0, 6.0), (1.0, 3.0), (2.0, 4.0), (2.0, 2.5)]) == 4  # 1 to 4, and 5 to 6
+    assert busy_seconds([(0.0, 10.0), (3.0, 4.0), (9.0, 12.0)]) == 12
 
 
 def slow(seconds: float) -> Program:
@@ -49,16 +50,31 @@ def test_time_between_calls_is_a_gap_and_time_within_them_is_not() -> None:
         assert times.take() == []
 
 
+@dataclass(frozen=True)
+class Pending:
+    """A stand-in for an array that a device is still computing."""
+
+    ready_at: float
+
+    def block_until_ready(self) -> None:
+        time.sleep(max(0.0, self.ready_at - time.perf_counter()))
+
+
 def test_what_the_host_does_while_a_device_works_is_no_gap() -> None:
-    program, x = slow(0.4), jnp.ones((4,))
-    jax.block_until_ready(program(x))
+    """Small programs run within their call on a CPU, so the calls are made up: two that overlap, and one after a gap."""
+    program = slow(0)
     with CallTimes([program]) as times:
+        observe = program.observe
+        assert observe is not None
         start = time.perf_counter()
-        result = program(x)
-        time.sleep(0.2)
-        jax.block_until_ready(result)
-        wall = time.perf_counter() - start
-        assert wall - busy_seconds(times.take()) < LATE
+        observe(start, [Pending(start + 0.3)])
+        observe(start + 0.1, [Pending(start + 0.5)])
+        time.sleep(0.7)
+        observe(start + 0.7, [Pending(start + 0.9)])
+        intervals = times.take()
+    busy = busy_seconds(intervals)
+    assert [round(begun - start, 6) for begun, _ in intervals] == [0.0, 0.1, 0.7]
+    assert 0.5 + 0.2 <= busy < 0.5 + 0.2 + LATE
 
 
 def test_results_whose_memory_a_later_call_has_taken_are_not_waited_for() -> None:
