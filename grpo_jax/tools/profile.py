@@ -59,7 +59,7 @@ def profile(
     display = begin(config, sources, resume=False)
     step = GrpoStep.read(config, None, None, None, [], display)
     state: Any = step.learner.init(step.policy.trainable())
-    with display.busy("compiling"):
+    with display.busy("compiling the programs of a run"):
         ahead = CompileAhead()
         ahead.start(step.future_calls(state))
         ahead.wait()

@@ -13,13 +13,19 @@ from grpo_jax.tools.bench.kernels import TokenKernels, count_kernels
 
 
 def counted(folder: Path, layers: int, lora_rank: int = 16) -> TokenKernels:
-    """Counts the kernels of a random model."""
+    """Counts the kernels of a random model, in bfloat16: in float32 a rollout adds adapters to the weights."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG | {"num_hidden_layers": layers}))
-    bench = BenchOptions(
-        model=str(folder), prompts=2, num_generations=2, prompt_length=16, completion_length=64, lora_rank=lora_rank
+    options = BenchOptions(
+        model=str(folder),
+        prompts=2,
+        num_generations=2,
+        prompt_length=16,
+        completion_length=64,
+        dtype="bfloat16",
+        lora_rank=lora_rank,
     )
-    config = bench.config()
+    config = options.config()
     policy, _ = bench_policy(config)
     found = count_kernels(config, policy, policy.sampler, (16,))
     assert isinstance(found, TokenKernels), found

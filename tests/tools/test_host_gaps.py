@@ -77,6 +77,21 @@ def test_what_the_host_does_while_a_device_works_is_no_gap() -> None:
     assert 0.5 + 0.2 <= busy < 0.5 + 0.2 + LATE
 
 
+def test_gaps_of_few_milliseconds_are_seen() -> None:
+    """The host computes in Python for 4 ms after each call, less than a thread of Python usually waits for another one."""
+    program, x = slow(0), jnp.ones((4,))
+    jax.block_until_ready(program(x))
+    with CallTimes([program]) as times:
+        start = time.perf_counter()
+        for _ in range(25):
+            jax.block_until_ready(program(x))
+            until = time.perf_counter() + 0.004
+            while time.perf_counter() < until:
+                pass
+        wall = time.perf_counter() - start
+        assert wall - busy_seconds(times.take()) > 25 * 0.004 / 2
+
+
 def test_results_whose_memory_a_later_call_has_taken_are_not_waited_for() -> None:
     program = Program("add", lambda x: x + 1, donate=(0,))
     with CallTimes([program]) as times:

@@ -5,12 +5,14 @@ as at work from the moment that it is called until its results are ready; a thre
 as always. What is left of the rollout's seconds are the gaps: before the first call, between one program's results and the next
 call, and after the last results.
 
-Two things are not in them. The time that the host takes within a call, before the device starts, counts as work of the program.
-And so do pauses between the kernels of one program: a trace (`grpo-jax profile`) shows those.
+The gaps are a lower bound. The time that the host takes within a call, before the device starts, counts as work of the program.
+So do pauses between the kernels of one program, which a trace (`grpo-jax profile`) shows. And the thread sees results late, by
+about a tenth of a millisecond.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -20,6 +22,10 @@ from typing import Any
 import jax
 
 from grpo_jax.runtime.programs import Program
+
+SWITCH_SECONDS = 5e-5
+"""After this time a thread of Python lets another one run. With Python's own 5 ms the thread that waits for results would learn of
+them after most gaps were over."""
 
 Interval = tuple[float, float]
 """Start and end, in seconds by `time.perf_counter`."""
@@ -38,9 +44,12 @@ class CallTimes:
         self._programs = tuple(programs)
         self._queue: SimpleQueue[tuple[float, list[Any]] | threading.Event | None] = SimpleQueue()
         self._intervals: list[Interval] = []
+        self._switch_seconds = 0.0
         self._thread = threading.Thread(target=self._wait_for_results, name="call times", daemon=True)
 
     def __enter__(self) -> CallTimes:
+        self._switch_seconds = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_SECONDS)
         for program in self._programs:
             program.observe = self._called
         self._thread.start()
@@ -49,6 +58,7 @@ class CallTimes:
     def __exit__(self, *_: object) -> None:
         for program in self._programs:
             program.observe = None
+        sys.setswitchinterval(self._switch_seconds)
         self._queue.put(None)
         self._thread.join()
 
