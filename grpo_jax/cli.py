@@ -1,4 +1,4 @@
-"""The command line: `grpo-jax train | sft | eval | generate | export | plan | bench | quickstart`.
+"""The command line: `grpo-jax train | sft | eval | generate | export | plan | bench | profile | quickstart`.
 
 Each command parses its options, builds the config and calls one function of the package. JAX is imported when a command runs,
 never for `--help`. Every setting is an option `--section.field`, whose help is the entry in the section's docstring. Exit status:
@@ -161,7 +161,10 @@ def plan(arguments: argparse.Namespace) -> None:
 def bench(arguments: argparse.Namespace) -> None:
     """`grpo-jax bench`."""
     import json
+    import os
 
+    if os.environ.get("JAX_PLATFORMS") == "cpu":  # compiling for a GPU, to count kernels, needs neither driver nor CUDA's libraries
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     from grpo_jax.run.display import Display
     from grpo_jax.tools.bench import BenchOptions, rows_of
     from grpo_jax.tools.bench import bench as run
@@ -178,8 +181,17 @@ def bench(arguments: argparse.Namespace) -> None:
 BENCH_OPTIONS = (
     "model", "prompts", "num_generations", "prompt_length", "completion_length", "steps", "lora_rank", "slots", "segment", "refill",
     "capacity", "kv_dtype", "dtype", "remat", "micro_batch_prompts",
-    "micro_batch_tokens", "ragged",
+    "micro_batch_tokens", "ragged", "lengths", "prompt_lengths",
 )  # fmt: skip
+
+
+def profile(arguments: argparse.Namespace) -> None:
+    """`grpo-jax profile`."""
+    loaded = loaded_settings(arguments)
+    from grpo_jax.tools.profile import profile as run
+
+    names = ("steps", "warmup_steps", "python")
+    run(loaded.config, arguments.out, sources=loaded.sources, **{name: vars(arguments)[name] for name in names})
 
 
 def loaded_settings(arguments: argparse.Namespace) -> Loaded:
@@ -283,7 +295,26 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--micro_batch_prompts", type=positive, metavar="B", help="as train.micro_batch_prompts")
     made.add_argument("--micro_batch_tokens", type=positive, metavar="T", help="as train.micro_batch_tokens")
     made.add_argument("--ragged", action="store_true", help="lengths from a heavy tail, with a mean of a quarter of the longest")
+    made.add_argument(
+        "--lengths",
+        metavar="FILE",
+        help="lengths of completions, up to --completion_length: one number a line, a JSON list, or a run's completions.jsonl",
+    )
+    made.add_argument(
+        "--prompt_lengths",
+        metavar="FILE",
+        help="lengths of prompts, up to --prompt_length: one number a line, or a JSON list",
+    )
     made.add_argument("--json", action="store_true", help="one line of JSON, last on standard output")
+
+    made = command("profile", profile, "trace some steps of a training run for TensorBoard and Perfetto")
+    made.usage = "grpo-jax profile [--config FILE.yaml] [--section.field VALUE ...] [--steps 3] [--out DIR]"
+    made.add_argument("--config", metavar="FILE.yaml", help="settings of the run, as for train; the options below win over it")
+    made.add_argument("--steps", type=positive, default=3, metavar="N", help="traced steps (default 3)")
+    made.add_argument("--warmup_steps", type=positive, default=2, metavar="N", help="steps before them (default 2)")
+    made.add_argument("--out", default="runs/profile", metavar="DIR", help="folder of traces (default runs/profile)")
+    made.add_argument("--python", action="store_true", help="trace calls of Python functions too, which slows the host down")
+    add_settings(made)
 
     made = command("quickstart", quickstart, "make a small model and task, warm it up, and watch GRPO improve it")
     made.add_argument("--run_dir", default="runs/quickstart", metavar="DIR", help="default runs/quickstart")

@@ -79,7 +79,8 @@ class RecordsCallback(Callback):
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any], completions: StepCompletions | None) -> None:
         if completions is not None:
-            self.folder.write_completions(trainer.steps_done, *completion_columns(completions))
+            lengths = [len(ids) for ids in completions.ids]
+            self.folder.write_completions(trainer.steps_done, *completion_columns(completions), lengths=lengths)
         self.folder.write_step(trainer.steps_done, metrics)
 
     def on_evaluate(self, trainer: Trainer, metrics: dict[str, Any]) -> None:

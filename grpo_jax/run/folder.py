@@ -4,7 +4,8 @@
     settings.json       every setting with its value and its source
     metrics.jsonl       one object a step: {"step": 1, "reward/mean": 0.4, ...}; null is a number that is not finite
     evaluations.jsonl   one object an evaluation: {"step": 0, "accuracy": 0.41, "problems": 256}
-    completions.jsonl   one object a completion: step, prompt, completion, rewards by function, advantage, finish_reason
+    completions.jsonl   one object a completion: step, prompt, completion, rewards by function, advantage, finish_reason,
+                        completion_tokens
     tensorboard/        the same metrics for TensorBoard
     run.lock            who writes to the folder now
     checkpoints/        written by `grpo_jax.run.checkpoint`
@@ -175,6 +176,8 @@ class RunFolder:
         rewards: Mapping[str, Column],
         advantages: Column,
         finish_reasons: Sequence[str],
+        *,
+        lengths: Sequence[int],
     ) -> None:
         """Writes the completions of a step.
 
@@ -185,11 +188,12 @@ class RunFolder:
             rewards: N values by function; NaN is stored as null.
             advantages: N values.
             finish_reasons: N of "stop" or "length".
+            lengths: N, in tokens, with the stop token.
         """
         if not self.writes:
             return
         group = len(completions) // len(prompts)
-        rows = zip(completions, advantages, finish_reasons, strict=True)
+        rows = zip(completions, advantages, finish_reasons, lengths, strict=True)
         self._completions.append(
             *(
                 {
@@ -199,8 +203,9 @@ class RunFolder:
                     "rewards": {name: values[row] for name, values in rewards.items()},
                     "advantage": advantage,
                     "finish_reason": reason,
+                    "completion_tokens": length,
                 }
-                for row, (completion, advantage, reason) in enumerate(rows)
+                for row, (completion, advantage, reason, length) in enumerate(rows)
             )
         )
 

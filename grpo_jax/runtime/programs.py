@@ -25,6 +25,10 @@ Announce = Callable[[str], AbstractContextManager[Any]]
 """Makes the context in which a program of this name is compiled."""
 
 
+Observe = Callable[[float, Any], None]
+"""Is told when a call began, by `time.perf_counter`, and its results, which may not be computed yet."""
+
+
 @contextlib.contextmanager
 def no_announcement(_: str) -> Iterator[None]:
     """Announces no compilation."""
@@ -41,6 +45,7 @@ class Program:
         donate: Positions of the arguments whose memory the result may reuse.
         announce: Makes a context manager that is entered around each compilation.
         options: Options of XLA's compiler.
+        observe: Called after each call, for measurements.
         compile_seconds: Seconds spent on compiling so far, in all threads together.
         waited_seconds: Seconds that calls have waited for a compilation: their own, or one in the background.
     """
@@ -50,6 +55,7 @@ class Program:
     donate: tuple[int, ...] = ()
     announce: Announce = no_announcement
     options: dict[str, Any] = field(default_factory=dict)
+    observe: Observe | None = None
     compile_seconds: float = 0.0
     waited_seconds: float = 0.0
     _compiled: dict[Any, Any] = field(default_factory=dict)
@@ -62,13 +68,22 @@ class Program:
         """How many times it was compiled."""
         return len(self._compiled)
 
+    @property
+    def executables(self) -> list[Any]:
+        """Everything compiled so far, as `jax.stages.Compiled`."""
+        return list(self._compiled.values())
+
     def __call__(self, *arguments: Any, **static: Any) -> Any:
         """Runs the function; compiles it first where these shapes or static arguments are new."""
         run = self.compiled(*arguments, **static)
         if any(map(may_be_refused, jax.tree.leaves(arguments))):
             run = self._jitted[id(run)]  # compiled already: JAX keeps one program for both
-        with jax.transfer_guard("disallow"):
-            return run(*arguments)
+        begun = time.perf_counter()
+        with jax.transfer_guard("disallow"), jax.profiler.TraceAnnotation(self.name):
+            results = run(*arguments)
+        if self.observe is not None:
+            self.observe(begun, results)
+        return results
 
     def compiled(self, *arguments: Any, options: dict[str, Any] | None = None, **static: Any) -> Any:
         """Returns the compiled function for arguments of these shapes: arrays, or `jax.ShapeDtypeStruct` with shardings.

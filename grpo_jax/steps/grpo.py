@@ -127,9 +127,7 @@ class GrpoStep:
             fit = fit_run(with_widest_prompts(config, source), policy, frozen, display, problems, make_learner, lengths)
             kl = Program("KL to the reference", fit.learner.kl_sums, announce=display.compiling)
             config = replace(config, train=fit.config.train, rollout=replace(config.rollout, slots=fit.config.rollout.slots))
-            return GrpoStep(
-                config, policy, source, functions, fit.sampler, fit.learner, fit.sizes, fit.update, kl, frozen, display
-            )
+            return GrpoStep(config, policy, source, functions, fit.sampler, fit.learner, fit.sizes, fit.update, kl, frozen, display)
         sizes = sizes_of_rows(config, policy.layout, lengths, row_tokens(config, policy, lengths))
         learner, remat = make_learner(config, policy, sizes[0].tokens)
         if remat != config.model.remat:
@@ -160,25 +158,20 @@ class GrpoStep:
         """The policy's variables as trained so far."""
         return self.learner.policy_variables(state.trainable, self.frozen)
 
-    def shapes(self, state: TrainState) -> RolloutShapes | None:
-        """The shapes of all rollouts and evaluations, chosen on the first call; None where the prompts are not known before."""
-        if not isinstance(self.source, PromptSource):
-            return None
+    def shapes(self, state: TrainState) -> RolloutShapes:
+        """The shapes of all rollouts and evaluations, chosen on the first call from the lengths of all prompts."""
         if not self.decided:
             prompts = self.config.train.prompts_per_step
             widths = prompt_widths(*self.source.prompt_lengths, prompts)
             self.decided.append(self.sampler.decide_shapes(self.variables(state), self.config.rollout, prompts, widths))
         return self.decided[0]
 
-    def evaluation_shapes(self, state: TrainState) -> RolloutShapes | None:
+    def evaluation_shapes(self, state: TrainState) -> RolloutShapes:
         """The shapes of evaluations with one completion per problem; those of the rollouts where few rounds suffice."""
-        shapes = self.shapes(state)
-        return None if shapes is None else evaluation_shapes(self.config, self.problems, shapes)
+        return evaluation_shapes(self.config, self.problems, self.shapes(state))
 
     def future_calls(self, state: TrainState) -> list[FutureCall]:
         shapes, own = self.shapes(state), self.evaluation_shapes(state) if self.problems else None
-        if shapes is None:
-            return []
         calls = rollout_calls(self.sampler, self.variables(state), self.config.rollout, shapes)
         if own is not None and own != shapes:
             calls += rollout_calls(self.sampler, self.variables(state), self.config.rollout, own)

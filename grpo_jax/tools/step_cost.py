@@ -17,7 +17,7 @@ class StepShapes:
     """The sizes of a step that its cost depends on.
 
     Attributes:
-        prompt_length: tokens of every prompt.
+        prompt_length: tokens of every prompt, unless their lengths are given too.
         slots: completions decoded at once; None is all of them.
         lora_rank: 0 trains every weight.
         kv_dtype: of the KV cache, `auto` or `int8`.
@@ -71,6 +71,7 @@ class StepCost:
         lengths: np.ndarray,
         itemsize: int,
         *,
+        prompt_lengths: np.ndarray | None = None,
         reference: bool = True,
         layer_itemsize: float | None = None,
     ) -> StepCost:
@@ -79,6 +80,7 @@ class StepCost:
         Args:
             lengths: tokens of each completion.
             itemsize: bytes of a weight.
+            prompt_lengths: tokens of each prompt; None is `prompt_length` for all.
             reference: whether the reference model is scored.
             layer_itemsize: bytes of a weight of the layers, where they are quantised.
         """
@@ -87,8 +89,9 @@ class StepCost:
         layers = sum(size * experts[name] for name, size in parts.items())
         active = sum(size * min(experts[name], max(1, spec.experts_per_token)) for name, size in parts.items())
         head = spec.vocab * spec.width
-        completions, prompts = float(lengths.sum()), shapes.prompts * shapes.prompt_length
-        seen = shapes.prompts * shapes.prompt_length**2 / 2 + float((lengths * shapes.prompt_length + lengths**2 / 2).sum())
+        own = np.full(shapes.prompts, shapes.prompt_length) if prompt_lengths is None else prompt_lengths
+        completions, prompts = float(lengths.sum()), float(own.sum())
+        seen = float((own**2 / 2).sum() + (lengths * np.repeat(own, shapes.num_generations) + lengths**2 / 2).sum())
         attention = 4 * spec.layers * spec.heads * spec.head_dim * seen
         forward = 2 * active * (prompts + completions) + 2 * head * completions + attention
         # dx of the linear layers and the head; dq, dk, dv of attention cost twice its forward.
@@ -98,7 +101,7 @@ class StepCost:
         key_bytes = 1 if shapes.kv_dtype == "int8" else itemsize
         token = 2 * spec.layers * spec.kv_heads * spec.head_dim * key_bytes
         groups = slots / shapes.num_generations
-        past = float((lengths**2 / 2).sum()) + steps * groups * shapes.prompt_length
+        past = float((lengths**2 / 2).sum()) + steps * groups * float(own.mean())
         return StepCost(
             layer_parameters=layers,
             active_parameters=active,

@@ -72,6 +72,7 @@ def test_a_run_writes_its_files(tmp_path: Path) -> None:
             {"f": np.array([1, math.nan, 0.5, 0], np.float32)},
             np.array([0.5, -0.5, 0, 0], np.float32),
             ["stop", "stop", "length", "stop"],
+            lengths=[3, 2, 9, 1],
         )
         summary = folder.write_summary(
             accuracy_before=0.25, accuracy_after=0.75, held_out_problems=8, seconds=1.5, steps=1, dropped_prompts=3
@@ -96,6 +97,7 @@ def test_a_run_writes_its_files(tmp_path: Path) -> None:
         "rewards": {"f": None},
         "advantage": -0.5,
         "finish_reason": "stop",
+        "completion_tokens": 2,
     }
     assert Config.from_yaml(str(path / "config.yaml")) == config
     settings = {setting["name"]: setting for setting in json.loads((path / "settings.json").read_text())}
@@ -219,7 +221,7 @@ def test_steps_are_fixed_where_the_schedule_ends_with_them(tmp_path: Path) -> No
 
 def write_steps(folder: RunFolder, steps: range) -> None:
     for step in steps:
-        folder.write_completions(step, ["p"], [f"a{step}", "ü"], {"f": [1.0, 0.0]}, [0.5, -0.5], ["stop", "stop"])
+        folder.write_completions(step, ["p"], [f"a{step}", "ü"], {"f": [1.0, 0.0]}, [0.5, -0.5], ["stop", "stop"], lengths=[2, 1])
         folder.write_step(step, {"reward/mean": step / 10, "kl_divergence": math.nan})
         if step % 2 == 0:
             folder.write_evaluation(step, {"accuracy": step / 10, "problems": 4})

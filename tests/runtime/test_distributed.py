@@ -251,7 +251,7 @@ def test_a_process_that_does_not_write_changes_nothing(tmp_path: Path, capsys: p
         folder.cut_back(0)
         folder.write_step(1, {"reward/mean": 0.5})
         folder.write_evaluation(1, {"accuracy": 0.5})
-        folder.write_completions(1, ["a"], ["b"], {"letters": [1.0]}, [0.0], ["stop"])
+        folder.write_completions(1, ["a"], ["b"], {"letters": [1.0]}, [0.0], ["stop"], lengths=[1])
         summary = folder.write_summary(accuracy_before=None, accuracy_after=None, held_out_problems=0, seconds=1, steps=1)
     assert summary["steps"] == 1
     assert list(tmp_path.iterdir()) == []
@@ -260,7 +260,7 @@ def test_a_process_that_does_not_write_changes_nothing(tmp_path: Path, capsys: p
     display.warning("x")
     with display.progress(1), display.busy("x"):
         display.step(1, {"reward": 0.5})
-    display.completions(1, ["a"], ["b"], {"letters": [1.0]}, [0.0], ["stop"])
+    display.completions(1, ["a"], ["b"], {"letters": [1.0]}, [0.0], ["stop"], lengths=[1])
     assert capsys.readouterr().out == ""
 
 

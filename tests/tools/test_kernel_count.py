@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from grpo_jax.tools.bench.kernels import TokenKernels, kernels_of
 from grpo_jax.tools.kernel_count import Module, shape_bytes, tuple_elements
 
 PROGRAM = """
@@ -122,3 +123,8 @@ ENTRY %main (a: bf16[4,8,16], b: f32[16]) -> f32[32] {
         module = Module.parse(kernel, layers)
         (launch,) = module.launches("main")
         assert module.moved_bytes("main", launch) == expected + 64 + 128
+
+
+def test_the_kernels_of_a_token_in_the_text_of_a_rollout() -> None:
+    assert kernels_of(PROGRAM, 4, "a GPU") == TokenKernels(token=4 * 3 + 2, layer=3, waits=1, device="a GPU")
+    assert kernels_of(PROGRAM, 5, "a GPU").layer is None  # no loop over five layers
