@@ -242,7 +242,7 @@ class Policy:
         stop: Sequence[str] = (),
         slots: int | None = None,
         segment: int | None = None,
-        kv_dtype: Literal["auto", "int8"] = "auto",
+        kv_dtype: Literal["auto", "int8", "int4"] = "auto",
         seed: int = 0,
         template_arguments: dict[str, Any] | None = None,
         on_text: Callable[[list[str], list[bool]], None] | None = None,

@@ -163,7 +163,7 @@ def rollout_memory(run: RunShapes, limit_bytes: int | None, sampler: Sampler | N
     compiled = CompiledMemory(run.resident)
     weights, live = decoding_weights(run, sampler, compiled, limit_bytes)
     slots, sizes = rollout_sizes(run, None if limit_bytes is None else max(0, limit_bytes - sum(live.values())))
-    shards, static = run.row_shards, {"int8": rollout.kv_dtype == "int8"}
+    shards, static = run.row_shards, {"kv_dtype": rollout.kv_dtype}
     token_ids = prompt_shapes(run, shards * sizes.prompt_slots)
     prompts = compiled.compile(sampler.prefill, (weights, *token_ids), static, live, results="prefix_kv")
     if prompts is None:
@@ -259,15 +259,15 @@ def prompt_shapes(run: RunShapes, count: int) -> tuple[Any, Any]:
 def prefilled_shapes(run: RunShapes, sampler: Sampler, weights: Any, token_ids: tuple[Any, Any]) -> Any:
     """Returns shapes of what prefill computes, for when it could not be compiled."""
     plain, placement = sampler.model.clone(layout=None), run.placement
-    made: Any = jax.eval_shape(lambda *x: prefill(plain, *x, int8=run.config.rollout.kv_dtype == "int8"), weights, *token_ids)
+    made: Any = jax.eval_shape(lambda *x: prefill(plain, *x, kv_dtype=run.config.rollout.kv_dtype), weights, *token_ids)
     cache = placement.put(made.cache, "layers", "slots", "kv_heads")
     return made.replace(cache=cache, lengths=placement.put(made.lengths, "prompts"), hidden=placement.put(made.hidden, "prompts"))
 
 
 def past_block_shapes(run: RunShapes, sampler: Sampler, slots: int, sizes: Sizes) -> tuple[Any, ...]:
     """Returns shapes of all past blocks of the slots' KV cache."""
-    model, int8 = sampler.model, run.config.rollout.kv_dtype == "int8"
-    block = functools.partial(empty_past_block, run.spec, model.dtype, slots, int8=int8, unroll=model.unroll)
+    model, kv_dtype = sampler.model, run.config.rollout.kv_dtype
+    block = functools.partial(empty_past_block, run.spec, model.dtype, slots, kv_dtype=kv_dtype, unroll=model.unroll)
     blocks = (jax.eval_shape(functools.partial(block, tokens)) for tokens in sizes.past_blocks)
     return tuple(run.placement.put(one, "layers", "slots", "kv_heads") for one in blocks)
 

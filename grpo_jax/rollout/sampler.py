@@ -269,11 +269,6 @@ class RolloutLoop:
         """The mesh; None is one device."""
         return self.sampler.model.layout
 
-    @property
-    def int8(self) -> bool:
-        """Whether the KV cache is int8."""
-        return self.rollout.kv_dtype == "int8"
-
     def run(self, weights: Params) -> int:
         """Decodes every completion; returns the number of near-ties."""
         sampler, sizes, generations = self.sampler, self.sizes, self.rollout.num_generations
@@ -315,14 +310,14 @@ class RolloutLoop:
         if not sizes.past_blocks:
             return ()
         slots = self.shards * sizes.slots
-        return self.sampler.empty_past_blocks(slots=slots, tokens=sizes.past_blocks, int8=self.int8, unroll=unroll)
+        return self.sampler.empty_past_blocks(slots=slots, tokens=sizes.past_blocks, kv_dtype=self.rollout.kv_dtype, unroll=unroll)
 
     def prefill(self, weights: Params, numbers: Sequence[int | None]) -> PrefilledPrompts:
         """Prefills prompts by number; None prefills a placeholder of one token."""
         ids = [[0] if number is None else self.prompt_ids[number] for number in numbers]
         lengths = np.array([len(own) for own in ids], np.int32)
         padded, lengths = self.put((pad_rows(ids, self.sizes.prompt), lengths), "prompts")
-        return self.sampler.prefill(weights, padded, lengths, int8=self.int8)
+        return self.sampler.prefill(weights, padded, lengths, kv_dtype=self.rollout.kv_dtype)
 
     def slot_state(self, schedule: ShardedSchedule, begun: list[int]) -> tuple[SlotState, int, int]:
         """Returns the schedule as device arrays, and the most tokens in any slot's past before and after this segment.
