@@ -21,6 +21,8 @@ class OptimConfig:
         b1: Decay of the first moment.
         b2: Decay of the second moment.
         eps: Added to the square root of the second moment.
+        offload: Keep what training changes (float32 adapters or weights, and the optimiser's state) in the host's memory while
+            completions are sampled; each update copies it to the device and back.
     """
 
     learning_rate: float = 1e-5
@@ -31,6 +33,7 @@ class OptimConfig:
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
+    offload: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "optim")

@@ -45,11 +45,14 @@ __all__ = [
 
 
 def quantize_int8(x: Float[Array, "... Dh"]) -> tuple[Array, Array]:
-    """Quantises to int8; returns the int8 values and their scale, the largest magnitude over 127."""
+    """Quantises to int8; returns the int8 values and their scale, the largest magnitude over 127, in bfloat16.
+
+    The scale is rounded before the values are, so that a value is at most half a step off.
+    """
     wide = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=-1) / 127
-    steps = wide / jnp.where(scale > 0, scale, jnp.float32(1))[..., None]
-    return jnp.round(steps).astype(jnp.int8), scale
+    scale = (jnp.max(jnp.abs(wide), axis=-1) / 127).astype(jnp.bfloat16)
+    step = jnp.where(scale > 0, scale, jnp.ones_like(scale)).astype(jnp.float32)
+    return jnp.round(wide / step[..., None]).astype(jnp.int8), scale
 
 
 def quantize_int4(x: Float[Array, "... Dh"]) -> tuple[Array, Array]:
@@ -98,7 +101,7 @@ def empty_cache(shape: tuple[int, ...], dtype: Any, *, kv_dtype: str, transposed
     if kv_dtype == "auto":
         return KVCache(jnp.zeros(k_shape, dtype), jnp.zeros(shape, dtype), transposed=transposed)
     if kv_dtype == "int8":
-        scales = (jnp.zeros(shape[:-1], jnp.float32), jnp.zeros(shape[:-1], jnp.float32))
+        scales = (jnp.zeros(shape[:-1], jnp.bfloat16), jnp.zeros(shape[:-1], jnp.bfloat16))
         return KVCache(jnp.zeros(k_shape, jnp.int8), jnp.zeros(shape, jnp.int8), *scales, transposed=transposed)
     of_groups = (*lead, heads * -(-width // GROUP), tokens)
     return KVCache(None, jnp.zeros(shape, jnp.int8), jnp.zeros(of_groups, jnp.bfloat16), jnp.zeros(of_groups, jnp.bfloat16))

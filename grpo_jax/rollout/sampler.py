@@ -31,7 +31,7 @@ from grpo_jax.rollout.schedule import ShardedSchedule
 from grpo_jax.rollout.shapes import RolloutShapes, Sizes, check_slots, choose_slots, pad_rows, round_up, shapes_of
 from grpo_jax.rollout.stop_strings import DecodeText, PartialCompletion
 from grpo_jax.rollout.weights import can_join, decoding_model, gather_weights, new_weights, prepared_shapes, with_unchanged
-from grpo_jax.runtime.memory import least_free_bytes
+from grpo_jax.runtime.memory import in_device_memory, least_free_bytes
 from grpo_jax.runtime.programs import Announce, Program, no_announcement
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params, Rollout
@@ -202,6 +202,7 @@ class Sampler:
 
     def decide_shapes(self, variables: Params, rollout: RolloutConfig, prompts: int, widths: Sequence[int]) -> RolloutShapes:
         """Chooses the shapes of a run's rollouts, from the memory that is free next to the decoding weights."""
+        variables = in_device_memory(variables)
         if not self.model.unroll:
             weights = self.decoding_weights(variables, merge=rollout.merge_adapters)
             free = least_free_bytes()
@@ -220,11 +221,12 @@ class Sampler:
         return -(-slots // shards) * shards
 
     def decoding_weights(self, variables: Params, *, merge: bool = False) -> Params:
-        """Returns the weights as decoding reads them.
+        """Returns the weights as decoding reads them, in the devices' memory.
 
         Args:
             merge: add the adapters to their weights (`rollout.merge_adapters`).
         """
+        variables = in_device_memory(variables)
         settings = self.weight_settings(variables, None if self.joins else least_free_bytes(), merge=merge)
         if self.model.unroll:
             return self.prepare_weights(variables, **settings)

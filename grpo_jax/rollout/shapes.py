@@ -214,7 +214,7 @@ def key_value_bytes(width: int, kv_dtype: str, itemsize: int) -> int:
         kv_dtype: number format; see `RolloutConfig`.
         itemsize: bytes of an element of the model's dtype.
     """
-    return {"auto": 2 * width * itemsize, "int8": 2 * (width + 4), "int4": width + 2 * 2 * -(-width // GROUP)}[kv_dtype]
+    return {"auto": 2 * width * itemsize, "int8": 2 * (width + 2), "int4": width + 2 * 2 * -(-width // GROUP)}[kv_dtype]
 
 
 def slot_bytes(spec: ModelSpec, rollout: RolloutConfig, width: int, itemsize: int, tensor: int = 1) -> int:

@@ -8,6 +8,7 @@ from grpo_jax.config import Config, ConfigError, config_to_dict, difference
 
 FREE_ON_RESUME = (
     "model.remat",
+    "optim.offload",
     "rewards.max_failed_share",
     "rewards.timeout_seconds",
     "rollout.refill",

@@ -317,7 +317,8 @@ def test_on_a_tpu_there_are_neither_scores_nor_copies(chips: dict[str, Any], chi
     heads = shape.kv_heads * shape.queries
     scores = 4 * shape.slots * heads * (shape.prompt + sum(shape.past_blocks) + shape.segment)
     layer = memory.argument_size_in_bytes / 24
-    scales = 2 * 24 * shape.slots * shape.kv_heads * 128 * 4 if kv_format == "int8" else 0
+    of_head = {"auto": 0, "int8": 2, "int4": 2 * shape.width // 32}[kv_format]
+    scales = 2 * 24 * shape.slots * shape.kv_heads * 128 * of_head
     # A v5p keeps queries and the prefix's output, of rows padded to 8, in device memory instead of vector memory.
     of_queries = 12 * shape.slots * shape.kv_heads * 8 * shape.width if chip == "v5p" else 0
     assert memory.temp_size_in_bytes < min(scores, layer) / 4 + scales + of_queries

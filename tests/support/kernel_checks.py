@@ -65,10 +65,9 @@ def decode_shapes(shape: Shape, layers: int, *, kv_format: str = "auto") -> dict
         wide = array(*own, shape.width, dtype=jnp.bfloat16 if kv_format == "auto" else jnp.int8)
         if kv_format == "auto":
             return KVCache(wide, wide)
-        if kv_format == "int8":
-            return KVCache(wide, wide, *[array(*own, dtype=jnp.float32)] * 2)
-        groups = shape.kv_heads * -(-shape.width // GROUP)
-        return KVCache(None, wide, *[array(layers, texts, groups, size, dtype=jnp.bfloat16)] * 2)
+        groups = shape.kv_heads * (1 if kv_format == "int8" else -(-shape.width // GROUP))
+        scales = [array(layers, texts, groups, size, dtype=jnp.bfloat16)] * 2
+        return KVCache(wide if kv_format == "int8" else None, wide, *scales)
 
     return {
         "q": array(shape.slots, shape.kv_heads, shape.queries, shape.width, dtype=jnp.bfloat16),

@@ -122,8 +122,8 @@ def angles(rope: dict[str, Any], half: int, length: int) -> np.ndarray:
 
 
 def int8_steps(x: Any) -> Any:
-    """Rounds values to 255 steps of the largest magnitude along the last axis."""
-    step = jnp.maximum(jnp.abs(x).max(axis=-1, keepdims=True), 1e-30) / 127
+    """Rounds values to 255 steps of the largest magnitude along the last axis. Steps are bfloat16."""
+    step = (jnp.maximum(jnp.abs(x).max(axis=-1, keepdims=True), 1e-30) / 127).astype(jnp.bfloat16).astype(jnp.float32)
     return jnp.round(x / step) * step
 
 
