@@ -287,7 +287,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--no_refill", dest="refill", action="store_false", help="a slot that is free waits for all others")
     made.add_argument("--capacity", type=positive, metavar="TOKENS", help="make room for longer completions than there are")
     made.add_argument(
-        "--kv_dtype", choices=("auto", "int8"), default="auto", help="number format of keys and values (default auto)"
+        "--kv_dtype", choices=("auto", "int8", "int4"), default="auto", help="number format of keys and values (default auto)"
     )
     made.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto is the model's own")
     remats = ("auto", "none", "selective", "layer", "offload")

@@ -25,6 +25,7 @@ from grpo_jax.models.transformer import UNROLLED_LAYERS, Transformer
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.stop_strings import PartialCompletion
 from grpo_jax.runtime.distributed import is_main
+from grpo_jax.runtime.memory import in_device_memory
 from grpo_jax.runtime.mesh import make_layout
 from grpo_jax.runtime.programs import Program
 from grpo_jax.runtime.sharding import Layout
@@ -164,7 +165,7 @@ class Policy:
 
     def trainable(self) -> Params:
         """A float32 copy of what training changes: the adapters, or every weight where there are none."""
-        source = self.params if self.adapters is None else self.adapters
+        source = in_device_memory(self.params if self.adapters is None else self.adapters)
 
         def copied(tree: Params) -> Params:
             return jax.tree.map(lambda x: jnp.array(x, jnp.float32, copy=True), tree)
@@ -242,7 +243,7 @@ class Policy:
         stop: Sequence[str] = (),
         slots: int | None = None,
         segment: int | None = None,
-        kv_dtype: Literal["auto", "int8"] = "auto",
+        kv_dtype: Literal["auto", "int8", "int4"] = "auto",
         seed: int = 0,
         template_arguments: dict[str, Any] | None = None,
         on_text: Callable[[list[str], list[bool]], None] | None = None,

@@ -48,6 +48,7 @@ from grpo_jax.run.tracking import tracker_callbacks
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.compile_ahead import CompileAhead
 from grpo_jax.runtime.compile_counts import CompileCounts, compile_counts
+from grpo_jax.runtime.memory import in_device_memory, in_host_memory
 from grpo_jax.runtime.programs import Program, compile_seconds, waited_seconds
 from grpo_jax.runtime.stop_signals import RunInterruptedError, StepAbandonedError, StopSignals, is_interactive
 from grpo_jax.steps import Step
@@ -148,7 +149,8 @@ class Trainer:
                 config, policy, dataset, eval_dataset, rewards, self.display, optimizer=optimizer, loss_fn=loss_fn
             )
         self.callbacks: list[Callback] = list(callbacks)
-        self.state: TrainState = self._step.learner.init(self._step.policy.trainable())
+        state = self._step.learner.init(self._step.policy.trainable())
+        self.state: TrainState = in_host_memory(state) if self._step.config.optim.offload else state
         self.steps_done, self.skipped_in_a_row, self.should_stop = 0, 0, False
         self.folder: RunFolder | None = None
         self._checkpoints: Checkpointer | None = None
@@ -159,7 +161,7 @@ class Trainer:
     @property
     def policy(self) -> Policy:
         """The policy as trained so far, with a copy of the trained arrays."""
-        return self._step.policy.with_trained(jax.tree.map(jnp.copy, self.state.trainable))
+        return self._step.policy.with_trained(jax.tree.map(jnp.copy, in_device_memory(self.state.trainable)))
 
     @property
     def run_dir(self) -> Path:
@@ -357,7 +359,8 @@ class Trainer:
         checkpoints.wait()
         seconds = time.perf_counter() - self._started
         distributed.barrier("last step written")  # the others read what process 0 has written
-        policy, steps, evaluations = self._step.policy.with_trained(self.state.trainable), self.steps_done, folder.evaluations()
+        trained = in_device_memory(self.state.trainable)
+        policy, steps, evaluations = self._step.policy.with_trained(trained), self.steps_done, folder.evaluations()
         files: dict[str, str] = {}
         counts = compile_counts() - self._counts_before
         if policy.adapters is not None:

@@ -171,9 +171,9 @@ def rollout_shapes(config: Config, spec: ModelSpec, dtype: str, variables: Any) 
     def shape(*size: int, kind: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(size, kind)
 
-    computed = functools.partial(prefill, model, int8=False)
+    computed = functools.partial(prefill, model, kv_dtype="auto")
     held = jax.eval_shape(computed, variables, shape(sizes.prompt_slots, sizes.prompt), shape(sizes.prompt_slots))
-    past = functools.partial(empty_past_block, spec, model.dtype, sizes.slots, int8=False, unroll=False)
+    past = functools.partial(empty_past_block, spec, model.dtype, sizes.slots, kv_dtype="auto", unroll=False)
     past_blocks = tuple(jax.eval_shape(functools.partial(past, size)) for size in sizes.past_blocks)
     flag = shape(sizes.slots, kind=jnp.bool_)
     schedule = SlotState(*[shape(sizes.slots)] * 7, live=flag, begins=flag)

@@ -236,6 +236,7 @@ def test_a_run_that_needs_less_memory_continues(tmp_path: Path, uninterrupted: C
         train(config_of(tmp_path, **SECTIONS["bare"]), stopping(3, KeyboardInterrupt()))
     smaller = {
         "model": {"remat": "layer"},
+        "optim": {"offload": True},
         "rollout": {"slots": 4, "segment": 4, "refill": False},
         "rewards": {"timeout_seconds": 60.0, "max_failed_share": 0.5},
     }

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -82,6 +83,26 @@ def test_sync_and_async_rewards_with_weights_and_none_add_up(tmp_path: Path):
         assert metrics["rewards/shortness/mean"] == pytest.approx(np.mean(given), abs=1e-6)
         assert metrics["rewards/failed"] == 0
     assert seen == {True, False}
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_offload_keeps_what_is_trained_in_the_hosts_memory_between_updates_and_changes_no_result(
+    adapter: bool, lora_run: Finished, tmp_path: Path
+):
+    """With the adapter of another run to start from, which is the reference too, and with a new one."""
+    found: list[set[str | None]] = []
+
+    class Watch(gx.Callback):
+        def on_step_end(self, trainer: gx.Trainer, *_: Any) -> None:
+            found.append({leaf.sharding.memory_kind for leaf in jax.tree.leaves(trainer.state)})
+
+    lora = {"lora": {"adapter": str(lora_run.result.run_dir / "adapter")}} if adapter else {}
+    expected = run(config_of(tmp_path / "device", **lora)) if adapter else lora_run
+    config = config_of(tmp_path / "host", **lora)
+    offloaded = run(replace(config, optim=replace(config.optim, offload=True)), callbacks=[Watch()])
+    assert found == [{"pinned_host"}, {"pinned_host"}]
+    assert_same_arrays(offloaded.result.policy.adapters, expected.result.policy.adapters)
+    assert offloaded.completions == expected.completions
 
 
 def test_a_row_that_a_reward_fails_on_is_left_out_counted_and_named(lora_run: Finished, tmp_path: Path):

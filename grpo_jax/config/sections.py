@@ -151,7 +151,8 @@ class RolloutConfig:
             into memory.
         segment: Tokens decoded between two checks for completions that have ended; null chooses a number.
         refill: Give a free slot to the next completion at once; false waits until all slots are free, which is slower.
-        kv_dtype: Number format of the KV cache: `auto` takes the model's, `int8` halves its size (see sampling/logp_difference).
+        kv_dtype: Number format of the KV cache: `auto` takes the model's; next to bfloat16 `int8` halves its size and `int4` takes
+            2/7 of it. Both change log-probabilities (see sampling/logp_difference, objective.importance_cap).
         merge_adapters: Sample with weights that the adapters were added to, once a step: fewer products per token, and memory for
             a copy of the adapted weights. In bfloat16 the sum is rounded (see sampling/logp_difference, objective.importance_cap).
     """
@@ -168,7 +169,7 @@ class RolloutConfig:
     slots: int | None = None
     segment: int | None = None
     refill: bool = True
-    kv_dtype: Literal["auto", "int8"] = "auto"
+    kv_dtype: Literal["auto", "int8", "int4"] = "auto"
     merge_adapters: bool = False
 
     def __post_init__(self) -> None:

@@ -23,6 +23,8 @@ class OptimConfig:
         eps: Added to the square root of the second moment.
         max_skipped_steps: The run saves its state and stops after this many steps in a row whose loss or gradient was not finite.
             The update of such a step is left out.
+        offload: Keep what training changes (float32 adapters or weights, and the optimiser's state) in the host's memory while
+            completions are sampled; each update copies it to the device and back.
     """
 
     learning_rate: float = 1e-5
@@ -34,6 +36,7 @@ class OptimConfig:
     b2: float = 0.999
     eps: float = 1e-8
     max_skipped_steps: int = 5
+    offload: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "optim")

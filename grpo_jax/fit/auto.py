@@ -73,7 +73,8 @@ def fit_run(
         ConfigError: nothing fits.
     """
     free = least_free_bytes()
-    limit = None if free is None else free + device_bytes((policy.params, policy.adapters))
+    offloaded = config.optim.offload and policy.adapters is not None
+    limit = None if free is None else free + device_bytes((policy.params, frozen.reference if offloaded else policy.adapters))
     placement = Placement(policy.layout, jax.local_devices()[0])
     lengths = lengths or longest_lengths(config)
     run, update, update_use, remat = fit_update(config, policy, frozen, placement, limit, display, make_learner, lengths)

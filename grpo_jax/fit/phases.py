@@ -83,14 +83,21 @@ class RunShapes:
     def resident(self) -> dict[str, int]:
         """Bytes by component of the arrays that exist from the first step to the last, each counted once.
 
-        The policy's own adapters, or in full training its weights, exist next to the trained ones, which begin as a copy.
+        The policy's own adapters, or in full training its weights, exist next to the trained ones, which begin as a copy; with
+        `optim.offload` such adapters are in the host's memory unless they are the reference.
         """
         own, trained = device_bytes(self.policy.params), device_bytes(self.state.trainable)
         memory = dict.fromkeys(COMPONENTS, 0) | {"optimizer": device_bytes((self.state.step, self.state.opt_state))}
         if self.policy.adapters is None:
             return memory | {"base": trained, "reference": own}
-        start = device_bytes(self.policy.adapters)
+        start = device_bytes(self.frozen.reference if self.config.optim.offload else self.policy.adapters)
         return memory | {"base": own, "adapters": trained, "reference": start}
+
+    @property
+    def resident_while_sampling(self) -> dict[str, int]:
+        """`resident` without what `optim.offload` keeps in the host's memory then."""
+        trained = "base" if self.policy.adapters is None else "adapters"
+        return self.resident | ({"optimizer": 0, trained: 0} if self.config.optim.offload else {})
 
 
 def update_memory(run: RunShapes, program: Program | None = None) -> MemoryUse:
@@ -160,10 +167,10 @@ def rollout_memory(run: RunShapes, limit_bytes: int | None, sampler: Sampler | N
     policy, rollout = run.policy, run.config.rollout
     quantization = quantization_of(policy.params)
     sampler = sampler or Sampler.build(policy.model, policy.stop_ids, announce=run.announce, quantization=quantization)
-    compiled = CompiledMemory(run.resident)
+    compiled = CompiledMemory(run.resident_while_sampling)
     weights, live = decoding_weights(run, sampler, compiled, limit_bytes)
     slots, sizes = rollout_sizes(run, None if limit_bytes is None else max(0, limit_bytes - sum(live.values())))
-    shards, static = run.row_shards, {"int8": rollout.kv_dtype == "int8"}
+    shards, static = run.row_shards, {"kv_dtype": rollout.kv_dtype}
     token_ids = prompt_shapes(run, shards * sizes.prompt_slots)
     prompts = compiled.compile(sampler.prefill, (weights, *token_ids), static, live, results="prefix_kv")
     if prompts is None:
@@ -197,18 +204,19 @@ def decoding_weights(
     Args:
         limit_bytes: of each device; decides whether weights are joined.
     """
-    resident = run.resident
+    resident = run.resident_while_sampling
     variables = run.learner.policy_variables(run.state.trainable, run.frozen)
     free = None if limit_bytes is None else max(0, limit_bytes - sum(resident.values()))
     settings = sampler.weight_settings(variables, free, merge=run.config.rollout.merge_adapters)
-    new = compiled.compile(sampler.prepare_weights, (variables,), settings, resident, results="base")
+    new = compiled.compile(sampler.prepare_weights, (variables,), settings, run.resident, results="base")
     if sampler.model.unroll and new is not None:
         return new, with_weights(resident, new["params"], new.get("lora", {}))
     weights = weight_shapes(run, sampler, variables, settings)
     if sampler.model.unroll:
         return weights, with_weights(resident, weights["params"], weights.get("lora", {}))
-    # An array that already has the right dtype and placement is passed on without a copy.
-    before = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(variables)}
+    # An array that already has the right dtype and placement is passed on without a copy; not those that come from the host.
+    passed_on = {"params": run.frozen.base} if run.config.optim.offload else variables
+    before = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(passed_on)}
     made = set() if new is None else {jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(new)}
 
     def new_leaves(tree: Any, name: str) -> list[Any]:
@@ -259,15 +267,15 @@ def prompt_shapes(run: RunShapes, count: int) -> tuple[Any, Any]:
 def prefilled_shapes(run: RunShapes, sampler: Sampler, weights: Any, token_ids: tuple[Any, Any]) -> Any:
     """Returns shapes of what prefill computes, for when it could not be compiled."""
     plain, placement = sampler.model.clone(layout=None), run.placement
-    made: Any = jax.eval_shape(lambda *x: prefill(plain, *x, int8=run.config.rollout.kv_dtype == "int8"), weights, *token_ids)
+    made: Any = jax.eval_shape(lambda *x: prefill(plain, *x, kv_dtype=run.config.rollout.kv_dtype), weights, *token_ids)
     cache = placement.put(made.cache, "layers", "slots", "kv_heads")
     return made.replace(cache=cache, lengths=placement.put(made.lengths, "prompts"), hidden=placement.put(made.hidden, "prompts"))
 
 
 def past_block_shapes(run: RunShapes, sampler: Sampler, slots: int, sizes: Sizes) -> tuple[Any, ...]:
     """Returns shapes of all past blocks of the slots' KV cache."""
-    model, int8 = sampler.model, run.config.rollout.kv_dtype == "int8"
-    block = functools.partial(empty_past_block, run.spec, model.dtype, slots, int8=int8, unroll=model.unroll)
+    model, kv_dtype = sampler.model, run.config.rollout.kv_dtype
+    block = functools.partial(empty_past_block, run.spec, model.dtype, slots, kv_dtype=kv_dtype, unroll=model.unroll)
     blocks = (jax.eval_shape(functools.partial(block, tokens)) for tokens in sizes.past_blocks)
     return tuple(run.placement.put(one, "layers", "slots", "kv_heads") for one in blocks)
 

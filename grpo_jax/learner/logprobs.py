@@ -68,7 +68,8 @@ def row_logprobs(
         r, e, d = hidden.shape
         flat = hidden.reshape(r * e, d), head, targets.reshape(r * e)
         if truncation is None:
-            logps, entropy, _ = head_logprobs(*flat, temperature, model.layout, **options)
+            # Parts are branches; see `in_parts`.
+            logps, entropy, _ = head_logprobs(*flat, temperature, model.layout, keep_rows=not head_trainable, **options)
             outputs = (logps, logps, entropy)
         else:
             outputs = truncated_logprobs(

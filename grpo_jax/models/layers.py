@@ -7,6 +7,7 @@ are stored: `attention.py`, `rollout/kv_cache.py`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -136,12 +137,59 @@ def frozen_product(
     return jnp.sum(layout.local(local, inputs, PartitionSpec(within, rows_axes, None))(rows, weight), axis=0)
 
 
-class Linear(nn.Module):
-    """x W + bias, plus scale · (x A) B where the `lora` collection has adapters for it. A quantised W is frozen.
+def variables_of(layer: nn.Module) -> dict[str, Any]:
+    """Returns the variables of a linear layer: `kernel`, and where it has them `bias`, and `a` and `b` of its adapters."""
+    found = {"kernel": layer.get_variable("params", "kernel")}
+    for collection, names in (("params", ("bias",)), ("lora", ("a", "b"))):
+        found |= {name: layer.get_variable(collection, name) for name in names if layer.has_variable(collection, name)}
+    return found
 
-    Attributes:
+
+def linear_product(
+    x: Float[Array, "B T I"],
+    weights: dict[str, Any],
+    axes: tuple[str, str],
+    lora_scale: float,
+    implementation: str | None,
+    layout: Layout | None,
+) -> Float[Array, "B T O"]:
+    """Computes x W + bias, plus scale · (x A) B where there are adapters. A quantised W is frozen.
+
+    Args:
+        weights: of `variables_of`.
         axes: logical axes of W.
     """
+    dtype, precision = x.dtype, precision_of(x.dtype)
+    # One row per token: XLA's CPU compiler makes slow loops of a contraction over two dimensions, as in the weights' gradients.
+    rows = x.reshape(-1, x.shape[-1])
+    kernel: Any = weights["kernel"]
+    quantized = isinstance(kernel, QuantizedWeight)
+    kernel = kernel if quantized else gather(layout, kernel.astype(dtype), *axes)
+
+    def product() -> Array:
+        if quantized:
+            return frozen_product(rows, kernel, axes, implementation, layout)
+        return jnp.dot(rows, kernel, precision=precision)
+
+    if "a" not in weights:
+        y = product()
+    else:
+        a, b = weights["a"].astype(dtype), weights["b"].astype(dtype)
+        a, b = gather(layout, a, axes[0], "rank"), gather(layout, b, "rank", axes[1])
+        b = b * jnp.asarray(lora_scale, dtype)
+        if dtype == jnp.float32 and not quantized:
+            y = merged_product(rows, kernel, a, b)
+        else:
+            low = jnp.dot(rows, a, precision=precision)
+            y = product() + jnp.dot(low, b, precision=precision)
+    if "bias" in weights:
+        y = y + gather(layout, weights["bias"].astype(dtype), axes[1])[None, :]
+    y = y if layout is None else layout.decoding.constrain(y, "rows", axes[1])
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+class Linear(nn.Module):
+    """`linear_product` with the variables of this module."""
 
     lora_scale: float
     implementation: str | None = None
@@ -150,42 +198,20 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        dtype, precision, layout, axes = x.dtype, precision_of(x.dtype), self.layout, self.axes
-        # One row per token: XLA's CPU compiler makes slow loops of a contraction over two dimensions, as in the weights' gradients.
-        rows = x.reshape(-1, x.shape[-1])
-        kernel: Any = self.get_variable("params", "kernel")
-        quantized = isinstance(kernel, QuantizedWeight)
-        kernel = kernel if quantized else gather(layout, kernel.astype(dtype), *axes)
-
-        def product() -> Array:
-            if quantized:
-                return frozen_product(rows, kernel, axes, self.implementation, layout)
-            return jnp.dot(rows, kernel, precision=precision)
-
-        if not self.has_variable("lora", "a"):
-            y = product()
-        else:
-            a, b = self.get_variable("lora", "a").astype(dtype), self.get_variable("lora", "b").astype(dtype)
-            a, b = gather(layout, a, axes[0], "rank"), gather(layout, b, "rank", axes[1])
-            b = b * jnp.asarray(self.lora_scale, dtype)
-            if dtype == jnp.float32 and not quantized:
-                y = merged_product(rows, kernel, a, b)
-            else:
-                low = jnp.dot(rows, a, precision=precision)
-                y = product() + jnp.dot(low, b, precision=precision)
-        if self.has_variable("params", "bias"):
-            y = y + gather(layout, self.get_variable("params", "bias").astype(dtype), axes[1])[None, :]
-        y = y if layout is None else layout.decoding.constrain(y, "rows", axes[1])
-        return y.reshape(*x.shape[:-1], y.shape[-1])
+        return linear_product(x, variables_of(self), self.axes, self.lora_scale, self.implementation, self.layout)
 
 
 class LinearWeights(nn.Module):
-    """Returns the variables of a linear layer that is computed elsewhere: `kernel`, and `a` and `b` where it has adapters."""
+    """Returns the variables of a linear layer that is computed elsewhere."""
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:
-        adapters = {leaf: self.get_variable("lora", leaf) for leaf in ("a", "b") if self.has_variable("lora", leaf)}
-        return {"kernel": self.get_variable("params", "kernel")} | adapters
+        return variables_of(self)
+
+
+def parts_of(tokens: int, least: int) -> int:
+    """Returns the smallest number of equal parts that is at least `least`, and at most twice that; 1 where none divides."""
+    return next((parts for parts in range(least, 2 * least + 1) if tokens % parts == 0), 1)
 
 
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -244,13 +270,19 @@ def join_adapters(columns: dict[str, int], adapters: Params) -> Params:
 
 
 class Block(nn.Module):
-    """One layer, with the signature that `nn.scan` needs: carry = (hidden states, cache)."""
+    """One layer, with the signature that `nn.scan` needs: carry = (hidden states, cache).
+
+    Attributes:
+        feed_tokens: tokens that the feed-forward computes at once, over all rows; its wide arrays of one part exist at a time, in
+            the backward pass too. None is all.
+    """
 
     spec: ModelSpec
     attend: Attend
     lora_scale: float
     implementation: str | None = None
     layout: Layout | None = None
+    feed_tokens: int | None = None
 
     @nn.compact
     def __call__(
@@ -311,9 +343,40 @@ class Block(nn.Module):
         return self.linear("o_proj", mixed.reshape(b, t, spec.heads * spec.head_dim)), cache, stacked
 
     def feed_forward(self, x: Array) -> Array:
-        if self.spec.experts:
-            weights = {name: LinearWeights(name=name)() for name in ("router", *EXPERT_LINEARS)}
-            return mix_experts(self.spec, x, weights, self.lora_scale, self.implementation, self.layout)
-        gate, up = self.linears("gate_up_proj", {"gate_proj": self.spec.ffw, "up_proj": self.spec.ffw}, x)
-        active = jax.nn.silu(gate) if self.spec.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        return self.linear("down_proj", active * up)
+        names = ("router", *EXPERT_LINEARS) if self.spec.experts else ("gate_proj", "up_proj", "down_proj")
+        if not self.spec.experts and self.has_variable("params", "gate_up_proj"):
+            names = ("gate_up_proj", "down_proj")
+        weights = {name: LinearWeights(name=name)() for name in names}
+        return self.in_parts(functools.partial(self.fed, weights), x)
+
+    @nn.nowrap
+    def in_parts(self, function: Callable[[Array], Array], x: Array) -> Array:
+        """Applies a function of single tokens to one part of the tokens after the other (https://arxiv.org/abs/2506.13996, 3.1).
+
+        A layer that is recomputed in the backward pass computes each part once there, as it would all parts: what the recomputed
+        layer returns is not needed.
+        """
+        rows, tokens, width = x.shape
+        parts = 1 if self.feed_tokens is None else parts_of(tokens, -(-rows * tokens // self.feed_tokens))
+        if parts == 1:
+            return function(x)
+        each = jnp.swapaxes(x.reshape(rows, parts, tokens // parts, width), 0, 1)
+        y = jax.lax.map(jax.checkpoint(function, prevent_cse=False), each)
+        return jnp.swapaxes(y, 0, 1).reshape(x.shape)
+
+    @nn.nowrap
+    def fed(self, weights: dict[str, Any], x: Array) -> Array:
+        """The feed-forward from its weights, with gate and up joined or not."""
+        spec, options = self.spec, (self.lora_scale, self.implementation, self.layout)
+        if spec.experts:
+            return mix_experts(spec, x, weights, *options)
+
+        def linear(name: str, x: Array) -> Array:
+            return linear_product(x, weights[name], LINEAR_AXES[JOINED[name][0] if name in JOINED else name], *options)
+
+        if "gate_up_proj" in weights:
+            gate, up = jnp.split(linear("gate_up_proj", x), [spec.ffw], axis=-1)
+        else:
+            gate, up = linear("gate_proj", x), linear("up_proj", x)
+        active = jax.nn.silu(gate) if spec.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+        return linear("down_proj", active * up)

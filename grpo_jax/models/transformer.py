@@ -26,6 +26,9 @@ from grpo_kernels import ATTENTION_RESULT
 NO_WINDOW = 2**30
 """Window of a layer that sees every position."""
 
+FEED_TOKENS = 8192
+"""With remat the feed-forward computes at most that many tokens of a device at once: enough to read weights seldom."""
+
 UNROLLED_LAYERS = 16
 """On a CPU, models of up to this many layers run without a loop over layers. Compile time grows with each layer."""
 
@@ -94,7 +97,9 @@ class Transformer(nn.Module):
 
     def block(self, kind: Any, attend: Attend, name: str) -> Any:
         """Instantiates `Block`, or `Block` under scan or remat."""
-        return kind(self.spec, attend, self.lora_scale, self.implementation, self.layout, name=name)
+        rows = 1 if self.layout is None else self.layout.rows
+        feed_tokens = None if self.remat == "none" else FEED_TOKENS * rows
+        return kind(self.spec, attend, self.lora_scale, self.implementation, self.layout, feed_tokens, name=name)
 
     def run_scanned(self, x: Array, rope: Any, attend: Attend, cache: Any, per_layer: Any) -> tuple[Array, Any, Any]:
         """All layers as one scan over stacked variables: compile time does not grow with depth."""

@@ -235,8 +235,8 @@ def decode_segment(
         return record_tokens(tokens, drawn, zero, slots.begins, slots, stop_ids)
 
     first_tokens = jax.lax.cond(jnp.any(slots.begins), begin, lambda: tokens)
-    int8 = (prompts.cache[0] if unroll else prompts.cache).k_scale is not None
-    segment_cache = empty_past_block(model.spec, model.dtype, s, length, int8=int8, unroll=unroll, layout=layout)
+    kv_dtype = (prompts.cache[0] if unroll else prompts.cache).format
+    segment_cache = empty_past_block(model.spec, model.dtype, s, length, kv_dtype=kv_dtype, unroll=unroll, layout=layout)
     # When unrolled (CPU) the layer axis is dropped: a reshape between the write in place and the matrix product would copy.
     segment_cache = jax.tree.map(lambda x: x[0], segment_cache) if unroll else segment_cache
     state = DecodeState(zero, segment_cache, first_tokens)

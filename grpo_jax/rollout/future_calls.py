@@ -36,7 +36,7 @@ def rollout_calls(sampler: Sampler, variables: Params, rollout: RolloutConfig, s
     model, sizes = sampler.model, shapes.sizes
     if model.layout is not None:
         return []
-    int8, sharding = rollout.kv_dtype == "int8", jax.tree.leaves(variables)[0].sharding
+    kv_dtype, sharding = rollout.kv_dtype, jax.tree.leaves(variables)[0].sharding
 
     def placed(tree: Any) -> Any:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type), tree)
@@ -48,12 +48,12 @@ def rollout_calls(sampler: Sampler, variables: Params, rollout: RolloutConfig, s
         return array(jnp.int32, count, width), array(jnp.int32, count)
 
     def past_block(tokens: int) -> Any:
-        make = partial(empty_past_block, model.spec, model.dtype, sizes.slots, tokens, int8=int8, unroll=model.unroll)
+        make = partial(empty_past_block, model.spec, model.dtype, sizes.slots, tokens, kv_dtype=kv_dtype, unroll=model.unroll)
         return placed(jax.eval_shape(make))
 
     settings = sampler.weight_settings(variables, least_free_bytes(), merge=rollout.merge_adapters)
     weights = placed(prepared_shapes(model, variables, **settings))
-    prefilled = lambda *arguments: placed(jax.eval_shape(partial(prefill, model, int8=int8), weights, *arguments))  # noqa: E731
+    prefilled = lambda *arguments: placed(jax.eval_shape(partial(prefill, model, kv_dtype=kv_dtype), weights, *arguments))  # noqa: E731
     past_blocks, segment_cache = tuple(past_block(tokens) for tokens in sizes.past_blocks), past_block(sizes.segment)
     number, flag = array(jnp.int32, sizes.slots), array(jnp.bool_, sizes.slots)
     slots = SlotState(*[number] * 7, live=flag, begins=flag)
@@ -62,7 +62,7 @@ def rollout_calls(sampler: Sampler, variables: Params, rollout: RolloutConfig, s
     levels = sorted({sizes.past_blocks_for(int(tokens)) for tokens in (0, *np.cumsum(sizes.past_blocks))})
 
     calls: list[FutureCall] = []
-    static = {"int8": int8}
+    static = {"kv_dtype": kv_dtype}
     for width in shapes.widths:
         prompts = prefilled(*token_ids(sizes.prompt_slots, width))
         for level in levels:
@@ -75,7 +75,7 @@ def rollout_calls(sampler: Sampler, variables: Params, rollout: RolloutConfig, s
             calls.append(FutureCall(sampler.insert_prompts, later))
     calls.insert(1, FutureCall(sampler.prepare_weights, (variables,), settings))
     if past_blocks:
-        making = {"slots": sizes.slots, "tokens": sizes.past_blocks, "int8": int8, "unroll": model.unroll}
+        making = {"slots": sizes.slots, "tokens": sizes.past_blocks, "kv_dtype": kv_dtype, "unroll": model.unroll}
         calls.append(FutureCall(sampler.empty_past_blocks, (), making))
         calls.append(FutureCall(sampler.write_segment, (past_blocks, segment_cache, number), {"together": sizes.fixed}))
     return calls

@@ -3,8 +3,9 @@
 The cache has three parts, as `grpo_kernels.ops.decode_attention` reads them: one prefix per prompt; past blocks, which hold each
 slot's own earlier segments; and the segment cache, the tokens of the current segment. Each token writes only the segment cache.
 
-Keys and values are stored in the model's dtype, or as int8 with one scale per token and head. With int8, attention reads the
-rounded values from a token's first use, so a result does not depend on where a segment ends.
+Keys and values are stored in the model's dtype, as int8 with one scale per token and head, or as int4 with one scale per token,
+head and 32 elements of the head. Attention reads rounded values from a token's first use, so a result does not depend on where a
+segment ends.
 
 On a mesh each device stores the prompt slots and slots of its row shard and its part of the heads. No function here communicates
 between devices.
@@ -25,7 +26,7 @@ from grpo_jax.models.layers import Attend
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.sharding import Layout
 from grpo_kernels import NO_WINDOW
-from grpo_kernels.ops.decode_attention import KVCache, SlotMap, decode_attention, layer_of
+from grpo_kernels.ops.decode_attention import GROUP, KVCache, SlotMap, decode_attention, layer_of, pack_int4
 
 __all__ = [
     "KVCache",
@@ -36,6 +37,7 @@ __all__ = [
     "empty_cache",
     "empty_past_block",
     "empty_past_blocks",
+    "quantize_int4",
     "quantize_int8",
     "to_cache",
     "write_segment",
@@ -43,45 +45,82 @@ __all__ = [
 
 
 def quantize_int8(x: Float[Array, "... Dh"]) -> tuple[Array, Array]:
-    """Quantises to int8; returns the int8 values and their scale, the largest magnitude over 127."""
+    """Quantises to int8; returns the int8 values and their scale, the largest magnitude over 127, in bfloat16.
+
+    The scale is rounded before the values are, so that a value is at most half a step off.
+    """
     wide = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=-1) / 127
-    steps = wide / jnp.where(scale > 0, scale, jnp.float32(1))[..., None]
-    return jnp.round(steps).astype(jnp.int8), scale
+    scale = (jnp.max(jnp.abs(wide), axis=-1) / 127).astype(jnp.bfloat16)
+    step = jnp.where(scale > 0, scale, jnp.ones_like(scale)).astype(jnp.float32)
+    return jnp.round(wide / step[..., None]).astype(jnp.int8), scale
 
 
-def to_cache(k: Array, v: Array, *, int8: bool, transposed: bool = False) -> KVCache:
-    """Converts keys and values [..., K, X, Dh] to a `KVCache`."""
+def quantize_int4(x: Float[Array, "... Dh"]) -> tuple[Array, Array]:
+    """Quantises to int4 values, in int8, and the scale [..., G] of each group of 32 elements of a head.
+
+    The element of largest magnitude in a group becomes exactly -8 steps and its sign goes into the scale, as with int4 weights, so
+    that all 16 values are used. Scales are rounded to bfloat16 before the elements are rounded.
+    """
+    width = x.shape[-1]
+    groups = -(-width // GROUP)
+    wide = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, groups * GROUP - width)])
+    wide = wide.reshape(*x.shape[:-1], groups, GROUP)
+    low, high = jnp.min(wide, axis=-1), jnp.max(wide, axis=-1)
+    scale = (jnp.where(-low >= high, -low, -high) / 8).astype(jnp.bfloat16)
+    step = jnp.where(scale == 0, jnp.ones_like(scale), scale).astype(jnp.float32)
+    values = jnp.clip(jnp.round(wide / step[..., None]), -8, 7).astype(jnp.int8)
+    return values.reshape(*x.shape[:-1], groups * GROUP)[..., :width], scale
+
+
+def to_cache(k: Array, v: Array, *, kv_dtype: str, transposed: bool = False) -> KVCache:
+    """Converts keys and values [..., K, X, Dh] to a `KVCache` of a number format: `auto` is their own, or int8 or int4.
+
+    Args:
+        transposed: store k as [..., K, Dh, X]; not in int4.
+    """
+    if kv_dtype == "int4":
+        (k, k_scale), (v, v_scale) = quantize_int4(k), quantize_int4(v)
+        return KVCache(None, pack_int4(k, v), *(by_head_and_group(scale) for scale in (k_scale, v_scale)))
     scales: tuple[Any, Any] = (None, None)
-    if int8:
+    if kv_dtype == "int8":
         (k, k_scale), (v, v_scale) = quantize_int8(k), quantize_int8(v)
         scales = (k_scale, v_scale)
     return KVCache(jnp.swapaxes(k, -1, -2) if transposed else k, v, *scales, transposed=transposed)
 
 
-def empty_cache(shape: tuple[int, ...], dtype: Any, *, int8: bool, transposed: bool = False) -> KVCache:
-    """Makes a `KVCache` of zeros for [..., K, X, Dh]. Its arrays are distinct, so that they can be donated."""
-    k_shape = (*shape[:-2], shape[-1], shape[-2]) if transposed else shape
-    if not int8:
+def by_head_and_group(scale: Float[Array, "... K X G"]) -> Float[Array, "... KG X"]:
+    """Moves groups next to heads; X is then the last axis, which a TPU pads to 128."""
+    *lead, heads, tokens, groups = scale.shape
+    return jnp.swapaxes(scale, -1, -2).reshape(*lead, heads * groups, tokens)
+
+
+def empty_cache(shape: tuple[int, ...], dtype: Any, *, kv_dtype: str, transposed: bool = False) -> KVCache:
+    """Makes a `KVCache` of zeros for [..., K, X, Dh]; see `to_cache`. Its arrays are distinct, so that they can be donated."""
+    *lead, heads, tokens, width = shape
+    k_shape = (*lead, heads, width, tokens) if transposed else shape
+    if kv_dtype == "auto":
         return KVCache(jnp.zeros(k_shape, dtype), jnp.zeros(shape, dtype), transposed=transposed)
-    scales = (jnp.zeros(shape[:-1], jnp.float32), jnp.zeros(shape[:-1], jnp.float32))
-    return KVCache(jnp.zeros(k_shape, jnp.int8), jnp.zeros(shape, jnp.int8), *scales, transposed=transposed)
+    if kv_dtype == "int8":
+        scales = (jnp.zeros(shape[:-1], jnp.bfloat16), jnp.zeros(shape[:-1], jnp.bfloat16))
+        return KVCache(jnp.zeros(k_shape, jnp.int8), jnp.zeros(shape, jnp.int8), *scales, transposed=transposed)
+    of_groups = (*lead, heads * -(-width // GROUP), tokens)
+    return KVCache(None, jnp.zeros(shape, jnp.int8), jnp.zeros(of_groups, jnp.bfloat16), jnp.zeros(of_groups, jnp.bfloat16))
 
 
 def empty_past_block(
-    spec: ModelSpec, dtype: Any, slots: int, tokens: int, *, int8: bool, unroll: bool, layout: Layout | None = None
+    spec: ModelSpec, dtype: Any, slots: int, tokens: int, *, kv_dtype: str, unroll: bool, layout: Layout | None = None
 ) -> Any:
     """Makes a past block of zeros: one `KVCache` [L, S, K, X, Dh], or where unrolled a tuple of L, each [1, S, K, X, Dh]."""
     shape = (1 if unroll else spec.layers, slots, spec.kv_heads, tokens, spec.head_dim)
-    blocks = tuple(empty_cache(shape, dtype, int8=int8, transposed=unroll) for _ in range(spec.layers if unroll else 1))
+    blocks = tuple(empty_cache(shape, dtype, kv_dtype=kv_dtype, transposed=unroll) for _ in range(spec.layers if unroll else 1))
     return constrain_cache(layout, blocks if unroll else blocks[0])
 
 
 def empty_past_blocks(
-    spec: ModelSpec, dtype: Any, *, slots: int, tokens: tuple[int, ...], int8: bool, unroll: bool, layout: Layout | None = None
+    spec: ModelSpec, dtype: Any, *, slots: int, tokens: tuple[int, ...], kv_dtype: str, unroll: bool, layout: Layout | None = None
 ) -> tuple[Any, ...]:
     """Makes past blocks of these numbers of tokens; see `empty_past_block`."""
-    return tuple(empty_past_block(spec, dtype, slots, own, int8=int8, unroll=unroll, layout=layout) for own in tokens)
+    return tuple(empty_past_block(spec, dtype, slots, own, kv_dtype=kv_dtype, unroll=unroll, layout=layout) for own in tokens)
 
 
 def cache_spec(layout: Layout, *, stacked: bool) -> PartitionSpec:
@@ -124,7 +163,7 @@ def write_and_attend(
     (lengths, base, slot_map), (layer, window, step) = rows, scalars
     prefix, past_blocks = caches
     q, k, v = qkv[0][:, 0], *(jnp.swapaxes(x, 1, 2) for x in qkv[1:])
-    new = to_cache(k, v, int8=segment_cache.k_scale is not None, transposed=segment_cache.transposed)
+    new = to_cache(k, v, kv_dtype=segment_cache.format, transposed=segment_cache.transposed)
     all_layers, stacked = prefix.v.ndim == 5, segment_cache.v.ndim == 5
 
     def write(target: Array, x: Array, axis: int) -> Array:

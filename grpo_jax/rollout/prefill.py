@@ -38,7 +38,7 @@ class PrefilledPrompts:
 
 
 def prefill(
-    model: Transformer, variables: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], *, int8: bool
+    model: Transformer, variables: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], *, kv_dtype: str
 ) -> PrefilledPrompts:
     """Runs the model on prompts; returns their KV cache and the hidden state of each last token.
 
@@ -46,7 +46,7 @@ def prefill(
         variables: the decoding weights; see `weights.prepare_weights`.
         prompts: token ids, padded on the right.
         lengths: tokens of each prompt.
-        int8: store the KV cache as int8.
+        kv_dtype: number format of the KV cache; see `to_cache`.
     """
     layout = model.layout
     b, p = prompts.shape
@@ -55,9 +55,9 @@ def prefill(
     hidden, _, stacked = forward(model, variables, prompts, positions, attend, select=select_last(lengths))
     last = hidden[:, 0] if layout is None else layout.constrain(hidden[:, 0], "rows", None)
     if not model.unrolled:
-        cache: Any = to_cache(*stacked, int8=int8)
+        cache: Any = to_cache(*stacked, kv_dtype=kv_dtype)
     else:
-        cache = tuple(to_cache(k[None], v[None], int8=int8, transposed=True) for k, v in stacked)
+        cache = tuple(to_cache(k[None], v[None], kv_dtype=kv_dtype, transposed=True) for k, v in stacked)
     return PrefilledPrompts(constrain_cache(layout, cache), lengths, last)
 
 

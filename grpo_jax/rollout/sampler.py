@@ -31,7 +31,7 @@ from grpo_jax.rollout.schedule import ShardedSchedule
 from grpo_jax.rollout.shapes import RolloutShapes, Sizes, check_slots, choose_slots, pad_rows, round_up, shapes_of
 from grpo_jax.rollout.stop_strings import DecodeText, PartialCompletion
 from grpo_jax.rollout.weights import can_join, decoding_model, gather_weights, new_weights, prepared_shapes, with_unchanged
-from grpo_jax.runtime.memory import least_free_bytes
+from grpo_jax.runtime.memory import in_device_memory, least_free_bytes
 from grpo_jax.runtime.programs import Announce, Program, no_announcement
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params, Rollout
@@ -202,6 +202,7 @@ class Sampler:
 
     def decide_shapes(self, variables: Params, rollout: RolloutConfig, prompts: int, widths: Sequence[int]) -> RolloutShapes:
         """Chooses the shapes of a run's rollouts, from the memory that is free next to the decoding weights."""
+        variables = in_device_memory(variables)
         if not self.model.unroll:
             weights = self.decoding_weights(variables, merge=rollout.merge_adapters)
             free = least_free_bytes()
@@ -220,11 +221,12 @@ class Sampler:
         return -(-slots // shards) * shards
 
     def decoding_weights(self, variables: Params, *, merge: bool = False) -> Params:
-        """Returns the weights as decoding reads them.
+        """Returns the weights as decoding reads them, in the devices' memory.
 
         Args:
             merge: add the adapters to their weights (`rollout.merge_adapters`).
         """
+        variables = in_device_memory(variables)
         settings = self.weight_settings(variables, None if self.joins else least_free_bytes(), merge=merge)
         if self.model.unroll:
             return self.prepare_weights(variables, **settings)
@@ -269,11 +271,6 @@ class RolloutLoop:
         """The mesh; None is one device."""
         return self.sampler.model.layout
 
-    @property
-    def int8(self) -> bool:
-        """Whether the KV cache is int8."""
-        return self.rollout.kv_dtype == "int8"
-
     def run(self, weights: Params) -> int:
         """Decodes every completion; returns the number of near-ties."""
         sampler, sizes, generations = self.sampler, self.sizes, self.rollout.num_generations
@@ -315,14 +312,14 @@ class RolloutLoop:
         if not sizes.past_blocks:
             return ()
         slots = self.shards * sizes.slots
-        return self.sampler.empty_past_blocks(slots=slots, tokens=sizes.past_blocks, int8=self.int8, unroll=unroll)
+        return self.sampler.empty_past_blocks(slots=slots, tokens=sizes.past_blocks, kv_dtype=self.rollout.kv_dtype, unroll=unroll)
 
     def prefill(self, weights: Params, numbers: Sequence[int | None]) -> PrefilledPrompts:
         """Prefills prompts by number; None prefills a placeholder of one token."""
         ids = [[0] if number is None else self.prompt_ids[number] for number in numbers]
         lengths = np.array([len(own) for own in ids], np.int32)
         padded, lengths = self.put((pad_rows(ids, self.sizes.prompt), lengths), "prompts")
-        return self.sampler.prefill(weights, padded, lengths, int8=self.int8)
+        return self.sampler.prefill(weights, padded, lengths, kv_dtype=self.rollout.kv_dtype)
 
     def slot_state(self, schedule: ShardedSchedule, begun: list[int]) -> tuple[SlotState, int, int]:
         """Returns the schedule as device arrays, and the most tokens in any slot's past before and after this segment.

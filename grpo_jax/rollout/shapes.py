@@ -13,6 +13,7 @@ import numpy as np
 from grpo_jax.config import Config, RolloutConfig
 from grpo_jax.config.checks import require
 from grpo_jax.models.spec import ModelSpec
+from grpo_kernels.ops.decode_attention import GROUP
 from grpo_kernels.target import platform
 
 FIRST_PAST_BLOCK = 32
@@ -205,6 +206,17 @@ def truncates(rollout: RolloutConfig) -> bool:
     return rollout.top_k > 0 or rollout.top_p < 1 or rollout.min_p > 0
 
 
+def key_value_bytes(width: int, kv_dtype: str, itemsize: int) -> int:
+    """Returns the bytes of a token's key and value of one head in the KV cache, scales included.
+
+    Args:
+        width: of the head.
+        kv_dtype: number format; see `RolloutConfig`.
+        itemsize: bytes of an element of the model's dtype.
+    """
+    return {"auto": 2 * width * itemsize, "int8": 2 * (width + 2), "int4": width + 2 * 2 * -(-width // GROUP)}[kv_dtype]
+
+
 def slot_bytes(spec: ModelSpec, rollout: RolloutConfig, width: int, itemsize: int, tensor: int = 1) -> int:
     """Estimates the bytes of one slot: its keys and values at full length, its part of the prompt's, and a few rows of logits.
 
@@ -215,7 +227,7 @@ def slot_bytes(spec: ModelSpec, rollout: RolloutConfig, width: int, itemsize: in
         itemsize: bytes of an element of keys and values.
         tensor: devices that heads and vocabulary are sharded over; the estimate is per device.
     """
-    token = 2 * spec.layers * spec.kv_heads * (spec.head_dim + 4 if rollout.kv_dtype == "int8" else spec.head_dim * itemsize)
+    token = spec.layers * spec.kv_heads * key_value_bytes(spec.head_dim, rollout.kv_dtype, itemsize)
     shared = round_up(width) / min(rollout.num_generations, 4)
     vocabulary = spec.vocab if truncates(rollout) else spec.vocab // tensor
     return int(token / tensor * (rollout.max_completion_length + segment_length(rollout, True) + shared)) + 24 * vocabulary

@@ -10,6 +10,7 @@ from grpo_jax.run.lock import LockedError, check_unlocked
 FREE_ON_RESUME = (
     "model.remat",
     "optim.max_skipped_steps",
+    "optim.offload",
     "rewards.max_failed_share",
     "rewards.timeout_seconds",
     "rollout.refill",

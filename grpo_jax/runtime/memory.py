@@ -1,11 +1,12 @@
-"""Measures free and used memory in bytes: the device's on an accelerator, the machine's and the process's on a CPU.
+"""Measures free and used memory in bytes, and moves arrays between the devices' memory and the host's.
 
-A value that is not known is None.
+The memory is the device's on an accelerator, and the machine's and the process's on a CPU. A value that is not known is None.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -53,3 +54,23 @@ def proc_bytes(file: str, name: str) -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
+
+
+def in_host_memory(tree: Any) -> Any:
+    """Copies arrays to the host's memory, where they have the same shardings."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind("pinned_host")), tree)
+
+
+def in_device_memory(tree: Any) -> Any:
+    """Copies arrays that are in the host's memory to the devices' own; passes the others on. Takes shapes with shardings too."""
+
+    def move(x: Any) -> Any:
+        kind = next(iter(x.sharding.device_set)).default_memory().kind
+        if x.sharding.memory_kind in (None, kind):
+            return x
+        sharding = x.sharding.with_memory_kind(kind)
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding, weak_type=x.weak_type)
+        return jax.device_put(x, sharding)
+
+    return jax.tree.map(move, tree)

@@ -34,6 +34,7 @@ from grpo_jax.run.display import Display
 from grpo_jax.run.step_metrics import Clock, length_metrics
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.compile_ahead import FutureCall
+from grpo_jax.runtime.memory import in_device_memory, in_host_memory
 from grpo_jax.runtime.programs import Program
 from grpo_jax.steps import StepResult
 from grpo_jax.steps.setup import placed_policy, read_tokenizer
@@ -172,15 +173,16 @@ class GrpoStep:
 
     def future_calls(self, state: TrainState) -> list[FutureCall]:
         shapes, own = self.shapes(state), self.evaluation_shapes(state) if self.problems else None
-        calls = rollout_calls(self.sampler, self.variables(state), self.config.rollout, shapes)
+        variables = in_device_memory(shapes_of(self.variables(state)))
+        calls = rollout_calls(self.sampler, variables, self.config.rollout, shapes)
         if own is not None and own != shapes:
-            calls += rollout_calls(self.sampler, self.variables(state), self.config.rollout, own)
+            calls += rollout_calls(self.sampler, variables, self.config.rollout, own)
         return calls + self.update_calls(state)
 
     def update_calls(self, state: TrainState) -> list[FutureCall]:
         """The update, with the shapes of its batch: [FutureCall(self.update, (state, batch, self.frozen))]."""
         batch = abstract_batch(self.config, Placement(self.policy.layout, jax.local_devices()[0]), self.sizes)
-        return [FutureCall(self.update, (shapes_of(state), batch, self.frozen))]
+        return [FutureCall(self.update, (in_device_memory(shapes_of(state)), batch, self.frozen))]
 
     def run(self, state: TrainState, number: int) -> StepResult:
         """Makes step `number`, counted from 0: samples, scores, updates. The memory of `state` is reused."""
@@ -220,7 +222,8 @@ class GrpoStep:
             self.rewarded.append(time.perf_counter())
         layout, skips = self.policy.layout, self.learner.skips
         batch = train_batch(prompts, rollout, scored, config, self.sizes, layout, skips=skips)
-        state, packed = self.update(state, on_devices(batch, layout), self.frozen)
+        state, packed = self.update(in_device_memory(state), on_devices(batch, layout), self.frozen)
+        state = in_host_memory(state) if config.optim.offload else state
         metrics, advantages = packed.to_host()
         clock.lap("update_seconds")
         metrics.setdefault("kl_divergence", None)  # not computed, which is not 0
@@ -255,7 +258,7 @@ class GrpoStep:
         lengths, layout = text_lengths(config, source.prompt_lengths[1]), self.policy.layout
         sizes = row_sizes(lengths, problems, 1, self.sizes[0].tokens, 1 if layout is None else layout.rows)
         held_out = text_batch(batch.prompt_ids, rollout.completion_ids, sizes, config.rollout.max_completion_length, layout)
-        sums = self.policy.on_host(self.kl(state.trainable, held_out, self.frozen))
+        sums = self.policy.on_host(self.kl(in_device_memory(state.trainable), held_out, self.frozen))
         return float(sums[0] / sums[1])
 
 
@@ -282,7 +285,7 @@ def reference_of(policy: Policy, config: Config) -> Params | None:
     if policy.adapters is None:
         return policy.params if config.objective.needs_reference or config.train.eval_kl else None
     started = any(bool(np.any(policy.on_host(pair["b"]))) for pair in policy.adapters["layers"].values())
-    return policy.adapters if started else {}
+    return in_device_memory(policy.adapters) if started else {}
 
 
 def prompts_line(source: PromptSource, limit_tokens: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from grpo_jax.run.display import Display
 from grpo_jax.run.folder import RunFolder
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.compilation_cache import use_compilation_cache
+from grpo_jax.runtime.memory import in_host_memory
 from grpo_jax.runtime.mesh import check_prompts, make_layout
 from grpo_jax.weights.axes import check_mesh
 from grpo_jax.weights.hf import find_model, read_folder_spec
@@ -63,11 +65,12 @@ def read_tokenizer(config: Config, display: Display) -> Tokenizer | None:
 
 
 def placed_policy(config: Config, policy: Policy | None, display: Display) -> Policy:
-    """The policy that a run starts from, on the mesh of its settings."""
+    """The policy that a run starts from, on the mesh of its settings; with `optim.offload` its adapters in the host's memory."""
     if policy is None:
         with display.busy(f"reading {config.model.path}"):
             policy = Policy.from_config(config)
     elif policy.adapters is None:
         display.note(NO_ADAPTERS_LINE)
     policy.need_tokenizer()
-    return policy.placed(make_layout(config.mesh))
+    policy = policy.placed(make_layout(config.mesh))
+    return replace(policy, adapters=in_host_memory(policy.adapters)) if config.optim.offload else policy

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec
+from grpo_jax.rollout.shapes import key_value_bytes
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class StepShapes:
         prompt_length: tokens of every prompt, unless their lengths are given too.
         slots: completions decoded at once; None is all of them.
         lora_rank: 0 trains every weight.
-        kv_dtype: of the KV cache, `auto` or `int8`.
+        kv_dtype: of the KV cache, `auto`, `int8` or `int4`.
     """
 
     prompts: int
@@ -98,8 +99,7 @@ class StepCost:
         backward = forward + attention + (2 * active * (prompts + completions) + 2 * head * completions) * (shapes.lora_rank == 0)
         slots = min(shapes.slots or len(lengths), len(lengths))
         steps = float(max(lengths.max(), completions / slots))
-        key_bytes = 1 if shapes.kv_dtype == "int8" else itemsize
-        token = 2 * spec.layers * spec.kv_heads * spec.head_dim * key_bytes
+        token = spec.layers * spec.kv_heads * key_value_bytes(spec.head_dim, shapes.kv_dtype, itemsize)
         groups = slots / shapes.num_generations
         past = float((lengths**2 / 2).sum()) + steps * groups * float(own.mean())
         return StepCost(

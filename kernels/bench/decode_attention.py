@@ -1,6 +1,6 @@
 """Time of `decode_attention` on this device, next to the bytes that it must read.
 
-    python kernels/bench/decode_attention.py [--slots 64] [--filled 512] [--kv int8] [--implementation xla]
+    python kernels/bench/decode_attention.py [--slots 64] [--filled 512] [--kv int8|int4] [--implementation xla]
 
 One layer at the sizes of an 8B model, every slot with `filled` past tokens. The bandwidth is that of a sum over an array of the
 same size, measured in the same run.
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_kernels import KVCache, decode_attention
+from grpo_kernels.ops.decode_attention import GROUP, pack_int4
 from grpo_kernels.ops.decode_attention.shapes import EIGHT_B, Shape
 
 
@@ -33,13 +34,18 @@ def seconds_of(program: Callable[..., Any], *arguments: Any, times: int = 20) ->
     return best
 
 
-def cache(key: jax.Array, texts: int, shape: Shape, size: int, int8: bool) -> KVCache:
+def cache(key: jax.Array, texts: int, shape: Shape, size: int, kv: str) -> KVCache:
     """Random keys and values."""
     k, v = jax.random.normal(key, (2, texts, shape.kv_heads, size, shape.width), jnp.bfloat16)
-    if not int8:
+    if kv == "bfloat16":
         return KVCache(k, v)
-    scale = jnp.full(k.shape[:-1], 1 / 40, jnp.float32)
-    return KVCache(jnp.round(k * 40).astype(jnp.int8), jnp.round(v * 40).astype(jnp.int8), scale, scale)
+    most, each = (127, 40) if kv == "int8" else (7, 3)
+    k, v = (jnp.clip(jnp.round(x * each), -most, most).astype(jnp.int8) for x in (k, v))
+    if kv == "int8":
+        scale = jnp.full(k.shape[:-1], 1 / each, jnp.float32)
+        return KVCache(k, v, scale, scale)
+    scale = jnp.full((texts, shape.kv_heads * -(-shape.width // GROUP), size), 1 / each, jnp.bfloat16)
+    return KVCache(None, pack_int4(k, v), scale, scale)
 
 
 def main() -> None:
@@ -47,14 +53,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--slots", type=int, default=EIGHT_B.slots)
     parser.add_argument("--filled", type=int, default=512)
-    parser.add_argument("--kv", choices=["bfloat16", "int8"], default="bfloat16")
+    parser.add_argument("--kv", choices=["bfloat16", "int8", "int4"], default="bfloat16")
     parser.add_argument("--implementation", action="append", help="several times for several; all that run here if left out")
     args = parser.parse_args()
-    shape, int8 = dataclasses.replace(EIGHT_B, slots=args.slots), args.kv == "int8"
+    shape = dataclasses.replace(EIGHT_B, slots=args.slots)
     keys = iter(jax.random.split(jax.random.key(0), 16))
-    prefix = cache(next(keys), shape.prompts, shape, shape.prompt, int8)
-    past_blocks = [cache(next(keys), shape.slots, shape, size, int8) for size in shape.past_blocks]
-    segment_cache = cache(next(keys), shape.slots, shape, shape.segment, int8)
+    prefix = cache(next(keys), shape.prompts, shape, shape.prompt, args.kv)
+    past_blocks = [cache(next(keys), shape.slots, shape, size, args.kv) for size in shape.past_blocks]
+    segment_cache = cache(next(keys), shape.slots, shape, shape.segment, args.kv)
     q = jax.random.normal(next(keys), (shape.slots, shape.kv_heads, shape.queries, shape.width), jnp.bfloat16)
     numbers = (jnp.full((shape.prompts,), shape.prompt, jnp.int32), jnp.full((shape.slots,), args.filled, jnp.int32))
     column = sum(x.nbytes for x in jax.tree.leaves(segment_cache)) / shape.segment
@@ -63,7 +69,7 @@ def main() -> None:
     array = jnp.zeros((int(needed) // 4,), jnp.float32)
     bandwidth = needed / seconds_of(jax.jit(jnp.sum), array)
     print(f"{jax.devices()[0].device_kind}: {needed / 2**20:,.0f} MiB to read, sum over as much at {bandwidth / 1e9:,.0f} GB/s")
-    kernels = {"tpu": ["mosaic_tpu"], "gpu": [] if int8 else ["mosaic_gpu"]}
+    kernels = {"tpu": ["mosaic_tpu"], "gpu": ["mosaic_gpu"] if args.kv == "bfloat16" else []}
     default = ["reference", "xla", *kernels.get(jax.default_backend(), [])]
     arguments = (q, prefix, numbers[0], past_blocks, segment_cache, numbers[1], jnp.int32(0))
     expected = jax.jit(functools.partial(decode_attention, implementation="reference"))(*arguments).astype(jnp.float32)

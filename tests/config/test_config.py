@@ -87,7 +87,7 @@ def test_a_name_that_is_like_no_other_is_answered_with_the_sections():
         ),
         ({"rewards": {"weights": [1.0, "x"]}}, r"rewards.weights is \[1.0, 'x'\]: expected a list"),
         ({"rollout": {"stop": "###"}}, r"rollout.stop is '###': expected a list, written \[a, b\], of text"),
-        ({"rollout": {"kv_dtype": "int4"}}, "rollout.kv_dtype is 'int4': expected one of auto, int8"),
+        ({"rollout": {"kv_dtype": "int2"}}, "rollout.kv_dtype is 'int2': expected one of auto, int8, int4"),
         ({"data": {"template_arguments": [1]}}, r"data.template_arguments is \[1\]: expected a mapping"),
         ({"train": 5}, "train is 5: expected a mapping of its settings"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ class Case:
     Attributes:
         prompt_slots: each slot's prompt; None where they lie in order.
         base: tokens of each slot's past.
+        format: of the KV cache.
     """
 
     queries: int = 4
@@ -48,12 +50,13 @@ class Case:
     step: int = 2
     window: int = NO_WINDOW
     softcap: float | None = None
-    int8: bool = False
+    format: str = "auto"
     dtype: str = "float32"
+    width: int = DH
 
 
 ANYWHERE = Case(
-    prompt_slots=(2, 0, 2, 0), lengths=(12, 3, 1), base=(0, 16, 4, 12), past_blocks=(4, 12), window=11, softcap=2.0, int8=True
+    prompt_slots=(2, 0, 2, 0), lengths=(12, 3, 1), base=(0, 16, 4, 12), past_blocks=(4, 12), window=11, softcap=2.0, format="int8"
 )
 CASES = {
     "in order": Case(base=(4, 4, 4, 4), past_blocks=(8,), dtype="bfloat16"),
@@ -61,6 +64,9 @@ CASES = {
     "one query": Case(prompt_slots=(1, 0), base=(12, 4), past_blocks=(12,), queries=1, window=15),
     "anywhere": ANYWHERE,
     "only itself": Case(window=1),
+    "int4, narrow heads": Case(base=(4, 4, 4, 4), past_blocks=(8,), dtype="bfloat16", format="int4"),
+    "int4, three groups": dataclasses.replace(ANYWHERE, format="int4", width=80),
+    "int4, groups of 32": Case(format="int4", width=64, window=1),
 }
 
 
@@ -73,16 +79,33 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 def cache(seed: int, case: Case, texts: int, size: int, *, transposed: bool = False) -> tuple[KVCache, list[np.ndarray]]:
     """Random keys and values, and the values that they stand for in float64, [texts, K, size, Dh]."""
-    arrays = [normal(seed + n, texts, K, size, DH) for n in range(2)]
-    if not case.int8:
+    arrays = [normal(seed + n, texts, K, size, case.width) for n in range(2)]
+    if case.format == "auto":
         rounded = [jnp.asarray(x, case.dtype) for x in arrays]
         k = jnp.swapaxes(rounded[0], -1, -2) if transposed else rounded[0]
         return KVCache(k, rounded[1], transposed=transposed), [np.asarray(x, np.float64) for x in rounded]
+    if case.format == "int4":
+        return int4_cache(seed, arrays)
     numbers = [np.clip(np.round(x * 40), -127, 127).astype(np.int8) for x in arrays]
     scales = [np.exp(normal(seed + n, texts, K, size) / 4) / 40 for n in range(2, 4)]
     k = np.swapaxes(numbers[0], -1, -2) if transposed else numbers[0]
     held = KVCache(*(jnp.asarray(x) for x in (k, numbers[1], *scales)), transposed=transposed)
     return held, [x.astype(np.float64) * scale[..., None] for x, scale in zip(numbers, scales, strict=True)]
+
+
+def int4_cache(seed: int, arrays: list[np.ndarray]) -> tuple[KVCache, list[np.ndarray]]:
+    """Packs a key's and a value's element as the lower and the upper half of a byte; scales of both signs, one for 32 elements."""
+    k, v = (np.clip(np.round(x * 3), -8, 7).astype(np.int64) for x in arrays)
+    packed = ((v % 16) * 16 + k % 16).astype(np.uint8).view(np.int8)
+    texts, kv, size, width = k.shape
+    held, values = [], []
+    for n, numbers in enumerate((k, v)):
+        scale = normal(seed + 2 + n, texts, kv, -(-width // 32), size)
+        rounded = jnp.asarray(np.sign(scale) * np.exp(scale / 4) / 3, jnp.bfloat16)
+        held.append(rounded.reshape(texts, -1, size))
+        of_element = np.asarray(rounded, np.float64)[:, :, np.arange(width) // 32]  # [texts, K, Dh, size]
+        values.append(numbers * np.swapaxes(of_element, -1, -2))
+    return KVCache(None, jnp.asarray(packed), *held), values
 
 
 def slot_map_of(prompt_slots: tuple[int, ...], prompts: int) -> SlotMap:
@@ -100,7 +123,7 @@ def problem(case: Case, *, transposed: bool = False) -> tuple[dict[str, Any], np
     """Arguments, and the result in float64."""
     slots, prompts = len(case.base), len(case.lengths)
     prompt_slots = case.prompt_slots or tuple(np.arange(slots) // (slots // prompts))
-    q = jnp.asarray(2 * normal(0, slots, K, case.queries, DH), case.dtype)
+    q = jnp.asarray(2 * normal(0, slots, K, case.queries, case.width), case.dtype)
     prefix, prefix_values = cache(10, case, prompts, case.prompt, transposed=transposed)
     past_blocks = [cache(20 + 10 * n, case, slots, size, transposed=transposed) for n, size in enumerate(case.past_blocks)]
     segment_cache, own_values = cache(90, case, slots, SEGMENT, transposed=transposed)
@@ -149,14 +172,18 @@ def tolerance(case: Case) -> float:
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("case", list(CASES.values()), ids=list(CASES))
-def test_one_token_sees_its_prompt_its_past_and_this_segment(case: Case, transposed: bool, implementation: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "transposed"), [(name, transposed) for name in CASES for transposed in (False, True)[: 1 + ("int4" not in name)]]
+)
+def test_one_token_sees_its_prompt_its_past_and_this_segment(name: str, transposed: bool, implementation: str) -> None:
+    case = CASES[name]
     arguments, expected = problem(case, transposed=transposed)
     np.testing.assert_allclose(attention(implementation, case, arguments), expected, rtol=0, atol=tolerance(case))
 
 
-@pytest.mark.parametrize("name", ["in order", "no past", "one query", "anywhere"])
+@pytest.mark.parametrize(
+    "name", ["in order", "no past", "one query", "anywhere", "int4, narrow heads", "int4, three groups", "int4, groups of 32"]
+)
 def test_the_kernel_gives_the_same_and_has_no_race(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """And reads no memory that nothing was written to, which the interpreter fills with NaN."""
     case = CASES[name]
@@ -167,10 +194,18 @@ def test_the_kernel_gives_the_same_and_has_no_race(name: str, capsys: pytest.Cap
 
 
 HOPPER = {
-    "in order": Case(queries=2, lengths=(48, 17), prompt=48, base=(16, 64, 33, 48), past_blocks=(16, 64), step=2, dtype="bfloat16"),
-    "no past": Case(queries=9, lengths=(32,), prompt=32, base=(0, 0), past_blocks=(), step=0, dtype="bfloat16"),
+    "in order": Case(
+        queries=2, lengths=(48, 17), prompt=48, base=(16, 64, 33, 48), past_blocks=(16, 64), step=2, dtype="bfloat16", width=64
+    ),
+    "no past": Case(queries=9, lengths=(32,), prompt=32, base=(0, 0), past_blocks=(), step=0, dtype="bfloat16", width=64),
     "anywhere": Case(
-        prompt_slots=(2, 0, 2, 0), lengths=(32, 3, 1), prompt=32, base=(0, 48, 5, 16), past_blocks=(16, 32), dtype="bfloat16"
+        prompt_slots=(2, 0, 2, 0),
+        lengths=(32, 3, 1),
+        prompt=32,
+        base=(0, 48, 5, 16),
+        past_blocks=(16, 32),
+        dtype="bfloat16",
+        width=64,
     ),
 }
 
@@ -184,7 +219,7 @@ def test_the_kernels_for_nvidia_give_the_same_and_have_no_race(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Heads of 64 and a segment of 16 columns, the least that is multiplied at once; of the second of two layers."""
-    for constant, value in (("DH", 64), ("SEGMENT", 16), ("K", 1)):
+    for constant, value in (("SEGMENT", 16), ("K", 1)):
         monkeypatch.setitem(globals(), constant, value)
     case = HOPPER[name]
     arguments, expected = problem(case)
@@ -196,9 +231,16 @@ def test_the_kernels_for_nvidia_give_the_same_and_have_no_race(
 
 
 @NEW_ENOUGH
-@pytest.mark.parametrize(("dtype", "message"), [("float32", "must be bfloat16"), ("bfloat16", "wide, not 16")])
-def test_the_kernel_for_nvidia_says_what_it_cannot_compute(dtype: str, message: str) -> None:
-    arguments, _ = problem(Case(dtype=dtype))
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        (Case(), "must be bfloat16"),
+        (Case(dtype="bfloat16"), "wide, not 16"),
+        (Case(dtype="bfloat16", format="int4"), "keys and values must be bfloat16, not int4"),
+    ],
+)
+def test_the_kernel_for_nvidia_says_what_it_cannot_compute(case: Case, message: str) -> None:
+    arguments, _ = problem(case)
     with pytest.raises(ValueError, match=f"'mosaic_gpu' cannot compute this: .*{message}.*use 'xla'"):
         decode_attention(**arguments, implementation="mosaic_gpu")
 
@@ -255,30 +297,35 @@ def test_a_tpu_with_less_vector_memory_gets_smaller_blocks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("chip", "shape", "int8"),
-    list(zip(CHIPS, (GEMMA_3_12B, GEMMA_3_12B, EIGHT_B, EIGHT_B), (False, True, False, True), strict=True)),
+    ("chip", "shape", "kv_format"),
+    [
+        *zip(CHIPS, (GEMMA_3_12B, GEMMA_3_12B, EIGHT_B, EIGHT_B), ("auto", "int8", "auto", "int8"), strict=True),
+        ("v5e", EIGHT_B, "int4"),
+        ("v6e", GEMMA_3_12B, "int4"),
+    ],
     ids=str,
 )
-def test_on_a_tpu_there_are_neither_scores_nor_copies(chips: dict[str, Any], chip: str, shape: Shape, int8: bool) -> None:
+def test_on_a_tpu_there_are_neither_scores_nor_copies(chips: dict[str, Any], chip: str, shape: Shape, kv_format: str) -> None:
     """In the compiled program, at the sizes of published models.
 
     Where they are arguments, scales of the segment cache have a layout without padding, and are copied into rows of 128. In a
     rollout the program makes them itself, in the right layout.
     """
     program = functools.partial(decode_attention, softcap=50.0, implementation="mosaic_tpu")
-    memory = compiled_for(chips, chip, program, **decode_shapes(shape, 24, int8=int8))
-    print(f"{chip} {shape} int8={int8}: temporaries {memory.temp_size_in_bytes / 2**20:.2f} MiB")
+    memory = compiled_for(chips, chip, program, **decode_shapes(shape, 24, kv_format=kv_format))
+    print(f"{chip} {shape} {kv_format}: temporaries {memory.temp_size_in_bytes / 2**20:.2f} MiB")
     heads = shape.kv_heads * shape.queries
     scores = 4 * shape.slots * heads * (shape.prompt + sum(shape.past_blocks) + shape.segment)
     layer = memory.argument_size_in_bytes / 24
-    scales = 2 * 24 * shape.slots * shape.kv_heads * 128 * 4 if int8 else 0
+    of_head = {"auto": 0, "int8": 2, "int4": 2 * shape.width // 32}[kv_format]
+    scales = 2 * 24 * shape.slots * shape.kv_heads * 128 * of_head
     # A v5p keeps queries and the prefix's output, of rows padded to 8, in device memory instead of vector memory.
     of_queries = 12 * shape.slots * shape.kv_heads * 8 * shape.width if chip == "v5p" else 0
     assert memory.temp_size_in_bytes < min(scores, layer) / 4 + scales + of_queries
 
 
 def test_the_traced_program_holds_no_array_of_heads_by_keys() -> None:
-    given = decode_shapes(GEMMA_3_12B, 2, int8=False)
+    given = decode_shapes(GEMMA_3_12B, 2)
     arguments = jax.tree.leaves(given)
     largest = array_sizes(jax.make_jaxpr(functools.partial(decode_attention, implementation="mosaic_tpu"))(**given))
     assert largest <= max(x.size for x in arguments)
@@ -294,6 +341,7 @@ def test_the_traced_program_holds_no_array_of_heads_by_keys() -> None:
         ({"segment_cache": KVCache(jnp.zeros((4, K, 4, 8)), jnp.zeros((4, K, 4, 8)))}, "segment_cache"),
         ({"prefix": KVCache(jnp.zeros((4, K, 4, DH)), jnp.zeros((4, K, 4, DH)))}, "prefix"),
         ({"past_blocks": [KVCache(*[jnp.zeros((4, K, 4, DH), jnp.int8)] * 2)]}, r"past_blocks\[0\] is int8"),
+        ({"past_blocks": [int4_cache(0, [normal(n, 4, K, 4, DH) for n in range(2)])[0]]}, r"past_blocks\[0\] has the format int4"),
         ({"layer": jnp.int32(0)}, "prefix"),
         ({"segment_cache": TRANSPOSED, "implementation": "mosaic_tpu"}, "transposed"),
         ({"implementation": "tpu"}, "unknown"),
@@ -304,3 +352,19 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
     undecorated = decode_attention.__wrapped__  # type: ignore[attr-defined]  # without the tests' own check of shapes
     with pytest.raises(ValueError, match=message):
         undecorated(**(arguments | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k_scale": None}, r"prefix is int4 with scales None; they are \[4, 12\]"),
+        ({"v_scale": jnp.zeros((2, K, 12), jnp.bfloat16)}, r"prefix is int4 with scales \(2, 12\); they are \[4, 12\]"),
+        ({"v": jnp.zeros((2, K, 12, 64))}, "prefix is float32; keep it as float32, or as int8 or int4 with scales"),
+        ({"transposed": True}, "prefix is int4 and transposed"),
+    ],
+)
+def test_an_int4_cache_that_is_not_one_is_refused(change: dict[str, Any], message: str) -> None:
+    arguments, _ = problem(CASES["int4, groups of 32"])
+    undecorated = decode_attention.__wrapped__  # type: ignore[attr-defined]  # without the tests' own check of shapes
+    with pytest.raises(ValueError, match=message):
+        undecorated(**arguments | {"prefix": dataclasses.replace(arguments["prefix"], **change)})

@@ -124,6 +124,25 @@ def test_a_frozen_head(tokens: int, softcap: float | None, temperature: float, i
         assert np.all(dw == 0)
 
 
+def test_a_branch_keeps_the_tokens_rows_where_it_would_copy_the_head() -> None:
+    x, w, ids = inputs(7)
+
+    def back(keep_rows: bool) -> Any:
+        def values(x: jax.Array, needed: jax.Array) -> jax.Array:
+            def head(x: jax.Array) -> jax.Array:
+                return head_logprob(x, w, ids, implementation="xla", block_sizes=SMALL["xla"], keep_rows=keep_rows)[0]
+
+            return jnp.sum(jax.lax.cond(needed, head, lambda x: jnp.zeros((7,)), x))
+
+        return lambda x, needed: jax.vjp(lambda x: values(x, needed), x)[1]
+
+    needed = jnp.array(True)
+    kept = [jax.make_jaxpr(back(keep_rows))(x, needed).jaxpr.outvars for keep_rows in (False, True)]
+    assert [w.shape in [variable.aval.shape for variable in variables] for variables in kept] == [True, False]
+    (expected,), (got,) = (jax.jit(back(keep_rows))(x, needed)(jnp.float32(1)) for keep_rows in (False, True))
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize(("tokens", "softcap", "temperature"), CASES)
 def test_a_trained_head(tokens: int, softcap: float | None, temperature: float, implementation: str) -> None:

@@ -71,8 +71,10 @@ def test_the_update_compiles_for_a_tpu(chips: Any, model: Transformer):
     assert update.memory_analysis().alias_size_in_bytes >= bytes_of(state)
 
 
-@pytest.mark.parametrize(("refilled", "past_blocks", "int8"), [(False, 1, False), (True, 2, False), (True, 1, True)])
-def test_the_rollout_compiles_for_a_tpu(chips: Any, model: Transformer, refilled: bool, past_blocks: int, int8: bool):
+@pytest.mark.parametrize(
+    ("refilled", "past_blocks", "kv_dtype"), [(False, 1, "auto"), (True, 2, "auto"), (True, 1, "int8"), (True, 1, "int4")]
+)
+def test_the_rollout_compiles_for_a_tpu(chips: Any, model: Transformer, refilled: bool, past_blocks: int, kv_dtype: str):
     """With stacked layers and the TPU's kernels."""
     model = model.clone(implementation="mosaic_tpu")
     slots, length = (6 if refilled else B * G), 8
@@ -85,10 +87,11 @@ def test_the_rollout_compiles_for_a_tpu(chips: Any, model: Transformer, refilled
     assert weights.out_info["params"]["layers"]["qkv_proj"]["kernel"].shape[0] == model.spec.layers
     weights = on(chips["v5e"], weights.out_info)
 
-    computed = functools.partial(prefill, model, int8=int8)
+    computed = functools.partial(prefill, model, kv_dtype=kv_dtype)
     prompts = compiled_for(jax.jit(computed), weights, shape(B, P), shape(B)).out_info
     cache = (model.spec.layers, B, model.spec.kv_heads, P, model.spec.head_dim)
-    assert (prompts.cache.k.shape, prompts.cache.k.dtype) == (cache, jnp.int8 if int8 else jnp.bfloat16)
+    assert (prompts.cache.v.shape, prompts.cache.v.dtype) == (cache, jnp.bfloat16 if kv_dtype == "auto" else jnp.int8)
+    assert (prompts.cache.k is None) == (kv_dtype == "int4")
     prompts = on(chips["v5e"], prompts)
     one = on(chips["v5e"], jax.eval_shape(computed, weights, shape(1, P), shape(1)))
     placed = compiled_for(jax.jit(insert_prompts, donate_argnums=0), prompts, one, shape(1))
@@ -97,7 +100,7 @@ def test_the_rollout_compiles_for_a_tpu(chips: Any, model: Transformer, refilled
     past = [
         on(
             chips["v5e"],
-            jax.eval_shape(functools.partial(empty_past_block, model.spec, model.dtype, slots, 8, int8=int8, unroll=False)),
+            jax.eval_shape(functools.partial(empty_past_block, model.spec, model.dtype, slots, 8, kv_dtype=kv_dtype, unroll=False)),
         )
         for _ in range(past_blocks)
     ]

@@ -12,9 +12,10 @@ import pytest
 from plain_oracles import LORA, golden_config, log_softmax, plain_model, quick_compiling, tiny_policy
 
 from goldens.folders import FAMILIES, model_tensors, read_golden
+from grpo_jax.models import transformer
 from grpo_jax.models.attention import prefill_attend
 from grpo_jax.models.families import read_spec
-from grpo_jax.models.layers import rotate
+from grpo_jax.models.layers import parts_of, rotate
 from grpo_jax.models.spec import ModelSpec, Rope, abstract_params, count_parameters, flatten, init_params, nest, param_specs
 from grpo_jax.models.transformer import Transformer, forward
 from grpo_jax.types import Params
@@ -133,6 +134,39 @@ def test_rematerialised_layers_give_the_same_hidden_states(family: str) -> None:
     np.testing.assert_allclose(
         hidden_states(again, policy.variables, ids), hidden_states(scanned, policy.variables, ids), rtol=0, atol=1e-6
     )
+
+
+def test_parts_are_equal() -> None:
+    assert [parts_of(20_480, least) for least in (1, 3, 7)] == [1, 4, 8]
+    assert parts_of(20_479, 3) == 1
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mixtral"])
+def test_a_feed_forward_in_parts_gives_the_same_and_has_only_parts_of_its_wide_arrays(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows of 12 tokens in three parts of 8 tokens, forward and backward."""
+    policy, ids = tiny_policy(family, LORA), np.arange(24, dtype=np.int32).reshape(2, 12)
+    positions = jnp.asarray(np.broadcast_to(np.arange(12, dtype=np.int32), (2, 12)))
+
+    def result() -> tuple[Params, str]:
+        model = Transformer(policy.spec, policy.dtype, LORA.scale, "layer")
+
+        def loss(adapters: Params) -> jax.Array:
+            attend = prefill_attend(model, jnp.full((2,), 12, jnp.int32), 12)
+            variables = policy.variables | {"lora": adapters}
+            return jnp.sum(jnp.sin(forward(model, variables, jnp.asarray(ids), positions, attend)[0]))
+
+        gradient = jax.value_and_grad(loss)
+        return jax.jit(gradient)(policy.adapters), str(jax.make_jaxpr(gradient)(policy.adapters))
+
+    expected, program = result()
+    wide = [f"f32[{tokens},{policy.spec.ffw}]" for tokens in (24, 8)]
+    assert policy.spec.experts or [text in program for text in wide] == [True, False]
+    monkeypatch.setattr(transformer, "FEED_TOKENS", 8)
+    got, program = result()
+    assert policy.spec.experts or [text in program for text in wide] == [False, True]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4), got, expected)
 
 
 def test_initial_adapters_change_nothing_and_trained_ones_do() -> None:

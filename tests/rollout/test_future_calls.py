@@ -45,7 +45,7 @@ def sampled(sampler: Sampler, task: Task, shapes: RolloutShapes | None) -> Rollo
 
 @pytest.mark.parametrize(
     ("stacked", "slots", "kv_dtype", "skips"),
-    [(False, None, "auto", True), (False, 4, "int8", False), (True, None, "int8", False), (True, 4, "auto", True)],
+    [(False, None, "auto", True), (False, 4, "int8", False), (True, None, "int8", False), (True, 4, "int4", True)],
 )
 def test_all_that_a_rollout_and_an_evaluation_run_is_compiled_ahead_and_nothing_else(
     stacked: bool, slots: int | None, kv_dtype: str, skips: bool, monkeypatch: pytest.MonkeyPatch

@@ -94,7 +94,7 @@ def compiled_segment(
     device: Any,
     *,
     refilled: bool,
-    int8: bool = False,
+    kv_dtype: str = "auto",
     options: dict[str, Any] | None = None,
     implementation: str | None = None,
     rank: int | None = 32,
@@ -134,10 +134,10 @@ def compiled_segment(
     slots = PROMPTS * GENERATIONS
 
     def past(sizes: tuple[int, ...]) -> tuple[Any, ...]:
-        return tuple(empty_past_block(LLAMA_8B, jnp.bfloat16, slots, size, int8=int8, unroll=False) for size in sizes)
+        return tuple(empty_past_block(LLAMA_8B, jnp.bfloat16, slots, size, kv_dtype=kv_dtype, unroll=False) for size in sizes)
 
     cache = on(
-        jax.eval_shape(lambda: empty_cache((LAYERS, PROMPTS, KV_HEADS, PROMPT_TOKENS, HEAD_DIM), jnp.bfloat16, int8=int8)),
+        jax.eval_shape(lambda: empty_cache((LAYERS, PROMPTS, KV_HEADS, PROMPT_TOKENS, HEAD_DIM), jnp.bfloat16, kv_dtype=kv_dtype)),
         *CACHE_AXES,
     )
     hidden: Any = jax.ShapeDtypeStruct((PROMPTS, WIDTH), jnp.bfloat16)

@@ -15,6 +15,7 @@ from jax.sharding import SingleDeviceSharding
 
 from grpo_jax.fit.targets import TPUS
 from grpo_kernels import KVCache, SlotMap
+from grpo_kernels.ops.decode_attention import GROUP
 from grpo_kernels.ops.decode_attention.shapes import Shape
 from grpo_kernels.target import tracing_for
 
@@ -53,16 +54,20 @@ def compiled_for(
         return jax.jit(program).lower(*placed, **placed_names).compile().memory_analysis()
 
 
-def decode_shapes(shape: Shape, layers: int, *, int8: bool) -> dict[str, Any]:
-    """Arguments of `decode_attention` of one layer of several."""
+def decode_shapes(shape: Shape, layers: int, *, kv_format: str = "auto") -> dict[str, Any]:
+    """Arguments of `decode_attention` of one layer of several, with a KV cache of that format."""
 
     def array(*size: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(size, dtype)
 
     def blank(texts: int, size: int) -> KVCache:
-        wide = array(layers, texts, shape.kv_heads, size, shape.width, dtype=jnp.int8 if int8 else jnp.bfloat16)
-        scales = [array(layers, texts, shape.kv_heads, size, dtype=jnp.float32)] * 2 if int8 else []
-        return KVCache(wide, wide, *scales)
+        own = (layers, texts, shape.kv_heads, size)
+        wide = array(*own, shape.width, dtype=jnp.bfloat16 if kv_format == "auto" else jnp.int8)
+        if kv_format == "auto":
+            return KVCache(wide, wide)
+        groups = shape.kv_heads * (1 if kv_format == "int8" else -(-shape.width // GROUP))
+        scales = [array(layers, texts, groups, size, dtype=jnp.bfloat16)] * 2
+        return KVCache(wide if kv_format == "int8" else None, wide, *scales)
 
     return {
         "q": array(shape.slots, shape.kv_heads, shape.queries, shape.width, dtype=jnp.bfloat16),

@@ -122,9 +122,21 @@ def angles(rope: dict[str, Any], half: int, length: int) -> np.ndarray:
 
 
 def int8_steps(x: Any) -> Any:
-    """Rounds values to 255 steps of the largest magnitude along the last axis."""
-    step = jnp.maximum(jnp.abs(x).max(axis=-1, keepdims=True), 1e-30) / 127
+    """Rounds values to 255 steps of the largest magnitude along the last axis. Steps are bfloat16."""
+    step = (jnp.maximum(jnp.abs(x).max(axis=-1, keepdims=True), 1e-30) / 127).astype(jnp.bfloat16).astype(jnp.float32)
     return jnp.round(x / step) * step
+
+
+def int4_steps(x: Any) -> Any:
+    """Rounds each 32 values along the last axis to 16 steps; the value of largest magnitude is -8 of them. Steps are bfloat16."""
+    parts = []
+    for start in range(0, x.shape[-1], 32):
+        part = x[..., start : start + 32]
+        largest = jnp.take_along_axis(part, jnp.abs(part).argmax(axis=-1, keepdims=True), axis=-1)
+        step = (largest / -8).astype(jnp.bfloat16).astype(jnp.float32)
+        steps = jnp.clip(jnp.round(part / jnp.where(step == 0, 1.0, step)), -8, 7)
+        parts.append(steps * step)
+    return jnp.concatenate(parts, axis=-1)
 
 
 def plain_experts(config: dict[str, Any], x: Any, router: Any, expert: Callable[[Any, int], Any]) -> Any:
@@ -143,7 +155,13 @@ def plain_experts(config: dict[str, Any], x: Any, router: Any, expert: Callable[
 
 
 def plain_logits(
-    config: dict[str, Any], weights: Params, ids: Any, adapter: Params | None = None, scale: float = 0.0, int8_from: Any = None
+    config: dict[str, Any],
+    weights: Params,
+    ids: Any,
+    adapter: Params | None = None,
+    scale: float = 0.0,
+    rounded_from: Any = None,
+    steps: Callable[[Any], Any] = int8_steps,
 ) -> Any:
     """Computes logits [T, V] of one text.
 
@@ -153,7 +171,8 @@ def plain_logits(
         ids: [T].
         adapter: the `lora` collection, [L, in, r] and [L, r, out] a target; of experts [L, E, ...].
         scale: factor of the adapters' product.
-        int8_from: the first token that sees all keys and values rounded to int8, as decoding from an int8 cache does.
+        rounded_from: the first token that sees all keys and values rounded, as decoding from an int8 or int4 cache does.
+        steps: rounds keys or values.
     """
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"), jax.default_matmul_precision("highest"):
         gemma, length = config["model_type"].startswith("gemma"), ids.shape[0]
@@ -202,8 +221,8 @@ def plain_logits(
                 return jnp.einsum("hts,shd->thd", jax.nn.softmax(jnp.where(sees, scores, -1e30), axis=-1), v)
 
             mixed = mix(k, v)
-            if int8_from is not None:
-                mixed = jnp.where((jnp.arange(length) < int8_from)[:, None, None], mixed, mix(int8_steps(k), int8_steps(v)))
+            if rounded_from is not None:
+                mixed = jnp.where((jnp.arange(length) < rounded_from)[:, None, None], mixed, mix(steps(k), steps(v)))
             y = linear(mixed.reshape(length, heads * head_dim), "self_attn.o_proj", "o_proj")
             x = x + (norm(y, f"{at}.post_attention_layernorm") if gemma else y)
             h = norm(x, f"{at}.pre_feedforward_layernorm" if gemma else f"{at}.post_attention_layernorm")
@@ -224,17 +243,17 @@ def plain_logits(
 
 
 @functools.cache
-def plain_model(family: str, scale: float = 0.0) -> Callable[..., Any]:
-    """Returns a jitted (ids [N, T], adapter or None, int8_from [N] or None) → logits [N, T, V] of a tiny model."""
+def plain_model(family: str, scale: float = 0.0, steps: Callable[[Any], Any] = int8_steps) -> Callable[..., Any]:
+    """Returns a jitted (ids [N, T], adapter or None, rounded_from [N] or None) → logits [N, T, V] of a tiny model."""
     config = golden_config(family)
     weights = {name: jnp.asarray(array) for name, array in model_tensors(family).items()}
 
     @jax.jit
-    def run(ids: Any, adapter: Params | None = None, int8_from: Any = None) -> Any:
+    def run(ids: Any, adapter: Params | None = None, rounded_from: Any = None) -> Any:
         def one(row: Any, start: Any) -> Any:
-            return plain_logits(config, weights, row, adapter, scale, start)
+            return plain_logits(config, weights, row, adapter, scale, start, steps)
 
-        return jax.vmap(one, in_axes=(0, None if int8_from is None else 0))(ids, int8_from)
+        return jax.vmap(one, in_axes=(0, None if rounded_from is None else 0))(ids, rounded_from)
 
     return run
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from plain_oracles import LORA, STOPS, log_softmax, plain_model, staying_tokens, tiny_policy
+from plain_oracles import LORA, STOPS, int4_steps, int8_steps, log_softmax, plain_model, staying_tokens, tiny_policy
 
 from grpo_jax.config import RolloutConfig
 from grpo_jax.policy import Policy
@@ -110,10 +110,10 @@ def next_logits(task: Task, rows: Sequence[Sequence[int]]) -> np.ndarray:
     table = np.zeros((len(task.prompts) * task.settings.num_generations, width), np.int32)
     for number, row in enumerate(rows):
         table[number, : len(row)] = row
-    starts = None
-    if task.settings.kv_dtype == "int8":
+    starts, steps = None, int4_steps if task.settings.kv_dtype == "int4" else int8_steps
+    if task.settings.kv_dtype != "auto":
         starts = np.repeat([len(prompt) for prompt in task.prompts], task.settings.num_generations).astype(np.int32)
-    logits = plain_model(task.family, LORA.scale)(table, task.policy.adapters, starts)
+    logits = plain_model(task.family, LORA.scale, steps)(table, task.policy.adapters, starts)
     return np.asarray(logits)[np.arange(len(rows)), [len(row) - 1 for row in rows]].astype(np.float64)
 
 

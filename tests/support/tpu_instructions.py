@@ -143,7 +143,7 @@ def head_case(with_gradient: bool) -> Case:
     return "head_logprob", jax.grad(values) if with_gradient else values, (x, w, jax.ShapeDtypeStruct((SHAPE.tokens,), jnp.int32))
 
 
-def decode_case(part: str, int8: bool) -> Case:
+def decode_case(part: str, kv_format: str) -> Case:
     """64 slots of an 8B model that continue 8 prompts; the kernel of the prompts or of the slots' own keys."""
     import functools
 
@@ -152,7 +152,7 @@ def decode_case(part: str, int8: bool) -> Case:
     from grpo_kernels import decode_attention
     from grpo_kernels.ops.decode_attention.shapes import EIGHT_B
 
-    given = decode_shapes(EIGHT_B, 2, int8=int8)
+    given = decode_shapes(EIGHT_B, 2, kv_format=kv_format)
     names = list(given)
 
     def program(*values: Any) -> Any:
@@ -173,9 +173,9 @@ CASES |= {
     f"head_logprob {name}": lambda gradient=gradient: head_case(gradient) for name, gradient in (("values", 0), ("gradient", 1))
 }
 CASES |= {
-    f"decode_attention {part} {form}": lambda part=part, form=form: decode_case(part, form == "int8")
+    f"decode_attention {part} {name}": lambda part=part, kv_format=kv_format: decode_case(part, kv_format)
     for part in ("prefix", "own")
-    for form in ("bfloat16", "int8")
+    for name, kv_format in (("bfloat16", "auto"), ("int8", "int8"), ("int4", "int4"))
 }
 
 

@@ -33,7 +33,7 @@ class BenchOptions:
         segment: Tokens decoded between two checks for completions that have ended; null chooses.
         refill: False lets a free slot wait for all others.
         capacity: Completion length that the KV cache has room for, where it is more than completion_length.
-        kv_dtype: Number format of the KV cache, `auto` or `int8`.
+        kv_dtype: Number format of the KV cache, `auto`, `int8` or `int4`.
         dtype: Number format of the model, `auto`, `float32` or `bfloat16`.
         remat: As `model.remat`.
         micro_batch_prompts: As `train.micro_batch_prompts`.
@@ -55,7 +55,7 @@ class BenchOptions:
     segment: int | None = None
     refill: bool = True
     capacity: int | None = None
-    kv_dtype: Literal["auto", "int8"] = "auto"
+    kv_dtype: Literal["auto", "int8", "int4"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["auto", "none", "selective", "layer", "offload"] = "auto"
     micro_batch_prompts: int | None = None

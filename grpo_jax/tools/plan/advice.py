@@ -257,8 +257,8 @@ class Search:
             yield {"rollout.slots": slots}
 
     def int8_cache(self) -> Iterator[Changes]:
-        """Yields a KV cache in int8."""
-        if self.can_fit_without(self.verdict.rollout.use, PER_SLOT) and self.verdict.config.rollout.kv_dtype != "int8":
+        """Yields a KV cache in int8. int4 is not tried: what it costs in log-probabilities is to be looked at first."""
+        if self.can_fit_without(self.verdict.rollout.use, PER_SLOT) and self.verdict.config.rollout.kv_dtype == "auto":
             yield {"rollout.kv_dtype": "int8"}
 
     def offload(self) -> Iterator[Changes]:

@@ -12,20 +12,31 @@ array of scores of a slot's heads over all keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grpo_kernels.numerics import NO_WINDOW
 from grpo_kernels.ops.decode_attention.block_sizes import BlockSizes, choose_block_sizes
-from grpo_kernels.ops.decode_attention.kv_cache import KVCache, SlotMap, layer_of
+from grpo_kernels.ops.decode_attention.kv_cache import GROUP, KVCache, SlotMap, layer_of, pack_int4
 from grpo_kernels.ops.decode_attention.mosaic_tpu import decode_attention_mosaic_tpu
 from grpo_kernels.ops.decode_attention.reference import decode_attention_reference
 from grpo_kernels.ops.decode_attention.xla import decode_attention_xla
 from grpo_kernels.target import Implementation, platform, resolve_implementation
 
-__all__ = ["NO_WINDOW", "BlockSizes", "KVCache", "SlotMap", "choose_block_sizes", "chosen", "decode_attention", "layer_of"]
+__all__ = [
+    "GROUP",
+    "NO_WINDOW",
+    "BlockSizes",
+    "KVCache",
+    "SlotMap",
+    "choose_block_sizes",
+    "chosen",
+    "decode_attention",
+    "layer_of",
+    "pack_int4",
+]
 
 TILE_COLUMNS = 128
 """Elements in a row of a TPU's tile."""
@@ -73,7 +84,7 @@ def decode_attention(
 
     Args:
         q: float32 or bfloat16 queries, scaled; R heads to each key/value head.
-        prefix: [B, K, P, Dh].
+        prefix: [B, K, P, Dh]; all caches have the same number format.
         lengths: int32, tokens of each prompt.
         past_blocks: each [S, K, X, Dh], of any length X; empty at the beginning.
         segment_cache: [S, K, C, Dh]; column `step` is the new token's.
@@ -85,12 +96,13 @@ def decode_attention(
             where a slice would be a copy.
         softcap: c in c·tanh(score / c), before the mask; None is off.
         implementation: "reference" (plain, builds [S, K, R, P + X + C]), "xla" (plain JAX, merges parts; runs anywhere),
-            "mosaic_tpu" (Pallas), "mosaic_gpu" (Pallas, bfloat16, no window and no soft cap), or None: "mosaic_tpu" on a TPU where
-            Dh is a multiple of 128, "mosaic_gpu" on a GPU where `MOSAIC_GPU_BY_DEFAULT` says so and it can, else "xla".
+            "mosaic_tpu" (Pallas), "mosaic_gpu" (Pallas, bfloat16 keys and values, no window and no soft cap), or None: "mosaic_tpu"
+            on a TPU where Dh is a multiple of 128, "mosaic_gpu" on a GPU where `MOSAIC_GPU_BY_DEFAULT` says so and it can, else
+            "xla". So keys and values in int8 or int4 take "mosaic_tpu" or "xla".
         block_sizes: of "mosaic_tpu"; None = `choose_block_sizes`.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or an unknown implementation.
+        ValueError: shapes, formats or dtypes that do not fit, an unknown implementation, or one that cannot compute this.
     """
     check(q, prefix, lengths, past_blocks, segment_cache, base, slot_map, layer)
     named = chosen(implementation, q.shape[-1])
@@ -111,7 +123,7 @@ def decode_attention(
             raise ValueError("decode_attention: keys are transposed, [K, Dh, X]; 'mosaic_tpu' needs [K, X, Dh], 'xla' takes both")
         own, table_width = [*past_blocks, segment_cache], s // b if slot_map is None else slot_map.table.shape[1]
         blocks = block_sizes or choose_block_sizes(
-            prefix.v.shape[-2], [cache.v.shape[-2] for cache in own], prefix.column_bytes, kv, r, table_width
+            prefix.v.shape[-2], [cache.v.shape[-2] for cache in own], prefix.column_bytes, kv, r, table_width, prefix.groups
         )
         return decode_attention_mosaic_tpu(
             q, prefix, lengths, tuple(past_blocks), segment_cache, base, step, slot_map, window, layer, softcap, blocks
@@ -154,6 +166,23 @@ def check(
         if len(shape) != 4 or (*shape[:2], shape[3]) != (texts, kv, dh):
             axes = "" if layer is None else "L, "
             raise ValueError(f"decode_attention: {name} {cache.v.shape} does not fit; v is [{axes}{texts}, {kv}, X, {dh}] here")
-        wide = cache.k_scale is None
-        if cache.k.dtype != cache.v.dtype or cache.v.dtype != (q.dtype if wide else jnp.int8):
-            raise ValueError(f"decode_attention: {name} is {cache.v.dtype}; keep it as {q.dtype}, or as int8 with scales")
+        if cache.format != prefix.format:
+            raise ValueError(f"decode_attention: {name} has the format {cache.format}, prefix {prefix.format}; use one for all")
+        check_format(name, cache, q.dtype)
+
+
+def check_format(name: str, cache: KVCache, dtype: Any) -> None:
+    """Raises ValueError where the dtypes or scales of a cache are not those of its format; see `KVCache`."""
+    stored = jnp.dtype(dtype if cache.format == "auto" else jnp.int8)
+    if cache.v.dtype != stored or (cache.k is not None and cache.k.dtype != stored):
+        raise ValueError(f"decode_attention: {name} is {cache.v.dtype}; keep it as {dtype}, or as int8 or int4 with scales")
+    if cache.format == "int4" and cache.transposed:
+        raise ValueError(f"decode_attention: {name} is int4 and transposed; one array has keys and values, [K, X, Dh]")
+    heads, columns, width = cache.v.shape[-3:]
+    each = {"auto": 0, "int8": 1, "int4": -(-width // GROUP)}[cache.format]
+    for scale in (cache.k_scale, cache.v_scale):
+        found = None if scale is None else scale.shape[-2:]
+        if found != ((heads * each, columns) if each else None):
+            raise ValueError(
+                f"decode_attention: {name} is {cache.format} with scales {found}; they are [{heads * each}, {columns}]"
+            )

@@ -38,7 +38,7 @@ def kernel_bytes(sizes: Sequence[int], block: int, column_bytes: int, rows: int)
 
 
 def choose_block_sizes(
-    prefix: int, own: Sequence[int], column_bytes: int, kv_heads: int, queries: int, slots_per_prompt: int
+    prefix: int, own: Sequence[int], column_bytes: int, kv_heads: int, queries: int, slots_per_prompt: int, groups: int = 1
 ) -> BlockSizes:
     """The largest blocks of up to 1,024 columns of prompts and 512 of slots that fit, 128 if none does.
 
@@ -50,6 +50,7 @@ def choose_block_sizes(
         own: columns of each of the slots' own arrays.
         column_bytes: bytes of a column of all heads, keys, values and scales together.
         queries: R, query heads of each key/value head.
+        groups: scales of a head's keys in a column; each has its own rows of scores.
     """
     memory = min(vector_memory_bytes() * 3 // 4, MOST_KERNEL_MEMORY)
 
@@ -57,5 +58,5 @@ def choose_block_sizes(
         blocks = [block for block in (1024, 512, 256) if block <= columns]
         return next((block for block in blocks if kernel_bytes(sizes, block, column_bytes, rows) <= memory), 128)
 
-    rows = kv_heads * round_up(queries, SUBLANES)
+    rows = kv_heads * round_up(queries, SUBLANES) * groups
     return BlockSizes(most(1024, [prefix], rows * slots_per_prompt), most(512, own, rows))

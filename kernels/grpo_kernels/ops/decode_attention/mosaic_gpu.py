@@ -4,7 +4,8 @@ A program multiplies 64 rows of queries with tiles of keys and carries an online
 kernel the rows are those of all slots of a prompt; the second has one program a slot and head and goes through all past blocks and
 the segment cache, as far as they are filled, after the parts of its prompt. Caches of all layers are read in place.
 
-jax 0.11.2 or newer has what it needs. Left out: windows, soft caps, int8 caches and float32 (`refusal`); "xla" computes those.
+jax 0.11.2 or newer has what it needs. Left out: windows, soft caps, caches of int8 and int4, float32 (`refusal`); "xla" computes
+those.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ def refusal(q: Array, caches: Sequence[KVCache], window: Any, softcap: float | N
     """Says why the kernel cannot compute this, or None."""
     if jax.__version_info__ < (0, 11, 2):
         return f"it needs jax 0.11.2 or newer, not {jax.__version__}"
+    formats = sorted({cache.format for cache in caches} - {"auto"})
+    if formats:
+        return f"keys and values must be bfloat16, not {' and '.join(formats)}"
     if q.dtype != jnp.bfloat16 or any(cache.v.dtype != jnp.bfloat16 for cache in caches):
         return "queries, keys and values must be bfloat16"
     if any(cache.transposed for cache in caches):

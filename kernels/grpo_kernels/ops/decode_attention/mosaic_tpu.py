@@ -24,7 +24,8 @@ from jaxtyping import Array, Float, Int
 
 from grpo_kernels.numerics import EMPTY_MAX, MASK_VALUE, einsum_float32, round_up, soft_cap
 from grpo_kernels.ops.decode_attention.block_sizes import SUBLANES, UNASKED_MEMORY, BlockSizes, kernel_bytes
-from grpo_kernels.ops.decode_attention.kv_cache import KVCache, SlotMap
+from grpo_kernels.ops.decode_attention.group_scales import gather_groups, scale_scores, scale_weights, spread_queries
+from grpo_kernels.ops.decode_attention.kv_cache import KVCache, SlotMap, unpack_keys, unpack_values
 
 
 class ColumnRanges(NamedTuple):
@@ -98,7 +99,7 @@ def attend_kernel(
 
     Args:
         layer, prompt_slots, slot_indices: for the index maps.
-        q: [K, Q, Dh].
+        q: [K, G·Q, Dh], for each group of scales a copy; see `group_scales.py`.
         first_seen: the first column that each row sees, [Q, 1]; None where `ranges` has it, the same for all rows.
         before: a softmax to merge with, (attention output [K, Q, Dh], its log-sum-exp [K, Q, 1]); None starts with no keys.
         cache: a block of each array, [K, block, Dh].
@@ -128,21 +129,24 @@ def attend_kernel(
         ) -> None:
             columns = start + jax.lax.broadcasted_iota(jnp.int32, (1, 1, part.block), 2)
             mask = (columns >= (begin if first_seen is None else first_seen[...][None])) & (columns < end)
-            scores = einsum_float32("kqd,kxd->kqx", q[...], own.k[...].astype(q.dtype))
+            keys = unpack_keys(own.v[...]) if own.k is None else own.k[...]
+            scores = einsum_float32("kqd,kxd->kqx", q[...], keys.astype(q.dtype))
             if own.k_scale is not None:
-                scores = scores * own.k_scale[...][:, None, :]
+                scores = scale_scores(scores, own.k_scale[...])
             scores = jnp.where(mask, soft_cap(scores, softcap), jnp.float32(MASK_VALUE))
             higher = jnp.maximum(top[...], jnp.max(scores, axis=-1, keepdims=True))
             weights, factor = jnp.exp(scores - higher), jnp.exp(top[...] - higher)
             top[...] = higher
             total[...] = total[...] * factor + jnp.sum(weights, axis=-1, keepdims=True)
-            v = own.v[...].astype(q.dtype)
+            v = (unpack_values(own.v[...]) if own.k is None else own.v[...]).astype(q.dtype)
             if own.v_scale is not None:
-                weights = jnp.where(mask, weights * own.v_scale[...][:, None, :], jnp.float32(0))
+                scale = own.v_scale[...]
+                weights = scale_weights(weights, jnp.where(columns[0] < end, scale, jnp.zeros((), scale.dtype)))
             if part.size % part.block:  # Past the array's end values are undefined, and 0 · NaN is NaN.
                 rows = start + jax.lax.broadcasted_iota(jnp.int32, v.shape, 1)
                 v = jnp.where(rows < part.size, v, jnp.zeros_like(v))
-            mixed[...] = mixed[...] * factor + einsum_float32("kqx,kxd->kqd", weights.astype(q.dtype), v)
+            product = einsum_float32("kqx,kxd->kqd", weights.astype(q.dtype), v)
+            mixed[...] = mixed[...] * factor + gather_groups(product, q.shape[1] // mixed.shape[1])
 
     @pl.when(turn == pl.num_programs(1) - 1)
     def _() -> None:
@@ -173,10 +177,8 @@ def cache_specs(cache: KVCache, part: ArrayBlocks) -> KVCache:
     """Block specs of one cache."""
     _, _, kv, _, dh = cache.v.shape
     wide = pl.BlockSpec((None, None, kv, part.block, dh), block_index(part, 5))
-    if cache.k_scale is None:
-        return KVCache(wide, wide)  # type: ignore[arg-type] - block specs
-    scales = pl.BlockSpec((None, None, kv, part.block), block_index(part, 4))
-    return KVCache(wide, wide, scales, scales)  # type: ignore[arg-type] - block specs
+    scales = None if cache.k_scale is None else pl.BlockSpec((None, None, kv * cache.groups, part.block), block_index(part, 4))
+    return KVCache(None if cache.k is None else wide, wide, scales, scales)  # type: ignore[arg-type] - block specs
 
 
 def attend(
@@ -204,11 +206,11 @@ def attend(
     Returns:
         Without `before`, attention output and log-sum-exp, float32 [N, K, Q, Dh] and [N, K, Q, 1]; else the output in q's dtype.
     """
-    n, kv, rows, dh = q.shape
-    column = cache[0].column_bytes
+    (n, kv, rows, dh), groups = q.shape, cache[0].groups
+    q, column = spread_queries(q, groups), cache[0].column_bytes
     sizes = [part.v.shape[3] for part in cache]
     parts, steps = grid_steps(sizes, block)
-    need = kernel_bytes(sizes, max(part.block for part in parts), column, kv * rows)
+    need = kernel_bytes(sizes, max(part.block for part in parts), column, kv * rows * groups)
     # Without the constraint XLA moves an array that fits into vector memory there and back for each layer, with all its layers.
     cache = jax.tree.map(lambda x: pltpu.with_memory_space_constraint(x, pltpu.HBM), cache)
     nothing = jnp.zeros((n,), jnp.int32)
@@ -225,7 +227,7 @@ def attend(
         num_scalar_prefetch=4,
         grid=(n, steps),
         in_specs=[
-            whole(None, kv, rows, dh),
+            whole(None, kv, groups * rows, dh),
             None if first_seen is None else whole(None, rows, 1),
             None if before is None else (merged(None, kv, None, rows, dh), merged(None, kv, None, rows, 1)),
             tuple(cache_specs(own, part) for own, part in zip(cache, parts, strict=True)),
@@ -243,7 +245,7 @@ def attend(
             vmem_limit_bytes=None if need <= UNASKED_MEMORY else need * 4 // 3,
         ),
         cost_estimate=pl.CostEstimate(
-            flops=4 * n * kv * rows * dh * sum(sizes),
+            flops=4 * n * kv * groups * rows * dh * sum(sizes),
             bytes_accessed=n * sum(sizes) * column + (4 if before is None else 2) * q.nbytes,
             transcendentals=n * kv * rows * sum(sizes),
         ),

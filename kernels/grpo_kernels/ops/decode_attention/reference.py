@@ -9,15 +9,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grpo_kernels.numerics import einsum_float32, in_window, soft_cap
-from grpo_kernels.ops.decode_attention.kv_cache import KVCache
+from grpo_kernels.ops.decode_attention.kv_cache import GROUP, KVCache
 
 
 def dequantized(cache: KVCache) -> tuple[Array, Array]:
     """Returns keys and values [N, K, X, Dh] in float32."""
-    k, v = (x.astype(jnp.float32) for x in (jnp.swapaxes(cache.k, -1, -2) if cache.transposed else cache.k, cache.v))
+    k, v = cache.keys(jnp.float32), cache.values(jnp.float32)
+    k = jnp.swapaxes(k, -1, -2) if cache.transposed else k
     if cache.k_scale is not None and cache.v_scale is not None:
-        k, v = k * cache.k_scale[..., None], v * cache.v_scale[..., None]
+        k, v = k * scale_of_each(cache.k_scale, k), v * scale_of_each(cache.v_scale, v)
     return k, v
+
+
+def scale_of_each(scale: Float[Array, "N KG X"], x: Float[Array, "N K X Dh"]) -> Float[Array, "N K X Dh"]:
+    """Returns the scale of every element of keys or values: of int8 the head's, of int4 that of its group."""
+    n, heads, columns, width = x.shape
+    groups = jnp.swapaxes(scale.astype(jnp.float32).reshape(n, heads, -1, columns), -1, -2)
+    each = width if groups.shape[-1] == 1 else GROUP
+    return jnp.repeat(groups, each, axis=-1)[..., :width]
 
 
 def decode_attention_reference(

@@ -11,6 +11,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_kernels.numerics import EMPTY_MAX, MASK_VALUE, einsum_float32, in_window, soft_cap
+from grpo_kernels.ops.decode_attention.group_scales import gather_groups, scale_scores, scale_weights, spread_queries
 from grpo_kernels.ops.decode_attention.kv_cache import KVCache, SlotMap, layer_of
 from grpo_kernels.target import platform
 
@@ -33,9 +34,10 @@ def scores_of(
     q: Float[Array, "N K Q Dh"], cache: KVCache, mask: Bool[Array, "..."], softcap: float | None
 ) -> Float[Array, "N K Q X"]:
     """Computes scores of Q queries of each of N texts over the texts' keys; `mask` broadcasts to [N, K, Q, X]."""
-    scores = einsum_float32("nkqd,nkdx->nkqx" if cache.transposed else "nkqd,nkxd->nkqx", q, cache.k.astype(q.dtype))
+    q, keys = spread_queries(q, cache.groups), cache.keys(q.dtype)
+    scores = einsum_float32("nkqd,nkdx->nkqx" if cache.transposed else "nkqd,nkxd->nkqx", q, keys)
     if cache.k_scale is not None:
-        scores = scores * cache.k_scale[:, :, None, :]
+        scores = scale_scores(scores, cache.k_scale)
     return jnp.where(mask, soft_cap(scores, softcap), jnp.float32(MASK_VALUE))
 
 
@@ -53,8 +55,9 @@ def partial_softmax(
         own = jax.lax.slice_in_dim(weights, start, start + cache.v.shape[2], axis=3)
         start += cache.v.shape[2]
         if cache.v_scale is not None:
-            own = own * cache.v_scale[:, :, None, :]
-        mixed = mixed + einsum_float32("nkqx,nkxd->nkqd", own.astype(q.dtype), cache.v.astype(q.dtype))
+            own = scale_weights(own, cache.v_scale)
+        product = einsum_float32("nkqx,nkxd->nkqd", own.astype(q.dtype), cache.values(q.dtype))
+        mixed = mixed + gather_groups(product, cache.groups)
     return PartialSoftmax(mixed, top, total)
 
 

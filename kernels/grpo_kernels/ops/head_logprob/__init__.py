@@ -24,6 +24,7 @@ def head_logprob(
     softcap: float | None = None,
     head_trainable: bool = False,
     vocab_axis: str | None = None,
+    keep_rows: bool = False,
     implementation: str | None = None,
     block_sizes: BlockSizes | None = None,
 ) -> tuple[Float[Array, "T"], Float[Array, "T"], Float[Array, "T"]]:
@@ -42,6 +43,8 @@ def head_logprob(
             each device, in the order of the axis; ids index the rows of all devices. x and ids are the same on each device, and so
             are the results and a frozen head's gradient, whose backward pass has no collective. Take gradients outside of
             `shard_map`, or within one that checks how values vary (its default).
+        keep_rows: with a frozen head, keep the tokens' rows of `w` for the backward pass, T·H values, instead of `w`. Where the
+            call is in a branch (`cond`), what the backward pass keeps is the branch's result: `w` would be copied.
         implementation: "reference" (plain, builds [T, V]), "xla" (plain JAX, at most 4,096 × 2,048 logits at once; runs anywhere),
             "mosaic_tpu" (Pallas, no logits in device memory), or None: "mosaic_tpu" on a TPU, else "xla".
         block_sizes: of "xla" and "mosaic_tpu"; None = `choose_block_sizes`.
@@ -73,4 +76,4 @@ def head_logprob(
 
     if head_trainable:
         return trained_head(x, w, ids, tau, softcap, vocab_axis, blocks(False))
-    return frozen_head(x, w, ids, tau, HeadOptions(named, softcap, vocab_axis, (blocks(False), blocks(True))))
+    return frozen_head(x, w, ids, tau, HeadOptions(named, softcap, vocab_axis, (blocks(False), blocks(True)), keep_rows))

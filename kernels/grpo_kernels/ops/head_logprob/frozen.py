@@ -35,12 +35,14 @@ class HeadOptions:
         softcap: c in c·tanh(logit / c).
         axis: mesh axis along which the head's rows are split; None is one device.
         block_sizes: without and with the gradient.
+        keep_rows: keep W[y] for the backward pass instead of W.
     """
 
     implementation: str
     softcap: float | None
     axis: str | None
     block_sizes: tuple[BlockSizes, BlockSizes]
+    keep_rows: bool = False
 
 
 def pass_over_vocabulary(
@@ -62,7 +64,10 @@ def frozen_head(
 
 
 def frozen_head_forward(x: Array, w: Array, ids: Array, temperature: Array, options: HeadOptions) -> tuple[Outputs, Any]:
-    """Computes values, `mean` and the factors of W[y]; with an axis W[y] too, as no device has all rows in the backward pass."""
+    """Computes values, `mean` and the factors of W[y]; with an axis W[y] too, as no device has all rows in the backward pass.
+
+    Without one W is kept, which costs nothing where it is an argument of the differentiated program, and a copy where it is not.
+    """
     sums, known = pass_over_vocabulary(x, w, ids, temperature, options, with_mean=True)
     weight = jnp.exp(sums.target - sums.top)
     total = sums.rest + weight
@@ -77,6 +82,8 @@ def frozen_head_forward(x: Array, w: Array, ids: Array, temperature: Array, opti
         found = has_row(local, w.shape[0])[:, None]
         rows = jax.lax.psum(jnp.where(found, jnp.take(w, local, axis=0, mode="clip"), jnp.zeros((), w.dtype)), options.axis)
         w = w[:0]
+    elif options.keep_rows:
+        rows, w = jnp.take(w, ids, axis=0, mode="clip"), w[:0]
     return outputs_of(sums, known), (sums.mean, w, rows, ids, others, itself, temperature)
 
 
