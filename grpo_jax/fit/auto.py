@@ -18,14 +18,13 @@ from grpo_jax.fit.learners import grpo_learner
 from grpo_jax.fit.memory_use import MemoryUse, phase_rows
 from grpo_jax.fit.micro_batch import longest_lengths, row_tokens, rows_to_try, sizes_of_rows, smaller_rows
 from grpo_jax.fit.phases import RolloutMemory, RunShapes, activation_bytes, rollout_memory, update_memory
-from grpo_jax.fit.targets import GIB
 from grpo_jax.learner.packing import Lengths, RowSize
 from grpo_jax.learner.step import Learner
 from grpo_jax.policy import Policy, sampler_of
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import evaluation_slots
 from grpo_jax.run.display import Display
-from grpo_jax.runtime.memory import least_free_bytes
+from grpo_jax.runtime.memory import GIB, least_free_bytes
 from grpo_jax.runtime.programs import Program
 from grpo_jax.types import Frozen
 

@@ -6,9 +6,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
 from grpo_jax.config import Config, RolloutConfig
 from grpo_jax.fit.abstract import abstract_policy, placement_of
 from grpo_jax.fit.learners import grpo_learner
@@ -18,7 +15,9 @@ from grpo_jax.fit.phases import RolloutMemory, RunShapes, rollout_memory, update
 from grpo_jax.fit.targets import Machine
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.programs import Announce, no_announcement
-from grpo_jax.tools.step_cost import StepCost, StepShapes
+from grpo_jax.tools.plan.roofline import FORMATS, Roofline, rooflines
+from grpo_jax.weights.mesh_choice import MeshChoice, choose_run_mesh
+from grpo_kernels.ops.group_attention import default_implementation
 from grpo_kernels.target import tracing_for
 
 
@@ -31,7 +30,9 @@ class Verdict:
         row_shards: parts of the mesh that prompts are split over.
         remat: what `model.remat` resolves to.
         devices: how many of the machine's devices are in use.
-        rollout_seconds, update_seconds: the shortest time by the roofline; None where the chip's speed is not known.
+        mesh: with numbers for `auto`, and why they were chosen.
+        rooflines: of a step, by the format of the base.
+        attention: implementation of training's attention.
     """
 
     config: Config
@@ -41,10 +42,23 @@ class Verdict:
     tokens: int
     row_shards: int
     remat: str
-    cost: StepCost
     devices: int
-    rollout_seconds: float | None
-    update_seconds: float | None
+    mesh: MeshChoice
+    rooflines: dict[str, Roofline]
+    attention: str
+
+    @property
+    def roofline(self) -> Roofline:
+        """The roofline of a step, with the base in the format of the settings."""
+        return self.rooflines[self.config.model.quantization]
+
+    @property
+    def faster_formats(self) -> list[str]:
+        """Formats of the base that are more exact than the settings' and by the roofline faster, the fastest first."""
+        own = self.config.model.quantization
+        seconds = {name: one.seconds for name, one in self.rooflines.items() if one.seconds is not None}
+        exact = [name for name in seconds if FORMATS.index(name) < FORMATS.index(own) and seconds[name] < seconds[own]]
+        return sorted(exact, key=lambda name: seconds[name])
 
     @property
     def micro_batch(self) -> tuple[int, int]:
@@ -105,10 +119,22 @@ class Planner:
             run = RunShapes.of(config, policy, placement, learner, sizes, self.announce)
             update = self.update(run, machine, remat)
             rollout = self.rollout(run, machine)
-        cost = step_cost(run)
-        devices, tensor = (1, 1) if placement.layout is None else (placement.layout.mesh.size, placement.layout.tensor)
-        seconds = roofline_seconds(run, machine, cost, devices, tensor, remat)
-        return Verdict(config, machine, rollout, update, sizes[0].tokens, run.row_shards, remat, cost, devices, *seconds)
+            lines = rooflines(run, machine.chip, rollout.slots, remat)
+            attention = default_implementation(self.spec.head_dim, policy.dtype)
+        devices = 1 if placement.layout is None else placement.layout.mesh.size
+        return Verdict(
+            config,
+            machine,
+            rollout,
+            update,
+            sizes[0].tokens,
+            run.row_shards,
+            remat,
+            devices,
+            choose_run_mesh(config, self.spec, machine.limit_bytes),
+            lines,
+            attention,
+        )
 
     def update(self, run: RunShapes, machine: Machine, remat: str) -> MemoryUse:
         """Returns an update's memory; settings that only sampling reads do not compile it again."""
@@ -133,40 +159,3 @@ class Planner:
             self._rollouts[key] = rollout_memory(run, machine.limit_bytes)
             self.compile_seconds += self._rollouts[key].use.compile_seconds
         return self._rollouts[key]
-
-
-def step_cost(run: RunShapes) -> StepCost:
-    """Counts a step whose prompts and completions all have the longest length."""
-    config, policy, rollout, prompts = run.config, run.policy, run.config.rollout, run.config.train.prompts_per_step
-    shapes = StepShapes(
-        prompts=prompts,
-        num_generations=rollout.num_generations,
-        prompt_length=rollout.max_prompt_length,
-        slots=rollout.slots,
-        lora_rank=int(policy.adapters is not None),
-        kv_dtype=rollout.kv_dtype,
-    )
-    lengths = np.full(prompts * rollout.num_generations, rollout.max_completion_length)
-    itemsize = jnp.dtype(policy.dtype).itemsize
-    quantized = {"int8": 1.0, "int4": 0.5, "nf4": 0.5}.get(config.model.quantization)
-    return StepCost.of(run.spec, shapes, lengths, itemsize, reference=config.objective.needs_reference, layer_itemsize=quantized)
-
-
-def roofline_seconds(
-    run: RunShapes, machine: Machine, cost: StepCost, devices: int, tensor: int, remat: str
-) -> tuple[float | None, float | None]:
-    """Returns the roofline's seconds of a rollout and of an update: operations or bytes at the chip's full speed, the larger.
-
-    Weights are read once per pass over a micro-batch; collectives between chips are left out.
-    """
-    chip = machine.chip
-    if chip is None:
-        return None, None
-    speed = chip.flops_per_second / (1 if jnp.dtype(run.policy.dtype).itemsize == 2 else 2)
-    weight_bytes = cost.weight_bytes / tensor
-    rollout_bytes = cost.rollout_steps * weight_bytes + cost.past_bytes / devices
-    rollout = max(cost.rollout_flops / devices / speed, rollout_bytes / chip.bytes_per_second)
-    passes = 2 + (remat != "none") + run.config.objective.needs_reference
-    micro_batches = run.sizes[0].count
-    update = max(cost.update_flops / devices / speed, micro_batches * passes * weight_bytes / chip.bytes_per_second)
-    return rollout, update
