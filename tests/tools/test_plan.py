@@ -26,13 +26,14 @@ from grpo_jax.config import Config, ConfigError
 from grpo_jax.fit.abstract import abstract_policy, placement_of
 from grpo_jax.fit.memory_use import COMPONENTS, MemoryUse
 from grpo_jax.fit.micro_batch import longest_lengths, rows_to_try, smaller_rows
-from grpo_jax.fit.phases import RolloutMemory
+from grpo_jax.fit.phases import RolloutMemory, RunShapes
 from grpo_jax.fit.targets import GPUS, Machine
 from grpo_jax.rollout.shapes import evaluation_slots, sizes_of
 from grpo_jax.tools.plan import PlanError, json_of, machine_of, make_plan, rows_of
 from grpo_jax.tools.plan.advice import Search, for_mesh, with_changes
 from grpo_jax.tools.plan.verdict import Planner
 from grpo_jax.weights.hf import read_folder_spec
+from grpo_kernels.target import Target
 
 PARAMETERS = 512 * 64 + 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64)
 """By hand: the tied embedding, the last norm; per layer q and o, k and v, three matrices of the feed-forward, two norms."""
@@ -141,10 +142,37 @@ def test_shards_are_tried_first_where_copies_do_not_fit(folder: Path, monkeypatc
     monkeypatch.setattr("grpo_jax.tools.plan.verdict.rollout_memory", rollout)
     machine = replace(machine_of("v6e-8"), limit_bytes=1_600_000)
     monkeypatch.setattr("grpo_jax.tools.plan.machine_of", lambda name: machine)
-    made = json_of(make_plan(settings(folder), "v6e-8"))
+    made = json_of(make_plan(settings(folder, train={"micro_batch_prompts": 8}), "v6e-8"))
     assert not made["fits"]
     assert made["mesh"]["data"] == -1
     assert made["advice"] == {"mesh.data": 1, "mesh.fsdp": -1}
+
+
+def test_a_plan_has_the_micro_batch_that_the_run_will_choose(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With made-up memory: 100 bytes a token, more where less is recomputed, and room for 30,000 bytes on an accelerator.
+
+    A group has 16 + 4 · 23 = 108 tokens, and rows of accelerators are multiples of 128: eight groups take 896, two 256.
+    """
+    bytes_of = {"none": 200, "selective": 110, "layer": 100}
+
+    def update(run: Any, program: Any = None) -> MemoryUse:
+        tokens, remat = run.sizes[0].tokens, run.learner.model.remat
+        return MemoryUse(dict.fromkeys(COMPONENTS, 0) | {"activations": bytes_of[remat] * tokens}, 0.0)
+
+    def rollout(run: Any, _: int) -> RolloutMemory:
+        return RolloutMemory(MemoryUse(dict.fromkeys(COMPONENTS, 0), 0.0), 32, sizes_of(run.config.rollout, 8, 16, 32))
+
+    monkeypatch.setattr(auto, "update_memory", update)
+    monkeypatch.setattr(auto, "activation_bytes", lambda run: bytes_of[run.learner.model.remat] * run.sizes[0].tokens)
+    monkeypatch.setattr(RunShapes, "resident", property(lambda run: {}))
+    monkeypatch.setattr("grpo_jax.tools.plan.verdict.rollout_memory", rollout)
+    machine = replace(machine_of("cpu"), limit_bytes=30_000, target=Target("tpu", 128 * 2**20, 6))
+    monkeypatch.setattr("grpo_jax.tools.plan.machine_of", lambda name: machine)
+    made = make_plan(settings(folder), "v6e-1")
+    said, shown = json_of(made), dict(rows_of(made))
+    assert (said["fits"], said["micro_batch_auto"], said["micro_batch_tokens"], said["remat"]) == (True, True, 256, "selective")
+    assert shown["micro-batch"] == "256 tokens: 2 prompts, 4 completions of each; auto chose this by compiling, as the run will"
+    assert shown["model.remat"].startswith("selective; auto chose this")
 
 
 def with_limit(machine: Machine, limit: int) -> Machine:

@@ -100,7 +100,7 @@ def test_few_bits_that_are_slower_are_advised_against(
     chip = Chip(gpu.memory_bytes, gpu.flops_per_second, gpu.bytes_per_second)
     machine = replace(machine_of("cpu"), chip=chip, limit_bytes=4000 if quantization == "none" else limit, target=HOPPER)
     monkeypatch.setattr("grpo_jax.tools.plan.machine_of", lambda name: machine)
-    made = make_plan(settings(folder, model={"quantization": quantization}), "h200")
+    made = make_plan(settings(folder, model={"quantization": quantization}, train={"micro_batch_prompts": 8}), "h200")
     said, shown = json_of(made), dict(rows_of(made))
     assert said["fits"]
     assert said["advice"] == {}
@@ -127,6 +127,6 @@ def test_the_attention_that_the_absent_gpu_would_run_is_named(
     )
     machine = replace(machine_of("cpu"), target=HOPPER)
     monkeypatch.setattr("grpo_jax.tools.plan.machine_of", lambda name: machine)
-    made = make_plan(settings(tmp_path), "h200")
+    made = make_plan(settings(tmp_path, train={"micro_batch_prompts": 8}), "h200")
     assert dict(rows_of(made))["attention of the update"].startswith(says)
     assert json_of(made)["attention"] == says.partition(",")[0]

@@ -67,6 +67,7 @@ def json_of(plan: Plan) -> dict[str, Any]:
         **phases,
         "slots": verdict.rollout.slots,
         "micro_batch_tokens": verdict.tokens,
+        "micro_batch_auto": verdict.auto,
         "micro_batch_prompts": prompts,
         "micro_batch_completions": completions,
         "remat": verdict.remat,
@@ -89,6 +90,8 @@ def rows_of(plan: Plan) -> list[tuple[str, str]]:
     """Formats the plan as (label, value) rows of a table."""
     verdict, line = plan.verdict, plan.verdict.roofline
     limit = verdict.machine.limit_bytes
+    prompts, completions = verdict.micro_batch
+    auto = "; auto chose this by compiling, as the run will" if verdict.auto else ""
     of = "" if limit is None else f" of {limit / GIB:.2f} GiB"
     rows = [
         ("target", f"{verdict.machine.name}, {verdict.devices} device{'s' * (verdict.devices > 1)} in use"),
@@ -97,8 +100,8 @@ def rows_of(plan: Plan) -> list[tuple[str, str]]:
         *phase_rows("rollout", verdict.rollout.use, line.rollout_seconds),
         ("slots", str(verdict.rollout.slots)),
         *phase_rows("update", verdict.update, line.update_seconds),
-        ("micro-batch", f"{verdict.tokens} tokens: {verdict.micro_batch[0]} prompts, {verdict.micro_batch[1]} completions of each"),
-        ("model.remat", verdict.remat),
+        ("micro-batch", f"{verdict.tokens} tokens: {prompts} prompts, {completions} completions of each{auto}"),
+        ("model.remat", verdict.remat + (auto if verdict.config.model.remat == "auto" else "")),
         ("attention of the update", attention_text(verdict)),
         *([("model.quantization", format_text(verdict))] if verdict.config.model.quantization != "none" else []),
         (

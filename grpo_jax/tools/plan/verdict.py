@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.config import Config, RolloutConfig
-from grpo_jax.fit.abstract import abstract_policy, placement_of
+from grpo_jax.config import Config, ConfigError, RolloutConfig
+from grpo_jax.fit.abstract import Placement, abstract_frozen, abstract_policy, placement_of
+from grpo_jax.fit.auto import fit_update
 from grpo_jax.fit.learners import grpo_learner
 from grpo_jax.fit.memory_use import MemoryUse
-from grpo_jax.fit.micro_batch import longest_lengths, row_tokens, sizes_of_rows
+from grpo_jax.fit.micro_batch import is_auto, longest_lengths, row_tokens, sizes_of_rows
 from grpo_jax.fit.phases import RolloutMemory, RunShapes, rollout_memory, update_memory
 from grpo_jax.fit.targets import Machine
+from grpo_jax.learner.packing import RowSize
 from grpo_jax.models.spec import ModelSpec
+from grpo_jax.policy import Policy
 from grpo_jax.runtime.programs import Announce, no_announcement
 from grpo_jax.tools.plan.roofline import FORMATS, Roofline, rooflines
 from grpo_jax.weights.mesh_choice import MeshChoice, choose_run_mesh
@@ -28,6 +32,7 @@ class Verdict:
     Attributes:
         tokens: of the update's packed rows.
         row_shards: parts of the mesh that prompts are split over.
+        auto: whether tokens and remat are what `train.micro_batch_tokens: auto` chooses, as a run does before its first step.
         remat: what `model.remat` resolves to.
         devices: how many of the machine's devices are in use.
         mesh: with numbers for `auto`, and why they were chosen.
@@ -41,6 +46,7 @@ class Verdict:
     update: MemoryUse
     tokens: int
     row_shards: int
+    auto: bool
     remat: str
     devices: int
     mesh: MeshChoice
@@ -103,6 +109,7 @@ class Planner:
     compile_seconds: float = 0.0
     _updates: dict[Any, MemoryUse] = field(default_factory=dict)
     _rollouts: dict[Any, RolloutMemory] = field(default_factory=dict)
+    _fitted: dict[str, tuple[tuple[RowSize, ...], MemoryUse, str] | None] = field(default_factory=dict)
 
     def verdict(self, config: Config, machine: Machine) -> Verdict:
         """Decides whether a run fits, compiling what is not cached.
@@ -113,11 +120,15 @@ class Planner:
         with tracing_for(machine.target):
             placement = placement_of(config, self.spec, machine)
             policy = abstract_policy(config, self.folder, self.spec, placement)
-            lengths = longest_lengths(config)
-            sizes = sizes_of_rows(config, policy.layout, lengths, row_tokens(config, policy, lengths))
-            learner, remat = grpo_learner(config, policy, sizes[0].tokens)
-            run = RunShapes.of(config, policy, placement, learner, sizes, self.announce)
-            update = self.update(run, machine, remat)
+            fitted = self.fitted(config, policy, placement, machine) if is_auto(config) else None
+            if fitted is None:
+                lengths = longest_lengths(config)
+                sizes = sizes_of_rows(config, policy.layout, lengths, row_tokens(config, policy, lengths))
+                learner, remat = grpo_learner(config, policy, sizes[0].tokens)
+                run = RunShapes.of(config, policy, placement, learner, sizes, self.announce)
+                update = self.update(run, machine, remat)
+            else:
+                run, update, remat = fitted
             rollout = self.rollout(run, machine)
             lines = rooflines(run, machine.chip, rollout.slots, remat)
             attention = default_implementation(self.spec.head_dim, policy.dtype)
@@ -127,8 +138,9 @@ class Planner:
             machine,
             rollout,
             update,
-            sizes[0].tokens,
+            run.sizes[0].tokens,
             run.row_shards,
+            fitted is not None,
             remat,
             devices,
             choose_run_mesh(config, self.spec, machine.limit_bytes),
@@ -136,15 +148,30 @@ class Planner:
             attention,
         )
 
+    def fitted(
+        self, config: Config, policy: Policy, placement: Placement, machine: Machine
+    ) -> tuple[RunShapes, MemoryUse, str] | None:
+        """Returns the run whose micro-batch `auto` chooses, its update's memory and `model.remat`; None where nothing fits."""
+        key = update_key(config, machine)
+        if key not in self._fitted:
+            start = time.perf_counter()
+            options = (machine.limit_bytes, self.announce, grpo_learner, longest_lengths(config))
+            try:
+                run, _, use, remat = fit_update(config, policy, abstract_frozen(config, policy), placement, *options)
+                self._fitted[key] = (run.sizes, use, remat)
+            except ConfigError:
+                self._fitted[key] = None
+            self.compile_seconds += time.perf_counter() - start
+        found = self._fitted[key]
+        if found is None:
+            return None
+        sizes, use, remat = found
+        learner, _ = grpo_learner(with_remat(config, remat), policy, sizes[0].tokens)
+        return RunShapes.of(config, policy, placement, learner, sizes, self.announce), use, remat
+
     def update(self, run: RunShapes, machine: Machine, remat: str) -> MemoryUse:
         """Returns an update's memory; settings that only sampling reads do not compile it again."""
-        config = run.config
-        rollout = RolloutConfig(
-            num_generations=config.rollout.num_generations,
-            max_prompt_length=config.rollout.max_prompt_length,
-            max_completion_length=config.rollout.max_completion_length,
-        )
-        key = repr((machine.name, replace(config, rollout=rollout), run.sizes, remat))
+        key = repr((update_key(run.config, machine), run.sizes, remat))
         if key not in self._updates:
             self._updates[key] = update_memory(run)
             self.compile_seconds += self._updates[key].compile_seconds
@@ -159,3 +186,18 @@ class Planner:
             self._rollouts[key] = rollout_memory(run, machine.limit_bytes)
             self.compile_seconds += self._rollouts[key].use.compile_seconds
         return self._rollouts[key]
+
+
+def update_key(config: Config, machine: Machine) -> str:
+    """A name for what an update depends on: settings that only sampling reads are left out."""
+    rollout = RolloutConfig(
+        num_generations=config.rollout.num_generations,
+        max_prompt_length=config.rollout.max_prompt_length,
+        max_completion_length=config.rollout.max_completion_length,
+    )
+    return repr((machine.name, replace(config, rollout=rollout)))
+
+
+def with_remat(config: Config, remat: Any) -> Config:
+    """Returns the settings with another `model.remat`."""
+    return replace(config, model=replace(config.model, remat=remat))
