@@ -119,8 +119,10 @@ def test_each_of_eight_chips_has_an_eighth_of_the_weights(folder: Path) -> None:
 
 @needs_libtpu
 def test_each_of_eight_chips_has_all_of_the_weights_where_they_are_small(folder: Path) -> None:
+    """A rollout joins q, k and v, and gate and up, in copies of both layers."""
     made = make_plan(settings(folder), "v6e-8")
-    assert json_of(made)["update"]["memory"]["base"] == json_of(made)["rollout"]["memory"]["base"] == 2 * PARAMETERS
+    bases = [json_of(made)[phase]["memory"]["base"] for phase in ("update", "rollout")]
+    assert bases == [2 * PARAMETERS, 2 * (PARAMETERS + 2 * (64 * 64 + 2 * 64 * 32 + 2 * 64 * 128))]
     shown = dict(rows_of(made))
     assert shown["mesh"].startswith(
         "data 8, fsdp 1, tensor 1; auto chose copies, as the frozen weights take 0.00 GiB, at most half"

@@ -54,6 +54,16 @@ def test_the_roofline_counts_what_the_device_moves(target: Target, moved: dict[s
         assert lines[name].rollout_seconds == pytest.approx(24 * (layers + HEAD_BYTES) + PAST_BYTES)
         # Forward, forward again and backward, for each micro-batch.
         assert lines[name].update_seconds == pytest.approx(run.sizes[0].count * 3 * (layers + HEAD_BYTES))
+    # A copy of four bits in rollouts is what unquantised weights are; the update moves what it did.
+    with tracing_for(target):
+        model = {"remat": "layer", "quantization": "int4"}
+        copied = planned_run(settings(folder, model=model, objective={"beta": 0.0}, rollout={"dense_base": True}))
+        dense = rooflines(copied, Chip(2**30, 1e40, 1.0), slots=32, remat="layer")
+    assert dense["int4"].rollout_seconds == lines["none"].rollout_seconds
+    assert dense["int4"].update_seconds == lines["int4"].update_seconds
+    other = dense["int4 with rollout.dense_base: false"]
+    assert (other.rollout_seconds, other.changes) == (lines["int4"].rollout_seconds, {"rollout.dense_base": False})
+    assert dense["int8"].changes == {"model.quantization": "int8", "rollout.dense_base": False}
     # A base that is trained is not quantised.
     with tracing_for(target):
         whole = planned_run(settings(folder, lora={"rank": 0}))
@@ -90,9 +100,9 @@ def test_few_bits_that_are_slower_are_advised_against(
 
     def rollout(run: Any, _: int) -> RolloutMemory:
         weights = {"none": 4000, "int8": 2000, "int4": 1000, "nf4": 1000}[run.config.model.quantization]
-        return RolloutMemory(
-            MemoryUse(dict.fromkeys(COMPONENTS, 0) | {"base": weights}, 0.0), 32, sizes_of(run.config.rollout, 8, 16, 32)
-        )
+        weights += 4000 * run.config.rollout.dense_base
+        memory = MemoryUse(dict.fromkeys(COMPONENTS, 0) | {"base": weights}, 0.0)
+        return RolloutMemory(memory, 32, sizes_of(run.config.rollout, 8, 16, 32))
 
     monkeypatch.setattr("grpo_jax.tools.plan.verdict.update_memory", lambda run: MemoryUse(dict.fromkeys(COMPONENTS, 0), 0.0))
     monkeypatch.setattr("grpo_jax.tools.plan.verdict.rollout_memory", rollout)
@@ -110,7 +120,8 @@ def test_few_bits_that_are_slower_are_advised_against(
     assert advice_lines(made)[1:] == ([] if faster is None else [f"model: {{quantization: {faster}}}"])
     if quantization in ("int4", "nf4"):
         assert f"{quantization} moves 4.5" in shown["model.quantization"]
-        assert shown["model.quantization"].endswith("; slower than int8 and none")
+        assert f"; slower than int8, none, {quantization} with rollout.dense_base: true" in shown["model.quantization"]
+        assert seconds[f"{quantization} with rollout.dense_base: true"] == pytest.approx(seconds["none"])
 
 
 @pytest.mark.parametrize(("head_dim", "says"), [(64, "mosaic_gpu, which needs tokamax there"), (16, "xla")])

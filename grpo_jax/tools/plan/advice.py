@@ -317,10 +317,10 @@ def larger_than(machine: Machine) -> list[str]:
 
 
 def find_faster(planner: Planner, config: Config, machine: Machine, verdict: Verdict, show: Callable[[str], None]) -> str | None:
-    """Returns the fastest of the base's more exact formats that are faster than the settings' and fit; None where there is none."""
-    for name in verdict.faster_formats:
+    """Returns the name of the fastest roofline whose format is as exact as the settings' and fits; None where there is none."""
+    for name in verdict.faster:
         search = Search(planner, config, machine, verdict, {}, show, [])
-        found = search.compile({"model.quantization": name}, machine)
+        found = search.compile(verdict.rooflines[name].changes, machine)
         if found is not None and found.all_fits:
             return name
     return None

@@ -20,7 +20,7 @@ class Plan:
 
     Attributes:
         required: changes without which the run cannot be split evenly over the devices; the verdict includes them.
-        faster: a more exact format of the base that fits too, and that is faster by the roofline; None where there is none.
+        faster: name of the roofline of a base that fits too, is as exact or more, and is faster; None where there is none.
     """
 
     verdict: Verdict
@@ -75,7 +75,7 @@ def json_of(plan: Plan) -> dict[str, Any]:
         "attention": verdict.attention,
         "bytes_per_weight": line.weight_bytes,
         "step_seconds_at_least": {name: one.seconds for name, one in verdict.rooflines.items()},
-        "faster": None if plan.faster is None else {"model.quantization": plan.faster},
+        "faster": None if plan.faster is None else verdict.rooflines[plan.faster].changes,
         "compile_seconds": plan.compile_seconds,
         "advice": plan.changes if plan.advice.fits else None,
         "advice_target": plan.advice.target,
@@ -122,14 +122,7 @@ def advice_lines(plan: Plan) -> list[str]:
         ]
     if not plan.changes and plan.advice.target is None:
         return faster_lines(plan)
-    sections: dict[str, dict[str, Any]] = {}
-    for name, value in plan.changes.items():
-        section, _, key = name.partition(".")
-        sections.setdefault(section, {})[key] = value
-    lines = [
-        f"{section}: {{{', '.join(f'{key}: {value if isinstance(value, str) else show(value)}' for key, value in values.items())}}}"
-        for section, values in sections.items()
-    ]
+    lines = yaml_lines(plan.changes)
     where = f" on {plan.advice.target}" if plan.advice.target else ""
     return [f"advice{where}: with these settings it fits" + ("" if lines else " as it is"), *lines, *faster_lines(plan)]
 
@@ -138,9 +131,21 @@ def faster_lines(plan: Plan) -> list[str]:
     """Formats the advice to take a more exact format of the base that is faster; no lines where there is none."""
     if plan.faster is None:
         return []
-    own, other = plan.verdict.roofline.seconds, plan.verdict.rooflines[plan.faster].seconds
-    reason = f"a step then takes at least {other:.3g} s by the roofline instead of {own:.3g}, and rounds weights less"
-    return [f"advice: this fits too; {reason}", f"model: {{quantization: {plan.faster}}}"]
+    own, other = plan.verdict.roofline, plan.verdict.rooflines[plan.faster]
+    reason = f"a step then takes at least {other.seconds:.3g} s by the roofline instead of {own.seconds:.3g}"
+    return [f"advice: this fits too; {reason}", *yaml_lines(other.changes)]
+
+
+def yaml_lines(changes: Changes) -> list[str]:
+    """Formats changes as lines of a YAML file, one a section."""
+    sections: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        section, _, key = name.partition(".")
+        sections.setdefault(section, {})[key] = value
+    return [
+        f"{section}: {{{', '.join(f'{key}: {value if isinstance(value, str) else show(value)}' for key, value in values.items())}}}"
+        for section, values in sections.items()
+    ]
 
 
 def mesh_text(verdict: Verdict) -> str:
@@ -166,5 +171,5 @@ def format_text(verdict: Verdict) -> str:
     seconds = [f"{name} {one.seconds:.3g}" for name, one in lines.items() if one.seconds is not None]
     if not seconds:
         return moved
-    slower = f"; slower than {' and '.join(verdict.faster_formats)}" if verdict.faster_formats else ""
+    slower = f"; slower than {', '.join(verdict.faster)}" if verdict.faster else ""
     return f"{moved}; seconds of a step at least: {', '.join(seconds)}{slower}"

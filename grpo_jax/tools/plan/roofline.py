@@ -7,6 +7,7 @@ GPUs. Collectives between chips are left out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -29,10 +30,12 @@ class Roofline:
 
     Attributes:
         weight_bytes: moved for an element of the layers' matrices at a step of the rollout; 2 where bfloat16 is read once.
+        changes: of the settings, with which a run has it.
         rollout_seconds, update_seconds: operations or bytes at the chip's full speed, the larger; None where it is not known.
     """
 
     cost: StepCost
+    changes: dict[str, Any]
     weight_bytes: float
     rollout_seconds: float | None
     update_seconds: float | None
@@ -46,11 +49,24 @@ class Roofline:
 def rooflines(run: RunShapes, chip: Chip | None, slots: int, remat: str) -> dict[str, Roofline]:
     """Returns the roofline of each format that the base can have; of a base that is trained, that of `none`.
 
+    Of four bits there are two: with `rollout.dense_base` as it is set, and the other way round.
+
     Args:
         slots: of a rollout, on all row shards together.
     """
-    fitting = [name for name in FORMATS if name == "none" or (run.policy.adapters is not None and has_groups(run, name))]
-    return {name: roofline(run, chip, slots, remat, name) for name in fitting}
+    own, dense = run.config.model.quantization, run.config.rollout.dense_base
+    lines: dict[str, Roofline] = {}
+    for name in FORMATS:
+        if name == own:
+            lines[name] = roofline(run, chip, slots, remat, name, dense=dense, changes={})
+        elif name == "none" or (run.policy.adapters is not None and has_groups(run, name)):
+            changes = {"model.quantization": name} | ({"rollout.dense_base": False} if dense else {})
+            lines[name] = roofline(run, chip, slots, remat, name, dense=False, changes=changes)
+    if own in ("int4", "nf4"):
+        changes = {"rollout.dense_base": not dense}
+        name = f"{own} with rollout.dense_base: {'false' if dense else 'true'}"
+        lines[name] = roofline(run, chip, slots, remat, own, dense=not dense, changes=changes)
+    return lines
 
 
 def has_groups(run: RunShapes, format: str) -> bool:
@@ -61,16 +77,18 @@ def has_groups(run: RunShapes, format: str) -> bool:
         return False
 
 
-def roofline(run: RunShapes, chip: Chip | None, slots: int, remat: str, format: str) -> Roofline:
-    """Returns the roofline of a step with the base in a format."""
+def roofline(
+    run: RunShapes, chip: Chip | None, slots: int, remat: str, format: str, *, dense: bool, changes: dict[str, Any]
+) -> Roofline:
+    """Returns the roofline of a step with the base in a format, and in rollouts dense or as it is."""
     rows = (slots // run.row_shards, run.sizes[0].tokens)
     decoding, update = (layer_bytes(run, format, count) for count in rows)
     # On a CPU the layers of a rollout are split, and dense.
-    cost = step_cost(run, slots, None if run.policy.model.unroll else decoding, update)
+    cost = step_cost(run, slots, None if dense or run.policy.model.unroll else decoding, update)
     itemsize = jnp.dtype(run.policy.dtype).itemsize
     weight_bytes = (cost.weight_bytes - itemsize * cost.head_parameters) / cost.layer_parameters
     if chip is None:
-        return Roofline(cost, weight_bytes, None, None)
+        return Roofline(cost, changes, weight_bytes, None, None)
     layout = run.placement.layout
     devices, tensor = (1, 1) if layout is None else (layout.mesh.size, layout.tensor)
     speed = chip.flops_per_second / (1 if itemsize == 2 else 2)
@@ -79,7 +97,8 @@ def roofline(run: RunShapes, chip: Chip | None, slots: int, remat: str, format: 
     # Weights are read once in each pass over a micro-batch.
     passes = 2 + (remat != "none") + run.config.objective.needs_reference
     update_bytes = run.sizes[0].count * passes * cost.update_weight_bytes / tensor
-    return Roofline(cost, weight_bytes, rollout, max(cost.update_flops / devices / speed, update_bytes / chip.bytes_per_second))
+    update_seconds = max(cost.update_flops / devices / speed, update_bytes / chip.bytes_per_second)
+    return Roofline(cost, changes, weight_bytes, rollout, update_seconds)
 
 
 def layer_bytes(run: RunShapes, format: str, rows: int) -> int | None:

@@ -59,12 +59,13 @@ class Verdict:
         return self.rooflines[self.config.model.quantization]
 
     @property
-    def faster_formats(self) -> list[str]:
-        """Formats of the base that are more exact than the settings' and by the roofline faster, the fastest first."""
+    def faster(self) -> list[str]:
+        """Names of rooflines that are faster than the settings', the fastest first; of less exact formats none."""
         own = self.config.model.quantization
         seconds = {name: one.seconds for name, one in self.rooflines.items() if one.seconds is not None}
-        exact = [name for name in seconds if FORMATS.index(name) < FORMATS.index(own) and seconds[name] < seconds[own]]
-        return sorted(exact, key=lambda name: seconds[name])
+        less_exact = FORMATS[FORMATS.index(own) + 1 :]
+        names = [name for name in seconds if name not in less_exact and seconds[name] < seconds[own]]
+        return sorted(names, key=lambda name: seconds[name])
 
     @property
     def micro_batch(self) -> tuple[int, int]:
