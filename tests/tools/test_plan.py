@@ -130,6 +130,7 @@ def test_each_of_eight_chips_has_all_of_the_weights_where_they_are_small(folder:
     assert shown["attention of the update"] == "mosaic_tpu"
 
 
+@needs_libtpu
 def test_shards_are_tried_first_where_copies_do_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies of the weights leave half of the memory, and the made-up activations take more."""
 
