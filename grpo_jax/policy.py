@@ -25,7 +25,7 @@ from grpo_jax.models.transformer import UNROLLED_LAYERS, Transformer
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.stop_strings import PartialCompletion
 from grpo_jax.runtime.distributed import is_main
-from grpo_jax.runtime.memory import in_device_memory
+from grpo_jax.runtime.memory import in_device_memory, least_limit_bytes
 from grpo_jax.runtime.mesh import make_layout
 from grpo_jax.runtime.programs import Program
 from grpo_jax.runtime.sharding import Layout
@@ -35,6 +35,7 @@ from grpo_jax.weights.export import merged_weights, save_merged
 from grpo_jax.weights.hf import find_model, read_folder_spec
 from grpo_jax.weights.loading import load_params
 from grpo_jax.weights.lora import init_lora, load_adapter, save_adapter
+from grpo_jax.weights.mesh_choice import choose_mesh
 from grpo_jax.weights.quantize import quantization_of
 from grpo_kernels.target import platform
 
@@ -112,7 +113,8 @@ class Policy:
             quantization: `int8`, `int4` or `nf4` rounds the layers' matrices while reading; only adapters can then be trained.
             revision: branch, tag or commit on the hub.
             seed: fixes where new adapters start.
-            mesh: devices that the weights are spread over, as the section `mesh` of the settings; None is one device.
+            mesh: devices that the weights are spread over, as the section `mesh` of the settings; None is one device. `auto` goes
+                by the memory of the devices and whether there are adapters.
 
         Raises:
             ConfigError: the mesh does not fit the devices or the model.
@@ -121,12 +123,18 @@ class Policy:
         if dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"dtype: {dtype!r} is not supported; use 'auto', 'float32' or 'bfloat16'")
         require_choice("quantization", quantization, ("none", "int8", "int4", "nf4"))
-        layout = None if mesh is None else make_layout(mesh)
+        if mesh is not None:
+            make_layout(mesh)  # is wrong before anything is downloaded
         folder = find_model(str(path), revision)
         spec = read_folder_spec(folder)
+        start = adapter if adapter is not None else (lora.adapter if lora is not None else None)
+        layout = None
+        if mesh is not None:
+            trains_adapters = start is not None or (lora is not None and lora.rank > 0)
+            options: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "adapters": trains_adapters}
+            layout = make_layout(choose_mesh(mesh, spec, limit_bytes=least_limit_bytes(), **options).mesh)
         check_mesh(layout, spec, quantization)
         chosen = jnp.dtype(spec.dtype if dtype == "auto" else dtype)
-        start = adapter if adapter is not None else (lora.adapter if lora is not None else None)
         adapters: Params | None = None
         if start is not None:
             adapters, lora = load_adapter(start, spec)

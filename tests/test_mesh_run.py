@@ -41,9 +41,28 @@ def test_a_run_on_a_mesh_is_the_run_of_one_device(found: dict[str, Any]) -> None
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_copies_of_the_weights_are_chosen_by_memory_and_give_what_shards_give(found: dict[str, Any]) -> None:
+    """Eight copies of a tiny model, or each weight in eight shards."""
+    one, auto, shards = found["one"], found["auto"], found["shards"]
+    printed = "\n".join(auto["printed"])
+    assert re.search(r"mesh: data auto, fsdp auto", printed)
+    assert re.search(
+        r"mesh: data 8, fsdp 1, tensor 1; 8 of 8 devices .*; auto chose copies, as the frozen weights take 0\.00", printed
+    )
+    assert "mesh: data 1, fsdp 8, tensor 1; 8 of 8 devices" in "\n".join(shards["printed"])
+    assert "auto chose" not in "\n".join(shards["printed"])
+    for other in (shards, one):
+        assert auto["completions"] == other["completions"]
+        assert auto["evaluations"] == other["evaluations"]
+        np.testing.assert_allclose(auto["curve"], other["curve"], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(auto["adapter"], other["adapter"], rtol=1e-4)
+        for got, expected in zip(auto["logprobs"], other["logprobs"], strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_mesh_is_shown_and_its_programs_serve_all_steps(found: dict[str, Any]) -> None:
     printed = "\n".join(found["spread"]["printed"])
-    assert "mesh: fsdp -1" in printed  # the setting, a default
+    assert re.search(r"mesh\.fsdp += -1", printed)  # the setting
     assert "mesh: data 2, fsdp 4, tensor 1; 8 of 8 devices" in printed
     assert found["spread"]["compile_seconds"][1] == found["one"]["compile_seconds"][1] == 0
 

@@ -53,6 +53,12 @@ class Config:
             self.rollout.merge_adapters,
             f"adapters cannot be added to a base in {self.model.quantization}: use false, or model.quantization none",
         )
+        require(
+            self.model.quantization in ("int4", "nf4") or not self.rollout.dense_base,
+            "rollout.dense_base",
+            self.rollout.dense_base,
+            f"model.quantization is {self.model.quantization}, which is sampled with as it is: use false, or int4 or nf4",
+        )
         size = self.train.micro_batch_completions
         if size is not None:
             require(

@@ -155,6 +155,8 @@ class RolloutConfig:
             2/7 of it. Both change log-probabilities (see sampling/logp_difference, objective.importance_cap).
         merge_adapters: Sample with weights that the adapters were added to, once a step: fewer products per token, and memory for
             a copy of the adapted weights. In bfloat16 the sum is rounded (see sampling/logp_difference, objective.importance_cap).
+        dense_base: Sample with a copy of an int4 or nf4 base in the model's dtype, made once a step and freed before the update. A
+            GPU writes such a base out at every product, so that a token moves less with a copy; `grpo-jax plan` says if it fits.
     """
 
     num_generations: int = 8
@@ -171,6 +173,7 @@ class RolloutConfig:
     refill: bool = True
     kv_dtype: Literal["auto", "int8", "int4"] = "auto"
     merge_adapters: bool = False
+    dense_base: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "rollout")

@@ -133,21 +133,26 @@ class TrainConfig:
 class MeshConfig:
     """The mesh of devices; one axis may be -1, which takes all devices that are left.
 
+    With `data` and `fsdp` both `auto` the devices that are left go to `data` where adapters are trained and the frozen weights take
+    at most half of a device's memory, else to `fsdp`.
+
     Args:
-        data: Number of copies of the weights; each copy computes a part of a step's prompts.
-        fsdp: Number of shards of each weight, gathered layer by layer; each shard's devices compute a part of the prompts.
+        data: Number of copies of the weights; each copy computes a part of a step's prompts. `auto` is 1 where fsdp is a number.
+        fsdp: Number of shards of each weight, gathered layer by layer; each shard's devices compute a part of the prompts. `auto`
+            takes all devices that are left where data is a number.
         tensor: Number of shards of heads, feed-forward, experts and vocabulary; all of them compute the same prompts.
     """
 
-    data: int = 1
-    fsdp: int = -1
+    data: int | Literal["auto"] = "auto"
+    fsdp: int | Literal["auto"] = "auto"
     tensor: int = 1
 
     def __post_init__(self) -> None:
         check_types(self, "mesh")
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
         for name, size in sizes.items():
-            require(size == -1 or size >= 1, f"mesh.{name}", size, "use a number of devices, or -1 for all that are left")
+            ok = isinstance(size, str) or size == -1 or size >= 1
+            require(ok, f"mesh.{name}", size, "use a number of devices, or -1 for all that are left")
         free = [name for name, size in sizes.items() if size == -1]
         require(
             len(free) <= 1,
@@ -155,3 +160,8 @@ class MeshConfig:
             -1,
             f"only one axis may be -1; mesh.{'data' if not free else free[0]} is -1 too",
         )
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether copies or shards of the weights are left open."""
+        return self.data == self.fsdp == "auto" and self.tensor != -1

@@ -21,14 +21,15 @@ from grpo_jax.fit.targets import Machine
 from grpo_jax.learner.batches import batch_shapes
 from grpo_jax.learner.packing import RowSize
 from grpo_jax.learner.step import Learner
-from grpo_jax.models.spec import ModelSpec, abstract_params, flatten, nest, param_specs
+from grpo_jax.models.spec import ModelSpec
 from grpo_jax.policy import Policy
 from grpo_jax.runtime.mesh import check_prompts, make_layout
 from grpo_jax.runtime.sharding import BATCH_AXES, Axes, Layout
 from grpo_jax.types import Frozen, Params, TrainBatch, TrainState
 from grpo_jax.weights.axes import check_mesh, decoding_axes
 from grpo_jax.weights.lora import init_lora, load_adapter
-from grpo_jax.weights.quantize import quantized_specs
+from grpo_jax.weights.mesh_choice import choose_run_mesh
+from grpo_jax.weights.quantize import abstract_weights
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def placement_of(config: Config, spec: ModelSpec, machine: Machine) -> Placement
     Raises:
         ConfigError: the mesh does not fit the devices, the model or the prompts.
     """
-    layout = make_layout(config.mesh, machine.devices)
+    layout = make_layout(choose_run_mesh(config, spec, machine.limit_bytes).mesh, machine.devices)
     check_mesh(layout, spec)
     micro = config.train.micro_batch_prompts
     check_prompts(layout, config.train.prompts_per_step, micro if isinstance(micro, int) else None)
@@ -91,10 +92,7 @@ def placement_of(config: Config, spec: ModelSpec, machine: Machine) -> Placement
 def abstract_policy(config: Config, folder: Path, spec: ModelSpec, placement: Placement) -> Policy:
     """Builds the policy that `Policy.from_pretrained` would return, with shapes instead of weights and without a tokenizer."""
     dtype = jnp.dtype(spec.dtype if config.model.dtype == "auto" else config.model.dtype)
-    params = abstract_params(spec, dtype)
-    if config.model.quantization != "none":
-        quantized = quantized_specs(param_specs(spec), config.model.quantization)
-        params = nest({path: quantized.get(path, leaf) for path, leaf in flatten(params)})
+    params = abstract_weights(spec, dtype, config.model.quantization)
     adapters: Params | None = None
     lora = config.lora if config.lora.rank or config.lora.adapter else None
     if lora is not None and lora.adapter is not None:

@@ -18,15 +18,14 @@ from grpo_jax.fit.learners import grpo_learner
 from grpo_jax.fit.memory_use import MemoryUse, phase_rows
 from grpo_jax.fit.micro_batch import longest_lengths, row_tokens, rows_to_try, sizes_of_rows, smaller_rows
 from grpo_jax.fit.phases import RolloutMemory, RunShapes, activation_bytes, rollout_memory, update_memory
-from grpo_jax.fit.targets import GIB
 from grpo_jax.learner.packing import Lengths, RowSize
 from grpo_jax.learner.step import Learner
 from grpo_jax.policy import Policy, sampler_of
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import evaluation_slots
 from grpo_jax.run.display import Display
-from grpo_jax.runtime.memory import least_free_bytes
-from grpo_jax.runtime.programs import Program
+from grpo_jax.runtime.memory import GIB, least_free_bytes
+from grpo_jax.runtime.programs import Announce, Program
 from grpo_jax.types import Frozen
 
 MakeLearner = Callable[[Config, Policy, int], tuple[Learner, str]]
@@ -77,7 +76,7 @@ def fit_run(
     limit = None if free is None else free + device_bytes((policy.params, frozen.reference if offloaded else policy.adapters))
     placement = Placement(policy.layout, jax.local_devices()[0])
     lengths = lengths or longest_lengths(config)
-    run, update, update_use, remat = fit_update(config, policy, frozen, placement, limit, display, make_learner, lengths)
+    run, update, update_use, remat = fit_update(config, policy, frozen, placement, limit, display.compiling, make_learner, lengths)
     sampler, rollout = fit_rollout(run, limit, display)
     evaluation = fit_evaluation(run, rollout.slots, problems, limit, sampler) if problems else None
     tokens = run.sizes[0].tokens
@@ -116,14 +115,17 @@ def fit_update(
     frozen: Frozen,
     placement: Placement,
     limit: int | None,
-    display: Display,
+    announce: Announce,
     make_learner: MakeLearner,
     lengths: Lengths,
 ) -> FittedUpdate:
-    """Compiles updates until one fits, starting with the longest rows.
+    """Compiles updates until one fits, starting with the longest rows. The arrays of policy and `frozen` may be shapes.
 
     Returns:
         The run with those rows, its update, the memory that it needs, and what `model.remat` resolves to.
+
+    Raises:
+        ConfigError: nothing fits.
     """
     first = row_tokens(config, policy, lengths)
     sizes = [first, *smaller_rows(config, first, lengths)]
@@ -131,7 +133,7 @@ def fit_update(
     def run_with(tokens: int, remat: Any = config.model.remat) -> tuple[RunShapes, str]:
         learner, remat = make_learner(replace(config, model=replace(config.model, remat=remat)), policy, tokens)
         rows = sizes_of_rows(config, policy.layout, lengths, tokens)
-        return RunShapes.of(config, policy, placement, learner, rows, display.compiling, frozen), remat
+        return RunShapes.of(config, policy, placement, learner, rows, announce, frozen), remat
 
     if limit is not None:
         # The size of the activations is known without compiling, and grows with the tokens.
@@ -145,12 +147,12 @@ def fit_update(
         size = queue.pop(0)
         tried.add(size)
         run, remat = run_with(size)
-        update, use = compiled_update(run, display)
+        update, use = compiled_update(run)
         if use.fits(limit):
             found = (run, update, use, remat)
             if config.model.remat != "auto" or remat == "none" or limit is None:
                 return found
-            return less_recomputed(found, functools.partial(run_with, size), limit, display) or found
+            return less_recomputed(found, functools.partial(run_with, size), limit) or found
         varying = use.components["activations"] + use.components["temporaries"]
         smaller = [other for other in sizes if other not in tried and other < size]
         if smaller and limit is not None:
@@ -158,21 +160,19 @@ def fit_update(
     assert use is not None
     if config.model.remat == "auto":
         run, remat = run_with(sizes[-1], "offload")
-        update, offloaded = compiled_update(run, display)
+        update, offloaded = compiled_update(run)
         if offloaded.fits(limit):
             return run, update, offloaded, remat
     raise too_large("train.micro_batch_tokens is auto: the smallest update", use, limit)
 
 
-def compiled_update(run: RunShapes, display: Display) -> tuple[Program, MemoryUse]:
+def compiled_update(run: RunShapes) -> tuple[Program, MemoryUse]:
     """Compiles a run's update."""
-    update = Program("update", run.learner.train_step, donate=(0,), announce=display.compiling)
+    update = Program("update", run.learner.train_step, donate=(0,), announce=run.announce)
     return update, update_memory(run, update)
 
 
-def less_recomputed(
-    found: FittedUpdate, run_with: Callable[[str], tuple[RunShapes, str]], limit: int, display: Display
-) -> FittedUpdate | None:
+def less_recomputed(found: FittedUpdate, run_with: Callable[[str], tuple[RunShapes, str]], limit: int) -> FittedUpdate | None:
     """The update that recomputes least and fits: the one that recomputes nothing, else the selective one; None where neither fits.
 
     What would be saved is known before compiling, so that what cannot fit is not compiled.
@@ -187,7 +187,7 @@ def less_recomputed(
         other, resolved = run_with(remat)
         if use.peak_bytes - saved + activation_bytes(other) > limit:
             continue
-        update, other_use = compiled_update(other, display)
+        update, other_use = compiled_update(other)
         if other_use.fits(limit):
             return other, update, other_use, resolved
     return None

@@ -16,7 +16,7 @@ from jax.errors import JaxRuntimeError
 
 from grpo_jax.fit.abstract import device_bytes, with_sharding
 from grpo_jax.fit.scratch import scratch_counted
-from grpo_jax.fit.targets import GIB
+from grpo_jax.runtime.memory import GIB
 from grpo_jax.runtime.programs import Program
 
 COMPONENTS = ("base", "adapters", "optimizer", "reference", "prefix_kv", "suffix_kv", "activations", "temporaries")

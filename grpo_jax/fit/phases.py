@@ -207,7 +207,7 @@ def decoding_weights(
     resident = run.resident_while_sampling
     variables = run.learner.policy_variables(run.state.trainable, run.frozen)
     free = None if limit_bytes is None else max(0, limit_bytes - sum(resident.values()))
-    settings = sampler.weight_settings(variables, free, merge=run.config.rollout.merge_adapters)
+    settings = sampler.weight_settings(variables, free, run.config.rollout)
     new = compiled.compile(sampler.prepare_weights, (variables,), settings, run.resident, results="base")
     if sampler.model.unroll and new is not None:
         return new, with_weights(resident, new["params"], new.get("lora", {}))

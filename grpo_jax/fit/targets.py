@@ -17,10 +17,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from grpo_jax.runtime.memory import free_bytes
+from grpo_jax.runtime.memory import GIB, free_bytes
 from grpo_kernels.target import Target
-
-GIB = 2**30
 
 GPU_SHARE = 0.75
 """Share of a GPU's memory that JAX takes, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
@@ -258,4 +256,5 @@ def gpu_host(name: str, gpu: Gpu, count: int) -> Machine:
     share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", GPU_SHARE))
     chip = Chip(int(gpu.memory_bytes * share), gpu.flops_per_second, gpu.bytes_per_second)
     note = f"JAX takes {share:.0%} of a GPU's {gpu.memory_bytes / GIB:.1f} GiB; XLA_PYTHON_CLIENT_MEM_FRACTION changes that"
-    return Machine(name, tuple(described.devices), chip, chip.usable_bytes, Target("gpu"), note)
+    target = Target("gpu", compute_capability=gpu.capability, stand_ins=True)
+    return Machine(name, tuple(described.devices), chip, chip.usable_bytes, target, note)

@@ -51,7 +51,7 @@ def rollout_calls(sampler: Sampler, variables: Params, rollout: RolloutConfig, s
         make = partial(empty_past_block, model.spec, model.dtype, sizes.slots, tokens, kv_dtype=kv_dtype, unroll=model.unroll)
         return placed(jax.eval_shape(make))
 
-    settings = sampler.weight_settings(variables, least_free_bytes(), merge=rollout.merge_adapters)
+    settings = sampler.weight_settings(variables, least_free_bytes(), rollout)
     weights = placed(prepared_shapes(model, variables, **settings))
     prefilled = lambda *arguments: placed(jax.eval_shape(partial(prefill, model, kv_dtype=kv_dtype), weights, *arguments))  # noqa: E731
     past_blocks, segment_cache = tuple(past_block(tokens) for tokens in sizes.past_blocks), past_block(sizes.segment)

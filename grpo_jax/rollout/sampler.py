@@ -152,7 +152,7 @@ class Sampler:
             )
         b, g = len(prompt_ids), rollout.num_generations
         check_slots(rollout.slots, 1 if self.model.layout is None else self.model.layout.rows)
-        weights = self.decoding_weights(variables, merge=rollout.merge_adapters)
+        weights = self.decoding_weights(variables, rollout)
         if shapes is None:
             shapes = self.shapes_for(rollout, b, (round_up(max(map(len, prompt_ids))),), least_free_bytes())
         longest = np.full(b * g, rollout.max_completion_length) if limits is None else np.asarray(limits)
@@ -204,12 +204,12 @@ class Sampler:
         """Chooses the shapes of a run's rollouts, from the memory that is free next to the decoding weights."""
         variables = in_device_memory(variables)
         if not self.model.unroll:
-            weights = self.decoding_weights(variables, merge=rollout.merge_adapters)
+            weights = self.decoding_weights(variables, rollout)
             free = least_free_bytes()
             del weights
         else:
             free = least_free_bytes()
-            settings = self.weight_settings(variables, free, merge=rollout.merge_adapters)
+            settings = self.weight_settings(variables, free, rollout)
             weights = prepared_shapes(self.model, variables, **settings)
             needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
             free = None if free is None else max(0, free - needed)
@@ -220,29 +220,27 @@ class Sampler:
         shards = 1 if self.model.layout is None else self.model.layout.rows
         return -(-slots // shards) * shards
 
-    def decoding_weights(self, variables: Params, *, merge: bool = False) -> Params:
-        """Returns the weights as decoding reads them, in the devices' memory.
-
-        Args:
-            merge: add the adapters to their weights (`rollout.merge_adapters`).
-        """
+    def decoding_weights(self, variables: Params, rollout: RolloutConfig) -> Params:
+        """Returns the weights as decoding reads them, in the devices' memory; `merge_adapters` and `dense_base` matter."""
         variables = in_device_memory(variables)
-        settings = self.weight_settings(variables, None if self.joins else least_free_bytes(), merge=merge)
+        settings = self.weight_settings(variables, None if self.joins else least_free_bytes(), rollout)
         if self.model.unroll:
             return self.prepare_weights(variables, **settings)
         shapes = prepared_shapes(self.model, variables, **settings)
         weights = with_unchanged(shapes, variables, self.prepare_weights(variables, **settings))
         return gather_weights(self.model.layout, self.model.spec, weights)
 
-    def weight_settings(self, variables: Params, free_bytes: int | None, *, merge: bool) -> dict[str, bool]:
+    def weight_settings(self, variables: Params, free_bytes: int | None, rollout: RolloutConfig) -> dict[str, bool]:
         """Returns the settings of `prepare_weights`. The first call decides whether weights are joined, for all later ones.
 
         Args:
             free_bytes: of each device, with the weights loaded; None where it is not known.
         """
         if not self.joins:
-            self.joins.append(self.model.unroll or can_join(self.model, variables["params"], free_bytes))
-        return {"unroll": self.model.unroll, "join": self.joins[0], "merge": merge}
+            params, dense = variables["params"], rollout.dense_base
+            self.joins.append(self.model.unroll or can_join(self.model, params, free_bytes, dense=dense))
+        merge, dense = rollout.merge_adapters, rollout.dense_base
+        return {"unroll": self.model.unroll, "join": self.joins[0], "merge": merge, "dense": dense}
 
 
 @dataclass

@@ -31,7 +31,9 @@ def decoding_model(model: Transformer) -> Transformer:
     return model.clone(lora_scale=1.0)
 
 
-def prepare_weights(model: Transformer, variables: Params, *, unroll: bool, join: bool = True, merge: bool = False) -> Params:
+def prepare_weights(
+    model: Transformer, variables: Params, *, unroll: bool, join: bool = True, merge: bool = False, dense: bool = False
+) -> Params:
     """Casts, merges and joins weights, and splits the layers where the model runs unrolled. `decoding_model` computes with them.
 
     On a mesh the weights are gathered over `fsdp` once per rollout instead of at every token: here where the layers are split, else
@@ -41,6 +43,7 @@ def prepare_weights(model: Transformer, variables: Params, *, unroll: bool, join
         join: joins the weights of linear layers that have the same input; not on a mesh with `tensor` > 1, where a joined matrix
             would not be sharded as its parts are.
         merge: adds adapters to their weights in every dtype. In float32 they are always added: nothing is lost there.
+        dense: writes a quantised base out in the decoding dtype; it always is where the model runs unrolled.
     """
     layout = model.layout
     if "lora" in variables:
@@ -50,7 +53,7 @@ def prepare_weights(model: Transformer, variables: Params, *, unroll: bool, join
         else:
             variables = variables | {"lora": scale_adapters(variables["lora"], model.lora_scale, model.dtype)}
     variables = jax.tree_util.tree_map_with_path(
-        lambda path, x: cast_weight(path, x, model.dtype, unroll=unroll),
+        lambda path, x: cast_weight(path, x, model.dtype, dense=unroll or dense),
         variables,
         is_leaf=lambda x: isinstance(x, QuantizedWeight),
     )
@@ -67,12 +70,14 @@ def prepare_weights(model: Transformer, variables: Params, *, unroll: bool, join
     return variables
 
 
-def new_weights(model: Transformer, variables: Params, *, unroll: bool, join: bool = True, merge: bool = False) -> Params:
+def new_weights(
+    model: Transformer, variables: Params, *, unroll: bool, join: bool = True, merge: bool = False, dense: bool = False
+) -> Params:
     """Computes `prepare_weights`; of stacked layers returns only the arrays that are not passed on unchanged.
 
     A compiled program would copy an array that it returns unchanged. `with_unchanged` adds those.
     """
-    prepared = prepare_weights(model, variables, unroll=unroll, join=join, merge=merge)
+    prepared = prepare_weights(model, variables, unroll=unroll, join=join, merge=merge, dense=dense)
     if unroll:
         return prepared
     before = dict(flatten(variables))
@@ -86,23 +91,28 @@ def with_unchanged(shapes: Params, variables: Params, new: Params) -> Params:
     return nest({path: after[path] if path in after else before[path] for path, _ in flatten(shapes)})
 
 
-def prepared_shapes(model: Transformer, variables: Params, *, unroll: bool, join: bool = True, merge: bool = False) -> Params:
+def prepared_shapes(
+    model: Transformer, variables: Params, *, unroll: bool, join: bool = True, merge: bool = False, dense: bool = False
+) -> Params:
     """Returns the shapes of `prepare_weights`, without shardings."""
     plain = model.clone(layout=None)
     join = join and (model.layout is None or model.layout.tensor == 1)
-    return jax.eval_shape(lambda x: prepare_weights(plain, x, unroll=unroll, join=join, merge=merge), variables)
+    return jax.eval_shape(lambda x: prepare_weights(plain, x, unroll=unroll, join=join, merge=merge, dense=dense), variables)
 
 
-def can_join(model: Transformer, params: Params, free_bytes: int | None) -> bool:
+def can_join(model: Transformer, params: Params, free_bytes: int | None, *, dense: bool = False) -> bool:
     """Tells whether stacked weights are joined: a copy of those of q, k, v, gate and up must be small next to the free memory.
 
     A quantised base, which is there to save memory, is joined on GPUs only, where each product is a launch.
 
     Args:
         free_bytes: of each device, with the weights loaded; None where it is not known.
+        dense: a quantised base is written out, joined or not: joining takes no memory of its own then.
     """
     if model.layout is not None and model.layout.tensor > 1:
         return False
+    if dense:
+        return True
     groups = JOINED.values() if not model.spec.experts else [JOINED["qkv_proj"]]
     kernels = [params["layers"][name]["kernel"] for names in groups for name in names]
     if any(isinstance(kernel, QuantizedWeight) for kernel in kernels) and platform() != "gpu":
@@ -170,11 +180,12 @@ def join_layers(variables: Params, name: str) -> Params:
     return joined if adapters is None else joined | {"lora": variables["lora"] | {name: adapters}}
 
 
-def cast_weight(path: tuple[Any, ...], leaf: Any, dtype: Any, *, unroll: bool) -> Any:
+def cast_weight(path: tuple[Any, ...], leaf: Any, dtype: Any, *, dense: bool) -> Any:
     """Casts a weight once instead of at every token, except the scales of norms, which compute in float32 as in training.
 
-    A quantised weight stays quantised on an accelerator. On a CPU it is cast: a 4-bit element takes a byte there, so dense weights
-    are faster, and jax 0.10 refuses int4 results of one compiled program as another's arguments.
+    A quantised weight stays quantised on an accelerator, unless `rollout.dense_base` says otherwise. On a CPU it is cast: a 4-bit
+    element takes a byte there, so dense weights are faster, and jax 0.10 refuses int4 results of one compiled program as another's
+    arguments.
     """
-    unchanged = not unroll if isinstance(leaf, QuantizedWeight) else path[-1].key == "scale" or leaf.dtype == dtype
+    unchanged = not dense if isinstance(leaf, QuantizedWeight) else path[-1].key == "scale" or leaf.dtype == dtype
     return leaf if unchanged else leaf.astype(dtype)

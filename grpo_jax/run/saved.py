@@ -13,9 +13,11 @@ from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig
 from grpo_jax.models.spec import ModelError, ModelSpec
 from grpo_jax.policy import Policy
 from grpo_jax.run.checkpoint import Checkpointer
+from grpo_jax.runtime.memory import least_limit_bytes
 from grpo_jax.runtime.mesh import make_layout
 from grpo_jax.weights.axes import check_mesh, model_axes
 from grpo_jax.weights.hf import find_model, read_folder_spec
+from grpo_jax.weights.mesh_choice import choose_mesh
 from grpo_jax.weights.quantize import quantization_of
 
 
@@ -48,7 +50,7 @@ def load_run(run_dir: str | Path) -> tuple[Config, Policy]:
             print(f"warning: {line}; an older checkpoint is read", file=sys.stderr)
         lora = None if values["lora"] is None else LoraConfig(**values["lora"])
         source = values["model"] if Path(values["model"]).is_dir() else values["name"]
-        mesh = available_mesh(config, read_folder_spec(find_model(source)))
+        mesh = available_mesh(config, read_folder_spec(find_model(source)), adapters=lora is not None)
         base = Policy.from_pretrained(source, dtype=values["dtype"], quantization=values.get("quantization", "none"), mesh=mesh)
         policy = replace(base, name=values["name"], lora=lora, adapters=None if lora is None else {})
         trainable = checkpoints.restore_part("trainable", lambda tree: shardings_of(policy, tree))
@@ -63,9 +65,12 @@ def shardings_of(policy: Policy, tree: Any) -> Any:
     return policy.layout.tree(tree, model_axes(policy.spec))
 
 
-def available_mesh(config: Config, spec: ModelSpec) -> MeshConfig:
-    """The mesh of a run if this machine has its devices; else one over all devices here, or over one."""
-    for mesh in (config.mesh, MeshConfig()):
+def available_mesh(config: Config, spec: ModelSpec, *, adapters: bool) -> MeshConfig:
+    """The mesh of a run if this machine has its devices; else one over all devices here, or over one. Without `auto`."""
+    for setting in (config.mesh, MeshConfig()):
+        limit, model = least_limit_bytes(), config.model
+        options: dict[str, Any] = {"dtype": model.dtype, "quantization": model.quantization, "adapters": adapters}
+        mesh = choose_mesh(setting, spec, limit_bytes=limit, **options).mesh
         try:
             check_mesh(make_layout(mesh), spec)
         except ConfigError:

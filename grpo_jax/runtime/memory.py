@@ -12,6 +12,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+GIB = 2**30
+
 
 def free_bytes() -> int | None:
     """Returns the free memory of the first local device, or of the machine on a CPU."""
@@ -23,18 +25,25 @@ def free_bytes() -> int | None:
 
 
 def least_free_bytes() -> int | None:
-    """Returns the free memory per device, the minimum over all processes, which must call it together.
+    """Returns the free memory per device, the minimum over all processes, which must call it together."""
+    return least_per_device(free_bytes())
 
-    The devices that a CPU is divided into share the machine's memory.
-    """
-    free = free_bytes()
-    if free is not None and jax.default_backend() == "cpu":
-        free //= jax.local_device_count()
+
+def least_limit_bytes() -> int | None:
+    """Returns the memory per device that arrays and programs can have, as `least_free_bytes`; of a CPU, its free memory."""
+    stats = jax.local_devices()[0].memory_stats()
+    return least_per_device(int(stats["bytes_limit"]) if stats and "bytes_limit" in stats else free_bytes())
+
+
+def least_per_device(size: int | None) -> int | None:
+    """Returns the minimum over all processes; the devices that a CPU is divided into share the machine's memory."""
+    if size is not None and jax.default_backend() == "cpu":
+        size //= jax.local_device_count()
     if jax.process_count() == 1:
-        return free
+        return size
     # In MiB: JAX has 32 bits, and -1 stands for None.
-    all_free = multihost_utils.process_allgather(np.int32(-1 if free is None else free >> 20))
-    least = int(np.min(all_free))
+    sizes = multihost_utils.process_allgather(np.int32(-1 if size is None else size >> 20))
+    least = int(np.min(sizes))
     return None if least < 0 else least << 20
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -14,13 +15,27 @@ from grpo_jax.config.checks import require
 from grpo_jax.runtime.sharding import MESH_AXES, Layout
 
 
+def resolve_mesh(mesh: MeshConfig, *, whole: bool = False) -> MeshConfig:
+    """Returns the mesh with numbers for `auto`.
+
+    Args:
+        whole: where both `data` and `fsdp` are `auto`, `data` takes the devices that are left; else `fsdp`.
+    """
+    if mesh.is_auto:
+        data, fsdp = (-1, 1) if whole else (1, -1)
+        return replace(mesh, data=data, fsdp=fsdp)
+    left = 1 if -1 in (mesh.data, mesh.tensor) else -1
+    return replace(mesh, data=1 if mesh.data == "auto" else mesh.data, fsdp=left if mesh.fsdp == "auto" else mesh.fsdp)
+
+
 def mesh_sizes(mesh: MeshConfig, devices: int) -> tuple[int, int, int]:
-    """Returns the sizes of `MESH_AXES`; a size of -1 becomes the number of devices that are left.
+    """Returns the sizes of `MESH_AXES`; a size of -1 becomes the number of devices that are left, `auto` as `resolve_mesh` says.
 
     Raises:
         ConfigError: The sizes do not fit the number of devices.
     """
-    sizes = [mesh.data, mesh.fsdp, mesh.tensor]
+    mesh = resolve_mesh(mesh)
+    sizes = [size for size in (mesh.data, mesh.fsdp, mesh.tensor) if isinstance(size, int)]
     known = math.prod(size for size in sizes if size > 0)
     if -1 in sizes:
         free = MESH_AXES[sizes.index(-1)]
@@ -45,7 +60,7 @@ def make_layout(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Layou
     """Makes the layout of a run from the `mesh` settings.
 
     Args:
-        mesh: The settings.
+        mesh: The settings; where they leave it open, weights are sharded over `fsdp` (`weights.mesh_choice` chooses by memory).
         devices: The devices to use; None takes all of them. To compile for absent hardware, pass its device descriptions.
 
     Returns:

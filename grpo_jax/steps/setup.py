@@ -15,10 +15,12 @@ from grpo_jax.run.display import Display
 from grpo_jax.run.folder import RunFolder
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.compilation_cache import use_compilation_cache
-from grpo_jax.runtime.memory import in_host_memory
+from grpo_jax.runtime.memory import in_host_memory, least_limit_bytes
 from grpo_jax.runtime.mesh import check_prompts, make_layout
+from grpo_jax.runtime.sharding import Layout
 from grpo_jax.weights.axes import check_mesh
 from grpo_jax.weights.hf import find_model, read_folder_spec
+from grpo_jax.weights.mesh_choice import choose_run_mesh
 
 SLOW_GPU_ROLLOUTS_BEFORE = (0, 11, 2)
 """XLA of older jax versions copies a rollout's weights and KV cache at every token on a GPU."""
@@ -43,10 +45,6 @@ def begin(config: Config, sources: Mapping[str, str] | None, *, resume: bool) ->
     display = Display(config.train.quiet, silent=not distributed.is_main())
     display.settings(resolved_settings(config, sources or {}))
     use_compilation_cache(config.train.compilation_cache)
-    if layout is not None:
-        sizes, kind = ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items()), jax.devices()[0].device_kind
-        processes = f" in {jax.process_count()} processes" if distributed.is_multiprocess() else ""
-        display.note(f"mesh: {sizes}; {layout.mesh.size} of {jax.device_count()} devices ({kind}){processes}")
     if jax.default_backend() == "gpu" and jax.__version_info__ < SLOW_GPU_ROLLOUTS_BEFORE:
         display.warning(
             f"jax {jax.__version__} on a GPU copies all weights, keys and values at every sampled token (23 GiB with an 8B model); "
@@ -60,17 +58,34 @@ def read_tokenizer(config: Config, display: Display) -> Tokenizer | None:
     assert config.model.path is not None
     with display.busy(f"looking for {config.model.path}"):
         folder = find_model(config.model.path, config.model.revision, weights=False)
-        check_mesh(make_layout(config.mesh), read_folder_spec(folder))
+        spec = read_folder_spec(folder)
+        check_mesh(make_layout(choose_run_mesh(config, spec, least_limit_bytes()).mesh), spec)
         return Tokenizer.from_folder(folder)
 
 
 def placed_policy(config: Config, policy: Policy | None, display: Display) -> Policy:
-    """The policy that a run starts from, on the mesh of its settings; with `optim.offload` its adapters in the host's memory."""
+    """The policy that a run starts from, on its mesh, which is shown; with `optim.offload` its adapters in the host's memory."""
+    assert config.model.path is not None
     if policy is None:
+        folder = find_model(config.model.path, config.model.revision, weights=False)
+        choice = choose_run_mesh(config, read_folder_spec(folder), least_limit_bytes())
         with display.busy(f"reading {config.model.path}"):
-            policy = Policy.from_config(config)
-    elif policy.adapters is None:
-        display.note(NO_ADAPTERS_LINE)
+            policy = Policy.from_config(replace(config, mesh=choice.mesh))
+    else:
+        choice = choose_run_mesh(config, policy.spec, least_limit_bytes())
+        if policy.adapters is None:
+            display.note(NO_ADAPTERS_LINE)
     policy.need_tokenizer()
-    policy = policy.placed(make_layout(config.mesh))
+    layout = make_layout(choice.mesh)
+    if layout is not None:
+        display.note(mesh_line(layout, choice.why))
+    policy = policy.placed(layout)
     return replace(policy, adapters=in_host_memory(policy.adapters)) if config.optim.offload else policy
+
+
+def mesh_line(layout: Layout, why: str) -> str:
+    """Says which mesh a run has, on which devices, and why `auto` chose it."""
+    sizes, kind = ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items()), jax.devices()[0].device_kind
+    processes = f" in {jax.process_count()} processes" if distributed.is_multiprocess() else ""
+    devices = f"{layout.mesh.size} of {jax.device_count()} devices ({kind}){processes}"
+    return f"mesh: {sizes}; {devices}" + (f"; auto chose {why}" if why else "")

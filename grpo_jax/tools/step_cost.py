@@ -46,7 +46,8 @@ class StepCost:
             for that of the weights where they are trained; attention over the keys that a query sees.
         rollout_flops: of prompts, and of every token of a completion.
         rollout_steps: tokens of the longest completion, or with fewer slots than completions all tokens divided by the slots.
-        weight_bytes: of all weights, read at every step of a rollout.
+        weight_bytes: moved for all weights at every step of a rollout.
+        update_weight_bytes: moved for all weights in one pass of an update.
         past_bytes: the keys and values that the steps' queries see, a prompt's once per group.
     """
 
@@ -58,11 +59,12 @@ class StepCost:
     rollout_flops: float
     rollout_steps: float
     weight_bytes: float
+    update_weight_bytes: float
     past_bytes: float
 
     @property
     def rollout_bytes(self) -> float:
-        """Bytes that all steps of a rollout read, if one device does it."""
+        """Bytes that all steps of a rollout move, if one device does it."""
         return self.rollout_steps * self.weight_bytes + self.past_bytes
 
     @staticmethod
@@ -74,7 +76,9 @@ class StepCost:
         *,
         prompt_lengths: np.ndarray | None = None,
         reference: bool = True,
-        layer_itemsize: float | None = None,
+        decoding_layers: int | None = None,
+        update_layers: int | None = None,
+        copied_keys: bool = False,
     ) -> StepCost:
         """Counts a step's operations and bytes.
 
@@ -83,7 +87,9 @@ class StepCost:
             itemsize: bytes of a weight.
             prompt_lengths: tokens of each prompt; None is `prompt_length` for all.
             reference: whether the reference model is scored.
-            layer_itemsize: bytes of a weight of the layers, where they are quantised.
+            decoding_layers, update_layers: bytes that a step of a rollout, and a pass of an update, move for the layers' matrices;
+                None is each matrix once.
+            copied_keys: whether a step writes the KV cache in the model's format, and reads that.
         """
         parts = {name: spec.layers * rows * columns for name, (rows, columns) in spec.linear_shapes().items()}
         experts = {name: spec.experts if spec.experts and name in EXPERT_LINEARS else 1 for name in parts}
@@ -99,7 +105,8 @@ class StepCost:
         backward = forward + attention + (2 * active * (prompts + completions) + 2 * head * completions) * (shapes.lora_rank == 0)
         slots = min(shapes.slots or len(lengths), len(lengths))
         steps = float(max(lengths.max(), completions / slots))
-        token = spec.layers * spec.kv_heads * key_value_bytes(spec.head_dim, shapes.kv_dtype, itemsize)
+        each = key_value_bytes(spec.head_dim, shapes.kv_dtype, itemsize) + 4 * spec.head_dim * itemsize * copied_keys
+        token = spec.layers * spec.kv_heads * each
         groups = slots / shapes.num_generations
         past = float((lengths**2 / 2).sum()) + steps * groups * float(own.mean())
         return StepCost(
@@ -110,6 +117,7 @@ class StepCost:
             update_flops=(2 if reference else 1) * forward + backward,
             rollout_flops=forward,
             rollout_steps=steps,
-            weight_bytes=layers * (layer_itemsize or itemsize) + head * itemsize,
+            weight_bytes=(layers * itemsize if decoding_layers is None else decoding_layers) + head * itemsize,
+            update_weight_bytes=(layers * itemsize if update_layers is None else update_layers) + head * itemsize,
             past_bytes=past * token,
         )

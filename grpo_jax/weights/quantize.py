@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from grpo_jax.models.spec import ModelError, ModelSpec, ParamSpec, flatten, nest, param_specs
+from grpo_jax.models.spec import ModelError, ModelSpec, ParamSpec, abstract_params, flatten, nest, param_specs
 from grpo_jax.types import Params
 from grpo_kernels import QuantizedWeight, quantize, quantized_shapes, weight_bytes
 
@@ -29,6 +29,12 @@ def quantized_specs(specs: dict[tuple[str, ...], ParamSpec], quantization: str) 
         return {path: quantized_shapes(quantization, p.shape, "/".join(path)) for path, p in specs.items() if is_quantized(path)}
     except ValueError as error:
         raise ModelError(f"model.quantization: {error}") from error
+
+
+def abstract_weights(spec: ModelSpec, dtype: Any, quantization: str) -> Params:
+    """The tree of a model's weights as shapes and dtypes; ModelError as `quantized_specs`."""
+    quantized = quantized_specs(param_specs(spec), quantization)
+    return nest({path: quantized.get(path, leaf) for path, leaf in flatten(abstract_params(spec, dtype))})
 
 
 def quantize_params(spec: ModelSpec, params: Params, quantization: str) -> Params:

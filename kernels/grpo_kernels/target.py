@@ -20,6 +20,9 @@ Implementation = Literal["reference", "xla", "mosaic_tpu", "mosaic_gpu"]
 """`reference` is plain JAX without blocks; `xla` is blocked JAX for any device; `mosaic_tpu` is a Pallas kernel for TPUs, and
 `mosaic_gpu` one for NVIDIA GPUs from Hopper on."""
 
+HOPPER = (9, 0)
+"""Compute capability of the H100 and H200."""
+
 LEAST_VECTOR_MEMORY = 16 * 2**20
 """Bytes of a v4's core, the least of the TPUs supported; what a chip is assumed to have where nothing says more."""
 
@@ -33,12 +36,15 @@ class Target:
         vector_memory_bytes: of a TPU's core; 0 where it is unknown, and on other platforms.
         generation: of a TPU, 4 for a v4; 0 where it is unknown, and kernels then use the instructions that all have.
         compute_capability: of an NVIDIA GPU, such as (9, 0); (0, 0) where it is unknown, and on other platforms.
+        stand_ins: kernels that may not be traceable without the chip are replaced by plain programs with the same arrays. The
+            programs are compiled to learn their memory, and must not be run.
     """
 
     platform: Platform
     vector_memory_bytes: int = 0
     generation: int = 0
     compute_capability: tuple[int, int] = (0, 0)
+    stand_ins: bool = False
 
 
 TARGET: Any = jax.make_user_context(default_value=None)
@@ -52,6 +58,12 @@ def tracing_for(target: Target | None) -> AbstractContextManager[Any]:
 def target() -> Target | None:
     """The chip that programs are traced for; None where it is this process's own."""
     return TARGET.value
+
+
+def uses_stand_ins() -> bool:
+    """Whether kernels are replaced by plain programs with the same arrays; see `Target.stand_ins`."""
+    chip = target()
+    return chip is not None and chip.stand_ins
 
 
 def platform() -> str:

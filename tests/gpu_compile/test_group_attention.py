@@ -98,6 +98,18 @@ def test_scores_exist_one_block_at_a_time(shape: Shape, lengths: Lengths, h200: 
     assert text.count(" while(") == text.count("known_trip_count") >= 2
 
 
+@pytest.mark.parametrize(
+    ("shape", "measured_mib"), [(LLAMA_3_8B, 5), (GEMMA_3_12B, 2), (QWEN2_5_05B, 2)], ids=["Llama-3.1-8B", "Gemma-3-12B", "Qwen2.5"]
+)
+def test_what_plans_compile_needs_what_the_kernels_need(shape: Shape, measured_mib: int, h200: Any) -> None:
+    """The kernels' own programs need that many MiB of temporaries (kernels/README.md); a plan's may differ by arrays of a token."""
+    temporaries = compiled(shape, EVEN, None, h200).memory_analysis().temp_size_in_bytes
+    tokens = EVEN.prompts * (EVEN.prompt + EVEN.generations * EVEN.completion)
+    of_queries = 4 * tokens * shape.kv_heads * shape.queries  # a float32 value for each query and head
+    print(f"H200 {shape}: {temporaries / 2**20:.2f} MiB, an array of a value a query is {of_queries / 2**20:.2f}")
+    assert abs(temporaries - measured_mib * 2**20) < 3 * of_queries
+
+
 def read_dump(folder: Path) -> dict[str, dict[str, int]]:
     """Bytes of each kernel's spills and shared memory, from the compiler's dump: {kernel: {"spills": ..., "shared": ...}}."""
     found: dict[str, dict[str, int]] = {}

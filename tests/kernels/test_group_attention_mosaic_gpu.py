@@ -19,7 +19,7 @@ from packed_rows import CASES, UNEQUAL, Case, asked, by_the_book, inputs, key_ra
 from plain_oracles import quick_compiling
 
 from grpo_kernels import NO_WINDOW, group_attention
-from grpo_kernels.ops.group_attention import BlockSizes, plan_attention
+from grpo_kernels.ops.group_attention import BlockSizes, plan_attention, stand_ins
 from grpo_kernels.ops.group_attention.gpu_tiles import LOG2_E, ROWS, TILE
 from grpo_kernels.ops.group_attention.key_ranges import within_window
 from grpo_kernels.ops.group_attention.mosaic_gpu import Kernels, group_attention_mosaic_gpu, plan_tiles
@@ -192,6 +192,20 @@ def test_none_takes_the_kernels_where_they_run() -> None:
     for other in (Target("gpu"), Target("gpu", compute_capability=(8, 0)), Target("cpu")):
         with tracing_for(other):
             assert planned(None).implementation == "xla"
+
+
+def test_an_absent_gpu_is_planned_with_the_kernels_that_it_would_run() -> None:
+    """Also where tokamax is not installed: stand-ins take the kernels' arrays, and plain JAX's blocks of scores do not exist."""
+    absent = Target("gpu", compute_capability=(9, 0), stand_ins=True)
+    with tracing_for(absent):
+        assert planned(None).implementation == "mosaic_gpu"
+        assert planned(None, dtype=jnp.float32).implementation == "xla"
+    with tracing_for(Target("gpu", compute_capability=(8, 0), stand_ins=True)):
+        assert planned(None).implementation == "xla"
+    q, k, v, d_out = inputs(SEVERAL, "bfloat16", 64)
+    run = program.__wrapped__(SEVERAL, stand_ins.forward, stand_ins.backward)
+    results = jax.eval_shape(run, jnp.int32(NO_WINDOW), q, k, v, d_out)
+    assert [(x.shape, x.dtype) for x in results] == [(x.shape, x.dtype) for x in (q, q, k, v)]
 
 
 @pytest.mark.usefixtures("tokamax_is_there")

@@ -14,7 +14,7 @@ from kernel_checks import V5P_TAKES_MORE, compiled_for, interpreted, no_race
 from plain_oracles import array_sizes, quick_compiling
 
 from grpo_kernels import QuantizedWeight, quantize, quantized_matmul, quantized_shapes
-from grpo_kernels.ops.quantized_matmul import BlockSizes, choose_block_sizes, xla
+from grpo_kernels.ops.quantized_matmul import BlockSizes, choose_block_sizes, moved_bytes, xla
 from grpo_kernels.ops.quantized_matmul.block_sizes import PART_BYTES
 from grpo_kernels.ops.quantized_matmul.formats import NF4
 from grpo_kernels.ops.quantized_matmul.shapes import PUBLISHED, ROWS
@@ -219,6 +219,29 @@ def test_a_tpu_with_less_vector_memory_gets_fewer_rows() -> None:
     for memory, rows in ((16, 512), (64, 2048), (128, 2048)):
         with tracing_for(Target("tpu", memory * 2**20)):
             assert choose_block_sizes(2048, w, 2, "mosaic_tpu") == BlockSizes(rows, 1024, 1024)
+
+
+@pytest.mark.parametrize(
+    ("target", "shape", "form", "implementation", "element_bytes", "scales"),
+    [
+        (Target("gpu"), (4096, 14336), "int8", None, 1, 4 * 14336),
+        (Target("gpu"), (4096, 14336), "int4", None, 0.5 + 2 + 2, 2 * 32 * 14336),
+        (Target("gpu"), (4096, 14336), "nf4", None, 0.5 + 2 + 2, 2 * 64 * 14336),
+        (Target("gpu"), (4096, 14336), "int8", "reference", 1 + 2 + 2, 4 * 14336),
+        (Target("tpu"), (4096, 14336), "int8", None, 1, 4 * 14336),
+        (Target("tpu"), (4096, 14336), "int4", None, 0.5, 2 * 32 * 14336),
+        (Target("tpu"), (4096, 14336), "nf4", None, 0.5, 2 * 64 * 14336),
+        (Target("tpu"), (4000, 512), "int4", None, 0.5 + 2 + 2, 2 * 32 * 512),  # groups of 125: not the kernel's
+    ],
+)
+def test_what_a_product_moves_for_its_weight(
+    target: Target, shape: tuple[int, int], form: str, implementation: str | None, element_bytes: float, scales: int
+) -> None:
+    """In bfloat16: values, the dense weight written and read where there is one, and scales."""
+    w = quantized_shapes(form, shape)
+    with tracing_for(target):
+        moved = moved_bytes(w, 64, 2, implementation)
+    assert moved == element_bytes * shape[0] * shape[1] + scales
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,13 @@ from rollouts import PROMPTS, SETTINGS
 from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig
 from grpo_jax.models.layers import join_linears
 from grpo_jax.models.spec import flatten
+from grpo_jax.policy import Policy
 from grpo_jax.rollout import weights
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.weights import can_join, new_weights, prepare_weights, prepared_shapes, with_unchanged
 from grpo_jax.runtime.mesh import make_layout
-from grpo_kernels import quantize
+from grpo_kernels import QuantizedWeight, quantize
+from grpo_kernels.ops.quantized_matmul.formats import NF4
 
 ATTENTION, FFW = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 
@@ -73,7 +75,7 @@ def test_in_bfloat16_joined_and_separate_weights_give_the_same_rollout(targets: 
     with quick_compiling():
         for joins in (True, False):
             sampler = dataclasses.replace(Sampler.build(policy.model.clone(unroll=False), ()), joins=[joins])
-            prepared = sampler.decoding_weights(policy.variables)
+            prepared = sampler.decoding_weights(policy.variables, SETTINGS)
             assert ("qkv_proj" in prepared["params"]["layers"]) == joins
             made.append(sampler.sample(policy.variables, PROMPTS, SETTINGS, seed=0))
     one, other = made
@@ -151,6 +153,39 @@ def test_a_quantised_base_refuses_merged_adapters() -> None:
     with pytest.raises(ConfigError, match=r"rollout.merge_adapters is true: .*int4"):
         Config.from_dict({"model": {"quantization": "int4"}, "rollout": {"merge_adapters": True}})
     assert Config.from_dict({"rollout": {"merge_adapters": True}}).rollout.merge_adapters
+
+
+@pytest.mark.parametrize("form", ["int4", "nf4"])
+def test_a_dense_copy_of_four_bits(form: str) -> None:
+    """Its values are steps or entries of the codebook times their group's scale, and a rollout is that of the few bits."""
+    policy = Policy.from_pretrained(tiny_runs.tiny_model(), quantization=form, dtype="float32")
+    model = policy.model.clone(unroll=False)
+    copied = prepare_weights(model, policy.variables, unroll=False, join=False, dense=True)["params"]["layers"]
+    for name in (*ATTENTION, *FFW, "o_proj", "down_proj"):
+        kernel: Any = policy.params["layers"][name]["kernel"]
+        values, scale = np.asarray(kernel.values).astype(np.int64), np.asarray(kernel.scale).astype(np.float64)
+        steps = np.asarray(NF4)[values] if form == "nf4" else values
+        expected = steps * np.repeat(scale, values.shape[1] // scale.shape[1], axis=1)
+        assert copied[name]["kernel"].dtype == jnp.float32
+        np.testing.assert_allclose(copied[name]["kernel"], expected, rtol=1e-6)
+    few = prepare_weights(model, policy.variables, unroll=False, join=False)["params"]["layers"]
+    assert isinstance(few["o_proj"]["kernel"], QuantizedWeight)
+    with quick_compiling():
+        sampler = Sampler.build(model, (), quantization=form)
+        ours, theirs = (
+            sampler.sample(policy.variables, PROMPTS, dataclasses.replace(SETTINGS, dense_base=dense), seed=0)
+            for dense in (True, False)
+        )
+    assert ours.completion_ids == theirs.completion_ids
+    for one, other in zip(ours.logprobs, theirs.logprobs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_only_four_bits_have_a_dense_copy() -> None:
+    for quantization in ("none", "int8"):
+        with pytest.raises(ConfigError, match=rf"rollout.dense_base is true: model.quantization is {quantization}, .* int4 or nf4"):
+            Config.from_dict({"model": {"quantization": quantization}, "rollout": {"dense_base": True}})
+    assert Config.from_dict({"model": {"quantization": "nf4"}, "rollout": {"dense_base": True}}).rollout.dense_base
 
 
 def test_weights_that_do_not_change_are_not_copied() -> None:

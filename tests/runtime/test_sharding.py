@@ -16,11 +16,12 @@ from padded_batches import shapes_of
 from grpo_jax.config import ConfigError, LoraConfig, MeshConfig, OptimConfig
 from grpo_jax.learner.optim import make_optimizer
 from grpo_jax.models.spec import ModelSpec, param_specs
-from grpo_jax.runtime.mesh import check_prompts, make_layout, mesh_micro_batch, mesh_sizes
+from grpo_jax.runtime.mesh import check_prompts, make_layout, mesh_micro_batch, mesh_sizes, resolve_mesh
 from grpo_jax.runtime.sharding import BATCH_AXES, MESH_AXES, RULES, Layout, ShardingError
 from grpo_jax.types import Frozen, TrainState
 from grpo_jax.weights.axes import check_mesh, model_axes
 from grpo_jax.weights.lora import init_lora
+from grpo_jax.weights.mesh_choice import choose_mesh
 
 
 def layout_of(data: int, fsdp: int, tensor: int) -> Layout:
@@ -128,7 +129,49 @@ def test_sizes_of_the_mesh_fit_the_devices() -> None:
     with pytest.raises(ConfigError, match=r"mesh\.data is 0: use a number of devices, or -1"):
         MeshConfig(data=0)
     with pytest.raises(ConfigError, match=r"mesh\.fsdp is -1: only one axis may be -1"):
-        MeshConfig(data=-1)
+        MeshConfig(data=-1, fsdp=-1)
+
+
+def test_auto_leaves_what_is_given_as_it_is() -> None:
+    """The third of the sizes of eight devices is `tensor`; `whole` matters only where nothing but `tensor` is given."""
+    given = {
+        (8, 1, 1): {"data": -1},
+        (2, 4, 1): {"data": 2},
+        (1, 4, 1): {"fsdp": 4},
+        (1, 8, 1): {"fsdp": -1},
+        (4, 2, 1): {"data": -1, "fsdp": 2},
+        (1, 1, 8): {"tensor": -1},
+    }
+    for sizes, values in given.items():
+        for whole in (False, True):
+            assert mesh_sizes(resolve_mesh(MeshConfig(**values), whole=whole), 8) == sizes
+    assert mesh_sizes(resolve_mesh(MeshConfig(tensor=2), whole=True), 8) == (4, 1, 2)
+    assert mesh_sizes(resolve_mesh(MeshConfig(tensor=2)), 8) == (1, 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("gib", "options", "sizes", "why"),
+    [
+        (31.24, {}, (8, 1, 1), "copies, as the frozen weights take 14.96 GiB, at most half of a device's 31.24"),
+        (29.0, {}, (1, 8, 1), "shards, as the frozen weights take 14.96 GiB, more than half of a device's 29.00"),
+        (15.75, {"mesh": MeshConfig(tensor=2)}, (4, 1, 2), "copies, as the frozen weights take 7.48 GiB, at most half of"),
+        (15.75, {"quantization": "int4"}, (8, 1, 1), "copies, as the frozen weights take 5.31 GiB, at most half of"),
+        (200.0, {"adapters": False}, (1, 8, 1), "shards, as every weight is trained"),
+        (None, {}, (1, 8, 1), "shards, as the memory of a device is not known"),
+        (200.0, {"mesh": MeshConfig(fsdp=4)}, (1, 4, 1), ""),
+        (200.0, {"mesh": MeshConfig(fsdp=-1)}, (1, 8, 1), ""),
+        (15.0, {"mesh": MeshConfig(data=-1)}, (8, 1, 1), ""),
+    ],
+)
+def test_whole_weights_where_half_of_the_memory_has_room_for_them(
+    gib: float | None, options: dict[str, Any], sizes: tuple[int, int, int], why: str
+) -> None:
+    """Llama-3.1-8B: 8,030,261,248 weights, in int4 6,979,321,856 of them of half a byte and 1/64 for scales: 14.96, 5.31 GiB."""
+    chosen: dict[str, Any] = {"mesh": MeshConfig(), "dtype": "bfloat16", "quantization": "none", "adapters": True} | options
+    choice = choose_mesh(spec=LLAMA_8B, limit_bytes=None if gib is None else int(gib * 2**30), **chosen)
+    assert mesh_sizes(choice.mesh, 8) == sizes
+    assert choice.why.startswith(why)
+    assert bool(choice.why) == bool(why)
 
 
 def test_one_device_has_no_layout() -> None:

@@ -105,6 +105,8 @@ if __name__ == "__main__":
         found = {
             "refusals": refusals(place / "refused"),
             "one": trained(place / "one", ONE),
+            "auto": trained(place / "auto", {}),
+            "shards": trained(place / "shards", {"fsdp": -1}),
             "spread": trained(place / "spread", SPREAD),
             "resumed": resumed(place / "resumed"),
             "four_bits": [four_bits(place / name, mesh) for name, mesh in (("int4-one", ONE), ("int4-spread", ALL_AXES))],

@@ -230,7 +230,7 @@ def run(name: str) -> dict[str, Any]:
         "slots": got.slots,
         "tokens": sum(map(len, got.completion_ids)),
         "reasons": sorted(set(got.finish_reasons)),
-        "weights": misplaced(spec_of(model), sampler.decoding_weights(placed(how["mesh"], model)), layout),
+        "weights": misplaced(spec_of(model), sampler.decoding_weights(placed(how["mesh"], model), RolloutConfig()), layout),
         "collectives": sorted({pair for segment in segments for pair in segment}),
     }
 

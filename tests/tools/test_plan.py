@@ -18,37 +18,25 @@ import numpy as np
 import pytest
 import tiny_runs
 from plain_oracles import quick_compiling
+from plan_runs import RANK, settings
 from shared_programs import shared_programs
 
 import grpo_jax.fit.auto as auto
 from grpo_jax.config import Config, ConfigError
+from grpo_jax.fit.abstract import abstract_policy, placement_of
 from grpo_jax.fit.memory_use import COMPONENTS, MemoryUse
 from grpo_jax.fit.micro_batch import longest_lengths, rows_to_try, smaller_rows
-from grpo_jax.fit.phases import RolloutMemory
+from grpo_jax.fit.phases import RolloutMemory, RunShapes
 from grpo_jax.fit.targets import GPUS, Machine
 from grpo_jax.rollout.shapes import evaluation_slots, sizes_of
-from grpo_jax.tools.plan import PlanError, json_of, machine_of, make_plan
+from grpo_jax.tools.plan import PlanError, json_of, machine_of, make_plan, rows_of
 from grpo_jax.tools.plan.advice import Search, for_mesh, with_changes
 from grpo_jax.tools.plan.verdict import Planner
+from grpo_jax.weights.hf import read_folder_spec
+from grpo_kernels.target import Target
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "eos_token_id": 2,
-}
 PARAMETERS = 512 * 64 + 64 + 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64)
 """By hand: the tied embedding, the last norm; per layer q and o, k and v, three matrices of the feed-forward, two norms."""
-RANK = 4
 ADAPTERS = 2 * RANK * (2 * (64 + 64) + 2 * (64 + 32) + 2 * (64 + 128) + (128 + 64))
 """Per layer (in + out) · rank of each of the seven matrices."""
 
@@ -66,25 +54,6 @@ def quickly() -> Iterator[None]:
     """For tests that compare what was compiled in the same way."""
     with quick_compiling():
         yield
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder with only a config.json."""
-    folder = tmp_path_factory.mktemp("model")
-    (folder / "config.json").write_text(json.dumps(LLAMA))
-    return folder
-
-
-def settings(folder: Path, **sections: dict[str, Any]) -> Config:
-    """Settings of a run with 8 prompts a step, 4 completions each, of at most 24 tokens."""
-    values: dict[str, dict[str, Any]] = {
-        "model": {"path": str(folder)},
-        "lora": {"rank": RANK},
-        "rollout": {"num_generations": 4, "max_prompt_length": 16, "max_completion_length": 24},
-        "train": {"prompts_per_step": 8},
-    }
-    return Config.from_dict({name: values.get(name, {}) | sections.get(name, {}) for name in values | sections})
 
 
 def check_sums(plan: dict[str, Any]) -> None:
@@ -135,8 +104,9 @@ def test_the_command_ends_with_one_line_of_json(folder: Path, tmp_path: Path) ->
 
 @needs_libtpu
 def test_each_of_eight_chips_has_an_eighth_of_the_weights(folder: Path) -> None:
-    made = json_of(make_plan(settings(folder, train={"micro_batch_prompts": 1}), "v6e-8"))
+    made = json_of(make_plan(settings(folder, train={"micro_batch_prompts": 1}, mesh={"fsdp": -1}), "v6e-8"))
     check_sums(made)
+    assert made["mesh"] == {"data": 1, "fsdp": -1, "tensor": 1, "why": ""}
     assert made["fits"]
     assert made["devices"] == 8
     # Norms and embeddings are split over `embed` too, so an eighth of everything; adapters where one side is `embed`.
@@ -145,6 +115,67 @@ def test_each_of_eight_chips_has_an_eighth_of_the_weights(folder: Path) -> None:
     assert (made["micro_batch_prompts"], made["advice"]) == (8, {})
     assert made["limit_bytes"] == int(31.24 * 2**30)
     assert made["rollout"]["seconds_at_least"] > 0
+
+
+@needs_libtpu
+def test_each_of_eight_chips_has_all_of_the_weights_where_they_are_small(folder: Path) -> None:
+    """A rollout joins q, k and v, and gate and up, in copies of both layers."""
+    made = make_plan(settings(folder), "v6e-8")
+    bases = [json_of(made)[phase]["memory"]["base"] for phase in ("update", "rollout")]
+    assert bases == [2 * PARAMETERS, 2 * (PARAMETERS + 2 * (64 * 64 + 2 * 64 * 32 + 2 * 64 * 128))]
+    shown = dict(rows_of(made))
+    assert shown["mesh"].startswith(
+        "data 8, fsdp 1, tensor 1; auto chose copies, as the frozen weights take 0.00 GiB, at most half"
+    )
+    assert shown["attention of the update"] == "mosaic_tpu"
+
+
+@needs_libtpu
+def test_shards_are_tried_first_where_copies_do_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of the weights leave half of the memory, and the made-up activations take more."""
+
+    def update(run: Any) -> MemoryUse:
+        shards = run.placement.layout.mesh.shape["fsdp"]
+        return MemoryUse(dict.fromkeys(COMPONENTS, 0) | {"base": 800_000 // shards, "activations": 900_000}, 0.0)
+
+    def rollout(run: Any, _: int) -> RolloutMemory:
+        return RolloutMemory(MemoryUse(dict.fromkeys(COMPONENTS, 0), 0.0), 32, sizes_of(run.config.rollout, 8, 16, 32))
+
+    monkeypatch.setattr("grpo_jax.tools.plan.verdict.update_memory", update)
+    monkeypatch.setattr("grpo_jax.tools.plan.verdict.rollout_memory", rollout)
+    machine = replace(machine_of("v6e-8"), limit_bytes=1_600_000)
+    monkeypatch.setattr("grpo_jax.tools.plan.machine_of", lambda name: machine)
+    made = json_of(make_plan(settings(folder, train={"micro_batch_prompts": 8}), "v6e-8"))
+    assert not made["fits"]
+    assert made["mesh"]["data"] == -1
+    assert made["advice"] == {"mesh.data": 1, "mesh.fsdp": -1}
+
+
+def test_a_plan_has_the_micro_batch_that_the_run_will_choose(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With made-up memory: 100 bytes a token, more where less is recomputed, and room for 30,000 bytes on an accelerator.
+
+    A group has 16 + 4 · 23 = 108 tokens, and rows of accelerators are multiples of 128: eight groups take 896, two 256.
+    """
+    bytes_of = {"none": 200, "selective": 110, "layer": 100}
+
+    def update(run: Any, program: Any = None) -> MemoryUse:
+        tokens, remat = run.sizes[0].tokens, run.learner.model.remat
+        return MemoryUse(dict.fromkeys(COMPONENTS, 0) | {"activations": bytes_of[remat] * tokens}, 0.0)
+
+    def rollout(run: Any, _: int) -> RolloutMemory:
+        return RolloutMemory(MemoryUse(dict.fromkeys(COMPONENTS, 0), 0.0), 32, sizes_of(run.config.rollout, 8, 16, 32))
+
+    monkeypatch.setattr(auto, "update_memory", update)
+    monkeypatch.setattr(auto, "activation_bytes", lambda run: bytes_of[run.learner.model.remat] * run.sizes[0].tokens)
+    monkeypatch.setattr(RunShapes, "resident", property(lambda run: {}))
+    monkeypatch.setattr("grpo_jax.tools.plan.verdict.rollout_memory", rollout)
+    machine = replace(machine_of("cpu"), limit_bytes=30_000, target=Target("tpu", 128 * 2**20, 6))
+    monkeypatch.setattr("grpo_jax.tools.plan.machine_of", lambda name: machine)
+    made = make_plan(settings(folder), "v6e-1")
+    said, shown = json_of(made), dict(rows_of(made))
+    assert (said["fits"], said["micro_batch_auto"], said["micro_batch_tokens"], said["remat"]) == (True, True, 256, "selective")
+    assert shown["micro-batch"] == "256 tokens: 2 prompts, 4 completions of each; auto chose this by compiling, as the run will"
+    assert shown["model.remat"].startswith("selective; auto chose this")
 
 
 def with_limit(machine: Machine, limit: int) -> Machine:
@@ -268,8 +299,6 @@ def test_gpu_descriptions_are_complete(gpu: str) -> None:
 
 @needs_libtpu
 def test_settings_are_changed_to_split_evenly_over_the_devices(folder: Path) -> None:
-    from grpo_jax.weights.hf import read_folder_spec
-
     spec, eight = read_folder_spec(folder), machine_of("v6e-8")
     config = settings(folder, rollout={"slots": 12}, train={"prompts_per_step": 24, "micro_batch_prompts": 12})
     assert for_mesh(config, spec, eight) == {"train.micro_batch_prompts": 8, "rollout.slots": 16}
@@ -393,9 +422,6 @@ def test_sft_refuses_auto(tmp_path: Path) -> None:
 
 def test_planning_allocates_nothing_large(folder: Path) -> None:
     """A planner's policy consists of shapes, not arrays."""
-    from grpo_jax.fit.abstract import abstract_policy, placement_of
-    from grpo_jax.weights.hf import read_folder_spec
-
     spec, machine = read_folder_spec(folder), machine_of("cpu")
     config = settings(folder)
     policy = abstract_policy(config, folder, spec, placement_of(config, spec, machine))

@@ -74,7 +74,7 @@ def compiled_segment(config: Config, policy: Policy, machine: Machine, widths: S
         shapes_only = replace(abstract_policy(config, policy.folder, policy.spec, placement), stop_ids=policy.stop_ids)
         sampler = Sampler.build(shapes_only.model, policy.stop_ids, quantization=config.model.quantization)
         rollout, variables = config.rollout, shapes_only.variables
-        sampler.weight_settings(variables, machine.limit_bytes, merge=rollout.merge_adapters)
+        sampler.weight_settings(variables, machine.limit_bytes, rollout)
         shapes = sampler.shapes_for(rollout, config.train.prompts_per_step, widths, machine.limit_bytes)
         calls = rollout_calls(sampler, variables, rollout, shapes)
         *_, longest = (call for call in calls if call.program is sampler.decode_segment)

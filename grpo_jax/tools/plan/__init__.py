@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from grpo_jax.config import Config, ConfigError
 from grpo_jax.fit.targets import Machine, PlanError, machine_of
 from grpo_jax.runtime.programs import Announce, no_announcement
-from grpo_jax.tools.plan.advice import Advice, find_advice, for_mesh, with_changes
+from grpo_jax.tools.plan.advice import Advice, find_advice, find_faster, for_mesh, with_changes
 from grpo_jax.tools.plan.report import Plan, advice_lines, json_of, rows_of
 from grpo_jax.tools.plan.verdict import Planner
 from grpo_jax.weights.hf import find_model, read_folder_spec
@@ -52,7 +52,8 @@ def make_plan(
         advice = Advice(True, {}, None, ())
         if not verdict.all_fits:
             advice = find_advice(planner, config, machine, verdict, show)
-    return Plan(verdict, advice, required, planner.compile_seconds)
+        faster = find_faster(planner, config, machine, verdict, show) if verdict.all_fits else None
+    return Plan(verdict, advice, required, planner.compile_seconds, faster)
 
 
 @contextmanager

@@ -79,6 +79,11 @@ def with_changes(config: Config, changes: Changes) -> Config:
     return config_from_dict(values)
 
 
+def split_heads(config: Config, tensor: int) -> Changes:
+    """Returns the changes that split heads into so many parts, and shard the weights over the devices that are left."""
+    return ({"mesh.data": 1} if config.mesh.data == -1 else {}) | {"mesh.fsdp": -1, "mesh.tensor": tensor}
+
+
 def for_mesh(config: Config, spec: ModelSpec, machine: Machine) -> Changes:
     """Returns the changes without which prompts, micro-batch and slots are not split evenly over the machine's devices.
 
@@ -87,7 +92,7 @@ def for_mesh(config: Config, spec: ModelSpec, machine: Machine) -> Changes:
     changes: Changes = {}
     count = len(machine.devices)
     for tensor in (1, 2, 4, 8, 16):
-        trial = config if tensor == 1 else with_changes(config, {"mesh.fsdp": -1, "mesh.tensor": tensor})
+        trial = config if tensor == 1 else with_changes(config, split_heads(config, tensor))
         try:
             layout = make_layout(trial.mesh, machine.devices)
         except ConfigError:
@@ -96,7 +101,7 @@ def for_mesh(config: Config, spec: ModelSpec, machine: Machine) -> Changes:
         if config.train.prompts_per_step % rows or (tensor > 1 and (count % tensor or spec.kv_heads % tensor)):
             continue
         if tensor > 1:
-            changes |= {"mesh.fsdp": -1, "mesh.tensor": tensor}
+            changes |= split_heads(config, tensor)
         micro, slots = config.train.micro_batch_prompts, config.rollout.slots
         if isinstance(micro, int) and mesh_micro_batch(layout, micro) % rows:
             changes["train.micro_batch_prompts"] = rows
@@ -128,7 +133,16 @@ class Search:
 
     def run(self) -> Advice:
         """Tries one kind of change after the other until the run fits, then larger machines."""
-        for kind in (self.smaller, self.remat, self.fewer_slots, self.meshes, self.offload, self.int8_cache, self.quantized):
+        for kind in (
+            self.shards,
+            self.smaller,
+            self.remat,
+            self.fewer_slots,
+            self.meshes,
+            self.offload,
+            self.int8_cache,
+            self.quantized,
+        ):
             for changes in kind():
                 if self.try_changes(changes) and self.verdict.all_fits:
                     self.drop_unneeded()
@@ -221,6 +235,11 @@ class Search:
         limit = self.machine.limit_bytes
         return not self.verdict.fits(use) and (limit is None or use.bytes_without(varying) <= limit)
 
+    def shards(self) -> Iterator[Changes]:
+        """Yields shards of the weights, where `auto` chose whole ones."""
+        if self.verdict.mesh.why and self.verdict.devices > 1 and self.verdict.mesh.mesh.data == -1:
+            yield {"mesh.data": 1, "mesh.fsdp": -1}
+
     def smaller(self) -> Iterator[Changes]:
         """Yields shorter packed rows."""
         update, limit, tried = self.verdict.update, self.machine.limit_bytes, self.verdict.tokens
@@ -283,8 +302,8 @@ class Search:
         tensor = self.verdict.config.mesh.tensor
         for size in (2, 4, 8, 16):
             if not self.verdict.all_fits and tensor < size <= count and count % size == 0:
-                base = with_changes(self.config, {"mesh.fsdp": -1, "mesh.tensor": size})
-                yield {"mesh.fsdp": -1, "mesh.tensor": size} | for_mesh(base, self.planner.spec, self.machine)
+                changes = split_heads(self.config, size)
+                yield changes | for_mesh(with_changes(self.config, changes), self.planner.spec, self.machine)
 
 
 def larger_than(machine: Machine) -> list[str]:
@@ -295,6 +314,16 @@ def larger_than(machine: Machine) -> list[str]:
     if gpu and machine.name != "cpu":
         return [f"{gpu[1]}x{size}" for size in GPU_COUNTS if size > int(gpu[2] or 1) and size in (2, 4, 8)][:2]
     return []
+
+
+def find_faster(planner: Planner, config: Config, machine: Machine, verdict: Verdict, show: Callable[[str], None]) -> str | None:
+    """Returns the name of the fastest roofline whose format is as exact as the settings' and fits; None where there is none."""
+    for name in verdict.faster:
+        search = Search(planner, config, machine, verdict, {}, show, [])
+        found = search.compile(verdict.rooflines[name].changes, machine)
+        if found is not None and found.all_fits:
+            return name
+    return None
 
 
 def find_advice(planner: Planner, config: Config, machine: Machine, verdict: Verdict, show: Callable[[str], None]) -> Advice:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
-from grpo_jax.config import Config, RolloutConfig
-from grpo_jax.fit.abstract import abstract_policy, placement_of
+from grpo_jax.config import Config, ConfigError, RolloutConfig
+from grpo_jax.fit.abstract import Placement, abstract_frozen, abstract_policy, placement_of
+from grpo_jax.fit.auto import fit_update
 from grpo_jax.fit.learners import grpo_learner
 from grpo_jax.fit.memory_use import MemoryUse
-from grpo_jax.fit.micro_batch import longest_lengths, row_tokens, sizes_of_rows
+from grpo_jax.fit.micro_batch import is_auto, longest_lengths, row_tokens, sizes_of_rows
 from grpo_jax.fit.phases import RolloutMemory, RunShapes, rollout_memory, update_memory
 from grpo_jax.fit.targets import Machine
+from grpo_jax.learner.packing import RowSize
 from grpo_jax.models.spec import ModelSpec
+from grpo_jax.policy import Policy
 from grpo_jax.runtime.programs import Announce, no_announcement
-from grpo_jax.tools.step_cost import StepCost, StepShapes
+from grpo_jax.tools.plan.roofline import FORMATS, Roofline, rooflines
+from grpo_jax.weights.mesh_choice import MeshChoice, choose_run_mesh
+from grpo_kernels.ops.group_attention import default_implementation
 from grpo_kernels.target import tracing_for
 
 
@@ -29,9 +32,12 @@ class Verdict:
     Attributes:
         tokens: of the update's packed rows.
         row_shards: parts of the mesh that prompts are split over.
+        auto: whether tokens and remat are what `train.micro_batch_tokens: auto` chooses, as a run does before its first step.
         remat: what `model.remat` resolves to.
         devices: how many of the machine's devices are in use.
-        rollout_seconds, update_seconds: the shortest time by the roofline; None where the chip's speed is not known.
+        mesh: with numbers for `auto`, and why they were chosen.
+        rooflines: of a step, by the format of the base.
+        attention: implementation of training's attention.
     """
 
     config: Config
@@ -40,11 +46,26 @@ class Verdict:
     update: MemoryUse
     tokens: int
     row_shards: int
+    auto: bool
     remat: str
-    cost: StepCost
     devices: int
-    rollout_seconds: float | None
-    update_seconds: float | None
+    mesh: MeshChoice
+    rooflines: dict[str, Roofline]
+    attention: str
+
+    @property
+    def roofline(self) -> Roofline:
+        """The roofline of a step, with the base in the format of the settings."""
+        return self.rooflines[self.config.model.quantization]
+
+    @property
+    def faster(self) -> list[str]:
+        """Names of rooflines that are faster than the settings', the fastest first; of less exact formats none."""
+        own = self.config.model.quantization
+        seconds = {name: one.seconds for name, one in self.rooflines.items() if one.seconds is not None}
+        less_exact = FORMATS[FORMATS.index(own) + 1 :]
+        names = [name for name in seconds if name not in less_exact and seconds[name] < seconds[own]]
+        return sorted(names, key=lambda name: seconds[name])
 
     @property
     def micro_batch(self) -> tuple[int, int]:
@@ -89,6 +110,7 @@ class Planner:
     compile_seconds: float = 0.0
     _updates: dict[Any, MemoryUse] = field(default_factory=dict)
     _rollouts: dict[Any, RolloutMemory] = field(default_factory=dict)
+    _fitted: dict[str, tuple[tuple[RowSize, ...], MemoryUse, str] | None] = field(default_factory=dict)
 
     def verdict(self, config: Config, machine: Machine) -> Verdict:
         """Decides whether a run fits, compiling what is not cached.
@@ -99,26 +121,58 @@ class Planner:
         with tracing_for(machine.target):
             placement = placement_of(config, self.spec, machine)
             policy = abstract_policy(config, self.folder, self.spec, placement)
-            lengths = longest_lengths(config)
-            sizes = sizes_of_rows(config, policy.layout, lengths, row_tokens(config, policy, lengths))
-            learner, remat = grpo_learner(config, policy, sizes[0].tokens)
-            run = RunShapes.of(config, policy, placement, learner, sizes, self.announce)
-            update = self.update(run, machine, remat)
+            fitted = self.fitted(config, policy, placement, machine) if is_auto(config) else None
+            if fitted is None:
+                lengths = longest_lengths(config)
+                sizes = sizes_of_rows(config, policy.layout, lengths, row_tokens(config, policy, lengths))
+                learner, remat = grpo_learner(config, policy, sizes[0].tokens)
+                run = RunShapes.of(config, policy, placement, learner, sizes, self.announce)
+                update = self.update(run, machine, remat)
+            else:
+                run, update, remat = fitted
             rollout = self.rollout(run, machine)
-        cost = step_cost(run)
-        devices, tensor = (1, 1) if placement.layout is None else (placement.layout.mesh.size, placement.layout.tensor)
-        seconds = roofline_seconds(run, machine, cost, devices, tensor, remat)
-        return Verdict(config, machine, rollout, update, sizes[0].tokens, run.row_shards, remat, cost, devices, *seconds)
+            lines = rooflines(run, machine.chip, rollout.slots, remat)
+            attention = default_implementation(self.spec.head_dim, policy.dtype)
+        devices = 1 if placement.layout is None else placement.layout.mesh.size
+        return Verdict(
+            config,
+            machine,
+            rollout,
+            update,
+            run.sizes[0].tokens,
+            run.row_shards,
+            fitted is not None,
+            remat,
+            devices,
+            choose_run_mesh(config, self.spec, machine.limit_bytes),
+            lines,
+            attention,
+        )
+
+    def fitted(
+        self, config: Config, policy: Policy, placement: Placement, machine: Machine
+    ) -> tuple[RunShapes, MemoryUse, str] | None:
+        """Returns the run whose micro-batch `auto` chooses, its update's memory and `model.remat`; None where nothing fits."""
+        key = update_key(config, machine)
+        if key not in self._fitted:
+            start = time.perf_counter()
+            options = (machine.limit_bytes, self.announce, grpo_learner, longest_lengths(config))
+            try:
+                run, _, use, remat = fit_update(config, policy, abstract_frozen(config, policy), placement, *options)
+                self._fitted[key] = (run.sizes, use, remat)
+            except ConfigError:
+                self._fitted[key] = None
+            self.compile_seconds += time.perf_counter() - start
+        found = self._fitted[key]
+        if found is None:
+            return None
+        sizes, use, remat = found
+        learner, _ = grpo_learner(with_remat(config, remat), policy, sizes[0].tokens)
+        return RunShapes.of(config, policy, placement, learner, sizes, self.announce), use, remat
 
     def update(self, run: RunShapes, machine: Machine, remat: str) -> MemoryUse:
         """Returns an update's memory; settings that only sampling reads do not compile it again."""
-        config = run.config
-        rollout = RolloutConfig(
-            num_generations=config.rollout.num_generations,
-            max_prompt_length=config.rollout.max_prompt_length,
-            max_completion_length=config.rollout.max_completion_length,
-        )
-        key = repr((machine.name, replace(config, rollout=rollout), run.sizes, remat))
+        key = repr((update_key(run.config, machine), run.sizes, remat))
         if key not in self._updates:
             self._updates[key] = update_memory(run)
             self.compile_seconds += self._updates[key].compile_seconds
@@ -135,38 +189,16 @@ class Planner:
         return self._rollouts[key]
 
 
-def step_cost(run: RunShapes) -> StepCost:
-    """Counts a step whose prompts and completions all have the longest length."""
-    config, policy, rollout, prompts = run.config, run.policy, run.config.rollout, run.config.train.prompts_per_step
-    shapes = StepShapes(
-        prompts=prompts,
-        num_generations=rollout.num_generations,
-        prompt_length=rollout.max_prompt_length,
-        slots=rollout.slots,
-        lora_rank=int(policy.adapters is not None),
-        kv_dtype=rollout.kv_dtype,
+def update_key(config: Config, machine: Machine) -> str:
+    """A name for what an update depends on: settings that only sampling reads are left out."""
+    rollout = RolloutConfig(
+        num_generations=config.rollout.num_generations,
+        max_prompt_length=config.rollout.max_prompt_length,
+        max_completion_length=config.rollout.max_completion_length,
     )
-    lengths = np.full(prompts * rollout.num_generations, rollout.max_completion_length)
-    itemsize = jnp.dtype(policy.dtype).itemsize
-    quantized = {"int8": 1.0, "int4": 0.5, "nf4": 0.5}.get(config.model.quantization)
-    return StepCost.of(run.spec, shapes, lengths, itemsize, reference=config.objective.needs_reference, layer_itemsize=quantized)
+    return repr((machine.name, replace(config, rollout=rollout)))
 
 
-def roofline_seconds(
-    run: RunShapes, machine: Machine, cost: StepCost, devices: int, tensor: int, remat: str
-) -> tuple[float | None, float | None]:
-    """Returns the roofline's seconds of a rollout and of an update: operations or bytes at the chip's full speed, the larger.
-
-    Weights are read once per pass over a micro-batch; collectives between chips are left out.
-    """
-    chip = machine.chip
-    if chip is None:
-        return None, None
-    speed = chip.flops_per_second / (1 if jnp.dtype(run.policy.dtype).itemsize == 2 else 2)
-    weight_bytes = cost.weight_bytes / tensor
-    rollout_bytes = cost.rollout_steps * weight_bytes + cost.past_bytes / devices
-    rollout = max(cost.rollout_flops / devices / speed, rollout_bytes / chip.bytes_per_second)
-    passes = 2 + (remat != "none") + run.config.objective.needs_reference
-    micro_batches = run.sizes[0].count
-    update = max(cost.update_flops / devices / speed, micro_batches * passes * weight_bytes / chip.bytes_per_second)
-    return rollout, update
+def with_remat(config: Config, remat: Any) -> Config:
+    """Returns the settings with another `model.remat`."""
+    return replace(config, model=replace(config.model, remat=remat))

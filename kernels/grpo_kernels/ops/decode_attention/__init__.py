@@ -23,7 +23,7 @@ from grpo_kernels.ops.decode_attention.kv_cache import GROUP, KVCache, SlotMap, 
 from grpo_kernels.ops.decode_attention.mosaic_tpu import decode_attention_mosaic_tpu
 from grpo_kernels.ops.decode_attention.reference import decode_attention_reference
 from grpo_kernels.ops.decode_attention.xla import decode_attention_xla
-from grpo_kernels.target import Implementation, platform, resolve_implementation
+from grpo_kernels.target import HOPPER, Implementation, compute_capability, platform, resolve_implementation
 
 __all__ = [
     "GROUP",
@@ -43,7 +43,7 @@ TILE_COLUMNS = 128
 
 
 MOSAIC_GPU_BY_DEFAULT = True
-"""Whether None resolves to "mosaic_gpu" on a GPU, where it can compute the arguments. On an H100 the kernel agrees with the
+"""Whether None resolves to "mosaic_gpu" on a Hopper GPU, where it can compute the arguments. On an H100 the kernel agrees with the
 reference and is faster than "xla" (`kernels/README.md`)."""
 
 
@@ -55,7 +55,7 @@ def chosen(implementation: str | None, width: int) -> str:
     default: Implementation = "xla"
     if platform() == "tpu" and width % TILE_COLUMNS == 0:
         default = "mosaic_tpu"
-    if platform() == "gpu" and MOSAIC_GPU_BY_DEFAULT:
+    if platform() == "gpu" and compute_capability() == HOPPER and MOSAIC_GPU_BY_DEFAULT:
         default = "mosaic_gpu"
     return resolve_implementation("decode_attention", implementation, default, get_args(Implementation))
 
@@ -97,8 +97,8 @@ def decode_attention(
         softcap: c in c·tanh(score / c), before the mask; None is off.
         implementation: "reference" (plain, builds [S, K, R, P + X + C]), "xla" (plain JAX, merges parts; runs anywhere),
             "mosaic_tpu" (Pallas), "mosaic_gpu" (Pallas, bfloat16 keys and values, no window and no soft cap), or None: "mosaic_tpu"
-            on a TPU where Dh is a multiple of 128, "mosaic_gpu" on a GPU where `MOSAIC_GPU_BY_DEFAULT` says so and it can, else
-            "xla". So keys and values in int8 or int4 take "mosaic_tpu" or "xla".
+            on a TPU where Dh is a multiple of 128, "mosaic_gpu" on a Hopper GPU where `MOSAIC_GPU_BY_DEFAULT` says so and it can,
+            else "xla". So keys and values in int8 or int4 take "mosaic_tpu" or "xla".
         block_sizes: of "mosaic_tpu"; None = `choose_block_sizes`.
 
     Raises:

@@ -20,12 +20,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from grpo_kernels.numerics import round_up
+from grpo_kernels.ops.group_attention import stand_ins
 from grpo_kernels.ops.group_attention.gpu_tiles import LOG2_E, TILE, Tiles, tiles_of
 from grpo_kernels.ops.group_attention.names import named
-from grpo_kernels.target import compute_capability, platform
+from grpo_kernels.target import HOPPER, compute_capability, platform, uses_stand_ins
 
 HEAD_DIMS = (64, 128, 256)
-HOPPER = (9, 0)
 
 
 class Kernels(NamedTuple):
@@ -55,10 +55,13 @@ class Static(NamedTuple):
 
 
 def refusal(head_dim: int | None, dtype: Any) -> str | None:
-    """Says why these kernels do not run here, or not with these shapes (None where unknown); returns None where they run."""
-    if sys.version_info < (3, 12):
+    """Says why these kernels do not run here, or not with these shapes (None where unknown); returns None where they run.
+
+    Where stand-ins are compiled for an absent GPU, the environment of the run is not this one, and is taken to have tokamax.
+    """
+    if sys.version_info < (3, 12) and not uses_stand_ins():
         return f"needs tokamax, which needs Python 3.12 or newer; this is {sys.version_info[0]}.{sys.version_info[1]}"
-    if importlib.util.find_spec("tokamax") is None:
+    if importlib.util.find_spec("tokamax") is None and not uses_stand_ins():
         return "needs tokamax: pip install 'grpo-jax[cuda]'"
     if platform() != "gpu" or compute_capability() != HOPPER:
         device = f"a GPU of compute capability {'.'.join(map(str, compute_capability()))}" if platform() == "gpu" else platform()
@@ -188,6 +191,7 @@ def group_attention_mosaic_gpu(
     """Computes `group_attention`; queries and keys that fill the last tiles see nothing and are not seen."""
     b, n, kv, r, width = q.shape
     q_tiles, k_tiles, v_tiles = (to_tiles(x, 1) for x in (q.reshape(b, n, kv * r, width), k, v))
-    static = Static(softcap, prompts, kernels or Kernels(forward, backward))
+    kernels = kernels or (Kernels(stand_ins.forward, stand_ins.backward) if uses_stand_ins() else Kernels(forward, backward))
+    static = Static(softcap, prompts, kernels)
     out: Any = attention(q_tiles, k_tiles, v_tiles, to_tiles(bounds, 2), tiles, static)
     return out[:, :n].reshape(q.shape)

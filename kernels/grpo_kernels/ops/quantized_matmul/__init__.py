@@ -22,6 +22,7 @@ __all__ = [
     "QuantizedWeight",
     "choose_block_sizes",
     "dequantize",
+    "moved_bytes",
     "quantize",
     "quantized_matmul",
     "quantized_shapes",
@@ -68,14 +69,39 @@ def quantized_matmul(
         raise ValueError(f"quantized_matmul: scale {w.scale.shape} does not fit values {w.shape}; it is [I / group, O]")
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"quantized_matmul: x is {x.dtype}; make it float32 or bfloat16")
+    named = chosen(implementation, x.shape[0], w, transpose=transpose)
+    blocks = block_sizes or choose_block_sizes(x.shape[0], w, x.dtype.itemsize, named)
+    return frozen_product(x, w, transpose, named, blocks)
+
+
+def chosen(implementation: str | None, rows: int, w: QuantizedWeight, *, transpose: bool = False) -> str:
+    """The named implementation, or the one that None resolves to for this many rows of x; ValueError as `quantized_matmul`."""
     reason = refusal(w)
-    read_in_place = w.format == "int8" and x.shape[0] <= FEW_ROWS and not transpose
+    read_in_place = w.format == "int8" and rows <= FEW_ROWS and not transpose
     default = "mosaic_tpu" if platform() == "tpu" and reason is None and not read_in_place else "xla"
     named = resolve_implementation("quantized_matmul", implementation, default)
     if named == "mosaic_tpu" and reason is not None:
         raise ValueError(f"quantized_matmul: implementation 'mosaic_tpu' cannot take this weight: {reason}; use 'xla'")
-    blocks = block_sizes or choose_block_sizes(x.shape[0], w, x.dtype.itemsize, named)
-    return frozen_product(x, w, transpose, named, blocks)
+    return named
+
+
+def moved_bytes(w: QuantizedWeight, rows: int, itemsize: int, implementation: str | None = None) -> int:
+    """Returns the least bytes of an accelerator's memory that x W reads and writes for its weight.
+
+    A weight that is converted where it is used is read once. "xla" with int4 or nf4, and "reference", write the dense weight too,
+    in parts or as a whole, and read it again: in bfloat16 4 bytes an element more.
+
+    Args:
+        w: one matrix [I, O], or its shapes.
+        rows: T.
+        itemsize: bytes of an element of x.
+
+    Raises:
+        ValueError: as `quantized_matmul`.
+    """
+    named = chosen(implementation, rows, w)
+    dense = named == "reference" or (named == "xla" and w.format != "int8")
+    return weight_bytes(w) + dense * 2 * itemsize * w.values.size
 
 
 def run(x: Array, w: QuantizedWeight, transpose: bool, named: str, blocks: BlockSizes) -> Array:
