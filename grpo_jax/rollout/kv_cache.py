@@ -80,7 +80,7 @@ def to_cache(k: Array, v: Array, *, kv_dtype: str, transposed: bool = False) -> 
     """
     if kv_dtype == "int4":
         (k, k_scale), (v, v_scale) = quantize_int4(k), quantize_int4(v)
-        return KVCache(None, pack_int4(k, v), *(by_head_and_group(scale) for scale in (k_scale, v_scale)))
+        return KVCache(None, pack_int4(k, v), by_head_and_group(k_scale), by_head_and_group(v_scale))
     scales: tuple[Any, Any] = (None, None)
     if kv_dtype == "int8":
         (k, k_scale), (v, v_scale) = quantize_int8(k), quantize_int8(v)

@@ -39,8 +39,8 @@ class KVCache:
     Attributes:
         k: [..., K, X, Dh], in the model's dtype or int8; None with int4, where `v` holds both.
         v: [..., K, X, Dh], in the same dtype; with int4 the bytes of `pack_int4`.
-        k_scale, v_scale: None in the model's dtype. int8: [..., K, X], a scale per token and head. int4: [..., K·G, X], G scales per
-            token and head, one for each `GROUP` elements. bfloat16 or float32.
+        k_scale, v_scale: None in the model's dtype. int8: [..., K, X], a scale per token and head. int4: [..., K·G, X], G scales
+            per token and head, one for each `GROUP` elements. bfloat16 or float32.
         transposed: k is [..., K, Dh, X], which a CPU multiplies three times as fast; an accelerator would pad X to whole tiles.
             Never with int4.
     """

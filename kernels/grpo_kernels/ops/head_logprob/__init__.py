@@ -43,8 +43,8 @@ def head_logprob(
             each device, in the order of the axis; ids index the rows of all devices. x and ids are the same on each device, and so
             are the results and a frozen head's gradient, whose backward pass has no collective. Take gradients outside of
             `shard_map`, or within one that checks how values vary (its default).
-        keep_rows: with a frozen head, keep the tokens' rows of `w` for the backward pass, T·H values, instead of `w`. Where the call
-            is in a branch (`cond`), what the backward pass keeps is the branch's result: `w` would be copied.
+        keep_rows: with a frozen head, keep the tokens' rows of `w` for the backward pass, T·H values, instead of `w`. Where the
+            call is in a branch (`cond`), what the backward pass keeps is the branch's result: `w` would be copied.
         implementation: "reference" (plain, builds [T, V]), "xla" (plain JAX, at most 4,096 × 2,048 logits at once; runs anywhere),
             "mosaic_tpu" (Pallas, no logits in device memory), or None: "mosaic_tpu" on a TPU, else "xla".
         block_sizes: of "xla" and "mosaic_tpu"; None = `choose_block_sizes`.
