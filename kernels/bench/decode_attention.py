@@ -42,7 +42,7 @@ def cache(key: jax.Array, texts: int, shape: Shape, size: int, kv: str) -> KVCac
     most, each = (127, 40) if kv == "int8" else (7, 3)
     k, v = (jnp.clip(jnp.round(x * each), -most, most).astype(jnp.int8) for x in (k, v))
     if kv == "int8":
-        scale = jnp.full(k.shape[:-1], 1 / each, jnp.float32)
+        scale = jnp.full(k.shape[:-1], 1 / each, jnp.bfloat16)
         return KVCache(k, v, scale, scale)
     scale = jnp.full((texts, shape.kv_heads * -(-shape.width // GROUP), size), 1 / each, jnp.bfloat16)
     return KVCache(None, pack_int4(k, v), scale, scale)
