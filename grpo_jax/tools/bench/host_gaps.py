@@ -6,8 +6,8 @@ as always. What is left of the rollout's seconds are the gaps: before the first 
 call, and after the last results.
 
 The gaps are a lower bound. The time that the host takes within a call, before the device starts, counts as work of the program.
-So do pauses between the kernels of one program, which a trace (`grpo-jax profile`) shows. And the thread sees results late, by
-about a tenth of a millisecond.
+So do pauses between the kernels of one program, which a trace (`grpo-jax profile`) shows. And the thread sees results a little
+late.
 """
 
 from __future__ import annotations
