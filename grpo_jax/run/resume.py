@@ -10,6 +10,7 @@ FREE_ON_RESUME = (
     "model.remat",
     "rewards.max_failed_share",
     "rewards.timeout_seconds",
+    "rewards.workers",
     "rollout.refill",
     "rollout.segment",
     "rollout.slots",
