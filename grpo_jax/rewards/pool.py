@@ -19,7 +19,7 @@ from typing import Any
 
 from grpo_jax.rewards.calls import FailedValue, Outcome, RewardInputs, timeout_reason
 from grpo_jax.rewards.sources import Source
-from grpo_jax.rewards.worker_process import Call, WorkerProcess
+from grpo_jax.rewards.worker_process import Call, WorkerProcess, wait_for_killed
 
 START_SECONDS = 120.0
 """Limit of starting a worker and importing a function in it."""
@@ -109,10 +109,10 @@ class Pool:
             worker.keys.add(key)
         return worker
 
-    def remove(self, worker: WorkerProcess) -> str:
-        """Ends a worker with its children, and returns how it ended."""
+    def remove(self, worker: WorkerProcess) -> None:
+        """Ends a worker with its children."""
         self.workers.remove(worker)
-        return worker.end()
+        worker.kill()
 
     def call(self, worker: WorkerProcess, task: Task, rows: list[int], timeout_seconds: float | None) -> None:
         """Has a worker call a function on some rows."""
@@ -164,7 +164,8 @@ class Pool:
 
 def _end_all(workers: list[WorkerProcess]) -> None:
     while workers:
-        workers.pop().end()
+        workers.pop().kill()
+    wait_for_killed()
 
 
 class _Batch:
@@ -263,7 +264,8 @@ class _Batch:
 
     def _lost(self, worker: WorkerProcess) -> None:
         """Deals with a worker that ended by itself."""
-        call, how = worker.call, self.pool.remove(worker)
+        call, how = worker.call, worker.ending()
+        self.pool.remove(worker)
         if call is None or not call.rows:
             return
         call.task.deaths += 1

@@ -176,7 +176,7 @@ def warning_lines(scored: ScoredBatch) -> list[str]:
     """Formats all that the user should know about a scored batch: failures, calls that were repeated, and a batch without rewards.
 
     Example:
-        ["none of the 16 completions has a reward: each function with a weight returned None or failed, and nothing is learnt from them"]
+        ["judge returned NaN: row 3", "judge raised ConnectionError: lost (judge.py, line 12); called again, it answered"]
     """
     lines = [*failure_lines(scored), *scored.remarks]
     if len(scored.valid) and not scored.valid.any():

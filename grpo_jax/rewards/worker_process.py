@@ -19,6 +19,19 @@ ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}
 
 READ_BYTES = 1 << 16
 
+EXIT_SECONDS = 0.2
+"""Time between the end of a worker's pipe and its own."""
+
+KILLED: list[subprocess.Popen[bytes]] = []
+"""Workers that were killed and may not have ended yet: one with much memory takes a while, and nobody waits for it."""
+
+
+def wait_for_killed() -> None:
+    """Waits until killed workers have ended, 5 s at most for each."""
+    while KILLED:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            KILLED.pop().wait(5)
+
 
 @dataclass(eq=False)
 class Call:
@@ -115,14 +128,19 @@ class WorkerProcess:
             del self._received[: HEADER.size + length]
         return found, alive
 
-    def end(self) -> str:
-        """Kills the worker and its children, and returns how it ended, such as "exit code 0"."""
-        status = self._process.poll()
+    def kill(self) -> None:
+        """Kills the worker and its children; does not wait for their end."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(5)
         for descriptor in (self.requests, self.replies, self._lifeline):
             os.close(descriptor)
-        status = self._process.returncode if status is None else status
-        return f"exit code {status}" if status is None or status >= 0 else f"signal {signal.Signals(-status).name}"
+        KILLED.append(self._process)
+        KILLED[:] = [process for process in KILLED if process.poll() is None]
+
+    def ending(self) -> str:
+        """How a worker that closed its pipe ended, such as "exit code 0"."""
+        try:
+            status = self._process.wait(EXIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            return "it closed the pipe to the trainer"
+        return f"exit code {status}" if status >= 0 else f"signal {signal.Signals(-status).name}"
