@@ -50,6 +50,6 @@ def pickled_source(function: RewardFunction) -> Source:
     Raises:
         Exception: cloudpickle is not installed, or cannot pickle the function; the kind depends on what the function holds.
     """
-    import cloudpickle
+    import cloudpickle  # here, because most runs need none
 
     return Source(pickled=cloudpickle.dumps(function))

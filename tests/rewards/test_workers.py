@@ -98,12 +98,15 @@ def run(user: Path) -> Iterator[Score]:
     """Scores texts with functions of the file, in workers; settings are those of `rewards`. `said` has what was shown."""
     runners: dict[str, Any] = {}
 
+    def made(settings: dict[str, Any]) -> RewardsConfig:
+        return RewardsConfig(**{"workers": 2, **settings})
+
     def scored(functions: list[Any], texts: list[str], answers: Any = None, weights: Any = None, **settings: Any) -> ScoredBatch:
-        entries = [f"{user}:{entry}" if isinstance(entry, str) and hasattr_in(entry) else entry for entry in functions]
+        entries = [f"{user}:{entry}" if isinstance(entry, str) and f"def {entry}(" in SOURCE else entry for entry in functions]
         named = resolve_functions(entries)
         key = f"{entries}{settings}"
         if key not in runners:
-            runners[key] = runner_of(RewardsConfig(**{"workers": 2} | settings), entries, named, None, said.append)
+            runners[key] = runner_of(made(settings), entries, named, None, said.append)
         return score(
             named,
             weights,
@@ -115,9 +118,6 @@ def run(user: Path) -> Iterator[Score]:
             max_failed_share=1.0,
             runner=runners[key],
         )
-
-    def hasattr_in(name: str) -> bool:
-        return f"def {name}(" in SOURCE
 
     said: list[str] = []
     scored.said = said  # pyright: ignore[reportFunctionMemberAccess]
