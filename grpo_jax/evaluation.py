@@ -5,6 +5,7 @@ A completion is right where `rewards.accuracy` gives `rewards.accuracy_threshold
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,15 @@ from grpo_jax.config import Config, ConfigError
 from grpo_jax.data.source import PromptSource
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.policy import Policy, config_with_policy
-from grpo_jax.rewards import NamedFunction, check_functions, correct, resolve_functions
+from grpo_jax.rewards import (
+    NamedFunction,
+    RewardRunner,
+    check_functions,
+    correct,
+    resolve_functions,
+    runner_of,
+    warning_lines,
+)
 from grpo_jax.rewards.across_processes import score_across_processes
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import RolloutShapes, evaluation_slots
@@ -54,12 +63,16 @@ def evaluate_held_out(
     *,
     samples: int | None = None,
     shapes: RolloutShapes | None = None,
+    runner: RewardRunner | None = None,
+    display: Display | None = None,
 ) -> Evaluation | None:
     """Completes every held-out prompt and scores the completions.
 
     Args:
         samples: completions drawn of each prompt at the run's temperature; None takes one greedy completion.
         shapes: of the run's evaluations; None chooses them for these prompts.
+        runner: calls the functions; None calls them in this process.
+        display: shows failures of rewards, and what is waited for; None shows nothing.
 
     Returns:
         None where nothing is held out.
@@ -73,17 +86,22 @@ def evaluate_held_out(
     settings = replace(config.rollout, num_generations=k, temperature=temperature, slots=slots)
     (batch,) = source.held_out_batches(problems)
     rollout = sampler.sample(variables, batch.prompt_ids, settings, seed=config.train.seed, indices=batch.indices, shapes=shapes)
-    scored = score_across_processes(
-        distributed if distributed.is_multiprocess() else None,
-        functions,
-        config.rewards.weights,
-        prompts=batch.prompts,
-        completions=[tokenizer.decode(ids) for ids in rollout.completion_ids],
-        completion_ids=rollout.completion_ids,
-        columns=batch.columns,
-        timeout_seconds=config.rewards.timeout_seconds,
-        max_failed_share=config.rewards.max_failed_share,
-    )
+    display = display or Display(silent=True)
+    with display.waiting(list[str] if runner is None else runner.pending):
+        scored = score_across_processes(
+            distributed if distributed.is_multiprocess() else None,
+            functions,
+            config.rewards.weights,
+            prompts=batch.prompts,
+            completions=[tokenizer.decode(ids) for ids in rollout.completion_ids],
+            completion_ids=rollout.completion_ids,
+            columns=batch.columns,
+            timeout_seconds=config.rewards.timeout_seconds,
+            max_failed_share=config.rewards.max_failed_share,
+            runner=runner,
+        )
+    for line in warning_lines(scored):
+        display.warning(f"held-out completions: {line}")
     right = correct(scored, config.rewards.accuracy, config.rewards.accuracy_threshold).reshape(problems, k)
     mean = float(np.mean(scored.rewards[scored.valid])) if scored.valid.any() else float("nan")
     pass_at_k = None if samples is None else float(np.mean(right.any(axis=1)))
@@ -127,17 +145,22 @@ def evaluate(
         config = config_with_policy(config, policy)
     display = Display(config.train.quiet)
     given = [] if reward_funcs is None else [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
-    functions = resolve_functions(given or config.rewards.functions, max_completion_length=config.rollout.max_completion_length)
+    entries, longest = given or config.rewards.functions, config.rollout.max_completion_length
+    functions = resolve_functions(entries, max_completion_length=longest)
     tokenizer = policy.need_tokenizer()
     source = PromptSource.build(config, tokenizer, None, eval_dataset, only_held_out=True)
     if len(source.held_out) == 0:
         raise ConfigError("data.eval_size: 0; nothing is held out: set it, or data.eval_split or data.eval_path")
     check_functions(functions, reward_columns(source, config), config.rewards.weights, config.rewards.accuracy)
     sampler = policy.sampler.announcing(display.compiling)
-    with display.busy(f"greedy completions of {len(source.held_out)} problems"):
-        greedy = evaluate_held_out(sampler, policy.variables, source, functions, tokenizer, config)
-    with display.busy(f"{pass_k} samples of each"):
-        sampled = evaluate_held_out(sampler, policy.variables, source, functions, tokenizer, config, samples=pass_k)
+    with runner_of(config.rewards, entries, functions, longest, display.note) as runner:
+        evaluated = functools.partial(
+            evaluate_held_out, sampler, policy.variables, source, functions, tokenizer, config, runner=runner, display=display
+        )
+        with display.busy(f"greedy completions of {len(source.held_out)} problems"):
+            greedy = evaluated()
+        with display.busy(f"{pass_k} samples of each"):
+            sampled = evaluated(samples=pass_k)
     assert greedy is not None
     assert sampled is not None
     result = {

@@ -283,7 +283,8 @@ class Trainer:
         return folder, checkpoints
 
     def close(self) -> None:
-        """Waits for checkpoints and closes every file."""
+        """Ends reward processes, waits for checkpoints and closes every file."""
+        self._step.close()
         self._ahead.close()
         if self._checkpoints is not None:
             self._checkpoints.close()

@@ -17,6 +17,7 @@ from grpo_jax.data import PromptSource
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.evaluation import Evaluation, evaluate, evaluate_held_out, reward_columns
 from grpo_jax.rewards import RewardError, resolve_functions
+from grpo_jax.rewards.protocol import TextReward
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.types import Rollout
 
@@ -104,10 +105,12 @@ def test_the_named_function_and_its_threshold_say_what_is_right(tmp_path: Path):
 
 
 def test_an_answer_that_cannot_be_scored_is_not_right_and_too_many_stop_the_run(tmp_path: Path):
-    def picky(completions: list[str]) -> list[float]:
-        if "?" in completions:
+    def judged(text: str) -> float:
+        if text == "?":
             raise ValueError("what?")
-        return [1.0] * len(completions)
+        return 1.0
+
+    picky = TextReward("picky", judged)
 
     found, _ = evaluate_texts(["1", "?", "3", "4"], config_of(tmp_path), functions=picky)
     assert (found.accuracy, found.reward_mean) == (0.75, 1.0)

@@ -201,7 +201,9 @@ class RewardsConfig:
         accuracy: Name of the function that decides in evaluation whether a completion is correct; null takes the first.
         accuracy_threshold: A completion is correct where that function returns at least this value.
         max_failed_share: The run stops when more than this fraction of a step's rows could not be scored.
-        timeout_seconds: A function that takes longer has failed on all rows of the step; null sets no limit.
+        timeout_seconds: Limit of a call; one that takes longer is ended and has failed on its rows. null sets no limit.
+        workers: Processes that call the functions; null takes one per core (not for Python objects), 0 the trainer's own process.
+        row_by_row: Names of functions that are called with one row at a time, so that a failure or a hang costs one row.
     """
 
     functions: list[str | dict[str, Any]] = field(default_factory=list)
@@ -209,7 +211,9 @@ class RewardsConfig:
     accuracy: str | None = None
     accuracy_threshold: float = 1.0
     max_failed_share: float = 0.25
-    timeout_seconds: float | None = None
+    timeout_seconds: float | None = 60.0
+    workers: int | None = None
+    row_by_row: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_types(self, "rewards")
@@ -225,4 +229,7 @@ class RewardsConfig:
                 self.timeout_seconds,
                 "use a positive number of seconds, or null",
             )
+        require(
+            self.workers is None or self.workers >= 0, "rewards.workers", self.workers, "use a number of processes, 0 or null"
+        )
         require(0 <= self.max_failed_share <= 1, "rewards.max_failed_share", self.max_failed_share, "use a fraction from 0 to 1")

@@ -1,7 +1,8 @@
 """Reward functions: their interface, the built-in ones, and the scoring of a batch on the host. Imports no JAX.
 
-`protocol` defines the interface, `builtin` the ready-made functions, `resolve` finds functions by name, `calling` runs them,
-`scoring` adds their values. `answers` reads the final number of a text.
+`protocol` defines the interface, `builtin` the ready-made functions, `resolve` finds functions by name, `scoring` adds values.
+`runner` decides where a function runs: in this process (`calling`) or in one of its own (`pool`, `worker_process`, `worker`).
+`answers` reads the final number of a text.
 """
 
 from grpo_jax.rewards.builtin import (
@@ -16,7 +17,8 @@ from grpo_jax.rewards.builtin import (
 )
 from grpo_jax.rewards.protocol import Failure, NamedFunction, RewardError, RewardFunction, ScoredBatch, check_functions
 from grpo_jax.rewards.resolve import resolve_functions
-from grpo_jax.rewards.scoring import check_failed, correct, failure_lines, reward_metrics, score
+from grpo_jax.rewards.runner import RewardRunner, runner_of
+from grpo_jax.rewards.scoring import check_failed, correct, failure_lines, reward_metrics, score, warning_lines
 
 __all__ = [
     "BUILTINS",
@@ -24,6 +26,7 @@ __all__ = [
     "NamedFunction",
     "RewardError",
     "RewardFunction",
+    "RewardRunner",
     "ScoredBatch",
     "check_failed",
     "check_functions",
@@ -37,6 +40,8 @@ __all__ = [
     "repetition_penalty",
     "resolve_functions",
     "reward_metrics",
+    "runner_of",
     "score",
     "tag_format",
+    "warning_lines",
 ]

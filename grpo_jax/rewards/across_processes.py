@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from grpo_jax.rewards.protocol import Failure, NamedFunction, ScoredBatch
-from grpo_jax.rewards.scoring import check_failed, score
+from grpo_jax.rewards.scoring import Runner, check_failed, score
 
 
 class Processes(Protocol):
@@ -43,6 +43,7 @@ def score_across_processes(
     columns: Mapping[str, Sequence[Any]],
     timeout_seconds: float | None,
     max_failed_share: float,
+    runner: Runner | None = None,
 ) -> ScoredBatch:
     """Scores N completions of B prompts and returns the whole batch in every process; see `score` for arguments and errors.
 
@@ -67,12 +68,15 @@ def score_across_processes(
             completion_ids=completion_ids[rows],
             columns={name: values[mine] for name, values in columns.items()},
             timeout_seconds=timeout_seconds,
-            max_failed_share=max_failed_share if processes is None else 1.0,  # the share of the whole batch decides, below
+            max_failed_share=max_failed_share,
+            runner=runner,
+            check=processes is None,  # the whole batch decides, below
         )
     if processes is None:
         return own
     failures = [asdict(replace(failure, row=failure.row + rows.start)) for failure in own.failures]
-    found = [Failure(**failure) for part in processes.gather_values(failures) for failure in part]
+    parts = processes.gather_values({"failures": failures, "remarks": own.remarks})
+    found = [Failure(**failure) for part in parts for failure in part["failures"]]
     table = np.stack([own.rewards, own.valid.astype(np.float32), *own.per_function.values()], axis=1)
     table = processes.gather_rows(table, [size * group for size in sizes])
     order = list(own.per_function)
@@ -81,6 +85,7 @@ def score_across_processes(
         valid=table[:, 1] == 1,
         per_function={name: table[:, 2 + number] for number, name in enumerate(order)},
         failures=sorted(found, key=lambda failure: (order.index(failure.function), failure.row)),
+        remarks=list(dict.fromkeys(remark for part in parts for remark in part["remarks"])),
     )
     check_failed(scored, max_failed_share)
     return scored

@@ -59,7 +59,8 @@ def regex_format(pattern: str) -> RewardFunction:
 
     Args:
         pattern: Regular expression of Python's `re`; `.` matches a line break too, `^` and `$` match the ends of the completion.
-            Avoid nested repetition such as `(a+)+`: it may never end, and no time limit can stop it.
+            Nested repetition such as `(a+)+` may never end: in a worker its row fails at rewards.timeout_seconds, in the trainer's
+            process nothing can stop it.
 
     Raises:
         ConfigError: The pattern is not valid.
@@ -167,8 +168,8 @@ def repetition_penalty(ngram_size: int = 3, max_penalty: float = 1.0) -> RewardF
 def math_verify(column: str = "answer") -> RewardFunction:
     """Returns 1 where the completion's answer equals the reference's by https://github.com/huggingface/Math-Verify, else 0.
 
-    An answer that takes too long to read or compare is wrong. That limit works in the main thread only, so leave
-    rewards.timeout_seconds at null with this function; otherwise one slow answer fails all rows.
+    In a run it is always called in a worker process, because some answers never end, such as `$9^{9^{9^{9}}}$`: their rows fail at
+    rewards.timeout_seconds. Where math-verify's own limit of 5 s works, an answer that takes longer is wrong.
 
     Args:
         column: Dataset column with the reference: LaTeX, a plain expression, or a text with `####`, `$...$` or a box. None in it =

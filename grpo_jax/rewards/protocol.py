@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -41,8 +41,9 @@ class RewardFunction(Protocol):
     an error before the run.
 
     Returns:
-        N finite numbers; NumPy scalars, True and False are allowed, and None = does not apply to this row. Anything else, and an
-        exception, is a `Failure` of these rows.
+        N finite numbers; NumPy scalars, True and False are allowed, and None = does not apply to this row. Another value is a
+        `Failure` of its row, and an exception of all rows of the call, once a second call has raised too. A result that is no list
+        of N values ends the run.
 
     Example:
         def short(completions, answer):
@@ -59,7 +60,7 @@ NamedFunction: TypeAlias = tuple[str, RewardFunction]
 
 
 class RewardError(RuntimeError):
-    """Too many rows could not be scored; the message names functions, rows and reasons."""
+    """Too many rows could not be scored, or a function breaks the protocol; the message names functions, rows and reasons."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,18 @@ class Failure:
         function: Name of the function.
         row: Number of the row in the batch, from 0.
         reason: Description of the failure.
+        watcher: The function has weight 0: the row keeps its reward.
+        fatal: The function returned no list of N values, which ends the run unless it only watches.
 
     Example:
-        Failure(function="judge", row=3, reason="raised KeyError: 'score' (judge.py, line 12)")
+        Failure(function="judge", row=3, reason="raised KeyError: 'score' (judge.py, line 12), and so did the call before")
     """
 
     function: str
     row: int
     reason: str
+    watcher: bool = False
+    fatal: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class ScoredBatch:
         valid: [N] bool, True = the row has a reward: at least one weighted function applied and none failed.
         per_function: [N] float32 for each function, unweighted; NaN where it gave None or failed.
         failures: Every (function, row) that failed.
+        remarks: What else happened, such as "judge raised ...; called again, it answered".
 
     Example:
         ScoredBatch(rewards=np.float32([1.0, 0.0]), valid=np.array([True, False]),
@@ -99,11 +105,17 @@ class ScoredBatch:
     valid: np.ndarray
     per_function: dict[str, np.ndarray]
     failures: list[Failure]
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def failed_rows(self) -> int:
         """Number of rows that at least one function could not score."""
         return len({failure.row for failure in self.failures})
+
+    @property
+    def lost_rows(self) -> int:
+        """Number of rows without a reward because a function with a weight failed."""
+        return len({failure.row for failure in self.failures if not failure.watcher})
 
 
 @dataclass(frozen=True)

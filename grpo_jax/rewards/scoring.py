@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, SupportsFloat
+from typing import Any, Protocol, SupportsFloat
 
 import numpy as np
 
 from grpo_jax.config.checks import require, require_choice
-from grpo_jax.rewards.calling import FailedValue, RewardInputs, call_all, short
+from grpo_jax.rewards.calling import call_here
+from grpo_jax.rewards.calls import FailedValue, Outcome, RewardInputs, short
 from grpo_jax.rewards.protocol import Completion, Failure, NamedFunction, RewardError, ScoredBatch, checked_weights
 
 LARGEST = 1e15
@@ -20,6 +21,14 @@ LARGEST = 1e15
 
 SHOWN_REASONS = 8
 """Number of different reasons that are listed."""
+
+
+class Runner(Protocol):
+    """Calls functions where the run's settings say; `runner.RewardRunner` is one."""
+
+    def call_all(self, functions: Sequence[NamedFunction], rows: RewardInputs, timeout_seconds: float | None) -> dict[str, Outcome]:
+        """The outcome of every function, by name."""
+        ...
 
 
 def score(
@@ -32,15 +41,17 @@ def score(
     columns: Mapping[str, Sequence[Any]] | None = None,
     timeout_seconds: float | None = None,
     max_failed_share: float = 0.25,
+    runner: Runner | None = None,
+    check: bool = True,
 ) -> ScoredBatch:
     """Scores N completions.
 
     The reward of a row is Σ_f weight_f · value_f over the functions that apply to it (that did not give None).
 
     - A row that no weighted function applies to has no reward: not valid, and not a failure.
-    - A row that a function failed on is not valid and is listed in `failures`. A function of weight 0 is only logged: its failures
-      are listed and counted too, but the row still has its reward.
-    - A function that raises is called a second time, row by row, so that the other rows have their value; see `calling.py`.
+    - A row that a function failed on is not valid and is listed in `failures`. A function of weight 0 only watches: its failures
+      are listed and counted too, but the row still has its reward, and they never end the run.
+    - A function that raises is called a second time; see `calls.py`.
 
     Args:
         functions: Names and functions, as `resolve_functions` returns them.
@@ -49,29 +60,31 @@ def score(
         completions: N texts; where the prompt is a conversation, a text becomes `[{"role": "assistant", "content": text}]`.
         completion_ids: N lists of token ids.
         columns: The dataset's other columns, with as many values each as there are prompts.
-        timeout_seconds: Limit of each function; one that takes longer has failed on all rows. None sets no limit.
-        max_failed_share: Fraction of failed rows, 0 to 1, above which RewardError is raised.
+        timeout_seconds: Limit of each call; one that takes longer has failed on its rows. None sets no limit.
+        max_failed_share: Fraction of rows without a reward because of failures, 0 to 1, above which RewardError is raised.
+        runner: Calls the functions; None calls all of them in this process, with all rows at once.
+        check: Call `check_failed`.
 
     Returns:
         The rewards [N], which rows are valid, every function's values, and the failures.
 
     Raises:
-        RewardError: More than `max_failed_share` of the rows failed.
+        RewardError: More than `max_failed_share` of the rows failed, or a function with a weight returned no list of N values.
         ConfigError: The weights do not fit the functions.
         ValueError: The inputs have different lengths.
     """
     weight = checked_weights(functions, weights)
     rows = _rows(prompts, completions, completion_ids, columns or {})
-    found = call_all(functions, rows, timeout_seconds)
+    found = (call_here if runner is None else runner.call_all)(functions, rows, timeout_seconds)
     values = np.full((len(functions), rows.count), np.nan)
     failed = np.zeros((len(functions), rows.count), bool)
     failures: list[Failure] = []
     for index, (name, _) in enumerate(functions):
-        for row, value in enumerate(found[name]):
-            number = _number(value)
+        for row, value in enumerate(found[name].values):
+            number = finite_number(value)
             if isinstance(number, FailedValue):
                 failed[index, row] = True
-                failures.append(Failure(name, row, number.reason))
+                failures.append(Failure(name, row, number.reason, bool(weight[index] == 0), number.fatal))
             elif number is not None:
                 values[index, row] = number
     applies = ~np.isnan(values)
@@ -83,15 +96,24 @@ def score(
         valid=valid,
         per_function={name: values[index].astype(np.float32) for index, (name, _) in enumerate(functions)},
         failures=failures,
+        remarks=_remarks(found),
     )
-    check_failed(scored, max_failed_share)
+    if check:
+        check_failed(scored, max_failed_share)
     return scored
 
 
 def check_failed(scored: ScoredBatch, max_failed_share: float) -> None:
-    """Raises a RewardError that lists the failures, where more than this fraction of the rows failed."""
+    """Checks the failures of functions with a weight.
+
+    Raises:
+        RewardError: A function returned no list of N values, or more than this fraction of the rows failed; it lists the failures.
+    """
     count = len(scored.valid)
-    if count and scored.failed_rows / count > max_failed_share:
+    for failure in scored.failures:
+        if failure.fatal and not failure.watcher:
+            raise RewardError(f"reward {failure.function} {failure.reason}; return a list with one number or None for each row")
+    if count and scored.lost_rows / count > max_failed_share:
         raise RewardError(_too_many(scored, count, max_failed_share))
 
 
@@ -150,6 +172,24 @@ def failure_lines(scored: ScoredBatch) -> list[str]:
     return [*lines[:SHOWN_REASONS], *more]
 
 
+def warning_lines(scored: ScoredBatch) -> list[str]:
+    """Formats all that the user should know about a scored batch: failures, calls that were repeated, and a batch without rewards.
+
+    Example:
+        ["judge returned NaN: row 3", "judge raised ConnectionError: lost (judge.py, line 12); called again, it answered"]
+    """
+    lines = [*failure_lines(scored), *scored.remarks]
+    if len(scored.valid) and not scored.valid.any():
+        nothing = "each function with a weight returned None or failed, and nothing is learnt from them"
+        lines.append(f"none of the {len(scored.valid)} completions has a reward: {nothing}")
+    return lines
+
+
+def _remarks(found: Mapping[str, Outcome]) -> list[str]:
+    """Formats the remarks on each function, the same one once."""
+    return [f"{name} {remark}" for name, outcome in found.items() for remark in dict.fromkeys(outcome.remarks)]
+
+
 def _rows(
     prompts: Sequence[Any],
     completions: Sequence[Completion],
@@ -188,7 +228,7 @@ def _as_messages(prompt: Any, completion: Completion) -> Completion:
     return [{"role": "assistant", "content": completion}]
 
 
-def _number(value: Any) -> float | FailedValue | None:
+def finite_number(value: Any) -> float | FailedValue | None:
     """Converts one returned value to a finite number, None, or the reason why it is neither."""
     if value is None or isinstance(value, FailedValue):
         return value
@@ -215,7 +255,7 @@ def _as_float(value: Any) -> float | None:
 def _too_many(scored: ScoredBatch, count: int, max_failed_share: float) -> str:
     """The message of a RewardError."""
     head = (
-        f"{scored.failed_rows} of {count} rows could not be scored, more than rewards.max_failed_share = {max_failed_share:g} "
+        f"{scored.lost_rows} of {count} rows could not be scored, more than rewards.max_failed_share = {max_failed_share:g} "
         "allows. Fix the reward function, return None where it does not apply, or allow more:"
     )
     return "\n".join([head, *(f"  {line}" for line in failure_lines(scored))])

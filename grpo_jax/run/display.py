@@ -11,8 +11,9 @@ import importlib.util
 import math
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +40,10 @@ SHOWN_METRICS = {
     "update_seconds": "update seconds",
 }
 """The metrics that the bar shows, each with its label; a label that ends in "seconds" is shown as a time."""
+
+
+WAITING_SECONDS = 10.0
+"""Time after which a scoring that is not finished is mentioned."""
 
 
 def step_values(metrics: Mapping[str, Any]) -> dict[str, Number | None]:
@@ -68,6 +73,7 @@ class Display:
         self._live: Live | None = None
         self._busy: list[tuple[str, float]] = []
         self._bar: _Bar | None = None
+        self._waiting: Callable[[], str] | None = None
 
     def note(self, text: str) -> None:
         """Shows one line."""
@@ -109,6 +115,36 @@ class Display:
         """Shows that a program, such as "rollout", is being compiled, and how long it took."""
         with self.busy(f"compiling {what}", f"compiled {what}"):
             yield
+
+    @contextmanager
+    def waiting(self, pending: Callable[[], Sequence[str]]) -> Iterator[None]:
+        """Shows which reward functions a block waits for, from WAITING_SECONDS on: "waiting for reward judge, 40 s".
+
+        Args:
+            pending: Names of the functions that have not answered; another thread calls it.
+        """
+        started, over = time.perf_counter(), threading.Event()
+
+        def line() -> str:
+            seconds = time.perf_counter() - started
+            names = pending() if seconds >= WAITING_SECONDS else []
+            return f"waiting for reward {' and '.join(names)}, {seconds:.0f} s" if names else ""
+
+        def report() -> None:
+            wait = WAITING_SECONDS
+            while not over.wait(wait):
+                if text := line():
+                    self._lines([text])
+                wait = time.perf_counter() - started  # after 10, 20, 40, ... seconds
+
+        outer, self._waiting = self._waiting, line
+        if self.plain:
+            threading.Thread(target=report, daemon=True, name="waiting").start()
+        try:
+            yield
+        finally:
+            over.set()
+            self._waiting = outer
 
     @contextmanager
     def progress(self, total: int, done: int = 0, noun: str = "step") -> Iterator[None]:
@@ -249,6 +285,8 @@ class Display:
         parts: list[RenderableType] = [] if self._bar is None else self._bar.render()
         for doing, started in tuple(self._busy):
             parts.append(Spinner("dots", Text(f"{safe_text(doing)}  {time.perf_counter() - started:.0f} s")))
+        if self._waiting is not None and (text := self._waiting()):
+            parts.append(Spinner("dots", Text(safe_text(text))))
         return Group(*parts)
 
 

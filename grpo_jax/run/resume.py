@@ -13,6 +13,7 @@ FREE_ON_RESUME = (
     "optim.offload",
     "rewards.max_failed_share",
     "rewards.timeout_seconds",
+    "rewards.workers",
     "rollout.refill",
     "rollout.segment",
     "rollout.slots",

@@ -63,3 +63,7 @@ class Step(Protocol):
     def evaluate(self, state: TrainState) -> dict[str, Any] | None:
         """Metrics on the held-out part; None where nothing is held out."""
         ...
+
+    def close(self) -> None:
+        """Ends what runs beside the trainer; the next step starts it again."""
+        ...

@@ -24,7 +24,15 @@ from grpo_jax.learner.custom_loss import LossFunction
 from grpo_jax.learner.packing import Lengths, RowSize, row_sizes
 from grpo_jax.learner.step import Learner
 from grpo_jax.policy import Policy, sampler_of
-from grpo_jax.rewards import NamedFunction, check_functions, failure_lines, resolve_functions, reward_metrics
+from grpo_jax.rewards import (
+    NamedFunction,
+    RewardRunner,
+    check_functions,
+    resolve_functions,
+    reward_metrics,
+    runner_of,
+    warning_lines,
+)
 from grpo_jax.rewards.across_processes import score_across_processes
 from grpo_jax.rollout.future_calls import rollout_calls
 from grpo_jax.rollout.sampler import Sampler
@@ -65,6 +73,7 @@ class GrpoStep:
 
     Attributes:
         sizes: of the update's packed rows.
+        runner: calls the functions; None calls them in this process.
         limits: longest length of each of a step's completions in tokens; None is `rollout.max_completion_length` for all.
         decided: the shapes of the run's rollouts, once they are chosen; see `shapes`.
         rewarded: when the first completions had been scored; see `first_rewards_at`.
@@ -81,6 +90,7 @@ class GrpoStep:
     kl: Program
     frozen: Frozen
     display: Display
+    runner: RewardRunner | None = None
     limits: Sequence[int] | None = None
     decided: list[RolloutShapes] = field(default_factory=list)
     rewarded: list[float] = field(default_factory=list)
@@ -99,13 +109,17 @@ class GrpoStep:
     ) -> GrpoStep:
         """Reads and checks everything that can be wrong, cheapest first, and the weights last; see `Trainer` for the arguments."""
         longest = config.rollout.max_completion_length
-        functions = resolve_functions(rewards or config.rewards.functions, max_completion_length=longest)
+        entries = rewards or config.rewards.functions
+        functions = resolve_functions(entries, max_completion_length=longest)
         tokenizer = policy.need_tokenizer() if policy is not None else read_tokenizer(config, display)
         source = PromptSource.build(config, tokenizer, dataset, eval_dataset)
         display.note(prompts_line(source, config.rollout.max_prompt_length))
         check_functions(functions, reward_columns(source, config), config.rewards.weights, config.rewards.accuracy)
+        runner = runner_of(config.rewards, entries, functions, longest, display.note)
+        runner.start()  # its processes start while the weights are read
         policy = placed_policy(config, policy, display)
-        return GrpoStep.build(config, policy, source, functions, display, optimizer=optimizer, loss_fn=loss_fn)
+        step = GrpoStep.build(config, policy, source, functions, display, optimizer=optimizer, loss_fn=loss_fn)
+        return replace(step, runner=runner)
 
     @staticmethod
     def build(
@@ -204,18 +218,20 @@ class GrpoStep:
         texts = [self.policy.text_of(ids) for ids in rollout.completion_ids]
         if number == 0 and rollout.slots < len(texts):
             self.display.note(f"slots: {rollout.slots} of {len(texts)} completions are decoded at once")
-        scored = score_across_processes(
-            distributed if distributed.is_multiprocess() else None,
-            self.functions,
-            config.rewards.weights,
-            prompts=prompts.prompts,
-            completions=texts,
-            completion_ids=rollout.completion_ids,
-            columns=prompts.columns,
-            timeout_seconds=config.rewards.timeout_seconds,
-            max_failed_share=config.rewards.max_failed_share,
-        )
-        for line in failure_lines(scored):
+        with self.display.waiting(self.pending):
+            scored = score_across_processes(
+                distributed if distributed.is_multiprocess() else None,
+                self.functions,
+                config.rewards.weights,
+                prompts=prompts.prompts,
+                completions=texts,
+                completion_ids=rollout.completion_ids,
+                columns=prompts.columns,
+                timeout_seconds=config.rewards.timeout_seconds,
+                max_failed_share=config.rewards.max_failed_share,
+                runner=self.runner,
+            )
+        for line in warning_lines(scored):
             self.display.warning(line)
         clock.lap("reward_seconds")
         if not self.rewarded:
@@ -240,12 +256,28 @@ class GrpoStep:
             return None
         tokenizer, shapes = self.policy.need_tokenizer(), self.evaluation_shapes(state) if self.problems else None
         result = evaluate_held_out(
-            self.sampler, self.variables(state), self.source, self.functions, tokenizer, self.config, shapes=shapes
+            self.sampler,
+            self.variables(state),
+            self.source,
+            self.functions,
+            tokenizer,
+            self.config,
+            shapes=shapes,
+            runner=self.runner,
+            display=self.display,
         )
         if result is None:
             return None
         metrics = {"accuracy": result.accuracy, "problems": result.problems, "reward/mean": result.reward_mean}
         return metrics | ({"kl_divergence": self.held_out_kl(state, self.source)} if self.config.train.eval_kl else {})
+
+    def pending(self) -> list[str]:
+        """Names of the reward functions that are being waited for."""
+        return [] if self.runner is None else self.runner.pending()
+
+    def close(self) -> None:
+        if self.runner is not None:
+            self.runner.close()
 
     def held_out_kl(self, state: TrainState, source: PromptSource) -> float:
         """Mean k3 from the reference, nats a token, on one completion sampled of each held-out prompt."""

@@ -139,3 +139,6 @@ class SupervisedStep:
         rollout = self.sampler.sample(variables, batch.prompt_ids, settings, seed=0)
         same = [got == own for got, own in zip(rollout.completion_ids, batch.completion_ids, strict=True)]
         return {"accuracy": float(np.mean(same)), "problems": self.problems}
+
+    def close(self) -> None:
+        """Does nothing: all work is done in this process."""

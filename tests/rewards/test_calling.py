@@ -1,4 +1,4 @@
-"""Async functions, time limits and event loops."""
+"""Calls in the trainer's own process: async functions, time limits, event loops and calls that raise."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
-from grpo_jax.rewards import RewardFunction, ScoredBatch, score
+from grpo_jax.rewards import RewardFunction, RewardRunner, ScoredBatch, score, warning_lines
 
 PATIENCE_SECONDS = 20.0
 """Long after anything that ends at all has ended, on a busy machine too."""
 
 
-def scored(functions: list[tuple[str, RewardFunction]], texts: list[str], timeout_seconds: float | None = None) -> ScoredBatch:
+def scored(
+    functions: list[tuple[str, RewardFunction]], texts: list[str], timeout_seconds: float | None = None, row_by_row: bool = False
+) -> ScoredBatch:
     return score(
         functions,
         prompts=["p"] * len(texts),
@@ -25,6 +27,7 @@ def scored(functions: list[tuple[str, RewardFunction]], texts: list[str], timeou
         completion_ids=[[1]] * len(texts),
         timeout_seconds=timeout_seconds,
         max_failed_share=1.0,
+        runner=RewardRunner({}, 1, [name for name, _ in functions] if row_by_row else [], say=lambda line: None),
     )
 
 
@@ -112,21 +115,23 @@ def test_the_event_loop_stays_the_same_so_that_clients_can_be_kept() -> None:
 
 
 @pytest.mark.parametrize("timeout_seconds", [None, PATIENCE_SECONDS])
-def test_an_async_raise_is_found_by_row(timeout_seconds: float | None) -> None:
+def test_an_async_raise_costs_its_row_where_rows_are_called_singly(timeout_seconds: float | None) -> None:
     async def judge(completions: list[str]) -> list[float]:
         await asyncio.sleep(0)
         if "bad" in completions:
             raise TimeoutError("the judge's own")
         return [1.0] * len(completions)
 
-    batch = scored([("judge", judge)], ["a", "bad", "c"], timeout_seconds)
+    assert [failure.row for failure in scored([("judge", judge)], ["a", "bad", "c"], timeout_seconds).failures] == [0, 1, 2]
+    batch = scored([("judge", judge)], ["a", "bad", "c"], timeout_seconds, row_by_row=True)
     assert [failure.row for failure in batch.failures] == [1]
     assert batch.failures[0].reason.startswith("raised TimeoutError: the judge's own (test_calling.py, line ")
     assert batch.valid.tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("timeout_seconds", [None, PATIENCE_SECONDS])
-def test_a_sync_raise_is_found_by_row_and_a_passing_one_is_forgiven(timeout_seconds: float | None) -> None:
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_call_that_raises_is_made_again_with_all_rows_and_the_user_is_told(timeout_seconds: float | None, kind: str) -> None:
     calls: list[int] = []
 
     def flaky(completions: list[str]) -> list[float]:
@@ -135,21 +140,32 @@ def test_a_sync_raise_is_found_by_row_and_a_passing_one_is_forgiven(timeout_seco
             raise ConnectionError("once")
         return [1.0] * len(completions)
 
-    batch = scored([("flaky", flaky)], ["a", "b"], timeout_seconds)
-    assert calls == [2, 1, 1]
+    async def flaky_too(completions: list[str]) -> list[float]:
+        return flaky(completions)
+
+    batch = scored([("flaky", flaky if kind == "sync" else flaky_too)], ["a", "b"], timeout_seconds)
+    assert calls == [2, 2]
     assert batch.failures == []
     assert batch.rewards.tolist() == [1.0, 1.0]
+    (line,) = warning_lines(batch)
+    assert line.startswith("flaky raised ConnectionError: once (test_calling.py, line ")
+    assert line.endswith("; called again, it answered")
 
 
-def test_a_single_row_that_raises_is_not_called_twice() -> None:
+def test_a_function_that_compares_rows_never_sees_one_alone() -> None:
+    # It raises on some batches only. Called with single rows it would call each of them the best.
     calls: list[int] = []
 
-    def judge(completions: list[str]) -> list[float]:
+    def best(completions: list[str]) -> list[float]:
         calls.append(len(completions))
-        raise ValueError("always")
+        if "bad" in completions:
+            raise ValueError("no")
+        return [float(text == max(completions)) for text in completions]
 
-    assert len(scored([("judge", judge)], ["a"]).failures) == 1
-    assert calls == [1]
+    batch = scored([("best", best)], ["a", "bad", "c"])
+    assert calls == [3, 3]
+    assert [failure.row for failure in batch.failures] == [0, 1, 2]
+    assert not batch.valid.any()
 
 
 @pytest.mark.parametrize("timeout_seconds", [None, PATIENCE_SECONDS])
@@ -190,32 +206,32 @@ def test_a_hung_function_fails_on_all_rows_and_holds_nobody_up(released: threadi
         ("hangs_too", 0),
         ("hangs_too", 1),
     ]
-    assert {failure.reason for failure in batch.failures} == {"took longer than rewards.timeout_seconds = 1"}
+    late = "took longer than rewards.timeout_seconds = 1"
+    assert {failure.reason for failure in batch.failures if failure.function == "hangs_too"} == {late}
+    assert {failure.reason for failure in batch.failures if failure.function == "hangs"} == {
+        f"{late}; its thread cannot be stopped and goes on: with rewards.workers: 1 it runs in a process that can"
+    }
     assert batch.per_function["good"].tolist() == [1.0, 2.0]
 
 
 def test_rows_before_the_hung_one_keep_their_value_when_called_singly(released: threading.Event) -> None:
     def judge(completions: list[str]) -> list[float]:
-        if len(completions) > 1:
-            raise ValueError("whole batch")
         if completions == ["slow"]:
             released.wait()
         return [1.0]
 
-    batch = scored([("judge", judge)], ["a", "slow", "c"], 1.0)
+    batch = scored([("judge", judge)], ["a", "slow", "c"], 1.0, row_by_row=True)
     assert batch.valid.tolist() == [True, False, False]
-    assert "called row by row took longer than rewards.timeout_seconds = 1" in batch.failures[0].reason
+    assert "took longer than rewards.timeout_seconds = 1" in batch.failures[0].reason
 
 
 def test_an_async_function_called_singly_keeps_the_rows_that_answered() -> None:
     async def judge(completions: list[str]) -> list[float]:
-        if len(completions) > 1:
-            raise ValueError("whole batch")
         if completions == ["slow"]:
             await asyncio.sleep(10 * PATIENCE_SECONDS)
         return [1.0]
 
-    assert scored([("judge", judge)], ["a", "slow", "c"], 1.0).valid.tolist() == [True, False, True]
+    assert scored([("judge", judge)], ["a", "slow", "c"], 1.0, row_by_row=True).valid.tolist() == [True, False, True]
 
 
 def test_a_blocked_event_loop_is_left_behind(released: threading.Event) -> None:

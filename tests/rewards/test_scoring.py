@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from decimal import Decimal
@@ -13,7 +14,18 @@ import numpy as np
 import pytest
 
 from grpo_jax.config import ConfigError
-from grpo_jax.rewards import Failure, RewardError, RewardFunction, ScoredBatch, correct, failure_lines, reward_metrics, score
+from grpo_jax.rewards import (
+    Failure,
+    RewardError,
+    RewardFunction,
+    ScoredBatch,
+    correct,
+    failure_lines,
+    reward_metrics,
+    score,
+    warning_lines,
+)
+from grpo_jax.rewards.protocol import TextReward
 
 
 def giving(values: Any) -> RewardFunction:
@@ -21,13 +33,12 @@ def giving(values: Any) -> RewardFunction:
 
 
 def raising_on(bad: str) -> RewardFunction:
-    def reward(completions: list[str]) -> list[float]:
-        for text in completions:
-            if text == bad:
-                raise KeyError(text)
-        return [float(len(text)) for text in completions]
+    def reward(text: str) -> float:
+        if text == bad:
+            raise KeyError(text)
+        return float(len(text))
 
-    return reward
+    return TextReward("judge", reward)
 
 
 def scored(functions: list[tuple[str, RewardFunction]], texts: list[str], **settings: Any) -> ScoredBatch:
@@ -99,21 +110,41 @@ def test_what_is_no_finite_number_fails_its_row_alone(value: Any, reason: str) -
     assert np.isnan(batch.per_function["judge"][1])
 
 
-def test_a_wrong_length_fails_all_rows_of_that_function() -> None:
-    batch = scored([("short", giving([1.0])), ("good", giving([1.0, 2.0]))], ["x", "y"])
-    assert batch.failures == [Failure("short", row, "returned 1 values for 2 rows") for row in (0, 1)]
-    assert not batch.valid.any()
-    np.testing.assert_array_equal(batch.per_function["good"], [1.0, 2.0])
+@pytest.mark.parametrize(
+    ("result", "reason"),
+    [
+        ([1.0], "returned 1 values for 2 rows"),
+        ([1.0] * 3, "returned more than 2 values for 2 rows"),
+        (itertools.repeat(1.0), "returned more than 2 values for 2 rows"),
+        *((result, "instead of a list of 2 numbers") for result in (None, 1.0, "12", {0: 1.0, 1: 2.0}, {1.0, 2.0})),
+    ],
+)
+def test_a_result_that_is_no_list_of_that_length_ends_the_run_naming_the_function(result: Any, reason: str) -> None:
+    with pytest.raises(RewardError, match=f"reward odd .*{reason}; return a list with one number or None for each row"):
+        scored([("odd", lambda **inputs: result), ("good", giving([1.0, 2.0]))], ["x", "y"])
 
 
-@pytest.mark.parametrize("result", [None, 1.0, "12", {0: 1.0, 1: 2.0}, {1.0, 2.0}])
-def test_what_is_no_list_fails_all_rows(result: Any) -> None:
-    batch = scored([("odd", giving(result))], ["x", "y"])
-    assert [failure.row for failure in batch.failures] == [0, 1]
-    assert "instead of a list of 2 numbers" in batch.failures[0].reason
+def test_a_watcher_may_break_every_rule() -> None:
+    def raises(completions: list[str]) -> list[float]:
+        raise ValueError("no")
+
+    functions = [("good", giving([1.0, 2.0])), ("short", giving([1.0])), ("raises", raises), ("nan", giving([float("nan")] * 2))]
+    batch = scored(functions, ["x", "y"], weights=[1.0, 0.0, 0.0, 0.0], max_failed_share=0.0)
+    assert batch.rewards.tolist() == [1.0, 2.0]
+    assert batch.valid.all()
+    assert batch.failed_rows == 2
+    assert batch.failures[0] == Failure("short", 0, "returned 1 values for 2 rows", watcher=True, fatal=True)
+    assert [line.split()[0] for line in warning_lines(batch)] == ["short", "raises", "nan"]
 
 
-def test_a_raise_is_found_by_row_and_the_others_keep_their_value() -> None:
+def test_a_batch_without_any_reward_is_mentioned() -> None:
+    batch = scored([("a", giving([None, None])), ("watch", giving([1.0, 1.0]))], ["x", "y"], weights=[1.0, 0.0])
+    (line,) = warning_lines(batch)
+    assert line.startswith("none of the 2 completions has a reward: each function with a weight returned None or failed")
+    assert warning_lines(scored([("a", giving([None, 1.0]))], ["x", "y"])) == []
+
+
+def test_a_raise_in_a_function_that_scores_row_by_row_costs_its_row() -> None:
     batch = scored([("judge", raising_on("bad"))], ["a", "bb", "bad", "dddd"])
     (failure,) = batch.failures
     assert (failure.function, failure.row) == ("judge", 2)

@@ -187,3 +187,18 @@ def test_times_are_formatted_for_people(seconds: float, text: str, running: str)
 def test_long_texts_lose_their_middle() -> None:
     assert shorten("abc", 3) == "abc"
     assert shorten("a" * 6 + "b" * 6, 9) == "aaaaaa […] bbb"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_reward_that_takes_long_is_named(terminal: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("grpo_jax.run.display.WAITING_SECONDS", 0.2)
+    output = Output(terminal=terminal)
+    with output.display.progress(2), output.display.waiting(lambda: ["judge", "other \x1b]0;"]):
+        time.sleep(1.0)
+    line = re.search(r"waiting for reward judge and other .*, \d+ s", output.text())
+    assert line is not None
+    assert "\x1b]0" not in output.text()
+    quiet = Output(terminal=terminal)
+    with quiet.display.progress(2), quiet.display.waiting(list[str]):
+        time.sleep(0.5)
+    assert "waiting" not in quiet.text()
