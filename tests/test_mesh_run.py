@@ -47,7 +47,7 @@ def test_copies_of_the_weights_are_chosen_by_memory_and_give_what_shards_give(fo
     printed = "\n".join(auto["printed"])
     assert re.search(r"mesh: data auto, fsdp auto", printed)
     assert re.search(
-        r"mesh: data 8, fsdp 1, tensor 1; 8 of 8 devices .*; auto chose copies, as the frozen weights take 0\.00", printed
+        r"mesh: data 8, fsdp 1, tensor 1; 8 of 8 devices .*; auto chose copies, because the frozen weights take 0\.00", printed
     )
     assert "mesh: data 1, fsdp 8, tensor 1; 8 of 8 devices" in "\n".join(shards["printed"])
     assert "auto chose" not in "\n".join(shards["printed"])

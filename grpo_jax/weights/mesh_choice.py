@@ -48,15 +48,15 @@ def choose_mesh(
     if not mesh.is_auto:
         return MeshChoice(resolve_mesh(mesh))
     if not adapters:
-        return MeshChoice(resolve_mesh(mesh), "shards, as every weight is trained")
+        return MeshChoice(resolve_mesh(mesh), "shards, because every weight is trained")
     if limit_bytes is None:
-        return MeshChoice(resolve_mesh(mesh), "shards, as the memory of a device is not known")
+        return MeshChoice(resolve_mesh(mesh), "shards, because the memory of a device is not known")
     weights = abstract_weights(spec, jnp.dtype(spec.dtype if dtype == "auto" else dtype), quantization)
     weight_bytes = params_bytes(weights) // mesh.tensor
     whole = weight_bytes <= WHOLE_SHARE * limit_bytes
     relation = "at most" if whole else "more than"
     why = f"the frozen weights take {weight_bytes / GIB:.2f} GiB, {relation} half of a device's {limit_bytes / GIB:.2f}"
-    return MeshChoice(resolve_mesh(mesh, whole=whole), f"{'copies' if whole else 'shards'}, as {why}")
+    return MeshChoice(resolve_mesh(mesh, whole=whole), f"{'copies' if whole else 'shards'}, because {why}")
 
 
 def choose_run_mesh(config: Config, spec: ModelSpec, limit_bytes: int | None) -> MeshChoice:

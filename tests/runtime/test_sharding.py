@@ -152,12 +152,12 @@ def test_auto_leaves_what_is_given_as_it_is() -> None:
 @pytest.mark.parametrize(
     ("gib", "options", "sizes", "why"),
     [
-        (31.24, {}, (8, 1, 1), "copies, as the frozen weights take 14.96 GiB, at most half of a device's 31.24"),
-        (29.0, {}, (1, 8, 1), "shards, as the frozen weights take 14.96 GiB, more than half of a device's 29.00"),
-        (15.75, {"mesh": MeshConfig(tensor=2)}, (4, 1, 2), "copies, as the frozen weights take 7.48 GiB, at most half of"),
-        (15.75, {"quantization": "int4"}, (8, 1, 1), "copies, as the frozen weights take 5.31 GiB, at most half of"),
-        (200.0, {"adapters": False}, (1, 8, 1), "shards, as every weight is trained"),
-        (None, {}, (1, 8, 1), "shards, as the memory of a device is not known"),
+        (31.24, {}, (8, 1, 1), "copies, because the frozen weights take 14.96 GiB, at most half of a device's 31.24"),
+        (29.0, {}, (1, 8, 1), "shards, because the frozen weights take 14.96 GiB, more than half of a device's 29.00"),
+        (15.75, {"mesh": MeshConfig(tensor=2)}, (4, 1, 2), "copies, because the frozen weights take 7.48 GiB, at most half of"),
+        (15.75, {"quantization": "int4"}, (8, 1, 1), "copies, because the frozen weights take 5.31 GiB, at most half of"),
+        (200.0, {"adapters": False}, (1, 8, 1), "shards, because every weight is trained"),
+        (None, {}, (1, 8, 1), "shards, because the memory of a device is not known"),
         (200.0, {"mesh": MeshConfig(fsdp=4)}, (1, 4, 1), ""),
         (200.0, {"mesh": MeshConfig(fsdp=-1)}, (1, 8, 1), ""),
         (15.0, {"mesh": MeshConfig(data=-1)}, (8, 1, 1), ""),

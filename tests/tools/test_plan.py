@@ -125,7 +125,7 @@ def test_each_of_eight_chips_has_all_of_the_weights_where_they_are_small(folder:
     assert bases == [2 * PARAMETERS, 2 * (PARAMETERS + 2 * (64 * 64 + 2 * 64 * 32 + 2 * 64 * 128))]
     shown = dict(rows_of(made))
     assert shown["mesh"].startswith(
-        "data 8, fsdp 1, tensor 1; auto chose copies, as the frozen weights take 0.00 GiB, at most half"
+        "data 8, fsdp 1, tensor 1; auto chose copies, because the frozen weights take 0.00 GiB, at most half"
     )
     assert shown["attention of the update"] == "mosaic_tpu"
 
