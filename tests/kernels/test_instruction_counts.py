@@ -61,8 +61,10 @@ COUNTED = {
     "head_logprob gradient": (57_485, 18_961),
     "decode_attention prefix bfloat16": (2397, 2140),
     "decode_attention prefix int8": (4391, 2422),
+    "decode_attention prefix int4": (4339, 3159),
     "decode_attention own bfloat16": (2138, 2410),
     "decode_attention own int8": (3465, 2434),
+    "decode_attention own int4": (5096, 4203),
 }
 """Bundles of a grid step (of `head_logprob` of 512 tokens) on a v5e and a v6e, counted with libtpu 0.0.42."""
 

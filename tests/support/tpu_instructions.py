@@ -175,7 +175,7 @@ CASES |= {
 CASES |= {
     f"decode_attention {part} {name}": lambda part=part, kv_format=kv_format: decode_case(part, kv_format)
     for part in ("prefix", "own")
-    for name, kv_format in (("bfloat16", "auto"), ("int8", "int8"))
+    for name, kv_format in (("bfloat16", "auto"), ("int8", "int8"), ("int4", "int4"))
 }
 
 
