@@ -79,7 +79,7 @@ def command_of(folder: Path, at: int, act: str, **train: Any) -> list[str]:
     """The words of a run of four steps; while step at + 1 is scored, `act` is done."""
     write_rows(folder / "rows.jsonl", ROWS)
     (folder / "mine.py").write_text(REWARD.format(folder=str(folder), at=at, act=act))
-    sections = {"data": {"path": str(folder / "rows.jsonl")}, "rewards": {"functions": [f"{folder}/mine.py:mine"]}}
+    sections = {"data": {"path": str(folder / "rows.jsonl")}, "rewards": {"functions": [f"{folder}/mine.py:mine"], "workers": 0}}
     return ["train", *words_of(settings(folder, **sections, train={"steps": 4} | train))]
 
 

@@ -115,7 +115,7 @@ def test_a_row_that_a_reward_fails_on_is_left_out_counted_and_named(lora_run: Fi
             raise KeyError("no verdict")
         return letters(completions)
 
-    done = run(config_of(tmp_path, train={"steps": 1}), reward_funcs=judge)
+    done = run(config_of(tmp_path, train={"steps": 1}, rewards={"row_by_row": ["judge"]}), reward_funcs=judge)
     rows = done.completions[1]
     assert [other["completion"] for other in rows] == texts
     assert done.result.history[0]["rewards/failed"] == 1

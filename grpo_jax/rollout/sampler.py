@@ -236,10 +236,9 @@ class Sampler:
         Args:
             free_bytes: of each device, with the weights loaded; None where it is not known.
         """
-        if not self.joins:
-            params, dense = variables["params"], rollout.dense_base
-            self.joins.append(self.model.unroll or can_join(self.model, params, free_bytes, dense=dense))
         merge, dense = rollout.merge_adapters, rollout.dense_base
+        if not self.joins:
+            self.joins.append(self.model.unroll or can_join(self.model, variables["params"], free_bytes, dense=dense))
         return {"unroll": self.model.unroll, "join": self.joins[0], "merge": merge, "dense": dense}
 
 

@@ -47,7 +47,7 @@ def letters(completions, **columns):
 SECTIONS: dict[str, Any] = {
     "train": {"prompts_per_step": 4, "save_every": 1, "eval_every": 2, "micro_batch_prompts": 4},
     "data": {"eval_size": 4},
-    "rewards": {"accuracy_threshold": 0.25},
+    "rewards": {"accuracy_threshold": 0.25, "workers": 0},  # the reward kills its own process
     "lora": {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "down_proj"]},
 }
 
@@ -260,7 +260,7 @@ def test_a_process_that_does_not_write_changes_nothing(tmp_path: Path, capsys: p
     display.warning("x")
     with display.progress(1), display.busy("x"):
         display.step(1, {"reward": 0.5})
-    display.completions(1, ["a"], ["b"], {"letters": [1.0]}, [0.0], ["stop"], lengths=[1])
+    display.completions(1, ["a"], ["b"], {"letters": [1.0]}, [0.0], ["stop"])
     assert capsys.readouterr().out == ""
 
 
