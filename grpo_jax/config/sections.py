@@ -229,7 +229,5 @@ class RewardsConfig:
                 self.timeout_seconds,
                 "use a positive number of seconds, or null",
             )
-        require(
-            self.workers is None or self.workers >= 0, "rewards.workers", self.workers, "use a number of processes, 0 or null"
-        )
+        require(self.workers is None or self.workers >= 0, "rewards.workers", self.workers, "use a number of processes, 0 or null")
         require(0 <= self.max_failed_share <= 1, "rewards.max_failed_share", self.max_failed_share, "use a fraction from 0 to 1")

@@ -125,4 +125,3 @@ def batch_shapes(sizes: Sequence[RowSize], prompts: int, generations: int, width
 def on_devices(batch: TrainBatch, layout: Layout | None) -> TrainBatch:
     """Moves a batch from the host to its devices."""
     return jax.device_put(batch) if layout is None else layout.put_tree(batch, BATCH_AXES)
-

@@ -179,9 +179,7 @@ def best_rows(groups: Sequence[Piece], sizes: Sequence[RowSize], shards: int) ->
     for counts in choices:
         if shards * sum(count * size.tokens for count, size in zip(counts, sizes, strict=True)) < real:
             continue
-        rows = [
-            [Row(size.tokens, size.firsts) for _ in range(shards * count)] for count, size in zip(counts, sizes, strict=True)
-        ]
+        rows = [[Row(size.tokens, size.firsts) for _ in range(shards * count)] for count, size in zip(counts, sizes, strict=True)]
         if fill_rows(groups, [row for own in rows for row in own]):
             return rows
     raise ValueError(f"{len(groups)} groups of {real} tokens do not fit into rows of {[size.tokens for size in sizes]} tokens")
@@ -233,9 +231,7 @@ def pack(
         packed[0] += left
     else:
         packed = best_rows([*groups, *skipped], sizes, shards)
-    return tuple(
-        tables_of(rows, size, prompt_ids, completion_ids, width, shards) for rows, size in zip(packed, sizes, strict=True)
-    )
+    return tuple(tables_of(rows, size, prompt_ids, completion_ids, width, shards) for rows, size in zip(packed, sizes, strict=True))
 
 
 def tables_of(

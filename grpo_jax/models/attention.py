@@ -46,9 +46,7 @@ def plans_of(model: Transformer, ranges: KeyRanges, limits: Limits, keys: int) -
     return {window: layout.local(functools.partial(plan, window=window), (rows,), rows)(ranges) for window in windows}
 
 
-def group_attend(
-    model: Transformer, ranges: KeyRanges, limits: Limits, tokens: Int[Array, "B W"] | None = None
-) -> Attend:
+def group_attend(model: Transformer, ranges: KeyRanges, limits: Limits, tokens: Int[Array, "B W"] | None = None) -> Attend:
     """Makes the attention function of training, over packed rows, or of prefill.
 
     Args:
@@ -140,9 +138,7 @@ def prefill_attend(model: Transformer, prompt_lengths: Int[Array, "B"], prompt_w
     def attend(
         q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any, selected: bool = False
     ) -> tuple[Array, Any, Any]:
-        out, cache, _ = prompt_attend(
-            q, k, v, layer=layer, window=window, per_layer=per_layer, cache=cache, selected=selected
-        )
+        out, cache, _ = prompt_attend(q, k, v, layer=layer, window=window, per_layer=per_layer, cache=cache, selected=selected)
         return out, cache, (jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1))
 
     return attend

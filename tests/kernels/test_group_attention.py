@@ -33,9 +33,7 @@ from grpo_kernels.target import Target, tracing_for
 IMPLEMENTATIONS = ["reference", "xla", "mosaic_tpu"]
 
 
-def planned(
-    case: Case, window: Any, implementation: str, *, small: bool = True, blocks: BlockSizes | None = None
-) -> AttentionPlan:
+def planned(case: Case, window: Any, implementation: str, *, small: bool = True, blocks: BlockSizes | None = None) -> AttentionPlan:
     """The plan of a case; blocks small enough for sequences to have several where nothing else is said."""
     blocks = blocks or (BlockSizes(*case.blocks) if implementation == "mosaic_tpu" else BlockSizes(8, 8))
     return plan_attention(

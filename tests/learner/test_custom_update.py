@@ -130,9 +130,7 @@ def test_without_a_kl_term_a_loss_function_sees_groups_without_an_advantage() ->
         trainable, frozen = start()
         config = replace(CONFIG, objective=replace(CONFIG.objective, beta=beta))
         model = tiny_policy(FAMILY, LORA).model.clone(unroll=False)
-        made = Learner.of(
-            config, model, full=False, updates=10, stop_ids=(2,), optimizer=optax.sgd(RATE), loss_fn=likelihood
-        )
+        made = Learner.of(config, model, full=False, updates=10, stop_ids=(2,), optimizer=optax.sgd(RATE), loss_fn=likelihood)
         _, packed = Program("update", made.train_step, donate=(0,))(made.init(trainable), equal, frozen)
         losses.append(packed.to_dict()["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -44,9 +44,7 @@ class PaddedBatch:
         sizes = sizes_of(rewards.shape, Lengths(int(lengths.min()), prompt_ids.shape[1], width), cut, layout)
         shards = 1 if layout is None else layout.rows
         batch = TrainBatch(
-            micro_batches=pack(
-                prompts, completions, trained, sizes, width=width, last=alike if skips else None, shards=shards
-            ),
+            micro_batches=pack(prompts, completions, trained, sizes, width=width, last=alike if skips else None, shards=shards),
             completion_mask=mask,
             sampler_logprobs=np.asarray(self.sampler_logprobs),
             rewards=rewards,
@@ -56,9 +54,7 @@ class PaddedBatch:
         return on_devices(batch, layout)
 
 
-def sizes_of(
-    groups: tuple[int, int], lengths: Lengths, cut: tuple[int, int], layout: Layout | None = None
-) -> tuple[RowSize, ...]:
+def sizes_of(groups: tuple[int, int], lengths: Lengths, cut: tuple[int, int], layout: Layout | None = None) -> tuple[RowSize, ...]:
     """The sizes of rows as long as `cut` of the longest prompts and completions.
 
     Args:

@@ -430,9 +430,13 @@ def test_planning_allocates_nothing_large(folder: Path) -> None:
 
 
 def test_a_cpu_plan_equals_the_growth_of_the_process() -> None:
-    """For an update of some 400 MB, in its own process; within a tenth, as the runtime allocates some memory too."""
+    """For an update of some 400 MB, in its own process; within a tenth, as the runtime allocates some memory too.
+
+    Freed memory goes back to the system at once there: what glibc keeps of it differs from run to run by a tenth.
+    """
     script = Path(__file__).parents[1] / "support" / "plan_memory.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True, env=environment)
     measured = json.loads(done.stdout.splitlines()[-1])
     assert measured["planned"] > 300e6
     assert abs(measured["planned"] / measured["grown"] - 1) < 0.1, measured

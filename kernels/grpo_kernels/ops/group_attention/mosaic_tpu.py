@@ -301,9 +301,7 @@ def attention_forward(
     arrays = arrays_of(q, k, v, bounds, static)
     rows, width = q.shape[3] * static.blocks.queries, q.shape[-1]
     scratch = [(width, rows), (1, rows), (1, rows)]
-    out, lse = run(
-        forward_kernel, "group_attention", static, by_query, arrays, ["q", "lse"], scratch, products=2, by_key=False
-    )
+    out, lse = run(forward_kernel, "group_attention", static, by_query, arrays, ["q", "lse"], scratch, products=2, by_key=False)
     out = from_blocks(out, q.shape[1])
     out, lse = named(out, lse)
     return out, (q, k, v, bounds, by_query, by_key, out, lse)
@@ -323,9 +321,7 @@ def attention_backward(static: Static, residuals: Any, d_out: Array) -> tuple[An
     # dq is written over q, block by block; the barrier keeps q until dk, its last other use, is computed.
     arrays["q"], dk = jax.lax.optimization_barrier((arrays["q"], dk))
     scratch = [(width, r * c)]
-    (dq,) = run(
-        dq_kernel, "group_attention_dq", static, by_query, arrays, ["q"], scratch, products=3, by_key=False, in_place=True
-    )
+    (dq,) = run(dq_kernel, "group_attention_dq", static, by_query, arrays, ["q"], scratch, products=3, by_key=False, in_place=True)
     none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (bounds, by_query, by_key))
     return from_blocks(dq, q.shape[1]), from_blocks(dk, k.shape[1]), from_blocks(dv, k.shape[1]), *none
 
