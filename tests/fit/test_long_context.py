@@ -71,6 +71,7 @@ def memory(folder: Path, phase: str, **sections: Any) -> MemoryUse:
     return use
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kv_dtype", "most"), [("int8", 17.0), ("int4", 12.5)])
 def test_a_rollout_of_eight_completions_fits(chips: Any, tmp_path: Path, kv_dtype: str, most: float) -> None:
     use = memory(tmp_path, "rollout", rollout={"kv_dtype": kv_dtype})
