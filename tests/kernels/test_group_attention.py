@@ -220,10 +220,11 @@ def test_a_list_is_never_too_short() -> None:
 
 
 def test_block_sizes_follow_the_heads_and_the_device() -> None:
-    assert choose_block_sizes(4096, 4096, 4, 1, "xla") == BlockSizes(64, 64, 1024, 128)
-    assert choose_block_sizes(4096, 4096, 128, 4, "xla") == BlockSizes(32, 32, 256, 128)
-    assert choose_block_sizes(4096, 4096, 9, 3, "xla") == BlockSizes(64, 64, 384, 128)
-    assert choose_block_sizes(500, 4096, 4, 2, "xla") == BlockSizes(64, 64)
+    assert choose_block_sizes(4096, 4096, 4, 1, "xla", 64) == BlockSizes(64, 64, 1024, 128)
+    assert choose_block_sizes(4096, 4096, 128, 4, "xla", 128) == BlockSizes(32, 32, 256, 128)
+    assert choose_block_sizes(4096, 4096, 9, 3, "xla", 64) == BlockSizes(64, 64, 384, 128)
+    assert choose_block_sizes(500, 4096, 4, 2, "xla", 64) == BlockSizes(64, 64)
+    assert choose_block_sizes(4096, 4096, 8, 2, "xla", 8) == BlockSizes(64, 64)
     with pytest.raises(ValueError, match="large blocks that are not multiples"):
         BlockSizes(64, 64, 100, 128)
     assert choose_block_sizes(9, 30, 4, 1, "xla") == BlockSizes(9, 30)

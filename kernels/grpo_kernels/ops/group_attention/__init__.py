@@ -129,7 +129,7 @@ def plan_attention(
         raise ValueError(f"plan_attention: keys is {keys}; a row has at least 1 token")
     rows, queries = shape
     named = resolve_implementation("group_attention", implementation, default_implementation(head_dim, dtype), IMPLEMENTATIONS)
-    blocks = block_sizes or choose_block_sizes(queries, keys, kv_heads * heads_of_key, heads_of_key, named)
+    blocks = block_sizes or choose_block_sizes(queries, keys, kv_heads * heads_of_key, heads_of_key, named, head_dim)
     bounds = within_window(ranges, window)
     if named == "reference":
         return AttentionPlan(bounds, None, None, keys, named, blocks)

@@ -41,17 +41,20 @@ GPU_TILE = BlockSizes(128, 64)
 CPU_SCORES, CPU_SIZES = 2**18, (64, 32, 16)
 """1 MiB of scores, which a CPU keeps in its cache. Larger blocks have more scores that the mask drops."""
 
-CPU_LARGE_ROWS, CPU_LARGE_KEYS = 1024, 128
+CPU_LARGE_ROWS, CPU_LARGE_KEYS, CPU_LARGE_WIDTH = 1024, 128, 64
 """XLA's products for a CPU use a second core from about 1,024 · 128 · 64 multiplications: twice the speed for these blocks."""
 
 
-def choose_block_sizes(queries: int, keys: int, heads: int, heads_of_key: int, implementation: str) -> BlockSizes:
+def choose_block_sizes(
+    queries: int, keys: int, heads: int, heads_of_key: int, implementation: str, head_dim: int | None = None
+) -> BlockSizes:
     """`xla`: by the device's scores. `mosaic_gpu`: `GPU_TILE`. `mosaic_tpu`: 512 keys, fewer in a short row, and `ROWS` queries.
 
     Args:
         queries, keys: N and T, in tokens.
         heads: query heads, K·R.
         heads_of_key: R, query heads for each head of keys.
+        head_dim: Dh. Where it is narrow or not known there are no large blocks, which take time to compile.
     """
     if implementation == "mosaic_gpu":
         return GPU_TILE
@@ -59,7 +62,8 @@ def choose_block_sizes(queries: int, keys: int, heads: int, heads_of_key: int, i
         scores, sizes = (CPU_SCORES, CPU_SIZES) if platform() == "cpu" else (GPU_SCORES, GPU_SIZES)
         block = next((size for size in sizes if heads * size * size <= scores), sizes[-1])
         large = -(-CPU_LARGE_ROWS // (heads_of_key * block)) * block
-        if platform() == "cpu" and large <= queries and keys >= CPU_LARGE_KEYS:
+        wide = head_dim is not None and head_dim >= CPU_LARGE_WIDTH
+        if platform() == "cpu" and wide and large <= queries and keys >= CPU_LARGE_KEYS:
             return BlockSizes(block, block, large, CPU_LARGE_KEYS)
         return BlockSizes(min(block, queries), min(block, keys))
     sizes = (512, 256, 128)
