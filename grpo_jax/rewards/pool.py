@@ -147,7 +147,7 @@ class Pool:
                     finished(task)
         finally:
             for worker in list(self.workers):
-                if worker.call is not None and worker.call.rows:  # interrupted
+                if worker.call is not None:  # interrupted, or at a row that another worker answered
                     self.remove(worker)
             for worker in self.workers[self.count :]:
                 self.remove(worker)
@@ -219,7 +219,7 @@ class _Batch:
                 self.pool.add()
 
     def _calls(self) -> list[Call]:
-        return [worker.call for worker in self.pool.workers if worker.call is not None and worker.call.rows]
+        return [worker.call for worker in self.pool.workers if worker.call is not None]
 
     def _exchange(self) -> None:
         """Writes to workers and reads what they answered, for one tick at most."""
@@ -249,7 +249,7 @@ class _Batch:
         if reply.get("began") == call.number:
             call.since = now
             call.task.progress = call.task.progress or now
-        if "rows" in reply:
+        if reply.get("of") == call.number:
             if not call.task.concurrent:
                 call.since = now
             call.task.progress = now
@@ -258,6 +258,10 @@ class _Batch:
                 call.task.set(row, value[0] if len(value) == 1 else FailedValue(*value[1:]))
                 if row in call.rows:
                     call.rows.remove(row)
+            # Free before it says that it is done: the next call is given to the same worker, whatever the timing. One that was told
+            # to drop rows may have begun another of them.
+            if not call.rows and not call.dropped:
+                worker.call = None
         if reply.get("done") == call.number:
             call.task.unusable = reply.get("unusable", call.task.unusable)
             worker.call = None
@@ -266,7 +270,7 @@ class _Batch:
         """Deals with a worker that ended by itself."""
         call, how = worker.call, worker.ending()
         self.pool.remove(worker)
-        if call is None or not call.rows:
+        if call is None:
             return
         call.task.deaths += 1
         self._fail(call, f"ended its process ({how})")
@@ -279,7 +283,7 @@ class _Batch:
         now = time.monotonic()
         for worker in list(self.pool.workers):
             call = worker.call
-            if call is None or not call.rows:
+            if call is None:
                 continue
             if call.since is None:
                 if now - call.sent > START_SECONDS:

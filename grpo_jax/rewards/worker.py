@@ -64,8 +64,8 @@ class Worker:
     def reply(self, **content: Any) -> None:
         """Writes one reply.
 
-        `ready=True`: started. `began=number`: the function is loaded and the call begins. `rows=[...], remarks=[...]`: values of
-        rows, each `[row, value]` or `[row, null, reason, fatal, traceback]`. `done=number`: the call has ended.
+        `ready=True`: started. `began=number`: the function is loaded and the call begins. `rows=[...], remarks=[...], of=number`:
+        values of a call's rows, each `[row, value]` or `[row, null, reason, fatal, traceback]`. `done=number`: the call has ended.
         `unusable=reason`: this process cannot load the function or its inputs. `interrupt=true`: it raised KeyboardInterrupt.
         """
         message = memoryview(framed(json.dumps(content).encode()))
@@ -94,7 +94,8 @@ class Worker:
 
         def report(part: slice, outcome: Outcome) -> None:
             values = [finite_number(value) for value in outcome.values]
-            self.reply(rows=[_row(*pair) for pair in zip(rows[part], values, strict=True)], remarks=outcome.remarks)
+            answered = [_row(*pair) for pair in zip(rows[part], values, strict=True)]
+            self.reply(rows=answered, remarks=outcome.remarks, of=number)
 
         self.reply(began=number)
         parts = parts_of(len(rows), by_row)
@@ -110,7 +111,7 @@ class Worker:
             self.reply(interrupt=True)
         except BaseException as error:  # such as a cancellation that the function caused itself
             failed = FailedValue(exception_reason(error), traceback="".join(traceback.format_exception(error)))
-            self.reply(rows=[_row(row, failed) for row in rows], remarks=[])
+            self.reply(rows=[_row(row, failed) for row in rows], remarks=[], of=number)
         self.reply(done=number)
 
     def _dropped(self) -> bool:

@@ -157,9 +157,9 @@ def test_values_of_workers_are_those_of_the_trainer_s_process(run: Score) -> Non
 
 
 def test_functions_of_a_config_run_in_other_processes_and_the_same_ones_at_every_step(run: Score) -> None:
-    first, second = (run(["who"], ["a", "b"]).per_function["who"] for _ in range(2))
-    assert os.getpid() not in first
-    assert len({*first, *second}) == 1
+    processes = {pid for _ in range(50) for pid in run(["who"], ["a", "b"]).per_function["who"].tolist()}
+    assert os.getpid() not in processes
+    assert len(processes) == 1
     assert run(["who"], ["a"], workers=0).per_function["who"].tolist() == [os.getpid()]
 
 
