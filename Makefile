@@ -28,10 +28,10 @@ quickstart: $(VENV)/.installed
 	@ls /dev/accel* /dev/vfio/[0-9]* /dev/nvidia0 >/dev/null 2>&1 || export JAX_PLATFORMS=cpu; $(VENV)/bin/grpo-jax quickstart $(ARGS)
 
 test: $(VENV)/.installed-test
-	JAX_PLATFORMS=cpu $(VENV)/bin/pytest -n 2 -m "not slow" $(ARGS)
+	JAX_PLATFORMS=cpu $(VENV)/bin/pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.installed-test
-	JAX_PLATFORMS=cpu $(VENV)/bin/pytest -n 2 -m slow $(ARGS)
+	JAX_PLATFORMS=cpu $(VENV)/bin/pytest -n 2 --dist worksteal -m slow $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	@status=0; for tool in "ruff check --quiet" "lint-imports --no-logo --no-cache" "pyright --pythonpath $(VENV)/bin/python"; do \

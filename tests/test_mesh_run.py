@@ -17,16 +17,30 @@ import numpy as np
 import pytest
 
 
-@pytest.fixture(scope="module")
-def found(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the program printed."""
+def parts_of(repository: Path, folder: Path, *parts: str) -> dict[str, Any]:
+    """Runs parts of the program; what it printed."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(str(repository / part) for part in ("", "kernels", "tests", "tests/support"))
     }
-    program = [sys.executable, str(repository / "tests" / "support" / "mesh_run.py"), str(tmp_path_factory.mktemp("runs"))]
+    program = [sys.executable, str(repository / "tests" / "support" / "mesh_run.py"), str(folder), *parts]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return parts_of(repository, tmp_path_factory.mktemp("runs"), "refusals", "one", "spread", "resumed")
+
+
+@pytest.fixture(scope="module")
+def copies(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return parts_of(repository, tmp_path_factory.mktemp("runs"), "one", "auto", "shards")
+
+
+@pytest.fixture(scope="module")
+def others(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return parts_of(repository, tmp_path_factory.mktemp("runs"), "four_bits", "supervised")
 
 
 def test_a_run_on_a_mesh_is_the_run_of_one_device(found: dict[str, Any]) -> None:
@@ -41,9 +55,10 @@ def test_a_run_on_a_mesh_is_the_run_of_one_device(found: dict[str, Any]) -> None
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_copies_of_the_weights_are_chosen_by_memory_and_give_what_shards_give(found: dict[str, Any]) -> None:
+@pytest.mark.slow
+def test_copies_of_the_weights_are_chosen_by_memory_and_give_what_shards_give(copies: dict[str, Any]) -> None:
     """Eight copies of a tiny model, or each weight in eight shards."""
-    one, auto, shards = found["one"], found["auto"], found["shards"]
+    one, auto, shards = copies["one"], copies["auto"], copies["shards"]
     printed = "\n".join(auto["printed"])
     assert re.search(r"mesh: data auto, fsdp auto", printed)
     assert re.search(
@@ -71,14 +86,16 @@ def test_a_run_goes_on_with_another_mesh(found: dict[str, Any]) -> None:
     np.testing.assert_allclose(found["resumed"], found["one"]["curve"], rtol=1e-4, atol=1e-6)
 
 
-def test_a_quantised_run_over_all_axes_is_that_of_one_device(found: dict[str, Any]) -> None:
-    one, spread = found["four_bits"]
+@pytest.mark.slow
+def test_a_quantised_run_over_all_axes_is_that_of_one_device(others: dict[str, Any]) -> None:
+    one, spread = others["four_bits"]
     assert spread["completions"] == one["completions"]
     np.testing.assert_allclose(spread["curve"], one["curve"], rtol=1e-4, atol=1e-6)
 
 
-def test_a_warm_up_of_every_weight_is_that_of_one_device(found: dict[str, Any]) -> None:
-    one, spread = found["supervised"]
+@pytest.mark.slow
+def test_a_warm_up_of_every_weight_is_that_of_one_device(others: dict[str, Any]) -> None:
+    one, spread = others["supervised"]
     np.testing.assert_allclose(spread, one, rtol=1e-4, atol=1e-6)
 
 

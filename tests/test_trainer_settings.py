@@ -85,6 +85,7 @@ def test_sync_and_async_rewards_with_weights_and_none_add_up(tmp_path: Path):
     assert seen == {True, False}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", [False, True])
 def test_offload_keeps_what_is_trained_in_the_hosts_memory_between_updates_and_changes_no_result(
     adapter: bool, lora_run: Finished, tmp_path: Path

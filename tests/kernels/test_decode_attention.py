@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from kernel_checks import CHIPS, compiled_for, decode_shapes, no_race
+from kernel_checks import CHIPS, compiled_for, decode_shapes, no_race, on_chips
 from plain_oracles import array_sizes, quick_compiling
 
 from grpo_kernels import NO_WINDOW, KVCache, SlotMap, decode_attention
@@ -298,11 +298,13 @@ def test_a_tpu_with_less_vector_memory_gets_smaller_blocks() -> None:
 
 @pytest.mark.parametrize(
     ("chip", "shape", "kv_format"),
-    [
-        *zip(CHIPS, (GEMMA_3_12B, GEMMA_3_12B, EIGHT_B, EIGHT_B), ("auto", "int8", "auto", "int8"), strict=True),
-        ("v5e", EIGHT_B, "int4"),
-        ("v6e", GEMMA_3_12B, "int4"),
-    ],
+    on_chips(
+        [
+            *zip(CHIPS, (GEMMA_3_12B, GEMMA_3_12B, EIGHT_B, EIGHT_B), ("auto", "int8", "auto", "int8"), strict=True),
+            ("v5e", EIGHT_B, "int4"),
+            ("v6e", GEMMA_3_12B, "int4"),
+        ]
+    ),
     ids=str,
 )
 def test_on_a_tpu_there_are_neither_scores_nor_copies(chips: dict[str, Any], chip: str, shape: Shape, kv_format: str) -> None:

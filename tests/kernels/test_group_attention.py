@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from kernel_checks import CHIPS, compiled_for, no_race
+from kernel_checks import CHIPS, compiled_for, no_race, on_chips
 from packed_rows import CASES, UNEQUAL, Case, asked, by_the_book, group, inputs, key_ranges, visible_blocks
 from plain_oracles import quick_compiling
 
@@ -181,7 +181,7 @@ def test_the_kernels_have_no_race(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("by_key", [False, True])
-@pytest.mark.parametrize("window", [NO_WINDOW, 20, 1])
+@pytest.mark.parametrize("window", [NO_WINDOW, pytest.param(20, marks=pytest.mark.slow), 1])
 def test_only_blocks_that_see_something_are_visited(case: Case, by_key: bool, window: int) -> None:
     """The list has every pair of blocks with a key that counts, one more for an outer block without any, and no other."""
     plan = planned(case, window, "mosaic_tpu")
@@ -237,7 +237,7 @@ def test_block_sizes_follow_the_heads_and_the_device() -> None:
 
 @pytest.mark.parametrize(
     ("chip", "shape", "softcap"),
-    list(zip(CHIPS, (QWEN3_8B, GEMMA_3_12B, QWEN3_8B, GEMMA_3_4B), (None, 50.0, None, None), strict=True)),
+    on_chips(zip(CHIPS, (QWEN3_8B, GEMMA_3_12B, QWEN3_8B, GEMMA_3_4B), (None, 50.0, None, None), strict=True)),
     ids=str,
 )
 def test_on_a_tpu_there_are_no_scores(chips: dict[str, Any], chip: str, shape: Shape, softcap: float | None) -> None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_checks import CHIPS, MIB, V5P_TAKES_MORE, compiled_for, interpreted, no_race
+from kernel_checks import CHIPS, MIB, V5P_TAKES_MORE, compiled_for, interpreted, no_race, on_chips
 from plain_oracles import array_sizes, log_softmax, quick_compiling
 
 from grpo_kernels import head_logprob
@@ -301,7 +301,9 @@ def test_on_a_cpu_it_takes_a_twentieth_of_the_memory() -> None:
     assert own < plain / 20
 
 
-@pytest.mark.parametrize(("chip", "shape"), list(zip(CHIPS, (QWEN3_8B, LLAMA_3_8B, GEMMA_3_4B, GEMMA_2_2B), strict=True)), ids=str)
+@pytest.mark.parametrize(
+    ("chip", "shape"), on_chips(zip(CHIPS, (QWEN3_8B, LLAMA_3_8B, GEMMA_3_4B, GEMMA_2_2B), strict=True)), ids=str
+)
 def test_on_a_tpu_a_gradient_takes_the_kept_vector_and_no_more(chips: dict[str, Any], chip: str, shape: Shape) -> None:
     """Next to one [T, H] array in bfloat16 a few values a token.
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_checks import V5P_TAKES_MORE, compiled_for, interpreted, no_race
+from kernel_checks import V5P_TAKES_MORE, compiled_for, interpreted, no_race, on_chips
 from plain_oracles import array_sizes, quick_compiling
 
 from grpo_kernels import QuantizedWeight, quantize, quantized_matmul, quantized_shapes
@@ -181,16 +181,18 @@ def test_nothing_dense_is_kept_for_the_backward_pass(form: str) -> None:
 
 @pytest.mark.parametrize(
     ("chip", "name", "form", "rows"),
-    [
-        ("v4", "Llama-3.1-8B up", "int8", ROWS[0]),
-        ("v4", "Llama-3.1-8B up", "int4", ROWS[0]),
-        ("v4", "Qwen2.5-1.5B down", "nf4", ROWS[0]),
-        ("v5e", "Llama-3.1-8B up", "int4", ROWS[1]),
-        ("v5p", "Qwen2.5-1.5B down", "int4", ROWS[1]),
-        ("v5p", "Qwen2.5-1.5B down", "nf4", ROWS[0]),
-        ("v6e", "Llama-3.1-8B up", "nf4", ROWS[0]),
-        ("v6e", "Llama-3.1-8B up", "int8", ROWS[1]),
-    ],
+    on_chips(
+        [
+            ("v4", "Llama-3.1-8B up", "int8", ROWS[0]),
+            ("v4", "Llama-3.1-8B up", "int4", ROWS[0]),
+            ("v4", "Qwen2.5-1.5B down", "nf4", ROWS[0]),
+            ("v5e", "Llama-3.1-8B up", "int4", ROWS[1]),
+            ("v5p", "Qwen2.5-1.5B down", "int4", ROWS[1]),
+            ("v5p", "Qwen2.5-1.5B down", "nf4", ROWS[0]),
+            ("v6e", "Llama-3.1-8B up", "nf4", ROWS[0]),
+            ("v6e", "Llama-3.1-8B up", "int8", ROWS[1]),
+        ]
+    ),
 )
 def test_on_a_tpu_the_weight_is_read_in_place(chips: dict[str, Any], chip: str, name: str, form: str, rows: int) -> None:
     """Value and gradient in one program: the quantised values are read, and nothing but the codebook is stored on the way.

@@ -38,18 +38,18 @@ few groups have none."""
 ROWS, COLUMNS = 32, 6
 """Completions of a step in `mesh_update.py`, and tokens of the longest."""
 
-CASES = [("lora", "8x1x1"), ("lora", "1x8x1"), ("lora", "1x1x4"), ("lora", "2x2x2")] + [
-    (name, "2x2x2") for name in ("micro", "full", "beta0")
-]
+Results = dict[tuple[str, str], dict[str, Any]]
+
+QUICK = [("lora", "1x8x1"), ("lora", "2x2x2")]
+OTHERS = [("lora", "8x1x1"), ("lora", "1x1x4")] + [(name, "2x2x2") for name in ("micro", "full", "beta0")]
 
 
-@pytest.fixture(scope="module")
-def results(repository: Path) -> dict[tuple[str, str], dict[str, Any]]:
+def results_of(repository: Path, cases: list[tuple[str, str]]) -> Results:
     """Runs `mesh_update.py`; its results by case and mesh."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(str(repository / part) for part in ("", "kernels", "tests", "tests/support"))
     }
-    program = [sys.executable, str(repository / "tests" / "support" / "mesh_update.py")]
+    program = [sys.executable, str(repository / "tests" / "support" / "mesh_update.py"), *map("/".join, cases)]
     done = subprocess.run(program, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
@@ -57,17 +57,27 @@ def results(repository: Path) -> dict[tuple[str, str], dict[str, Any]]:
     return {(row["case"], row["mesh"]): row for row in found}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_mesh_gives_the_loss_and_the_gradients_of_one_device(results: dict[tuple[str, str], Any], case: tuple[str, str]) -> None:
+@pytest.fixture(scope="module")
+def results(repository: Path) -> Results:
+    return results_of(repository, QUICK)
+
+
+@pytest.fixture(scope="module")
+def other_results(repository: Path) -> Results:
+    return results_of(repository, OTHERS)
+
+
+@pytest.mark.parametrize("case", [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in OTHERS)])
+def test_a_mesh_gives_the_loss_and_the_gradients_of_one_device(case: tuple[str, str], request: pytest.FixtureRequest) -> None:
     """To 1e-6 of the mean term and 1e-5 of the norm: sums in another order, in float32."""
-    found = results[case]
+    found = request.getfixturevalue("results" if case in QUICK else "other_results")[case]
     assert found["loss"] <= 1e-6 * MEAN_TERM
     assert found["gradient"] <= 1e-5
     for name, (got, expected) in found["metrics"].items():
         assert math.isclose(got, expected, rel_tol=1e-5, abs_tol=1e-6), name
 
 
-def test_an_update_over_fsdp_gathers_weights_and_adds_up_gradients(results: dict[tuple[str, str], Any]) -> None:
+def test_an_update_over_fsdp_gathers_weights_and_adds_up_gradients(results: Results) -> None:
     """Otherwise only scalars, one for each entry or token of a completion, and the step's N advantages are moved.
 
     No logits, no hidden states, no token ids: log-probabilities come from packed rows, which have completions of any shard.
@@ -93,6 +103,7 @@ def test_an_update_over_fsdp_gathers_weights_and_adds_up_gradients(results: dict
         assert dims == [] or is_one_of(dims, of_adapters | adapters), dims
 
 
+@pytest.mark.slow
 def test_an_update_compiles_for_four_tpu_chips(chips: Any) -> None:
     """With Pallas kernels, each on its chip's part; the base is int4, its groups sharded over both axes."""
     from jax.experimental import topologies

@@ -179,8 +179,8 @@ def mean_size_of_a_token(objective: ObjectiveConfig, advantages: np.ndarray, kl:
 CUTS = [
     ("dapo", (1, 1), False),
     ("dapo", (2, 2), True),
-    ("gspo, two updates", (B, 2), False),
-    ("dr_grpo, two updates", (2, G), False),
+    pytest.param("gspo, two updates", (B, 2), False, marks=pytest.mark.slow),
+    pytest.param("dr_grpo, two updates", (2, G), False, marks=pytest.mark.slow),
     ("cispo, KL in the reward", (2, 2), False),
 ]
 

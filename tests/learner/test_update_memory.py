@@ -60,6 +60,7 @@ def test_no_logits_no_scores_and_no_dense_copy_of_a_quantised_weight(chips: Any,
     assert bool(dense) == (quantization == "none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "completion", "most"),
     [(TWO_LAYERS, 512, GB // 30), pytest.param(LLAMA_8B, COMPLETION, 20 * GB, marks=pytest.mark.slow)],

@@ -319,6 +319,7 @@ MEAN_TERM = 0.3
 """A little below the mean absolute term of the loss, as in `test_mesh_update.py`."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [("lora", "8x1x1"), ("lora", "1x8x1"), ("lora", "1x1x4"), ("lora", "2x2x2")]
@@ -333,6 +334,7 @@ def test_experts_on_a_mesh_give_the_loss_and_the_gradients_of_one_device(
     assert found["gradient"] <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["1x1x4", "2x2x2"])
 @pytest.mark.parametrize("choice", ["many", "one choice"])
 @pytest.mark.parametrize("weights", ["none", "int8"])
@@ -343,6 +345,7 @@ def test_a_decoding_step_on_a_mesh_matches_one_device(
     assert on_eight_devices[f"step, {weights}, {choice}", mesh]["hidden"] < 1e-6
 
 
+@pytest.mark.slow
 def test_an_indivisible_number_of_experts_is_refused(on_eight_devices: dict[tuple[str, str], Any]) -> None:
     message = on_eight_devices["refused", "1x1x4"]["error"]
     assert message.startswith("mesh.tensor is 4: the model's experts are 6")

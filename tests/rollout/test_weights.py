@@ -130,6 +130,7 @@ def test_a_rollout_with_merged_adapters_is_that_of_the_merged_model() -> None:
     assert any(np.any(a != b) for a, b in zip(got.logprobs, apart.logprobs, strict=True))
 
 
+@pytest.mark.slow
 def test_merged_adapters_train_with_a_capped_importance_weight(tmp_path: Path) -> None:
     """The difference between sampler and trainer is in the metrics, and larger than without merging."""
     differences = {}

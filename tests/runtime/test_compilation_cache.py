@@ -100,6 +100,7 @@ def test_the_setting_is_a_switch_or_a_path() -> None:
     assert Config.from_dict({"train": {"compilation_cache": "cache"}}).train.compilation_cache == "cache"
 
 
+@pytest.mark.slow
 def test_a_second_process_and_a_resumed_one_compile_nothing(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", additions())
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}

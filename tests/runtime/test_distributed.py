@@ -159,6 +159,7 @@ def assert_ended_together(killed: list[Ended]) -> None:
     assert "another process of this run has ended" in killed[0].err or "another task died" in killed[0].err, killed[0].err
 
 
+@pytest.mark.slow
 def test_a_run_of_two_processes_is_continued_by_one_after_one_was_killed(whole: Path, tmp_path: Path) -> None:
     """Two processes, one killed in step 2; one alone makes steps 2 to 5."""
     values = config_folder(tmp_path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,6 +23,11 @@ CHIPS = ["v4", "v5e", "v5p", "v6e"]
 MIB = 2**20
 V5P_TAKES_MORE = jax.__version_info__ >= (0, 12)
 """Whether the libtpu that comes with this jax (0.0.50) needs more on a v5p than 0.0.42; kernels/README.md has the amounts."""
+
+
+def on_chips(rows: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """Cases whose first value is a chip; those of v4 and v5p are slow tests."""
+    return [pytest.param(*row, marks=[pytest.mark.slow] if row[0] in ("v4", "v5p") else []) for row in rows]
 
 
 def interpreted(implementation: str | None) -> AbstractContextManager[Any]:

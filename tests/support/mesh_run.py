@@ -1,7 +1,7 @@
 """Runs on eight CPU devices: `train`, `sft`, `Policy` and a resumed run with a mesh. A program: devices are made at the start.
 
-`python tests/support/mesh_run.py FOLDER` prints one JSON object: curves, completions and log-probabilities, of one device and of
-meshes.
+`python tests/support/mesh_run.py FOLDER PART...` prints one JSON object with these parts: curves, completions and
+log-probabilities, of one device and of meshes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +102,15 @@ if __name__ == "__main__":
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     place = Path(sys.argv[1])
+    parts: dict[str, Callable[[], Any]] = {
+        "refusals": lambda: refusals(place / "refused"),
+        "one": lambda: trained(place / "one", ONE),
+        "auto": lambda: trained(place / "auto", {}),
+        "shards": lambda: trained(place / "shards", {"fsdp": -1}),
+        "spread": lambda: trained(place / "spread", SPREAD),
+        "resumed": lambda: resumed(place / "resumed"),
+        "four_bits": lambda: [four_bits(place / name, mesh) for name, mesh in (("int4-one", ONE), ("int4-spread", ALL_AXES))],
+        "supervised": lambda: [supervised(place / name, mesh) for name, mesh in (("sft-one", ONE), ("sft-spread", SPREAD))],
+    }
     with quick_compiling(), shared_programs():
-        found = {
-            "refusals": refusals(place / "refused"),
-            "one": trained(place / "one", ONE),
-            "auto": trained(place / "auto", {}),
-            "shards": trained(place / "shards", {"fsdp": -1}),
-            "spread": trained(place / "spread", SPREAD),
-            "resumed": resumed(place / "resumed"),
-            "four_bits": [four_bits(place / name, mesh) for name, mesh in (("int4-one", ONE), ("int4-spread", ALL_AXES))],
-            "supervised": [supervised(place / name, mesh) for name, mesh in (("sft-one", ONE), ("sft-spread", SPREAD))],
-        }
-        print(json.dumps(found))
+        print(json.dumps({name: parts[name]() for name in sys.argv[2:]}))

@@ -117,6 +117,7 @@ def test_each_of_eight_chips_has_an_eighth_of_the_weights(folder: Path) -> None:
     assert made["rollout"]["seconds_at_least"] > 0
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_each_of_eight_chips_has_all_of_the_weights_where_they_are_small(folder: Path) -> None:
     """A rollout joins q, k and v, and gate and up, in copies of both layers."""
@@ -183,6 +184,7 @@ def with_limit(machine: Machine, limit: int) -> Machine:
     return replace(machine, limit_bytes=limit)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quickly")
 def test_advice_that_is_followed_fits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On this machine, with a limit that leaves room for half of what the update needs next to the resident arrays."""
@@ -341,6 +343,7 @@ def test_auto_trains_as_numbers_do(chosen: tiny_runs.Finished, tmp_path: Path) -
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quickly")
 @pytest.mark.parametrize("fixed_share", [0.6, 0.0])
 def test_auto_takes_less_where_memory_is_short(fixed_share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -429,6 +432,7 @@ def test_planning_allocates_nothing_large(folder: Path) -> None:
     assert Planner(folder, spec).compile_seconds == 0
 
 
+@pytest.mark.slow
 def test_a_cpu_plan_equals_the_growth_of_the_process() -> None:
     """For an update of some 400 MB, in its own process; within a tenth, as the runtime allocates some memory too.
 
