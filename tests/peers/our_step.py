@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from step_task import ALPHA, BETA, LEARNING_RATE, RANK, Watch, calls, parser, prompts_of, report
+from step_task import ALPHA, BETA, LEARNING_RATE, RANK, Watch, calls, equally_long, parser, prompts_of, report
 
 import grpo_jax as gx
 from grpo_jax.config import Config, LoraConfig, ModelConfig, ObjectiveConfig, OptimConfig, RolloutConfig, TrainConfig
@@ -71,7 +71,7 @@ def run(given: argparse.Namespace, folder: str) -> None:
     with contextlib.redirect_stdout(sys.stderr):
         config = settings(given, folder)
         policy = gx.Policy.from_pretrained(given.model, lora=config.lora)
-        if given.questions is None:
+        if equally_long(given):
             policy = dataclasses.replace(policy, stop_ids=())  # no stop token ends a completion
         result = gx.train(config, policy=policy, dataset=rows, reward_funcs=reward)
     leaves = jax.tree_util.tree_leaves_with_path(result.policy.adapters)

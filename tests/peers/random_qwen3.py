@@ -87,8 +87,17 @@ class Sizes:
         }
 
 
-def weights(sizes: Sizes, seed: int) -> dict[str, np.ndarray]:
-    """Draws the matrices from N(0, 0.02²); norms are ones."""
+COMMON = 20.0
+"""First number of every embedding where texts end: much longer than the rest, so that the first hidden number hardly changes."""
+
+
+def weights(sizes: Sizes, seed: int, mean_length: int | None = None) -> dict[str, np.ndarray]:
+    """Draws the matrices from N(0, 0.02²); norms are ones.
+
+    Args:
+        mean_length: tokens after which a text ends on average: `<eos>` then has about the same probability after every token. None
+            gives it no more than other tokens.
+    """
     draws = np.random.default_rng(seed)
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (sizes.vocabulary, sizes.width)}
     for layer in range(sizes.layers):
@@ -98,6 +107,12 @@ def weights(sizes: Sizes, seed: int) -> dict[str, np.ndarray]:
     for name, shape in shapes.items():
         drawn = draws.standard_normal(shape, np.float32) * np.float32(0.02)
         tensors[f"{name}.weight"] = np.ones(shape, np.float32) if len(shape) == 1 else drawn
+    if mean_length is not None:
+        embedding = tensors["model.embed_tokens.weight"]
+        common = COMMON * np.sqrt(sizes.width / 256)
+        hidden = common / np.sqrt((common**2 + 0.02**2 * sizes.width) / sizes.width)
+        embedding[:, 0] = common
+        embedding[SPECIAL["<eos>"], 0] += np.log(sizes.vocabulary / mean_length) / hidden
     return tensors
 
 
@@ -118,7 +133,7 @@ def tokenizer(vocabulary: int) -> dict[str, Any]:
     }
 
 
-def write(folder: Path, sizes: Sizes, seed: int = 0) -> None:
+def write(folder: Path, sizes: Sizes, seed: int = 0, mean_length: int | None = None) -> None:
     """Writes the model's folder."""
     from safetensors.numpy import save_file
 
@@ -131,7 +146,7 @@ def write(folder: Path, sizes: Sizes, seed: int = 0) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    save_file(weights(sizes, seed), folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights(sizes, seed, mean_length), folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def add_size_options(parser: argparse.ArgumentParser) -> None:
@@ -150,9 +165,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="writes a random Qwen3")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mean_length", type=int, default=None, help="tokens after which a text ends on average")
     add_size_options(parser)
     given = parser.parse_args()
-    write(given.folder, sizes_from(given), given.seed)
+    write(given.folder, sizes_from(given), given.seed, given.mean_length)
 
 
 if __name__ == "__main__":

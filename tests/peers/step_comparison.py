@@ -6,8 +6,9 @@ everything that was measured to a JSON file. The model is a random Qwen3.
     python tests/peers/step_comparison.py --trl_python .venv-peers/bin/python --tunix_python .venv-tunix/bin/python
 
 All train the same model with LoRA on all linear layers (the number of trained parameters is compared), β > 0, so that the reference
-is scored, no truncation, exactly `completion_length` tokens a completion, and one update over all rows; on the same CPU cores, in
-float32. Times are measured from outside, between calls of the reward function, after two warm-up steps: `step_task.py`.
+is scored, no truncation, and one update over all rows; on the same CPU cores, in float32. Every completion has exactly
+`completion_length` tokens; with `--mean_length` it ends where the model says, after as many on average, and at that length at last.
+Times are measured from outside, between calls of the reward function, after two warm-up steps: `step_task.py`.
 
 Each trainer runs with its fastest settings: the first round runs all of SETTINGS, later rounds only the fastest of each trainer.
 The times of the others are printed under the table. Medians are over all steps of all rounds with the fastest settings. The script
@@ -48,6 +49,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trl_python", default=None, help="Python with torch, transformers, TRL and PEFT; without it no TRL")
     parser.add_argument("--tunix_python", default=None, help="Python with google-tunix; without it no Tunix")
     parser.add_argument("--prompt_length", type=int, nargs="+", default=[64, 512], help="tokens of every prompt, one table each")
+    parser.add_argument(
+        "--mean_length", type=int, default=None, help="tokens of a completion on average; all are equally long without"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--cores", type=int, default=2, help="CPU cores that all run on")
     parser.add_argument(
@@ -89,7 +93,7 @@ def run(given: argparse.Namespace, trainer: str, prompt_length: int, options: st
     shape = {name: vars(given)[name] for name in ("completion_length", "prompts", "num_generations", "steps")}
     words = [pythons[trainer], str(HERE / SCRIPTS[trainer]), "--model", str(given.out / "model")]
     words += [f"--{name}={value}" for name, value in (shape | {"prompt_length": prompt_length}).items()]
-    words += [f"--{option}" for option in options.split()]
+    words += [f"--{option}" for option in options.split()] + ["--ragged"] * (given.mean_length is not None)
     start, used_before, ours_before = time.perf_counter(), busy_seconds(), os.times()
     done = subprocess.run(words, cwd=given.out, env=environment(), capture_output=True, text=True)
     wall, used, ours = time.perf_counter() - start, busy_seconds() - used_before, os.times()
@@ -131,6 +135,9 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
         "options": best,
         "median_step_seconds": statistics.median(steps),
         "median_rollout_seconds": statistics.median(rollouts) if rollouts else None,
+        "mean_tokens": statistics.fmean(
+            tokens for run in chosen for tokens in run["completion_tokens_mean"][-len(run["step_seconds"]) :]
+        ),
         "fastest_step_seconds": min(steps),
         "slowest_step_seconds": max(steps),
         "steps": len(steps),
@@ -142,12 +149,13 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def show(summary: dict[str, dict[str, Any]], prompt_length: int) -> None:
     """Prints the table of a prompt length and its conclusion."""
-    heads = f"{'seconds a step':>16}{'of it rollout':>16}{'from … to':>18}{'steps':>8}{'others, cores':>16}"
+    heads = f"{'seconds a step':>16}{'of it rollout':>16}{'tokens':>10}{'from … to':>18}{'steps':>8}{'others, cores':>16}"
     print(f"\nprompt {prompt_length}\n{'':16}{heads}")
     for trainer, of_trainer in summary.items():
         rollout = of_trainer["median_rollout_seconds"]
         span = f"{of_trainer['fastest_step_seconds']:.2f} … {of_trainer['slowest_step_seconds']:.2f}"
-        cells = f"{of_trainer['median_step_seconds']:16.2f}{'' if rollout is None else f'{rollout:.2f}':>16}{span:>18}"
+        cells = f"{of_trainer['median_step_seconds']:16.2f}{'' if rollout is None else f'{rollout:.2f}':>16}"
+        cells += f"{of_trainer['mean_tokens']:10.0f}{span:>18}"
         print(f"{TRAINERS[trainer]:16}{cells}{of_trainer['steps']:8}{of_trainer['others_cores']:16.2f}")
     for trainer, of_trainer in summary.items():
         others = ", ".join(f"{options or 'defaults'}: {took:.2f} s" for options, took in of_trainer["also_tried"].items())
@@ -165,7 +173,7 @@ def main() -> None:
     given = arguments()
     if sys.platform == "linux":  # children inherit it
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: given.cores])
-    write(given.out / "model", sizes_from(given))
+    write(given.out / "model", sizes_from(given), mean_length=given.mean_length)
     runs = {length: measure(given, length) for length in given.prompt_length}
     summary = {length: {trainer: summarise(made) for trainer, made in of_length.items()} for length, of_length in runs.items()}
     settings = {

@@ -36,13 +36,19 @@ def parser(description: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--questions", default=None, help="JSON lines with `question` for a chat model, whose completions end as it says"
     )
+    made.add_argument("--ragged", action="store_true", help="completions end where the model says, at completion_length at last")
     add_shape_options(made)
     return made
 
 
+def equally_long(given: argparse.Namespace) -> bool:
+    """Whether every completion has `completion_length` tokens."""
+    return given.questions is None and not given.ragged
+
+
 def add_shape_options(to: argparse.ArgumentParser) -> None:
     """Adds the options of a step's shape, except the length of the prompts, and the number of timed steps."""
-    to.add_argument("--completion_length", type=int, default=128, help="tokens of every completion")
+    to.add_argument("--completion_length", type=int, default=128, help="tokens of every completion, or of the longest")
     to.add_argument("--prompts", type=int, default=4, help="prompts a step")
     to.add_argument("--num_generations", type=int, default=8, help="completions a prompt")
     to.add_argument("--steps", type=int, default=4, help=f"steps timed, after {WARM_UP} of warm-up")
@@ -95,6 +101,7 @@ class Watch:
         lengths = {len(row) for row in completions}
         if given.questions is None:
             assert {len(prompt.split()) for prompt in prompts} == {given.prompt_length}
+        if equally_long(given):
             assert lengths == {given.completion_length}, f"completions of {sorted(lengths)} tokens"
         assert 0 < max(lengths) <= given.completion_length, f"completions of {sorted(lengths)} tokens"
         self.tokens.append(sum(map(len, completions)) / len(completions))
@@ -139,7 +146,7 @@ def report(
     assert all(math.isfinite(loss) for loss in losses), losses
     assert 0 < change < math.inf, f"the adapters changed by {change}"
     rows = watch.given.prompts * watch.given.num_generations
-    if watch.given.questions is None:
+    if equally_long(watch.given):
         assert watch.distinct == [rows] * len(watch.times), f"of {rows} completions {watch.distinct} are different"
     result = {
         "step_seconds": steps,

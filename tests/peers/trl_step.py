@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from step_task import ALPHA, BETA, LEARNING_RATE, RANK, Watch, calls, parser, prompts_of, report, timed
+from step_task import ALPHA, BETA, LEARNING_RATE, RANK, Watch, calls, equally_long, parser, prompts_of, report, timed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
@@ -52,7 +52,7 @@ def settings(given: argparse.Namespace, folder: str) -> GRPOConfig:
         num_iterations=1,
         shuffle_dataset=False,
         max_completion_length=given.completion_length,
-        generation_kwargs={"min_new_tokens": given.completion_length} if given.questions is None else {},
+        generation_kwargs={"min_new_tokens": given.completion_length} if equally_long(given) else {},
         cache_implementation=None if given.cache == "dynamic" else given.cache,
         use_transformers_continuous_batching=given.continuous,
         temperature=1.0,

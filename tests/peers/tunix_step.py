@@ -21,6 +21,7 @@ import numpy as np
 import optax
 import qwix
 from flax import nnx
+from random_qwen3 import SPECIAL
 from step_task import ALPHA, BETA, LEARNING_RATE, RANK, Watch, calls, made_up_prompts, parser, report, timed
 from tokenizers import Tokenizer
 from tunix.models.qwen3 import model as qwen3
@@ -36,11 +37,12 @@ PACKAGES = ("google-tunix", "qwix", "jax", "jaxlib", "flax", "optax")
 
 
 class Words:
-    """Tokenizer with Tunix's interface. The ids of end and padding are outside the vocabulary, so they are never sampled."""
+    """Tokenizer with Tunix's interface. The id of padding is outside the vocabulary, and so is that of the end unless `ends`."""
 
-    def __init__(self, folder: Path, vocabulary: int):
+    def __init__(self, folder: Path, vocabulary: int, ends: bool):
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.vocabulary = vocabulary
+        self.end = SPECIAL["<eos>"] if ends else vocabulary
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(str(text)).ids
@@ -52,7 +54,7 @@ class Words:
         return 0  # none: Tunix leaves out the id 0
 
     def eos_id(self) -> int:
-        return self.vocabulary
+        return self.end
 
     def pad_id(self) -> int:
         return self.vocabulary + 1
@@ -165,7 +167,10 @@ def run(given: argparse.Namespace) -> None:
     reference, actor = models(given, mesh)
     vocabulary = reference.config.vocab_size
     cluster = clusters.RLCluster(
-        actor=actor, reference=reference, tokenizer=Words(Path(given.model), vocabulary), cluster_config=cluster_config(given, mesh)
+        actor=actor,
+        reference=reference,
+        tokenizer=Words(Path(given.model), vocabulary, given.ragged),
+        cluster_config=cluster_config(given, mesh),
     )
     before = adapters_of(cluster.actor_trainer.model)
     rollout: list[float] = []
