@@ -98,7 +98,9 @@ def code_execution(
         ConfigError: Nothing that confines code is installed, or it does not confine on this machine; a setting is out of range.
     """
     require_choice("code_execution.isolation", isolation, list(ISOLATIONS))
-    require(0 < test_seconds <= total_seconds, "code_execution.test_seconds", test_seconds, "use more than 0, at most total_seconds")
+    require(
+        0 < test_seconds <= total_seconds, "code_execution.test_seconds", test_seconds, "use more than 0, at most total_seconds"
+    )
     require(total_seconds <= 3600, "code_execution.total_seconds", total_seconds, "use at most 3600 seconds")
     require(memory_mb >= 64, "code_execution.memory_mb", memory_mb, "use at least 64 MiB: Python itself needs some")
     limits = Limits(test_seconds, total_seconds, memory_mb << 20)

@@ -1,4 +1,4 @@
-"""Programs that try to break out of `code_execution`, or to be rewarded without solving the task: none may, and the host must not change.
+"""Programs that try to break out of `code_execution`, or to be rewarded without a solution: none is, and the host does not change.
 
 The task has an answer that nobody can know: the row expects a random text, which also stands in a file, in the environment, behind
 a socket and in this process's memory. Whoever gets a reward has read it, or has forged the verdict. In the programs, CANARY_PATH,
@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -171,11 +171,11 @@ def test_without_isolation_such_programs_get_the_answer(host: Host) -> None:
     assert host.state() != before  # the servers were visited
 
 
-def check_escape(host: Host, isolation: str, path: Path, kinds: tuple[str, ...]) -> None:
+def check_escape(host: Host, isolation: str, path: Path, kinds: Sequence[str]) -> None:
     reward = isolated(isolation, **SHORT)
     before, running = host.state(), descendants()
-    for kind in kinds:
-        assert reward(completions=[host.text_of(path)], tests=[host.tests(kind)]) == [0.0], kind
+    values = {kind: reward(completions=[host.text_of(path)], tests=[host.tests(kind)]) for kind in kinds}
+    assert values == {kind: [0.0] for kind in kinds}
     assert host.state() == before
     assert isolation == "monty" or descendants() <= running  # monty's own workers stay
 
@@ -195,7 +195,7 @@ def test_an_escape_is_not_rewarded_in_any_kind_of_test(host: Host, path: Path) -
 def test_no_escape_is_rewarded_by_monty(host: Host) -> None:
     isolated("monty")
     for path in ESCAPES:
-        check_escape(host, "monty", path, KINDS[1:])
+        check_escape(host, "monty", path, [KINDS[1 + ESCAPES.index(path) % 2]])
 
 
 def test_the_corpus_covers_every_way_out() -> None:

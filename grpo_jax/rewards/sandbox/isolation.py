@@ -1,4 +1,4 @@
-"""Finds what confines code on this machine, and checks that it does before a run begins. There is no fallback to a plain process."""
+"""Finds what confines code on this machine, and checks before a run begins that it does. Nothing falls back to a plain process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from grpo_jax.rewards.sandbox.limits import Limits
 from grpo_jax.rewards.sandbox.process import ENVIRONMENT, START_SECONDS, Sandbox, SandboxError, SolutionEndedError
 
 ISOLATIONS = ("auto", "bubblewrap", "docker", "podman", "monty")
-SYSTEM = ("linux-x86_64", "linux-aarch64")
 NOBODY = "65534"
 
 INSTALL = (
@@ -51,7 +50,7 @@ class Bubblewrap:
 
     def open(self, start: Mapping[str, Any], limits: Limits) -> Sandbox:
         """Starts a sandbox."""
-        return Sandbox(self.command(), start, limits)
+        return Sandbox(self.command(), start, limits, ENVIRONMENT)
 
     def command(self) -> list[str]:
         """The command line of a sandbox."""
@@ -86,7 +85,7 @@ class Container:
         def remove() -> None:
             subprocess.run([self.program, "rm", "-f", name], capture_output=True, check=False, timeout=START_SECONDS)
 
-        return Sandbox(self.command(name, limits), start, limits, on_close=remove)
+        return Sandbox(self.command(name, limits), start, limits, None, on_close=remove)
 
     def command(self, name: str, limits: Limits) -> list[str]:
         """The command line of a container."""
@@ -94,6 +93,8 @@ class Container:
         command = [self.program, "run", "--rm", "--interactive", "--name", name, "--pull=never", "--network=none", "--ipc=none"]
         command += ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", f"--user={NOBODY}:{NOBODY}"]
         command += ["--pids-limit=80", f"--memory={memory}", f"--memory-swap={memory}", "--hostname=sandbox", "--workdir=/"]
+        if os.path.basename(self.program) == "podman":
+            command.append("--read-only-tmpfs=false")  # its own --read-only leaves /tmp writable
         command += [f"--volume={FILES}:/sandbox/inside:ro", "--entrypoint=python3"]
         command += [f"--env={key}={value}" for key, value in ENVIRONMENT.items()]
         return [*command, self.image, *INTERPRETER_OPTIONS]
@@ -117,12 +118,16 @@ def find_isolation(isolation: str, image: str | None) -> Bubblewrap | Container 
         if program is None:
             raise ConfigError(f"code_execution.isolation is {isolation!r}, which is not installed: {INSTALL}")
         if not image:
-            raise ConfigError(f"code_execution.image is {image!r}: name an image with python3 for {isolation}, such as python:3.12-slim")
+            raise ConfigError(
+                f"code_execution.image is {image!r}: name an image with python3 for {isolation}, such as python:3.12-slim"
+            )
         return checked(Container(program, image))
     program = shutil.which("bwrap")
     if isolation == "monty" or (isolation == "auto" and program is None):
         if not monty_is_installed():
-            raise ConfigError(f"code_execution found nothing on this machine that can confine code (isolation: {isolation}): {INSTALL}")
+            raise ConfigError(
+                f"code_execution found nothing on this machine that can confine code (isolation: {isolation}): {INSTALL}"
+            )
         return None
     if program is None:
         raise ConfigError(f"code_execution.isolation is 'bubblewrap', and there is no bwrap on this machine: {INSTALL}")
@@ -156,9 +161,9 @@ def checked(isolation: Bubblewrap | Container) -> Bubblewrap | Container:
                 report = sandbox.next(time.monotonic() + START_SECONDS)
         except (SandboxError, SolutionEndedError) as error:
             raise ConfigError(
-                f"code_execution: {name} is installed and does not work here ({error}). Where it says that a namespace is not permitted, "
-                "allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1, or an AppArmor profile for bwrap), "
-                f"or choose another isolation: {INSTALL}"
+                f"code_execution: {name} is installed and does not work here ({error}). If a namespace is not permitted, allow "
+                "unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1, or an AppArmor profile for bwrap). "
+                f"Otherwise {INSTALL}"
             ) from None
     found = [*report.get("possible", ["it did not report"])]
     if report.get("canary_present") is not False:

@@ -99,11 +99,16 @@ class Calls:
         owner, _, name = test.name.rpartition(".")
         number = None
         if owner:
-            made = self._functions.call({"name": owner, "object": None, "args": [], "kwargs": encode({})}, end).get("value")
+            made = self._functions.call({"name": owner, "object": None, "args": [], "kwargs": {}}, end).get("value")
             number = made.get("object") if isinstance(made, dict) else None
             if not isinstance(number, int):
                 return False
-        request = {"name": name, "object": number, "args": encode(test.args), "kwargs": encode(test.kwargs)}
+        request = {
+            "name": name,
+            "object": number,
+            "args": encode(test.args),
+            "kwargs": {key: encode(item) for key, item in test.kwargs.items()},
+        }
         answer = self._functions.call(request, end)
         try:
             return "value" in answer and same(decode(answer["value"]), test.expected)

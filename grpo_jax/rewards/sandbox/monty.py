@@ -1,5 +1,6 @@
-"""Runs pure functions in https://github.com/pydantic/monty, an interpreter of a part of Python that has no way out: no files, no
-network, no processes, no C code. Programs that read standard input cannot run in it.
+"""Runs pure functions in https://github.com/pydantic/monty, an interpreter of a part of Python without files, network or processes.
+
+Its worker processes are not confined otherwise. Programs that read standard input cannot run in it.
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ def passed(code: str, tests: Sequence[Test], limits: Limits, all_or_nothing: boo
     Raises:
         ValueError: the tests are programs, or test code that Monty does not support.
     """
-    if isinstance(tests[0], ProgramTest):
-        raise ValueError("its tests have input and output, and monty runs functions only: install bubblewrap, or write tests that call")
+    functions = [test for test in tests if not isinstance(test, ProgramTest)]
+    if len(functions) < len(tests):
+        raise ValueError(
+            "its tests have input and output, and monty runs functions only: install bubblewrap, or write tests that call"
+        )
     found: list[bool] = []
     with _checkout(limits) as session:
         solution = Solution(session)
         if solution.load(code):
-            for test in tests:
-                found.append(solution.returns(test) if isinstance(test, CallTest) else _runs(solution, test, limits))
+            for test in functions:
+                found.append(_runs(solution, test, limits) if isinstance(test, TestCode) else solution.returns(test))
                 if solution.gone or (all_or_nothing and not found[-1]):
                     break
     return found + [False] * (len(tests) - len(found))
@@ -71,9 +75,7 @@ class Solution:
         expression = f"{owner}().{attribute}" if owner else attribute
         inputs = {"given_args": list(args), "given_kwargs": dict(kwargs)}
         try:
-            value = self._session.feed_run(
-                f"{expression}(*given_args, **given_kwargs)", inputs=inputs, print_callback=_ignored
-            )
+            value = self._session.feed_run(f"{expression}(*given_args, **given_kwargs)", inputs=inputs, print_callback=_ignored)
             return decode(encode(value))  # raises TypeError for an object
         except Exception as error:
             raised = _cause(error)

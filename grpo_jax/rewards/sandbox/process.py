@@ -43,6 +43,7 @@ class Sandbox:
         command: what starts it.
         start: its first message: mode, code, ...
         limits: of the code.
+        environment: of the command; None is this process's own, for a command that does not pass it on.
         on_close: ends what the death of the process does not end, such as a container.
 
     Raises:
@@ -50,13 +51,18 @@ class Sandbox:
     """
 
     def __init__(
-        self, command: Sequence[str], start: Mapping[str, Any], limits: Limits, on_close: Callable[[], None] | None = None
+        self,
+        command: Sequence[str],
+        start: Mapping[str, Any],
+        limits: Limits,
+        environment: Mapping[str, str] | None,
+        on_close: Callable[[], None] | None = None,
     ) -> None:
         self._longest = MESSAGE_FACTOR * limits.output_bytes + 4096
         self._nonce, self._received, self._on_close = secrets.token_hex(16), bytearray(), on_close
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT, cwd="/"
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd="/"
             )
         except OSError as error:
             raise SandboxError(f"the sandbox cannot be started: {error}") from None

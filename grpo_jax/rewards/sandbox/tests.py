@@ -109,9 +109,10 @@ def _read(test: Any) -> Test:
         return TestCode(test, _undefined_names(test))
     given = {key: item for key, item in test.items() if item is not None or key == "expected"} if isinstance(test, Mapping) else {}
     if set(given) == {"input", "output"}:
-        if not all(isinstance(text, str) for text in given.values()):
+        text, output = given["input"], given["output"]
+        if not isinstance(text, str) or not isinstance(output, str):
             raise ValueError("input and output of a test must be text")
-        return ProgramTest(given["input"], given["output"])
+        return ProgramTest(text, output)
     if {"call", "args", "expected"} <= set(given) <= {"call", "args", "kwargs", "expected"}:
         name, args, kwargs = given["call"], given["args"], given.get("kwargs", {})
         if not isinstance(name, str) or not isinstance(args, list | tuple) or not isinstance(kwargs, Mapping):

@@ -94,8 +94,9 @@ def probe(channel, start):
             file.read()
 
     def write(folder):
-        with open(os.path.join(folder, "grpo_jax_probe"), "w") as file:
-            file.write("x")
+        path = os.path.join(folder, f"grpo_jax_probe_{os.getpid()}")
+        with open(path, "x"):
+            os.remove(path)
 
     def connect():
         import socket

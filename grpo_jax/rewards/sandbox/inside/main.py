@@ -116,7 +116,8 @@ def serve_functions(channel, start):
         request = channel.receive()
         try:
             owner = module if request["object"] is None else objects[request["object"]]
-            args, kwargs = (decode(request[key], objects.__getitem__) for key in ("args", "kwargs"))
+            args = decode(request["args"], objects.__getitem__)
+            kwargs = {key: decode(item, objects.__getitem__) for key, item in request["kwargs"].items()}
             answer = {"value": encode(getattr(owner, request["name"])(*args, **kwargs), objects)}
         except BaseException as error:
             answer = _description(error)
@@ -134,7 +135,7 @@ def serve_tests(channel, start):
 
     def ask(name, args, kwargs, number=None):
         try:
-            arguments = {"args": encode(list(args)), "kwargs": encode(kwargs)}
+            arguments = {"args": encode(list(args)), "kwargs": {key: encode(item) for key, item in kwargs.items()}}
         except TypeError as error:
             channel.send(unusable=f"they give {name} an argument that cannot be sent to it: {error}")
             raise SolutionGone from None
@@ -144,8 +145,9 @@ def serve_tests(channel, start):
             raise SolutionGone
         if "raised" in answer:
             kind = getattr(builtins, str(answer["raised"]), None)
-            known = isinstance(kind, type) and issubclass(kind, Exception)
-            raise (kind if known else RuntimeError)(answer.get("message", ""))
+            if not isinstance(kind, type) or not issubclass(kind, Exception):
+                kind = RuntimeError
+            raise kind(answer.get("message", ""))
         return decode(answer["value"], lambda number: Remote(ask, number))
 
     def stand_in(name):

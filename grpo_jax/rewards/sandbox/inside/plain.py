@@ -23,18 +23,25 @@ def encode(value, objects=None):
     """
     if value is None or value is True or value is False:
         return value
-    for kind, plain in ((int, int.__int__), (float, float.__float__), (str, str.__str__)):
-        if isinstance(value, kind):
-            return plain(value)
+    # The methods of the built-in class, whatever a subclass has in their place.
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, str):
+        return str.__str__(value)
     if isinstance(value, ITERABLES):
         return [encode(item, objects) for item in itertools.islice(value, LONGEST_ITERATOR)]
     if isinstance(value, list):
         return [encode(item, objects) for item in list.__iter__(value)]
     if isinstance(value, dict):
         return {"dict": [[encode(key, objects), encode(item, objects)] for key, item in dict.items(value)]}
-    for kind in (tuple, set, frozenset):
-        if isinstance(value, kind):
-            return {kind.__name__: [encode(item, objects) for item in kind.__iter__(value)]}
+    if isinstance(value, tuple):
+        return {"tuple": [encode(item, objects) for item in tuple.__iter__(value)]}
+    if isinstance(value, set):
+        return {"set": [encode(item, objects) for item in set.__iter__(value)]}
+    if isinstance(value, frozenset):
+        return {"frozenset": [encode(item, objects) for item in frozenset.__iter__(value)]}
     if isinstance(value, (bytes, bytearray)):
         return {"bytes": bytes(value).hex()}
     if isinstance(value, complex):
