@@ -77,6 +77,8 @@ def test_tests_are_read_in_three_kinds() -> None:
     assert read_tests([{"call": "f", "args": [], "expected": None, **nothing}]) == [CallTest("f", [], {}, None)]
     code = "import math\ndef close(a, b):\n    return math.isclose(a, b)\nassert close(root(4), 2) and other.root(9) == 3"
     assert read_tests(code) == [TestCode(code, ("root", "other"))]
+    (named_so,) = read_tests(["assert bisect(statistics.mean([1, 3])) == bisect.x"])
+    assert named_so == TestCode("assert bisect(statistics.mean([1, 3])) == bisect.x", ("bisect",), ("statistics",))
     assert read_tests(["from solution import f\ndef test_f():\n    assert f(1) == 2"])[0].names == ()  # pyright: ignore
 
 
@@ -88,6 +90,7 @@ def test_tests_are_read_in_three_kinds() -> None:
         ([{"input": "1", "output": " \n"}], "a program that prints nothing would pass"),
         (["assert 1 + 1 == 2"], "any code would pass it"),
         (["assert pow(2, 3) == 8"], "any code would pass it"),
+        (["assert math.sqrt(4) == 2"], "any code would pass it"),
         (["assert f("], "cannot be read"),
         ("[1, 2", "no JSON"),
         ([{"input": 1, "output": "2"}], "must be text"),
@@ -189,7 +192,7 @@ def test_calls_and_test_code_in_bubblewrap() -> None:
 def test_calls_and_test_code_in_monty() -> None:
     rows = [(text, tests) for text, tests, _ in CALLS]
     assert rewards(monty(), rows) == [value for *_, value in CALLS]
-    tests = ["assert add(1, 1) == 3", "assert add(1, 1) == 2"]
+    tests = ["assert add(1, 1) == 3", "assert add(1, 1) == math.sqrt(4)"]
     assert rewards(monty(all_or_nothing=False), [(ADD, tests)]) == [0.5]
     with pytest.raises(ValueError, match="install bubblewrap"):
         rewards(monty(), [(SUM, [{"input": "2 3", "output": "5"}])])
@@ -219,8 +222,11 @@ math = None
         (stack, ["assert Stack()"]),
         (stack, ["assert Stack() == Stack()"]),
         (stack, ["x = [1]\nassert size(Stack().push(x)) == 1 and x == [1]"]),
+        (ADD, ["assert all(map(lambda n: add(n, 1) == n + 1, [1, 2]))"]),
+        # Within one process this would pass: the exception ends `all`.
+        ("def add(a, b):\n    raise StopIteration", ["assert all(map(lambda n: add(n, 1) == n + 1, [1, 2]))"]),
     ]
-    assert rewards(bubblewrap(), rows) == [1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0]
+    assert rewards(bubblewrap(), rows) == [1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 0.0]
     with pytest.raises(ValueError, match="an argument that cannot be sent"):
         rewards(bubblewrap(), [(ADD, ["assert add(len, 1) == 1"])])
     with pytest.raises(ValueError, match="called nothing of the solution"):

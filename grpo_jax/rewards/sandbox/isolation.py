@@ -30,6 +30,11 @@ INSTALL = (
     "or, for pure functions, pip install grpo_jax[code]; code of a model is never run without one of them"
 )
 
+ALLOW_NAMESPACES = (
+    "If a namespace is not permitted, allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1, or an AppArmor "
+    "profile for bwrap). "
+)
+
 PROGRAM = "import sys; sys.path.insert(0, '/sandbox'); from inside.main import main; main()"
 INTERPRETER_OPTIONS = ("-s", "-S", "-B", "-X", "utf8", "-c", PROGRAM)
 FILES = str(Path(inside.__file__).parent)
@@ -161,9 +166,9 @@ def checked(isolation: Bubblewrap | Container) -> Bubblewrap | Container:
                 report = sandbox.next(time.monotonic() + START_SECONDS)
         except (SandboxError, SolutionEndedError) as error:
             raise ConfigError(
-                f"code_execution: {name} is installed and does not work here ({error}). If a namespace is not permitted, allow "
-                "unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1, or an AppArmor profile for bwrap). "
-                f"Otherwise {INSTALL}"
+                f"code_execution: {name} is installed and does not work here ({error}). "
+                + (ALLOW_NAMESPACES if isinstance(isolation, Bubblewrap) else "")
+                + f"Make it work, or {INSTALL}"
             ) from None
     found = [*report.get("possible", ["it did not report"])]
     if report.get("canary_present") is not False:

@@ -129,7 +129,8 @@ class TestRuns:
     def passes(self, test: TestCode, end: float) -> bool:
         end = min(end, time.monotonic() + self._limits.test_seconds)
         calls = 0
-        said = self._tests.ask({"test": test.code, "names": test.names}, _seconds(self._limits.test_seconds, end))
+        request = {"test": test.code, "names": test.names, "modules": test.modules}
+        said = self._tests.ask(request, _seconds(self._limits.test_seconds, end))
         while "call" in said:
             calls += 1
             said = self._tests.ask(self._functions.call(said["call"], end), _seconds(self._limits.test_seconds, end))

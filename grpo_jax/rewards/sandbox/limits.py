@@ -14,7 +14,7 @@ class Limits:
         test_seconds: time of one test.
         total_seconds: time of all tests of a completion, the start of the sandbox included.
         memory_bytes: address space of a sandbox's process.
-        output_bytes: what a program prints, or a function returns.
+        output_bytes: what a program prints, or the JSON text of what a function returns.
     """
 
     test_seconds: float = 5.0

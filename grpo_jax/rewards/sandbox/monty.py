@@ -80,7 +80,9 @@ class Solution:
         except Exception as error:
             raised = _cause(error)
             self.gone = raised is None or isinstance(raised, TimeoutError | MemoryError)
-            raise (raised or RuntimeError("the solution has ended")) from None
+            if raised is None or isinstance(raised, StopIteration | StopAsyncIteration):  # see `inside.main.serve_tests`
+                raised = RuntimeError("the solution has ended")
+            raise raised from None
 
     def returns(self, test: CallTest) -> bool:
         """Whether a call returns what is expected."""
@@ -99,6 +101,7 @@ def _runs(solution: Solution, test: TestCode, limits: Limits) -> bool:
     before = solution.calls
     with _checkout(limits) as session:
         try:
+            session.feed_run("".join(f"import {name}\n" for name in test.modules))
             session.feed_run(test.code, external_lookup={name: stand_in(name) for name in test.names}, print_callback=_ignored)
         except Exception as error:
             raised = _cause(error)

@@ -21,8 +21,8 @@ from grpo_jax.rewards.sandbox.limits import Limits
 START_SECONDS = 30.0
 """Limit of starting a sandbox, before any code of others runs in it; a busy machine needs longer than the usual 0.03 s."""
 
-MESSAGE_FACTOR = 8
-"""A character of output takes up to 6 bytes in JSON; names and nonce come on top."""
+MESSAGE_FACTOR, MESSAGE_EXTRA = 8, 4096
+"""A character of a program's output takes up to 6 bytes in JSON; names and nonce come on top."""
 
 ENVIRONMENT = {"PYTHONHASHSEED": "0"}
 """All that a sandbox's environment holds: the same completion prints a set in the same order every time."""
@@ -58,7 +58,8 @@ class Sandbox:
         environment: Mapping[str, str] | None,
         on_close: Callable[[], None] | None = None,
     ) -> None:
-        self._longest = MESSAGE_FACTOR * limits.output_bytes + 4096
+        factor = 1 if start["mode"] == "functions" else MESSAGE_FACTOR
+        self._longest = factor * limits.output_bytes + MESSAGE_EXTRA
         self._nonce, self._received, self._on_close = secrets.token_hex(16), bytearray(), on_close
         try:
             self._process = subprocess.Popen(
@@ -79,6 +80,9 @@ class Sandbox:
             said = self._said()
             self.close()
             raise SandboxError(f"the sandbox {error}" + (f": {said}" if said else "")) from None
+        except BaseException:
+            self.close()
+            raise
         if ready.get("ready") is not True:
             self.close()
             raise SandboxError("the sandbox did not say that it is ready")
@@ -90,7 +94,10 @@ class Sandbox:
             SolutionEndedError: there is none within the time.
         """
         deadline = time.monotonic() + seconds
-        payload = memoryview(framed(json.dumps(request).encode()))
+        try:
+            payload = memoryview(framed(json.dumps(request).encode()))
+        except RecursionError:
+            raise SolutionEndedError("returned what is nested too deeply") from None
         while payload:
             self._wait(self._requests, select.POLLOUT, deadline)
             try:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import builtins
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -55,13 +56,16 @@ class TestCode:
 
     Attributes:
         code: its text.
-        names: that it uses and leaves undefined: the solution's. Modules of the standard library are imported instead.
+        names: of the solution: those that it uses and leaves undefined.
+        modules: of the standard library, which it uses as `math.sqrt` without importing them. They are imported for it: left to
+            the solution, `math.isclose` would be the solution's own.
     """
 
     __test__ = False  # not for pytest
 
     code: str
     names: tuple[str, ...]
+    modules: tuple[str, ...] = ()
 
 
 Test: TypeAlias = ProgramTest | CallTest | TestCode
@@ -106,7 +110,7 @@ def _listed(value: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _read(test: Any) -> Test:
     """Reads one test."""
     if isinstance(test, str):
-        return TestCode(test, _undefined_names(test))
+        return _read_code(test)
     given = {key: item for key, item in test.items() if item is not None or key == "expected"} if isinstance(test, Mapping) else {}
     if set(given) == {"input", "output"}:
         text, output = given["input"], given["output"]
@@ -127,8 +131,8 @@ def _read(test: Any) -> Test:
     raise ValueError(f"a test is {str(test)[:80]!r}; {KINDS}")
 
 
-def _undefined_names(code: str) -> tuple[str, ...]:
-    """The names that test code uses without defining them.
+def _read_code(code: str) -> TestCode:
+    """Reads test code.
 
     Raises:
         ValueError: it cannot be read, or uses nothing of a solution.
@@ -144,8 +148,10 @@ def _undefined_names(code: str) -> tuple[str, ...]:
     defined |= {node.name for node in nodes if isinstance(node, ast.ExceptHandler) and node.name}
     imported = [name for node in nodes if isinstance(node, ast.Import | ast.ImportFrom) for name in node.names]
     defined |= {name.asname or name.name.partition(".")[0] for name in imported}
-    found = tuple(name for name in dict.fromkeys(used) if name not in defined and not hasattr(builtins, name))
-    of_solution = any(isinstance(node, ast.ImportFrom) and node.module == "solution" for node in nodes)
-    if not found and not of_solution:
+    undefined = [name for name in dict.fromkeys(used) if name not in defined and not hasattr(builtins, name)]
+    owners = [node.value.id for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)]
+    modules = tuple(name for name in undefined if name in sys.stdlib_module_names and owners.count(name) == used.count(name))
+    names = tuple(name for name in undefined if name not in modules)
+    if not names and not any(isinstance(node, ast.ImportFrom) and node.module == "solution" for node in nodes):
         raise ValueError(f"the test code {code.strip()[:80]!r} uses no name of a solution, so that any code would pass it")
-    return found
+    return TestCode(code, names, modules)

@@ -1,5 +1,7 @@
 """Limits that a process puts on itself for good before it runs code of others: resources and system calls."""
 
+from __future__ import annotations
+
 import ctypes
 import errno
 import os
@@ -34,7 +36,7 @@ CLONE, CLONE3 = {"x86_64": 56, "aarch64": 220}, 435
 AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 
-def confine(limits):
+def confine(limits: dict[str, int]) -> None:
     """Limits this process for good: memory, CPU time, size of files, threads, descriptors, system calls.
 
     Args:
@@ -56,7 +58,7 @@ def confine(limits):
     _filter_system_calls()
 
 
-def _filter_system_calls():
+def _filter_system_calls() -> None:
     """Installs a seccomp filter, which nothing removes: processes cannot be started, sockets cannot be opened."""
     machine = os.uname().machine
     load, equal, has_bits, at_least, give = 0x20, 0x15, 0x45, 0x35, 0x06  # BPF: ld [k], jeq k, jset k, jge k, ret k
@@ -77,28 +79,28 @@ def _filter_system_calls():
         raise OSError(ctypes.get_errno(), "seccomp cannot be used")
 
 
-def probe(channel, start):
+def probe(channel, start: dict) -> None:
     """Reports what is possible and must not be, after `confine`; and the environment."""
     confine(start["limits"])
     possible = []
 
-    def attempt(what, action):
+    def attempt(what: str, action) -> None:
         try:
             action()
             possible.append(what)
         except (OSError, ImportError, MemoryError):
             pass
 
-    def read_canary():
+    def read_canary() -> None:
         with open(start["canary"]) as file:
             file.read()
 
-    def write(folder):
+    def write(folder: str) -> None:
         path = os.path.join(folder, f"grpo_jax_probe_{os.getpid()}")
         with open(path, "x"):
             os.remove(path)
 
-    def connect():
+    def connect() -> None:
         import socket
 
         socket.socket()

@@ -11,6 +11,8 @@ It exchanges messages with the process outside, JSON that begins with its length
 Expected results are never sent to `programs` and `functions`.
 """
 
+from __future__ import annotations
+
 import builtins
 import json
 import os
@@ -28,7 +30,7 @@ HEADER = struct.Struct("!Q")
 class Channel:
     """Messages to and from the process outside, on descriptors that the code's own input and output do not use."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._incoming, self._outgoing = os.dup(0), os.dup(1)
         nothing = os.open("/dev/null", os.O_RDWR)
         for standard in (0, 1, 2):
@@ -36,19 +38,19 @@ class Channel:
         os.close(nothing)
         self.nonce = ""
 
-    def send(self, **content):
+    def send(self, **content: object) -> None:
         """Sends one message with the nonce of this run."""
         payload = json.dumps({**content, "nonce": self.nonce}).encode()
         message = memoryview(HEADER.pack(len(payload)) + payload)
         while message:
             message = message[os.write(self._outgoing, message) :]
 
-    def receive(self):
+    def receive(self) -> dict:
         """Reads the next message; ends the process where there will be none."""
         (length,) = HEADER.unpack(self._read(HEADER.size))
         return json.loads(self._read(length))
 
-    def _read(self, count):
+    def _read(self, count: int) -> bytes:
         found = bytearray()
         while len(found) < count:
             piece = os.read(self._incoming, count - len(found))
@@ -62,7 +64,7 @@ class SolutionGone(BaseException):
     """The solution's process has ended, or takes too long; no `except Exception` of a test may hide it."""
 
 
-def serve_programs(channel, start):
+def serve_programs(channel: Channel, start: dict) -> None:
     """Runs the code once for each input: `{"input": text}` -> `{"output": text, "status": exit code or minus the signal}`."""
     channel.send(ready=True)
     while True:
@@ -71,7 +73,7 @@ def serve_programs(channel, start):
         channel.send(status=status, output=output.decode("utf-8", "replace"))
 
 
-def _run_program(code, text, start):
+def _run_program(code: str, text: str, start: dict) -> tuple[int, bytes]:
     """Runs the code as a program in a process of its own."""
     given, printed = os.memfd_create("input"), os.memfd_create("output")
     with open(given, "wb", closefd=False) as file:
@@ -97,7 +99,7 @@ def _run_program(code, text, start):
     return (-os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)), output
 
 
-def serve_functions(channel, start):
+def serve_functions(channel: Channel, start: dict) -> None:
     """Runs the code, then makes calls.
 
     `{"name": text, "args": [...], "kwargs": {...}, "object": number or null}` -> `{"value": encoded}`, or
@@ -116,7 +118,7 @@ def serve_functions(channel, start):
         request = channel.receive()
         try:
             owner = module if request["object"] is None else objects[request["object"]]
-            args = decode(request["args"], objects.__getitem__)
+            args = [decode(item, objects.__getitem__) for item in request["args"]]
             kwargs = {key: decode(item, objects.__getitem__) for key, item in request["kwargs"].items()}
             answer = {"value": encode(getattr(owner, request["name"])(*args, **kwargs), objects)}
         except BaseException as error:
@@ -124,18 +126,19 @@ def serve_functions(channel, start):
         channel.send(**answer)
 
 
-def serve_tests(channel, start):
+def serve_tests(channel: Channel, start: dict) -> None:
     """Runs test code.
 
-    `{"test": text, "names": [...]}` -> any number of `{"call": {...}}`, each answered as by `serve_functions` or with
+    `{"test": text, "names": [...], "modules": [...]}` -> any number of `{"call": {...}}`, each answered as by `serve_functions` or with
     `{"gone": true}`, then `{"passed": true}` or `{"passed": false, "error": text}`; or `{"unusable": reason}`.
     """
     confine(start["limits"])
     channel.send(ready=True)
 
-    def ask(name, args, kwargs, number=None):
+    def ask(name: str, args: tuple, kwargs: dict, number: int | None = None) -> object:
         try:
-            arguments = {"args": encode(list(args)), "kwargs": {key: encode(item) for key, item in kwargs.items()}}
+            named = {key: encode(item) for key, item in kwargs.items()}
+            arguments = {"args": encode(list(args)), "kwargs": named}
         except TypeError as error:
             channel.send(unusable=f"they give {name} an argument that cannot be sent to it: {error}")
             raise SolutionGone from None
@@ -145,7 +148,12 @@ def serve_tests(channel, start):
             raise SolutionGone
         if "raised" in answer:
             kind = getattr(builtins, str(answer["raised"]), None)
-            if not isinstance(kind, type) or not issubclass(kind, Exception):
+            # A StopIteration would end an `all(map(...))` of the test as if everything in it were true.
+            if (
+                not isinstance(kind, type)
+                or not issubclass(kind, Exception)
+                or issubclass(kind, (StopIteration, StopAsyncIteration))
+            ):
                 kind = RuntimeError
             raise kind(answer.get("message", ""))
         return decode(answer["value"], lambda number: Remote(ask, number))
@@ -158,7 +166,8 @@ def serve_tests(channel, start):
         solution = types.ModuleType("solution")
         solution.__getattr__ = stand_in  # for `from solution import f`
         sys.modules["solution"] = solution
-        names = {name: __import__(name) if name in sys.stdlib_module_names else stand_in(name) for name in request["names"]}
+        names = {name: stand_in(name) for name in request["names"]}
+        names.update((name, __import__(name)) for name in request["modules"])
         try:
             found = _execute(request["test"], "tests", names).__dict__
             for name, value in list(found.items()):
@@ -169,17 +178,17 @@ def serve_tests(channel, start):
             channel.send(passed=False, error=f"{type(error).__name__}: {error}"[:500])
 
 
-def _execute(code, name, names=()):
+def _execute(code: str, name: str, names: dict | None = None) -> types.ModuleType:
     """Runs code as a new module and returns the module."""
     module = types.ModuleType(name)
-    module.__dict__.update(names)
+    module.__dict__.update(names or {})
     sys.modules[name] = module
     sys.argv = ["solution.py"]
     exec(compile(code, "solution.py", "exec"), module.__dict__)
     return module
 
 
-def _description(error):
+def _description(error: BaseException) -> dict[str, str]:
     """An exception as plain data: the nearest built-in class, and the message."""
     names = [kind.__name__ for kind in type(error).__mro__ if getattr(builtins, kind.__name__, None) is kind]
     try:
@@ -189,7 +198,7 @@ def _description(error):
     return {"raised": names[0] if names else "Exception", "message": message}
 
 
-def main():
+def main() -> None:
     """Reads what to do, and does it."""
     sys.path[:] = [path for path in sys.path if path]
     channel = Channel()

@@ -1,5 +1,7 @@
 """Plain data between a sandbox and the process outside. Whatever is received becomes instances of built-in types alone."""
 
+from __future__ import annotations
+
 import collections
 import collections.abc
 import itertools
@@ -10,7 +12,7 @@ LONGEST_ITERATOR = 100_000
 ITERABLES = (collections.abc.Iterator, collections.abc.KeysView, collections.abc.ValuesView, collections.deque, range)
 
 
-def encode(value, objects=None):
+def encode(value, objects: list | None = None):
     """Converts plain data to what JSON can hold.
 
     Args:
