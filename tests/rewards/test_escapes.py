@@ -42,6 +42,16 @@ REWARDED_WITHOUT_ISOLATION = (
 )
 """Programs that are harmless outside a sandbox, and print the answer there."""
 
+REWARDED_BY_ITS_EXIT_CODE = (
+    "ends_os_exit_in_call",
+    "ends_os_exit_zero",
+    "ends_system_exit",
+    "output_class_lies",
+    "output_everything_equal",
+    "output_everything_equal_object",
+)
+"""Programs that are harmless outside a sandbox, and pass an assertion in their own process."""
+
 SHORT: dict[str, Any] = {"test_seconds": 1.0, "total_seconds": 3.0, "memory_mb": 256}
 
 
@@ -169,6 +179,11 @@ def test_without_isolation_such_programs_get_the_answer(host: Host) -> None:
         ran = subprocess.run([sys.executable, "-c", host.text_of(path)], capture_output=True, text=True, check=False, timeout=60)
         assert ran.stdout.strip() == host.answer, (name, ran.stderr)
     assert host.state() != before  # the servers were visited
+    for name in REWARDED_BY_ITS_EXIT_CODE:
+        (path,) = [path for path in ESCAPES if path.stem == name]
+        together = f"{host.text_of(path)}\nassert solve(7) == {host.answer!r}\n"
+        ran = subprocess.run([sys.executable, "-c", together], capture_output=True, check=False, timeout=60)
+        assert ran.returncode == 0, (name, ran.stderr)
 
 
 def check_escape(host: Host, isolation: str, path: Path, kinds: Sequence[str]) -> None:

@@ -31,8 +31,8 @@ INSTALL = (
 )
 
 ALLOW_NAMESPACES = (
-    "If a namespace is not permitted, allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1, or an AppArmor "
-    "profile for bwrap). "
+    "If a namespace is not permitted, allow unprivileged user namespaces (sysctl kernel.unprivileged_userns_clone=1, or an "
+    "AppArmor profile for bwrap). "
 )
 
 PROGRAM = "import sys; sys.path.insert(0, '/sandbox'); from inside.main import main; main()"
