@@ -233,46 +233,66 @@ math = None
         rewards(bubblewrap(), [(ADD, ["if False:\n    add(1, 1)"])])
 
 
+def test_what_code_sees_in_bubblewrap() -> None:
+    """Nothing of this machine but libraries: no packages, no environment, a number space of its own for processes."""
+    code = """
+import glob, os
+print(sorted(os.environ.keys() - {"PWD", "LC_CTYPE"}))
+print(sorted(os.listdir("/")), os.listdir("/dev"), os.listdir("/etc"))
+print([name for path in glob.glob(os.path.dirname(os.__file__) + "/*-packages") for name in os.listdir(path)])
+print([name for path in glob.glob("/usr/lib/python3*/*-packages") for name in os.listdir(path)])
+print(os.getuid(), os.getpid() < 10)
+"""
+    folders = {"dev", "etc", "lib", "lib64", "sandbox", "usr"} | {Path(os.__file__).resolve().parts[1]}
+    folders = sorted(name for name in folders if name in ("dev", "etc", "sandbox") or os.path.exists(f"/{name}"))
+    expected = f"['PYTHONHASHSEED']\n{folders} ['null'] ['ld.so.cache']\n[]\n[]\n65534 True"
+    assert rewards(bubblewrap(), [(code, [{"input": "", "output": expected}])]) == [1.0]
+
+
 def test_a_test_that_takes_too_long_is_not_passed_and_the_next_input_runs() -> None:
     code = "import time\nn = int(input())\ntime.sleep(1000 if n == 1 else 0)\nprint(n)"
     tests = [{"input": str(number), "output": str(number)} for number in (1, 2)]
     assert rewards(bubblewrap(test_seconds=4.0, all_or_nothing=False), [(code, tests)]) == [0.5]
 
 
-def test_no_process_is_left(tmp_path: Path) -> None:
-    """Not after a program that sleeps, and not after the process that judges it was killed."""
+def test_no_process_is_left_where_the_judging_one_is_killed() -> None:
     bubblewrap()
-    script = "from grpo_jax.rewards import code_execution\nprint(1, flush=True)\n"
-    script += (
-        f"code_execution(isolation='bubblewrap')(completions=[{'import time; time.sleep(1000)'!r}], tests=[['assert f(1) == 1']])"
-    )
-    judging = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    script = f"""
+from grpo_jax.rewards import code_execution
+reward = code_execution(isolation="bubblewrap", **{PATIENT})
+reward(completions=["while True: pass"], tests=[["assert f(1) == 1"]])
+"""
+    judging = subprocess.Popen([sys.executable, "-c", script])
+    deadline = time.monotonic() + 120
     try:
-        assert judging.stdout is not None
-        judging.stdout.readline()
-        deadline = time.monotonic() + 60
-        while len(below := below_of(judging.pid)) < 6 and time.monotonic() < deadline:  # two sandboxes of three processes each
+        # The code runs when one of the processes has computed for longer than Python needs to start.
+        while not any(seconds > 1.0 for seconds in (below := below_of(judging.pid)).values()) and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert len(below) >= 6
+        assert len(below) == 6  # two sandboxes, each of two processes of bubblewrap and one of Python
     finally:
         judging.send_signal(signal.SIGKILL)
-        judging.communicate()
+        judging.wait()
     while (left := [pid for pid in below if alive(pid)]) and time.monotonic() < deadline + 60:
         time.sleep(0.05)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
     assert left == []
 
 
-def below_of(pid: int) -> set[int]:
-    """The processes that a process started, and theirs."""
-    parents = {}
+def below_of(pid: int) -> dict[int, float]:
+    """The processes that a process started, and theirs; with the seconds that each has computed."""
+    parents, seconds = {}, {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with_parent = stat.read_text().rpartition(")")[2].split() if stat.exists() else []
-        if len(with_parent) > 1:
-            parents[int(stat.parent.name)] = int(with_parent[1])
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        parents[int(stat.parent.name)] = int(fields[1])
+        seconds[int(stat.parent.name)] = int(fields[11]) / os.sysconf("SC_CLK_TCK")
     found = {pid}
     while more := {child for child, parent in parents.items() if parent in found} - found:
         found |= more
-    return found - {pid}
+    return {child: seconds[child] for child in found - {pid}}
 
 
 def alive(pid: int) -> bool:

@@ -143,13 +143,9 @@ def serve_tests(channel: Channel, start: dict) -> None:
         if "raised" in answer:
             kind = getattr(builtins, str(answer["raised"]), None)
             # A StopIteration would end an `all(map(...))` of the test as if everything in it were true.
-            if (
-                not isinstance(kind, type)
-                or not issubclass(kind, Exception)
-                or issubclass(kind, (StopIteration, StopAsyncIteration))
-            ):
-                kind = RuntimeError
-            raise kind(answer.get("message", ""))
+            if isinstance(kind, type) and issubclass(kind, Exception) and kind not in (StopIteration, StopAsyncIteration):
+                raise kind(answer.get("message", ""))
+            raise RuntimeError(f"the solution raised {answer['raised']}")
         return decode(answer["value"], lambda number: Remote(ask, number))
 
     def stand_in(name):
