@@ -266,7 +266,7 @@ reward(completions=["while True: pass"], tests=[["assert f(1) == 1"]])
     deadline = time.monotonic() + 120
     try:
         # The code runs when one of the processes has computed for longer than Python needs to start.
-        while not any(seconds > 1.0 for seconds in (below := below_of(judging.pid)).values()) and time.monotonic() < deadline:
+        while max((below := below_of(judging.pid)).values(), default=0.0) < 1.0 and time.monotonic() < deadline:
             time.sleep(0.05)
         assert len(below) == 6  # two sandboxes, each of two processes of bubblewrap and one of Python
     finally:
