@@ -59,7 +59,7 @@ $(VENV)/.installed: $(NEEDS) | $(VENV)/bin/python
 
 $(VENV)/.installed-test: $(NEEDS) | $(VENV)/bin/python
 	@echo "Installing grpo-jax and what its tests need into $(VENV); the first time takes some minutes."
-	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --editable '.[math,test]'
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --editable '.[code,math,test]'
 	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-lint: $(VENV)/.installed-test

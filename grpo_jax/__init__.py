@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from grpo_jax.learner.loss import grpo_loss
     from grpo_jax.policy import Policy
     from grpo_jax.rewards import (
+        code_execution,
         exact_match,
         math_verify,
         number_match,
@@ -65,6 +66,7 @@ MODULES = {
     "TrainConfig": "config",
     "TrainResult": "trainer",
     "Trainer": "trainer",
+    "code_execution": "rewards",
     "evaluate": "evaluation",
     "exact_match": "rewards",
     "group_advantages": "learner.advantages",
@@ -99,6 +101,7 @@ __all__ = [
     "TrainResult",
     "Trainer",
     "__version__",
+    "code_execution",
     "evaluate",
     "exact_match",
     "group_advantages",

@@ -2,11 +2,12 @@
 
 `protocol` defines the interface, `builtin` the ready-made functions, `resolve` finds functions by name, `scoring` adds values.
 `runner` decides where a function runs: in this process (`calling`) or in one of its own (`pool`, `worker_process`, `worker`).
-`answers` reads the final number of a text.
+`answers` reads the final number of a text. `code` runs a completion's code, confined by `sandbox`.
 """
 
 from grpo_jax.rewards.builtin import (
     BUILTINS,
+    code_execution,
     exact_match,
     math_verify,
     number_match,
@@ -30,6 +31,7 @@ __all__ = [
     "ScoredBatch",
     "check_failed",
     "check_functions",
+    "code_execution",
     "correct",
     "exact_match",
     "failure_lines",

@@ -1,7 +1,8 @@
 """Calls the reward functions of a run: each in a worker process, or in the trainer's own.
 
 Functions that a config names run in workers. Python objects run in the trainer's process, unless `rewards.workers` is set: then
-cloudpickle sends them, and those that cannot be sent stay. `math_verify` always runs in a worker, because it can hang.
+cloudpickle sends them, and those that cannot be sent stay. `math_verify` always runs in a worker, because it can hang, and
+`code_execution` unless `rewards.workers` is 0, because a process starts for each row.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def runner_of(
             continue
         elif isinstance(entry, str | Mapping):
             sources[name] = Source(entry, max_completion_length)
-        elif settings.workers is not None:
+        elif settings.workers is not None or (isinstance(function, ColumnReward) and function.name == "code_execution"):
             try:
                 sources[name] = pickled_source(function)
             except Exception as error:

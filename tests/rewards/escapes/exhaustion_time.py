@@ -1,0 +1,12 @@
+"""Never ends."""
+
+found = ""
+while True:
+    pass
+
+
+def solve(n):
+    return found
+
+
+print(found)

@@ -1,0 +1,11 @@
+"""Returns a list that contains itself."""
+
+found = []
+found.append(found)
+
+
+def solve(n):
+    return found
+
+
+print(found)
