@@ -16,7 +16,7 @@ import pytest
 from grpo_jax.config import ConfigError, RewardsConfig
 from grpo_jax.rewards import RewardError, ScoredBatch, math_verify, resolve_functions, runner_of, score
 
-LIMIT_SECONDS = 1.0
+LIMIT_SECONDS = 2.0
 SLACK_SECONDS = 30.0
 """The promise is 0.5 s after the last deadline, with a core to run on; a busy machine needs longer to start a process."""
 
@@ -171,7 +171,7 @@ def test_a_function_that_hangs_ends_at_its_deadline_and_the_others_keep_their_va
     started = time.monotonic()
     batch = run(["at_hang", "lengths"], ["a", "hang"], timeout_seconds=LIMIT_SECONDS)
     assert time.monotonic() - started < LIMIT_SECONDS + SLACK_SECONDS
-    assert reasons(batch) == dict.fromkeys((0, 1), "took longer than rewards.timeout_seconds = 1")
+    assert reasons(batch) == dict.fromkeys((0, 1), "took longer than rewards.timeout_seconds = 2")
     assert batch.per_function["lengths"].tolist() == [1.0, 4.0]
     assert not batch.valid.any()
     assert run(["at_hang", "lengths"], ["a", "b"], timeout_seconds=LIMIT_SECONDS).valid.all()  # the worker was replaced
