@@ -200,7 +200,7 @@ def test_math_verify_is_always_in_a_worker_and_loses_only_the_rows_that_hang(run
     pytest.importorskip("math_verify", reason="needs the extra `math`")
     texts = ["$2$", "$9^{9^{9^{9}}}$", "$1$", "$10!!!!!$"]
     # As a Python object, and with `workers: 0`: neither keeps it in this process, where nothing could stop it.
-    batch = run([math_verify("answer")], texts, ["2"] * 4, timeout_seconds=2.0, workers=0)
+    batch = run([math_verify("answer")], texts, ["2"] * 4, timeout_seconds=4.0, workers=0)
     assert batch.valid.tolist()[0] == batch.valid.tolist()[2] is True
     assert batch.rewards.tolist() == [1.0, 0.0, 0.0, 0.0]
     assert 1 in reasons(batch)
