@@ -20,7 +20,8 @@ class ObjectiveConfig:
         preset: Named set of the settings below; see `grpo_jax.config.presets`.
         loss: reinforce, grpo, bnpo, dr_grpo, dapo, gspo, cispo or sapo. Default dapo.
         beta: Weight of the KL term; 0 computes no reference log-probabilities. Default 0.04.
-        kl: Estimator of the KL term in the loss: k1, k2 or k3 (http://joschu.net/blog/kl-approx.html). Default k3.
+        kl: KL term in the loss: k1, k2 or k3 (http://joschu.net/blog/kl-approx.html), or k3_corrected: k3 times the ratio, which
+            has the gradient of the KL divergence. Default k3_corrected.
         kl_in_reward: Subtract beta times the completion's summed k1 from its reward; the loss has no KL term. Default false.
         epsilon: Clip range of the ratio below 1. Default 0.2.
         epsilon_high: Clip range of the ratio above 1. Default: the same as epsilon.
@@ -39,7 +40,7 @@ class ObjectiveConfig:
     preset: PresetName | None = None
     loss: Literal["reinforce", "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"] = FROM_PRESET
     beta: float = FROM_PRESET
-    kl: Literal["k1", "k2", "k3"] = FROM_PRESET
+    kl: Literal["k1", "k2", "k3", "k3_corrected"] = FROM_PRESET
     kl_in_reward: bool = FROM_PRESET
     epsilon: float = FROM_PRESET
     epsilon_high: float = FROM_PRESET

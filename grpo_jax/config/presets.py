@@ -13,7 +13,7 @@ PresetName = Literal["deepseekmath", "dr_grpo", "dapo", "gspo", "cispo", "trl", 
 OBJECTIVE_DEFAULTS: dict[str, Any] = {
     "loss": "dapo",
     "beta": 0.04,
-    "kl": "k3",
+    "kl": "k3_corrected",
     "kl_in_reward": False,
     "epsilon": 0.2,
     "epsilon_high": None,
@@ -44,7 +44,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "trl": {
         "loss": "dapo",
         "beta": 0.0,
-        "kl": "k3",
+        "kl": "k3_corrected",
         "epsilon": 0.2,
         "advantage_eps": 1e-4,
         "scale_rewards": "group",

@@ -19,6 +19,17 @@ too), sg = stop-gradient:
     cispo      −sg(min(ρ, ε_max))·A·logπ                    1/T           https://arxiv.org/abs/2506.13585, section 3.1
     sapo       −(4/τ)·σ(τ(ρ−1))·A, τ by the sign of A       1/(N·T_i)     https://arxiv.org/abs/2511.20347
 
+The KL term, with d = logπ_ref − logπ (http://joschu.net/blog/kl-approx.html):
+
+    k1, k2, k3    −d, d²/2, e^d − d − 1
+    k3_corrected  ρ·(e^d − d − 1), the default; DeepSeek-V3.2, https://arxiv.org/abs/2512.02556, equation 7
+
+A KL term is a loss, so its gradient counts, not its value. k3's gradient is (1 − e^d)·∇logπ, whose mean is that of KL(π_ref ‖ π),
+not of KL(π ‖ π_ref): it treats samples of the policy as if they did not depend on it, and grows without bound where π ≪ π_ref.
+ρ·k3 counts that dependence too. Its gradient is −ρ·d·∇logπ, whose mean over samples of π_old is exactly ∇KL(π ‖ π_ref)
+(https://arxiv.org/abs/2506.09477, https://arxiv.org/abs/2512.21852). That holds token by token, for the given text before it: how a
+token changes the KL of later tokens is left out. `kl_in_reward` counts it.
+
 Deviations and choices:
 
 * `bnpo` elsewhere divides by the tokens of each micro-batch, which makes the loss depend on the split. Here it divides by those of
@@ -32,7 +43,8 @@ Deviations and choices:
 * Where logps are of a truncated distribution π̃, the KL term uses the untruncated π (`whole_logps`) and the untruncated reference.
   π̃ = π/Z on the tokens that stay, so with π̃ the difference d would be log Z even where policy = reference: k3 would be positive
   there, and biased, because E_π̃[e^d] is not 1. Untruncated, k3 is 0 exactly where they agree; its mean is
-  E_π[k3 | the tokens that stay].
+  E_π[k3 | the tokens that stay]. k3_corrected's ρ is π̃/π̃_old, so that its gradient is exactly the gradient of this mean.
+* k3_corrected's ρ is the token's for `gspo` too, unclipped; TRL takes the sequence's there, and its mean is then not the KL's.
 * A log-ratio is clipped to ±80 nats before exp, without gradient beyond: e⁸⁹ is infinite in float32, and 0·∞ a NaN in the gradient.
 * Where ρ equals a clip bound, the gradient is that of the unclipped side.
 """
@@ -49,7 +61,7 @@ from jaxtyping import Array, Bool, Float
 import grpo_kernels.ops.grpo_loss as operation
 from grpo_jax.config import ObjectiveConfig
 from grpo_kernels.ops.grpo_loss.reference import Sums, at_least_one, kl_estimate, only
-from grpo_kernels.ops.grpo_loss.settings import KL_KINDS
+from grpo_kernels.ops.grpo_loss.settings import KL_ESTIMATORS
 
 Stats = Sums
 """Sums over trained tokens (a maximum where the name ends in "_max"), which `finish_stats` turns into metrics."""
@@ -211,8 +223,8 @@ def kl_per_token(logps: ArrayLike, ref_logps: ArrayLike, kind: str) -> Float[Arr
     policy, reference = jnp.asarray(logps, jnp.float32), jnp.asarray(ref_logps, jnp.float32)
     if policy.shape != reference.shape:
         raise ValueError(f"ref_logps has shape {reference.shape}: it must have the shape of logps, {policy.shape}")
-    if kind not in KL_KINDS:
-        raise ValueError(f"kind is {kind!r}: choose from {', '.join(KL_KINDS)}")
+    if kind not in KL_ESTIMATORS:
+        raise ValueError(f"kind is {kind!r}: choose from {', '.join(KL_ESTIMATORS)}")
     return kl_estimate(policy, reference, kind)
 
 

@@ -124,10 +124,13 @@ def expected(x: Case, s: LossSettings, leave_out: tuple[str, ...] = ()) -> Any:
         bounded = np.clip(d, -80, 80)
         k3 = np.exp(bounded) - bounded - 1
         sums["kl"] = (k3 * mask).sum()
-        value = {"k1": -d, "k2": d * d / 2, "k3": k3}[s.kl]
-        by_whole = {"k1": np.ones(d.shape), "k2": -d, "k3": (1 - np.exp(bounded)) * (np.abs(d) < 80)}[s.kl]
+        by_k3, token_ratio = (1 - np.exp(bounded)) * (np.abs(d) < 80), np.exp(np.clip(logps - old, -80, 80))
+        value = {"k1": -d, "k2": d * d / 2, "k3": k3, "k3_corrected": token_ratio * k3}[s.kl]
+        by_whole = {"k1": np.ones(d.shape), "k2": -d, "k3": by_k3, "k3_corrected": token_ratio * by_k3}[s.kl]
         loss = loss + s.beta * (weights * value).sum()
         d_whole = s.beta * weights * by_whole
+        if s.kl == "k3_corrected":
+            d_logps = d_logps + s.beta * weights * value * inside
     if given["sampler"] is not None:
         difference = np.abs(old - given["sampler"]) * mask
         sums |= {"logp_difference": difference.sum(), "logp_difference_max": difference.max()}
@@ -157,6 +160,8 @@ SETTINGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"loss": "bnpo", "delta": 1.5, "beta": 0.3, "kl": "k1"}, ("sampler", "whole")),
     ({"loss": "dr_grpo", "importance_cap": 1.2, "beta": 0.3, "kl": "k2"}, ()),
     ({"loss": "grpo", "delta": 1.4, "importance_cap": 0.9, "beta": 0.3, "kl": "k3"}, ()),
+    ({"loss": "dapo", "importance_cap": 1.2, "beta": 0.3, "kl": "k3_corrected"}, ()),
+    ({"loss": "gspo", "beta": 0.3, "epsilon": 0.02, "kl": "k3_corrected"}, ("sampler",)),
     ({"loss": "gspo", "delta": 1.3, "importance_cap": 1.2, "beta": 0.3, "epsilon": 0.02, "epsilon_high": 0.03}, ("whole",)),
     ({"loss": "gspo"}, ("ref", "sampler", "whole")),
     ({"loss": "cispo", "importance_cap": 1.2, "beta": 0.3, "kl": "k1"}, ("whole",)),
@@ -164,6 +169,7 @@ SETTINGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"loss": "sapo", "importance_cap": 1.2, "beta": 0.3}, ()),
     ({"loss": "reinforce", "importance_cap": 1.2, "beta": 0.3, "kl": "k2"}, ("old", "whole")),
     ({"loss": "reinforce"}, ("sampler",)),
+    ({"loss": "reinforce", "beta": 0.3, "kl": "k3_corrected"}, ("sampler", "whole")),
     ({"loss": "dapo", "epsilon_high": 0.28}, ("old", "ref", "sampler", "whole")),
 ]
 

@@ -125,7 +125,8 @@ def oracle_loss(case: Case, s: ObjectiveConfig, logps: np.ndarray, frozen: np.nd
             if s.importance_cap is not None:
                 term *= min(math.exp(case.old[i, t] - case.sampler[i, t]), s.importance_cap)
             if s.beta > 0 and not s.kl_in_reward:
-                term += s.beta * oracle_kl(logps[i, t], case.ref[i, t], s.kl)
+                of_token = math.exp(logps[i, t] - case.old[i, t]) if s.kl == "k3_corrected" else 1.0
+                term += s.beta * of_token * oracle_kl(logps[i, t], case.ref[i, t], s.kl[:2])
             row_sums[i] += term
             row_tokens[i] += 1
     if s.loss == "reinforce":
@@ -183,6 +184,8 @@ GOLDEN = Case(
         ({"loss": "dapo", "beta": 0.5, "kl": "k1"}, 0.02 - 0.5 * 0.6931472),
         ({"loss": "dapo", "beta": 0.5, "kl": "k2"}, 0.02 + 0.5 * 0.2402265),
         ({"loss": "dapo", "beta": 0.5, "kl": "k3"}, 0.02 + 0.5 * 0.3068528),
+        ({"loss": "dapo", "beta": 0.5, "kl": "k3_corrected"}, 0.02 + 0.5 * 0.3068528 * 5.4 / 5),  # the ratios' sum is 5.4
+        ({"loss": "dapo", "beta": 0.5}, 0.02 + 0.5 * 0.3068528 * 5.4 / 5),  # the default
         ({"loss": "reinforce", "beta": 0.5, "kl": "k3"}, 0.7350018 + 0.5 * 0.3068528 * 5 / 2),
         ({"loss": "dapo", "beta": 0.5, "kl": "k1", "kl_in_reward": True}, 0.02),
         # π_old/π_sampler = e, 1; 1, e^-0.5, 1, capped at 1.5; the KL term is not multiplied.
@@ -250,7 +253,7 @@ def test_metrics_without_reference_and_sampler_leave_their_names_out() -> None:
 # --- oracle -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kl", [None, "k1", "k2", "k3"])
+@pytest.mark.parametrize("kl", [None, "k1", "k2", "k3", "k3_corrected"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_loss_and_gradient_equal_the_oracle(loss: str, kl: str | None) -> None:
     settings = objective(loss=loss, epsilon=0.15, epsilon_high=0.25, epsilon_max=1.3, **({"beta": 0.3, "kl": kl} if kl else {}))
@@ -270,6 +273,37 @@ def test_two_sided_clip_and_importance_weight_equal_the_oracle(loss: str, more: 
     value, _ = case.loss(settings)
     np.testing.assert_allclose(value, oracle_loss(case, settings, case.logps, case.logps), rtol=2e-6, atol=2e-7)
     np.testing.assert_allclose(case.gradient(settings), oracle_gradient(case, settings), rtol=1e-5, atol=2e-7)
+
+
+@pytest.mark.parametrize(("kind", "exact"), [("k3_corrected", "policy"), ("k3", "reference"), ("k1", "none")])
+def test_the_mean_gradient_of_a_kl_term_over_all_tokens(kind: str, exact: str) -> None:
+    """Of KL(π ‖ π_ref) where corrected, also off-policy; of KL(π_ref ‖ π) where plain, on-policy; 0 of k1.
+
+    One row a token of a vocabulary of 5, weighted by the probability with which π_old draws it.
+    """
+    rng = np.random.default_rng(3)
+    logits, old_logits, ref_logits = rng.normal(size=(3, 5))
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        return x - np.log(np.exp(x).sum())
+
+    old, ref = log_softmax(old_logits if exact == "policy" else logits), log_softmax(ref_logits)
+
+    def divergence(logits: np.ndarray) -> float:
+        logps = log_softmax(logits)
+        if exact == "policy":
+            return float((np.exp(logps) * (logps - ref)).sum())
+        return float((np.exp(ref) * (ref - logps)).sum()) if exact == "reference" else 0.0
+
+    expected = np.array([(divergence(logits + e) - divergence(logits - e)) / 2e-5 for e in 1e-5 * np.eye(5)])
+    settings = objective(beta=1.0, kl=kind)
+
+    def mean_term(logits: jax.Array) -> jax.Array:
+        logps = jax.nn.log_softmax(logits)[:, None]
+        given = (as_jax(old[:, None]), as_jax(ref[:, None]), jnp.zeros(5), jnp.ones((5, 1), bool), settings)
+        return grpo_loss(logps, *given, weights=as_jax(np.exp(old)[:, None]))[0]
+
+    np.testing.assert_allclose(jax.grad(mean_term)(as_jax(logits)), expected, atol=5e-7)
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])

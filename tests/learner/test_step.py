@@ -231,10 +231,10 @@ def plain_advantages(rewards: np.ndarray, scaled: bool = True) -> np.ndarray:
 
 
 def plain_loss(logps: Any, old: Any, ref: Any, advantages: Any, weights: Any, beta: float) -> Any:
-    """Σ w (−min(ρA, clip(ρ)A) + β (e^d − d − 1)), d = logπ_ref − logπ."""
+    """Σ w (−min(ρA, clip(ρ)A) + β ρ (e^d − d − 1)), d = logπ_ref − logπ."""
     ratio, d = jnp.exp(logps - old), ref - logps
     a = advantages[:, None]
-    term = -jnp.minimum(ratio * a, jnp.clip(ratio, 0.8, 1.2) * a) + beta * (jnp.exp(d) - d - 1)
+    term = -jnp.minimum(ratio * a, jnp.clip(ratio, 0.8, 1.2) * a) + beta * ratio * (jnp.exp(d) - d - 1)
     return jnp.sum(weights * term)
 
 
@@ -269,7 +269,7 @@ def assert_same_step(got: Params, expected: Params) -> None:
 
 
 def test_one_update_is_that_of_whole_logits_and_the_formulas() -> None:
-    """dapo with k3, AdamW with clipping and decay."""
+    """dapo with the corrected k3, AdamW with clipping and decay."""
     trained, gradient, metrics, advantages = update(OBJECTIVES["dapo"])
     (ref, mask), trainable = plain_reference(), start()[0]
     expected = as_float32(plain_advantages(np.asarray(batch().rewards)))

@@ -30,7 +30,7 @@ from grpo_kernels.ops.grpo_loss.reference import (
     at_least_one,
     bounded,
     importance,
-    kl_estimate,
+    kl_term,
     masked,
     only,
     per_token,
@@ -60,7 +60,7 @@ class KernelArrays:
         rows, length: N and C; the last blocks may reach beyond.
         inputs: names of the input arrays, among logps, whole, old, ref, sampler, weights, mask, advantage.
         sums: names of the sums, in their order in scalar memory.
-        slopes: number of slope arrays that are written: 0, 1 (by logps), or 2 (also by whole, from the KL term).
+        slopes: number of slope arrays that are written: 0, 1 (by logps), or 2 (also by whole, where that is given).
     """
 
     rows: int
@@ -89,7 +89,7 @@ def row_sums(tokens: Tokens, settings: LossSettings) -> RowSums:
 
 
 def terms_and_slopes(tokens: Tokens, settings: LossSettings, row: RowSums | None) -> tuple[Terms, Array, Array | None]:
-    """Computes the terms and the loss's slopes through the policy term and through the KL term.
+    """Computes the terms and the loss's slopes: by logps without the KL term's part by `whole`, and that part.
 
     Args:
         row: sums over whole rows, for `gspo`; None for the other losses.
@@ -122,9 +122,15 @@ def terms_and_slopes(tokens: Tokens, settings: LossSettings, row: RowSums | None
 
     ref, kl, kl_slope = tokens.ref, None, None
     if settings.beta > 0 and ref is not None:
-        kl, kl_slope = jax.jvp(lambda whole: kl_estimate(whole, ref, settings.kl), (tokens.whole,), (one,))
-        beta = jnp.float32(settings.beta)
+        beta, zero = jnp.float32(settings.beta), jnp.zeros_like(one)
+
+        def kl_of(logps: Array, whole: Array) -> Array:
+            return kl_term(logps, whole, tokens.old, ref, settings.kl)
+
+        kl, kl_slope = jax.jvp(kl_of, (tokens.logps, tokens.whole), (zero, one))
         kl, kl_slope = beta * only(mask, kl), tokens.weights * beta * kl_slope
+        if settings.kl == "k3_corrected":
+            slope = slope + tokens.weights * beta * jax.jvp(kl_of, (tokens.logps, tokens.whole), (one, zero))[1]
     return Terms(only(mask, policy), kl, low, high), only(mask, slope), kl_slope
 
 
@@ -177,7 +183,8 @@ def grpo_loss_mosaic_tpu(
     rows, length = logps.shape
     # An array that is not used is not passed: some versions of libtpu return zeros where a kernel leaves an operand unused.
     uses_whole = whole is not None and constants.ref is not None
-    uses_old = settings.loss != "reinforce" or constants.sampler is not None
+    has_kl_term = settings.beta > 0 and constants.ref is not None
+    uses_old = settings.loss != "reinforce" or constants.sampler is not None or (has_kl_term and settings.kl == "k3_corrected")
     given = {"logps": logps, "ref": constants.ref, "sampler": constants.sampler}
     given |= {"whole": whole} if uses_whole else {}
     given |= {"old": constants.old} if uses_old else {}
@@ -186,7 +193,6 @@ def grpo_loss_mosaic_tpu(
     names = ["loss", "policy_loss", "tokens", "clipped_low", "clipped_high"]
     names += ["kl"] if constants.ref is not None else []
     names += ["logp_difference", "logp_difference_max"] if constants.sampler is not None else []
-    has_kl_term = settings.beta > 0 and constants.ref is not None
     count = (2 if uses_whole and has_kl_term else 1) if slopes else 0
     arrays = KernelArrays(rows, length, tuple(inputs), tuple(names), count)
 

@@ -8,6 +8,11 @@
     cispo                       −sg(min(ρ, ε_max))·A·logπ
     sapo                        −(4/τ)·σ(τ(ρ−1))·A, τ by the sign of A
 
+and the KL term, with d = logπ_ref − logπ:
+
+    k1, k2, k3                  −d, d²/2, e^d − d − 1
+    k3_corrected                ρ·(e^d − d − 1), ρ per token whatever the loss; the gradient flows through ρ too
+
 `grpo_jax.learner.loss` lists their sources, and what was chosen where a source leaves a choice.
 """
 
@@ -162,6 +167,15 @@ def kl_estimate(logps: Float[Array, "..."], ref_logps: Float[Array, "..."], kind
     return jnp.where(jnp.abs(d) < 0.5, series, jnp.exp(d) - 1 - d)
 
 
+def kl_term(
+    logps: Float[Array, "n c"], whole: Float[Array, "n c"], old: Float[Array, "n c"], ref: Float[Array, "n c"], kind: str
+) -> Float[Array, "n c"]:
+    """Computes the KL term of each token, without β."""
+    if kind != "k3_corrected":
+        return kl_estimate(whole, ref, kind)
+    return jnp.exp(bounded(logps - old)) * kl_estimate(whole, ref, "k3")
+
+
 def token_terms(tokens: Tokens, settings: LossSettings) -> Terms:
     """Computes the terms of every token of whole rows."""
     log_ratio = bounded(tokens.logps - tokens.old)
@@ -172,7 +186,8 @@ def token_terms(tokens: Tokens, settings: LossSettings) -> Terms:
     factor = importance(tokens, settings)
     kl = None
     if settings.beta > 0 and tokens.ref is not None:
-        kl = jnp.float32(settings.beta) * only(tokens.mask, kl_estimate(tokens.whole, tokens.ref, settings.kl))
+        kl = kl_term(tokens.logps, tokens.whole, tokens.old, tokens.ref, settings.kl)
+        kl = jnp.float32(settings.beta) * only(tokens.mask, kl)
     return Terms(only(tokens.mask, policy if factor is None else policy * factor), kl, low, high)
 
 

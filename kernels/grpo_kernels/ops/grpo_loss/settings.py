@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 LOSSES = ("reinforce", "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo")
-KL_KINDS = ("k1", "k2", "k3")
+KL_ESTIMATORS = ("k1", "k2", "k3")
+KL_TERMS = (*KL_ESTIMATORS, "k3_corrected")
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class LossSettings:
     Attributes:
         loss: one of `LOSSES`. `grpo`, `bnpo`, `dr_grpo` and `dapo` differ only in the weights, which are an argument.
         beta: weight of the KL term; 0 leaves it out, and a reference is then used for the KL sum alone.
-        kl: estimator in the loss, one of `KL_KINDS`.
+        kl: the KL term of the loss, one of `KL_TERMS`.
         epsilon, epsilon_high: clip range of the ratio, below and above 1.
         epsilon_max: `cispo`'s upper bound on the ratio.
         delta: upper bound on the ratio where the advantage is negative; None is off.
@@ -27,7 +28,7 @@ class LossSettings:
 
     loss: str = "dapo"
     beta: float = 0.0
-    kl: str = "k3"
+    kl: str = "k3_corrected"
     epsilon: float = 0.2
     epsilon_high: float = 0.2
     epsilon_max: float = 5.0
@@ -37,8 +38,8 @@ class LossSettings:
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise ValueError(f"loss is {self.loss!r}: choose from {', '.join(LOSSES)}")
-        if self.kl not in KL_KINDS:
-            raise ValueError(f"kl is {self.kl!r}: choose from {', '.join(KL_KINDS)}")
+        if self.kl not in KL_TERMS:
+            raise ValueError(f"kl is {self.kl!r}: choose from {', '.join(KL_TERMS)}")
         bound = 1 + self.epsilon_high
         checks = {
             "beta": (self.beta >= 0, "use 0 (no KL term) or a small positive number such as 0.04"),
