@@ -27,10 +27,21 @@ class ObjectiveConfig:
         epsilon_high: Clip range of the ratio above 1. Default: the same as epsilon.
         epsilon_max: Upper bound on the ratio in cispo, an absolute number. Default 5.
         delta: Upper bound on the ratio where the advantage is negative (two-sided clipping); null applies none.
+        advantage: How rewards of a group are compared: `group` is (reward - mean) / standard deviation; rloo, opo, maxrl and
+            pass_at_k (`grpo_jax.learner.baselines`) divide by no deviation. Default group.
+        pass_k: k of pass_at_k, from 2 to rollout.num_generations. Default 4.
+        normalize_each_reward: Normalise every reward function within its group before they are added (GDPO); scale_rewards is then
+            `batch` where it is left out. Default false.
         advantage_eps: Added to the standard deviation that advantages are divided by. Default 1e-4.
-        scale_rewards: Standard deviation that advantages are divided by: of the `group`, of the `batch`, or `none`. Default group.
+        scale_rewards: Standard deviation that advantages are divided by: of the `group`, of the `batch`, or `none`. Default group,
+            and none where `advantage` is not `group`.
         num_iterations: Optimiser updates on each batch of completions. Default 1.
-        importance_cap: Upper bound on the importance weight, trainer against sampler; null applies no weight.
+        importance_mode: Importance weight of the policy term, trainer against sampler: of each token or of the whole sequence,
+            bounded (token_truncate, sequence_truncate) or set to 0 out of its bounds (token_mask, sequence_mask).
+        importance_floor: Lower bound of the importance weight; null is none.
+        importance_cap: Upper bound of the importance weight; null is none, and without any bound there is no weight.
+        off_policy_threshold: Leave completions with a negative advantage out of the policy term where the policy has moved away
+            from the sampler by more than this, in nats a token (off-policy sequence masking); null leaves out none.
         match_sampling: Compute the policy's log-probabilities under the distribution that completions are drawn from: after top_p,
             top_k, min_p and the ban on stop tokens before rollout.min_completion_length. False uses the untruncated distribution,
             as TRL does, and the ratio is then only approximate. The KL term always compares untruncated distributions.
@@ -46,17 +57,27 @@ class ObjectiveConfig:
     epsilon_high: float = FROM_PRESET
     epsilon_max: float = FROM_PRESET
     delta: float | None = None
+    advantage: Literal["group", "rloo", "opo", "maxrl", "pass_at_k"] = "group"
+    pass_k: int = 4
+    normalize_each_reward: bool = False
     advantage_eps: float = FROM_PRESET
     scale_rewards: Literal["group", "batch", "none"] = FROM_PRESET
     num_iterations: int = FROM_PRESET
+    importance_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
+    importance_floor: float | None = None
     importance_cap: float | None = None
+    off_policy_threshold: float | None = None
     match_sampling: bool = True
     mask_truncated: bool = FROM_PRESET
 
     def __post_init__(self) -> None:
         if self.preset is not None:
             require_choice("objective.preset", self.preset, PRESETS)
-        chosen = PRESETS[self.preset] if self.preset is not None else {}
+        chosen = dict(PRESETS[self.preset] if self.preset is not None else {})
+        if self.advantage != "group":
+            chosen["scale_rewards"] = "none"
+        elif self.normalize_each_reward:
+            chosen["scale_rewards"] = "batch"
         for name, default in OBJECTIVE_DEFAULTS.items():
             if self.__dict__[name] is None:
                 object.__setattr__(self, name, chosen.get(name, default))
@@ -72,10 +93,32 @@ class ObjectiveConfig:
             require(self.delta > bound, "objective.delta", self.delta, f"use more than 1 + epsilon_high = {bound:g}, or null")
         eps = self.advantage_eps
         require(eps >= 0, "objective.advantage_eps", eps, "use a small positive number such as 1e-4")
+        unscaled = self.advantage == "group" or self.scale_rewards == "none"
+        fix = f"leave it out, or use none: advantage {self.advantage} divides by no standard deviation"
+        require(unscaled, "objective.scale_rewards", self.scale_rewards, fix)
+        require(self.pass_k >= 2, "objective.pass_k", self.pass_k, "use 2 or more; the mean reward, k = 1, is advantage rloo")
+        if self.normalize_each_reward:
+            fix = "use advantage group: normalised rewards have no scale and are 0 on average"
+            require(self.advantage == "group", "objective.advantage", self.advantage, fix)
+            fix = "use false: beta is in units of the reward, which normalize_each_reward removes"
+            require(not self.kl_in_reward, "objective.kl_in_reward", self.kl_in_reward, fix)
         require(self.num_iterations >= 1, "objective.num_iterations", self.num_iterations, "use 1 or more")
         if self.importance_cap is not None:
             require(
                 self.importance_cap > 0, "objective.importance_cap", self.importance_cap, "use a positive cap such as 2, or null"
+            )
+
+        floor, threshold = self.importance_floor, self.off_policy_threshold
+        if floor is not None:
+            require(floor > 0, "objective.importance_floor", floor, "use a positive bound such as 0.5, or null")
+            below = self.importance_cap is None or floor < self.importance_cap
+            require(below, "objective.importance_floor", floor, f"use less than importance_cap ({self.importance_cap}), or null")
+        bounded = floor is not None or self.importance_cap is not None
+        fix = "also set objective.importance_cap or objective.importance_floor; without a bound there is no importance weight"
+        require(bounded or self.importance_mode == "token_truncate", "objective.importance_mode", self.importance_mode, fix)
+        if threshold is not None:
+            require(
+                threshold > 0, "objective.off_policy_threshold", threshold, "use a positive number of nats such as 0.5, or null"
             )
 
     @property

@@ -19,6 +19,15 @@ too), sg = stop-gradient:
     cispo      −sg(min(ρ, ε_max))·A·logπ                    1/T           https://arxiv.org/abs/2506.13585, section 3.1
     sapo       −(4/τ)·σ(τ(ρ−1))·A, τ by the sign of A       1/(N·T_i)     https://arxiv.org/abs/2511.20347
 
+m may have factors that correct for data which the policy did not draw; `sampler` is what drew the tokens, and the trainer's own
+log-probabilities of them may differ. r_t = π_old/π_sampler:
+
+    token_truncate     clip(r_t, floor, cap)                            TIS, https://fengyao.notion.site/off-policy-rl
+    token_mask         r_t, 0 out of [floor, cap]                       IcePop (Ring-1T), https://arxiv.org/abs/2510.18855
+    sequence_truncate  clip(Π_t r_t, floor, cap)                        as TRL 1.16, which names all four so
+    sequence_mask      Π_t r_t, 0 out of [floor, cap]                   as TRL 1.16; its default, with cap 3
+    OPSM               0 where A < 0 and Σ_t log(π_sampler/π)/T_i > δ   https://arxiv.org/abs/2512.02556, equation 9
+
 The KL term, with d = logπ_ref − logπ (http://joschu.net/blog/kl-approx.html):
 
     k1, k2, k3    −d, d²/2, e^d − d − 1
@@ -39,13 +48,14 @@ Deviations and choices:
 * `cispo`: ε_max is an absolute cap, not 1 + ε_high. There is no lower bound.
 * `sapo`: τ = 1.0 where A > 0, else 1.05.
 * δ (two-sided clipping, https://arxiv.org/abs/2505.07291) bounds ρ where A < 0; off where it is None.
-* With importance_cap, m (not KL) is multiplied by sg(min(π_old/π_sampler, cap)); per token for `gspo` too.
+* The importance weight and OPSM multiply m, not KL.
 * Where logps are of a truncated distribution π̃, the KL term uses the untruncated π (`whole_logps`) and the untruncated reference.
   π̃ = π/Z on the tokens that stay, so with π̃ the difference d would be log Z even where policy = reference: k3 would be positive
   there, and biased, because E_π̃[e^d] is not 1. Untruncated, k3 is 0 exactly where they agree; its mean is
   E_π[k3 | the tokens that stay]. k3_corrected's ρ is π̃/π̃_old, so that its gradient is exactly the gradient of this mean.
 * k3_corrected's ρ is the token's for `gspo` too, unclipped; TRL takes the sequence's there, and its mean is then not the KL's.
-* A log-ratio is clipped to ±80 nats before exp, without gradient beyond: e⁸⁹ is infinite in float32, and 0·∞ a NaN in the gradient.
+* A log-ratio is clipped to ±80 nats before exp (both of k3_corrected to ±40), without gradient beyond: e⁸⁹ is infinite in float32,
+  and 0·∞ a NaN in the gradient.
 * Where ρ equals a clip bound, the gradient is that of the unclipped side.
 """
 
@@ -169,7 +179,10 @@ def loss_settings(objective: ObjectiveConfig) -> operation.LossSettings:
         epsilon_high=objective.epsilon_high,
         epsilon_max=objective.epsilon_max,
         delta=objective.delta,
+        importance_mode=objective.importance_mode,
+        importance_floor=objective.importance_floor,
         importance_cap=objective.importance_cap,
+        off_policy_threshold=objective.off_policy_threshold,
     )
 
 
@@ -266,6 +279,7 @@ def finish_stats(sums: Mapping[str, Float[Array, ""]]) -> dict[str, Float[Array,
         `clip_ratio/low`: fraction of tokens clipped at 1 − ε (A < 0). `clip_ratio/high`: at 1 + ε_high (A > 0), at δ (A < 0), or at
         cispo's ε_max. `clip_ratio/region`: both. `kl_divergence`: k3, nats a token; absent without a reference.
         `sampling/logp_difference/mean` and `/max`: |logπ_old − logπ_sampler|, nats; absent without the sampler's.
+        `sampling/importance_outside`: fraction of tokens whose importance weight was out of its bounds; absent where it is off.
         `policy_loss`: absent where no weights were given.
     """
     tokens = jnp.maximum(sums["tokens"], jnp.float32(1))
@@ -278,6 +292,8 @@ def finish_stats(sums: Mapping[str, Float[Array, ""]]) -> dict[str, Float[Array,
         metrics["policy_loss"] = sums["policy_loss"]
     if "kl" in sums:
         metrics["kl_divergence"] = sums["kl"] / tokens
+    if "importance_outside" in sums:
+        metrics["sampling/importance_outside"] = sums["importance_outside"] / tokens
     if "logp_difference" in sums:
         metrics["sampling/logp_difference/mean"] = sums["logp_difference"] / tokens
         metrics["sampling/logp_difference/max"] = sums["logp_difference_max"]

@@ -25,10 +25,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from grpo_jax.config import Config, ObjectiveConfig
 from grpo_jax.learner.advantages import group_advantages
+from grpo_jax.learner.baselines import baseline_advantages
 from grpo_jax.learner.custom_loss import LossFunction, custom_loss, finish_custom_stats
 from grpo_jax.learner.logprobs import row_logprobs
 from grpo_jax.learner.loss import Stats, finish_stats, kl_per_token, kl_reward_penalty, token_weights, total_stats, weighted_loss
@@ -173,7 +174,7 @@ class Learner:
                 ref_logps = self.fixed_logprobs(self.reference_variables(frozen), batch, None)[0]
         if objective.kl_in_reward and ref_logps is not None:
             rewards, old_logps = self.subtract_kl(batch, ref_logps, self.policy_variables(state.trainable, frozen))
-        advantages = self.advantages(rewards, batch.valid)
+        advantages = self.advantages(rewards, batch)
         mask, per_row = batch.completion_mask, advantages.reshape(-1)
         if self.skips:
             counts = jnp.repeat(jnp.any(advantages != 0, axis=1), advantages.shape[1])
@@ -204,9 +205,14 @@ class Learner:
         penalty = kl_reward_penalty(untruncated, ref_logps, sampled)
         return batch.rewards - jnp.float32(self.objective.beta) * penalty.reshape(batch.rewards.shape), logps
 
-    def advantages(self, rewards: Float[AnyArray, "B G"], valid: Bool[AnyArray, "B G"]) -> Float[Array, "B G"]:
-        """Advantages of a batch: rewards normalised within each prompt's group."""
+    def advantages(self, rewards: Float[AnyArray, "B G"], batch: TrainBatch) -> Float[Array, "B G"]:
+        """Advantages of a batch: rewards compared within each prompt's group."""
         objective, layout = self.objective, self.model.layout
+        if objective.advantage != "group":
+            lengths = batch.completion_lengths
+            lengths = jnp.sum(batch.completion_mask.astype(jnp.int32), axis=1) if lengths is None else jnp.asarray(lengths)
+            given = (jnp.asarray(rewards, jnp.float32), jnp.asarray(batch.valid), lengths.reshape(rewards.shape))
+            return baseline_advantages(*given, objective.advantage, objective.pass_k)
 
         def per_shard(rewards: AnyArray, valid: AnyArray) -> Array:
             return group_advantages(
@@ -218,7 +224,7 @@ class Learner:
                 axis_name=None if layout is None else ROW_AXES,
             )
 
-        return local_prompts(per_shard, layout)(rewards, valid)
+        return local_prompts(per_shard, layout)(rewards, batch.valid)
 
     def iterate(
         self, state: TrainState, batch: TrainBatch, known: dict[str, Any], old_logps: Array | None, frozen: Frozen

@@ -34,6 +34,7 @@ from grpo_jax.rewards import (
     warning_lines,
 )
 from grpo_jax.rewards.across_processes import score_across_processes
+from grpo_jax.rewards.normalization import sum_metrics
 from grpo_jax.rollout.future_calls import rollout_calls
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import RolloutShapes, evaluation_shapes, prompt_widths
@@ -244,6 +245,8 @@ class GrpoStep:
         clock.lap("update_seconds")
         metrics.setdefault("kl_divergence", None)  # not computed, which is not 0
         metrics["update/padding"] = padding_share(batch)
+        if config.objective.normalize_each_reward:
+            metrics |= sum_metrics(scored)  # the update has seen normalised rewards
         metrics |= reward_metrics(scored) | length_metrics(rollout) | clock.metrics(prompts, rollout)
         completions = StepCompletions(
             prompts.prompts, texts, rollout.completion_ids, scored.per_function, advantages, list(rollout.finish_reasons)

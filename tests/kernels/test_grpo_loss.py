@@ -89,10 +89,17 @@ def expected(x: Case, s: LossSettings, leave_out: tuple[str, ...] = ()) -> Any:
     whole = logps if given["whole"] is None else given["whole"]
     a = np.where(mask.any(1), x["advantages"], 0.0).astype(np.float64)[:, None]
     log_ratio = np.clip(logps - old, -80, 80)
-    factor = np.ones(mask.shape)
-    if s.importance_cap is not None:
-        factor = np.minimum(np.exp(np.clip(old - given["sampler"], -80, 80)), s.importance_cap)
-    tokens = np.maximum(mask.sum(1, keepdims=True), 1)
+    tokens, factor, outside = np.maximum(mask.sum(1, keepdims=True), 1), np.ones(mask.shape), None
+    if s.importance_cap is not None or s.importance_floor is not None:
+        log_weight = old - given["sampler"]
+        if s.importance_mode.startswith("sequence"):
+            log_weight = log_weight.sum(1, keepdims=True) + zero
+        weight, floor, cap = np.exp(np.clip(log_weight, -80, 80)), s.importance_floor or 0, s.importance_cap or np.inf
+        outside = ((weight < floor) | (weight > cap)) & mask
+        factor = np.where(outside, 0, weight) if s.importance_mode.endswith("mask") else np.clip(weight, floor, cap)
+    if s.off_policy_threshold is not None:
+        drift = (given["sampler"] - logps).sum(1, keepdims=True) / tokens
+        factor = factor * ~((a < 0) & (drift > s.off_policy_threshold))
     ratio = np.exp(log_ratio.sum(1, keepdims=True) / tokens + zero if s.loss == "gspo" else log_ratio)
     inside = np.abs(logps - old) < 80
     low, high = zero > 0, zero > 0
@@ -124,7 +131,10 @@ def expected(x: Case, s: LossSettings, leave_out: tuple[str, ...] = ()) -> Any:
         bounded = np.clip(d, -80, 80)
         k3 = np.exp(bounded) - bounded - 1
         sums["kl"] = (k3 * mask).sum()
-        by_k3, token_ratio = (1 - np.exp(bounded)) * (np.abs(d) < 80), np.exp(np.clip(logps - old, -80, 80))
+        limit = 40 if s.kl == "k3_corrected" else 80
+        bounded, inside = np.clip(d, -limit, limit), np.abs(logps - old) < limit
+        by_k3, token_ratio = (1 - np.exp(bounded)) * (np.abs(d) < limit), np.exp(np.clip(logps - old, -limit, limit))
+        k3 = np.exp(bounded) - bounded - 1
         value = {"k1": -d, "k2": d * d / 2, "k3": k3, "k3_corrected": token_ratio * k3}[s.kl]
         by_whole = {"k1": np.ones(d.shape), "k2": -d, "k3": by_k3, "k3_corrected": token_ratio * by_k3}[s.kl]
         loss = loss + s.beta * (weights * value).sum()
@@ -134,6 +144,8 @@ def expected(x: Case, s: LossSettings, leave_out: tuple[str, ...] = ()) -> Any:
     if given["sampler"] is not None:
         difference = np.abs(old - given["sampler"]) * mask
         sums |= {"logp_difference": difference.sum(), "logp_difference_max": difference.max()}
+    if outside is not None:
+        sums["importance_outside"] = outside.sum()
     return (loss, sums, d_logps + d_whole, None) if given["whole"] is None else (loss, sums, d_logps, d_whole)
 
 
@@ -170,6 +182,15 @@ SETTINGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"loss": "reinforce", "importance_cap": 1.2, "beta": 0.3, "kl": "k2"}, ("old", "whole")),
     ({"loss": "reinforce"}, ("sampler",)),
     ({"loss": "reinforce", "beta": 0.3, "kl": "k3_corrected"}, ("sampler", "whole")),
+    ({"loss": "dapo", "importance_mode": "token_mask", "importance_floor": 0.7, "importance_cap": 1.4}, ("ref", "whole")),
+    ({"loss": "gspo", "importance_mode": "token_truncate", "importance_floor": 0.7}, ("ref", "whole")),
+    (
+        {"loss": "grpo", "importance_mode": "sequence_mask", "importance_floor": 0.02, "importance_cap": 2.0, "beta": 0.3},
+        ("whole",),
+    ),
+    ({"loss": "gspo", "importance_mode": "sequence_truncate", "importance_floor": 0.5, "importance_cap": 2.0}, ("ref", "whole")),
+    ({"loss": "dapo", "importance_cap": 1.2, "off_policy_threshold": 0.02}, ("ref", "whole")),
+    ({"loss": "reinforce", "off_policy_threshold": 0.02}, ("old", "ref", "whole")),
     ({"loss": "dapo", "epsilon_high": 0.28}, ("old", "ref", "sampler", "whole")),
 ]
 
@@ -338,6 +359,10 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
         ({"epsilon_max": 0.0}, "epsilon_max is 0"),
         ({"delta": 1.1}, r"delta is 1.1: use more than 1 \+ epsilon_high = 1.2"),
         ({"importance_cap": 0.0}, "importance_cap is 0"),
+        ({"importance_cap": 2.0, "importance_floor": 2.0}, "importance_floor is 2: use a positive number below importance_cap"),
+        ({"importance_floor": 0.0}, "importance_floor is 0"),
+        ({"importance_mode": "clip"}, "importance_mode is 'clip': choose from token_truncate"),
+        ({"off_policy_threshold": 0.0}, "off_policy_threshold is 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

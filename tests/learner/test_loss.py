@@ -102,6 +102,20 @@ def oracle_kl(policy: float, reference: float, kind: str) -> float:
     return {"k1": -d, "k2": d * d / 2, "k3": math.exp(d) - d - 1}[kind]
 
 
+def oracle_weight(case: Case, s: ObjectiveConfig, i: int, t: int) -> float:
+    """The importance weight of a token."""
+    if s.importance_cap is None and s.importance_floor is None:
+        return 1.0
+    level, kind = s.importance_mode.split("_")
+    weight = 1.0
+    for u in np.flatnonzero(case.mask[i]) if level == "sequence" else [t]:
+        weight *= math.exp(case.old[i, u] - case.sampler[i, u])
+    floor, cap = s.importance_floor or 0.0, s.importance_cap or math.inf
+    if kind == "mask":
+        return weight if floor <= weight <= cap else 0.0
+    return min(max(weight, floor), cap)
+
+
 def oracle_loss(case: Case, s: ObjectiveConfig, logps: np.ndarray, frozen: np.ndarray, constant: int | None = None) -> float:
     """Computes the module's table of losses row by row. `frozen` is used where the formula stops the gradient."""
     rows, length = case.mask.shape
@@ -122,8 +136,10 @@ def oracle_loss(case: Case, s: ObjectiveConfig, logps: np.ndarray, frozen: np.nd
             else:
                 bounded = ratio if s.delta is None else min(ratio, s.delta)
                 term = -min(bounded * a, min(max(ratio, 1 - s.epsilon), 1 + s.epsilon_high) * a)
-            if s.importance_cap is not None:
-                term *= min(math.exp(case.old[i, t] - case.sampler[i, t]), s.importance_cap)
+            term *= oracle_weight(case, s, i, t)
+            if s.off_policy_threshold is not None and a < 0:
+                drift = np.mean([case.sampler[i, u] - frozen[i, u] for u in tokens])
+                term *= float(drift <= s.off_policy_threshold)
             if s.beta > 0 and not s.kl_in_reward:
                 of_token = math.exp(logps[i, t] - case.old[i, t]) if s.kl == "k3_corrected" else 1.0
                 term += s.beta * of_token * oracle_kl(logps[i, t], case.ref[i, t], s.kl[:2])
@@ -164,6 +180,9 @@ GOLDEN = Case(
 )
 
 
+ICEPOP = {"importance_mode": "token_mask", "importance_floor": 0.9, "importance_cap": 1.2}
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -190,6 +209,14 @@ GOLDEN = Case(
         ({"loss": "dapo", "beta": 0.5, "kl": "k1", "kl_in_reward": True}, 0.02),
         # π_old/π_sampler = e, 1; 1, e^-0.5, 1, capped at 1.5; the KL term is not multiplied.
         ({"loss": "dapo", "importance_cap": 1.5}, (-2.6 * 1.5 - 1.0 + 2.0 + 0.9 * 0.6065307 + 0.8) / 5),
+        # The weights e and e^-0.5 are out of the bounds and become 0, or 1.2 and 0.9; those of the sequences are e and e^-0.5.
+        ({"loss": "dapo", **ICEPOP}, (-1.0 + 2.0 + 0.8) / 5),
+        ({"loss": "dapo", **ICEPOP, "importance_mode": "token_truncate"}, (-2.6 * 1.2 - 1.0 + 2.0 + 0.9 * 0.9 + 0.8) / 5),
+        ({"loss": "dapo", "importance_mode": "sequence_mask", "importance_cap": 2.0}, 0.6065307 * 3.7 / 5),
+        ({"loss": "dapo", "importance_mode": "sequence_truncate", "importance_cap": 2.0}, (-3.6 * 2 + 0.6065307 * 3.7) / 5),
+        # Row 1 has A < 0 and π_sampler above π: Σ log(π_sampler/π) = 0.5 - ln 0.9, 0.2017868 a token.
+        ({"loss": "dapo", "off_policy_threshold": 0.2}, -3.6 / 5),
+        ({"loss": "dapo", "off_policy_threshold": 0.203}, 0.1 / 5),
         (
             {"loss": "dapo", "importance_cap": 1.5, "beta": 0.5, "kl": "k3"},
             (-2.6 * 1.5 - 1.0 + 2.0 + 0.9 * 0.6065307 + 0.8) / 5 + 0.5 * 0.3068528,
@@ -263,9 +290,17 @@ def test_loss_and_gradient_equal_the_oracle(loss: str, kl: str | None) -> None:
     np.testing.assert_allclose(case.gradient(settings), oracle_gradient(case, settings), rtol=1e-5, atol=2e-7)
 
 
-@pytest.mark.parametrize(
-    "more", [{"delta": 1.5}, {"importance_cap": 1.2}, {"delta": 1.4, "importance_cap": 0.9, "beta": 0.1}], ids=str
-)
+CORRECTIONS: list[dict[str, Any]] = [
+    {"delta": 1.5},
+    {"importance_cap": 1.2},
+    {"delta": 1.4, "importance_cap": 0.9, "beta": 0.1},
+    {"importance_mode": "token_mask", "importance_floor": 0.6, "importance_cap": 1.6},
+    {"importance_mode": "sequence_truncate", "importance_floor": 0.5, "importance_cap": 1.5},
+    {"importance_mode": "sequence_mask", "importance_cap": 3.0, "off_policy_threshold": 0.1},
+]
+
+
+@pytest.mark.parametrize("more", CORRECTIONS, ids=str)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_two_sided_clip_and_importance_weight_equal_the_oracle(loss: str, more: dict[str, float]) -> None:
     settings = objective(loss=loss, epsilon=0.15, epsilon_high=0.25, **more)
@@ -328,7 +363,9 @@ def test_k3_of_nearly_equal_policies_keeps_its_digits() -> None:
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("pieces", [[1] * 12, [7, 5]], ids=["rows", "7+5"])
 def test_any_split_of_the_rows_gives_the_same_loss_gradient_and_metrics(loss: str, pieces: list[int]) -> None:
-    settings = objective(loss=loss, beta=0.2, epsilon=0.15, importance_cap=1.5)
+    settings = objective(
+        loss=loss, beta=0.2, epsilon=0.15, importance_mode="sequence_mask", importance_cap=3.0, off_policy_threshold=0.1
+    )
     case = random_case(rows=12, seed=5)
     unsplit, unsplit_metrics = case.loss(settings, max_completion_length=9)
     weights = token_weights(case.mask, settings, max_completion_length=9)

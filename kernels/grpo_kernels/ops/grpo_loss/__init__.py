@@ -63,7 +63,8 @@ def grpo_loss(
     Returns:
         The loss, and float32 sums: `tokens`, `clipped_low` and `clipped_high` (tokens whose ratio is clipped at a bound),
         `policy_loss` (the loss without β·KL); with a reference `kl` (k3, nats); with the sampler's `logp_difference` and
-        `logp_difference_max` (|logπ_old − logπ_sampler|, nats).
+        `logp_difference_max` (|logπ_old − logπ_sampler|, nats); with an importance weight `importance_outside` (tokens whose weight
+        was out of its bounds).
 
     Raises:
         ValueError: shapes do not agree, the settings need log-probabilities that are missing, or an unknown implementation.
@@ -107,8 +108,10 @@ def checked(
     check_shapes(logps, advantages, **given, completion_mask=completion_mask, weights=weights)
     if settings.beta > 0 and ref_logps is None:
         raise ValueError(f"ref_logps is None, but beta is {settings.beta:g}: give ref_logps, or set beta to 0")
-    if settings.importance_cap is not None and sampler_logps is None:
-        raise ValueError(f"sampler_logps is None, but importance_cap is {settings.importance_cap:g}: give them, or set it to None")
+    if settings.needs_sampler and sampler_logps is None:
+        names = ("importance_cap", "importance_floor", "off_policy_threshold")
+        name, value = next((name, getattr(settings, name)) for name in names if getattr(settings, name) is not None)
+        raise ValueError(f"sampler_logps is None, but {name} is {value:g}: give them, or set it to None")
 
     def float32(array: ArrayLike | None) -> Any:
         return None if array is None else jnp.asarray(array, jnp.float32)
