@@ -8,6 +8,23 @@ from typing import Any, Literal
 from grpo_jax.config.checks import check_types, require, require_choice
 from grpo_jax.config.presets import OBJECTIVE_DEFAULTS, PRESETS, PresetName
 
+LossName = Literal[
+    "reinforce",
+    "gpg",
+    "grpo",
+    "bnpo",
+    "dr_grpo",
+    "dapo",
+    "gspo",
+    "luspo",
+    "geo_mean",
+    "cispo",
+    "sapo",
+    "vespo",
+    "dppo_tv",
+    "dppo_kl",
+]
+
 FROM_PRESET: Any = None
 """Default of a setting that `ObjectiveConfig` fills in from the preset."""
 
@@ -18,12 +35,13 @@ class ObjectiveConfig:
 
     Args:
         preset: Named set of the settings below; see `grpo_jax.config.presets`.
-        loss: reinforce, grpo, bnpo, dr_grpo, dapo, gspo, cispo or sapo. Default dapo.
+        loss: reinforce, gpg, grpo, bnpo, dr_grpo, dapo, gspo, luspo, geo_mean, cispo, sapo, vespo, dppo_tv or dppo_kl; see
+            `grpo_jax.learner.loss`. Default dapo.
         beta: Weight of the KL term; 0 computes no reference log-probabilities. Default 0.04.
         kl: KL term in the loss: k1, k2 or k3 (http://joschu.net/blog/kl-approx.html), or k3_corrected: k3 times the ratio, which
             has the gradient of the KL divergence. Default k3_corrected.
         kl_in_reward: Subtract beta times the completion's summed k1 from its reward; the loss has no KL term. Default false.
-        epsilon: Clip range of the ratio below 1. Default 0.2.
+        epsilon: Clip range of the ratio below 1; of its logarithm in geo_mean, of the divergence in dppo. Default 0.2.
         epsilon_high: Clip range of the ratio above 1. Default: the same as epsilon.
         epsilon_max: Upper bound on the ratio in cispo, an absolute number. Default 5.
         delta: Upper bound on the ratio where the advantage is negative (two-sided clipping); null applies none.
@@ -49,7 +67,7 @@ class ObjectiveConfig:
     """
 
     preset: PresetName | None = None
-    loss: Literal["reinforce", "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"] = FROM_PRESET
+    loss: LossName = FROM_PRESET
     beta: float = FROM_PRESET
     kl: Literal["k1", "k2", "k3", "k3_corrected"] = FROM_PRESET
     kl_in_reward: bool = FROM_PRESET
@@ -108,6 +126,10 @@ class ObjectiveConfig:
                 self.importance_cap > 0, "objective.importance_cap", self.importance_cap, "use a positive cap such as 2, or null"
             )
 
+        fix = f"leave it out: loss {self.loss} compares the policy with the sampler already"
+        against_sampler = self.loss in ("vespo", "dppo_tv", "dppo_kl")
+        require(not (against_sampler and self.importance_cap), "objective.importance_cap", self.importance_cap, fix)
+        require(not (against_sampler and self.importance_floor), "objective.importance_floor", self.importance_floor, fix)
         floor, threshold = self.importance_floor, self.off_policy_threshold
         if floor is not None:
             require(floor > 0, "objective.importance_floor", floor, "use a positive bound such as 0.5, or null")

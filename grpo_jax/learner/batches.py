@@ -61,13 +61,13 @@ def train_batch(
     )
 
 
-def padding_share(batch: TrainBatch) -> float:
-    """Padding in the rows that an update computes, as a share of their tokens; of a batch on the host.
+def padding_share(batches: Sequence[TrainBatch]) -> float:
+    """Padding in the rows that a step's updates compute, as a share of their tokens; of batches on the host.
 
     Micro-batches that turn out to have no group with an advantage are counted, though they are skipped.
     """
     real = computed = 0
-    for part in batch.micro_batches:
+    for part in (part for batch in batches for part in batch.micro_batches):
         seen = np.asarray(part.rows.ranges.own_end) > 0
         real += int(seen.sum())
         computed += int(seen.any(axis=(1, 2)).sum()) * seen[0].size

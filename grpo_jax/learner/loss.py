@@ -9,15 +9,21 @@ terms as code. Log-probabilities come from `logprobs`, advantages from `advantag
 ρ = exp(logπ − logπ_old) per token, A = advantage of the row, T_i = trained tokens of row i, T = Σ T_i, N = all rows (empty ones
 too), sg = stop-gradient:
 
-    loss       policy term m_it                             w_it          source
-    reinforce  −A·logπ                                      1/N           Williams 1992, https://doi.org/10.1007/BF00992696
-    grpo       −min(min(ρ,δ)·A, clip(ρ, 1−ε, 1+ε_high)·A)   1/(N·T_i)     https://arxiv.org/abs/2402.03300, equation 3
-    bnpo       as grpo                                      1/T           TRL's name, https://huggingface.co/docs/trl/grpo_trainer
-    dr_grpo    as grpo                                      1/(N·length)  https://arxiv.org/abs/2503.20783, section 3.2
-    dapo       as grpo                                      1/T           https://arxiv.org/abs/2503.14476, section 3.3
-    gspo       as grpo, ρ_i = exp(Σ_t log ρ_it / T_i)       1/(N·T_i)     https://arxiv.org/abs/2507.18071, section 4
-    cispo      −sg(min(ρ, ε_max))·A·logπ                    1/T           https://arxiv.org/abs/2506.13585, section 3.1
-    sapo       −(4/τ)·σ(τ(ρ−1))·A, τ by the sign of A       1/(N·T_i)     https://arxiv.org/abs/2511.20347
+    loss       policy term m_it                                     w_it          source
+    reinforce  −A·logπ                                              1/N           Williams, https://doi.org/10.1007/BF00992696
+    gpg        −A·logπ                                              1/T           https://arxiv.org/abs/2504.02546
+    grpo       −min(min(ρ,δ)·A, clip(ρ, 1−ε, 1+ε_high)·A)           1/(N·T_i)     https://arxiv.org/abs/2402.03300, equation 3
+    bnpo       as grpo                                              1/T           TRL, https://huggingface.co/docs/trl/grpo_trainer
+    dr_grpo    as grpo                                              1/(N·length)  https://arxiv.org/abs/2503.20783, section 3.2
+    dapo       as grpo                                              1/T           https://arxiv.org/abs/2503.14476, section 3.3
+    gspo       as grpo, ρ_i = exp(Σ_t log ρ_it / T_i)               1/(N·T_i)     https://arxiv.org/abs/2507.18071, section 4
+    luspo      as gspo                                              1/N           https://arxiv.org/abs/2602.05261
+    geo_mean   −A·exp(Σ_t limit(log ρ_it) / T_i)                    1/(N·T_i)     GMPO, https://arxiv.org/abs/2507.20673
+    cispo      −sg(min(ρ, ε_max))·A·logπ                            1/T           https://arxiv.org/abs/2506.13585, section 3.1
+    sapo       −(4/τ)·σ(τ(ρ−1))·A, τ by the sign of A               1/(N·T_i)     https://arxiv.org/abs/2511.20347
+    vespo      −sg(φ(W))·A·logπ, W = Π_t ρ_it                       1/T           https://arxiv.org/abs/2602.10693
+    dppo_tv    −ρ·A, 0 where the token has moved too far: |p − q|   1/T           https://arxiv.org/abs/2602.04879
+    dppo_kl    as dppo_tv, by KL(q ‖ p) of this token or another    1/T           https://arxiv.org/abs/2602.04879
 
 m may have factors that correct for data which the policy did not draw; `sampler` is what drew the tokens, and the trainer's own
 log-probabilities of them may differ. r_t = π_old/π_sampler:
@@ -47,6 +53,13 @@ Deviations and choices:
 * `gspo`: every token of a row has the row's ratio, so the gradient of each logπ is that of equation 5 there.
 * `cispo`: ε_max is an absolute cap, not 1 + ε_high. There is no lower bound.
 * `sapo`: τ = 1.0 where A > 0, else 1.05.
+* `gpg`: A is also multiplied by the number of groups over those with an advantage (`step.py`), the paper's α.
+* `geo_mean`: limit(x) = min(x, ε_high) where A > 0, max(x, −ε) where A < 0: ε is in log ρ, and the paper's is 0.4.
+* `vespo`: φ(W) = W^k·exp(λ(1 − W)), k = 2 and λ = 3 where A ≥ 0, else 3 and 2, as in TRL; no clipping of log W but ±80 nats.
+* `dppo_tv`, `dppo_kl`: q and p are the token's probability before and now. The token has moved too far where D > ε_high, A > 0 and
+  ρ > 1, or D > ε, A < 0 and ρ < 1.
+* `vespo` and `dppo_*` compare with the distribution that drew the tokens, as their papers do: where the sampler's log-probabilities
+  are given, ρ = π/π_sampler. TRL's `vespo` and verl's `_recompute` variants take π_old.
 * δ (two-sided clipping, https://arxiv.org/abs/2505.07291) bounds ρ where A < 0; off where it is None.
 * The importance weight and OPSM multiply m, not KL.
 * Where logps are of a truncated distribution π̃, the KL term uses the untruncated π (`whole_logps`) and the untruncated reference.
@@ -205,13 +218,13 @@ def token_weights(
         if max_completion_length < 1:
             raise ValueError(f"max_completion_length is {max_completion_length}: it must be at least 1 token")
         length = max_completion_length
-    if objective.loss == "reinforce":
+    if objective.loss in ("reinforce", "luspo"):
         weight = jnp.full((1, 1), 1 / rows, jnp.float32)
     elif objective.loss == "dr_grpo":
         weight = jnp.full((1, 1), 1 / (rows * length), jnp.float32)
-    elif objective.loss in ("bnpo", "dapo", "cispo"):
+    elif objective.loss in ("bnpo", "dapo", "cispo", "gpg", "vespo", "dppo_tv", "dppo_kl"):
         weight = 1 / at_least_one(jnp.sum(mask, keepdims=True))
-    else:  # grpo, gspo, sapo
+    else:  # grpo, gspo, geo_mean, sapo
         weight = 1 / (jnp.float32(rows) * at_least_one(jnp.sum(mask, axis=1, keepdims=True)))
     return jnp.where(mask, jnp.broadcast_to(weight, mask.shape), jnp.float32(0))
 

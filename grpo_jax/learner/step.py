@@ -7,6 +7,7 @@ them every denominator, come from the whole batch, so the result does not depend
 - With β = 0 no reference is computed, and a group whose advantages are all 0 does not change `grpo_loss`. A micro-batch that has
   only such groups is skipped; they are packed last. The loss's denominators still count their tokens; means of metrics (entropy,
   clipping, the difference to the sampler) do not. With a user's loss nothing is skipped.
+- A step may make several updates, each on its own part of the prompts (`steps/mini_batches.py`); each is a batch here.
 - With one update a batch the old log-probabilities are the new ones without gradient and cost no forward pass. With several
   updates those of the first update are the old log-probabilities of all.
 - An update whose loss or gradient is not finite changes nothing (`optim.apply_gradient`).
@@ -35,7 +36,7 @@ from grpo_jax.learner.logprobs import row_logprobs
 from grpo_jax.learner.loss import Stats, finish_stats, kl_per_token, kl_reward_penalty, token_weights, total_stats, weighted_loss
 from grpo_jax.learner.metrics import PackedMetrics, batch_metrics, pack
 from grpo_jax.learner.micro_batches import MicroBatch, any_token, scan_micro_batches
-from grpo_jax.learner.optim import SKIPPED, apply_gradient, learning_rate_at, make_optimizer
+from grpo_jax.learner.optim import SKIPPED, apply_gradient, learning_rate_at, make_optimizer, updates_per_step
 from grpo_jax.learner.truncated import Truncation
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.runtime.sharding import ROW_AXES, Layout
@@ -88,7 +89,7 @@ class Learner:
             optimizer: used instead of the settings' AdamW.
             loss_fn: used instead of `grpo_loss`.
         """
-        each = config.objective.num_iterations
+        each = updates_per_step(config)
         return Learner(
             model=model,
             objective=config.objective,
@@ -167,14 +168,14 @@ class Learner:
 
     def train_step(self, state: TrainState, batch: TrainBatch, frozen: Frozen) -> tuple[TrainState, PackedMetrics]:
         """Makes `objective.num_iterations` updates on one batch. Jit it with the state donated."""
-        objective, rewards = self.objective, batch.rewards
-        ref_logps = old_logps = None
+        objective, rewards, old_logps = self.objective, batch.rewards, batch.old_logprobs
+        ref_logps = None
         if objective.needs_reference:
             with jax.named_scope("reference"):
                 ref_logps = self.fixed_logprobs(self.reference_variables(frozen), batch, None)[0]
         if objective.kl_in_reward and ref_logps is not None:
             rewards, old_logps = self.subtract_kl(batch, ref_logps, self.policy_variables(state.trainable, frozen))
-        advantages = self.advantages(rewards, batch)
+        advantages = self.advantages(rewards, batch) if batch.advantages is None else jnp.asarray(batch.advantages)
         mask, per_row = batch.completion_mask, advantages.reshape(-1)
         if self.skips:
             counts = jnp.repeat(jnp.any(advantages != 0, axis=1), advantages.shape[1])
@@ -206,7 +207,15 @@ class Learner:
         return batch.rewards - jnp.float32(self.objective.beta) * penalty.reshape(batch.rewards.shape), logps
 
     def advantages(self, rewards: Float[AnyArray, "B G"], batch: TrainBatch) -> Float[Array, "B G"]:
-        """Advantages of a batch: rewards compared within each prompt's group."""
+        """Advantages of a batch: rewards compared within each prompt's group; with `gpg` times its α (`loss.py`)."""
+        advantages = self.compared(rewards, batch)
+        if self.objective.loss != "gpg":
+            return advantages
+        learned = jnp.sum(jnp.any(advantages != 0, axis=1).astype(jnp.float32))
+        return advantages * (advantages.shape[0] / jnp.maximum(learned, jnp.float32(1)))
+
+    def compared(self, rewards: Float[AnyArray, "B G"], batch: TrainBatch) -> Float[Array, "B G"]:
+        """Rewards compared within each prompt's group."""
         objective, layout = self.objective, self.model.layout
         if objective.advantage != "group":
             lengths = batch.completion_lengths
@@ -274,6 +283,12 @@ class Learner:
         zero = jnp.zeros(batch.completion_mask.shape, jnp.float32)
         tables, _, _ = scan_micro_batches(batch.micro_batches, add, (zero, zero), any_token, self.model.layout)
         return jax.lax.stop_gradient(tables)
+
+    def old_logprobs(self, trainable: Params, batch: TrainBatch, frozen: Frozen) -> Float[Array, "N C"]:
+        """Log-probabilities of the policy as it is now, which a later update on this batch takes its ratio from."""
+        logps = self.fixed_logprobs(self.policy_variables(trainable, frozen), batch, self.truncation)[0]
+        layout = self.model.layout
+        return logps if layout is None else layout.constrain(logps, "rows", "tokens")
 
     def loss(self, tokens: dict[str, Array | None]) -> tuple[Float[Array, ""], Stats]:
         """The loss of some rows and the sums for their metrics; on a mesh, summed over the devices' rows.

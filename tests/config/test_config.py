@@ -217,6 +217,8 @@ EXPECTED = {
     "dr_grpo": ("dr_grpo", 0.0, "k3_corrected", 0.2, 0.2, 5.0, 1e-4, "none", False),
     "dapo": ("dapo", 0.0, "k3_corrected", 0.2, 0.28, 5.0, 1e-4, "group", True),
     "gspo": ("gspo", 0.0, "k3_corrected", 3e-4, 4e-4, 5.0, 1e-4, "group", False),
+    "gmpo": ("geo_mean", 0.0, "k3_corrected", 0.4, 0.4, 5.0, 1e-4, "group", False),
+    "gpg": ("gpg", 0.0, "k3_corrected", 0.2, 0.2, 5.0, 1e-4, "none", False),
     "cispo": ("cispo", 0.0, "k3_corrected", 0.2, 0.2, 5.0, 1e-4, "group", False),
     "trl": ("dapo", 0.0, "k3_corrected", 0.2, 0.2, 5.0, 1e-4, "group", False),
     "unsloth": ("bnpo", 0.001, "k3", 0.2, 0.2, 5.0, 1e-4, "group", False),

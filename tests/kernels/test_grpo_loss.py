@@ -100,10 +100,29 @@ def expected(x: Case, s: LossSettings, leave_out: tuple[str, ...] = ()) -> Any:
     if s.off_policy_threshold is not None:
         drift = (given["sampler"] - logps).sum(1, keepdims=True) / tokens
         factor = factor * ~((a < 0) & (drift > s.off_policy_threshold))
-    ratio = np.exp(log_ratio.sum(1, keepdims=True) / tokens + zero if s.loss == "gspo" else log_ratio)
-    inside = np.abs(logps - old) < 80
+    of_row = s.loss in ("gspo", "luspo", "geo_mean")
+    base = given["sampler"] if s.loss in ("vespo", "dppo_tv", "dppo_kl") and given["sampler"] is not None else old
+    inside = np.abs(logps - base) < 80
     low, high = zero > 0, zero > 0
-    if s.loss == "reinforce":
+    if s.loss == "geo_mean":
+        low, high = (a < 0) & (log_ratio < -s.epsilon), (a > 0) & (log_ratio > s.epsilon_high)
+        log_ratio, inside = np.where(high, s.epsilon_high, np.where(low, -s.epsilon, log_ratio)), inside & ~low & ~high
+    ratio = np.exp(log_ratio.sum(1, keepdims=True) / tokens + zero if of_row else log_ratio)
+    if s.loss == "geo_mean":
+        term, slope = -ratio * a, -ratio * a * inside
+    elif s.loss == "vespo":
+        log_weight = np.clip(np.clip(logps - base, -80, 80).sum(1, keepdims=True), -80, 80)
+        k, scale = np.where(a >= 0, 2, 3), np.where(a >= 0, 3, 2)
+        slope = -np.exp(k * log_weight + scale * (1 - np.exp(log_weight))) * a + zero
+        term = slope * logps
+    elif s.loss.startswith("dppo"):
+        p, q, ratio = np.exp(logps), np.exp(base), np.exp(np.clip(logps - base, -80, 80))
+        rest_p, rest_q = np.maximum(1 - p, 1e-7), np.maximum(1 - q, 1e-7)
+        apart = np.abs(p - q) if s.loss == "dppo_tv" else q * np.log(q / p) + rest_q * np.log(rest_q / rest_p)
+        low = (a < 0) & (logps < base) & (apart > s.epsilon)
+        high = (a > 0) & (logps > base) & (apart > s.epsilon_high)
+        term, slope = -ratio * a * ~(low | high), -ratio * a * ~(low | high) * inside
+    elif s.loss in ("reinforce", "gpg"):
         term, slope = -a * logps, -a + zero
     elif s.loss == "cispo":
         slope = -np.minimum(ratio, s.epsilon_max) * a
@@ -117,7 +136,7 @@ def expected(x: Case, s: LossSettings, leave_out: tuple[str, ...] = ()) -> Any:
         slope = slope * inside
         low = (a < 0) & (ratio < 1 - s.epsilon)
         high = ((a > 0) & (ratio > 1 + s.epsilon_high)) | ((a < 0) & (ratio > (s.delta or np.inf)))
-    slope = slope * ((weights * factor).sum(1, keepdims=True) / tokens if s.loss == "gspo" else weights * factor)
+    slope = slope * ((weights * factor).sum(1, keepdims=True) / tokens if of_row else weights * factor)
     policy_loss = (weights * factor * term).sum()
     sums = {
         "tokens": mask.sum(),
@@ -183,14 +202,17 @@ SETTINGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"loss": "reinforce"}, ("sampler",)),
     ({"loss": "reinforce", "beta": 0.3, "kl": "k3_corrected"}, ("sampler", "whole")),
     ({"loss": "dapo", "importance_mode": "token_mask", "importance_floor": 0.7, "importance_cap": 1.4}, ("ref", "whole")),
-    ({"loss": "gspo", "importance_mode": "token_truncate", "importance_floor": 0.7}, ("ref", "whole")),
+    ({"loss": "luspo", "importance_floor": 0.7, "epsilon": 0.02}, ("ref", "whole")),
     (
         {"loss": "grpo", "importance_mode": "sequence_mask", "importance_floor": 0.02, "importance_cap": 2.0, "beta": 0.3},
         ("whole",),
     ),
-    ({"loss": "gspo", "importance_mode": "sequence_truncate", "importance_floor": 0.5, "importance_cap": 2.0}, ("ref", "whole")),
-    ({"loss": "dapo", "importance_cap": 1.2, "off_policy_threshold": 0.02}, ("ref", "whole")),
-    ({"loss": "reinforce", "off_policy_threshold": 0.02}, ("old", "ref", "whole")),
+    ({"loss": "geo_mean", "importance_mode": "sequence_truncate", "importance_floor": 0.5, "importance_cap": 2.0, "beta": 0.3}, ()),
+    ({"loss": "cispo", "importance_cap": 1.2, "off_policy_threshold": 0.02}, ("ref", "whole")),
+    ({"loss": "gpg", "off_policy_threshold": 0.02}, ("old", "ref", "whole")),
+    ({"loss": "vespo", "beta": 0.3}, ("whole",)),
+    ({"loss": "dppo_tv", "off_policy_threshold": 0.02}, ("ref", "whole")),
+    ({"loss": "dppo_kl"}, ("ref", "sampler", "whole")),
     ({"loss": "dapo", "epsilon_high": 0.28}, ("old", "ref", "sampler", "whole")),
 ]
 

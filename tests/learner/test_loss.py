@@ -27,6 +27,7 @@ from grpo_jax.learner.loss import (
 )
 
 LOSSES = ["reinforce", "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"]
+NEWER_LOSSES = ["gpg", "luspo", "geo_mean", "vespo", "dppo_tv", "dppo_kl"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -123,10 +124,25 @@ def oracle_loss(case: Case, s: ObjectiveConfig, logps: np.ndarray, frozen: np.nd
     for i in range(rows):
         tokens, a = np.flatnonzero(case.mask[i]), case.advantages[i]
         for t in tokens:
-            ratio = math.exp(logps[i, t] - case.old[i, t])
-            if s.loss == "gspo":
+            base = case.sampler if s.loss in ("vespo", "dppo_tv", "dppo_kl") else case.old
+            ratio = math.exp(logps[i, t] - base[i, t])
+            if s.loss in ("gspo", "luspo"):
                 ratio = math.exp(np.mean([logps[i, u] - case.old[i, u] for u in tokens]))
-            if s.loss == "reinforce":
+            if s.loss == "geo_mean":
+                logs = [logps[i, u] - case.old[i, u] for u in tokens]
+                bounded = [min(x, s.epsilon_high) if a > 0 else max(x, -s.epsilon) for x in logs]
+                term = -a * math.exp(sum(bounded) / len(bounded))
+            elif s.loss == "vespo":
+                weight = math.exp(sum(frozen[i, u] - base[i, u] for u in tokens))
+                k, scale = (2, 3) if a >= 0 else (3, 2)
+                term = -(weight**k) * math.exp(scale * (1 - weight)) * a * logps[i, t]
+            elif s.loss.startswith("dppo"):
+                p, q = math.exp(frozen[i, t]), math.exp(base[i, t])
+                tv, kl = abs(p - q), q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+                apart = tv if s.loss == "dppo_tv" else kl
+                moved = (a > 0 and p > q and apart > s.epsilon_high) or (a < 0 and p < q and apart > s.epsilon)
+                term = 0.0 if moved else -ratio * a
+            elif s.loss in ("reinforce", "gpg"):
                 term = -a * logps[i, t]
             elif s.loss == "cispo":
                 term = -min(math.exp(frozen[i, t] - case.old[i, t]), s.epsilon_max) * a * logps[i, t]
@@ -145,11 +161,11 @@ def oracle_loss(case: Case, s: ObjectiveConfig, logps: np.ndarray, frozen: np.nd
                 term += s.beta * of_token * oracle_kl(logps[i, t], case.ref[i, t], s.kl[:2])
             row_sums[i] += term
             row_tokens[i] += 1
-    if s.loss == "reinforce":
+    if s.loss in ("reinforce", "luspo"):
         return float(row_sums.mean())
     if s.loss == "dr_grpo":
         return row_sums.sum() / (rows * (length if constant is None else constant))
-    if s.loss in ("bnpo", "dapo", "cispo"):
+    if s.loss in ("bnpo", "dapo", "cispo", "gpg", "vespo", "dppo_tv", "dppo_kl"):
         return row_sums.sum() / row_tokens.sum()
     return float(np.mean(row_sums / np.maximum(row_tokens, 1)))
 
@@ -199,6 +215,16 @@ ICEPOP = {"importance_mode": "token_mask", "importance_floor": 0.9, "importance_
         ({"loss": "cispo", "epsilon_max": 1.2}, 0.9104094 / 5),
         # Row 0: -4·2·(σ(0.5) + σ(-0.5)) = -8; row 1: (4 / 1.05)·(σ(1.05) + σ(-0.105) + σ(-0.525)) = 3.8095238·1.5862329.
         ({"loss": "sapo"}, (-8 / 2 + 6.0427920 / 3) / 2),
+        ({"loss": "gpg"}, (2 * 2.2876821 - 3.1053605) / 5),
+        ({"loss": "luspo"}, (-2 * 0.8660254 * 2 + 0.9654894 * 3) / 2),
+        # Logs of the ratios, limited to 0.3 above where A > 0 and to -0.2 below where A < 0: means -0.1965736 and 0.1292622.
+        ({"loss": "geo_mean"}, (-2 * 0.8215409 + 1.1379885) / 2),
+        # W = e^0.7123179 and e^-0.6053605 against the sampler: φ = 0.1842433 and 0.4033959.
+        ({"loss": "vespo"}, (0.1842433 * 2 * 2.2876821 - 0.4033959 * 3.1053605) / 5),
+        # Against the sampler: ratios 4.08, 0.5; 2, 0.9·e^-0.5, 0.5. TV of those that move on: 0.42 > 0.3; 0.28 > 0.2, 0.18.
+        ({"loss": "dppo_tv"}, (0 - 2 * 0.5 + 2 + 0 + 0.5) / 5),
+        # KL of the same: 0.378 > 0.3; 0.158, 0.093.
+        ({"loss": "dppo_kl"}, (0 - 2 * 0.5 + 2 + 0.9 * 0.6065307 + 0.5) / 5),
         # d = ln 2 at every token: k1 = -0.6931472, k2 = 0.2402265, k3 = 2 - 0.6931472 - 1; beta 0.5.
         ({"loss": "dapo", "beta": 0.5, "kl": "k1"}, 0.02 - 0.5 * 0.6931472),
         ({"loss": "dapo", "beta": 0.5, "kl": "k2"}, 0.02 + 0.5 * 0.2402265),
@@ -261,6 +287,9 @@ def test_hand_worked_metrics() -> None:
         ({"loss": "cispo", "epsilon_max": 1.4}, 0, 2 / 5),
         ({"loss": "gspo", "epsilon": 0.01, "epsilon_high": 0.01}, 3 / 5, 0),  # row 1: 0.965 < 0.99, A < 0
         ({"loss": "reinforce"}, 0, 0),
+        ({"loss": "geo_mean"}, 1 / 5, 1 / 5),
+        ({"loss": "dppo_tv"}, 1 / 5, 1 / 5),
+        ({"loss": "dppo_kl"}, 0, 1 / 5),
         ({"loss": "sapo"}, 0, 0),
     ],
     ids=lambda value: value["loss"] if isinstance(value, dict) else "",
@@ -280,11 +309,16 @@ def test_metrics_without_reference_and_sampler_leave_their_names_out() -> None:
 # --- oracle -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kl", [None, "k1", "k2", "k3", "k3_corrected"])
-@pytest.mark.parametrize("loss", LOSSES)
+KL_CASES = [(loss, kl) for loss in LOSSES for kl in (None, "k1", "k2", "k3")]
+
+
+@pytest.mark.parametrize(("loss", "kl"), [*KL_CASES, *((loss, "k3_corrected") for loss in [*LOSSES, *NEWER_LOSSES])])
 def test_loss_and_gradient_equal_the_oracle(loss: str, kl: str | None) -> None:
     settings = objective(loss=loss, epsilon=0.15, epsilon_high=0.25, epsilon_max=1.3, **({"beta": 0.3, "kl": kl} if kl else {}))
-    case = random_case(seed=LOSSES.index(loss))
+    case = random_case(seed=[*LOSSES, *NEWER_LOSSES].index(loss))
+    case.logps -= 0.5  # probabilities of p and q below 1
+    case.old, case.sampler = case.old - 0.5, np.minimum(case.sampler - 0.5, -0.1)
+    case.logps = np.minimum(case.logps, -0.1)
     value, _ = case.loss(settings)
     np.testing.assert_allclose(value, oracle_loss(case, settings, case.logps, case.logps), rtol=2e-6, atol=2e-7)
     np.testing.assert_allclose(case.gradient(settings), oracle_gradient(case, settings), rtol=1e-5, atol=2e-7)
@@ -300,11 +334,15 @@ CORRECTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("more", CORRECTIONS, ids=str)
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    ("loss", "more"),
+    [(loss, more) for loss in LOSSES for more in CORRECTIONS[:3]]
+    + [(loss, more) for loss in ("dapo", "geo_mean") for more in CORRECTIONS[3:]],
+    ids=str,
+)
 def test_two_sided_clip_and_importance_weight_equal_the_oracle(loss: str, more: dict[str, float]) -> None:
     settings = objective(loss=loss, epsilon=0.15, epsilon_high=0.25, **more)
-    case = random_case(seed=100 + LOSSES.index(loss), spread=0.6)
+    case = random_case(seed=100 + [*LOSSES, *NEWER_LOSSES].index(loss), spread=0.6)
     value, _ = case.loss(settings)
     np.testing.assert_allclose(value, oracle_loss(case, settings, case.logps, case.logps), rtol=2e-6, atol=2e-7)
     np.testing.assert_allclose(case.gradient(settings), oracle_gradient(case, settings), rtol=1e-5, atol=2e-7)
@@ -360,12 +398,12 @@ def test_k3_of_nearly_equal_policies_keeps_its_digits() -> None:
 # --- invariances and exactness --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [*LOSSES, *NEWER_LOSSES])
 @pytest.mark.parametrize("pieces", [[1] * 12, [7, 5]], ids=["rows", "7+5"])
 def test_any_split_of_the_rows_gives_the_same_loss_gradient_and_metrics(loss: str, pieces: list[int]) -> None:
-    settings = objective(
-        loss=loss, beta=0.2, epsilon=0.15, importance_mode="sequence_mask", importance_cap=3.0, off_policy_threshold=0.1
-    )
+    against_sampler = loss in ("vespo", "dppo_tv", "dppo_kl")
+    corrections = {} if against_sampler else {"importance_mode": "sequence_mask", "importance_cap": 3.0}
+    settings = objective(loss=loss, beta=0.2, epsilon=0.15, off_policy_threshold=0.1, **corrections)
     case = random_case(rows=12, seed=5)
     unsplit, unsplit_metrics = case.loss(settings, max_completion_length=9)
     weights = token_weights(case.mask, settings, max_completion_length=9)
@@ -388,9 +426,10 @@ def test_any_split_of_the_rows_gives_the_same_loss_gradient_and_metrics(loss: st
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [*LOSSES, *NEWER_LOSSES])
 def test_what_is_masked_changes_nothing_and_an_empty_row_gives_no_nan(loss: str) -> None:
-    settings = objective(loss=loss, beta=0.2, importance_cap=2.0, delta=3.0)
+    cap = {} if loss in ("vespo", "dppo_tv", "dppo_kl") else {"importance_cap": 2.0}
+    settings = objective(loss=loss, beta=0.2, delta=3.0, **cap)
     case = random_case(seed=3)
     value, metrics = case.loss(settings)
     gradient = case.gradient(settings)
@@ -506,12 +545,14 @@ def test_only_the_policy_gets_a_gradient() -> None:
         assert np.all(np.asarray(gradient) == 0)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [*LOSSES, *NEWER_LOSSES])
 @pytest.mark.parametrize("shift", [-300.0, 300.0])
 def test_policies_far_apart_give_finite_numbers(loss: str, shift: float) -> None:
-    settings = objective(loss=loss, beta=0.1, delta=3.0, importance_cap=2.0)
+    cap = {} if loss in ("vespo", "dppo_tv", "dppo_kl") else {"importance_cap": 2.0}
+    settings = objective(loss=loss, beta=0.1, delta=3.0, **cap)
     case = random_case()
     case.old += shift
+    case.sampler += shift if loss in ("vespo", "dppo_tv", "dppo_kl") else 0
     case.ref -= shift
     value, metrics = case.loss(settings)
     assert np.isfinite(value)

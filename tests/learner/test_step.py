@@ -34,7 +34,9 @@ from grpo_jax.learner.truncated import Truncation
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.spec import abstract_params, lora_specs, nest
 from grpo_jax.models.transformer import Transformer
+from grpo_jax.rewards.protocol import ScoredBatch
 from grpo_jax.runtime.programs import Program
+from grpo_jax.steps.mini_batches import MiniBatches
 from grpo_jax.types import Frozen, Params
 
 B, G, P, C = 4, 4, 8, 6
@@ -316,6 +318,45 @@ def test_the_second_update_on_a_batch_keeps_the_first_ones_old_log_probabilities
     assert min(high, low) > 0.02  # so that clipping is seen
     assert (metrics["clip_ratio/high"], metrics["clip_ratio/low"]) == (pytest.approx(high, abs=1e-3), pytest.approx(low, abs=1e-3))
     assert metrics["learning_rate"] == pytest.approx(1.01)  # the second update's
+
+
+def test_updates_on_parts_take_ratio_and_advantages_from_the_whole_step() -> None:
+    """Two prompts each. The second update's ratio is to the policy that sampled, and the batch's deviation is of all four prompts."""
+    made = learner(ObjectiveConfig(loss="dapo", beta=0.1, scale_rewards="batch"))
+    mini_batches = MiniBatches.of(made, Program("update", made.train_step, donate=(0,)))
+    trainable, frozen = start()
+    halves = [rows_of(batch(), half).packed((2, G), skips=made.skips) for half in (slice(0, 2), slice(2, 4))]
+    scored = ScoredBatch(np.ravel(batch().rewards), np.ravel(batch().valid), {}, [])
+    state, metrics, advantages = mini_batches.run(made.init(trainable), halves, frozen, scored)
+
+    (ref, mask), trainable = plain_reference(), start()[0]
+    valid, rewards = np.asarray(batch().valid), np.asarray(batch().rewards, np.float64)
+    expected = plain_advantages(np.asarray(batch().rewards), scaled=False) / (rewards[valid].std(ddof=1) + 1e-4)
+    np.testing.assert_allclose(advantages, expected, rtol=1e-5, atol=1e-6)
+    own = [mask * (np.arange(N)[:, None] // (N // 2) == half) for half in (0, 1)]
+    weights = [as_float32(rows / rows.sum()) for rows in own]
+    run = functools.partial(plain_adapter_gradient(), ref=ref, advantages=as_float32(expected), beta=0.1)
+    (first_loss, old), first = run(trainable, None, weights=weights[0])
+    middle = jax.tree.map(as_float32, plain_adamw(trainable, [first]))
+    (loss, logps), second = run(middle, old, weights=weights[1])
+    assert_near_in_norm(state.opt_state[1], second, 1e-3)
+    assert_same_step(state.trainable, plain_adamw(trainable, [first, second]))
+    assert metrics["loss"] == pytest.approx((float(first_loss) + float(loss)) / 2, abs=1e-4)
+    ratio, sign = np.exp(np.asarray(logps - old)), np.sign(expected)[:, None]
+    clipped = (((ratio > 1.2) & (sign > 0)) | ((ratio < 0.8) & (sign < 0)))[own[1] > 0].mean()
+    assert clipped > 0.02  # so that clipping is seen
+    assert metrics["clip_ratio/region"] == pytest.approx(clipped / 2, abs=1e-3)
+    assert metrics["reward/std"] == pytest.approx(rewards[valid].std(ddof=1), rel=1e-5)
+    assert metrics["reward/frac_zero_std"] == 0.25
+    assert (int(state.step), metrics["update/skipped"]) == (2, 0.0)
+
+
+def rows_of(padded: PaddedBatch, prompts: slice) -> PaddedBatch:
+    """Some prompts of a batch with their completions."""
+    rows = slice(prompts.start * G, prompts.stop * G)
+    of_rows = {name: getattr(padded, name)[rows] for name in ("completion_ids", "completion_mask", "sampler_logprobs")}
+    of_prompts = {name: getattr(padded, name)[prompts] for name in ("prompt_ids", "prompt_lengths", "rewards", "valid")}
+    return PaddedBatch(**of_rows, **of_prompts)
 
 
 def test_kl_in_the_reward_comes_off_before_the_advantage() -> None:
