@@ -18,6 +18,8 @@ LossName = Literal[
     "gspo",
     "luspo",
     "geo_mean",
+    "clip_cov",
+    "kl_cov",
     "cispo",
     "sapo",
     "vespo",
@@ -35,8 +37,8 @@ class ObjectiveConfig:
 
     Args:
         preset: Named set of the settings below; see `grpo_jax.config.presets`.
-        loss: reinforce, gpg, grpo, bnpo, dr_grpo, dapo, gspo, luspo, geo_mean, cispo, sapo, vespo, dppo_tv or dppo_kl; see
-            `grpo_jax.learner.loss`. Default dapo.
+        loss: reinforce, gpg, grpo, bnpo, dr_grpo, dapo, gspo, luspo, geo_mean, clip_cov, kl_cov, cispo, sapo, vespo, dppo_tv
+            or dppo_kl; see `grpo_jax.learner.loss`. Default dapo.
         beta: Weight of the KL term; 0 computes no reference log-probabilities. Default 0.04.
         kl: KL term in the loss: k1, k2 or k3 (http://joschu.net/blog/kl-approx.html), or k3_corrected: k3 times the ratio, which
             has the gradient of the KL divergence. Default k3_corrected.
@@ -44,6 +46,9 @@ class ObjectiveConfig:
         epsilon: Clip range of the ratio below 1; of its logarithm in geo_mean, of the divergence in dppo. Default 0.2.
         epsilon_high: Clip range of the ratio above 1. Default: the same as epsilon.
         epsilon_max: Upper bound on the ratio in cispo, an absolute number. Default 5.
+        cov_share: Share of a batch's tokens that clip_cov and kl_cov hold back. Default 2e-4.
+        top_entropy: Share of a batch's tokens, those of the highest entropy, that have a policy term; below 1 it costs one more
+            forward pass. Default 1.
         delta: Upper bound on the ratio where the advantage is negative (two-sided clipping); null applies none.
         advantage: How rewards of a group are compared: `group` is (reward - mean) / standard deviation; rloo, opo, maxrl and
             pass_at_k (`grpo_jax.learner.baselines`) divide by no deviation. Default group.
@@ -74,6 +79,8 @@ class ObjectiveConfig:
     epsilon: float = FROM_PRESET
     epsilon_high: float = FROM_PRESET
     epsilon_max: float = FROM_PRESET
+    cov_share: float = 2e-4
+    top_entropy: float = 1.0
     delta: float | None = None
     advantage: Literal["group", "rloo", "opo", "maxrl", "pass_at_k"] = "group"
     pass_k: int = 4
@@ -106,6 +113,12 @@ class ObjectiveConfig:
         require(0 <= self.epsilon < 1, "objective.epsilon", self.epsilon, "use a number from 0 up to 1, such as 0.2")
         require(self.epsilon_high >= 0, "objective.epsilon_high", self.epsilon_high, "use a positive number such as 0.28")
         require(self.epsilon_max > 0, "objective.epsilon_max", self.epsilon_max, "use a positive cap such as 5")
+        require(0 < self.cov_share < 1, "objective.cov_share", self.cov_share, "use a small share such as 2e-4")
+        require(
+            0 < self.top_entropy <= 1, "objective.top_entropy", self.top_entropy, "use a share such as 0.2, or 1 for all tokens"
+        )
+        chooses = self.loss in ("clip_cov", "kl_cov") and self.top_entropy < 1
+        require(not chooses, "objective.top_entropy", self.top_entropy, f"use 1: loss {self.loss} chooses tokens by covariance")
         if self.delta is not None:
             bound = 1 + self.epsilon_high
             require(self.delta > bound, "objective.delta", self.delta, f"use more than 1 + epsilon_high = {bound:g}, or null")

@@ -19,6 +19,8 @@ too), sg = stop-gradient:
     gspo       as grpo, ρ_i = exp(Σ_t log ρ_it / T_i)               1/(N·T_i)     https://arxiv.org/abs/2507.18071, section 4
     luspo      as gspo                                              1/N           https://arxiv.org/abs/2602.05261
     geo_mean   −A·exp(Σ_t limit(log ρ_it) / T_i)                    1/(N·T_i)     GMPO, https://arxiv.org/abs/2507.20673
+    clip_cov   as grpo, 0 at some tokens of high covariance         1/T           https://arxiv.org/abs/2505.22617
+    kl_cov     −ρ·A, +|log ρ| at tokens of the highest covariance   1/T           https://arxiv.org/abs/2505.22617
     cispo      −sg(min(ρ, ε_max))·A·logπ                            1/T           https://arxiv.org/abs/2506.13585, section 3.1
     sapo       −(4/τ)·σ(τ(ρ−1))·A, τ by the sign of A               1/(N·T_i)     https://arxiv.org/abs/2511.20347
     vespo      −sg(φ(W))·A·logπ, W = Π_t ρ_it                       1/T           https://arxiv.org/abs/2602.10693
@@ -55,6 +57,7 @@ Deviations and choices:
 * `sapo`: τ = 1.0 where A > 0, else 1.05.
 * `gpg`: A is also multiplied by the number of groups over those with an advantage (`step.py`), the paper's α.
 * `geo_mean`: limit(x) = min(x, ε_high) where A > 0, max(x, −ε) where A < 0: ε is in log ρ, and the paper's is 0.4.
+* `clip_cov`, `kl_cov`, `top_entropy`: `token_choice.py` chooses the tokens, from the whole batch.
 * `vespo`: φ(W) = W^k·exp(λ(1 − W)), k = 2 and λ = 3 where A ≥ 0, else 3 and 2, as in TRL; no clipping of log W but ±80 nats.
 * `dppo_tv`, `dppo_kl`: q and p are the token's probability before and now. The token has moved too far where D > ε_high, A > 0 and
   ρ > 1, or D > ε, A < 0 and ρ < 1.
@@ -100,6 +103,7 @@ def grpo_loss(
     *,
     sampler_logps: ArrayLike | None = None,
     whole_logps: ArrayLike | None = None,
+    chosen: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     max_completion_length: int | None = None,
     implementation: str | None = None,
@@ -118,6 +122,7 @@ def grpo_loss(
         objective: the settings.
         sampler_logps: [N, C], of the distribution that the tokens were drawn from, as the sampler computed them.
         whole_logps: [N, C], of the policy's untruncated distribution, for the KL term, where logps are truncated; None = logps.
+        chosen: [N, C], False = the token has no policy term (`token_choice.py`); None = all are True.
         weights: [N, C], these rows of the whole batch's `token_weights`; None = this is the whole batch.
         max_completion_length: `dr_grpo`'s constant, in tokens; None = C. Has no effect where weights are given.
         implementation: of the operation; None chooses by the device.
@@ -143,6 +148,7 @@ def grpo_loss(
         weights,
         sampler_logps=sampler_logps,
         whole_logps=whole_logps,
+        chosen=chosen,
         implementation=implementation,
     )
     return loss, finish_stats(stats)
@@ -159,6 +165,7 @@ def weighted_loss(
     *,
     sampler_logps: ArrayLike | None = None,
     whole_logps: ArrayLike | None = None,
+    chosen: ArrayLike | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, ""], Stats]:
     """Computes what some rows of the batch add to its loss, and their sums, for `total_stats` and `finish_stats`.
@@ -178,6 +185,7 @@ def weighted_loss(
         settings=loss_settings(objective),
         sampler_logps=sampler_logps,
         whole_logps=whole_logps,
+        chosen=chosen,
         implementation=implementation,
     )
 
@@ -222,7 +230,7 @@ def token_weights(
         weight = jnp.full((1, 1), 1 / rows, jnp.float32)
     elif objective.loss == "dr_grpo":
         weight = jnp.full((1, 1), 1 / (rows * length), jnp.float32)
-    elif objective.loss in ("bnpo", "dapo", "cispo", "gpg", "vespo", "dppo_tv", "dppo_kl"):
+    elif objective.loss in ("bnpo", "dapo", "clip_cov", "kl_cov", "cispo", "gpg", "vespo", "dppo_tv", "dppo_kl"):
         weight = 1 / at_least_one(jnp.sum(mask, keepdims=True))
     else:  # grpo, gspo, geo_mean, sapo
         weight = 1 / (jnp.float32(rows) * at_least_one(jnp.sum(mask, axis=1, keepdims=True)))

@@ -26,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from grpo_jax.config import Config, ObjectiveConfig
 from grpo_jax.learner.advantages import group_advantages
@@ -37,6 +37,7 @@ from grpo_jax.learner.loss import Stats, finish_stats, kl_per_token, kl_reward_p
 from grpo_jax.learner.metrics import PackedMetrics, batch_metrics, pack
 from grpo_jax.learner.micro_batches import MicroBatch, any_token, scan_micro_batches
 from grpo_jax.learner.optim import SKIPPED, apply_gradient, learning_rate_at, make_optimizer, updates_per_step
+from grpo_jax.learner.token_choice import largest, random_between, token_covariance
 from grpo_jax.learner.truncated import Truncation
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.runtime.sharding import ROW_AXES, Layout
@@ -187,6 +188,8 @@ class Learner:
             "completion_mask": mask,
             "sampler_logps": batch.sampler_logprobs,
         }
+        chosen = self.chosen_tokens(state, batch, per_row, frozen)
+        known |= {} if chosen is None else {"chosen": chosen}
         if objective.num_iterations == 1:
             state, _, metrics = self.update(state, batch, known | {"old_logps": old_logps}, frozen)
         else:
@@ -205,6 +208,32 @@ class Learner:
             sampled = jnp.arange(logps.shape[1], dtype=jnp.int32)[None, :] < batch.completion_lengths[:, None]
         penalty = kl_reward_penalty(untruncated, ref_logps, sampled)
         return batch.rewards - jnp.float32(self.objective.beta) * penalty.reshape(batch.rewards.shape), logps
+
+    def chosen_tokens(
+        self, state: TrainState, batch: TrainBatch, advantages: Float[Array, "N"], frozen: Frozen
+    ) -> Bool[Array, "N C"] | None:
+        """Which tokens have a policy term, where the objective chooses them; see `token_choice`."""
+        objective, mask = self.objective, jnp.asarray(batch.completion_mask)
+        if objective.loss in ("clip_cov", "kl_cov"):
+            logps = batch.sampler_logprobs if batch.old_logprobs is None else batch.old_logprobs
+            covariance = token_covariance(jnp.asarray(logps), advantages, mask)
+            if objective.loss == "kl_cov":
+                return ~largest(covariance, mask, objective.cov_share)
+            return ~random_between(covariance, mask, objective.cov_share, jax.random.fold_in(jax.random.key(0), state.step))
+        if objective.top_entropy < 1:
+            with jax.named_scope("entropy"):
+                entropy = self.entropies(self.policy_variables(state.trainable, frozen), batch)
+            return largest(entropy, mask, objective.top_entropy)
+        return None
+
+    def entropies(self, variables: Params, batch: TrainBatch) -> Float[Array, "N C"]:
+        """Entropy of the full distribution at every token, nats."""
+
+        def add(table: Array, part: MicroBatch) -> tuple[Array, None]:
+            return table + self.logprobs(variables, part, None, head_trainable=False)[2], None
+
+        zero = jnp.zeros(batch.completion_mask.shape, jnp.float32)
+        return jax.lax.stop_gradient(scan_micro_batches(batch.micro_batches, add, zero, any_token, self.model.layout)[0])
 
     def advantages(self, rewards: Float[AnyArray, "B G"], batch: TrainBatch) -> Float[Array, "B G"]:
         """Advantages of a batch: rewards compared within each prompt's group; with `gpg` times its α (`loss.py`)."""

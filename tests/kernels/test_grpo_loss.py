@@ -46,7 +46,11 @@ def case(rows: int, length: int, seed: int = 0) -> Case:
         array[~mask] = (np.nan, np.inf, -np.inf)[number % 3]
     advantages = rng.normal(size=rows).astype(np.float32)
     advantages[~mask.any(1)] = np.nan
-    return {**arrays, "mask": mask, "advantages": advantages}
+    return {**arrays, "mask": mask, "advantages": advantages, "chosen": rng.random(mask.shape) < 0.6}
+
+
+CHOOSING = ("clip_cov", "kl_cov", "geo_mean")
+"""Losses that the tests give `chosen`; they need it, or their factor is of the whole row."""
 
 
 @functools.cache
@@ -55,7 +59,8 @@ def program(implementation: str, settings: LossSettings) -> Any:
 
     def loss_of(logps: Any, whole: Any, given: Case, factor: Any) -> Any:
         arrays = (logps, given["old"], given["ref"], given["advantages"], given["mask"], given["weights"])
-        options = {"sampler_logps": given["sampler"], "whole_logps": whole, "implementation": implementation}
+        chosen = given["chosen"] if settings.loss in CHOOSING else None
+        options = {"sampler_logps": given["sampler"], "whole_logps": whole, "chosen": chosen, "implementation": implementation}
         blocks = BlockSizes(min(logps.shape[0], 8), min(logps.shape[1], 128))
         loss, sums = grpo_loss(*arrays, settings=settings, block_sizes=blocks, **options)
         return factor * loss, (loss, sums)
@@ -97,6 +102,8 @@ def expected(x: Case, s: LossSettings, leave_out: tuple[str, ...] = ()) -> Any:
         weight, floor, cap = np.exp(np.clip(log_weight, -80, 80)), s.importance_floor or 0, s.importance_cap or np.inf
         outside = ((weight < floor) | (weight > cap)) & mask
         factor = np.where(outside, 0, weight) if s.importance_mode.endswith("mask") else np.clip(weight, floor, cap)
+    if s.loss in ("clip_cov", "geo_mean"):
+        factor = factor * x["chosen"]
     if s.off_policy_threshold is not None:
         drift = (given["sampler"] - logps).sum(1, keepdims=True) / tokens
         factor = factor * ~((a < 0) & (drift > s.off_policy_threshold))
@@ -110,6 +117,9 @@ def expected(x: Case, s: LossSettings, leave_out: tuple[str, ...] = ()) -> Any:
     ratio = np.exp(log_ratio.sum(1, keepdims=True) / tokens + zero if of_row else log_ratio)
     if s.loss == "geo_mean":
         term, slope = -ratio * a, -ratio * a * inside
+    elif s.loss == "kl_cov":
+        held = ~x["chosen"]
+        term, slope = -ratio * a + held * np.abs(log_ratio), (-ratio * a + held * np.sign(log_ratio)) * inside
     elif s.loss == "vespo":
         log_weight = np.clip(np.clip(logps - base, -80, 80).sum(1, keepdims=True), -80, 80)
         k, scale = np.where(a >= 0, 2, 3), np.where(a >= 0, 3, 2)
@@ -211,6 +221,8 @@ SETTINGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"loss": "cispo", "importance_cap": 1.2, "off_policy_threshold": 0.02}, ("ref", "whole")),
     ({"loss": "gpg", "off_policy_threshold": 0.02}, ("old", "ref", "whole")),
     ({"loss": "vespo", "beta": 0.3}, ("whole",)),
+    ({"loss": "clip_cov", "beta": 0.3}, ("sampler", "whole")),
+    ({"loss": "kl_cov", "importance_cap": 1.2}, ("ref", "whole")),
     ({"loss": "dppo_tv", "off_policy_threshold": 0.02}, ("ref", "whole")),
     ({"loss": "dppo_kl"}, ("ref", "sampler", "whole")),
     ({"loss": "dapo", "epsilon_high": 0.28}, ("old", "ref", "sampler", "whole")),

@@ -163,6 +163,8 @@ OBJECTIVES = {
     "dapo": ObjectiveConfig(loss="dapo", beta=0.1),
     "gspo, two updates": ObjectiveConfig(loss="gspo", beta=0.05, num_iterations=2, importance_cap=2.0),
     "dr_grpo, two updates": ObjectiveConfig(loss="dr_grpo", beta=0.0, scale_rewards="none", num_iterations=2),
+    "top entropy": ObjectiveConfig(loss="dapo", beta=0.0, top_entropy=0.4),
+    "clip_cov": ObjectiveConfig(loss="clip_cov", beta=0.0, cov_share=0.2, advantage="opo"),
     "cispo, KL in the reward": ObjectiveConfig(loss="cispo", beta=0.3, kl="k1", kl_in_reward=True),
 }
 
@@ -183,6 +185,8 @@ CUTS = [
     ("dapo", (2, 2), True),
     ("gspo, two updates", (B, 2), False),
     ("dr_grpo, two updates", (2, G), False),
+    ("top entropy", (1, 2), False),
+    ("clip_cov", (1, 2), False),
     ("cispo, KL in the reward", (2, 2), False),
 ]
 
@@ -299,6 +303,22 @@ def test_one_update_is_that_of_whole_logits_and_the_formulas() -> None:
     assert_same_step(trained, plain_adamw(trainable, [plain_gradient]))
 
 
+def test_only_tokens_of_high_entropy_have_a_policy_term() -> None:
+    _, gradient, metrics, _ = update(OBJECTIVES["top entropy"])
+    (_, mask), trainable = plain_reference(), start()[0]
+    logits = plain_model(FAMILY, LORA.scale)(plain_table()[0], trainable)
+    own = np.take_along_axis(np.asarray(logits, np.float64), plain_table()[1][:, :, None], axis=1) / TEMPERATURE
+    p = np.exp(own - own.max(axis=-1, keepdims=True))
+    p /= p.sum(axis=-1, keepdims=True)
+    entropy = -(p * np.log(p)).sum(axis=-1)
+    least = np.sort(entropy[mask])[-int(0.4 * mask.sum())]
+    weights = as_float32((mask & (entropy >= least)) / mask.sum())
+    expected = as_float32(plain_advantages(np.asarray(batch().rewards)))
+    (loss, _), plain = plain_adapter_gradient()(trainable, None, plain_reference()[0], expected, weights, 0.0)
+    assert_near_in_norm(gradient, plain, 1e-4)
+    assert metrics["loss"] == pytest.approx(float(loss), abs=1e-5)
+
+
 def test_the_second_update_on_a_batch_keeps_the_first_ones_old_log_probabilities() -> None:
     trained, gradient, metrics, _ = update(OBJECTIVES["dr_grpo, two updates"])
     (ref, mask), trainable = plain_reference(), start()[0]
@@ -321,7 +341,7 @@ def test_the_second_update_on_a_batch_keeps_the_first_ones_old_log_probabilities
 
 
 def test_updates_on_parts_take_ratio_and_advantages_from_the_whole_step() -> None:
-    """Two prompts each. The second update's ratio is to the policy that sampled, and the batch's deviation is of all four prompts."""
+    """Two prompts each. The second update's ratio is to the policy that sampled; the batch's deviation is of all four prompts."""
     made = learner(ObjectiveConfig(loss="dapo", beta=0.1, scale_rewards="batch"))
     mini_batches = MiniBatches.of(made, Program("update", made.train_step, donate=(0,)))
     trainable, frozen = start()

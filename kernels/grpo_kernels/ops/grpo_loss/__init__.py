@@ -34,6 +34,7 @@ def grpo_loss(
     settings: LossSettings,
     sampler_logps: ArrayLike | None = None,
     whole_logps: ArrayLike | None = None,
+    chosen: ArrayLike | None = None,
     implementation: str | None = None,
     block_sizes: BlockSizes | None = None,
 ) -> tuple[Float[Array, ""], Sums]:
@@ -56,6 +57,8 @@ def grpo_loss(
         settings: static settings.
         sampler_logps: [N, C], of the distribution that the tokens were drawn from, as the sampler computed them.
         whole_logps: [N, C], of the policy's untruncated distribution, for KL, where logps are of a truncated one; None = logps.
+        chosen: [N, C], False = the token has no policy term, only its KL term; in `kl_cov`, that the token is held back. None = all
+            are True.
         implementation: "reference" (plain JAX, differentiated by JAX), "xla" (plain JAX, keeps slopes), "mosaic_tpu" (Pallas), or
             None: "mosaic_tpu" on a TPU, else "xla".
         block_sizes: of "mosaic_tpu"; None = `choose_block_sizes`.
@@ -80,6 +83,7 @@ def grpo_loss(
         settings=settings,
         sampler_logps=sampler_logps,
         whole_logps=whole_logps,
+        chosen=chosen,
     )
     if named == "reference":
         return grpo_loss_reference(policy, whole, constants, settings)
@@ -98,6 +102,7 @@ def checked(
     settings: LossSettings,
     sampler_logps: ArrayLike | None,
     whole_logps: ArrayLike | None,
+    chosen: ArrayLike | None,
 ) -> tuple[Float[Array, "N C"], Float[Array, "N C"] | None, Constants]:
     """Checks the arguments of `grpo_loss` and returns them as float32 arrays: logps, whole, and those without a gradient.
 
@@ -105,7 +110,7 @@ def checked(
         ValueError: as `grpo_loss`.
     """
     given = {"old_logps": old_logps, "ref_logps": ref_logps, "sampler_logps": sampler_logps, "whole_logps": whole_logps}
-    check_shapes(logps, advantages, **given, completion_mask=completion_mask, weights=weights)
+    check_shapes(logps, advantages, **given, completion_mask=completion_mask, weights=weights, chosen=chosen)
     if settings.beta > 0 and ref_logps is None:
         raise ValueError(f"ref_logps is None, but beta is {settings.beta:g}: give ref_logps, or set beta to 0")
     if settings.needs_sampler and sampler_logps is None:
@@ -123,6 +128,7 @@ def checked(
         advantages=float32(advantages),
         mask=jnp.asarray(completion_mask).astype(bool),
         weights=float32(weights),
+        chosen=None if chosen is None else jnp.asarray(chosen).astype(bool),
     )
     return float32(logps), float32(whole_logps), jax.lax.stop_gradient(constants)
 

@@ -58,7 +58,7 @@ class KernelArrays:
 
     Attributes:
         rows, length: N and C; the last blocks may reach beyond.
-        inputs: names of the input arrays, among logps, whole, old, ref, sampler, weights, mask, advantage.
+        inputs: names of the input arrays, among logps, whole, old, ref, sampler, weights, mask, advantage, chosen.
         sums: names of the sums, in their order in scalar memory.
         slopes: number of slope arrays that are written: 0, 1 (by logps), or 2 (also by whole, where that is given).
     """
@@ -72,9 +72,13 @@ class KernelArrays:
 
 def load(inputs: dict[str, Any], arrays: KernelArrays, row_block: Any, token_block: Any) -> Tokens:
     """Loads one block, with 0 where no token is trained and past the arrays' ends."""
-    blocks: dict[str, Any] = dict.fromkeys(("whole", "old", "ref", "sampler")) | {name: ref[...] for name, ref in inputs.items()}
+    blocks: dict[str, Any] = dict.fromkeys(("whole", "old", "ref", "sampler", "chosen")) | {
+        name: ref[...] for name, ref in inputs.items()
+    }
     mask = blocks.pop("mask").astype(jnp.int32) != 0
     size = mask.shape
+    if blocks["chosen"] is not None:
+        blocks["chosen"] = blocks["chosen"].astype(jnp.int32) != 0
     row = row_block * size[0] + jax.lax.broadcasted_iota(jnp.int32, size, 0)
     token = token_block * size[1] + jax.lax.broadcasted_iota(jnp.int32, size, 1)
     return masked(**blocks, mask=mask & (row < arrays.rows) & (token < arrays.length))
@@ -189,6 +193,7 @@ def grpo_loss_mosaic_tpu(
     given |= {"old": constants.old} if uses_old else {}
     inputs = {name: array for name, array in given.items() if array is not None}
     inputs |= {"weights": constants.weights, "mask": constants.mask.astype(jnp.int8), "advantage": constants.advantages[:, None]}
+    inputs |= {} if constants.chosen is None else {"chosen": constants.chosen.astype(jnp.int8)}
     names = ["loss", "policy_loss", "tokens", "clipped_low", "clipped_high"]
     names += ["kl"] if constants.ref is not None else []
     names += ["importance_outside"] if settings.has_importance else []

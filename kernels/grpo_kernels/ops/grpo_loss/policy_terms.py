@@ -27,6 +27,9 @@ VESPO_POSITIVE = (2.0, 3.0)
 VESPO_NEGATIVE = (3.0, 2.0)
 """k and λ where A ≥ 0, and where A < 0."""
 
+KL_COV_PENALTY = 1.0
+"""Weight of |log ρ| at the tokens that `kl_cov` holds back."""
+
 LEAST_REST = 1e-7
 """Least probability of all tokens but one, in `binary_kl`: 1 − p in float32 may round to 0."""
 
@@ -46,13 +49,15 @@ class Inputs(NamedTuple):
         logps: logπ of each token.
         log_ratio: log ρ, bounded; one column where the ratio is the row's.
         advantage: A of each row.
-        log_weight: Σ_t log ρ_t, in a block of whole rows' sums; None where no loss needs it.
+        log_weight: Σ_t log ρ_t of each row; None where no loss needs it.
+        chosen: True = the token is an ordinary one; None is all.
     """
 
     logps: Float[Array, "n c"]
     log_ratio: Float[Array, "n _"]
     advantage: Float[Array, "n 1"]
     log_weight: Float[Array, "n 1"] | None = None
+    chosen: Bool[Array, "n c"] | None = None
 
 
 def reinforce(x: Inputs, s: LossSettings) -> Term:
@@ -102,6 +107,14 @@ def vespo(x: Inputs, s: LossSettings) -> Term:
     return Term(-stop_gradient(phi) * x.advantage * x.logps)
 
 
+def kl_cov(x: Inputs, s: LossSettings) -> Term:
+    """−ρ·A, and |log ρ| more at the tokens that are not chosen."""
+    value = -jnp.exp(x.log_ratio) * x.advantage
+    if x.chosen is None:
+        return Term(value)
+    return Term(value + jnp.where(x.chosen, jnp.float32(0), jnp.float32(KL_COV_PENALTY) * jnp.abs(x.log_ratio)))
+
+
 def binary_tv(own: Float[Array, "n c"], other: Float[Array, "n c"]) -> Float[Array, "n c"]:
     """Total variation |p − q| of "this token or another", from log p and log q."""
     return jnp.abs(jnp.exp(own) - jnp.exp(other))
@@ -138,6 +151,8 @@ TERMS: dict[str, Callable[[Inputs, LossSettings], Term]] = {
     "gpg": reinforce,
     "luspo": clipped,
     "geo_mean": geometric,
+    "clip_cov": clipped,
+    "kl_cov": kl_cov,
     "vespo": vespo,
     "dppo_tv": trusted(binary_tv),
     "dppo_kl": trusted(binary_kl),

@@ -34,6 +34,7 @@ class Constants(NamedTuple):
     advantages: Float[Array, "N"]
     mask: Bool[Array, "N C"]
     weights: Float[Array, "N C"]
+    chosen: Bool[Array, "N C"] | None = None
 
 
 class Tokens(NamedTuple):
@@ -47,6 +48,7 @@ class Tokens(NamedTuple):
     weights: Float[Array, "n c"]
     advantage: Float[Array, "n 1"]
     mask: Bool[Array, "n c"]
+    chosen: Bool[Array, "n c"] | None
 
 
 class RowSums(NamedTuple):
@@ -103,6 +105,7 @@ def masked(
     weights: Float[Array, "n c"],
     advantage: Float[Array, "n 1"],
     mask: Bool[Array, "n c"],
+    chosen: Bool[Array, "n c"] | None = None,
 ) -> Tokens:
     """Zeroes tokens that are not trained and fills in `old` and `whole`. Gradients flow through logps and whole alone."""
 
@@ -120,6 +123,7 @@ def masked(
         weights=stop_gradient(only(mask, weights)),
         advantage=stop_gradient(advantage),
         mask=mask,
+        chosen=chosen,
     )
 
 
@@ -164,14 +168,21 @@ def policy_term(
         log_ratio: log ρ of each token, or one column: of the row.
     """
     log_weight = None if rows is None else rows.log_ratio
-    return TERMS[settings.loss](Inputs(logps, log_ratio, tokens.advantage, log_weight), settings)
+    return TERMS[settings.loss](Inputs(logps, log_ratio, tokens.advantage, log_weight, tokens.chosen), settings)
 
 
 def token_factor(tokens: Tokens, settings: LossSettings) -> tuple[Array | None, Array | None]:
-    """Computes the importance weight of each token, and whether it was out of its bounds; None unless it is taken by token."""
-    if not settings.has_importance or tokens.sampler is None or settings.importance_mode.startswith("sequence"):
-        return None, None
-    return within(tokens.old - tokens.sampler, settings)
+    """Computes the factor of each token: its importance weight, 0 where it is not chosen; and whether the weight was out of bounds.
+
+    None is 1, and nowhere. `kl_cov` has another use for the tokens that are not chosen.
+    """
+    factor = outside = None
+    if settings.has_importance and tokens.sampler is not None and settings.importance_mode.startswith("token"):
+        factor, outside = within(tokens.old - tokens.sampler, settings)
+    if tokens.chosen is not None and settings.loss != "kl_cov":
+        kept = tokens.chosen.astype(jnp.float32)
+        factor = kept if factor is None else factor * kept
+    return factor, outside
 
 
 def row_factor(tokens: Tokens, settings: LossSettings, rows: RowSums | None) -> tuple[Array | None, Array | None]:
@@ -288,8 +299,8 @@ def token_sums(tokens: Tokens, terms: Terms) -> Sums:
 
 def tokens_of(logps: Float[Array, "N C"], whole: Float[Array, "N C"] | None, constants: Constants) -> Tokens:
     """Masks the arrays of all rows."""
-    old, ref, sampler, advantages, mask, weights = constants
-    return masked(logps, whole, old, ref, sampler, weights, advantages[:, None], mask)
+    old, ref, sampler, advantages, mask, weights, chosen = constants
+    return masked(logps, whole, old, ref, sampler, weights, advantages[:, None], mask, chosen)
 
 
 def grpo_loss_reference(

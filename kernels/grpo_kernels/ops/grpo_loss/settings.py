@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "luspo", "geo_mean")
-LOSSES = ("reinforce", "gpg", *CLIPPED_LOSSES, "cispo", "sapo", "vespo", "dppo_tv", "dppo_kl")
+CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "luspo", "geo_mean", "clip_cov")
+LOSSES = ("reinforce", "gpg", *CLIPPED_LOSSES, "kl_cov", "cispo", "sapo", "vespo", "dppo_tv", "dppo_kl")
 IMPORTANCE_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 KL_ESTIMATORS = ("k1", "k2", "k3")
 KL_TERMS = (*KL_ESTIMATORS, "k3_corrected")
