@@ -436,7 +436,8 @@ def plain_truncated_gradient() -> Callable[..., Any]:
         untruncated = own - jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
         before = jax.lax.stop_gradient(logps) if old is None else old
         policy = plain_loss(logps, before, logps, advantages, weights, 0.0)
-        kl = plain_loss(untruncated, untruncated, ref, jnp.zeros_like(advantages), weights, beta)
+        d = ref - untruncated
+        kl = jnp.sum(weights * beta * jnp.exp(logps - before) * (jnp.exp(d) - d - 1))
         return policy + kl, (logps, untruncated)
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))

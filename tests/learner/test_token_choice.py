@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,7 +24,7 @@ def test_covariance_is_over_all_trained_tokens() -> None:
     logps, advantages, mask = tokens()
     of_tokens = np.broadcast_to(advantages[:, None], mask.shape)
     expected = np.where(mask, (logps - logps[mask].mean()) * (of_tokens - of_tokens[mask].mean()), 0)
-    covariance = np.asarray(token_covariance(logps, advantages, mask))
+    covariance = np.asarray(token_covariance(jnp.asarray(logps), jnp.asarray(advantages), jnp.asarray(mask)))
     np.testing.assert_allclose(covariance, expected, rtol=1e-5, atol=1e-6)
     assert covariance[mask].mean() == pytest.approx(np.cov(logps[mask], of_tokens[mask], ddof=0)[0, 1], rel=1e-4)
 
@@ -31,23 +32,23 @@ def test_covariance_is_over_all_trained_tokens() -> None:
 @pytest.mark.parametrize("share", [1e-6, 0.02, 0.2, 0.999])
 def test_the_largest_values_of_trained_tokens_are_chosen(share: float) -> None:
     values, _, mask = tokens()
-    chosen = np.asarray(largest(values, mask, share))
+    chosen = np.asarray(largest(jnp.asarray(values), jnp.asarray(mask), share))
     count = max(int(share * mask.sum()), 1)
     assert chosen.sum() == count
     assert not chosen[~mask].any()
     assert values[chosen].min() >= np.sort(values[mask])[-count]
-    assert not np.asarray(largest(values, np.zeros_like(mask), share)).any()
+    assert not np.asarray(largest(jnp.asarray(values), jnp.zeros(mask.shape, bool), share)).any()
 
 
 def test_random_tokens_of_high_covariance_are_chosen() -> None:
     values, mask = np.linspace(-2, 8, 200, dtype=np.float32).reshape(4, 50), np.ones((4, 50), bool)
     eligible = (values > 1) & (values < 5)
-    few = [np.asarray(random_between(values, mask, 0.1, jax.random.key(seed))) for seed in (0, 0, 1)]
+    few = [np.asarray(random_between(jnp.asarray(values), jnp.asarray(mask), 0.1, jax.random.key(seed))) for seed in (0, 0, 1)]
     assert all(chosen.sum() == 20 and not chosen[~eligible].any() for chosen in few)
     np.testing.assert_array_equal(few[0], few[1])
     assert (few[0] != few[2]).any()
-    np.testing.assert_array_equal(random_between(values, mask, 0.9, jax.random.key(0)), eligible)
-    assert not np.asarray(random_between(values, mask & ~eligible, 0.5, jax.random.key(0))).any()
+    np.testing.assert_array_equal(random_between(jnp.asarray(values), jnp.asarray(mask), 0.9, jax.random.key(0)), eligible)
+    assert not np.asarray(random_between(jnp.asarray(values), jnp.asarray(mask & ~eligible), 0.5, jax.random.key(0))).any()
 
 
 def test_tokens_that_are_not_chosen_keep_their_kl_term_and_their_place_in_the_denominator() -> None:
