@@ -265,13 +265,13 @@ class Learner:
         return local_prompts(per_shard, layout)(rewards, batch.valid)
 
     def iterate(
-        self, state: TrainState, batch: TrainBatch, known: dict[str, Any], old_logps: Array | None, frozen: Frozen
+        self, state: TrainState, batch: TrainBatch, known: dict[str, Any], old_logps: AnyArray | None, frozen: Frozen
     ) -> tuple[TrainState, dict[str, Array]]:
         """Makes several updates on one batch. Log-probabilities of the first update are the old log-probabilities of all.
 
         The metrics are those of the last update; skipped updates are counted over all.
         """
-        start = jnp.zeros(batch.completion_mask.shape, jnp.float32) if old_logps is None else old_logps
+        start = jnp.zeros(batch.completion_mask.shape, jnp.float32) if old_logps is None else jnp.asarray(old_logps)
 
         def body(carry: tuple[TrainState, Array], number: Array) -> tuple[tuple[TrainState, Array], dict[str, Array]]:
             state, old = carry

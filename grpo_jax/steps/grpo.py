@@ -253,6 +253,7 @@ class GrpoStep:
             self.rewarded.append(time.perf_counter())
         parts = parts_of(prompts, rollout, scored, config.train.updates_per_rollout)
         layout, skips = self.policy.layout, self.learner.skips
+        metrics: dict[str, Any]
         batches = [train_batch(*part, config, self.sizes, layout, skips=skips) for part in parts]
         if self.mini_batches is None:
             state, packed = self.update(in_device_memory(state), on_devices(batches[0], layout), self.frozen)

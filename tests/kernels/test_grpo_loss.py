@@ -88,7 +88,9 @@ def clipped(ratio: np.ndarray, a: np.ndarray, s: LossSettings) -> tuple[np.ndarr
 def expected(x: Case, s: LossSettings, leave_out: tuple[str, ...] = ()) -> Any:
     """By the formulas, slopes worked out by hand; as `computed` returns it."""
     mask, zero = x["mask"], np.zeros(x["mask"].shape)
-    given = {name: None if name in leave_out else np.where(mask, x[name], 0.0).astype(np.float64) for name in x if name in NAMES}
+    given: Case = {
+        name: None if name in leave_out else np.where(mask, x[name], 0.0).astype(np.float64) for name in x if name in NAMES
+    }
     logps, weights = given["logps"], given["weights"]
     old = logps if given["old"] is None else given["old"]
     whole = logps if given["whole"] is None else given["whole"]

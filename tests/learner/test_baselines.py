@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import jax
 import numpy as np
@@ -108,14 +109,14 @@ def test_the_mean_estimate_is_the_gradient_of_the_expected_best_of_k(kind: str, 
 
 def test_each_reward_function_is_normalised_in_its_group() -> None:
     """Two groups of 3. By hand: [0, 1, 2] has mean 1 and deviation 1; [300, 100, none] has 200 and 100·√2."""
-    per_function = {"small": np.float32([0, 1, 2, 5, 5, 5]), "large": np.float32([300, 100, np.nan, 1, 2, 9])}
+    per_function = {"small": np.array([0, 1, 2, 5, 5, 5], np.float32), "large": np.array([300, 100, np.nan, 1, 2, 9], np.float32)}
     valid = np.array([True, True, True, True, True, False])
     half = 0.5**0.5
     expected = [-1 + 2 * half, -2 * half, 1, -2 * half, 2 * half, 0]
     got = normalized_sum(per_function, [1.0, 2.0], valid, 3, 0.0)
     np.testing.assert_allclose(got, expected, rtol=1e-6)
     np.testing.assert_allclose(normalized_sum(per_function, None, valid, 3, 1.0)[0], -1 / 2 + 100 / (100 / half + 1), rtol=1e-6)
-    scored = ScoredBatch(np.float32([1, 3, 9]), np.array([True, True, False]), {}, [])
+    scored = ScoredBatch(np.array([1, 3, 9], np.float32), np.array([True, True, False]), {}, [])
     assert sum_metrics(scored) == {"reward/mean": 2.0, "reward/std": pytest.approx(2**0.5)}
 
 
@@ -123,12 +124,13 @@ def test_settings() -> None:
     assert ObjectiveConfig(preset="dapo", advantage="rloo").scale_rewards == "none"
     assert ObjectiveConfig(normalize_each_reward=True).scale_rewards == "batch"
     assert ObjectiveConfig().scale_rewards == "group"
-    for settings, message in (
+    wrong: list[tuple[dict[str, Any], str]] = [
         ({"advantage": "opo", "scale_rewards": "group"}, "objective.scale_rewards is 'group': leave it out"),
         ({"advantage": "pass_at_k", "pass_k": 1}, "objective.pass_k is 1"),
         ({"advantage": "rloo", "normalize_each_reward": True}, "objective.advantage is 'rloo': use advantage group"),
         ({"kl_in_reward": True, "normalize_each_reward": True}, "objective.kl_in_reward is true"),
-    ):
+    ]
+    for settings, message in wrong:
         with pytest.raises(ConfigError, match=message):
             ObjectiveConfig(**settings)
     with pytest.raises(ConfigError, match=r"objective.pass_k is 9: use 2 to rollout.num_generations \(8\)"):

@@ -103,7 +103,7 @@ def oracle_kl(policy: float, reference: float, kind: str) -> float:
     return {"k1": -d, "k2": d * d / 2, "k3": math.exp(d) - d - 1}[kind]
 
 
-def oracle_weight(case: Case, s: ObjectiveConfig, i: int, t: int) -> float:
+def oracle_weight(case: Case, s: ObjectiveConfig, i: int, t: Any) -> float:
     """The importance weight of a token."""
     if s.importance_cap is None and s.importance_floor is None:
         return 1.0
