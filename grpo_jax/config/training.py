@@ -127,12 +127,13 @@ class TrainConfig:
             "leave out train.micro_batch_prompts and train.micro_batch_completions, which say the same in other words",
         )
         size = self.micro_batch_prompts
+        prompts = "train.prompts_per_step" if parts == 1 else "train.prompts_per_step / train.updates_per_rollout"
         if isinstance(size, int):
             require(
                 size >= 1 and self.prompts_per_update % size == 0,
                 "train.micro_batch_prompts",
                 size,
-                f"use a divisor of the prompts of an update ({self.prompts_per_update}), or null",
+                f"use a divisor of {prompts} ({self.prompts_per_update}), or null",
             )
 
     @property
