@@ -86,7 +86,8 @@ from jaxtyping import Array, Bool, Float
 
 import grpo_kernels.ops.grpo_loss as operation
 from grpo_jax.config import ObjectiveConfig
-from grpo_kernels.ops.grpo_loss.reference import Sums, at_least_one, kl_estimate, only
+from grpo_kernels.ops.grpo_loss.kl import kl_estimate
+from grpo_kernels.ops.grpo_loss.reference import Sums, at_least_one, only
 from grpo_kernels.ops.grpo_loss.settings import KL_ESTIMATORS
 
 Stats = Sums

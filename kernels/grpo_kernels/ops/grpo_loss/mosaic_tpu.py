@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from grpo_kernels.ops.grpo_loss.block_sizes import BlockSizes
+from grpo_kernels.ops.grpo_loss.kl import kl_term
 from grpo_kernels.ops.grpo_loss.policy_terms import ROW_RATIOS, Term
 from grpo_kernels.ops.grpo_loss.reference import (
     Constants,
@@ -32,7 +33,6 @@ from grpo_kernels.ops.grpo_loss.reference import (
     at_least_one,
     either,
     finished_terms,
-    kl_term,
     masked,
     needs_rows,
     only,
