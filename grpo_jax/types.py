@@ -138,6 +138,9 @@ class TrainBatch:
         rewards: [B, G] weighted sums over the reward functions; any value where not valid.
         valid: [B, G], True = the row was scored and enters its group's statistics.
         completion_lengths: [N], sampled tokens of each completion, also those that are not trained; None = all are trained.
+        advantages: [B, G], already computed, where the batch is a part of a step's prompts; None = from the rewards.
+        old_logprobs: [N, C] log-probabilities in nats of the policy before the step's first update, where updates on other parts
+            come before this batch's; None = those of the policy as the update finds it.
     """
 
     micro_batches: tuple[MicroBatches, ...]
@@ -146,6 +149,8 @@ class TrainBatch:
     rewards: Float[AnyArray, "B G"]
     valid: Bool[AnyArray, "B G"]
     completion_lengths: Int[AnyArray, "N"] | None = None
+    advantages: Float[AnyArray, "B G"] | None = None
+    old_logprobs: Float[AnyArray, "N C"] | None = None
 
 
 @struct.dataclass

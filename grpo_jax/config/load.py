@@ -67,6 +67,12 @@ class Config:
                 size,
                 f"use a divisor of rollout.num_generations ({self.rollout.num_generations}), or null",
             )
+        parts = self.train.updates_per_rollout
+        fix = "use 1 with objective.kl_in_reward, whose KL would be taken from weights that updates on other prompts have changed"
+        require(parts == 1 or not self.objective.kl_in_reward, "train.updates_per_rollout", parts, fix)
+        k, group = self.objective.pass_k, self.rollout.num_generations
+        fix = f"use 2 to rollout.num_generations ({group}): the best of k is estimated from sets within a group"
+        require(self.objective.advantage != "pass_at_k" or k <= group, "objective.pass_k", k, fix)
         tokens, least = self.train.micro_batch_tokens, self.rollout.max_prompt_length + self.rollout.max_completion_length
         if isinstance(tokens, int):
             require(

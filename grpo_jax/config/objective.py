@@ -8,6 +8,25 @@ from typing import Any, Literal
 from grpo_jax.config.checks import check_types, require, require_choice
 from grpo_jax.config.presets import OBJECTIVE_DEFAULTS, PRESETS, PresetName
 
+LossName = Literal[
+    "reinforce",
+    "gpg",
+    "grpo",
+    "bnpo",
+    "dr_grpo",
+    "dapo",
+    "gspo",
+    "luspo",
+    "geo_mean",
+    "clip_cov",
+    "kl_cov",
+    "cispo",
+    "sapo",
+    "vespo",
+    "dppo_tv",
+    "dppo_kl",
+]
+
 FROM_PRESET: Any = None
 """Default of a setting that `ObjectiveConfig` fills in from the preset."""
 
@@ -18,18 +37,34 @@ class ObjectiveConfig:
 
     Args:
         preset: Named set of the settings below; see `grpo_jax.config.presets`.
-        loss: reinforce, grpo, bnpo, dr_grpo, dapo, gspo, cispo or sapo. Default dapo.
+        loss: reinforce, gpg, grpo, bnpo, dr_grpo, dapo, gspo, luspo, geo_mean, clip_cov, kl_cov, cispo, sapo, vespo, dppo_tv
+            or dppo_kl; see `grpo_jax.learner.loss`. Default dapo.
         beta: Weight of the KL term; 0 computes no reference log-probabilities. Default 0.04.
-        kl: Estimator of the KL term in the loss: k1, k2 or k3 (http://joschu.net/blog/kl-approx.html). Default k3.
+        kl: KL term in the loss: k1, k2 or k3 (http://joschu.net/blog/kl-approx.html), or k3_corrected: k3 times the ratio, which
+            has the gradient of the KL divergence. Default k3_corrected.
         kl_in_reward: Subtract beta times the completion's summed k1 from its reward; the loss has no KL term. Default false.
-        epsilon: Clip range of the ratio below 1. Default 0.2.
+        epsilon: Clip range of the ratio below 1; of its logarithm in geo_mean, of the divergence in dppo. Default 0.2.
         epsilon_high: Clip range of the ratio above 1. Default: the same as epsilon.
         epsilon_max: Upper bound on the ratio in cispo, an absolute number. Default 5.
+        cov_share: Share of a batch's tokens that clip_cov and kl_cov hold back. Default 2e-4.
+        top_entropy: Share of a batch's tokens, those of the highest entropy, that have a policy term; below 1 it costs one more
+            forward pass. Default 1.
         delta: Upper bound on the ratio where the advantage is negative (two-sided clipping); null applies none.
+        advantage: How rewards of a group are compared: `group` is (reward - mean) / standard deviation; rloo, opo, maxrl and
+            pass_at_k (`grpo_jax.learner.baselines`) divide by no deviation. Default group.
+        pass_k: k of pass_at_k, from 2 to rollout.num_generations. Default 4.
+        normalize_each_reward: Normalise every reward function within its group before they are added (GDPO); scale_rewards is then
+            `batch` where it is left out. Default false.
         advantage_eps: Added to the standard deviation that advantages are divided by. Default 1e-4.
-        scale_rewards: Standard deviation that advantages are divided by: of the `group`, of the `batch`, or `none`. Default group.
+        scale_rewards: Standard deviation that advantages are divided by: of the `group`, of the `batch`, or `none`. Default group,
+            and none where `advantage` is not `group`.
         num_iterations: Optimiser updates on each batch of completions. Default 1.
-        importance_cap: Upper bound on the importance weight, trainer against sampler; null applies no weight.
+        importance_mode: Importance weight of the policy term, trainer against sampler: of each token or of the whole sequence,
+            bounded (token_truncate, sequence_truncate) or set to 0 out of its bounds (token_mask, sequence_mask).
+        importance_floor: Lower bound of the importance weight; null is none.
+        importance_cap: Upper bound of the importance weight; null is none, and without any bound there is no weight.
+        off_policy_threshold: Leave completions with a negative advantage out of the policy term where the policy has moved away
+            from the sampler by more than this, in nats a token (off-policy sequence masking); null leaves out none.
         match_sampling: Compute the policy's log-probabilities under the distribution that completions are drawn from: after top_p,
             top_k, min_p and the ban on stop tokens before rollout.min_completion_length. False uses the untruncated distribution,
             as TRL does, and the ratio is then only approximate. The KL term always compares untruncated distributions.
@@ -37,25 +72,37 @@ class ObjectiveConfig:
     """
 
     preset: PresetName | None = None
-    loss: Literal["reinforce", "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"] = FROM_PRESET
+    loss: LossName = FROM_PRESET
     beta: float = FROM_PRESET
-    kl: Literal["k1", "k2", "k3"] = FROM_PRESET
+    kl: Literal["k1", "k2", "k3", "k3_corrected"] = FROM_PRESET
     kl_in_reward: bool = FROM_PRESET
     epsilon: float = FROM_PRESET
     epsilon_high: float = FROM_PRESET
     epsilon_max: float = FROM_PRESET
+    cov_share: float = 2e-4
+    top_entropy: float = 1.0
     delta: float | None = None
+    advantage: Literal["group", "rloo", "opo", "maxrl", "pass_at_k"] = "group"
+    pass_k: int = 4
+    normalize_each_reward: bool = False
     advantage_eps: float = FROM_PRESET
     scale_rewards: Literal["group", "batch", "none"] = FROM_PRESET
     num_iterations: int = FROM_PRESET
+    importance_mode: Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] = "token_truncate"
+    importance_floor: float | None = None
     importance_cap: float | None = None
+    off_policy_threshold: float | None = None
     match_sampling: bool = True
     mask_truncated: bool = FROM_PRESET
 
     def __post_init__(self) -> None:
         if self.preset is not None:
             require_choice("objective.preset", self.preset, PRESETS)
-        chosen = PRESETS[self.preset] if self.preset is not None else {}
+        chosen = dict(PRESETS[self.preset] if self.preset is not None else {})
+        if self.advantage != "group":
+            chosen["scale_rewards"] = "none"
+        elif self.normalize_each_reward:
+            chosen["scale_rewards"] = "batch"
         for name, default in OBJECTIVE_DEFAULTS.items():
             if self.__dict__[name] is None:
                 object.__setattr__(self, name, chosen.get(name, default))
@@ -66,15 +113,47 @@ class ObjectiveConfig:
         require(0 <= self.epsilon < 1, "objective.epsilon", self.epsilon, "use a number from 0 up to 1, such as 0.2")
         require(self.epsilon_high >= 0, "objective.epsilon_high", self.epsilon_high, "use a positive number such as 0.28")
         require(self.epsilon_max > 0, "objective.epsilon_max", self.epsilon_max, "use a positive cap such as 5")
+        require(0 < self.cov_share < 1, "objective.cov_share", self.cov_share, "use a small share such as 2e-4")
+        require(
+            0 < self.top_entropy <= 1, "objective.top_entropy", self.top_entropy, "use a share such as 0.2, or 1 for all tokens"
+        )
+        chooses = self.loss in ("clip_cov", "kl_cov") and self.top_entropy < 1
+        require(not chooses, "objective.top_entropy", self.top_entropy, f"use 1: loss {self.loss} chooses tokens by covariance")
         if self.delta is not None:
             bound = 1 + self.epsilon_high
             require(self.delta > bound, "objective.delta", self.delta, f"use more than 1 + epsilon_high = {bound:g}, or null")
         eps = self.advantage_eps
         require(eps >= 0, "objective.advantage_eps", eps, "use a small positive number such as 1e-4")
+        unscaled = self.advantage == "group" or self.scale_rewards == "none"
+        fix = f"leave it out, or use none: advantage {self.advantage} divides by no standard deviation"
+        require(unscaled, "objective.scale_rewards", self.scale_rewards, fix)
+        require(self.pass_k >= 2, "objective.pass_k", self.pass_k, "use 2 or more; the mean reward, k = 1, is advantage rloo")
+        if self.normalize_each_reward:
+            fix = "use advantage group: normalised rewards have no scale and are 0 on average"
+            require(self.advantage == "group", "objective.advantage", self.advantage, fix)
+            fix = "use false: beta is in units of the reward, which normalize_each_reward removes"
+            require(not self.kl_in_reward, "objective.kl_in_reward", self.kl_in_reward, fix)
         require(self.num_iterations >= 1, "objective.num_iterations", self.num_iterations, "use 1 or more")
         if self.importance_cap is not None:
             require(
                 self.importance_cap > 0, "objective.importance_cap", self.importance_cap, "use a positive cap such as 2, or null"
+            )
+
+        fix = f"leave it out: loss {self.loss} compares the policy with the sampler already"
+        against_sampler = self.loss in ("vespo", "dppo_tv", "dppo_kl")
+        require(not (against_sampler and self.importance_cap), "objective.importance_cap", self.importance_cap, fix)
+        require(not (against_sampler and self.importance_floor), "objective.importance_floor", self.importance_floor, fix)
+        floor, threshold = self.importance_floor, self.off_policy_threshold
+        if floor is not None:
+            require(floor > 0, "objective.importance_floor", floor, "use a positive bound such as 0.5, or null")
+            below = self.importance_cap is None or floor < self.importance_cap
+            require(below, "objective.importance_floor", floor, f"use less than importance_cap ({self.importance_cap}), or null")
+        bounded = floor is not None or self.importance_cap is not None
+        fix = "also set objective.importance_cap or objective.importance_floor; without a bound there is no importance weight"
+        require(bounded or self.importance_mode == "token_truncate", "objective.importance_mode", self.importance_mode, fix)
+        if threshold is not None:
+            require(
+                threshold > 0, "objective.off_policy_threshold", threshold, "use a positive number of nats such as 0.5, or null"
             )
 
     @property

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-PresetName = Literal["deepseekmath", "dr_grpo", "dapo", "gspo", "cispo", "trl", "unsloth", "plain"]
+PresetName = Literal["deepseekmath", "dr_grpo", "dapo", "gspo", "gmpo", "gpg", "cispo", "trl", "unsloth", "plain"]
 
 OBJECTIVE_DEFAULTS: dict[str, Any] = {
     "loss": "dapo",
     "beta": 0.04,
-    "kl": "k3",
+    "kl": "k3_corrected",
     "kl_in_reward": False,
     "epsilon": 0.2,
     "epsilon_high": None,
@@ -37,6 +37,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dapo": {"loss": "dapo", "epsilon": 0.2, "epsilon_high": 0.28, "beta": 0.0, "scale_rewards": "group", "mask_truncated": True},
     # Zheng et al. 2025, GSPO, https://arxiv.org/abs/2507.18071: section 4.1 (sequence ratio), 5.1 (clip ranges 3e-4 and 4e-4).
     "gspo": {"loss": "gspo", "epsilon": 3e-4, "epsilon_high": 4e-4, "beta": 0.0, "scale_rewards": "group"},
+    # Zhao et al. 2025, GMPO, https://arxiv.org/abs/2507.20673: geometric mean of token ratios, each within exp(-0.4) to exp(0.4).
+    "gmpo": {"loss": "geo_mean", "epsilon": 0.4, "epsilon_high": 0.4, "beta": 0.0, "scale_rewards": "group"},
+    # Chu et al. 2025, GPG, https://arxiv.org/abs/2504.02546: no ratio, no clipping, no KL term, no division by the deviation.
+    "gpg": {"loss": "gpg", "beta": 0.0, "scale_rewards": "none"},
     # MiniMax 2025, MiniMax-M1, https://arxiv.org/abs/2506.13585, section 3.1 (clipped importance weight, no KL term, group
     # deviation). The paper tunes the upper bound without printing it; 5 is ScaleRL's, https://arxiv.org/abs/2510.13786.
     "cispo": {"loss": "cispo", "epsilon_max": 5.0, "beta": 0.0, "scale_rewards": "group"},
@@ -44,7 +48,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "trl": {
         "loss": "dapo",
         "beta": 0.0,
-        "kl": "k3",
+        "kl": "k3_corrected",
         "epsilon": 0.2,
         "advantage_eps": 1e-4,
         "scale_rewards": "group",

@@ -58,6 +58,9 @@ class TrainConfig:
     Args:
         steps: Number of training steps, one batch of completions each.
         prompts_per_step: B, number of prompts in a step (of rows, in supervised warm-up).
+        updates_per_rollout: Optimiser updates in a step, each on its own part of the step's prompts (mini-batches). Later updates
+            find a policy that has moved away from the one that sampled, so that the objective's clipping acts. Above 1 it costs
+            one more forward pass.
         micro_batch_tokens: Tokens of prompts and completions whose gradient is computed at once, on each of the mesh's data · fsdp
             shards; prompts and completions are packed by their real lengths. `auto` finds the most that fit into memory by
             compiling before the first step. null is `auto` on accelerators, and on a CPU one group or as much as its cache holds.
@@ -85,6 +88,7 @@ class TrainConfig:
 
     steps: int = 100
     prompts_per_step: int = 8
+    updates_per_rollout: int = 1
     micro_batch_tokens: int | Literal["auto"] | None = None
     micro_batch_prompts: int | Literal["auto"] | None = None
     micro_batch_completions: int | None = None
@@ -106,6 +110,9 @@ class TrainConfig:
         check_types(self, "train")
         require(self.steps >= 1, "train.steps", self.steps, "use at least 1")
         require(self.prompts_per_step >= 1, "train.prompts_per_step", self.prompts_per_step, "use at least 1")
+        parts = self.updates_per_rollout
+        fix = f"use a divisor of train.prompts_per_step ({self.prompts_per_step}): every update has as many prompts"
+        require(parts >= 1 and self.prompts_per_step % parts == 0, "train.updates_per_rollout", parts, fix)
         require(self.seed >= 0, "train.seed", self.seed, "use 0 or a positive number")
         require(self.save_every >= 0, "train.save_every", self.save_every, "use 0 (only at the end) or a number of steps")
         require(self.keep_checkpoints >= 1, "train.keep_checkpoints", self.keep_checkpoints, "keep at least 1")
@@ -120,13 +127,19 @@ class TrainConfig:
             "leave out train.micro_batch_prompts and train.micro_batch_completions, which say the same in other words",
         )
         size = self.micro_batch_prompts
+        prompts = "train.prompts_per_step" if parts == 1 else "train.prompts_per_step / train.updates_per_rollout"
         if isinstance(size, int):
             require(
-                size >= 1 and self.prompts_per_step % size == 0,
+                size >= 1 and self.prompts_per_update % size == 0,
                 "train.micro_batch_prompts",
                 size,
-                f"use a divisor of train.prompts_per_step ({self.prompts_per_step}), or null",
+                f"use a divisor of {prompts} ({self.prompts_per_update}), or null",
             )
+
+    @property
+    def prompts_per_update(self) -> int:
+        """Prompts that one optimiser update learns from."""
+        return self.prompts_per_step // self.updates_per_rollout
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ def placement_of(config: Config, spec: ModelSpec, machine: Machine) -> Placement
     layout = make_layout(choose_run_mesh(config, spec, machine.limit_bytes).mesh, machine.devices)
     check_mesh(layout, spec)
     micro = config.train.micro_batch_prompts
-    check_prompts(layout, config.train.prompts_per_step, micro if isinstance(micro, int) else None)
+    check_prompts(layout, config.train.prompts_per_update, micro if isinstance(micro, int) else None)
     return Placement(layout, machine.devices[0])
 
 
@@ -133,8 +133,10 @@ def abstract_frozen(config: Config, policy: Policy) -> Frozen:
 def abstract_batch(config: Config, placement: Placement, sizes: Sequence[RowSize]) -> TrainBatch:
     """Builds an update's batch, which is the same for all lengths, as shapes."""
     shards = 1 if placement.layout is None else placement.layout.rows
-    prompts, rollout = config.train.prompts_per_step, config.rollout
+    prompts, rollout = config.train.prompts_per_update, config.rollout
     batch = batch_shapes(sizes, prompts, rollout.num_generations, rollout.max_completion_length, shards)
+    if config.train.updates_per_rollout > 1:
+        batch = replace(batch, advantages=batch.rewards, old_logprobs=batch.sampler_logprobs)  # of the same shapes
     return placement.put_batch(batch)
 
 

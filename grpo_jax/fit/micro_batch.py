@@ -53,20 +53,20 @@ def row_tokens(config: Config, policy: Policy, lengths: Lengths, generations: in
         widest = max(policy.spec.width, policy.spec.ffw) * policy.model.dtype.itemsize
         # Whole groups, so that completions of full length leave no padding.
         return max(1, CACHED_BYTES // widest // group) * group
-    return -(-train.prompts_per_step // shards) * group
+    return -(-train.prompts_per_update // shards) * group
 
 
 def sizes_of_rows(config: Config, layout: Layout | None, lengths: Lengths, tokens: int) -> tuple[RowSize, ...]:
     """The sizes of an update's packed rows."""
     shards = 1 if layout is None else layout.rows
     multiple = 1 if platform() == "cpu" else ACCELERATOR_TOKENS
-    return row_sizes(lengths, config.train.prompts_per_step, config.rollout.num_generations, tokens, shards, multiple)
+    return row_sizes(lengths, config.train.prompts_per_update, config.rollout.num_generations, tokens, shards, multiple)
 
 
 def smaller_rows(config: Config, tokens: int, lengths: Lengths) -> list[int]:
     """Lists smaller rows, largest first: fewer whole groups, then parts of one group, down to one completion."""
     generations = config.rollout.num_generations
-    groups = [count * lengths.group(generations) for count in range(1, config.train.prompts_per_step + 1)]
+    groups = [count * lengths.group(generations) for count in range(1, config.train.prompts_per_update + 1)]
     parts = [lengths.group(count) for count in range(1, generations)]
     return sorted({size for size in (*groups, *parts) if size < tokens}, reverse=True)
 

@@ -14,6 +14,7 @@ import numpy as np
 from grpo_jax.config import Config
 from grpo_jax.learner.packing import RowSize, pack, tables_of
 from grpo_jax.rewards import ScoredBatch
+from grpo_jax.rewards.normalization import normalized_sum
 from grpo_jax.runtime.sharding import BATCH_AXES, Layout
 from grpo_jax.types import PromptBatch, Rollout, TrainBatch
 
@@ -41,7 +42,10 @@ def train_batch(
     logps[mask] = np.concatenate(rollout.logprobs)
     if config.objective.mask_truncated:
         mask &= np.array([reason == "stop" for reason in rollout.finish_reasons])[:, None]
-    rewards, valid = scored.rewards.reshape(b, -1), scored.valid.reshape(b, -1)
+    total, group = scored.rewards, len(lengths) // b
+    if config.objective.normalize_each_reward:
+        total = normalized_sum(scored.per_function, config.rewards.weights, scored.valid, group, config.objective.advantage_eps)
+    rewards, valid = total.reshape(b, group), scored.valid.reshape(b, group)
     known = np.where(valid, rewards, np.nan)
     alike = np.array([len(np.unique(group[~np.isnan(group)])) <= 1 for group in known])
     trained: np.ndarray = np.ones(len(lengths), bool) if config.objective.kl_in_reward else np.asarray(mask.any(axis=1))
@@ -57,13 +61,13 @@ def train_batch(
     )
 
 
-def padding_share(batch: TrainBatch) -> float:
-    """Padding in the rows that an update computes, as a share of their tokens; of a batch on the host.
+def padding_share(batches: Sequence[TrainBatch]) -> float:
+    """Padding in the rows that a step's updates compute, as a share of their tokens; of batches on the host.
 
     Micro-batches that turn out to have no group with an advantage are counted, though they are skipped.
     """
     real = computed = 0
-    for part in batch.micro_batches:
+    for part in (part for batch in batches for part in batch.micro_batches):
         seen = np.asarray(part.rows.ranges.own_end) > 0
         real += int(seen.sum())
         computed += int(seen.any(axis=(1, 2)).sum()) * seen[0].size

@@ -26,7 +26,12 @@ NOT_DECAYED = ("scale", "bias")
 
 def updates_of(config: Config, supervised: bool) -> int:
     """Number of optimiser updates of a whole run."""
-    return config.train.steps * (1 if supervised else config.objective.num_iterations)
+    return config.train.steps * (1 if supervised else updates_per_step(config))
+
+
+def updates_per_step(config: Config) -> int:
+    """Number of optimiser updates of a GRPO step."""
+    return config.train.updates_per_rollout * config.objective.num_iterations
 
 
 def make_optimizer(optim: OptimConfig, steps: int, updates_per_step: int = 1) -> optax.GradientTransformation:

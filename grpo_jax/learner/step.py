@@ -7,6 +7,7 @@ them every denominator, come from the whole batch, so the result does not depend
 - With β = 0 no reference is computed, and a group whose advantages are all 0 does not change `grpo_loss`. A micro-batch that has
   only such groups is skipped; they are packed last. The loss's denominators still count their tokens; means of metrics (entropy,
   clipping, the difference to the sampler) do not. With a user's loss nothing is skipped.
+- A step may make several updates, each on its own part of the prompts (`steps/mini_batches.py`); each is a batch here.
 - With one update a batch the old log-probabilities are the new ones without gradient and cost no forward pass. With several
   updates those of the first update are the old log-probabilities of all.
 - An update whose loss or gradient is not finite changes nothing (`optim.apply_gradient`).
@@ -29,12 +30,14 @@ from jaxtyping import Array, Bool, Float
 
 from grpo_jax.config import Config, ObjectiveConfig
 from grpo_jax.learner.advantages import group_advantages
+from grpo_jax.learner.baselines import baseline_advantages
 from grpo_jax.learner.custom_loss import LossFunction, custom_loss, finish_custom_stats
 from grpo_jax.learner.logprobs import row_logprobs
 from grpo_jax.learner.loss import Stats, finish_stats, kl_per_token, kl_reward_penalty, token_weights, total_stats, weighted_loss
 from grpo_jax.learner.metrics import PackedMetrics, batch_metrics, pack
 from grpo_jax.learner.micro_batches import MicroBatch, any_token, scan_micro_batches
-from grpo_jax.learner.optim import SKIPPED, apply_gradient, learning_rate_at, make_optimizer
+from grpo_jax.learner.optim import SKIPPED, apply_gradient, learning_rate_at, make_optimizer, updates_per_step
+from grpo_jax.learner.token_choice import largest, random_between, token_covariance
 from grpo_jax.learner.truncated import Truncation
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.runtime.sharding import ROW_AXES, Layout
@@ -87,7 +90,7 @@ class Learner:
             optimizer: used instead of the settings' AdamW.
             loss_fn: used instead of `grpo_loss`.
         """
-        each = config.objective.num_iterations
+        each = updates_per_step(config)
         return Learner(
             model=model,
             objective=config.objective,
@@ -166,14 +169,14 @@ class Learner:
 
     def train_step(self, state: TrainState, batch: TrainBatch, frozen: Frozen) -> tuple[TrainState, PackedMetrics]:
         """Makes `objective.num_iterations` updates on one batch. Jit it with the state donated."""
-        objective, rewards = self.objective, batch.rewards
-        ref_logps = old_logps = None
+        objective, rewards, old_logps = self.objective, batch.rewards, batch.old_logprobs
+        ref_logps = None
         if objective.needs_reference:
             with jax.named_scope("reference"):
                 ref_logps = self.fixed_logprobs(self.reference_variables(frozen), batch, None)[0]
         if objective.kl_in_reward and ref_logps is not None:
             rewards, old_logps = self.subtract_kl(batch, ref_logps, self.policy_variables(state.trainable, frozen))
-        advantages = self.advantages(rewards, batch.valid)
+        advantages = self.advantages(rewards, batch) if batch.advantages is None else jnp.asarray(batch.advantages)
         mask, per_row = batch.completion_mask, advantages.reshape(-1)
         if self.skips:
             counts = jnp.repeat(jnp.any(advantages != 0, axis=1), advantages.shape[1])
@@ -185,6 +188,8 @@ class Learner:
             "completion_mask": mask,
             "sampler_logps": batch.sampler_logprobs,
         }
+        chosen = self.chosen_tokens(state, batch, per_row, frozen)
+        known |= {} if chosen is None else {"chosen": chosen}
         if objective.num_iterations == 1:
             state, _, metrics = self.update(state, batch, known | {"old_logps": old_logps}, frozen)
         else:
@@ -204,9 +209,48 @@ class Learner:
         penalty = kl_reward_penalty(untruncated, ref_logps, sampled)
         return batch.rewards - jnp.float32(self.objective.beta) * penalty.reshape(batch.rewards.shape), logps
 
-    def advantages(self, rewards: Float[AnyArray, "B G"], valid: Bool[AnyArray, "B G"]) -> Float[Array, "B G"]:
-        """Advantages of a batch: rewards normalised within each prompt's group."""
+    def chosen_tokens(
+        self, state: TrainState, batch: TrainBatch, advantages: Float[Array, "N"], frozen: Frozen
+    ) -> Bool[Array, "N C"] | None:
+        """Which tokens have a policy term, where the objective chooses them; see `token_choice`."""
+        objective, mask = self.objective, jnp.asarray(batch.completion_mask)
+        if objective.loss in ("clip_cov", "kl_cov"):
+            logps = batch.sampler_logprobs if batch.old_logprobs is None else batch.old_logprobs
+            covariance = token_covariance(jnp.asarray(logps), advantages, mask)
+            if objective.loss == "kl_cov":
+                return ~largest(covariance, mask, objective.cov_share)
+            return ~random_between(covariance, mask, objective.cov_share, jax.random.fold_in(jax.random.key(0), state.step))
+        if objective.top_entropy < 1:
+            with jax.named_scope("entropy"):
+                entropy = self.entropies(self.policy_variables(state.trainable, frozen), batch)
+            return largest(entropy, mask, objective.top_entropy)
+        return None
+
+    def entropies(self, variables: Params, batch: TrainBatch) -> Float[Array, "N C"]:
+        """Entropy of the full distribution at every token, nats."""
+
+        def add(table: Array, part: MicroBatch) -> tuple[Array, None]:
+            return table + self.logprobs(variables, part, None, head_trainable=False)[2], None
+
+        zero = jnp.zeros(batch.completion_mask.shape, jnp.float32)
+        return jax.lax.stop_gradient(scan_micro_batches(batch.micro_batches, add, zero, any_token, self.model.layout)[0])
+
+    def advantages(self, rewards: Float[AnyArray, "B G"], batch: TrainBatch) -> Float[Array, "B G"]:
+        """Advantages of a batch: rewards compared within each prompt's group; with `gpg` times its α (`loss.py`)."""
+        advantages = self.compared(rewards, batch)
+        if self.objective.loss != "gpg":
+            return advantages
+        learned = jnp.sum(jnp.any(advantages != 0, axis=1).astype(jnp.float32))
+        return advantages * (advantages.shape[0] / jnp.maximum(learned, jnp.float32(1)))
+
+    def compared(self, rewards: Float[AnyArray, "B G"], batch: TrainBatch) -> Float[Array, "B G"]:
+        """Rewards compared within each prompt's group."""
         objective, layout = self.objective, self.model.layout
+        if objective.advantage != "group":
+            lengths = batch.completion_lengths
+            lengths = jnp.sum(batch.completion_mask.astype(jnp.int32), axis=1) if lengths is None else jnp.asarray(lengths)
+            given = (jnp.asarray(rewards, jnp.float32), jnp.asarray(batch.valid), lengths.reshape(rewards.shape))
+            return baseline_advantages(*given, objective.advantage, objective.pass_k)
 
         def per_shard(rewards: AnyArray, valid: AnyArray) -> Array:
             return group_advantages(
@@ -218,16 +262,16 @@ class Learner:
                 axis_name=None if layout is None else ROW_AXES,
             )
 
-        return local_prompts(per_shard, layout)(rewards, valid)
+        return local_prompts(per_shard, layout)(rewards, batch.valid)
 
     def iterate(
-        self, state: TrainState, batch: TrainBatch, known: dict[str, Any], old_logps: Array | None, frozen: Frozen
+        self, state: TrainState, batch: TrainBatch, known: dict[str, Any], old_logps: AnyArray | None, frozen: Frozen
     ) -> tuple[TrainState, dict[str, Array]]:
         """Makes several updates on one batch. Log-probabilities of the first update are the old log-probabilities of all.
 
         The metrics are those of the last update; skipped updates are counted over all.
         """
-        start = jnp.zeros(batch.completion_mask.shape, jnp.float32) if old_logps is None else old_logps
+        start = jnp.zeros(batch.completion_mask.shape, jnp.float32) if old_logps is None else jnp.asarray(old_logps)
 
         def body(carry: tuple[TrainState, Array], number: Array) -> tuple[tuple[TrainState, Array], dict[str, Array]]:
             state, old = carry
@@ -268,6 +312,12 @@ class Learner:
         zero = jnp.zeros(batch.completion_mask.shape, jnp.float32)
         tables, _, _ = scan_micro_batches(batch.micro_batches, add, (zero, zero), any_token, self.model.layout)
         return jax.lax.stop_gradient(tables)
+
+    def old_logprobs(self, trainable: Params, batch: TrainBatch, frozen: Frozen) -> Float[Array, "N C"]:
+        """Log-probabilities of the policy as it is now, which a later update on this batch takes its ratio from."""
+        logps = self.fixed_logprobs(self.policy_variables(trainable, frozen), batch, self.truncation)[0]
+        layout = self.model.layout
+        return logps if layout is None else layout.constrain(logps, "rows", "tokens")
 
     def loss(self, tokens: dict[str, Array | None]) -> tuple[Float[Array, ""], Stats]:
         """The loss of some rows and the sums for their metrics; on a mesh, summed over the devices' rows.

@@ -85,11 +85,11 @@ def make_layout(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Layou
 
 
 def check_prompts(layout: Layout | None, prompts: int, micro_batch: int | str | None) -> None:
-    """Checks that the prompts of a step and of a micro-batch divide evenly by the row shards.
+    """Checks that the prompts of an update and of a micro-batch divide evenly by the row shards.
 
     Args:
         layout: The layout, or None for one device.
-        prompts: `train.prompts_per_step`.
+        prompts: of one update, `train.prompts_per_step` / `train.updates_per_rollout`.
         micro_batch: `train.micro_batch_prompts`; only a number is checked, rounded up as `mesh_micro_batch` does.
 
     Raises:
@@ -97,7 +97,9 @@ def check_prompts(layout: Layout | None, prompts: int, micro_batch: int | str | 
     """
     if layout is None:
         return
-    over = f"prompts are split over data · fsdp = {layout.rows} shards: use a multiple of {layout.rows}, or a smaller mesh"
+    over = (
+        f"prompts are split over data · fsdp = {layout.rows} shards: use a multiple of {layout.rows} an update, or a smaller mesh"
+    )
     require(prompts % layout.rows == 0, "train.prompts_per_step", prompts, over)
     if isinstance(micro_batch, int):
         require(mesh_micro_batch(layout, micro_batch) % layout.rows == 0, "train.micro_batch_prompts", micro_batch, over)

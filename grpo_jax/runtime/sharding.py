@@ -65,6 +65,8 @@ BATCH_AXES: AxesTable = {
     ("sampler_logprobs",): ("rows", "tokens"),
     ("rewards",): ("prompts", None),
     ("valid",): ("prompts", None),
+    ("advantages",): ("prompts", None),
+    ("old_logprobs",): ("rows", "tokens"),
 }
 """Axes of a `TrainBatch`."""
 

@@ -34,6 +34,7 @@ from grpo_jax.rewards import (
     warning_lines,
 )
 from grpo_jax.rewards.across_processes import score_across_processes
+from grpo_jax.rewards.normalization import sum_metrics
 from grpo_jax.rollout.future_calls import rollout_calls
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import RolloutShapes, evaluation_shapes, prompt_widths
@@ -45,6 +46,7 @@ from grpo_jax.runtime.compile_ahead import FutureCall
 from grpo_jax.runtime.memory import in_device_memory, in_host_memory
 from grpo_jax.runtime.programs import Program
 from grpo_jax.steps import StepResult
+from grpo_jax.steps.mini_batches import MiniBatches, parts_of
 from grpo_jax.steps.setup import placed_policy, read_tokenizer
 from grpo_jax.types import Frozen, Params, PromptBatch, TrainState
 
@@ -76,6 +78,7 @@ class GrpoStep:
         runner: calls the functions; None calls them in this process.
         limits: longest length of each of a step's completions in tokens; None is `rollout.max_completion_length` for all.
         decided: the shapes of the run's rollouts, once they are chosen; see `shapes`.
+        mini_batches: the programs of a step with several updates; None where it has one.
         rewarded: when the first completions had been scored; see `first_rewards_at`.
     """
 
@@ -92,6 +95,7 @@ class GrpoStep:
     display: Display
     runner: RewardRunner | None = None
     limits: Sequence[int] | None = None
+    mini_batches: MiniBatches | None = None
     decided: list[RolloutShapes] = field(default_factory=list)
     rewarded: list[float] = field(default_factory=list)
 
@@ -142,7 +146,8 @@ class GrpoStep:
             fit = fit_run(with_widest_prompts(config, source), policy, frozen, display, problems, make_learner, lengths)
             kl = Program("KL to the reference", fit.learner.kl_sums, announce=display.compiling)
             config = replace(config, train=fit.config.train, rollout=replace(config.rollout, slots=fit.config.rollout.slots))
-            return GrpoStep(config, policy, source, functions, fit.sampler, fit.learner, fit.sizes, fit.update, kl, frozen, display)
+            parts = (config, policy, source, functions, fit.sampler, fit.learner, fit.sizes, fit.update, kl, frozen, display)
+            return GrpoStep(*parts).with_mini_batches()
         sizes = sizes_of_rows(config, policy.layout, lengths, row_tokens(config, policy, lengths))
         learner, remat = make_learner(config, policy, sizes[0].tokens)
         if remat != config.model.remat:
@@ -154,11 +159,19 @@ class GrpoStep:
         sampler = sampler_of(policy).announcing(display.compiling)
         update = Program("update", learner.train_step, donate=(0,), announce=display.compiling)
         kl = Program("KL to the reference", learner.kl_sums, announce=display.compiling)
-        return GrpoStep(config, policy, source, functions, sampler, learner, sizes, update, kl, frozen, display)
+        parts = (config, policy, source, functions, sampler, learner, sizes, update, kl, frozen, display)
+        return GrpoStep(*parts).with_mini_batches()
+
+    def with_mini_batches(self) -> GrpoStep:
+        """The step with the programs of `train.updates_per_rollout`, where that is above 1."""
+        if self.config.train.updates_per_rollout == 1:
+            return self
+        return replace(self, mini_batches=MiniBatches.of(self.learner, self.update, self.display.compiling))
 
     @property
     def programs(self) -> tuple[Program, ...]:
-        return self.update, self.kl, *self.sampler.programs
+        more = () if self.mini_batches is None else self.mini_batches.programs
+        return self.update, self.kl, *more, *self.sampler.programs
 
     @property
     def problems(self) -> int:
@@ -194,9 +207,11 @@ class GrpoStep:
         return calls + self.update_calls(state)
 
     def update_calls(self, state: TrainState) -> list[FutureCall]:
-        """The update, with the shapes of its batch: [FutureCall(self.update, (state, batch, self.frozen))]."""
+        """The update with the shapes of its batch, [FutureCall(self.update, (state, batch, self.frozen))], and what it needs."""
         batch = abstract_batch(self.config, Placement(self.policy.layout, jax.local_devices()[0]), self.sizes)
-        return [FutureCall(self.update, (in_device_memory(shapes_of(state)), batch, self.frozen))]
+        shapes = in_device_memory(shapes_of(state))
+        before = [] if self.mini_batches is None else self.mini_batches.future_calls(shapes, batch, self.frozen)
+        return [*before, FutureCall(self.update, (shapes, batch, self.frozen))]
 
     def run(self, state: TrainState, number: int) -> StepResult:
         """Makes step `number`, counted from 0: samples, scores, updates. The memory of `state` is reused."""
@@ -236,14 +251,21 @@ class GrpoStep:
         clock.lap("reward_seconds")
         if not self.rewarded:
             self.rewarded.append(time.perf_counter())
+        parts = parts_of(prompts, rollout, scored, config.train.updates_per_rollout)
         layout, skips = self.policy.layout, self.learner.skips
-        batch = train_batch(prompts, rollout, scored, config, self.sizes, layout, skips=skips)
-        state, packed = self.update(in_device_memory(state), on_devices(batch, layout), self.frozen)
+        metrics: dict[str, Any]
+        batches = [train_batch(*part, config, self.sizes, layout, skips=skips) for part in parts]
+        if self.mini_batches is None:
+            state, packed = self.update(in_device_memory(state), on_devices(batches[0], layout), self.frozen)
+            metrics, advantages = packed.to_host()
+        else:
+            state, metrics, advantages = self.mini_batches.run(in_device_memory(state), batches, self.frozen, scored)
         state = in_host_memory(state) if config.optim.offload else state
-        metrics, advantages = packed.to_host()
         clock.lap("update_seconds")
         metrics.setdefault("kl_divergence", None)  # not computed, which is not 0
-        metrics["update/padding"] = padding_share(batch)
+        metrics["update/padding"] = padding_share(batches)
+        if config.objective.normalize_each_reward:
+            metrics |= sum_metrics(scored)  # the update has seen normalised rewards
         metrics |= reward_metrics(scored) | length_metrics(rollout) | clock.metrics(prompts, rollout)
         completions = StepCompletions(
             prompts.prompts, texts, rollout.completion_ids, scored.per_function, advantages, list(rollout.finish_reasons)

@@ -76,6 +76,8 @@ class SupervisedStep:
         for name in ("micro_batch_tokens", "micro_batch_prompts"):
             value = getattr(train, name)
             require(value != "auto", f"train.{name}", value, "use a number, or null; auto is for GRPO")
+        parts = train.updates_per_rollout
+        require(parts == 1, "train.updates_per_rollout", parts, "use 1: supervised warm-up makes one update a step")
         prompts = source.train.prompt_lengths
         lengths = Lengths(int(prompts.min()), int(prompts.max()), config.rollout.max_completion_length)
         shards = 1 if policy.layout is None else policy.layout.rows

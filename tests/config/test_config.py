@@ -212,13 +212,15 @@ def test_an_empty_file_and_empty_sections_are_the_defaults(tmp_path: Path):
 # What the sources say, written out by hand, in this order: loss, beta, kl, epsilon, epsilon_high, epsilon_max, advantage_eps,
 # scale_rewards, mask_truncated.
 EXPECTED = {
-    None: ("dapo", 0.04, "k3", 0.2, 0.2, 5.0, 1e-4, "group", False),
+    None: ("dapo", 0.04, "k3_corrected", 0.2, 0.2, 5.0, 1e-4, "group", False),
     "deepseekmath": ("grpo", 0.04, "k3", 0.2, 0.2, 5.0, 1e-4, "group", False),
-    "dr_grpo": ("dr_grpo", 0.0, "k3", 0.2, 0.2, 5.0, 1e-4, "none", False),
-    "dapo": ("dapo", 0.0, "k3", 0.2, 0.28, 5.0, 1e-4, "group", True),
-    "gspo": ("gspo", 0.0, "k3", 3e-4, 4e-4, 5.0, 1e-4, "group", False),
-    "cispo": ("cispo", 0.0, "k3", 0.2, 0.2, 5.0, 1e-4, "group", False),
-    "trl": ("dapo", 0.0, "k3", 0.2, 0.2, 5.0, 1e-4, "group", False),
+    "dr_grpo": ("dr_grpo", 0.0, "k3_corrected", 0.2, 0.2, 5.0, 1e-4, "none", False),
+    "dapo": ("dapo", 0.0, "k3_corrected", 0.2, 0.28, 5.0, 1e-4, "group", True),
+    "gspo": ("gspo", 0.0, "k3_corrected", 3e-4, 4e-4, 5.0, 1e-4, "group", False),
+    "gmpo": ("geo_mean", 0.0, "k3_corrected", 0.4, 0.4, 5.0, 1e-4, "group", False),
+    "gpg": ("gpg", 0.0, "k3_corrected", 0.2, 0.2, 5.0, 1e-4, "none", False),
+    "cispo": ("cispo", 0.0, "k3_corrected", 0.2, 0.2, 5.0, 1e-4, "group", False),
+    "trl": ("dapo", 0.0, "k3_corrected", 0.2, 0.2, 5.0, 1e-4, "group", False),
     "unsloth": ("bnpo", 0.001, "k3", 0.2, 0.2, 5.0, 1e-4, "group", False),
     "plain": ("reinforce", 0.04, "k1", 0.2, 0.2, 5.0, 1e-8, "group", False),
 }

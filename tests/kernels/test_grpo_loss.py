@@ -46,7 +46,11 @@ def case(rows: int, length: int, seed: int = 0) -> Case:
         array[~mask] = (np.nan, np.inf, -np.inf)[number % 3]
     advantages = rng.normal(size=rows).astype(np.float32)
     advantages[~mask.any(1)] = np.nan
-    return {**arrays, "mask": mask, "advantages": advantages}
+    return {**arrays, "mask": mask, "advantages": advantages, "chosen": rng.random(mask.shape) < 0.6}
+
+
+CHOOSING = ("clip_cov", "kl_cov", "geo_mean")
+"""Losses that the tests give `chosen`; they need it, or their factor is of the whole row."""
 
 
 @functools.cache
@@ -55,7 +59,8 @@ def program(implementation: str, settings: LossSettings) -> Any:
 
     def loss_of(logps: Any, whole: Any, given: Case, factor: Any) -> Any:
         arrays = (logps, given["old"], given["ref"], given["advantages"], given["mask"], given["weights"])
-        options = {"sampler_logps": given["sampler"], "whole_logps": whole, "implementation": implementation}
+        chosen = given["chosen"] if settings.loss in CHOOSING else None
+        options = {"sampler_logps": given["sampler"], "whole_logps": whole, "chosen": chosen, "implementation": implementation}
         blocks = BlockSizes(min(logps.shape[0], 8), min(logps.shape[1], 128))
         loss, sums = grpo_loss(*arrays, settings=settings, block_sizes=blocks, **options)
         return factor * loss, (loss, sums)
@@ -83,20 +88,53 @@ def clipped(ratio: np.ndarray, a: np.ndarray, s: LossSettings) -> tuple[np.ndarr
 def expected(x: Case, s: LossSettings, leave_out: tuple[str, ...] = ()) -> Any:
     """By the formulas, slopes worked out by hand; as `computed` returns it."""
     mask, zero = x["mask"], np.zeros(x["mask"].shape)
-    given = {name: None if name in leave_out else np.where(mask, x[name], 0.0).astype(np.float64) for name in x if name in NAMES}
+    given: Case = {
+        name: None if name in leave_out else np.where(mask, x[name], 0.0).astype(np.float64) for name in x if name in NAMES
+    }
     logps, weights = given["logps"], given["weights"]
     old = logps if given["old"] is None else given["old"]
     whole = logps if given["whole"] is None else given["whole"]
     a = np.where(mask.any(1), x["advantages"], 0.0).astype(np.float64)[:, None]
     log_ratio = np.clip(logps - old, -80, 80)
-    factor = np.ones(mask.shape)
-    if s.importance_cap is not None:
-        factor = np.minimum(np.exp(np.clip(old - given["sampler"], -80, 80)), s.importance_cap)
-    tokens = np.maximum(mask.sum(1, keepdims=True), 1)
-    ratio = np.exp(log_ratio.sum(1, keepdims=True) / tokens + zero if s.loss == "gspo" else log_ratio)
-    inside = np.abs(logps - old) < 80
+    tokens, factor, outside = np.maximum(mask.sum(1, keepdims=True), 1), np.ones(mask.shape), None
+    if s.importance_cap is not None or s.importance_floor is not None:
+        log_weight = old - given["sampler"]
+        if s.importance_mode.startswith("sequence"):
+            log_weight = log_weight.sum(1, keepdims=True) + zero
+        weight, floor, cap = np.exp(np.clip(log_weight, -80, 80)), s.importance_floor or 0, s.importance_cap or np.inf
+        outside = ((weight < floor) | (weight > cap)) & mask
+        factor = np.where(outside, 0, weight) if s.importance_mode.endswith("mask") else np.clip(weight, floor, cap)
+    if s.loss in ("clip_cov", "geo_mean"):
+        factor = factor * x["chosen"]
+    if s.off_policy_threshold is not None:
+        drift = (given["sampler"] - logps).sum(1, keepdims=True) / tokens
+        factor = factor * ~((a < 0) & (drift > s.off_policy_threshold))
+    of_row = s.loss in ("gspo", "luspo", "geo_mean")
+    base = given["sampler"] if s.loss in ("vespo", "dppo_tv", "dppo_kl") and given["sampler"] is not None else old
+    inside = np.abs(logps - base) < 80
     low, high = zero > 0, zero > 0
-    if s.loss == "reinforce":
+    if s.loss == "geo_mean":
+        low, high = (a < 0) & (log_ratio < -s.epsilon), (a > 0) & (log_ratio > s.epsilon_high)
+        log_ratio, inside = np.where(high, s.epsilon_high, np.where(low, -s.epsilon, log_ratio)), inside & ~low & ~high
+    ratio = np.exp(log_ratio.sum(1, keepdims=True) / tokens + zero if of_row else log_ratio)
+    if s.loss == "geo_mean":
+        term, slope = -ratio * a, -ratio * a * inside
+    elif s.loss == "kl_cov":
+        held = ~x["chosen"]
+        term, slope = -ratio * a + held * np.abs(log_ratio), (-ratio * a + held * np.sign(log_ratio)) * inside
+    elif s.loss == "vespo":
+        log_weight = np.clip(np.clip(logps - base, -80, 80).sum(1, keepdims=True), -80, 80)
+        k, scale = np.where(a >= 0, 2, 3), np.where(a >= 0, 3, 2)
+        slope = -np.exp(k * log_weight + scale * (1 - np.exp(log_weight))) * a + zero
+        term = slope * logps
+    elif s.loss.startswith("dppo"):
+        p, q, ratio = np.exp(logps), np.exp(base), np.exp(np.clip(logps - base, -80, 80))
+        rest_p, rest_q = np.maximum(1 - p, 1e-7), np.maximum(1 - q, 1e-7)
+        apart = np.abs(p - q) if s.loss == "dppo_tv" else q * np.log(q / p) + rest_q * np.log(rest_q / rest_p)
+        low = (a < 0) & (logps < base) & (apart > s.epsilon)
+        high = (a > 0) & (logps > base) & (apart > s.epsilon_high)
+        term, slope = -ratio * a * ~(low | high), -ratio * a * ~(low | high) * inside
+    elif s.loss in ("reinforce", "gpg"):
         term, slope = -a * logps, -a + zero
     elif s.loss == "cispo":
         slope = -np.minimum(ratio, s.epsilon_max) * a
@@ -110,7 +148,7 @@ def expected(x: Case, s: LossSettings, leave_out: tuple[str, ...] = ()) -> Any:
         slope = slope * inside
         low = (a < 0) & (ratio < 1 - s.epsilon)
         high = ((a > 0) & (ratio > 1 + s.epsilon_high)) | ((a < 0) & (ratio > (s.delta or np.inf)))
-    slope = slope * ((weights * factor).sum(1, keepdims=True) / tokens if s.loss == "gspo" else weights * factor)
+    slope = slope * ((weights * factor).sum(1, keepdims=True) / tokens if of_row else weights * factor)
     policy_loss = (weights * factor * term).sum()
     sums = {
         "tokens": mask.sum(),
@@ -124,13 +162,21 @@ def expected(x: Case, s: LossSettings, leave_out: tuple[str, ...] = ()) -> Any:
         bounded = np.clip(d, -80, 80)
         k3 = np.exp(bounded) - bounded - 1
         sums["kl"] = (k3 * mask).sum()
-        value = {"k1": -d, "k2": d * d / 2, "k3": k3}[s.kl]
-        by_whole = {"k1": np.ones(d.shape), "k2": -d, "k3": (1 - np.exp(bounded)) * (np.abs(d) < 80)}[s.kl]
+        limit = 40 if s.kl == "k3_corrected" else 80
+        bounded, inside = np.clip(d, -limit, limit), np.abs(logps - old) < limit
+        by_k3, token_ratio = (1 - np.exp(bounded)) * (np.abs(d) < limit), np.exp(np.clip(logps - old, -limit, limit))
+        k3 = np.exp(bounded) - bounded - 1
+        value = {"k1": -d, "k2": d * d / 2, "k3": k3, "k3_corrected": token_ratio * k3}[s.kl]
+        by_whole = {"k1": np.ones(d.shape), "k2": -d, "k3": by_k3, "k3_corrected": token_ratio * by_k3}[s.kl]
         loss = loss + s.beta * (weights * value).sum()
         d_whole = s.beta * weights * by_whole
+        if s.kl == "k3_corrected":
+            d_logps = d_logps + s.beta * weights * value * inside
     if given["sampler"] is not None:
         difference = np.abs(old - given["sampler"]) * mask
         sums |= {"logp_difference": difference.sum(), "logp_difference_max": difference.max()}
+    if outside is not None:
+        sums["importance_outside"] = outside.sum()
     return (loss, sums, d_logps + d_whole, None) if given["whole"] is None else (loss, sums, d_logps, d_whole)
 
 
@@ -157,6 +203,8 @@ SETTINGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"loss": "bnpo", "delta": 1.5, "beta": 0.3, "kl": "k1"}, ("sampler", "whole")),
     ({"loss": "dr_grpo", "importance_cap": 1.2, "beta": 0.3, "kl": "k2"}, ()),
     ({"loss": "grpo", "delta": 1.4, "importance_cap": 0.9, "beta": 0.3, "kl": "k3"}, ()),
+    ({"loss": "dapo", "importance_cap": 1.2, "beta": 0.3, "kl": "k3_corrected"}, ()),
+    ({"loss": "gspo", "beta": 0.3, "epsilon": 0.02, "kl": "k3_corrected"}, ("sampler",)),
     ({"loss": "gspo", "delta": 1.3, "importance_cap": 1.2, "beta": 0.3, "epsilon": 0.02, "epsilon_high": 0.03}, ("whole",)),
     ({"loss": "gspo"}, ("ref", "sampler", "whole")),
     ({"loss": "cispo", "importance_cap": 1.2, "beta": 0.3, "kl": "k1"}, ("whole",)),
@@ -164,6 +212,21 @@ SETTINGS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"loss": "sapo", "importance_cap": 1.2, "beta": 0.3}, ()),
     ({"loss": "reinforce", "importance_cap": 1.2, "beta": 0.3, "kl": "k2"}, ("old", "whole")),
     ({"loss": "reinforce"}, ("sampler",)),
+    ({"loss": "reinforce", "beta": 0.3, "kl": "k3_corrected"}, ("sampler", "whole")),
+    ({"loss": "dapo", "importance_mode": "token_mask", "importance_floor": 0.7, "importance_cap": 1.4}, ("ref", "whole")),
+    ({"loss": "luspo", "importance_floor": 0.7, "epsilon": 0.02}, ("ref", "whole")),
+    (
+        {"loss": "grpo", "importance_mode": "sequence_mask", "importance_floor": 0.02, "importance_cap": 2.0, "beta": 0.3},
+        ("whole",),
+    ),
+    ({"loss": "geo_mean", "importance_mode": "sequence_truncate", "importance_floor": 0.5, "importance_cap": 2.0, "beta": 0.3}, ()),
+    ({"loss": "cispo", "importance_cap": 1.2, "off_policy_threshold": 0.02}, ("ref", "whole")),
+    ({"loss": "gpg", "off_policy_threshold": 0.02}, ("old", "ref", "whole")),
+    ({"loss": "vespo", "beta": 0.3}, ("whole",)),
+    ({"loss": "clip_cov", "beta": 0.3}, ("sampler", "whole")),
+    ({"loss": "kl_cov", "importance_cap": 1.2}, ("ref", "whole")),
+    ({"loss": "dppo_tv", "off_policy_threshold": 0.02}, ("ref", "whole")),
+    ({"loss": "dppo_kl"}, ("ref", "sampler", "whole")),
     ({"loss": "dapo", "epsilon_high": 0.28}, ("old", "ref", "sampler", "whole")),
 ]
 
@@ -332,6 +395,10 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
         ({"epsilon_max": 0.0}, "epsilon_max is 0"),
         ({"delta": 1.1}, r"delta is 1.1: use more than 1 \+ epsilon_high = 1.2"),
         ({"importance_cap": 0.0}, "importance_cap is 0"),
+        ({"importance_cap": 2.0, "importance_floor": 2.0}, "importance_floor is 2: use a positive number below importance_cap"),
+        ({"importance_floor": 0.0}, "importance_floor is 0"),
+        ({"importance_mode": "clip"}, "importance_mode is 'clip': choose from token_truncate"),
+        ({"off_policy_threshold": 0.0}, "off_policy_threshold is 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -27,6 +27,7 @@ from grpo_jax.learner.loss import (
 )
 
 LOSSES = ["reinforce", "grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo", "sapo"]
+NEWER_LOSSES = ["gpg", "luspo", "geo_mean", "vespo", "dppo_tv", "dppo_kl"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -102,6 +103,20 @@ def oracle_kl(policy: float, reference: float, kind: str) -> float:
     return {"k1": -d, "k2": d * d / 2, "k3": math.exp(d) - d - 1}[kind]
 
 
+def oracle_weight(case: Case, s: ObjectiveConfig, i: int, t: Any) -> float:
+    """The importance weight of a token."""
+    if s.importance_cap is None and s.importance_floor is None:
+        return 1.0
+    level, kind = s.importance_mode.split("_")
+    weight = 1.0
+    for u in np.flatnonzero(case.mask[i]) if level == "sequence" else [t]:
+        weight *= math.exp(case.old[i, u] - case.sampler[i, u])
+    floor, cap = s.importance_floor or 0.0, s.importance_cap or math.inf
+    if kind == "mask":
+        return weight if floor <= weight <= cap else 0.0
+    return min(max(weight, floor), cap)
+
+
 def oracle_loss(case: Case, s: ObjectiveConfig, logps: np.ndarray, frozen: np.ndarray, constant: int | None = None) -> float:
     """Computes the module's table of losses row by row. `frozen` is used where the formula stops the gradient."""
     rows, length = case.mask.shape
@@ -109,10 +124,25 @@ def oracle_loss(case: Case, s: ObjectiveConfig, logps: np.ndarray, frozen: np.nd
     for i in range(rows):
         tokens, a = np.flatnonzero(case.mask[i]), case.advantages[i]
         for t in tokens:
-            ratio = math.exp(logps[i, t] - case.old[i, t])
-            if s.loss == "gspo":
+            base = case.sampler if s.loss in ("vespo", "dppo_tv", "dppo_kl") else case.old
+            ratio = math.exp(logps[i, t] - base[i, t])
+            if s.loss in ("gspo", "luspo"):
                 ratio = math.exp(np.mean([logps[i, u] - case.old[i, u] for u in tokens]))
-            if s.loss == "reinforce":
+            if s.loss == "geo_mean":
+                logs = [logps[i, u] - case.old[i, u] for u in tokens]
+                bounded = [min(x, s.epsilon_high) if a > 0 else max(x, -s.epsilon) for x in logs]
+                term = -a * math.exp(sum(bounded) / len(bounded))
+            elif s.loss == "vespo":
+                weight = math.exp(sum(frozen[i, u] - base[i, u] for u in tokens))
+                k, scale = (2, 3) if a >= 0 else (3, 2)
+                term = -(weight**k) * math.exp(scale * (1 - weight)) * a * logps[i, t]
+            elif s.loss.startswith("dppo"):
+                p, q = math.exp(frozen[i, t]), math.exp(base[i, t])
+                tv, kl = abs(p - q), q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
+                apart = tv if s.loss == "dppo_tv" else kl
+                moved = (a > 0 and p > q and apart > s.epsilon_high) or (a < 0 and p < q and apart > s.epsilon)
+                term = 0.0 if moved else -ratio * a
+            elif s.loss in ("reinforce", "gpg"):
                 term = -a * logps[i, t]
             elif s.loss == "cispo":
                 term = -min(math.exp(frozen[i, t] - case.old[i, t]), s.epsilon_max) * a * logps[i, t]
@@ -122,17 +152,20 @@ def oracle_loss(case: Case, s: ObjectiveConfig, logps: np.ndarray, frozen: np.nd
             else:
                 bounded = ratio if s.delta is None else min(ratio, s.delta)
                 term = -min(bounded * a, min(max(ratio, 1 - s.epsilon), 1 + s.epsilon_high) * a)
-            if s.importance_cap is not None:
-                term *= min(math.exp(case.old[i, t] - case.sampler[i, t]), s.importance_cap)
+            term *= oracle_weight(case, s, i, t)
+            if s.off_policy_threshold is not None and a < 0:
+                drift = np.mean([case.sampler[i, u] - frozen[i, u] for u in tokens])
+                term *= float(drift <= s.off_policy_threshold)
             if s.beta > 0 and not s.kl_in_reward:
-                term += s.beta * oracle_kl(logps[i, t], case.ref[i, t], s.kl)
+                of_token = math.exp(logps[i, t] - case.old[i, t]) if s.kl == "k3_corrected" else 1.0
+                term += s.beta * of_token * oracle_kl(logps[i, t], case.ref[i, t], s.kl[:2])
             row_sums[i] += term
             row_tokens[i] += 1
-    if s.loss == "reinforce":
+    if s.loss in ("reinforce", "luspo"):
         return float(row_sums.mean())
     if s.loss == "dr_grpo":
         return row_sums.sum() / (rows * (length if constant is None else constant))
-    if s.loss in ("bnpo", "dapo", "cispo"):
+    if s.loss in ("bnpo", "dapo", "cispo", "gpg", "vespo", "dppo_tv", "dppo_kl"):
         return row_sums.sum() / row_tokens.sum()
     return float(np.mean(row_sums / np.maximum(row_tokens, 1)))
 
@@ -163,6 +196,9 @@ GOLDEN = Case(
 )
 
 
+ICEPOP = {"importance_mode": "token_mask", "importance_floor": 0.9, "importance_cap": 1.2}
+
+
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -179,14 +215,34 @@ GOLDEN = Case(
         ({"loss": "cispo", "epsilon_max": 1.2}, 0.9104094 / 5),
         # Row 0: -4·2·(σ(0.5) + σ(-0.5)) = -8; row 1: (4 / 1.05)·(σ(1.05) + σ(-0.105) + σ(-0.525)) = 3.8095238·1.5862329.
         ({"loss": "sapo"}, (-8 / 2 + 6.0427920 / 3) / 2),
+        ({"loss": "gpg"}, (2 * 2.2876821 - 3.1053605) / 5),
+        ({"loss": "luspo"}, (-2 * 0.8660254 * 2 + 0.9654894 * 3) / 2),
+        # Logs of the ratios, limited to 0.3 above where A > 0 and to -0.2 below where A < 0: means -0.1965736 and 0.1292622.
+        ({"loss": "geo_mean"}, (-2 * 0.8215409 + 1.1379885) / 2),
+        # W = e^0.7123179 and e^-0.6053605 against the sampler: φ = 0.1842433 and 0.4033959.
+        ({"loss": "vespo"}, (0.1842433 * 2 * 2.2876821 - 0.4033959 * 3.1053605) / 5),
+        # Against the sampler: ratios 4.08, 0.5; 2, 0.9·e^-0.5, 0.5. TV of those that move on: 0.42 > 0.3; 0.28 > 0.2, 0.18.
+        ({"loss": "dppo_tv"}, (0 - 2 * 0.5 + 2 + 0 + 0.5) / 5),
+        # KL of the same: 0.378 > 0.3; 0.158, 0.093.
+        ({"loss": "dppo_kl"}, (0 - 2 * 0.5 + 2 + 0.9 * 0.6065307 + 0.5) / 5),
         # d = ln 2 at every token: k1 = -0.6931472, k2 = 0.2402265, k3 = 2 - 0.6931472 - 1; beta 0.5.
         ({"loss": "dapo", "beta": 0.5, "kl": "k1"}, 0.02 - 0.5 * 0.6931472),
         ({"loss": "dapo", "beta": 0.5, "kl": "k2"}, 0.02 + 0.5 * 0.2402265),
         ({"loss": "dapo", "beta": 0.5, "kl": "k3"}, 0.02 + 0.5 * 0.3068528),
+        ({"loss": "dapo", "beta": 0.5, "kl": "k3_corrected"}, 0.02 + 0.5 * 0.3068528 * 5.4 / 5),  # the ratios' sum is 5.4
+        ({"loss": "dapo", "beta": 0.5}, 0.02 + 0.5 * 0.3068528 * 5.4 / 5),  # the default
         ({"loss": "reinforce", "beta": 0.5, "kl": "k3"}, 0.7350018 + 0.5 * 0.3068528 * 5 / 2),
         ({"loss": "dapo", "beta": 0.5, "kl": "k1", "kl_in_reward": True}, 0.02),
         # π_old/π_sampler = e, 1; 1, e^-0.5, 1, capped at 1.5; the KL term is not multiplied.
         ({"loss": "dapo", "importance_cap": 1.5}, (-2.6 * 1.5 - 1.0 + 2.0 + 0.9 * 0.6065307 + 0.8) / 5),
+        # The weights e and e^-0.5 are out of the bounds and become 0, or 1.2 and 0.9; those of the sequences are e and e^-0.5.
+        ({"loss": "dapo", **ICEPOP}, (-1.0 + 2.0 + 0.8) / 5),
+        ({"loss": "dapo", **ICEPOP, "importance_mode": "token_truncate"}, (-2.6 * 1.2 - 1.0 + 2.0 + 0.9 * 0.9 + 0.8) / 5),
+        ({"loss": "dapo", "importance_mode": "sequence_mask", "importance_cap": 2.0}, 0.6065307 * 3.7 / 5),
+        ({"loss": "dapo", "importance_mode": "sequence_truncate", "importance_cap": 2.0}, (-3.6 * 2 + 0.6065307 * 3.7) / 5),
+        # Row 1 has A < 0 and π_sampler above π: Σ log(π_sampler/π) = 0.5 - ln 0.9, 0.2017868 a token.
+        ({"loss": "dapo", "off_policy_threshold": 0.2}, -3.6 / 5),
+        ({"loss": "dapo", "off_policy_threshold": 0.203}, 0.1 / 5),
         (
             {"loss": "dapo", "importance_cap": 1.5, "beta": 0.5, "kl": "k3"},
             (-2.6 * 1.5 - 1.0 + 2.0 + 0.9 * 0.6065307 + 0.8) / 5 + 0.5 * 0.3068528,
@@ -231,6 +287,9 @@ def test_hand_worked_metrics() -> None:
         ({"loss": "cispo", "epsilon_max": 1.4}, 0, 2 / 5),
         ({"loss": "gspo", "epsilon": 0.01, "epsilon_high": 0.01}, 3 / 5, 0),  # row 1: 0.965 < 0.99, A < 0
         ({"loss": "reinforce"}, 0, 0),
+        ({"loss": "geo_mean"}, 1 / 5, 1 / 5),
+        ({"loss": "dppo_tv"}, 1 / 5, 1 / 5),
+        ({"loss": "dppo_kl"}, 0, 1 / 5),
         ({"loss": "sapo"}, 0, 0),
     ],
     ids=lambda value: value["loss"] if isinstance(value, dict) else "",
@@ -250,26 +309,74 @@ def test_metrics_without_reference_and_sampler_leave_their_names_out() -> None:
 # --- oracle -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kl", [None, "k1", "k2", "k3"])
-@pytest.mark.parametrize("loss", LOSSES)
+KL_CASES = [(loss, kl) for loss in LOSSES for kl in (None, "k1", "k2", "k3")]
+
+
+@pytest.mark.parametrize(("loss", "kl"), [*KL_CASES, *((loss, "k3_corrected") for loss in [*LOSSES, *NEWER_LOSSES])])
 def test_loss_and_gradient_equal_the_oracle(loss: str, kl: str | None) -> None:
     settings = objective(loss=loss, epsilon=0.15, epsilon_high=0.25, epsilon_max=1.3, **({"beta": 0.3, "kl": kl} if kl else {}))
-    case = random_case(seed=LOSSES.index(loss))
+    case = random_case(seed=[*LOSSES, *NEWER_LOSSES].index(loss))
+    case.logps -= 0.5  # probabilities of p and q below 1
+    case.old, case.sampler = case.old - 0.5, np.minimum(case.sampler - 0.5, -0.1)
+    case.logps = np.minimum(case.logps, -0.1)
     value, _ = case.loss(settings)
     np.testing.assert_allclose(value, oracle_loss(case, settings, case.logps, case.logps), rtol=2e-6, atol=2e-7)
     np.testing.assert_allclose(case.gradient(settings), oracle_gradient(case, settings), rtol=1e-5, atol=2e-7)
+
+
+CORRECTIONS: list[dict[str, Any]] = [
+    {"delta": 1.5},
+    {"importance_cap": 1.2},
+    {"delta": 1.4, "importance_cap": 0.9, "beta": 0.1},
+    {"importance_mode": "token_mask", "importance_floor": 0.6, "importance_cap": 1.6},
+    {"importance_mode": "sequence_truncate", "importance_floor": 0.5, "importance_cap": 1.5},
+    {"importance_mode": "sequence_mask", "importance_cap": 3.0, "off_policy_threshold": 0.1},
+]
 
 
 @pytest.mark.parametrize(
-    "more", [{"delta": 1.5}, {"importance_cap": 1.2}, {"delta": 1.4, "importance_cap": 0.9, "beta": 0.1}], ids=str
+    ("loss", "more"),
+    [(loss, more) for loss in LOSSES for more in CORRECTIONS[:3]]
+    + [(loss, more) for loss in ("dapo", "geo_mean") for more in CORRECTIONS[3:]],
+    ids=str,
 )
-@pytest.mark.parametrize("loss", LOSSES)
 def test_two_sided_clip_and_importance_weight_equal_the_oracle(loss: str, more: dict[str, float]) -> None:
     settings = objective(loss=loss, epsilon=0.15, epsilon_high=0.25, **more)
-    case = random_case(seed=100 + LOSSES.index(loss), spread=0.6)
+    case = random_case(seed=100 + [*LOSSES, *NEWER_LOSSES].index(loss), spread=0.6)
     value, _ = case.loss(settings)
     np.testing.assert_allclose(value, oracle_loss(case, settings, case.logps, case.logps), rtol=2e-6, atol=2e-7)
     np.testing.assert_allclose(case.gradient(settings), oracle_gradient(case, settings), rtol=1e-5, atol=2e-7)
+
+
+@pytest.mark.parametrize(("kind", "exact"), [("k3_corrected", "policy"), ("k3", "reference"), ("k1", "none")])
+def test_the_mean_gradient_of_a_kl_term_over_all_tokens(kind: str, exact: str) -> None:
+    """Of KL(π ‖ π_ref) where corrected, also off-policy; of KL(π_ref ‖ π) where plain, on-policy; 0 of k1.
+
+    One row a token of a vocabulary of 5, weighted by the probability with which π_old draws it.
+    """
+    rng = np.random.default_rng(3)
+    logits, old_logits, ref_logits = rng.normal(size=(3, 5))
+
+    def log_softmax(x: np.ndarray) -> np.ndarray:
+        return x - np.log(np.exp(x).sum())
+
+    old, ref = log_softmax(old_logits if exact == "policy" else logits), log_softmax(ref_logits)
+
+    def divergence(logits: np.ndarray) -> float:
+        logps = log_softmax(logits)
+        if exact == "policy":
+            return float((np.exp(logps) * (logps - ref)).sum())
+        return float((np.exp(ref) * (ref - logps)).sum()) if exact == "reference" else 0.0
+
+    expected = np.array([(divergence(logits + e) - divergence(logits - e)) / 2e-5 for e in 1e-5 * np.eye(5)])
+    settings = objective(beta=1.0, kl=kind)
+
+    def mean_term(logits: jax.Array) -> jax.Array:
+        logps = jax.nn.log_softmax(logits)[:, None]
+        given = (as_jax(old[:, None]), as_jax(ref[:, None]), jnp.zeros(5), jnp.ones((5, 1), bool), settings)
+        return grpo_loss(logps, *given, weights=as_jax(np.exp(old)[:, None]))[0]
+
+    np.testing.assert_allclose(jax.grad(mean_term)(as_jax(logits)), expected, atol=5e-7)
 
 
 @pytest.mark.parametrize("kind", ["k1", "k2", "k3"])
@@ -291,10 +398,12 @@ def test_k3_of_nearly_equal_policies_keeps_its_digits() -> None:
 # --- invariances and exactness --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [*LOSSES, *NEWER_LOSSES])
 @pytest.mark.parametrize("pieces", [[1] * 12, [7, 5]], ids=["rows", "7+5"])
 def test_any_split_of_the_rows_gives_the_same_loss_gradient_and_metrics(loss: str, pieces: list[int]) -> None:
-    settings = objective(loss=loss, beta=0.2, epsilon=0.15, importance_cap=1.5)
+    against_sampler = loss in ("vespo", "dppo_tv", "dppo_kl")
+    corrections = {} if against_sampler else {"importance_mode": "sequence_mask", "importance_cap": 3.0}
+    settings = objective(loss=loss, beta=0.2, epsilon=0.15, off_policy_threshold=0.1, **corrections)
     case = random_case(rows=12, seed=5)
     unsplit, unsplit_metrics = case.loss(settings, max_completion_length=9)
     weights = token_weights(case.mask, settings, max_completion_length=9)
@@ -317,9 +426,10 @@ def test_any_split_of_the_rows_gives_the_same_loss_gradient_and_metrics(loss: st
         np.testing.assert_allclose(metrics[name], value, rtol=1e-5, atol=1e-7, err_msg=name)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [*LOSSES, *NEWER_LOSSES])
 def test_what_is_masked_changes_nothing_and_an_empty_row_gives_no_nan(loss: str) -> None:
-    settings = objective(loss=loss, beta=0.2, importance_cap=2.0, delta=3.0)
+    cap = {} if loss in ("vespo", "dppo_tv", "dppo_kl") else {"importance_cap": 2.0}
+    settings = objective(loss=loss, beta=0.2, delta=3.0, **cap)
     case = random_case(seed=3)
     value, metrics = case.loss(settings)
     gradient = case.gradient(settings)
@@ -435,12 +545,14 @@ def test_only_the_policy_gets_a_gradient() -> None:
         assert np.all(np.asarray(gradient) == 0)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", [*LOSSES, *NEWER_LOSSES])
 @pytest.mark.parametrize("shift", [-300.0, 300.0])
 def test_policies_far_apart_give_finite_numbers(loss: str, shift: float) -> None:
-    settings = objective(loss=loss, beta=0.1, delta=3.0, importance_cap=2.0)
+    cap = {} if loss in ("vespo", "dppo_tv", "dppo_kl") else {"importance_cap": 2.0}
+    settings = objective(loss=loss, beta=0.1, delta=3.0, **cap)
     case = random_case()
     case.old += shift
+    case.sampler += shift if loss in ("vespo", "dppo_tv", "dppo_kl") else 0
     case.ref -= shift
     value, metrics = case.loss(settings)
     assert np.isfinite(value)

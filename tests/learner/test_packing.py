@@ -120,7 +120,7 @@ def test_padding_is_the_share_of_computed_tokens_that_are_none() -> None:
     packed = pack([[1] * 4], [[2] * 5, [3] * 2], [True] * 2, sizes[:1], width=5)
     empty = np.zeros((2, 5), np.float32)
     batch = TrainBatch(packed, empty > 0, empty, empty[:1, :2], empty[:1, :2] == 0)
-    assert padding_share(batch) == pytest.approx(1 - 9 / 12)
+    assert padding_share([batch]) == pytest.approx(1 - 9 / 12)
 
 
 def test_groups_that_may_be_skipped_are_packed_apart() -> None:

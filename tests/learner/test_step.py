@@ -34,7 +34,9 @@ from grpo_jax.learner.truncated import Truncation
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.spec import abstract_params, lora_specs, nest
 from grpo_jax.models.transformer import Transformer
+from grpo_jax.rewards.protocol import ScoredBatch
 from grpo_jax.runtime.programs import Program
+from grpo_jax.steps.mini_batches import MiniBatches
 from grpo_jax.types import Frozen, Params
 
 B, G, P, C = 4, 4, 8, 6
@@ -161,6 +163,8 @@ OBJECTIVES = {
     "dapo": ObjectiveConfig(loss="dapo", beta=0.1),
     "gspo, two updates": ObjectiveConfig(loss="gspo", beta=0.05, num_iterations=2, importance_cap=2.0),
     "dr_grpo, two updates": ObjectiveConfig(loss="dr_grpo", beta=0.0, scale_rewards="none", num_iterations=2),
+    "top entropy": ObjectiveConfig(loss="dapo", beta=0.0, top_entropy=0.4),
+    "clip_cov": ObjectiveConfig(loss="clip_cov", beta=0.0, cov_share=0.2, advantage="opo"),
     "cispo, KL in the reward": ObjectiveConfig(loss="cispo", beta=0.3, kl="k1", kl_in_reward=True),
 }
 
@@ -181,6 +185,8 @@ CUTS = [
     ("dapo", (2, 2), True),
     pytest.param("gspo, two updates", (B, 2), False, marks=pytest.mark.slow),
     pytest.param("dr_grpo, two updates", (2, G), False, marks=pytest.mark.slow),
+    ("top entropy", (1, 2), False),
+    ("clip_cov", (1, 2), False),
     ("cispo, KL in the reward", (2, 2), False),
 ]
 
@@ -195,7 +201,9 @@ def test_the_micro_batch_changes_nothing(name: str, cut: tuple[int, int], full: 
         jax.tree.map(jnp.subtract, trained, start(full)[0]), jax.tree.map(jnp.subtract, at_once, start(full)[0]), 2e-5
     )
     mean_term = mean_size_of_a_token(OBJECTIVES[name], advantages, metrics.get("kl_divergence", 0.0))
-    assert abs(cut_metrics["loss"] - metrics["loss"]) <= 1e-6 * mean_term
+    # The ratio that multiplies KL in a second update is of arrays that are 2e-5 apart, as above.
+    of_kl = 2e-5 * (OBJECTIVES[name].num_iterations - 1) * abs(metrics["loss"] - metrics["policy_loss"])
+    assert abs(cut_metrics["loss"] - metrics["loss"]) <= 1e-6 * mean_term + of_kl
     # With KL in the reward up to 2·C log-probabilities as low as -19, float32 and so 1e-5 apart, enter it times beta.
     apart = OBJECTIVES[name].beta * 2 * C * 1e-5 if OBJECTIVES[name].kl_in_reward else 0
     np.testing.assert_allclose(cut_advantages, advantages, rtol=0, atol=1e-6 + apart)
@@ -231,10 +239,10 @@ def plain_advantages(rewards: np.ndarray, scaled: bool = True) -> np.ndarray:
 
 
 def plain_loss(logps: Any, old: Any, ref: Any, advantages: Any, weights: Any, beta: float) -> Any:
-    """Σ w (−min(ρA, clip(ρ)A) + β (e^d − d − 1)), d = logπ_ref − logπ."""
+    """Σ w (−min(ρA, clip(ρ)A) + β ρ (e^d − d − 1)), d = logπ_ref − logπ."""
     ratio, d = jnp.exp(logps - old), ref - logps
     a = advantages[:, None]
-    term = -jnp.minimum(ratio * a, jnp.clip(ratio, 0.8, 1.2) * a) + beta * (jnp.exp(d) - d - 1)
+    term = -jnp.minimum(ratio * a, jnp.clip(ratio, 0.8, 1.2) * a) + beta * ratio * (jnp.exp(d) - d - 1)
     return jnp.sum(weights * term)
 
 
@@ -269,7 +277,7 @@ def assert_same_step(got: Params, expected: Params) -> None:
 
 
 def test_one_update_is_that_of_whole_logits_and_the_formulas() -> None:
-    """dapo with k3, AdamW with clipping and decay."""
+    """dapo with the corrected k3, AdamW with clipping and decay."""
     trained, gradient, metrics, advantages = update(OBJECTIVES["dapo"])
     (ref, mask), trainable = plain_reference(), start()[0]
     expected = as_float32(plain_advantages(np.asarray(batch().rewards)))
@@ -295,6 +303,22 @@ def test_one_update_is_that_of_whole_logits_and_the_formulas() -> None:
     assert_same_step(trained, plain_adamw(trainable, [plain_gradient]))
 
 
+def test_only_tokens_of_high_entropy_have_a_policy_term() -> None:
+    _, gradient, metrics, _ = update(OBJECTIVES["top entropy"])
+    (_, mask), trainable = plain_reference(), start()[0]
+    logits = plain_model(FAMILY, LORA.scale)(plain_table()[0], trainable)
+    own = np.take_along_axis(np.asarray(logits, np.float64), plain_table()[1][:, :, None], axis=1) / TEMPERATURE
+    p = np.exp(own - own.max(axis=-1, keepdims=True))
+    p /= p.sum(axis=-1, keepdims=True)
+    entropy = -(p * np.log(p)).sum(axis=-1)
+    least = np.sort(entropy[mask])[-int(0.4 * mask.sum())]
+    weights = as_float32((mask & (entropy >= least)) / mask.sum())
+    expected = as_float32(plain_advantages(np.asarray(batch().rewards)))
+    (loss, _), plain = plain_adapter_gradient()(trainable, None, plain_reference()[0], expected, weights, 0.0)
+    assert_near_in_norm(gradient, plain, 1e-4)
+    assert metrics["loss"] == pytest.approx(float(loss), abs=1e-5)
+
+
 def test_the_second_update_on_a_batch_keeps_the_first_ones_old_log_probabilities() -> None:
     trained, gradient, metrics, _ = update(OBJECTIVES["dr_grpo, two updates"])
     (ref, mask), trainable = plain_reference(), start()[0]
@@ -314,6 +338,45 @@ def test_the_second_update_on_a_batch_keeps_the_first_ones_old_log_probabilities
     assert min(high, low) > 0.02  # so that clipping is seen
     assert (metrics["clip_ratio/high"], metrics["clip_ratio/low"]) == (pytest.approx(high, abs=1e-3), pytest.approx(low, abs=1e-3))
     assert metrics["learning_rate"] == pytest.approx(1.01)  # the second update's
+
+
+def test_updates_on_parts_take_ratio_and_advantages_from_the_whole_step() -> None:
+    """Two prompts each. The second update's ratio is to the policy that sampled; the batch's deviation is of all four prompts."""
+    made = learner(ObjectiveConfig(loss="dapo", beta=0.1, scale_rewards="batch"))
+    mini_batches = MiniBatches.of(made, Program("update", made.train_step, donate=(0,)))
+    trainable, frozen = start()
+    halves = [rows_of(batch(), half).packed((2, G), skips=made.skips) for half in (slice(0, 2), slice(2, 4))]
+    scored = ScoredBatch(np.ravel(batch().rewards), np.ravel(batch().valid), {}, [])
+    state, metrics, advantages = mini_batches.run(made.init(trainable), halves, frozen, scored)
+
+    (ref, mask), trainable = plain_reference(), start()[0]
+    valid, rewards = np.asarray(batch().valid), np.asarray(batch().rewards, np.float64)
+    expected = plain_advantages(np.asarray(batch().rewards), scaled=False) / (rewards[valid].std(ddof=1) + 1e-4)
+    np.testing.assert_allclose(advantages, expected, rtol=1e-5, atol=1e-6)
+    own = [mask * (np.arange(N)[:, None] // (N // 2) == half) for half in (0, 1)]
+    weights = [as_float32(rows / rows.sum()) for rows in own]
+    run = functools.partial(plain_adapter_gradient(), ref=ref, advantages=as_float32(expected), beta=0.1)
+    (first_loss, old), first = run(trainable, None, weights=weights[0])
+    middle = jax.tree.map(as_float32, plain_adamw(trainable, [first]))
+    (loss, logps), second = run(middle, old, weights=weights[1])
+    assert_near_in_norm(state.opt_state[1], second, 1e-3)
+    assert_same_step(state.trainable, plain_adamw(trainable, [first, second]))
+    assert metrics["loss"] == pytest.approx((float(first_loss) + float(loss)) / 2, abs=1e-4)
+    ratio, sign = np.exp(np.asarray(logps - old)), np.sign(expected)[:, None]
+    clipped = (((ratio > 1.2) & (sign > 0)) | ((ratio < 0.8) & (sign < 0)))[own[1] > 0].mean()
+    assert clipped > 0.02  # so that clipping is seen
+    assert metrics["clip_ratio/region"] == pytest.approx(clipped / 2, abs=1e-3)
+    assert metrics["reward/std"] == pytest.approx(rewards[valid].std(ddof=1), rel=1e-5)
+    assert metrics["reward/frac_zero_std"] == 0.25
+    assert (int(state.step), metrics["update/skipped"]) == (2, 0.0)
+
+
+def rows_of(padded: PaddedBatch, prompts: slice) -> PaddedBatch:
+    """Some prompts of a batch with their completions."""
+    rows = slice(prompts.start * G, prompts.stop * G)
+    of_rows = {name: getattr(padded, name)[rows] for name in ("completion_ids", "completion_mask", "sampler_logprobs")}
+    of_prompts = {name: getattr(padded, name)[prompts] for name in ("prompt_ids", "prompt_lengths", "rewards", "valid")}
+    return PaddedBatch(**of_rows, **of_prompts)
 
 
 def test_kl_in_the_reward_comes_off_before_the_advantage() -> None:
@@ -373,7 +436,8 @@ def plain_truncated_gradient() -> Callable[..., Any]:
         untruncated = own - jnp.log(jnp.sum(jnp.exp(logits), axis=-1))
         before = jax.lax.stop_gradient(logps) if old is None else old
         policy = plain_loss(logps, before, logps, advantages, weights, 0.0)
-        kl = plain_loss(untruncated, untruncated, ref, jnp.zeros_like(advantages), weights, beta)
+        d = ref - untruncated
+        kl = jnp.sum(weights * beta * jnp.exp(logps - before) * (jnp.exp(d) - d - 1))
         return policy + kl, (logps, untruncated)
 
     return jax.jit(jax.value_and_grad(loss, has_aux=True))

@@ -317,7 +317,7 @@ def test_the_kl_term_uses_the_untruncated_distribution_and_the_policy_term_the_t
     rng = np.random.default_rng(4)
     logps, old, ref, untruncated = (-rng.exponential(size=(4, 3, 6))).astype(np.float32)
     mask, advantages = rng.random((3, 6)) < 0.8, np.array([1.0, -0.5, 2.0], np.float32)
-    settings = ObjectiveConfig(loss="dapo", beta=0.3)
+    settings = ObjectiveConfig(loss="dapo", beta=0.3, kl="k3")
     value, metrics = grpo_loss(logps, old, ref, advantages, mask, settings, whole_logps=untruncated)
     x = {name: np.asarray(array, np.float64) for name, array in {"l": logps, "o": old, "r": ref, "u": untruncated}.items()}
     ratio, d, a = np.exp(x["l"] - x["o"]), x["r"] - x["u"], advantages[:, None].astype(np.float64)

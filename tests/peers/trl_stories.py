@@ -51,7 +51,6 @@ def settings(job: dict[str, Any], folder: str) -> GRPOConfig:
         loss_type="dapo",
         epsilon=job["epsilon"],
         beta=job["beta"],
-        use_bias_correction_kl=False,  # plain k3, as here; TRL 1.16 would multiply it by the ratio
         scale_rewards="group",
         learning_rate=job["learning_rate"],
         lr_scheduler_type="constant",

@@ -98,7 +98,7 @@ def for_mesh(config: Config, spec: ModelSpec, machine: Machine) -> Changes:
         except ConfigError:
             continue
         rows = 1 if layout is None else layout.rows
-        if config.train.prompts_per_step % rows or (tensor > 1 and (count % tensor or spec.kv_heads % tensor)):
+        if config.train.prompts_per_update % rows or (tensor > 1 and (count % tensor or spec.kv_heads % tensor)):
             continue
         if tensor > 1:
             changes |= split_heads(config, tensor)

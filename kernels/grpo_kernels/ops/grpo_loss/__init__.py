@@ -34,6 +34,7 @@ def grpo_loss(
     settings: LossSettings,
     sampler_logps: ArrayLike | None = None,
     whole_logps: ArrayLike | None = None,
+    chosen: ArrayLike | None = None,
     implementation: str | None = None,
     block_sizes: BlockSizes | None = None,
 ) -> tuple[Float[Array, ""], Sums]:
@@ -56,6 +57,8 @@ def grpo_loss(
         settings: static settings.
         sampler_logps: [N, C], of the distribution that the tokens were drawn from, as the sampler computed them.
         whole_logps: [N, C], of the policy's untruncated distribution, for KL, where logps are of a truncated one; None = logps.
+        chosen: [N, C], False = the token has no policy term, only its KL term; in `kl_cov`, that the token is held back. None = all
+            are True.
         implementation: "reference" (plain JAX, differentiated by JAX), "xla" (plain JAX, keeps slopes), "mosaic_tpu" (Pallas), or
             None: "mosaic_tpu" on a TPU, else "xla".
         block_sizes: of "mosaic_tpu"; None = `choose_block_sizes`.
@@ -63,7 +66,8 @@ def grpo_loss(
     Returns:
         The loss, and float32 sums: `tokens`, `clipped_low` and `clipped_high` (tokens whose ratio is clipped at a bound),
         `policy_loss` (the loss without β·KL); with a reference `kl` (k3, nats); with the sampler's `logp_difference` and
-        `logp_difference_max` (|logπ_old − logπ_sampler|, nats).
+        `logp_difference_max` (|logπ_old − logπ_sampler|, nats); with an importance weight `importance_outside` (tokens whose weight
+        was out of its bounds).
 
     Raises:
         ValueError: shapes do not agree, the settings need log-probabilities that are missing, or an unknown implementation.
@@ -79,6 +83,7 @@ def grpo_loss(
         settings=settings,
         sampler_logps=sampler_logps,
         whole_logps=whole_logps,
+        chosen=chosen,
     )
     if named == "reference":
         return grpo_loss_reference(policy, whole, constants, settings)
@@ -97,6 +102,7 @@ def checked(
     settings: LossSettings,
     sampler_logps: ArrayLike | None,
     whole_logps: ArrayLike | None,
+    chosen: ArrayLike | None,
 ) -> tuple[Float[Array, "N C"], Float[Array, "N C"] | None, Constants]:
     """Checks the arguments of `grpo_loss` and returns them as float32 arrays: logps, whole, and those without a gradient.
 
@@ -104,11 +110,13 @@ def checked(
         ValueError: as `grpo_loss`.
     """
     given = {"old_logps": old_logps, "ref_logps": ref_logps, "sampler_logps": sampler_logps, "whole_logps": whole_logps}
-    check_shapes(logps, advantages, **given, completion_mask=completion_mask, weights=weights)
+    check_shapes(logps, advantages, **given, completion_mask=completion_mask, weights=weights, chosen=chosen)
     if settings.beta > 0 and ref_logps is None:
         raise ValueError(f"ref_logps is None, but beta is {settings.beta:g}: give ref_logps, or set beta to 0")
-    if settings.importance_cap is not None and sampler_logps is None:
-        raise ValueError(f"sampler_logps is None, but importance_cap is {settings.importance_cap:g}: give them, or set it to None")
+    if settings.needs_sampler and sampler_logps is None:
+        names = ("importance_cap", "importance_floor", "off_policy_threshold")
+        name, value = next((name, getattr(settings, name)) for name in names if getattr(settings, name) is not None)
+        raise ValueError(f"sampler_logps is None, but {name} is {value:g}: give them, or set it to None")
 
     def float32(array: ArrayLike | None) -> Any:
         return None if array is None else jnp.asarray(array, jnp.float32)
@@ -120,6 +128,7 @@ def checked(
         advantages=float32(advantages),
         mask=jnp.asarray(completion_mask).astype(bool),
         weights=float32(weights),
+        chosen=None if chosen is None else jnp.asarray(chosen).astype(bool),
     )
     return float32(logps), float32(whole_logps), jax.lax.stop_gradient(constants)
 

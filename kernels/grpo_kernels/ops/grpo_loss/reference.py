@@ -1,32 +1,22 @@
 """Plain JAX for `grpo_loss`. The TPU kernel uses the same formulas, as pure functions of arrays of any block size.
 
-ρ = exp(logπ − logπ_old) per token, A = advantage of the row, T_i = trained tokens of row i, sg = stop-gradient; the policy term m:
-
-    reinforce                   −A·logπ
-    grpo, bnpo, dr_grpo, dapo   −min(min(ρ,δ)·A, clip(ρ, 1−ε, 1+ε_high)·A)
-    gspo                        the same with ρ_i = exp(Σ_t log ρ_it / T_i)
-    cispo                       −sg(min(ρ, ε_max))·A·logπ
-    sapo                        −(4/τ)·σ(τ(ρ−1))·A, τ by the sign of A
-
-`grpo_jax.learner.loss` lists their sources, and what was chosen where a source leaves a choice.
+A token's loss is m·f + β·KL: m is the policy term (`policy_terms`), f corrects for data that the policy did not draw
+(`importance`), and KL is the KL term (`kl`). What depends on a whole row is computed from sums over its tokens (`RowSums`), which
+the kernel takes in a sweep of its own.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Bool, Float
 
+from grpo_kernels.ops.grpo_loss.importance import bounded, on_policy, within
+from grpo_kernels.ops.grpo_loss.kl import kl_estimate, kl_term
+from grpo_kernels.ops.grpo_loss.policy_terms import AGAINST_SAMPLER, ROW_RATIOS, TERMS, Inputs, Term
 from grpo_kernels.ops.grpo_loss.settings import LossSettings
-
-MAX_LOG_RATIO = 80.0
-"""Nats; e⁸⁹ is infinite in float32, and 0·∞ a NaN in the gradient."""
-
-SAPO_TAU_POSITIVE = 1.0
-SAPO_TAU_NEGATIVE = 1.05
 
 Sums = dict[str, Float[Array, ""]]
 """Sums over trained tokens, by name; a maximum where the name ends in "_max"."""
@@ -41,6 +31,7 @@ class Constants(NamedTuple):
     advantages: Float[Array, "N"]
     mask: Bool[Array, "N C"]
     weights: Float[Array, "N C"]
+    chosen: Bool[Array, "N C"] | None = None
 
 
 class Tokens(NamedTuple):
@@ -54,25 +45,47 @@ class Tokens(NamedTuple):
     weights: Float[Array, "n c"]
     advantage: Float[Array, "n 1"]
     mask: Bool[Array, "n c"]
+    chosen: Bool[Array, "n c"] | None
+
+
+class RowSums(NamedTuple):
+    """Sums over the trained tokens of each row, [n, 1].
+
+    Attributes:
+        count: tokens.
+        log_ratio: Σ f(log ρ), f of `ROW_RATIOS`; f(x) = x for the other losses.
+        mass: Σ weight · the token's own factor.
+        log_importance: Σ log(π_old/π_sampler).
+        drift: Σ log(π_sampler/π).
+    """
+
+    count: Float[Array, "n 1"]
+    log_ratio: Float[Array, "n 1"]
+    mass: Float[Array, "n 1"]
+    log_importance: Float[Array, "n 1"]
+    drift: Float[Array, "n 1"]
 
 
 class Terms(NamedTuple):
-    """Terms of each token: m with its importance weight, β·KL or None, and whether ρ is clipped at a lower or an upper bound."""
+    """Terms of each token.
+
+    Attributes:
+        policy: m·f.
+        kl: β·KL; None without a KL term.
+        low, high: whether ρ is clipped at a lower or an upper bound.
+        outside: whether the importance weight was out of its bounds; None where it is off.
+    """
 
     policy: Float[Array, "n c"]
     kl: Float[Array, "n c"] | None
     low: Bool[Array, "n c"]
     high: Bool[Array, "n c"]
+    outside: Bool[Array, "n c"] | None
 
 
 def only(mask: Bool[Array, "..."], array: Float[Array, "..."]) -> Float[Array, "..."]:
     """Sets to 0 where the mask is False."""
     return jnp.where(mask, array, jnp.float32(0))
-
-
-def bounded(log_ratio: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Clips a log-ratio to ±80 nats; the gradient is 0 beyond."""
-    return jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def at_least_one(count: Array) -> Float[Array, "..."]:
@@ -89,6 +102,7 @@ def masked(
     weights: Float[Array, "n c"],
     advantage: Float[Array, "n 1"],
     mask: Bool[Array, "n c"],
+    chosen: Bool[Array, "n c"] | None = None,
 ) -> Tokens:
     """Zeroes tokens that are not trained and fills in `old` and `whole`. Gradients flow through logps and whole alone."""
 
@@ -106,74 +120,121 @@ def masked(
         weights=stop_gradient(only(mask, weights)),
         advantage=stop_gradient(advantage),
         mask=mask,
+        chosen=chosen,
     )
 
 
+def needs_rows(settings: LossSettings) -> bool:
+    """Whether a token's term depends on the other tokens of its row."""
+    by_sequence = settings.has_importance and settings.importance_mode.startswith("sequence")
+    return settings.loss in (*ROW_RATIOS, "vespo") or by_sequence or settings.off_policy_threshold is not None
+
+
+def row_sums(tokens: Tokens, settings: LossSettings) -> RowSums:
+    """Computes the sums over the tokens of a block of rows; those of more blocks add up."""
+
+    def total(array: Array) -> Array:
+        return jnp.sum(array, axis=1, keepdims=True)
+
+    factor, _ = token_factor(tokens, settings)
+    sampler = tokens.old if tokens.sampler is None else tokens.sampler
+    return RowSums(
+        count=total(tokens.mask.astype(jnp.float32)),
+        log_ratio=total(only(tokens.mask, row_ratio(tokens.logps, tokens, settings).value)),
+        mass=total(tokens.weights if factor is None else tokens.weights * factor),
+        log_importance=total(tokens.old - sampler),
+        drift=total(sampler - stop_gradient(tokens.logps)),
+    )
+
+
+def row_ratio(logps: Float[Array, "n c"], tokens: Tokens, settings: LossSettings) -> Term:
+    """Computes f(log ρ) of each token, of which the row's ratio is the mean, and where f clips."""
+    sampler = tokens.sampler if settings.loss in AGAINST_SAMPLER else None
+    log_ratio = bounded(logps - (tokens.old if sampler is None else sampler))
+    function = ROW_RATIOS.get(settings.loss)
+    return Term(log_ratio) if function is None else function(log_ratio, tokens.advantage, settings)
+
+
 def policy_term(
-    logps: Float[Array, "n c"], log_ratio: Float[Array, "n _"], advantage: Float[Array, "n 1"], settings: LossSettings
-) -> tuple[Float[Array, "n _"], tuple[Bool[Array, "n _"], Bool[Array, "n _"]]]:
-    """Computes m of the module's table, and where ρ is clipped low and high. For `gspo` the log-ratio may be one column."""
-    nowhere = jnp.zeros(log_ratio.shape, bool)
-    if settings.loss == "reinforce":
-        return -advantage * logps, (nowhere, nowhere)
-    ratio = jnp.exp(log_ratio)
-    if settings.loss == "cispo":
-        cap = jnp.float32(settings.epsilon_max)
-        return -stop_gradient(jnp.minimum(ratio, cap)) * advantage * logps, (nowhere, ratio > cap)
-    if settings.loss == "sapo":
-        tau = jnp.where(advantage > 0, jnp.float32(SAPO_TAU_POSITIVE), jnp.float32(SAPO_TAU_NEGATIVE))
-        return -4 / tau * jax.nn.sigmoid(tau * (ratio - 1)) * advantage, (nowhere, nowhere)
+    logps: Float[Array, "n c"], log_ratio: Float[Array, "n _"], tokens: Tokens, settings: LossSettings, rows: RowSums | None
+) -> Term:
+    """Computes m.
 
-    # The table's min is written by cases, so that the sums count exactly the tokens whose gradient is cut.
-    low, high = jnp.float32(1 - settings.epsilon), jnp.float32(1 + settings.epsilon_high)
-    cut_low = (advantage < 0) & (ratio < low)
-    cut_high = (advantage > 0) & (ratio > high)
-    clipped = jnp.where(cut_high, high, jnp.where(cut_low, low, ratio))
-    if settings.delta is not None:
-        delta = jnp.float32(settings.delta)
-        cut_delta = (advantage < 0) & (ratio > delta)
-        clipped, cut_high = jnp.where(cut_delta, delta, clipped), cut_high | cut_delta
-    return -clipped * advantage, (cut_low, cut_high)
-
-
-def importance(tokens: Tokens, settings: LossSettings) -> Float[Array, "n c"] | None:
-    """Importance weight min(π_old/π_sampler, cap) of each token; None where it is off."""
-    if settings.importance_cap is None or tokens.sampler is None:
-        return None
-    return jnp.minimum(jnp.exp(bounded(tokens.old - tokens.sampler)), jnp.float32(settings.importance_cap))
-
-
-def kl_estimate(logps: Float[Array, "..."], ref_logps: Float[Array, "..."], kind: str) -> Float[Array, "..."]:
-    """Estimates KL of each token, d = logπ_ref − logπ: k1 = −d, k2 = d²/2, k3 = e^d − d − 1 with d clipped to ±80 nats.
-
-    http://joschu.net/blog/kl-approx.html
+    Args:
+        logps: of the tokens; the argument that the kernel differentiates by.
+        log_ratio: log ρ of each token, or one column: of the row.
     """
-    d = ref_logps - logps
-    if kind == "k1":
-        return -d
-    if kind == "k2":
-        return jnp.float32(0.5) * jnp.square(d)
-    # Near 0 the difference cancels, so Taylor's series is used, exact to 1e-8. (TPU kernels have no expm1, which cancels too.)
-    d = bounded(d)
-    series = jnp.ones_like(d)
-    for n in range(9, 2, -1):
-        series = 1 + d * jnp.float32(1 / n) * series
-    series = jnp.float32(0.5) * jnp.square(d) * series
-    return jnp.where(jnp.abs(d) < 0.5, series, jnp.exp(d) - 1 - d)
+    log_weight = None if rows is None else rows.log_ratio
+    return TERMS[settings.loss](Inputs(logps, log_ratio, tokens.advantage, log_weight, tokens.chosen), settings)
+
+
+def token_factor(tokens: Tokens, settings: LossSettings) -> tuple[Array | None, Array | None]:
+    """Computes the factor of each token: its importance weight, 0 where it is not chosen; and whether the weight was out of bounds.
+
+    None is 1, and nowhere. `kl_cov` has another use for the tokens that are not chosen.
+    """
+    factor = outside = None
+    if settings.has_importance and tokens.sampler is not None and settings.importance_mode.startswith("token"):
+        factor, outside = within(tokens.old - tokens.sampler, settings)
+    if tokens.chosen is not None and settings.loss != "kl_cov":
+        kept = tokens.chosen.astype(jnp.float32)
+        factor = kept if factor is None else factor * kept
+    return factor, outside
+
+
+def row_factor(tokens: Tokens, settings: LossSettings, rows: RowSums | None) -> tuple[Array | None, Array | None]:
+    """Computes the factor of each row, [n, 1]: the sequence's importance weight and OPSM's mask; and whether the weight was out."""
+    factor = outside = None
+    if rows is None:
+        return None, None
+    if settings.has_importance and settings.importance_mode.startswith("sequence"):
+        factor, outside = within(rows.log_importance, settings)
+    if settings.off_policy_threshold is not None:
+        here = on_policy(rows.drift / at_least_one(rows.count), tokens.advantage, settings.off_policy_threshold)
+        factor = here if factor is None else factor * here
+    return factor, outside
+
+
+def times(array: Array, *factors: Array | None) -> Array:
+    """The product; None counts as 1."""
+    for factor in factors:
+        array = array if factor is None else array * factor
+    return array
 
 
 def token_terms(tokens: Tokens, settings: LossSettings) -> Terms:
     """Computes the terms of every token of whole rows."""
-    log_ratio = bounded(tokens.logps - tokens.old)
-    if settings.loss == "gspo":
-        count = at_least_one(jnp.sum(tokens.mask, axis=1, keepdims=True))
-        log_ratio = jnp.broadcast_to(jnp.sum(log_ratio, axis=1, keepdims=True) / count, tokens.mask.shape)
-    policy, (low, high) = policy_term(tokens.logps, log_ratio, tokens.advantage, settings)
-    factor = importance(tokens, settings)
+    rows = row_sums(tokens, settings) if needs_rows(settings) else None
+    term = row_ratio(tokens.logps, tokens, settings)
+    if rows is not None and settings.loss in ROW_RATIOS:
+        of_row = policy_term(tokens.logps, rows.log_ratio / at_least_one(rows.count), tokens, settings, rows)
+        term = Term(of_row.value, either(term.low, of_row.low), either(term.high, of_row.high))
+    else:
+        term = policy_term(tokens.logps, term.value, tokens, settings, rows)
     kl = None
     if settings.beta > 0 and tokens.ref is not None:
-        kl = jnp.float32(settings.beta) * only(tokens.mask, kl_estimate(tokens.whole, tokens.ref, settings.kl))
-    return Terms(only(tokens.mask, policy if factor is None else policy * factor), kl, low, high)
+        kl = kl_term(tokens.logps, tokens.whole, tokens.old, tokens.ref, settings.kl)
+        kl = jnp.float32(settings.beta) * only(tokens.mask, kl)
+    return finished_terms(term, kl, tokens, settings, rows)
+
+
+def either(one: Array | None, other: Array | None) -> Array | None:
+    """Where one or the other is True; None is nowhere."""
+    if one is None or other is None:
+        return other if one is None else one
+    return one | other
+
+
+def finished_terms(term: Term, kl: Array | None, tokens: Tokens, settings: LossSettings, rows: RowSums | None) -> Terms:
+    """Applies the factors to m, and gives every array the block's shape."""
+    (of_token, token_outside), (of_row, row_outside) = token_factor(tokens, settings), row_factor(tokens, settings, rows)
+    shape, outside = tokens.mask.shape, either(token_outside, row_outside)
+
+    def flags(array: Array | None) -> Array:
+        return jnp.zeros(shape, bool) if array is None else jnp.broadcast_to(array, shape)
+
+    value = times(jnp.broadcast_to(term.value, shape), of_token, of_row)
+    return Terms(only(tokens.mask, value), kl, flags(term.low), flags(term.high), None if outside is None else flags(outside))
 
 
 def per_token(terms: Terms) -> Float[Array, "n c"]:
@@ -190,6 +251,8 @@ def token_sums(tokens: Tokens, terms: Terms) -> Sums:
     sums = {"tokens": count(tokens.mask), "clipped_low": count(terms.low), "clipped_high": count(terms.high)}
     if tokens.ref is not None:
         sums["kl"] = jnp.sum(only(tokens.mask, kl_estimate(tokens.whole, tokens.ref, "k3")))
+    if terms.outside is not None:
+        sums["importance_outside"] = count(terms.outside)
     if tokens.sampler is not None:
         difference = only(tokens.mask, jnp.abs(tokens.old - tokens.sampler))
         sums["logp_difference"] = jnp.sum(difference)
@@ -200,8 +263,8 @@ def token_sums(tokens: Tokens, terms: Terms) -> Sums:
 
 def tokens_of(logps: Float[Array, "N C"], whole: Float[Array, "N C"] | None, constants: Constants) -> Tokens:
     """Masks the arrays of all rows."""
-    old, ref, sampler, advantages, mask, weights = constants
-    return masked(logps, whole, old, ref, sampler, weights, advantages[:, None], mask)
+    old, ref, sampler, advantages, mask, weights, chosen = constants
+    return masked(logps, whole, old, ref, sampler, weights, advantages[:, None], mask, chosen)
 
 
 def grpo_loss_reference(
