@@ -332,7 +332,7 @@ def test_the_kernel_has_no_race(loss: str, capsys: pytest.CaptureFixture[str]) -
         zip(
             CHIPS,
             (SHORT, LONG, SHORT, Shape(13, 1187)),
-            (("cispo", "gspo"), ("dapo", "gspo"), ("reinforce", "dapo", "sapo"), ("gspo",)),
+            (("cispo", "gspo"), ("dapo", "gspo"), ("reinforce", "dapo", "sapo"), ("gspo", "geo_mean", "vespo", "dppo_kl")),
             strict=True,
         )
     ),
