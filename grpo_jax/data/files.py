@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import array
+import contextlib
 import csv
-import json
+import io
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
 
 from grpo_jax.config import ConfigError
 from grpo_jax.config.checks import show
 from grpo_jax.data.table import DataError, Table, table_of_dicts
+from grpo_jax.runtime.untrusted_json import JsonError, located, parse_json
 
 
 @dataclass(frozen=True)
@@ -37,63 +43,112 @@ def read_file(path: Path, path_field: str) -> Table:
     return reader(path)
 
 
+@dataclass(frozen=True)
+class JsonLines:
+    """The rows of a JSONL file, each read from the file on access: millions of rows take 16 bytes each.
+
+    Attributes:
+        path: of the file.
+        file: the open file.
+        starts: [n] int64, where the rows' lines begin in the file, in bytes.
+        lines: [n] int64, the numbers of these lines, from 1.
+    """
+
+    path: Path
+    file: BinaryIO
+    starts: np.ndarray
+    lines: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, number: int) -> Mapping[str, Any]:
+        with LOCK:
+            self.file.seek(self.starts[number])
+            raw = self.file.readline()
+        return parse_line(raw, self.path, int(self.lines[number]))
+
+
+LOCK = threading.Lock()
+"""Held while a file is read: rows may be read by several threads."""
+
+
 def read_jsonl(path: Path) -> Table:
     """Reads one JSON object per line; empty lines are skipped."""
-    rows = []
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            if not raw.strip():
-                continue
-            try:
-                row = json.loads(raw.rstrip(b"\r\n").decode("utf-8-sig" if line == 1 else "utf-8"))
-            except json.JSONDecodeError as error:
-                raise DataError(
-                    f"{path}, line {line}, column {error.colno}: {error.msg}; each line must be one JSON object"
-                ) from None
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}, line {line}: not UTF-8 ({error})") from None
-            if not isinstance(row, dict):
-                raise DataError(f'{path}, line {line}: expected an object of columns such as {{"prompt": ...}}, not {show(row)}')
-            rows.append(row)
-    return table_of_dicts(rows, str(path))
+    starts, lines, columns, position = array.array("q"), array.array("q"), dict[str, None](), 0
+    file = path.open("rb")
+    for line, raw in enumerate(file, start=1):
+        if raw.strip():
+            columns.update(dict.fromkeys(parse_line(raw, path, line)))
+            starts.append(position)
+            lines.append(line)
+        position += len(raw)
+    return Table(JsonLines(path, file, np.array(starts, np.int64), np.array(lines, np.int64)), tuple(columns), str(path))
+
+
+def parse_line(raw: bytes, path: Path, line: int) -> dict[str, Any]:
+    """Reads the object on a line; DataError where it is none."""
+    try:
+        row = parse_json(raw.rstrip(b"\r\n").decode("utf-8-sig" if line == 1 else "utf-8"))
+    except JsonError as error:
+        column = f", column {error.column}" if error.column else ""
+        raise DataError(f"{path}, line {line}{column}: {error}; each line must be one JSON object") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}, line {line}: not UTF-8 ({error})") from None
+    if not isinstance(row, dict):
+        raise DataError(f'{path}, line {line}: expected an object of columns such as {{"prompt": ...}}, not {show(row)}')
+    return row
 
 
 def read_json(path: Path) -> Table:
     """Reads a JSON list of objects, or one object per line."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error})") from None
+    text = read_text(path)
     if not text.lstrip().startswith("["):
         return read_jsonl(path)
     try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}") from None
+        rows = parse_json(text)
+    except JsonError as error:
+        raise DataError(f"{path}, {located(error)}") from None
     return table_of_dicts(rows, str(path))
+
+
+def read_text(path: Path) -> str:
+    """Reads a UTF-8 file; a DataError names the line where it is not UTF-8."""
+    raw = path.read_bytes()
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}, line {line}: not UTF-8 ({error.reason} at byte {error.start} of the file)") from None
 
 
 def read_csv(path: Path) -> Table:
     """Reads a header and rows with as many fields. Every value stays a text: none becomes a number or null."""
     rows: list[dict[str, str]] = []
     header: list[str] | None = None
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            for line, values in numbered(reader, path):
-                if header is None:
-                    header = values
-                    if len(set(header)) < len(header) or not all(header):
-                        raise DataError(f"{path}, line {line}: column names must differ and not be empty: {', '.join(header)}")
-                elif len(values) != len(header):
-                    raise DataError(
-                        f"{path}, line {line}: {len(values)} fields where the header has {len(header)} ({', '.join(header)})"
-                    )
-                else:
-                    rows.append(dict(zip(header, values, strict=True)))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 ({error})") from None
+    with longest_fields():
+        for line, values in numbered(csv.reader(io.StringIO(read_text(path), newline=""), strict=True), path):
+            if header is None:
+                header = values
+                if len(set(header)) < len(header) or not all(header):
+                    raise DataError(f"{path}, line {line}: column names must differ and not be empty: {show(', '.join(header))}")
+            elif len(values) != len(header):
+                raise DataError(
+                    f"{path}, line {line}: {len(values)} fields where the header has {len(header)} ({show(', '.join(header))})"
+                )
+            else:
+                rows.append(dict(zip(header, values, strict=True)))
     return Table(rows, tuple(header or ()), str(path))
+
+
+@contextlib.contextmanager
+def longest_fields() -> Iterator[None]:
+    """Lets csv read fields of any length while the block runs; its limit of 128 KiB is one for all readers of the process."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def numbered(reader: Any, path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -116,9 +171,13 @@ def read_parquet(path: Path) -> Table:
 
     try:
         table = pyarrow.parquet.ParquetFile(path).read()
-    except (pyarrow.ArrowException, OSError) as error:
+        table.validate(full=True)  # offsets within their arrays, texts in UTF-8
+        names = tuple(table.column_names)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {error}") from error
-    return Table(ArrowRows(table), tuple(table.column_names), str(path))
+    if len(set(names)) < len(names):
+        raise DataError(f"{path}: column names must differ: {show(', '.join(names))}")
+    return Table(ArrowRows(table), names, str(path))
 
 
 READERS: dict[str, Callable[[Path], Table]] = {".json": read_json, ".jsonl": read_jsonl, ".csv": read_csv, ".parquet": read_parquet}

@@ -139,7 +139,7 @@ def drop(folder: Path, name: str) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
-    "DoRA": (lambda f: edit(f, use_dora=True), {}, "use_dora = True is not supported"),
+    "DoRA": (lambda f: edit(f, use_dora=True), {}, "use_dora = true is not supported"),
     "trained biases": (lambda f: edit(f, bias="all"), {}, "bias = 'all' is not supported"),
     "ranks by layer": (lambda f: edit(f, rank_pattern={"q_proj": 8}), {}, "rank_pattern"),
     "whole modules": (lambda f: edit(f, modules_to_save=["lm_head"]), {}, r"modules_to_save = \['lm_head'\]"),
