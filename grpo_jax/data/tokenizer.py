@@ -228,7 +228,7 @@ class Tokenizer:
 
 
 def present_fields(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as transformers gives them: without keys whose value is None, and with reasoning under the names that templates read."""
+    """Messages as transformers gives them: without keys whose value is None, and with reasoning under the names in use."""
     present = [{key: value for key, value in message.items() if value is not None} for message in messages]
     for message in present:
         reasoning = next((message[name] for name in REASONING if name in message), None)
