@@ -43,6 +43,7 @@ from grpo_jax.run.step_metrics import Clock, length_metrics
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.compile_ahead import FutureCall
 from grpo_jax.runtime.memory import in_device_memory, in_host_memory
+from grpo_jax.runtime.out_of_memory import explaining_memory
 from grpo_jax.runtime.programs import Program
 from grpo_jax.steps import StepResult
 from grpo_jax.steps.setup import placed_policy, read_tokenizer
@@ -198,6 +199,7 @@ class GrpoStep:
         batch = abstract_batch(self.config, Placement(self.policy.layout, jax.local_devices()[0]), self.sizes)
         return [FutureCall(self.update, (in_device_memory(shapes_of(state)), batch, self.frozen))]
 
+    @explaining_memory("a step")
     def run(self, state: TrainState, number: int) -> StepResult:
         """Makes step `number`, counted from 0: samples, scores, updates. The memory of `state` is reused."""
         config = self.config
@@ -250,6 +252,7 @@ class GrpoStep:
         )
         return state, metrics, completions
 
+    @explaining_memory("an evaluation")
     def evaluate(self, state: TrainState) -> dict[str, Any] | None:
         """Evaluates the held-out prompts, greedily; None where nothing is held out."""
         if not isinstance(self.source, PromptSource):
