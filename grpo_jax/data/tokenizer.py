@@ -230,11 +230,10 @@ class Tokenizer:
 def present_fields(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages as transformers gives them: without keys whose value is None, and with reasoning under the names in use."""
     present = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    for message in present:
+    for position, message in enumerate(present):
         reasoning = next((message[name] for name in REASONING if name in message), None)
         if reasoning is not None:
-            message["thinking"] = message.get("thinking", reasoning)
-            message["reasoning_content"] = reasoning
+            present[position] = {"thinking": reasoning} | message | {"reasoning_content": reasoning}
     return present
 
 

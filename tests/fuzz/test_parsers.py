@@ -66,8 +66,8 @@ def only_errors_of_ours() -> Iterator[None]:
     except Exception as error:
         if not cli.is_users(error):
             raise
-        assert str(error)
-        assert printed_safely(cli.error_block(error))
+        if not str(error) or not printed_safely(cli.error_block(error)):
+            raise AssertionError(f"a message that cannot be shown: {str(error)!a}") from error
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)

@@ -1,4 +1,4 @@
-"""A device without memory: the error names the program and the settings to change; the run saves nothing twice and does not loop."""
+"""A device without memory: the error names the program and the settings to change, and nothing is tried again."""
 
 from __future__ import annotations
 

@@ -8,9 +8,14 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-DEEP: Any = []
-for _ in range(300):
-    DEEP = [DEEP]
+
+def deep() -> Any:
+    """A list 300 levels deep."""
+    made: Any = []
+    for _ in range(300):
+        made = [made]
+    return made
+
 
 NUMBERS = [
     0,
@@ -43,7 +48,7 @@ values = st.one_of(
     st.recursive(
         scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3), max_leaves=6
     ),
-    st.just(DEEP),
+    st.builds(deep),
 )
 """What JSON and YAML can hold where something else is expected."""
 
