@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import json
 import math
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from tiny_runs import (
     additions,
     arrays,
     assert_same_arrays,
+    build_model,
     config_of,
     expected_advantages,
     letters,
@@ -297,3 +301,23 @@ def test_a_skipped_step_is_counted_and_shown_and_the_run_goes_on(tmp_path: Path,
     assert "Skipped in a row: 1; the run stops at 5" in done.printed
     # The checkpoint that was due after step 2 was saved after step 3.
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
+def test_a_model_without_a_stop_token_is_mentioned(tmp_path: Path):
+    folder = build_model(tmp_path / "model", None, eos_token_id=None)
+    (folder / "generation_config.json").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({name: value for name, value in settings.items() if name != "eos_token"})
+    )
+    said: dict[bool, str] = {}
+    for stops in (False, True):
+        config = config_of(
+            tmp_path / str(stops), model={"path": str(folder)}, rollout={"num_generations": 2, "stop": ["."] if stops else []}
+        )
+        with redirect_stdout(io.StringIO()) as out:
+            gx.Trainer(config, dataset=additions(), reward_funcs=letters).close()
+        said[stops] = out.getvalue()
+    assert "names an end-of-sequence token" in said[False]
+    assert "rollout.max_completion_length" in said[False]
+    assert "end-of-sequence" not in said[True]

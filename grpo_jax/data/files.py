@@ -5,7 +5,6 @@ from __future__ import annotations
 import array
 import contextlib
 import csv
-import io
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -120,18 +119,22 @@ def read_csv(path: Path) -> Table:
     """Reads a header and rows with as many fields. Every value stays a text: none becomes a number or null."""
     rows: list[dict[str, str]] = []
     header: list[str] | None = None
-    with longest_fields():
-        for line, values in numbered(csv.reader(io.StringIO(read_text(path), newline=""), strict=True), path):
-            if header is None:
-                header = values
-                if len(set(header)) < len(header) or not all(header):
-                    raise DataError(f"{path}, line {line}: column names must differ and not be empty: {', '.join(header)}")
-            elif len(values) != len(header):
-                raise DataError(
-                    f"{path}, line {line}: {len(values)} fields where the header has {len(header)} ({', '.join(header)})"
-                )
-            else:
-                rows.append(dict(zip(header, values, strict=True)))
+    try:
+        with longest_fields(), path.open(encoding="utf-8-sig", newline="") as file:
+            for line, values in numbered(csv.reader(file, strict=True), path):
+                if header is None:
+                    header = values
+                    if len(set(header)) < len(header) or not all(header):
+                        raise DataError(f"{path}, line {line}: column names must differ and not be empty: {', '.join(header)}")
+                elif len(values) != len(header):
+                    raise DataError(
+                        f"{path}, line {line}: {len(values)} fields where the header has {len(header)} ({', '.join(header)})"
+                    )
+                else:
+                    rows.append(dict(zip(header, values, strict=True)))
+    except UnicodeDecodeError:
+        read_text(path)  # which names the line
+        raise
     return Table(rows, tuple(header or ()), str(path))
 
 
