@@ -19,6 +19,7 @@ import sys
 from datetime import datetime
 from typing import Any, BinaryIO
 
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
@@ -71,7 +72,7 @@ class Generation(jinja2.ext.Extension):
 def check_name(name: Any) -> None:
     """Raises SecurityError for a name that begins with an underscore."""
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.sandbox.SecurityError(f"a namespace may not have an attribute {name!r}")
+        raise jinja2.exceptions.SecurityError(f"a namespace may not have an attribute {name!r}")
 
 
 def raise_exception(message: str) -> None:

@@ -241,7 +241,7 @@ def tool_schemas(tools: Any) -> list[Any] | None:
     """Tools as a template gets them: JSON schemas; a function becomes the one of its signature and docstring."""
     if tools is None:
         return None
-    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import get_json_schema
 
     return [tool if isinstance(tool, Mapping) else get_json_schema(tool) for tool in tools]
 

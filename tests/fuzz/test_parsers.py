@@ -1,6 +1,6 @@
 """Every parser of what strangers wrote, fuzzed: an error of ours or a right result, never another exception, never a hang.
 
-`make fuzz` runs 10,000 examples a parser, `make test` some 30 and `make test-slow` 300. FUZZ_EXAMPLES sets another number.
+`make fuzz` runs 10,000 examples a parser, `make test` 20 and `make test-slow` 150. FUZZ_EXAMPLES sets another number.
 """
 
 from __future__ import annotations
@@ -365,7 +365,7 @@ def of_json(folder: str, name: str, check: Callable[..., None]) -> Parser:
 
 
 PARSERS = parsers()
-QUICK, SLOW = (int(os.environ.get("FUZZ_EXAMPLES", count)) for count in ("30", "300"))
+QUICK, SLOW = (int(os.environ.get("FUZZ_EXAMPLES", count)) for count in ("20", "150"))
 
 
 def fuzz(name: str, examples: int) -> None:
