@@ -130,6 +130,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} holds a {type(values).__name__}: write sections, such as `train:` with `steps: 100` indented below it"
         )
+    for key in values:
+        if not isinstance(key, str):
+            raise ConfigError(f"{path}: {show(key)} is no section: the names of sections are text, such as `train:`")
     return values
 
 

@@ -10,6 +10,7 @@ text or `e` for an error's message, and UTF-8. The environment is that of transf
 
 from __future__ import annotations
 
+import contextlib
 import json
 import marshal
 import resource
@@ -117,7 +118,8 @@ def main(memory_bytes: int, seconds: float, most_characters: int) -> None:
         most_characters: length of the longest text.
     """
     for limit, value in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
-        resource.setrlimit(limit, (value, value))
+        with contextlib.suppress(ValueError, OSError):  # macOS has no limit of the address space
+            resource.setrlimit(limit, (value, value))
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     environ, compiled = environment(), dict[str, Any]()
     while True:

@@ -92,9 +92,9 @@ class Tokenizer:
             return Tokenizer.wrap(hf, model_stop_ids, folder, read_vocabulary(folder))
         except TokenizerError:
             raise
-        except (KeyboardInterrupt, SystemExit):
-            raise
         except BaseException as error:  # the Rust parser raises bare Exception, and PanicException, which is none
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             raise TokenizerError(f"the tokenizer in {folder} cannot be read: {type(error).__name__}: {error}") from error
 
     @staticmethod
