@@ -4,8 +4,8 @@ A chat template is a program from a model's folder. jinja2's sandbox keeps it fr
 allocating without end. Here the kernel does: the process has a limit of memory, and one of processor time for each rendering, which
 ends it also inside a single long operation such as 9 ** 9 ** 9.
 
-Requests and replies have a length of 8 bytes in front. A request is marshalled: (template, variables). A reply is one byte, `t` for
-text or `e` for an error's message, and UTF-8. The environment is that of transformers' `apply_chat_template`.
+Requests and replies have a length of 8 bytes in front. A request is marshalled: (template, variables, seconds). A reply is one
+byte, `t` for text or `e` for an error's message, and UTF-8. The environment is that of transformers' `apply_chat_template`.
 """
 
 from __future__ import annotations
@@ -109,12 +109,11 @@ def read(stream: BinaryIO) -> Any:
     return marshal.loads(stream.read(HEADER.unpack(header)[0]))
 
 
-def main(memory_bytes: int, seconds: float, most_characters: int) -> None:
+def main(memory_bytes: int, most_characters: int) -> None:
     """Answers requests until the trainer closes the pipe.
 
     Args:
         memory_bytes: limit of the process.
-        seconds: of processor time for one rendering; then SIGPROF, which nobody handles, ends the process.
         most_characters: length of the longest text.
     """
     for limit, value in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
@@ -123,7 +122,8 @@ def main(memory_bytes: int, seconds: float, most_characters: int) -> None:
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     environ, compiled = environment(), dict[str, Any]()
     while True:
-        template, variables = read(requests)
+        template, variables, seconds = read(requests)
+        # After that much processor time SIGPROF, which nobody handles, ends the process.
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             if template not in compiled:
@@ -145,4 +145,4 @@ def main(memory_bytes: int, seconds: float, most_characters: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -57,7 +57,7 @@ class TemplateProcess:
             TemplateFailedError: the template raised, or took more time or memory than it may.
         """
         try:
-            request = marshal.dumps((template, {name: plain_data(value) for name, value in variables.items()}))
+            request = marshal.dumps((template, {name: plain_data(value) for name, value in variables.items()}, RENDER_SECONDS))
         except (ValueError, RecursionError) as error:
             raise TemplateFailedError(f"the conversation cannot be passed on: {error}") from None
         with self._lock:
@@ -105,7 +105,7 @@ class TemplateProcess:
 def start() -> subprocess.Popen[bytes]:
     """Starts the process, which finds jinja2 where this one does."""
     worker = Path(__file__).with_name("template_worker.py")
-    limits = (str(MEMORY_BYTES), str(RENDER_SECONDS), str(MOST_CHARACTERS))
+    limits = (str(MEMORY_BYTES), str(MOST_CHARACTERS))
     known = {name: os.environ[name] for name in INHERITED if name in os.environ}
     return subprocess.Popen(
         [sys.executable, "-P", "-S", str(worker), *limits],

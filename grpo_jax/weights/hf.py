@@ -24,8 +24,8 @@ from grpo_jax.weights.finite import all_finite
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"[\w.+=@ -]{1,200}\.safetensors")
-FLOATING = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-"""Number formats of safetensors that weights may have; integers would be quantised values, whose scales are elsewhere."""
+FLOATING = ("F64", "F32", "F16", "BF16")
+"""Number formats of safetensors that weights may have; others are quantised values, whose scales are elsewhere."""
 # Names of constants that old checkpoints store next to the weights; they are computed from config.json instead.
 CONSTANTS = ("rotary_emb.inv_freq", "self_attn.masked_bias")
 
@@ -213,7 +213,7 @@ def open_shard(file: Path, safe_open: Any) -> Iterator[Any]:
 
 
 def shape_of(file: Path, shard: Any, name: str) -> tuple[int, ...]:
-    """A tensor's shape, from the header; ModelError where its values are not floating-point numbers."""
+    """A tensor's shape, from the header; ModelError where its values have another format than `FLOATING`."""
     part = shard.get_slice(name)
     if part.get_dtype() not in FLOATING:
         raise ModelError(f"{file}: tensor {name} has values of type {part.get_dtype()}; weights are one of {', '.join(FLOATING)}")

@@ -247,7 +247,7 @@ def text_datasets(draw: st.DrawFn) -> tuple[str, bytes]:
 
 @st.composite
 def csv_datasets(draw: st.DrawFn) -> tuple[str, bytes]:
-    cells = st.one_of(st.sampled_from(['"', ",", "\n", "\r", "prompt", "answer", "\x00", "é", "a" * 200_000]), st.text(max_size=5))
+    cells = st.one_of(st.sampled_from(['"', ",", "\n", "\r", "prompt", "answer", "\x00", "é"]), st.text(max_size=5))
     text = "prompt,answer\n" + "".join(draw(st.lists(cells, max_size=12)))
     return ".csv", draw(changed_bytes(text.encode("utf-8", "surrogatepass")))
 
