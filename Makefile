@@ -1,6 +1,7 @@
 # make quickstart   create .venv, install, train a small model with GRPO
 # make test         create .venv, install with what tests need, run them      (ARGS="-k loss" picks some)
 # make test-slow    what is slow: 8B models compiled for TPUs, runs in four processes
+# make fuzz         10,000 examples for every parser of what strangers wrote (half an hour and more)
 # make lint         ruff, pyright, import-linter
 # make test-peers   live comparisons with torch, transformers and PEFT, in an environment of their own (large: torch)
 # make test-gpu-compile   compile for an H200 without one, in an environment of its own (NVIDIA's compiler wheels)
@@ -19,7 +20,7 @@ PIP_FLAGS = --quiet --disable-pip-version-check --constraint constraints.txt
 NEEDS = pyproject.toml constraints.txt
 ARGS ?=
 
-.PHONY: help quickstart test test-slow lint test-peers test-gpu-compile gpu-check clean
+.PHONY: help quickstart test test-slow fuzz lint test-peers test-gpu-compile gpu-check clean
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
 
@@ -32,6 +33,9 @@ test: $(VENV)/.installed-test
 
 test-slow: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(VENV)/bin/pytest -n 2 --dist worksteal -m slow $(ARGS)
+
+fuzz: $(VENV)/.installed-test
+	FUZZ_EXAMPLES=10000 JAX_PLATFORMS=cpu $(VENV)/bin/pytest -n 2 -m "not slow" tests/fuzz $(ARGS)
 
 lint: $(VENV)/.installed-lint
 	@status=0; for tool in "ruff check --quiet" "lint-imports --no-logo --no-cache" "pyright --pythonpath $(VENV)/bin/python"; do \

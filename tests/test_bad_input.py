@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors.numpy import load_file, save_file
-from tiny_runs import additions, build_model, config_of, letters, settings, tensors, tiny_model, words_of
+from tiny_runs import CONFIG, additions, build_model, config_of, letters, settings, tensors, tiny_model, words_of
 
 import grpo_jax as gx
 from grpo_jax import cli
 from grpo_jax.config import Config
+from grpo_jax.data import templates
 from grpo_jax.models.spec import ModelError
 from grpo_jax.run.folder import RunFolder
 from grpo_jax.runtime.programs import Program
@@ -109,6 +110,62 @@ def a_tensor(name: str, array: np.ndarray | None) -> Callable[[Path], None]:
     return change
 
 
+def index(**entries: Any) -> Callable[[Path], None]:
+    """An index with these files of tensors."""
+
+    def change(path: Path) -> None:
+        (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": entries}))
+
+    return change
+
+
+def header(change_it: Callable[[dict[str, Any]], None], length: int | None = None) -> Callable[[Path], None]:
+    """Another header in front of the same values; `length` is what it says of itself."""
+
+    def change(path: Path) -> None:
+        raw = (path / "model.safetensors").read_bytes()
+        size = int.from_bytes(raw[:8], "little")
+        made = json.loads(raw[8 : 8 + size])
+        change_it(made)
+        text = json.dumps(made).encode()
+        (path / "model.safetensors").write_bytes(
+            (len(text) if length is None else length).to_bytes(8, "little") + text + raw[8 + size :]
+        )
+
+    return change
+
+
+def overlapping(made: dict[str, Any]) -> None:
+    """Two tensors with the same values."""
+    made["model.layers.0.mlp.up_proj.weight"]["data_offsets"] = made["model.layers.0.mlp.gate_proj.weight"]["data_offsets"]
+
+
+def beyond(made: dict[str, Any]) -> None:
+    """A tensor behind the end of the file."""
+    made["model.norm.weight"] |= {"shape": [2**40], "data_offsets": [0, 2**42]}
+
+
+def whole_numbers(made: dict[str, Any]) -> None:
+    """Values that are no floating-point numbers."""
+    made["model.norm.weight"]["dtype"] = "I32"
+
+
+def content(name: str, text: str) -> Callable[[Path], None]:
+    """Another content in a file."""
+    return lambda path: (path / name).write_text(text) and None
+
+
+def adapter_attribute(text: str) -> Callable[[Path], None]:
+    """Changes adapter_config.json; the text is JSON of some attributes."""
+
+    def change(path: Path) -> None:
+        values = json.loads((path / "adapter_config.json").read_text())
+        body = json.dumps({name: value for name, value in values.items() if f'"{name}"' not in text})
+        (path / "adapter_config.json").write_text(body[:-1] + f", {text}}}")
+
+    return change
+
+
 def only_a_pickle(path: Path) -> None:
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
 
@@ -164,6 +221,7 @@ def taken(**sections: Any) -> Callable[[Path], Input]:
 
 
 CONVERSATION = {"prompt": [{"role": "user", "content": "1+1="}], "answer": "2"}
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 WIDE = np.zeros((5, 32), np.float32)
 
 CASES: dict[str, tuple[Callable[[Path], Input], list[str]]] = {
@@ -268,6 +326,72 @@ CASES: dict[str, tuple[Callable[[Path], Input], list[str]]] = {
     ),
     "a corrupt adapter": (adapter(cut("adapter_model.safetensors")), ["adapter_model.safetensors is broken"]),
     "an adapter that is not there": (section("lora", adapter="./nowhere"), ["nowhere", "is not a folder, and not a hub id"]),
+    "no heads": (model(attribute(num_attention_heads=0)), ["config.json: num_attention_heads is 0: use a whole number from 1 to"]),
+    "a billion layers": (model(attribute(num_hidden_layers=10**9)), ["num_hidden_layers is 1000000000: use a whole number from 1"]),
+    "layers below zero": (model(attribute(num_hidden_layers=-1)), ["config.json: num_hidden_layers is -1: use a whole number"]),
+    "a norm's epsilon without end": (
+        model(content("config.json", json.dumps(CONFIG)[:-1] + ', "rms_norm_eps": 1e999}')),
+        ["config.json: rms_norm_eps is inf: use a number from 1e-12 to 1"],
+    ),
+    "a config without bottom": (
+        model(content("config.json", "[" * 100_000)),
+        ["config.json is not valid JSON", "nested deeper than 100 levels"],
+    ),
+    "a stop id below zero": (
+        model(content("generation_config.json", '{"eos_token_id": [4, -5]}')),
+        ["generation_config.json: eos_token_id is [4, -5]: use a token id from 0 on"],
+    ),
+    "a stop id of a trillion": (
+        model(content("generation_config.json", '{"eos_token_id": 1000000000000}')),
+        ["generation_config.json: eos_token_id is 1000000000000: use a token id"],
+    ),
+    "an index of numbers": (model(index(a=5)), ["index.json: the file of 'a' is 5: use a file name"]),
+    "an index that leaves the folder": (
+        model(index(a="../model.safetensors")),
+        ["index.json names a file in another folder: '../model.safetensors'"],
+    ),
+    "an index with an absolute path": (model(index(a="/etc/passwd")), ["names a file in another folder: '/etc/passwd'"]),
+    "an index with a name that is none": (model(index(a="a" * 300)), ["no name of a safetensors file"]),
+    "a header that lies about a size": (model(header(beyond)), ["model.safetensors is broken", "download it again"]),
+    "tensors that overlap": (model(header(overlapping)), ["model.safetensors is broken", "download it again"]),
+    "a header of a gigabyte": (model(header(lambda made: None, 10**9)), ["model.safetensors is broken", "header too large"]),
+    "a header longer than the file": (model(header(lambda made: None, 10**6)), ["model.safetensors is broken"]),
+    "a tensor of whole numbers": (
+        model(header(whole_numbers)),
+        ["tensor model.norm.weight has values of type I32", "F32"],
+    ),
+    "an adapter of infinite rank": (
+        adapter(adapter_attribute('"r": 1e999')),
+        ["adapter_config.json: r is inf: use a whole number from 1 to 65,536"],
+    ),
+    "an adapter of immense alpha": (
+        adapter(adapter_attribute('"lora_alpha": 1e38')),
+        ["adapter_config.json: lora_alpha is 1e+38: use a number from 1e-06 to 1e+06"],
+    ),
+    "an adapter's header of a gigabyte": (
+        adapter(lambda path: (path / "adapter_model.safetensors").write_bytes((10**9).to_bytes(8, "little") + b"{}") and None),
+        ["adapter_model.safetensors is broken"],
+    ),
+    "half a surrogate pair": (
+        rows({"prompt": "1+\ud800=", "answer": "2"}),
+        ["row 3 (counting from 0)", "the text has '\\ud800' at character 2"],
+    ),
+    "a number of 5,000 digits": (
+        rows('{"prompt": "1", "answer": %s}' % ("9" * 5000)),
+        ["rows.jsonl, line 4", "thousands of digits"],
+    ),
+    "a row without bottom": (
+        rows('{"prompt": "1", "answer": ' + "[" * 100_000),
+        ["rows.jsonl, line 4", "nested deeper than 100 levels"],
+    ),
+    "a template that loops": (
+        lambda folder: Input(model(nothing, LOOPS)(folder).sections | {"data": {"chat_template": True}}),
+        ["row 0 (counting from 0)", "the chat template refuses the conversation: it takes more than 0.2 s"],
+    ),
+    "a template that fills the memory": (
+        lambda folder: Input(model(nothing, "{{ 'x' * 10**10 }}")(folder).sections | {"data": {"chat_template": True}}),
+        ["row 0 (counting from 0)", "it needs more than 2000 MB of memory"],
+    ),
     "a run folder that is taken": (
         taken(),
         ["run already holds a run", "continue it with --resume, or choose another train.run_dir"],
@@ -291,6 +415,7 @@ def no_program_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         raise GatedRepoError("403 Client Error", response=RESPONSE)
 
     monkeypatch.setattr(Program, "__call__", refuse)
+    monkeypatch.setattr(templates, "RENDER_SECONDS", 0.2)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
 
 

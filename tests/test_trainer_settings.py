@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import json
 import math
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from tiny_runs import (
     additions,
     arrays,
     assert_same_arrays,
+    build_model,
     config_of,
     expected_advantages,
     letters,
@@ -39,6 +43,7 @@ from grpo_jax.learner.packing import Lengths, row_sizes
 from grpo_jax.learner.step import Learner
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import RewardError, ScoredBatch
+from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.run.endings import NotFiniteError
 from grpo_jax.types import Frozen, PromptBatch, Rollout
 
@@ -298,3 +303,48 @@ def test_a_skipped_step_is_counted_and_shown_and_the_run_goes_on(tmp_path: Path,
     assert "Skipped in a row: 1; the run stops at 5" in done.printed
     # The checkpoint that was due after step 2 was saved after step 3.
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
+def test_a_model_without_a_stop_token_is_mentioned(tmp_path: Path):
+    folder = build_model(tmp_path / "model", None, eos_token_id=None)
+    (folder / "generation_config.json").unlink()
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({name: value for name, value in settings.items() if name != "eos_token"})
+    )
+    said: dict[bool, str] = {}
+    for stops in (False, True):
+        config = config_of(
+            tmp_path / str(stops), model={"path": str(folder)}, rollout={"num_generations": 2, "stop": ["."] if stops else []}
+        )
+        with redirect_stdout(io.StringIO()) as out:
+            gx.Trainer(config, dataset=additions(), reward_funcs=letters).close()
+        said[stops] = out.getvalue()
+    assert "names an end-of-sequence token" in said[False]
+    assert "rollout.max_completion_length" in said[False]
+    assert "end-of-sequence" not in said[True]
+
+
+def test_completions_without_tokens_that_stop_at_once_or_are_all_cut_give_finite_updates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Rows as a sampler might give them; a reward that differs within groups, so that each step learns from what is there."""
+    sample, steps = Sampler.sample, itertools.count()
+    N = 2 * G
+
+    def scripted(*arguments: Any, **named: Any) -> Rollout:
+        drawn, kind = sample(*arguments, **named), next(steps)
+        ids = ([[4]] * N, [[10 + row] * C for row in range(N)], [[]] * N, [[4], []] * (N // 2))[kind]
+        logprobs = [np.full(len(row), -1.0, np.float32) for row in ids]
+        reasons: Any = ["length"] * N if kind == 1 else ["stop"] * N
+        return replace(drawn, completion_ids=ids, logprobs=logprobs, finish_reasons=reasons)
+
+    monkeypatch.setattr(Sampler, "sample", scripted)
+    config = config_of(tmp_path, train={"steps": 4, "prompts_per_step": 2, "save_every": 0, "run_dir": str(tmp_path)})
+    done = run(config, reward_funcs=lambda completions: [float(row % G) for row in range(len(completions))])
+    for record in done.result.history:
+        assert math.isfinite(record["loss"])
+        assert math.isfinite(record["grad_norm"])
+        assert record["update/skipped"] == 0
+    assert [record["grad_norm"] > 0 for record in done.result.history] == [True, True, False, True]
+    assert all(np.isfinite(array).all() for array in arrays(done.result.policy.adapters).values())

@@ -20,6 +20,9 @@ from typing import Any, Literal
 SHOWN_CHARACTERS = 200
 """Longest text of a value in a message; longer ones are cut."""
 
+LONGEST_INTEGER_BITS = 1024
+"""Python refuses to write whole numbers of more than 4,300 digits."""
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used. The message names the field, its value and the fix."""
@@ -35,7 +38,12 @@ def show(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
-    text = repr(value)
+    if isinstance(value, int) and value.bit_length() > LONGEST_INTEGER_BITS:
+        return f"a whole number of {value.bit_length()} bits"
+    try:
+        text = repr(value)
+    except Exception as error:  # nesting without end, a number of thousands of digits inside, or an object's own mistake
+        return f"a {type(value).__name__} that cannot be shown ({type(error).__name__})"
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
 
 
@@ -149,11 +157,19 @@ def convert(value: Any, annotation: Any) -> Any:
         if isinstance(value, numbers.Integral) and not isinstance(value, bool):
             return int(value)
     elif annotation is float:
-        if isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+        if isinstance(value, numbers.Real) and not isinstance(value, bool) and finite(value):
             return float(value)
     elif isinstance(value, annotation):
         return value
     raise MismatchError
+
+
+def finite(value: numbers.Real) -> bool:
+    """Whether a number is finite as a float, which 10⁴⁰⁰ is not."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def convert_union(value: Any, annotations: tuple[Any, ...]) -> Any:

@@ -65,8 +65,8 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "lora")
-        require(self.rank >= 0, "lora.rank", self.rank, "use 8, 16, 32, ..., or 0 to train every weight")
-        require(self.alpha > 0, "lora.alpha", self.alpha, "use a positive number, often twice the rank")
+        require(0 <= self.rank <= 2**16, "lora.rank", self.rank, "use 8, 16, 32, ..., or 0 to train every weight; at most 65,536")
+        require(0 < self.alpha <= 1e6, "lora.alpha", self.alpha, "use a positive number, often twice the rank; at most 1,000,000")
         names = [] if isinstance(self.targets, str) else self.targets
         for name in names:
             require(name in LINEAR_TARGETS, "lora.targets", name, f"choose from {', '.join(LINEAR_TARGETS)}")

@@ -14,12 +14,16 @@ from typing import Any
 
 import yaml
 
-from grpo_jax.config.checks import ConfigError
+from grpo_jax.config.checks import ConfigError, show
 
 INTEGER = re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F]+)$")
 FLOAT = re.compile(
     r"[-+]?(?:(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
 )
+
+LONGEST_CHARACTERS = 10**6
+MOST_VALUES = 100_000
+"""Aliases make a few lines of YAML a structure of billions of values, of which nobody can print or copy even one."""
 
 
 def yaml_1_2_resolvers() -> dict[Any, Any]:
@@ -72,14 +76,35 @@ def parse_yaml(text: str, name: str = "text") -> Any:
     Raises:
         ConfigError: The text is not YAML; the message gives line and column.
     """
+    if len(text) > LONGEST_CHARACTERS:
+        raise ConfigError(f"{name} has {len(text):,} characters: settings take at most {LONGEST_CHARACTERS:,}")
     try:
-        return yaml.load(text, Loader=Loader)
+        value = yaml.load(text, Loader=Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         position = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{name}{position}: {error.problem or error.context}; correct the YAML there") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{name} cannot be read as YAML: {error}") from None
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, AttributeError, TypeError) as error:
+        # The last three: a tag such as !!int before a text that is none.
+        raise ConfigError(f"{name} cannot be read as YAML: {type(error).__name__}: {error}") from None
+    if more_values_than(value, MOST_VALUES):
+        raise ConfigError(f"{name} has more than {MOST_VALUES:,} values, or a reference to itself: write fewer anchors and aliases")
+    return value
+
+
+def more_values_than(value: Any, most: int) -> bool:
+    """Whether plain data has more values than that, each counted as often as it is referred to."""
+    left = [value]
+    for _ in range(most):
+        if not left:
+            return False
+        item = left.pop()
+        if isinstance(item, dict):
+            left.extend(item)
+            left.extend(item.values())
+        elif isinstance(item, list | tuple | set):
+            left.extend(item)
+    return bool(left)
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -96,6 +121,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not UTF-8 text; give a YAML file of settings") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:  # a NUL in the path
+        raise ConfigError(f"{show(str(path))} is not a path: {error}") from None
     values = parse_yaml(text, str(path))
     if values is None:
         return {}
@@ -103,6 +130,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} holds a {type(values).__name__}: write sections, such as `train:` with `steps: 100` indented below it"
         )
+    for key in values:
+        if not isinstance(key, str):
+            raise ConfigError(f"{path}: {show(key)} is no section: the names of sections are text, such as `train:`")
     return values
 
 

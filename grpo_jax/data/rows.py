@@ -13,7 +13,7 @@ from pathlib import Path
 from grpo_jax.config import ConfigError, DataConfig
 from grpo_jax.config.checks import nearest, show
 from grpo_jax.data.files import READERS, read_file
-from grpo_jax.data.table import DataError, Table, table_of_dicts
+from grpo_jax.data.table import DataError, JoinedRows, Table
 
 
 def load_rows(data: DataConfig, split: str) -> Table:
@@ -69,8 +69,8 @@ def read_folder(folder: Path, name: str | None, split: str, path_field: str, spl
     tables = [read_file(path, path_field) for path in files]
     if len(tables) == 1:
         return tables[0]
-    rows = [table[number] for table in tables for number in range(len(table))]
-    return table_of_dicts(rows, f"{folder} ({split})")
+    columns = tuple(dict.fromkeys(column for table in tables for column in table.columns))
+    return Table(JoinedRows(tables), columns, f"{folder} ({split})")
 
 
 def unknown_split(split: str, splits: Sequence[str], split_field: str) -> ConfigError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +22,21 @@ class RowSequence(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, number: int, /) -> Mapping[str, Any]: ...
+
+
+class JoinedRows:
+    """The rows of several tables, one table after the other."""
+
+    def __init__(self, tables: Sequence[Table]) -> None:
+        self._tables = list(tables)
+        self._ends = list(itertools.accumulate(len(table) for table in tables))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, number: int) -> Mapping[str, Any]:
+        which = bisect.bisect_right(self._ends, number)
+        return self._tables[which][number - (self._ends[which - 1] if which else 0)]
 
 
 @dataclass(frozen=True)
@@ -43,7 +60,12 @@ class Table:
         return len(self.rows)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        row = self.rows[number]
+        try:
+            row = self.rows[number]
+        except DataError:
+            raise
+        except (ValueError, OverflowError, TypeError, KeyError) as error:  # of Arrow: a time before the year 1, ...
+            raise DataError(f"{self.where(number)} cannot be read: {error}") from error
         return {column: row.get(column) for column in self.columns}
 
     def where(self, number: int) -> str:

@@ -7,8 +7,9 @@ appended, whatever the tokenizer's own template says: a prompt that has ended ca
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.config.checks import show
+from grpo_jax.runtime.untrusted_json import JsonError, located, read_json_file
 from grpo_jax.types import Prompt
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "tiktoken.model")
@@ -30,6 +33,14 @@ OTHER_FILES = (
     "chat_template.json",
 )
 """Other files that belong to a tokenizer."""
+
+SURROGATE = re.compile("[\ud800-\udfff]")
+
+MOST_PROBES = 1000
+"""Tokens that are tried as a text to find the special tokens around one."""
+
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names under which messages have the model's reasoning; templates read the first, gpt-oss's the second."""
 
 NO_ADVICE = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 
@@ -78,9 +89,13 @@ class Tokenizer:
         auto_tokenizer = import_auto_tokenizer()
         try:
             hf = auto_tokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # the Rust parser raises bare Exception
-            raise TokenizerError(f"the tokenizer in {folder} cannot be read: {error}") from error
-        return Tokenizer.wrap(hf, model_stop_ids, folder, read_vocabulary(folder))
+            return Tokenizer.wrap(hf, model_stop_ids, folder, read_vocabulary(folder))
+        except TokenizerError:
+            raise
+        except BaseException as error:  # the Rust parser raises bare Exception, and PanicException, which is none
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise TokenizerError(f"the tokenizer in {folder} cannot be read: {type(error).__name__}: {error}") from error
 
     @staticmethod
     def wrap(hf: Any, model_stop_ids: Sequence[int] = (), folder: Path | None = None, vocabulary: int | None = None) -> Tokenizer:
@@ -155,18 +170,28 @@ class Tokenizer:
         """
         if not self.has_chat_template:
             raise TokenizerError("the prompt is a conversation, but the tokenizer has no chat template")
-        from jinja2 import TemplateError
+        from grpo_jax.data.templates import SHARED, TemplateFailedError
 
-        present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        given = dict(template_arguments or {})
+        tools = given.pop("tools", None)
         try:
-            return self.hf.apply_chat_template(
-                present, tokenize=False, add_generation_prompt=generation, **(template_arguments or {})
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            template = self.hf.get_chat_template(None, tools)
+            variables = {**self.hf.special_tokens_map, "documents": None, **given}
+            variables |= {"messages": present_fields(messages), "tools": tool_schemas(tools), "add_generation_prompt": generation}
+            return SHARED.render(template, variables)
+        except (TemplateFailedError, TypeError, ValueError, KeyError) as error:
             raise TokenizerError(f"the chat template refuses the conversation: {error}") from error
 
     def encode_text(self, text: str) -> list[int]:
-        """Returns the token ids of a text, without adding special tokens; a special token spelled in the text becomes its id."""
+        """Returns the token ids of a text, without adding special tokens; a special token spelled in the text becomes its id.
+
+        Raises:
+            TokenizerError: the text has half a surrogate pair, which is no character; or an id is beyond the model's.
+        """
+        if (found := SURROGATE.search(text)) is not None:
+            raise TokenizerError(
+                f"the text has {found[0]!a} at character {found.start()}, half of a surrogate pair and no character; remove it"
+            )
         return self.check_ids(list(self.hf.encode(text, add_special_tokens=False, verbose=False)))
 
     def check_ids(self, ids: list[int]) -> list[int]:
@@ -200,6 +225,25 @@ class Tokenizer:
             self.hf.save_pretrained(str(target))
         else:
             copy_tokenizer_files(self.folder, target)
+
+
+def present_fields(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as transformers gives them: without keys whose value is None, and with reasoning under the names in use."""
+    present = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    for position, message in enumerate(present):
+        reasoning = next((message[name] for name in REASONING if name in message), None)
+        if reasoning is not None:
+            present[position] = {"thinking": reasoning} | message | {"reasoning_content": reasoning}
+    return present
+
+
+def tool_schemas(tools: Any) -> list[Any] | None:
+    """Tools as a template gets them: JSON schemas; a function becomes the one of its signature and docstring."""
+    if tools is None:
+        return None
+    from transformers.utils.chat_template_utils import get_json_schema
+
+    return [tool if isinstance(tool, Mapping) else get_json_schema(tool) for tool in tools]
 
 
 def copy_tokenizer_files(source: Path, target: Path) -> None:
@@ -239,8 +283,8 @@ def read_model_stop_ids(folder: Path) -> tuple[int, ...]:
         if found is None and isinstance(values.get("text_config"), dict):
             found = values["text_config"].get("eos_token_id")
         ids = found if isinstance(found, list) else [] if found is None else [found]
-        if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-            raise TokenizerError(f"{path}: eos_token_id is {found!r}, which is neither a number nor a list of numbers")
+        if not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 2**31 for i in ids):
+            raise TokenizerError(f"{path}: eos_token_id is {show(found)}: use a token id from 0 on, or a list of them")
         if ids:
             return tuple(sorted(set(ids)))
     return ()
@@ -249,9 +293,9 @@ def read_model_stop_ids(folder: Path) -> tuple[int, ...]:
 def read_object(path: Path) -> dict[str, Any]:
     """Reads a JSON file's object; TokenizerError where it is broken."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path} cannot be read: {error}") from error
+        values = read_json_file(path)
+    except JsonError as error:
+        raise TokenizerError(f"{path} cannot be read: {located(error)}") from error
     if not isinstance(values, dict):
         raise TokenizerError(f"{path} is not a JSON object")
     return values
@@ -270,7 +314,7 @@ def read_vocabulary(folder: Path) -> int | None:
 
 def special_tokens_around(hf: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Finds the special tokens that a tokenizer of transformers puts before and after a text, by encoding a known text."""
-    for probe in ("a", "A", "0", "1", ".", " ", *hf.get_vocab()):
+    for probe in ("a", "A", "0", "1", ".", " ", *itertools.islice(hf.get_vocab(), MOST_PROBES)):
         bare = list(hf.encode(probe, add_special_tokens=False))
         full = list(hf.encode(probe, add_special_tokens=True))
         if not bare or len(set(bare) & set(hf.all_special_ids)) > 0:

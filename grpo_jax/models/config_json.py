@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.config.checks import show
+from grpo_jax.models.config_values import MOST_EXPERT_MODULES, checked_flag, checked_number, whole_number
 from grpo_jax.models.spec import ModelError, Rope
 
 Fields = dict[str, Any]
@@ -68,12 +70,34 @@ class ConfigReader:
             raise ModelError(f"{self.file}: attribute {name} is missing")
         return value
 
+    def whole(self, name: str, default: int | None = None) -> int:
+        """A whole number in its range; the default where it is absent or null, ModelError where there is none."""
+        return whole_number(self.file, name, self.require(name) if default is None else self.get(name, default))
+
+    def number(self, name: str, default: float) -> float:
+        """A number in its range; the default where it is absent or null."""
+        return checked_number(self.file, name, self.get(name, default))
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        """True or false; the default where it is absent or null."""
+        return checked_flag(self.file, name, self.get(name, default))
+
+    def window(self, default: int | None) -> int | None:
+        """`sliding_window`, which may be null: no window. The default only where it is absent."""
+        value = self.get_nullable("sliding_window", default)
+        return None if value is None else whole_number(self.file, "sliding_window", value)
+
+    def softcap(self, name: str, default: float | None) -> float | None:
+        """A soft cap, which may be null: off. The default only where it is absent."""
+        value = self.get_nullable(name, default)
+        return None if value is None else checked_number(self.file, name, value)
+
     def allow_only(self, name: str, allowed: tuple[Any, ...], why: str) -> None:
         """Raises ModelError for a value that would need a computation that is not implemented."""
         value = self.get(name)
         if value is not None and value not in allowed:
             raise ModelError(
-                f"{self.file}: {name} = {value!r} is not supported ({why}); supported: {', '.join(map(repr, allowed))}"
+                f"{self.file}: {name} = {show(value)} is not supported ({why}); supported: {', '.join(map(repr, allowed))}"
             )
 
     def refuse_unknown(self) -> None:
@@ -85,7 +109,7 @@ class ConfigReader:
                 near = difflib.get_close_matches(name, self.known - NEUTRAL, n=1)
                 hint = f" (did you mean {near[0]}?)" if near else ""
                 raise ModelError(
-                    f"{self.file}: attribute {name} = {self.config[name]!r} is not known for model_type "
+                    f"{self.file}: attribute {name} = {show(self.config[name])} is not known for model_type "
                     f"{self.config.get('model_type')!r}{hint}. It may change what the model computes, so it is not ignored"
                 )
 
@@ -106,25 +130,31 @@ def quantized_message(config: Fields, file: str) -> str:
 
 def shared_fields(reader: ConfigReader, head_dim: int | None = None) -> Fields:
     """Reads the attributes that every family spells alike; `head_dim` is the family's default where it has one."""
-    heads, width = int(reader.require("num_attention_heads")), int(reader.require("hidden_size"))
-    head_dim = int(reader.get("head_dim", head_dim or width // heads))
-    kv_heads = int(reader.get("num_key_value_heads", heads))
+    heads, width = reader.whole("num_attention_heads"), reader.whole("hidden_size")
+    if head_dim is None:
+        head_dim = width // heads or None
+    head_dim = reader.whole("head_dim", head_dim)
+    if head_dim % 2:
+        raise ModelError(f"{reader.file}: head_dim is {head_dim}: rotary embeddings rotate pairs, so it must be even")
+    kv_heads = reader.whole("num_key_value_heads", heads)
     if heads % kv_heads:
         raise ModelError(f"{reader.file}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
-    dtype = str(reader.get("dtype", reader.get("torch_dtype", "float32")))
+    dtype = reader.get("dtype", reader.get("torch_dtype", "float32"))
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ModelError(f"{reader.file}: dtype is {show(dtype)}: use float32, bfloat16 or float16")
     return {
         "family": str(reader.require("model_type")),
-        "vocab": int(reader.require("vocab_size")),
-        "layers": int(reader.require("num_hidden_layers")),
+        "vocab": reader.whole("vocab_size"),
+        "layers": reader.whole("num_hidden_layers"),
         "width": width,
-        "ffw": int(reader.require("intermediate_size")),
+        "ffw": reader.whole("intermediate_size"),
         "heads": heads,
         "kv_heads": kv_heads,
         "head_dim": head_dim,
         "query_scale": head_dim**-0.5,
         # float16 weights are computed in bfloat16: the TPU has no float16, and bfloat16 covers its range.
         "dtype": "float32" if dtype == "float32" else "bfloat16",
-        "init_std": float(reader.config.get("initializer_range", 0.02)),
+        "init_std": reader.number("initializer_range", 0.02),
     }
 
 
@@ -133,14 +163,14 @@ def swiglu_fields(reader: ConfigReader, head_dim: int | None = None, *, theta: f
     fields = shared_fields(reader, head_dim) | one_rope(reader, theta)
     reader.allow_only("hidden_act", ("silu",), "the feed-forward is SwiGLU")
     return fields | {
-        "norm_eps": float(reader.get("rms_norm_eps", norm_eps)),
-        "tied": bool(reader.get("tie_word_embeddings", False)),
+        "norm_eps": reader.number("rms_norm_eps", norm_eps),
+        "tied": reader.flag("tie_word_embeddings"),
     }
 
 
 def attention_bias(reader: ConfigReader) -> Fields:
     """Reads the one switch for biases of q, k, v and of the output projection."""
-    bias = bool(reader.get("attention_bias", False))
+    bias = reader.flag("attention_bias")
     return {"qkv_bias": bias, "output_bias": bias}
 
 
@@ -148,8 +178,10 @@ def expert_fields(reader: ConfigReader, experts: int, selected: int) -> Fields:
     """Reads the attributes of mixture-of-experts models; given are the family's defaults."""
     # Of pretraining only: the load-balancing loss, and noise before the router. Accepted, not used.
     reader.known.update(("router_aux_loss_coef", "output_router_logits", "router_jitter_noise"))
-    experts = int(reader.get("num_local_experts", reader.get("num_experts", experts)))
-    selected = int(reader.get("num_experts_per_tok", selected))
+    experts = reader.whole("num_local_experts", reader.whole("num_experts", experts))
+    selected, layers = reader.whole("num_experts_per_tok", selected), reader.whole("num_hidden_layers")
+    if layers * experts > MOST_EXPERT_MODULES:
+        raise ModelError(f"{reader.file}: {experts:,} experts in {layers:,} layers are more than {MOST_EXPERT_MODULES:,} in all")
     if not 1 <= selected <= experts:
         raise ModelError(f"{reader.file}: num_experts_per_tok = {selected} is not within 1 to the {experts} experts")
     return {"experts": experts, "experts_per_token": selected}
@@ -157,48 +189,56 @@ def expert_fields(reader: ConfigReader, experts: int, selected: int) -> Fields:
 
 def one_rope(reader: ConfigReader, theta: float = 10000.0) -> Fields:
     """Reads the rotary embedding of a family that uses the same one in all layers."""
-    base = float(reader.get("rope_theta", theta))
+    base = reader.number("rope_theta", theta)
     rope = read_rope(reader, reader.get("rope_parameters", reader.get("rope_scaling")), base)
-    return {"ropes": (rope,), "rope_of_layer": (0,) * int(reader.require("num_hidden_layers"))}
+    return {"ropes": (rope,), "rope_of_layer": (0,) * reader.whole("num_hidden_layers")}
 
 
-def read_rope(reader: ConfigReader, parameters: Fields | None, theta: float) -> Rope:
+def read_rope(reader: ConfigReader, parameters: Any, theta: float) -> Rope:
     """Reads one rotary embedding in either spelling.
 
     Args:
         parameters: `rope_scaling`, or an entry of `rope_parameters`.
         theta: base where `parameters` has none.
     """
+    if parameters is not None and not isinstance(parameters, dict):
+        raise ModelError(
+            f'{reader.file}: the rope settings are {show(parameters)}: use an object such as {{"rope_type": "default"}}'
+        )
     p = dict(parameters or {})
     kind = p.pop("rope_type", p.pop("type", "default")) or "default"
     p.pop("type", None)
-    theta = float(p.pop("rope_theta", theta))
-    if float(p.pop("partial_rotary_factor", 1.0)) != 1.0:
+    theta = checked_number(reader.file, "rope_theta", p.pop("rope_theta", theta))
+    if checked_number(reader.file, "partial_rotary_factor", p.pop("partial_rotary_factor", 1.0)) != 1.0:
         raise ModelError(f"{reader.file}: partial_rotary_factor other than 1 is not supported")
 
-    def number(name: str) -> float:
+    def need(name: str) -> Any:
         if name not in p:
             raise ModelError(f"{reader.file}: rope type {kind!r} needs {name}")
-        value: Any = p.pop(name)
-        return float(value)
+        return p.pop(name)
+
+    def factor(name: str) -> float:
+        return checked_number(reader.file, name, need(name))
 
     if kind == "default":
         rope = Rope(theta)
         # Parameters of other types are not used; a dict would be a separate rotary embedding for some of the layers.
         p = {name: value for name, value in p.items() if isinstance(value, dict)}
     elif kind == "linear":
-        rope = Rope(theta, "linear", factor=number("factor"))
+        rope = Rope(theta, "linear", factor=factor("factor"))
     elif kind == "llama3":
         rope = Rope(
             theta,
             "llama3",
-            factor=number("factor"),
-            low_freq_factor=number("low_freq_factor"),
-            high_freq_factor=number("high_freq_factor"),
-            original_length=int(number("original_max_position_embeddings")),
+            factor=factor("factor"),
+            low_freq_factor=factor("low_freq_factor"),
+            high_freq_factor=factor("high_freq_factor"),
+            original_length=whole_number(reader.file, "original_max_position_embeddings", need("original_max_position_embeddings")),
         )
+        if rope.low_freq_factor >= rope.high_freq_factor:
+            raise ModelError(f"{reader.file}: low_freq_factor is {rope.low_freq_factor:g}: use less than high_freq_factor")
     else:
-        raise ModelError(f"{reader.file}: rope type {kind!r} is not supported; supported: default, linear, llama3")
+        raise ModelError(f"{reader.file}: rope type {show(kind)} is not supported; supported: default, linear, llama3")
     p.pop("original_max_position_embeddings", None)
     if p:
         raise ModelError(f"{reader.file}: rope settings {sorted(p)} are not known for type {kind!r}")
@@ -214,11 +254,13 @@ def layer_windows(reader: ConfigReader, layers: int, window: int | None, pattern
     """
     kinds = reader.get("layer_types")
     if kinds is not None:
+        if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+            raise ModelError(f"{reader.file}: layer_types is {show(kinds)}: use a list with one text per layer")
         if len(kinds) != layers:
             raise ModelError(f"{reader.file}: layer_types has {len(kinds)} entries for {layers} layers")
         unknown = set(kinds) - {"sliding_attention", "full_attention"}
         if unknown:
-            raise ModelError(f"{reader.file}: layer_types {sorted(unknown)} are not supported")
+            raise ModelError(f"{reader.file}: layer_types {show(sorted(unknown))} are not supported")
         if "sliding_attention" in kinds and window is None:
             raise ModelError(f"{reader.file}: layer_types has sliding_attention, but sliding_window is missing")
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)

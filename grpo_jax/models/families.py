@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 
+from grpo_jax.config.checks import show
 from grpo_jax.models.config_json import (
     ConfigReader,
     Fields,
@@ -25,26 +26,26 @@ from grpo_jax.models.spec import ModelError, ModelSpec, Rope
 def llama(reader: ConfigReader) -> Fields:
     """Llama 2, 3, 3.1, 3.2 (https://arxiv.org/abs/2407.21783)."""
     fields = swiglu_fields(reader) | attention_bias(reader)
-    return fields | {"windows": (None,) * fields["layers"], "mlp_bias": bool(reader.get("mlp_bias", False))}
+    return fields | {"windows": (None,) * fields["layers"], "mlp_bias": reader.flag("mlp_bias")}
 
 
 def mistral(reader: ConfigReader) -> Fields:
     """Mistral 7B (https://arxiv.org/abs/2310.06825): a sliding window in every layer, unless config.json says null."""
     fields = swiglu_fields(reader)
-    return fields | {"windows": layer_windows(reader, fields["layers"], reader.get_nullable("sliding_window", 4096), None)}
+    return fields | {"windows": layer_windows(reader, fields["layers"], reader.window(4096), None)}
 
 
 def mixtral(reader: ConfigReader) -> Fields:
     """Mixtral 8x7B and 8x22B (https://arxiv.org/abs/2401.04088): Mistral with experts and normalised router weights."""
     fields = swiglu_fields(reader, theta=1e6, norm_eps=1e-5)
-    windows = layer_windows(reader, fields["layers"], reader.get("sliding_window"), None)
+    windows = layer_windows(reader, fields["layers"], reader.window(None), None)
     return fields | expert_fields(reader, 8, 2) | {"windows": windows}
 
 
 def qwen_windows(reader: ConfigReader, layers: int) -> tuple[int | None, ...]:
     """Windows of Qwen's dense models: none unless use_sliding_window; then only from layer max_window_layers on."""
-    used = bool(reader.get("use_sliding_window", False))
-    window, first = reader.get_nullable("sliding_window", 4096), int(reader.get("max_window_layers", 28))
+    used = reader.flag("use_sliding_window")
+    window, first = reader.window(4096), reader.whole("max_window_layers", 28)
     window = window if used else None
     if reader.get("layer_types") is not None:
         return layer_windows(reader, layers, window, None)
@@ -69,14 +70,13 @@ def qwen3_moe(reader: ConfigReader) -> Fields:
     fields = swiglu_fields(reader) | expert_fields(reader, 128, 8) | attention_bias(reader)
     reader.allow_only("decoder_sparse_step", (1,), "every layer has experts")
     reader.allow_only("mlp_only_layers", ([],), "every layer has experts")
-    used = bool(reader.get("use_sliding_window", False))
-    window = reader.get_nullable("sliding_window", 4096)
+    used, window = reader.flag("use_sliding_window"), reader.window(4096)
     reader.known.add("max_window_layers")  # of Qwen3's dense models; here the window applies to every layer
     return fields | {
-        "ffw": int(reader.get("moe_intermediate_size", 768)),
+        "ffw": reader.whole("moe_intermediate_size", 768),
         "windows": (window if used else None,) * fields["layers"],
         "qk_norm": True,
-        "norm_topk_prob": bool(reader.get("norm_topk_prob", False)),
+        "norm_topk_prob": reader.flag("norm_topk_prob"),
     }
 
 
@@ -94,15 +94,15 @@ def gemma_fields(reader: ConfigReader, softcaps: tuple[float | None, float | Non
         fields
         | attention_bias(reader)
         | {
-            "query_scale": float(reader.get("query_pre_attn_scalar", 256)) ** -0.5,
-            "norm_eps": float(reader.get("rms_norm_eps", 1e-6)),
-            "tied": bool(reader.get("tie_word_embeddings", True)),
+            "query_scale": reader.number("query_pre_attn_scalar", 256.0) ** -0.5,
+            "norm_eps": reader.number("rms_norm_eps", 1e-6),
+            "tied": reader.flag("tie_word_embeddings", True),
             "activation": "gelu_tanh",
             "sandwich": True,
             "norm_offset": 1.0,
             "embed_scale": fields["width"] ** 0.5,
-            "attention_softcap": reader.get_nullable("attn_logit_softcapping", softcaps[0]),
-            "final_softcap": reader.get_nullable("final_logit_softcapping", softcaps[1]),
+            "attention_softcap": reader.softcap("attn_logit_softcapping", softcaps[0]),
+            "final_softcap": reader.softcap("final_logit_softcapping", softcaps[1]),
         }
     )
 
@@ -110,20 +110,20 @@ def gemma_fields(reader: ConfigReader, softcaps: tuple[float | None, float | Non
 def gemma2(reader: ConfigReader) -> Fields:
     """Gemma 2 (https://arxiv.org/abs/2408.00118): local layers alternate with global ones, soft caps."""
     fields = gemma_fields(reader, (50.0, 30.0)) | one_rope(reader)
-    return fields | {"windows": layer_windows(reader, fields["layers"], int(reader.get("sliding_window", 4096)), 2)}
+    return fields | {"windows": layer_windows(reader, fields["layers"], reader.whole("sliding_window", 4096), 2)}
 
 
 def gemma3(reader: ConfigReader) -> Fields:
     """Gemma 3, text (https://arxiv.org/abs/2503.19786): five local layers per global one, q/k norms, two rotary bases."""
     fields = gemma_fields(reader, (None, None))
-    pattern = int(reader.get("sliding_window_pattern", reader.get("_sliding_window_pattern", 6)))
-    windows = layer_windows(reader, fields["layers"], int(reader.get("sliding_window", 4096)), pattern)
+    pattern = reader.whole("sliding_window_pattern", reader.whole("_sliding_window_pattern", 6))
+    windows = layer_windows(reader, fields["layers"], reader.whole("sliding_window", 4096), pattern)
     both = reader.get("rope_parameters")
-    if both is not None and ("full_attention" in both or "sliding_attention" in both):
+    if isinstance(both, dict) and ("full_attention" in both or "sliding_attention" in both):
         ropes = (read_rope(reader, both.get("full_attention"), 1e6), read_rope(reader, both.get("sliding_attention"), 1e4))
     else:
-        base = float(reader.get("rope_theta", 1e6))
-        ropes = (read_rope(reader, both or reader.get("rope_scaling"), base), Rope(float(reader.get("rope_local_base_freq", 1e4))))
+        base = reader.number("rope_theta", 1e6)
+        ropes = (read_rope(reader, both or reader.get("rope_scaling"), base), Rope(reader.number("rope_local_base_freq", 1e4)))
     reader.known.update(("rope_scaling", "rope_theta", "rope_local_base_freq"))
     rope_of_layer = tuple(0 if w is None else 1 for w in windows)
     return fields | {"windows": windows, "ropes": ropes, "rope_of_layer": rope_of_layer, "qk_norm": True}
@@ -153,17 +153,12 @@ def read_spec(config: Fields, file: str = "config.json") -> ModelSpec:
         ModelError: unknown family, unknown attribute, or a value that is not supported.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
-        near = difflib.get_close_matches(str(kind), FAMILIES, n=1)
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        near = difflib.get_close_matches(kind, FAMILIES, n=1) if isinstance(kind, str) else []
         hint = f"; nearest: {near[0]}" if near else ""
         text = " (its text-only checkpoint is supported)" if kind == "gemma3" else ""
-        raise ModelError(f"{file}: model_type {kind!r} is not supported{text}; supported: {', '.join(FAMILIES)}{hint}")
+        raise ModelError(f"{file}: model_type {show(kind)} is not supported{text}; supported: {', '.join(FAMILIES)}{hint}")
     reader = ConfigReader(dict(config), file)
-    try:
-        spec = ModelSpec(**FAMILIES[kind](reader))
-    except ModelError:
-        raise
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"{file}: an attribute has a value of the wrong kind ({error})") from error
+    spec = ModelSpec(**FAMILIES[kind](reader))
     reader.refuse_unknown()
     return spec

@@ -130,7 +130,7 @@ class TextReward:
     name: str
     value: Callable[[str], float | None]
 
-    def __call__(self, completions: Sequence[Completion], **columns: Any) -> list[float | None]:
+    def __call__(self, /, completions: Sequence[Completion], **columns: Any) -> list[float | None]:
         """Returns one value per completion; the columns are ignored."""
         return [self.value(text_of(completion)) for completion in completions]
 
@@ -149,7 +149,7 @@ class ColumnReward:
     column: str
     compare: Callable[[str, Any], float | None]
 
-    def __call__(self, completions: Sequence[Completion], **columns: Any) -> list[float | None]:
+    def __call__(self, /, completions: Sequence[Completion], **columns: Any) -> list[float | None]:
         """Returns one value per completion."""
         pairs = zip(completions, columns[self.column], strict=True)
         return [None if reference is None else self.compare(text_of(completion), reference) for completion, reference in pairs]
@@ -199,6 +199,7 @@ def accepted(function: RewardFunction, name: str) -> AcceptedInputs:
         fix = "wrap it in `def reward(completions, **columns)`"
         raise ConfigError(f"reward function {name}: its inputs cannot be read; {fix}") from None
     bound = frozenset(function.keywords) if isinstance(function, functools.partial) else frozenset()
+    bound |= instance_name(function)
     named = [item for item in parameters if item.kind in (item.POSITIONAL_OR_KEYWORD, item.KEYWORD_ONLY)]
     by_position = [item.name for item in parameters if item.kind is item.POSITIONAL_ONLY and item.default is item.empty]
     if by_position:
@@ -212,6 +213,20 @@ def accepted(function: RewardFunction, name: str) -> AcceptedInputs:
         everything=any(item.kind is item.VAR_KEYWORD for item in parameters),
         bound=bound,
     )
+
+
+def instance_name(function: RewardFunction) -> frozenset[str]:
+    """The name, usually `self`, of the parameter that a method or a callable object is bound to.
+
+    A column of that name cannot be passed by keyword, unless a `/` follows the parameter.
+    """
+    inner: Any = function.func if isinstance(function, functools.partial) else function
+    if not inspect.ismethod(inner):
+        if inspect.isroutine(inner) or not inspect.ismethod(inner.__call__):
+            return frozenset()
+        inner = inner.__call__
+    first = next(iter(inspect.signature(inner.__func__).parameters.values()), None)
+    return frozenset() if first is None or first.kind is not first.POSITIONAL_OR_KEYWORD else frozenset({first.name})
 
 
 def inputs_for(function: RewardFunction, name: str, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from typing import Any, TextIO, TypeAlias
 
 import numpy as np
 
+from grpo_jax.runtime.safe_text import CONTROL_OR_BREAK
+
 Number: TypeAlias = float | int | np.floating | np.integer
 Column: TypeAlias = Sequence[Any] | np.ndarray
 """One value per row."""
@@ -48,9 +50,8 @@ class RecordFile:
     def append(self, *records: Mapping[str, Any]) -> None:
         """Writes records and flushes them."""
         if self._file is None:
-            # A lone surrogate, which a damaged completion may contain, is written as its JSON escape.
-            self._file = self.path.open("a", encoding="utf-8", errors="backslashreplace")
-        self._file.write("".join(json.dumps(plain(record), ensure_ascii=False, allow_nan=False) + "\n" for record in records))
+            self._file = self.path.open("a", encoding="utf-8")
+        self._file.write("".join(record_line(record) for record in records))
         self._file.flush()
 
     def read(self) -> list[dict[str, Any]]:
@@ -95,6 +96,12 @@ class RecordFile:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def record_line(record: Mapping[str, Any]) -> str:
+    """A record as a line of JSON. Control characters and lone surrogates are escapes: a terminal that shows the file is safe."""
+    text = json.dumps(plain(record), ensure_ascii=False, allow_nan=False)
+    return CONTROL_OR_BREAK.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
 def _complete_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:

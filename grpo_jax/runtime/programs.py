@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from grpo_jax.runtime.out_of_memory import explaining_memory
+
 Announce = Callable[[str], AbstractContextManager[Any]]
 """Makes the context in which a program of this name is compiled."""
 
@@ -74,7 +76,15 @@ class Program:
         return list(self._compiled.values())
 
     def __call__(self, *arguments: Any, **static: Any) -> Any:
-        """Runs the function; compiles it first where these shapes or static arguments are new."""
+        """Runs the function; compiles it first where these shapes or static arguments are new.
+
+        Raises:
+            OutOfMemoryError: the device has too little memory.
+        """
+        with explaining_memory(self.name):
+            return self._call(*arguments, **static)
+
+    def _call(self, *arguments: Any, **static: Any) -> Any:
         run = self.compiled(*arguments, **static)
         if any(map(may_be_refused, jax.tree.leaves(arguments))):
             run = self._jitted[id(run)]  # compiled already: JAX keeps one program for both
@@ -101,7 +111,8 @@ class Program:
 
     def compile_ahead(self, *arguments: Any, **static: Any) -> None:
         """Compiles for arguments of these shapes in a thread of the background: unannounced, and no call waits meanwhile."""
-        self._compile_once(self.key(arguments, static), arguments, None, static)
+        with explaining_memory(self.name):
+            self._compile_once(self.key(arguments, static), arguments, None, static)
 
     @staticmethod
     def key(arguments: tuple[Any, ...], static: dict[str, Any]) -> Any:

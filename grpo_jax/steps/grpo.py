@@ -44,6 +44,7 @@ from grpo_jax.run.step_metrics import Clock, length_metrics
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.compile_ahead import FutureCall
 from grpo_jax.runtime.memory import in_device_memory, in_host_memory
+from grpo_jax.runtime.out_of_memory import explaining_memory
 from grpo_jax.runtime.programs import Program
 from grpo_jax.steps import StepResult
 from grpo_jax.steps.mini_batches import MiniBatches, parts_of
@@ -213,6 +214,7 @@ class GrpoStep:
         before = [] if self.mini_batches is None else self.mini_batches.future_calls(shapes, batch, self.frozen)
         return [*before, FutureCall(self.update, (shapes, batch, self.frozen))]
 
+    @explaining_memory("a step")
     def run(self, state: TrainState, number: int) -> StepResult:
         """Makes step `number`, counted from 0: samples, scores, updates. The memory of `state` is reused."""
         config = self.config
@@ -272,6 +274,7 @@ class GrpoStep:
         )
         return state, metrics, completions
 
+    @explaining_memory("an evaluation")
     def evaluate(self, state: TrainState) -> dict[str, Any] | None:
         """Evaluates the held-out prompts, greedily; None where nothing is held out."""
         if not isinstance(self.source, PromptSource):

@@ -17,6 +17,7 @@ from grpo_jax.runtime import distributed
 from grpo_jax.runtime.compilation_cache import use_compilation_cache
 from grpo_jax.runtime.memory import in_host_memory, least_limit_bytes
 from grpo_jax.runtime.mesh import check_prompts, make_layout
+from grpo_jax.runtime.out_of_memory import explaining_memory
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.weights.axes import check_mesh
 from grpo_jax.weights.hf import find_model, read_folder_spec
@@ -24,6 +25,11 @@ from grpo_jax.weights.mesh_choice import choose_run_mesh
 
 SLOW_GPU_ROLLOUTS_BEFORE = (0, 11, 2)
 """XLA of older jax versions copies a rollout's weights and KV cache at every token on a GPU."""
+
+NO_STOP_LINE = (
+    "neither the model nor its tokenizer names an end-of-sequence token, so every completion has "
+    "rollout.max_completion_length tokens; set eos_token_id in generation_config.json, or rollout.stop"
+)
 
 NO_ADAPTERS_LINE = (
     "policy: it has no adapters, so every weight is trained; for LoRA give Policy.from_pretrained(..., lora=LoraConfig(rank=16))"
@@ -69,13 +75,15 @@ def placed_policy(config: Config, policy: Policy | None, display: Display) -> Po
     if policy is None:
         folder = find_model(config.model.path, config.model.revision, weights=False)
         choice = choose_run_mesh(config, read_folder_spec(folder), least_limit_bytes())
-        with display.busy(f"reading {config.model.path}"):
+        with display.busy(f"reading {config.model.path}"), explaining_memory("reading the weights"):
             policy = Policy.from_config(replace(config, mesh=choice.mesh))
     else:
         choice = choose_run_mesh(config, policy.spec, least_limit_bytes())
         if policy.adapters is None:
             display.note(NO_ADAPTERS_LINE)
     policy.need_tokenizer()
+    if not policy.stop_ids and not config.rollout.stop:
+        display.warning(NO_STOP_LINE)
     layout = make_layout(choice.mesh)
     if layout is not None:
         display.note(mesh_line(layout, choice.why))

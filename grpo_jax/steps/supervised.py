@@ -26,6 +26,7 @@ from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.run.display import Display
 from grpo_jax.run.step_metrics import Clock
 from grpo_jax.runtime.compile_ahead import FutureCall
+from grpo_jax.runtime.out_of_memory import explaining_memory
 from grpo_jax.runtime.programs import Program
 from grpo_jax.steps import StepResult
 from grpo_jax.steps.setup import placed_policy, read_tokenizer
@@ -121,6 +122,7 @@ class SupervisedStep:
         placement = Placement(layout, jax.local_devices()[0])
         return [FutureCall(self.update, (shapes_of(state), placement.put_batch(shapes), self.frozen))]
 
+    @explaining_memory("a step")
     def run(self, state: TrainState, number: int) -> StepResult:
         clock = Clock((self.update,))
         rows, width = self.source.batch(number), self.config.rollout.max_completion_length
@@ -130,6 +132,7 @@ class SupervisedStep:
         clock.lap("step_seconds")
         return state, metrics | clock.seconds | {"compile_seconds": clock.compile_seconds}, None
 
+    @explaining_memory("an evaluation")
     def evaluate(self, state: TrainState) -> dict[str, Any] | None:
         """The share of held-out rows whose greedy completion is the row's own, token for token."""
         if self.problems == 0:

@@ -7,7 +7,7 @@ no pickles. `loading.py` puts what is read onto devices.
 from __future__ import annotations
 
 import contextlib
-import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +16,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from grpo_jax.config.checks import show
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelError, ModelSpec, param_specs
+from grpo_jax.runtime.untrusted_json import JsonError, located, read_json_file
 from grpo_jax.weights.finite import all_finite
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_NAME = re.compile(r"[\w.+=@ -]{1,200}\.safetensors")
+FLOATING = ("F64", "F32", "F16", "BF16")
+"""Number formats of safetensors that weights may have; others are quantised values, whose scales are elsewhere."""
 # Names of constants that old checkpoints store next to the weights; they are computed from config.json instead.
 CONSTANTS = ("rotary_emb.inv_freq", "self_attn.masked_bias")
 
@@ -135,6 +140,8 @@ def find_folder(path: str, field: str, patterns: list[str], revision: str | None
         ) from error
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"model.revision: {revision!r} is not a branch, tag or commit of {path!r}") from error
+    except errors.HFValidationError as error:
+        raise ModelError(f"{field}: {path!r} is not a folder, and no hub id: {error}") from error
     except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, OSError) as error:
         raise ModelError(f"{field}: {path!r} is not a local folder, and the hub could not be reached: {error}") from error
 
@@ -144,9 +151,9 @@ def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ModelError(f"{file} is missing; a model folder needs {file.name}")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file} is not valid JSON: {error}") from error
+        content = read_json_file(file)
+    except JsonError as error:
+        raise ModelError(f"{file} is not valid JSON: {located(error)}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{file} holds {type(content).__name__}, not an object")
     return content
@@ -165,9 +172,14 @@ def weight_map(folder: Path) -> dict[str, str]:
         mapping = read_json(folder / INDEX).get("weight_map")
         if not isinstance(mapping, dict):
             raise ModelError(f"{folder / INDEX} has no weight_map")
+        for tensor, name in mapping.items():
+            if not isinstance(name, str):
+                raise ModelError(f"{folder / INDEX}: the file of {show(tensor)} is {show(name)}: use a file name")
         for name in sorted(set(mapping.values())):
-            if Path(name).name != name:
-                raise ModelError(f"{folder / INDEX} names a file in another folder: {name!r}")
+            if Path(name).name != name or "\\" in name:
+                raise ModelError(f"{folder / INDEX} names a file in another folder: {show(name)}")
+            if not SHARD_NAME.fullmatch(name):
+                raise ModelError(f"{folder / INDEX} names {show(name)}, which is no name of a safetensors file")
             if not (folder / name).is_file():
                 raise ModelError(f"{folder / name} is missing, though {INDEX} names it; download the folder again")
         return mapping
@@ -190,10 +202,22 @@ def open_shard(file: Path, safe_open: Any) -> Iterator[Any]:
     from safetensors import SafetensorError
 
     try:
-        with safe_open(str(file), framework="numpy") as shard:
+        opened = safe_open(str(file), framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} is broken ({error}); download it again") from error
+    try:
+        with opened as shard:
             yield shard
     except SafetensorError as error:
         raise ModelError(f"{file} is broken ({error}); download it again") from error
+
+
+def shape_of(file: Path, shard: Any, name: str) -> tuple[int, ...]:
+    """A tensor's shape, from the header; ModelError where its values have another format than `FLOATING`."""
+    part = shard.get_slice(name)
+    if part.get_dtype() not in FLOATING:
+        raise ModelError(f"{file}: tensor {name} has values of type {part.get_dtype()}; weights are one of {', '.join(FLOATING)}")
+    return tuple(part.get_shape())
 
 
 def require_finite(file: Path, name: str, values: np.ndarray) -> None:
@@ -220,8 +244,10 @@ class TensorFiles:
         self._shards = {
             name: self._stack.enter_context(open_shard(folder / name, safe_open)) for name in sorted(set(self.files.values()))
         }
+        held = {file: set(shard.keys()) for file, shard in self._shards.items()}
         for name, file in self.files.items():
-            if name not in self._shards[file].keys():  # noqa: SIM118 - not a dict
+            if name not in held[file]:
+                self._stack.close()
                 raise ModelError(f"{folder / file} does not hold {name}, though {INDEX} says so; download the folder again")
 
     def __enter__(self) -> TensorFiles:
@@ -231,8 +257,8 @@ class TensorFiles:
         self._stack.close()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape."""
-        return tuple(self._shards[self.files[name]].get_slice(name).get_shape())
+        """A tensor's shape; ModelError where it is no tensor of floating-point numbers."""
+        return shape_of(self.folder / self.files[name], self._shards[self.files[name]], name)
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """Reads part of a tensor, or all of it; ModelError where it contains NaN or infinity."""

@@ -21,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import LoraConfig
-from grpo_jax.config.checks import require
+from grpo_jax.config.checks import require, show
 from grpo_jax.config.sections import LINEAR_TARGETS
-from grpo_jax.models.spec import ModelError, ModelSpec, flatten, lora_specs, nest
+from grpo_jax.models.config_values import checked_flag, checked_number, whole_number
+from grpo_jax.models.spec import ModelError, ModelSpec, ParamSpec, flatten, lora_specs, nest
 from grpo_jax.types import Params
-from grpo_jax.weights.hf import find_folder, module_path, module_paths, open_shard, read_json, require_finite
+from grpo_jax.weights.hf import find_folder, module_path, module_paths, open_shard, read_json, require_finite, shape_of
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Settings of a PEFT config that are not supported, with the values that mean "not used".
@@ -101,19 +102,21 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     config = read_json(folder / ADAPTER_CONFIG)
     where = folder / ADAPTER_CONFIG
     if config.get("peft_type") != "LORA":
-        raise ModelError(f"{where}: peft_type {config.get('peft_type')!r} is not supported; supported: 'LORA'")
+        raise ModelError(f"{where}: peft_type {show(config.get('peft_type'))} is not supported; supported: 'LORA'")
     for name, allowed in NOT_USED.items():
         if config.get(name) not in allowed:
-            raise ModelError(f"{where}: {name} = {config[name]!r} is not supported; train or merge that adapter with PEFT")
+            raise ModelError(f"{where}: {name} = {show(config[name])} is not supported; train or merge that adapter with PEFT")
     # These initialisations change the base weights too, so the adapter belongs to a base that is not available.
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
-        raise ModelError(f"{where}: init_lora_weights = {start!r} changed the base too; convert or merge that adapter with PEFT")
-    for name in ("r", "lora_alpha"):
-        if not isinstance(config.get(name), (int, float)):
-            raise ModelError(f"{where}: {name} is {config.get(name)!r}; it must be a number")
+        raise ModelError(
+            f"{where}: init_lora_weights = {show(start)} changed the base too; convert or merge that adapter with PEFT"
+        )
     return LoraConfig(
-        rank=int(config["r"]), alpha=float(config["lora_alpha"]), rslora=bool(config.get("use_rslora", False)), adapter=str(folder)
+        rank=whole_number(where, "r", config.get("r")),
+        alpha=checked_number(where, "lora_alpha", config.get("lora_alpha")),
+        rslora=checked_flag(where, "use_rslora", config.get("use_rslora") or False),
+        adapter=str(folder),
     )
 
 
@@ -137,34 +140,57 @@ def load_adapter(source: str | Path, spec: ModelSpec) -> tuple[Params, LoraConfi
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"{folder / ADAPTER_WEIGHTS} is missing; a PEFT folder needs it")
     with open_shard(folder / ADAPTER_WEIGHTS, safe_open) as shard:
-        tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118  (not a dict)
+        shapes = {name: shape_of(folder / ADAPTER_WEIGHTS, shard, name) for name in shard.keys()}  # noqa: SIM118  (not a dict)
+        specs = check_adapter(folder, shapes, spec, lora)
+        leaves = {path: read_leaf(folder, shard, adapter_names(spec, path[1], path[2]), p.shape) for path, p in specs.items()}
+    targets = list(dict.fromkeys(path[1] for path in specs))
+    return nest(leaves), LoraConfig(rank=lora.rank, alpha=lora.alpha, rslora=lora.rslora, targets=targets, adapter=str(source))
+
+
+def check_adapter(
+    folder: Path, shapes: dict[str, tuple[int, ...]], spec: ModelSpec, lora: LoraConfig
+) -> dict[tuple[str, ...], ParamSpec]:
+    """Checks the names and shapes in an adapter's header, before any value is read.
+
+    Returns:
+        The matrices that the adapter has, by their path.
+
+    Raises:
+        ModelError: a tensor is missing, too many, or has another shape.
+    """
     targets = [
-        t for t in LINEAR_TARGETS if any(re.search(rf"\.{peft_target(spec, t)}\.lora_[AB]\.weight$", name) for name in tensors)
+        t for t in LINEAR_TARGETS if any(re.search(rf"\.{peft_target(spec, t)}\.lora_[AB]\.weight$", name) for name in shapes)
     ]
-    leaves: dict[tuple[str, ...], jax.Array] = {}
-    for path, p in lora_specs(spec, lora.rank, tuple(targets)).items():
-        parts = []
+    specs, unused = lora_specs(spec, lora.rank, tuple(targets)), set(shapes)
+    for path, p in specs.items():
+        expected = (p.shape[-1], p.shape[-2])
         for name in adapter_names(spec, path[1], path[2]):
-            if name not in tensors:
+            if name not in shapes:
                 raise ModelError(
                     f"{folder}: tensor {name} is missing: the adapter does not cover every layer of this {spec.layers}-layer model"
                 )
-            tensor = tensors.pop(name)
-            require_finite(folder / ADAPTER_WEIGHTS, name, tensor)
-            expected = (p.shape[-1], p.shape[-2])
-            if tensor.shape != expected:
+            unused.discard(name)
+            if shapes[name] != expected:
                 raise ModelError(
-                    f"{folder}: tensor {name} has shape {tensor.shape}; this model and rank {lora.rank} ask for {expected}"
+                    f"{folder}: tensor {name} has shape {shapes[name]}; this model and rank {lora.rank} ask for {expected}"
                 )
-            parts.append(tensor.T.astype(np.float32))
-        leaves[path] = jnp.asarray(np.stack(parts).reshape(p.shape))
-    if tensors:
+    if unused:
         raise ModelError(
-            f"{folder}: {len(tensors)} tensors do not belong to this {spec.family} model: {', '.join(sorted(tensors)[:3])}"
+            f"{folder}: {len(unused)} tensors do not belong to this {spec.family} model: {', '.join(sorted(unused)[:3])}"
         )
-    if not leaves:
+    if not specs:
         raise ModelError(f"{folder / ADAPTER_WEIGHTS} holds no adapter")
-    return nest(leaves), LoraConfig(rank=lora.rank, alpha=lora.alpha, rslora=lora.rslora, targets=targets, adapter=str(source))
+    return specs
+
+
+def read_leaf(folder: Path, shard: Any, names: list[str], shape: tuple[int, ...]) -> jax.Array:
+    """Reads one stack of adapter matrices in this model's (in, out) order, float32; ModelError where a value is not finite."""
+    parts = []
+    for name in names:
+        tensor = shard.get_tensor(name)
+        require_finite(folder / ADAPTER_WEIGHTS, name, tensor)
+        parts.append(tensor.T.astype(np.float32))
+    return jnp.asarray(np.stack(parts).reshape(shape))
 
 
 def save_adapter(folder: Path, spec: ModelSpec, adapters: Params, lora: LoraConfig, base_name: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +118,12 @@ def test_a_pickle_or_any_other_file_is_refused(tmp_path: Path, name: str) -> Non
         ("r.jsonl", b'{"prompt": "a"}\n{"prompt": "\xff"}\n', r"r\.jsonl, line 2: not UTF-8"),
         ("r.json", b'[{"prompt": "a"},\n {"prompt": }]', r"r\.json, line 2, column 13"),
         ("r.json", b'[{"prompt": "a"}, 5]', r"r\.json, row 1 \(counting from 0\): expected a dict of columns, not 5"),
-        ("r.json", b"\xff\xfe", r"r\.json: not UTF-8"),
+        ("r.json", b"\xff\xfe", r"r\.json, line 1: not UTF-8"),
         ("r.json", b'{\n "train": []\n}', r"r\.json, line 1, column 2"),
         ("r.csv", b"prompt,answer\na,1\nb\n", r"r\.csv, line 3: 1 fields where the header has 2 \(prompt, answer\)"),
         ("r.csv", b"prompt,prompt\na,1\n", r"r\.csv, line 1: column names must differ"),
         ("r.csv", b'prompt\na\n"b', r"r\.csv, line 3: unexpected end of data"),
-        ("r.csv", b"prompt\n\xff\n", r"r\.csv: not UTF-8"),
+        ("r.csv", b"prompt\n\xff\n", r"r\.csv, line 2: not UTF-8"),
         ("r.parquet", b"PAR1 no", r"r\.parquet cannot be read as Parquet"),
         ("r.jsonl", b"\n", r"r\.jsonl has no rows"),
         ("r.json", b"[]", r"r\.json has no rows"),
@@ -201,3 +203,65 @@ def test_errors_of_the_hub_name_the_setting(monkeypatch: pytest.MonkeyPatch, err
 def test_gsm8k_is_read_in_full(shared_data: Path) -> None:
     assert (len(read(shared_data / "gsm8k")), len(read(shared_data / "gsm8k", "test"))) == (7473, 1319)
     assert read(shared_data / "gsm8k", "test")[0]["answer"].endswith("#### 18")
+
+
+def test_a_jsonl_file_takes_some_bytes_of_memory_a_row_however_long_its_rows_are(tmp_path: Path) -> None:
+    count = 4000
+    path = write(tmp_path / "rows.jsonl", [{"prompt": f"{number} " + "x" * 300, "answer": number} for number in range(count)])
+    read(path)  # imports
+    tracemalloc.start()
+    try:
+        table = read(path)
+        taken_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken_bytes < 60 * count  # a dict with its texts takes 700
+    assert [table[number]["answer"] for number in (0, 1, count - 1)] == [0, 1, count - 1]
+
+
+def test_rows_stay_those_that_were_checked_where_the_file_is_replaced(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl")
+    table = read(path)
+    write(tmp_path / "other.jsonl", [{"prompt": "x"}]).replace(path)
+    assert as_list(table) == ROWS
+    path = write(tmp_path / "rows.jsonl")
+    table = read(path)
+    path.write_text("x" * 200)
+    with pytest.raises(DataError, match=r"rows\.jsonl, line 3, column 1: Expecting value"):
+        table[1]
+
+
+def test_parts_of_a_split_are_one_table_with_the_columns_of_all(tmp_path: Path) -> None:
+    write(tmp_path / "train-00000-of-00003.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+    write(tmp_path / "train-00001-of-00003.parquet", [{"prompt": "c", "answer": "3"}])
+    write(tmp_path / "train-00002-of-00003.json", [{"prompt": "d"}, {"answer": "5"}])
+    assert [tuple(row.values()) for row in as_list(read(tmp_path))] == [
+        ("a", None),
+        ("b", None),
+        ("c", "3"),
+        ("d", None),
+        (None, "5"),
+    ]
+
+
+def test_a_csv_field_may_have_a_megabyte_and_the_limit_of_other_readers_stays(tmp_path: Path) -> None:
+    before = csv.field_size_limit()
+    assert read(write(tmp_path / "r.csv", [{"prompt": "a" * 10**6, "answer": "\x00"}]))[0]["prompt"] == "a" * 10**6
+    assert csv.field_size_limit() == before
+
+
+def test_a_parquet_file_with_bad_texts_or_columns_is_named(tmp_path: Path) -> None:
+    text = pyarrow.Array.from_buffers(
+        pyarrow.string(), 1, [None, pyarrow.array([0, 2], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"\xff\xfe")]
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": text}), tmp_path / "r.parquet")
+    with pytest.raises(DataError, match=r"r\.parquet cannot be read as Parquet: .*UTF-?8"):
+        read(tmp_path / "r.parquet")
+    time = pyarrow.array([-(10**14)], pyarrow.timestamp("s"))
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "time": time}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"t\.parquet, row 0 \(counting from 0\) cannot be read"):
+        read(tmp_path / "t.parquet")[0]
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], ["prompt", "prompt"])
+    pyarrow.parquet.write_table(twice, tmp_path / "d.parquet")
+    with pytest.raises(DataError, match=r"d\.parquet: column names must differ"):
+        read(tmp_path / "d.parquet")

@@ -189,8 +189,8 @@ assert dict(os.environ) == before
     [
         ("one two three", 7, 2, "token id 7 ('three') is beyond the model's vocabulary, which has 7 ids by its config.json"),
         ("one two three", 9, 9, "token id 9 is beyond"),
-        ("one two three", 9, 10**12, "token id 1000000000000 is beyond"),
-        ("one two three", 9, -5, "token id -5 is beyond"),
+        ("one two three", 9, 10**12, "generation_config.json: eos_token_id is 1000000000000: use a token id from 0 on"),
+        ("one two three", 9, -5, "generation_config.json: eos_token_id is -5: use a token id from 0 on"),
     ],
 )
 def test_ids_beyond_the_models_vocabulary_are_refused_while_reading(

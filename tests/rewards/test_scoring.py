@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import subprocess
 import sys
@@ -309,3 +310,37 @@ def test_rewards_do_not_import_jax() -> None:
         "import sys, grpo_jax.rewards; sys.exit(any(name in sys.modules for name in ('jax', 'flax', 'transformers', 'datasets')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Judge:
+    """A callable object, whose first parameter is `self`, and a method."""
+
+    def __call__(self, completions: list[str], **columns: Any) -> list[float]:
+        assert "self" not in columns
+        return [float(len(text) + columns["answer"][0]) for text in completions]
+
+    def score(self, completions: list[str], **columns: Any) -> list[float]:
+        assert "self" not in columns
+        return [1.0] * len(completions)
+
+
+def test_a_column_called_self_reaches_functions_and_no_method() -> None:
+    def function(completions: list[str], **columns: Any) -> list[float]:
+        return [float(value) for value in columns["self"]]
+
+    functions: list[tuple[str, RewardFunction]] = [
+        ("text", raising_on("none")),
+        ("object", Judge()),
+        ("method", Judge().score),
+        ("partial", functools.partial(Judge().score, answer=[0])),
+        ("function", function),
+    ]
+    batch = scored(functions, ["ab", "c"], columns={"self": [5, 6], "answer": [1, 1]}, prompts=["p", "p"])
+    assert batch.failures == []
+    assert {name: values.tolist() for name, values in batch.per_function.items()} == {
+        "text": [2.0, 1.0],
+        "object": [3.0, 2.0],
+        "method": [1.0, 1.0],
+        "partial": [1.0, 1.0],
+        "function": [5.0, 6.0],
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 import types
 from dataclasses import replace
@@ -340,3 +341,15 @@ def test_wandb_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"train\.track: 'wandb' is not installed; run pip install"):
         tracker_callbacks(Config.from_dict({"train": {"track": "wandb"}}), tmp_path / "run", writes=True)
+
+
+def test_a_models_text_is_no_control_code_in_the_records(tmp_path: Path) -> None:
+    """What a terminal obeys is an escape in the file (`cat completions.jsonl`), and the same text where it is read."""
+    text = "a\x1b[2J\x07\x9b1m\x7f\u2028\u202egnp\ud800 é\\u009b"
+    records = RecordFile(tmp_path / "r.jsonl")
+    records.append({"step": 1, "completion": text, text: 2})
+    records.close()
+    raw = (tmp_path / "r.jsonl").read_bytes().decode("utf-8")
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\ud800-\udfff]", raw)
+    assert "é" in raw
+    assert records.read() == [{"step": 1, "completion": text, text: 2}]

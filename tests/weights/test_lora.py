@@ -139,7 +139,7 @@ def drop(folder: Path, name: str) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
-    "DoRA": (lambda f: edit(f, use_dora=True), {}, "use_dora = True is not supported"),
+    "DoRA": (lambda f: edit(f, use_dora=True), {}, "use_dora = true is not supported"),
     "trained biases": (lambda f: edit(f, bias="all"), {}, "bias = 'all' is not supported"),
     "ranks by layer": (lambda f: edit(f, rank_pattern={"q_proj": 8}), {}, "rank_pattern"),
     "whole modules": (lambda f: edit(f, modules_to_save=["lm_head"]), {}, r"modules_to_save = \['lm_head'\]"),
@@ -149,8 +149,8 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         {},
         "'pissa_niter_4' changed the base",
     ),
-    "no rank": (lambda f: edit(f, r=None), {}, "r is None; it must be a number"),
-    "no alpha": (lambda f: edit(f, lora_alpha="big"), {}, "lora_alpha is 'big'"),
+    "no rank": (lambda f: edit(f, r=None), {}, "r is null: use a whole number from 1 to 65,536"),
+    "no alpha": (lambda f: edit(f, lora_alpha="big"), {}, "lora_alpha is 'big': use a number"),
     "another rank": (lambda f: edit(f, r=8), {}, r"q_proj\.lora_A\.weight has shape \(4, 32\).*rank 8 ask for \(8, 32\)"),
     "no config": (lambda f: (f / CONFIG).unlink(), {}, "adapter_config.json is missing"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), {}, "adapter_model.safetensors is missing"),
