@@ -1,4 +1,4 @@
-"""Digests of the files of a folder: written next to them before the folder gets its final name, and checked before it is read.
+"""Digests of the files of a folder: written next to them once they are complete, and checked before the folder is read.
 
 The digest is SHA-256, which `sha256sum` shows too and for which processors have instructions: CPython's BLAKE2b takes 1.7 times as
 long. The list of digests ends with a digest of itself, so that every changed bit of the folder is found, whichever file it is in.
@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from grpo_jax.runtime.files import replacing
+
 DIGESTS = "digests.json"
 THREADS = 4
 """Files that are read at once; hashing lets other Python threads run."""
@@ -22,27 +24,26 @@ class DamagedError(ValueError):
     """A folder is not as it was written. The message names the file."""
 
 
-def write_digests(folder: Path, ignored: Iterable[str] = ()) -> None:
-    """Writes the digest and the size of every file of a folder into its `digests.json`.
+def write_digests(folder: Path, names: Sequence[str]) -> None:
+    """Writes the digest and the size of files of a folder into its `digests.json`.
 
     Args:
-        folder: All files in it are complete.
-        ignored: Names of files at the top of the folder that are not listed, because they are written later.
+        names: Of the files, relative to the folder; all of them are complete.
     """
-    names = listed(folder, ignored)
     files = {
         name: {"sha256": digest, "bytes": (folder / name).stat().st_size}
         for name, digest in zip(names, file_digests([folder / name for name in names]), strict=True)
     }
     content = json.dumps({"files": files}, indent=1).encode() + b"\n"
-    (folder / DIGESTS).write_bytes(content + hashlib.sha256(content).hexdigest().encode() + b"\n")
+    with replacing(folder / DIGESTS) as unfinished:
+        unfinished.write_bytes(content + hashlib.sha256(content).hexdigest().encode() + b"\n")
 
 
-def verify_digests(folder: Path, ignored: Iterable[str] = ()) -> None:
+def verify_digests(folder: Path, ignored: Iterable[str] | None = None) -> None:
     """Compares every file of a folder with `digests.json`.
 
     Args:
-        ignored: As it was given to `write_digests`.
+        ignored: Names of files at the top of the folder that may be there without a digest; None allows all.
 
     Raises:
         DamagedError: A file is missing, was added or has changed; the first one is named.
@@ -57,7 +58,7 @@ def verify_digests(folder: Path, ignored: Iterable[str] = ()) -> None:
             raise
         if size != values["bytes"]:
             raise DamagedError(f"{folder / name} is damaged: it has {size} bytes instead of {values['bytes']}")
-    added = [name for name in listed(folder, ignored) if name not in expected]
+    added = [] if ignored is None else [name for name in listed(folder, ignored) if name not in expected]
     if added:
         raise DamagedError(f"{folder / added[0]} is damaged: it was not there when the checkpoint was written")
     for name, digest in zip(expected, file_digests([folder / name for name in expected]), strict=True):
