@@ -1,4 +1,4 @@
-"""An error that ends a run: the state of the last finished step is saved where it is intact, and the error says which step it was."""
+"""An error that ends a run: the state of the last finished step is saved if it is intact, and the error names the step."""
 
 from __future__ import annotations
 

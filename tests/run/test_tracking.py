@@ -64,9 +64,8 @@ def test_a_tracker_that_does_not_answer_is_dropped_and_never_waited_for(monkeypa
     for _ in range(8):
         thread.call(lambda: said.append("called"))
     thread.close()
-    assert said == [
-        "the tracker mine has not answered while 5 calls were made. It gets no more metrics; the run goes on, and metrics.jsonl has them"
-    ]
+    assert len(said) == 1
+    assert said[0].startswith("the tracker mine has not answered while 5 calls were made. It gets no more metrics; the run goes on")
     never.set()
 
 
