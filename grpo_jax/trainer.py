@@ -283,13 +283,15 @@ class Trainer:
         self.folder = folder
         checkpoints = self._checkpoints = Checkpointer(folder.checkpoints, config.train.keep_checkpoints, warn)
         self.steps_done, seconds = checkpoints.latest_step() or 0, 0.0
+        for line in checkpoints.damaged:
+            warn(line)
         self._inputs = self._step.inputs()
         if self.steps_done:
             stored = checkpoints.host(self.steps_done).get("inputs", {})
             for line in check_inputs(stored, self._inputs, folder.path, accept=config.train.accept_changed_inputs):
                 warn(f"the resumed run goes on with another {line}")
-        for line in [*checkpoints.damaged, *folder.cut_back(self.steps_done)]:
-            self.display.warning(line)
+        for line in folder.cut_back(self.steps_done):
+            warn(line)
         if self.steps_done:
             self.state, stored = checkpoints.restore(self.state)
             seconds, self.skipped_in_a_row = float(stored["seconds"]), stored["skipped_in_a_row"]

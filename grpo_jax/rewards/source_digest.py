@@ -9,26 +9,24 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
-from grpo_jax.rewards.protocol import ColumnReward, RewardFunction, TextReward
-
-PLAIN = (bool, int, float, str, bytes, tuple, frozenset, re.Pattern)
+from grpo_jax.rewards.protocol import RewardFunction
 
 
 def source_digest(function: RewardFunction) -> str | None:
     """Returns the SHA-256 digest of a function's source; None where there is none to compare, as for a built-in."""
-    if isinstance(function, TextReward | ColumnReward):
-        return None
     if isinstance(function, functools.partial):
         inner = source_digest(function.func)
-        arguments = repr((function.args, sorted(function.keywords.items())))
-        plain = all(isinstance(value, PLAIN | None) for value in (*function.args, *function.keywords.values()))  # type: ignore[operator]
-        return inner if inner is None or not plain else hashlib.sha256(f"{inner} {arguments}".encode()).hexdigest()
+        arguments = [*function.args, *(value for pair in sorted(function.keywords.items()) for value in pair)]
+        return inner and hashlib.sha256(f"{inner} {[constant(value) for value in arguments]}".encode()).hexdigest()
     target: Any = function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
+    if target.__module__ is None or target.__module__.partition(".")[0] == "grpo_jax":
+        return None
     digest = hashlib.sha256()
     try:
         for text in sources(inspect.unwrap(target), set()):
@@ -46,16 +44,25 @@ def sources(target: Any, seen: set[int]) -> Iterator[str]:
     yield inspect.getsource(target)
     functions = [target] if inspect.isroutine(target) else [f for f in vars(target).values() if inspect.isfunction(f)]
     for function in functions:
-        function = inspect.unwrap(inspect.unwrap(function))
+        function = inspect.unwrap(function)
         if not isinstance(function, FunctionType):
             continue
         for name in sorted(set(names_in(function.__code__))):
             value = function.__globals__.get(name)
-            own = getattr(value, "__module__", None) == function.__module__
-            if own and (inspect.isfunction(value) or inspect.isclass(value)):
+            if (inspect.isfunction(value) or inspect.isclass(value)) and value.__module__ == function.__module__:
                 yield from sources(inspect.unwrap(value), seen)
-            elif name.isupper() and isinstance(value, PLAIN):
-                yield f"{name} = {value!r}"
+            elif name.isupper() and (text := constant(value)) is not None:
+                yield f"{name} = {text}"
+
+
+def constant(value: Any) -> str | None:
+    """The text of a constant: numbers, texts, lists and tuples of them, patterns; None for what may change while a process runs."""
+    if isinstance(value, re.Pattern):
+        return f"{value.pattern!r} {value.flags}"
+    try:
+        return None if isinstance(value, dict) else json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return None
 
 
 def names_in(code: CodeType) -> Iterator[str]:
