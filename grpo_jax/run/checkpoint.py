@@ -28,12 +28,14 @@ import orbax.checkpoint as ocp
 
 from grpo_jax.run.checkpoint_content import by_name, compare, describe, sharding_of
 from grpo_jax.run.checkpoint_errors import CheckpointError, hide_tracebacks, reason, unreadable, unwritable
-from grpo_jax.runtime.digests import DamagedError, listed, verify_digests, write_digests
+from grpo_jax.runtime.digests import DamagedError, EarlyDigests, listed, verify_digests, write_digests
 from grpo_jax.runtime.distributed import broadcast_from_main, is_main, is_multiprocess
 
 HOST, STATE = "host", "state"
 DAMAGED = ".damaged"
 """Ending of the name of a checkpoint that is damaged."""
+UNFINISHED = ".orbax-checkpoint-tmp"
+"""What Orbax adds to the name of a folder until it is complete."""
 COMMIT_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 """Files that Orbax writes when it commits a checkpoint, after the digests; nothing is restored from them."""
 RETRY_SECONDS = (1.0, 3.0, 10.0, 30.0)
@@ -63,6 +65,7 @@ class Checkpointer:
         self._keep, self._warn = keep, warn
         self._current: set[int] = set()  # steps that this object has saved or restored
         self._verified: set[int] = set()  # steps with the right digests
+        self._early: EarlyDigests | None = None  # of the checkpoint that is being written
         self._saving = -1  # the step that is being written in the background; -1 where none is
         if keep is None and not self.folder.is_dir():
             raise CheckpointError(f"{folder}: no folder with checkpoints; give the folder of a run that has saved one")
@@ -110,6 +113,8 @@ class Checkpointer:
         failure = self._settle()
         if step in self._current:
             return
+        if failure is not None and is_multiprocess():
+            raise unwritable(self.folder, previous, failure) from failure
         wait = wait or failure is not None
         if failure is not None and previous != step:
             self._warn(f"the checkpoint of step {previous} could not be written ({reason(failure)}); step {step} is saved instead")
@@ -142,6 +147,7 @@ class Checkpointer:
             return error
         finally:
             self._saving = -1
+            self._end_early_digests()
         return None
 
     def _write(self, step: int, arrays: dict[str, Any], content: dict[str, Any], wait: bool) -> Exception | None:
@@ -154,6 +160,7 @@ class Checkpointer:
                     self._manager.delete(old)
                     self._verified.discard(old)
             self._saving = step
+            self._early = EarlyDigests(lambda: data_files(self.folder, step)) if is_main() else None
             args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave(content))
             # The copy to the host is intended, and happens before this returns. On CPU Orbax keeps a view instead of a copy; JAX
             # then does not reuse the buffer, so that a later step to which the state is donated writes elsewhere.
@@ -168,13 +175,14 @@ class Checkpointer:
 
     def _discard(self, step: int) -> None:
         """Removes what is left of a checkpoint that could not be written, so that its space is free again."""
+        self._end_early_digests()
         self._current.discard(step)
         with contextlib.suppress(Exception):
             self._manager.close()
         if is_main():
-            for left in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+            for left in self.folder.glob(f"{step}{UNFINISHED}*"):
                 shutil.rmtree(left, ignore_errors=True)
-        if self.folder.is_dir():
+        if self.folder.is_dir() and not is_multiprocess():
             with contextlib.suppress(Exception):  # then the next save has the error
                 self._manager = self._new_manager()
 
@@ -240,8 +248,16 @@ class Checkpointer:
         """Writes the digests of the checkpoint that is about to be committed; Orbax's background thread calls it."""
         if not is_main():
             return
-        (folder,) = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
-        write_digests(folder, listed(folder, COMMIT_FILES))
+        (folder,) = self.folder.glob(f"{self._saving}{UNFINISHED}*")
+        early = self._end_early_digests()
+        write_digests(folder, listed(folder, COMMIT_FILES), early)
+
+    def _end_early_digests(self) -> EarlyDigests | None:
+        """Ends the hashing of the checkpoint that is being written, and returns what was hashed."""
+        early, self._early = self._early, None
+        if early is not None:
+            early.close()
+        return early
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """Reads a checkpoint.
@@ -356,3 +372,11 @@ class Checkpointer:
                 return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
         except Exception as error:  # Orbax, TensorStore and the file system raise different types
             raise unreadable(self.folder / str(step), error) from error
+
+
+def data_files(folder: Path, step: int) -> list[Path]:
+    """Lists the files with arrays that are complete in a checkpoint that is being written.
+
+    TensorStore writes each into a file with the ending `.__lock`, and renames it when it is on disk.
+    """
+    return [path for path in folder.glob(f"{step}{UNFINISHED}*/state*/**/d/*") if not path.name.endswith(".__lock")]

@@ -73,6 +73,7 @@ class RecordFile:
                 unwritten = unwritten[os.write(self._file, unwritten) :]
             self._end = os.fstat(self._file).st_size
         except OSError as error:
+            self._cut_unfinished()
             self._close_file()
             if not self._warned:
                 self._warned = True
@@ -81,14 +82,22 @@ class RecordFile:
         self._waiting.clear()
         if self._warned:
             self._warned = False
-            self._warn(f"{self.path} can be written again, and no record is missing")
+            self._warn(f"{self.path} can be written again, with the records that waited")
 
     def _open(self) -> None:
         """Opens the file, and removes from its end what a write that failed has left of a record."""
         self._close_file()
         self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        if self._end is not None and os.fstat(self._file).st_size > self._end:
-            os.ftruncate(self._file, self._end)
+        if self._end is None:
+            self._end = os.fstat(self._file).st_size
+        self._cut_unfinished()
+
+    def _cut_unfinished(self) -> None:
+        """Removes what is behind the last record that was written whole, if the file is open and that can be done now."""
+        if self._file is not None and self._end is not None:
+            with contextlib.suppress(OSError):
+                if os.fstat(self._file).st_size > self._end:
+                    os.ftruncate(self._file, self._end)
 
     def read(self) -> list[dict[str, Any]]:
         """Returns every complete record, also those that are not on disk yet; [] where there is no file."""
