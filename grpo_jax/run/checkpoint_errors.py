@@ -43,8 +43,9 @@ def reason(error: Exception) -> str:
 
 def hide_tracebacks() -> None:
     """Leaves out the tracebacks that Orbax's threads log: each of these errors is raised too."""
-    logging.getLogger("absl").addFilter(_is_shown)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_is_shown)
 
 
 def _is_shown(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and "orbax" in record.pathname)
+    return not (record.exc_info and "orbax" in f"{record.pathname} {record.msg}")

@@ -34,6 +34,9 @@ from grpo_jax.run.resume import RunFolderError, check_run_folder
 
 ROWS = additions()
 
+# TensorStore calls back into event loops that Orbax has closed after the first error.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -221,6 +224,10 @@ class Disks(gx.Callback):
 
     def __init__(self, disk: FullDisk, full_after: int, free_after: int) -> None:
         self.disk, self.full_after, self.free_after = disk, full_after, free_after
+
+    def on_save(self, trainer: gx.Trainer) -> None:
+        if trainer.steps_done < self.full_after:
+            trainer.open()[1].wait()
 
     def on_step_end(self, trainer: gx.Trainer, metrics: dict[str, Any], completions: Any) -> None:
         if trainer.steps_done == self.full_after:
