@@ -38,6 +38,8 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 """What Orbax adds to the name of a folder until it is complete."""
 COMMIT_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 """Files that Orbax writes when it commits a checkpoint, after the digests; nothing is restored from them."""
+LEAST_FILE_BYTES, MOST_FILES = 2**24, 64
+"""The arrays of a checkpoint are written into files of at least this size, and about this many at most."""
 RETRY_SECONDS = (1.0, 3.0, 10.0, 30.0)
 """Waits between the tries to write a checkpoint. With several processes there is one try: they would have to agree on each."""
 
@@ -161,7 +163,8 @@ class Checkpointer:
                     self._verified.discard(old)
             self._saving = step
             self._early = EarlyDigests(lambda: data_files(self.folder, step)) if is_main() else None
-            args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave(content))
+            tree = ocp.args.PyTreeSave(arrays, ocdbt_target_data_file_size=data_file_bytes(arrays))
+            args = ocp.args.Composite(state=tree, host=ocp.args.JsonSave(content))
             # The copy to the host is intended, and happens before this returns. On CPU Orbax keeps a view instead of a copy; JAX
             # then does not reuse the buffer, so that a later step to which the state is donated writes elsewhere.
             with jax.transfer_guard("allow"):
@@ -278,7 +281,7 @@ class Checkpointer:
         expected = by_name(abstract_state)
         compare(content["arrays"], {name: describe(leaf) for name, leaf in expected.items()}, self.folder / str(step))
         target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(leaf)) for name, leaf in expected.items()}
-        arrays = self._read(step, STATE, ocp.args.StandardRestore(target))
+        arrays = self._read(step, STATE, ocp.args.PyTreeRestore(target, ocp.checkpoint_utils.construct_restore_args(target)))
         self._current.add(step)
         leaves = [arrays[name] for name in expected]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), content["host"]
@@ -372,6 +375,11 @@ class Checkpointer:
                 return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
         except Exception as error:  # Orbax, TensorStore and the file system raise different types
             raise unreadable(self.folder / str(step), error) from error
+
+
+def data_file_bytes(arrays: dict[str, Any]) -> int:
+    """Chooses the size of a checkpoint's data files: some dozens of files, which are hashed while others are being written."""
+    return max(LEAST_FILE_BYTES, sum(array.nbytes for array in arrays.values()) // MOST_FILES)
 
 
 def data_files(folder: Path, step: int) -> list[Path]:

@@ -108,9 +108,8 @@ def test_two_hundred_flipped_bits_are_found_or_harmless(finished: Path, copy: Pa
         flip(path, bit)
         try:
             (verdict,) = verify(checkpoint if checkpoint in path.parents else adapter)
-            if (
-                path.parent == checkpoint and path.name in COMMIT_FILES
-            ):  # nothing is read from them: what is restored is what was saved
+            if path.parent == checkpoint and path.name in COMMIT_FILES:
+                # Nothing is read from them: what is restored is what was saved.
                 assert verdict.damage == ""
                 with Checkpointer(copy / "checkpoints", keep=None) as reader:
                     restored, host = reader.restore(state(0))
@@ -124,34 +123,41 @@ def test_two_hundred_flipped_bits_are_found_or_harmless(finished: Path, copy: Pa
         finally:
             flip(path, bit)
     assert found + harmless == FLIPS
-    assert harmless < FLIPS / 10
+    assert found > 0.8 * FLIPS
     assert all(verdict.damage == "" for verdict in verify(copy))  # every bit is back
 
 
 @pytest.mark.parametrize("damage", [truncate, Path.unlink])
-def test_damage_to_every_file_of_a_run_is_named(
-    copy: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damage_to_every_file_of_a_run_is_named(copy: Path, damage: Callable[[Path], None]) -> None:
     for path in files_of(copy.parent):
+        if path.parent == copy and damage is Path.unlink:
+            continue  # records and settings that are gone were perhaps never written
         commit_file = path.parent.name.isdecimal() and path.name in COMMIT_FILES
-        if commit_file or path.name == "settings.json" or "tensorboard" in path.parts:
+        export_without_digests = path.name == DIGESTS and damage is Path.unlink and not path.parent.name.isdecimal()
+        if commit_file or export_without_digests or path.name in ("settings.json", "config.yaml") or "tensorboard" in path.parts:
             continue
-        if damage is Path.unlink and path.name in ("metrics.jsonl", "config.yaml", DIGESTS):
-            continue  # what was never written is not missed
         content = path.read_bytes()
-        damage(path)
-        broken_line = path.name == "metrics.jsonl"
-        if broken_line:
-            path.write_bytes(b'{"step"\n' + content)
-        status = cli.main(["verify", str(copy), str(copy.parent / "merged")])
-        printed = capsys.readouterr().out
+        if path.name == "metrics.jsonl":
+            path.write_bytes(content[:5] + content[7:])
+        else:
+            damage(path)
+        damaged = [verdict.damage for folder in (copy, copy.parent / "merged") for verdict in verify(folder) if verdict.damage]
         path.write_bytes(content)
-        if path.name == "config.yaml" and status == 0:
-            continue  # half of it is a config too
-        assert status == 1, path
-        assert printed.count("\ndamaged  ") + printed.startswith("damaged  ") == 1
-        assert f"damaged  {path} is damaged: " in printed
-    assert cli.main(["verify", str(copy)]) == 0
+        assert len(damaged) == 1, path
+        assert damaged[0].startswith(f"{path} is damaged: ")
+    assert not any(verdict.damage for verdict in verify(copy))
+
+
+def test_the_command_names_damage_and_ends_with_status_1(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = copy / "checkpoints" / "1" / "host" / "metadata"
+    truncate(path)
+    (copy / "config.yaml").write_text("train: {steps: many}\n")
+    assert cli.main(["verify", str(copy), str(copy.parent / "merged")]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"damaged  {path} is damaged: it has ")
+    assert [line.split("  ")[0] for line in lines[:-1]] == ["damaged", "ok", "ok", "damaged", "ok", "ok"]
+    assert lines[3].startswith(f"damaged  {copy / 'config.yaml'} is damaged: train.steps is 'many'")
+    assert lines[-1] == "6 verified, 2 damaged"
 
 
 def test_a_damaged_adapter_is_refused_where_it_is_read(copy: Path) -> None:
