@@ -34,7 +34,8 @@ def describe_inputs(
         names = (name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if (adapter / name).is_file())
         inputs |= {f"adapter file {name}": fingerprint(adapter / name) for name in names}
     inputs["training rows"] = describe_rows(train)
-    inputs["held-out rows"] = describe_rows(held_out)
+    if len(held_out) and held_out.table is not train.table:  # else the settings and the training rows decide them
+        inputs["held-out rows"] = describe_rows(held_out)
     return inputs | {f"source of reward {name}": tagged(source_digest(function)) for name, function in functions}
 
 
@@ -54,7 +55,7 @@ def changed_inputs(stored: Mapping[str, str | None], now: Mapping[str, str | Non
     for name in dict.fromkeys([*stored, *now]):
         before, after = stored.get(name), now.get(name)
         missing = name not in stored or name not in now
-        if name != REVISION and before != after and (missing or None not in (before, after)):
+        if name != REVISION and (missing or (before != after and None not in (before, after))):
             lines.append(f"{name}: {shown(stored, name)} -> {shown(now, name)}")
     if any(line.startswith("model file") for line in lines) and stored.get(REVISION) != now.get(REVISION):
         lines.insert(0, f"{REVISION}: {stored.get(REVISION)} -> {now.get(REVISION)}")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from plain_oracles import quick_compiling
 from shared_programs import shared_programs
-from tiny_runs import additions, assert_same_arrays, config_of, letters, saved_weights, settings, words_of, write_rows
+from tiny_runs import additions, assert_same_arrays, config_of, letters
 
 import grpo_jax as gx
 from grpo_jax import cli
@@ -105,21 +105,9 @@ def test_an_error_in_the_first_step_says_that_nothing_was_saved(tmp_path: Path) 
     assert train(tmp_path).summary["steps"] == 4
 
 
-def test_the_command_shows_the_step_and_what_was_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_rows(tmp_path / "rows.jsonl", ROWS)
-    metrics = repr(str(tmp_path / "run" / "metrics.jsonl"))
-    (tmp_path / "mine.py").write_text(
-        "from os.path import exists\n\n\n"
-        "def mine(completions):\n"
-        f"    if exists({metrics}):\n"
-        "        raise ValueError('no')\n"
-        "    return [len(text) / 8 for text in completions]\n"
-    )
-    sections = {
-        "data": {"path": str(tmp_path / "rows.jsonl")},
-        "rewards": {"functions": [f"{tmp_path}/mine.py:mine"], "workers": 0},
-    }
-    assert cli.main(["train", *words_of(settings(tmp_path / "run", **sections))]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[-2:] == ["       in step 2", "       the state after step 1 is saved; --resume (resume=True) goes on from it"]
-    assert saved_weights(tmp_path / "run", 1) is not None
+def test_the_command_shows_the_notes_of_an_error() -> None:
+    error = RewardError("too many failed\nrow 3: no")
+    error.add_note("in step 2")
+    error.add_note("the state after step 1 is saved")
+    expected = "error: too many failed\n       row 3: no\n       in step 2\n       the state after step 1 is saved"
+    assert cli.error_block(error) == expected
