@@ -124,7 +124,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_the_uninterrupted_one(
     with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else RewardError):
         train(config, stopping(at, error))
     assert not (tmp_path / "summary.json").exists()
-    assert len(records(tmp_path / "metrics.jsonl")) > resumes_after
+    assert len(records(tmp_path / "metrics.jsonl")) >= resumes_after
     capsys.readouterr()
     resumed = train(config, resume=True)
     printed = capsys.readouterr().out
