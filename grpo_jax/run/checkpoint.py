@@ -120,16 +120,14 @@ class Checkpointer:
         wait = wait or failure is not None
         if failure is not None and previous != step:
             self._warn(f"the checkpoint of step {previous} could not be written ({reason(failure)}); step {step} is saved instead")
-        seconds = () if is_multiprocess() else RETRY_SECONDS
-        for number in range(len(seconds) + 1):
+        for seconds in (None,) if is_multiprocess() else (*RETRY_SECONDS, None):
             failure = self._write(step, arrays, content, wait)
             if failure is None:
                 return
-            if number < len(seconds):
-                said = f"the checkpoint of step {step} cannot be written ({reason(failure)})"
-                self._warn(f"{said}; trying again in {seconds[number]:g} s")
-                time.sleep(seconds[number])
-        raise unwritable(self.folder, step, failure) from failure
+            if seconds is None:
+                raise unwritable(self.folder, step, failure) from failure
+            self._warn(f"the checkpoint of step {step} cannot be written ({reason(failure)}); trying again in {seconds:g} s")
+            time.sleep(seconds)
 
     def failed(self) -> bool:
         """Whether the last save has ended without a checkpoint; does not wait, and is False with several processes."""

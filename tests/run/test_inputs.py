@@ -162,6 +162,10 @@ def test_a_checkpoint_names_what_the_run_was_made_from(trained: Path) -> None:
     assert inputs["source of reward mine"].startswith("sha256:")
 
 
+def share(completions: list[str], of: str) -> list[float]:
+    return [text.count(of) / 8 for text in completions]
+
+
 def test_functions_from_python_are_compared_by_what_they_are_made_of(tmp_path: Path) -> None:
     def of(text: str, name: str = "mine") -> str | None:
         path = tmp_path / f"module_{len(list(tmp_path.iterdir()))}.py"
@@ -177,7 +181,8 @@ def test_functions_from_python_are_compared_by_what_they_are_made_of(tmp_path: P
     assert of(REWARD.replace("WEIGHT = 1.0", "WEIGHT = 2.0")) != same
     assert of(REWARD.replace("[a-z]", "[a-b]")) != same
     assert of(REWARD.replace("return len(", "return -len(")) != same
-    assert source_digest(functools.partial(letters, x=1)) != source_digest(functools.partial(letters, x=2))
+    shares = [functools.partial(share, of=letter) for letter in "aba"]
+    assert source_digest(shares[0]) == source_digest(shares[2]) != source_digest(shares[1])
     assert source_digest(gx.number_match()) is None
     assert source_digest(eval("lambda completions: [0.0]")) is None  # there is no source to compare
 
