@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import json
 import shutil
 import time
@@ -28,18 +27,11 @@ import orbax.checkpoint as ocp
 
 from grpo_jax.run.checkpoint_content import by_name, compare, describe, sharding_of
 from grpo_jax.run.checkpoint_errors import CheckpointError, hide_tracebacks, reason, unreadable, unwritable
-from grpo_jax.runtime.digests import DamagedError, EarlyDigests, listed, verify_digests, write_digests
+from grpo_jax.run.checkpoint_files import COMMIT_FILES, UNFINISHED, damage_of, data_file_bytes, data_files, newest_undamaged
+from grpo_jax.runtime.digests import EarlyDigests, listed, write_digests
 from grpo_jax.runtime.distributed import broadcast_from_main, is_main, is_multiprocess
 
 HOST, STATE = "host", "state"
-DAMAGED = ".damaged"
-"""Ending of the name of a checkpoint that is damaged."""
-UNFINISHED = ".orbax-checkpoint-tmp"
-"""What Orbax adds to the name of a folder until it is complete."""
-COMMIT_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
-"""Files that Orbax writes when it commits a checkpoint, after the digests; nothing is restored from them."""
-LEAST_FILE_BYTES, MOST_FILES = 2**24, 64
-"""The arrays of a checkpoint are written into files of at least this size, and about this many at most."""
 RETRY_SECONDS = (1.0, 3.0, 10.0, 30.0)
 """Waits between the tries to write a checkpoint. With several processes there is one try: they would have to agree on each."""
 
@@ -197,7 +189,8 @@ class Checkpointer:
                 what is there.
         """
         self.wait()
-        found = broadcast_from_main(self._newest() if is_main() else None)
+        writes = self._keep is not None
+        found = broadcast_from_main(newest_undamaged(self.folder, self._verified, writes=writes) if is_main() else None)
         self._manager.reload()
         self.damaged += found["damaged"]
         if found["error"]:
@@ -205,45 +198,6 @@ class Checkpointer:
         if found["step"] is not None:
             self._verified.add(found["step"])
         return found["step"]
-
-    def _newest(self) -> dict[str, Any]:
-        """Looks for the newest undamaged checkpoint: {"step": it or None, "damaged": lines, "error": why not, or None}."""
-        damaged: list[str] = []
-        try:
-            steps = (int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
-            for step in sorted(steps, reverse=True):
-                damage = self._damage(step)
-                if damage is None:
-                    return {"step": step, "damaged": damaged, "error": None}
-                if not (self.folder / str(step)).is_dir():
-                    continue  # the run that writes has removed it meanwhile
-                damaged.append(damage if self._keep is None else f"{damage}; the checkpoint is kept as {self._quarantine(step)}")
-            left = sorted(path.name for path in self.folder.glob(f"*{DAMAGED}*"))
-        except OSError as error:
-            return {"step": None, "damaged": damaged, "error": f"{self.folder} cannot be read: {error}"}
-        error = None
-        if damaged or left:
-            error = (
-                f"every checkpoint in {self.folder} is damaged ({', '.join(left) or damaged[0]}), so the run cannot continue. It "
-                "does not start over by itself: choose another train.run_dir, or remove that folder to start at step 0"
-            )
-        return {"step": None, "damaged": damaged, "error": error}
-
-    def _damage(self, step: int) -> str | None:
-        """Says which file of a checkpoint is damaged; None where all are as they were written."""
-        if step not in self._verified:
-            try:
-                verify_digests(self.folder / str(step), COMMIT_FILES)
-            except DamagedError as error:
-                return str(error)
-        return None
-
-    def _quarantine(self, step: int) -> str:
-        """Renames a damaged checkpoint, so that nothing reads or removes it, and returns its new name."""
-        names = (f"{step}{DAMAGED}" + (f"-{number}" if number else "") for number in itertools.count())
-        name = next(name for name in names if not (self.folder / name).exists())
-        (self.folder / str(step)).rename(self.folder / name)
-        return name
 
     def _write_digests(self) -> None:
         """Writes the digests of the checkpoint that is about to be committed; Orbax's background thread calls it."""
@@ -353,7 +307,7 @@ class Checkpointer:
             if step is None:
                 raise CheckpointError(f"{self.folder} holds no complete checkpoint")
             return step
-        damage = broadcast_from_main(self._damage(step) if is_main() else None)
+        damage = broadcast_from_main(damage_of(self.folder / str(step)) if is_main() and step not in self._verified else None)
         if damage is not None:
             raise CheckpointError(damage)
         self._verified.add(step)
@@ -373,16 +327,3 @@ class Checkpointer:
                 return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
         except Exception as error:  # Orbax, TensorStore and the file system raise different types
             raise unreadable(self.folder / str(step), error) from error
-
-
-def data_file_bytes(arrays: dict[str, Any]) -> int:
-    """Chooses the size of a checkpoint's data files: some dozens of files, which are hashed while others are being written."""
-    return max(LEAST_FILE_BYTES, sum(array.nbytes for array in arrays.values()) // MOST_FILES)
-
-
-def data_files(folder: Path, step: int) -> list[Path]:
-    """Lists the files with arrays that are complete in a checkpoint that is being written.
-
-    TensorStore writes each into a file with the ending `.__lock`, and renames it when it is on disk.
-    """
-    return [path for path in folder.glob(f"{step}{UNFINISHED}*/state*/**/d/*") if not path.name.endswith(".__lock")]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo_jax.config import Config, ConfigError
-from grpo_jax.run.checkpoint import COMMIT_FILES
+from grpo_jax.run.checkpoint_files import COMMIT_FILES
 from grpo_jax.run.records import RecordFile
 from grpo_jax.runtime.digests import DIGESTS, DamagedError, read_digests, verify_digests
 

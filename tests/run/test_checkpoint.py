@@ -18,7 +18,8 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax.run.checkpoint import COMMIT_FILES, Checkpointer, CheckpointError
+from grpo_jax.run.checkpoint import Checkpointer, CheckpointError
+from grpo_jax.run.checkpoint_files import COMMIT_FILES
 from grpo_jax.runtime.digests import DIGESTS, read_digests
 from grpo_jax.types import TrainState
 

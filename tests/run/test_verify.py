@@ -19,7 +19,8 @@ from grpo_jax import cli
 from grpo_jax.config import Config, ConfigError, LoraConfig
 from grpo_jax.models.spec import ModelError
 from grpo_jax.policy import Policy
-from grpo_jax.run.checkpoint import COMMIT_FILES, Checkpointer
+from grpo_jax.run.checkpoint import Checkpointer
+from grpo_jax.run.checkpoint_files import COMMIT_FILES
 from grpo_jax.run.folder import RunFolder
 from grpo_jax.run.verify import verify
 from grpo_jax.runtime.digests import DIGESTS
