@@ -1,8 +1,9 @@
-"""The command line: `grpo-jax train | sft | eval | generate | export | plan | bench | profile | quickstart`.
+"""The command line: `grpo-jax train | sft | eval | generate | export | verify | plan | bench | profile | quickstart`.
 
 Each command parses its options, builds the config and calls one function of the package. JAX is imported when a command runs,
 never for `--help`. Every setting is an option `--section.field`, whose help is the entry in the section's docstring. Exit status:
-0; 2 for a mistake of the user's (one block on standard error, no traceback); 130, 143 or 129 for Ctrl-C, SIGTERM or SIGHUP.
+0; 2 for a mistake of the user's (one block on standard error, no traceback); 1 where `verify` finds damage; 130, 143 or 129 for
+Ctrl-C, SIGTERM or SIGHUP.
 
 argparse splits the words and `config.load` gives the values their types, as it does for YAML: one set of rules, and errors that
 name the setting. (jsonargparse would parse quoted text inside a mapping a second time, so that `{year: "2024"}` became a number.)
@@ -32,7 +33,7 @@ from grpo_jax.run.resume import holds_checkpoint, holds_run
 from grpo_jax.runtime.safe_text import safe_text
 from grpo_jax.runtime.stop_signals import RunInterruptedError
 
-USER_ERROR, INTERRUPTED = 2, 130
+DAMAGED, USER_ERROR, INTERRUPTED = 1, 2, 130
 RESUMABLE = ("train", "sft")
 
 
@@ -51,7 +52,7 @@ def main(words: Sequence[str] | None = None) -> int:
     try:
         if rest:
             raise unknown_option(rest[0], arguments)
-        arguments.action(arguments)
+        return arguments.action(arguments) or 0
     except KeyboardInterrupt as error:
         with contextlib.suppress(OSError):  # after SIGHUP there is no terminal
             print(interrupted(words, arguments), file=sys.stderr, flush=True)
@@ -61,7 +62,6 @@ def main(words: Sequence[str] | None = None) -> int:
             raise
         print(error_block(error), file=sys.stderr)
         return USER_ERROR
-    return 0
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -124,6 +124,18 @@ def export(arguments: argparse.Namespace) -> None:
 
     export_run(arguments.run, arguments.out, arguments.format)
     print(f"wrote {arguments.format} to {safe_text(arguments.out, one_line=True)}")
+
+
+def verify(arguments: argparse.Namespace) -> int:
+    """`grpo-jax verify`; returns the exit status."""
+    from grpo_jax.run.verify import verify as run
+
+    verdicts = [verdict for path in arguments.paths for verdict in run(path)]
+    for verdict in verdicts:
+        print(safe_text(str(verdict), one_line=True))
+    damaged = sum(bool(verdict.damage) for verdict in verdicts)
+    print(f"{len(verdicts)} verified, {damaged or 'none'} damaged")
+    return DAMAGED if damaged else 0
 
 
 def quickstart(arguments: argparse.Namespace) -> None:
@@ -262,6 +274,9 @@ def parser() -> argparse.ArgumentParser:
         "--format", required=True, choices=("adapter", "merged"), help="a PEFT adapter, or the whole model with it merged in"
     )
 
+    made = command("verify", verify, "compare checkpoints, adapters and exports with their digests; status 1 where one is damaged")
+    made.add_argument("paths", nargs="+", metavar="PATH", help="run folder, checkpoint, adapter or merged model")
+
     made = command("plan", plan, "what a run needs of a chip, without the chip and without weights")
     made.usage = "grpo-jax plan --config FILE.yaml [--target v6e-8|v5p-16|h100x8|h200|...] [--json] [--section.field VALUE ...]"
     made.add_argument("--config", metavar="FILE.yaml", help="settings; the options below win over it")
@@ -381,8 +396,9 @@ def is_users(error: Exception) -> bool:
 
 
 def error_block(error: Exception) -> str:
-    """The message, its later lines indented under the first."""
-    first, *more = safe_text(str(error)).splitlines() or [type(error).__name__]
+    """The message and the notes that were added to it, all lines but the first indented."""
+    text = "\n".join([str(error) or type(error).__name__, *vars(error).get("__notes__", [])])
+    first, *more = safe_text(text).splitlines()
     return "\n".join([f"error: {first}", *(f"       {line}" for line in more)])
 
 

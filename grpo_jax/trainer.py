@@ -43,6 +43,8 @@ from grpo_jax.run.callbacks import (
 from grpo_jax.run.checkpoint import Checkpointer
 from grpo_jax.run.endings import NotFiniteError, skipped_line, stopped_by_signal, stopped_by_skips
 from grpo_jax.run.folder import RunFolder
+from grpo_jax.run.inputs import check_inputs
+from grpo_jax.run.last_state import save_last_state
 from grpo_jax.run.saved import checkpoint_values
 from grpo_jax.run.tracking import tracker_callbacks
 from grpo_jax.runtime import distributed
@@ -156,6 +158,7 @@ class Trainer:
         self._checkpoints: Checkpointer | None = None
         self._started, self._ahead = 0.0, CompileAhead()
         self._first_step: dict[str, Any] = {}
+        self._inputs: dict[str, str | None] = {}
         self._computing = False  # a step or an evaluation, of which nothing has been recorded yet
 
     @property
@@ -177,7 +180,8 @@ class Trainer:
         """Makes all steps that are left, from the first or from the newest checkpoint, and writes the result.
 
         After SIGTERM, SIGHUP or Ctrl-C the step is finished, within `train.grace_seconds`; then the state is saved and the result
-        written. In a notebook, Ctrl-C returns that result.
+        written. In a notebook, Ctrl-C returns that result. After any error the state of the last finished step is saved, if it is
+        intact; a note of the error says so.
 
         Raises:
             RunInterruptedError: one of these signals came; the error has the result.
@@ -190,6 +194,9 @@ class Trainer:
             except StepAbandonedError:
                 number = stop.received or 0
                 self.display.warning(f"step {self.steps_done + 1} took longer than train.grace_seconds and was abandoned")
+            except Exception as error:
+                error.add_note(save_last_state(self, error))
+                raise
             result = self._finish(number) if self.steps_done or not number else TrainResult(self.policy, [], {}, self.run_dir)
             self._call("on_train_end")
             if number:
@@ -208,7 +215,7 @@ class Trainer:
                     return number
                 self.step()
                 self._evaluate_after(self.steps_done)
-                due = due or saves_after(train, self.steps_done)
+                due = due or saves_after(train, self.steps_done) or self.open()[1].failed()
                 last = self.should_stop or self.steps_done == train.steps
                 if last or (due and not self.skipped_in_a_row):  # else the same state would replace older checkpoints
                     self.save()
@@ -218,7 +225,7 @@ class Trainer:
     def step(self) -> tuple[dict[str, Any], StepCompletions | None]:
         """Makes one step; returns its metrics and, in GRPO, its completions."""
         self.open()
-        with self._abandonable():
+        with self._abandonable(f"in step {self.steps_done + 1}"):
             made = self._step.run(self.state, self.steps_done)
         self.state, metrics, completions = made
         self.steps_done += 1
@@ -233,7 +240,7 @@ class Trainer:
     def evaluate(self) -> dict[str, Any] | None:
         """Evaluates on the held-out part, greedily; returns accuracy and number of problems, None where nothing is held out."""
         self.open()
-        with self._abandonable():
+        with self._abandonable(f"in the evaluation after step {self.steps_done}"):
             metrics = self._step.evaluate(self.state)
         if metrics is not None:
             self._call("on_evaluate", metrics)
@@ -241,11 +248,23 @@ class Trainer:
 
     def save(self) -> None:
         """Saves a checkpoint; it is written in the background."""
+        self.write_checkpoint()
+        self._call("on_save")
+
+    def write_checkpoint(self, wait: bool = False) -> None:
+        """Saves a checkpoint without calling `on_save`.
+
+        Args:
+            wait: Return when it is on disk; what could not be written before is written now.
+
+        Raises:
+            CheckpointError: it cannot be written, after several tries.
+        """
         _, checkpoints = self.open()
         values = checkpoint_values(self._step.policy, self.supervised)
         values |= {"seconds": time.perf_counter() - self._started, "skipped_in_a_row": self.skipped_in_a_row}
-        checkpoints.save(self.steps_done, self.state, values)
-        self._call("on_save")
+        values["inputs"] = self._inputs
+        checkpoints.save(self.steps_done, self.state, values, wait=wait)
 
     def open(self) -> tuple[RunFolder, Checkpointer]:
         """Opens the run folder and goes to its newest checkpoint; the first step, evaluation or save does it by itself."""
@@ -259,12 +278,20 @@ class Trainer:
 
     def _open(self) -> tuple[RunFolder, Checkpointer]:
         config = self.config
-        folder = RunFolder.create(config.train.run_dir, config, self._sources, resume=self.resume, writes=distributed.is_main())
+        writes, warn = distributed.is_main(), self.display.warning
+        folder = RunFolder.create(config.train.run_dir, config, self._sources, resume=self.resume, writes=writes, warn=warn)
         self.folder = folder
-        checkpoints = self._checkpoints = Checkpointer(folder.checkpoints, config.train.keep_checkpoints)
+        checkpoints = self._checkpoints = Checkpointer(folder.checkpoints, config.train.keep_checkpoints, warn)
         self.steps_done, seconds = checkpoints.latest_step() or 0, 0.0
-        for line in [*checkpoints.damaged, *folder.cut_back(self.steps_done)]:
-            self.display.warning(line)
+        for line in checkpoints.damaged:
+            warn(line)
+        self._inputs = self._step.inputs()
+        if self.steps_done:
+            stored = checkpoints.host(self.steps_done).get("inputs", {})
+            for line in check_inputs(stored, self._inputs, folder.path, accept=config.train.accept_changed_inputs):
+                warn(f"the resumed run goes on with another {line}")
+        for line in folder.cut_back(self.steps_done):
+            warn(line)
         if self.steps_done:
             self.state, stored = checkpoints.restore(self.state)
             seconds, self.skipped_in_a_row = float(stored["seconds"]), stored["skipped_in_a_row"]
@@ -275,7 +302,7 @@ class Trainer:
             DisplayCallback(self.display),
             CompilationsCallback(self.display),
             *([FiniteCallback()] if config.train.debug else []),
-            *tracker_callbacks(config, folder.path, writes=distributed.is_main()),
+            *tracker_callbacks(config, folder.path, writes=writes, warn=warn),
             *self.callbacks,
         ]
         self._ahead.start(self._step.future_calls(self.state))
@@ -310,11 +337,14 @@ class Trainer:
             self.evaluate()
 
     @contextlib.contextmanager
-    def _abandonable(self) -> Iterator[None]:
-        """Surrounds what may be abandoned after a signal: nothing is recorded or changed before it ends."""
+    def _abandonable(self, where: str) -> Iterator[None]:
+        """Surrounds what may be abandoned after a signal: nothing is recorded or changed before it ends. Errors get `where`."""
         self._computing = True
         try:
             yield
+        except Exception as error:
+            error.add_note(where)
+            raise
         finally:
             self._computing = False
 
@@ -354,10 +384,10 @@ class Trainer:
 
     def _finish(self, number: int) -> TrainResult:
         """Writes and shows the result of a run, which a signal of that number has ended (0: none)."""
-        folder, checkpoints = self.open()
+        folder, _ = self.open()
         if number:
             self.save()
-        checkpoints.wait()
+        self.write_checkpoint(wait=True)
         seconds = time.perf_counter() - self._started
         distributed.barrier("last step written")  # the others read what process 0 has written
         trained = in_device_memory(self.state.trainable)

@@ -80,6 +80,8 @@ class TrainConfig:
         track: Where metrics are sent in addition to the run folder: `none`, or `wandb` (needs the extra `track`).
         grace_seconds: Longest time that a step may go on after SIGTERM, SIGHUP or the first Ctrl-C. The run then saves its state,
             writes its summary and ends; a step that lasts longer is abandoned.
+        accept_changed_inputs: Resume although the files of the model, the data or the source of a reward function have changed
+            since; the differences are shown as warnings.
         debug: Check after every step that all trained arrays are finite; costs a copy of them to the host.
         compilation_cache: Store compiled programs on disk, so that a second start compiles nothing: true uses
             JAX_COMPILATION_CACHE_DIR, or $XDG_CACHE_HOME/grpo_jax, or ~/.cache/grpo_jax; a path is another folder; false stores
@@ -103,6 +105,7 @@ class TrainConfig:
     quiet: bool = False
     track: Literal["none", "wandb"] = "none"
     grace_seconds: float = 20.0
+    accept_changed_inputs: bool = False
     debug: bool = False
     compilation_cache: bool | str = True
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import array
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 from grpo_jax.config import Config, ConfigError, DataConfig
 from grpo_jax.data.order import held_out_positions
 from grpo_jax.data.prompts import Encoded
+from grpo_jax.data.row_digest import DigestedRows
 from grpo_jax.data.rows import load_rows, read_rows
 from grpo_jax.data.table import DataError, Table, given_rows
 
@@ -56,6 +57,7 @@ class Examples:
         list_numbers: [n] int64, the numbers of the rows' lists in `prompt_ids` and `completion_ids`.
         prompt_ids: Token ids of prompts.
         completion_ids: Token ids of completions to imitate; empty lists where there are none.
+        digest: Of all rows of the table that were read, in their order; see `DigestedRows`.
     """
 
     table: Table
@@ -63,13 +65,14 @@ class Examples:
     list_numbers: np.ndarray
     prompt_ids: PackedIds
     completion_ids: PackedIds
+    digest: str
 
     def __len__(self) -> int:
         return len(self.row_numbers)
 
     def take(self, positions: np.ndarray) -> Examples:
         """Selects rows, in the order of `positions`."""
-        return Examples(self.table, self.row_numbers[positions], self.list_numbers[positions], self.prompt_ids, self.completion_ids)
+        return replace(self, row_numbers=self.row_numbers[positions], list_numbers=self.list_numbers[positions])
 
     @property
     def prompt_lengths(self) -> np.ndarray:
@@ -196,10 +199,12 @@ def encode_rows(table: Table, encode: Encoder, label: str, quiet: bool, count: i
     prompts, completions, row_numbers = array.array("i"), array.array("i"), array.array("q")
     prompt_starts, completion_starts = array.array("q", [0]), array.array("q", [0])
     dropped = shortened = 0
+    rows = DigestedRows(table.rows)
+    read = replace(table, rows=rows)
     for number in with_bar(len(table), f"Tokenising {label}", quiet):
         if count is not None and len(row_numbers) >= count:
             break
-        encoded = encode(table, number)
+        encoded = encode(read, number)
         if encoded is None:
             dropped += 1
             continue
@@ -213,7 +218,8 @@ def encode_rows(table: Table, encode: Encoder, label: str, quiet: bool, count: i
         PackedIds(np.array(values, np.int32), np.array(starts, np.int64))
         for values, starts in ((prompts, prompt_starts), (completions, completion_starts))
     )
-    return Examples(table, np.array(row_numbers, np.int64), np.arange(len(row_numbers)), *packed), dropped, shortened
+    numbers = np.array(row_numbers, np.int64)
+    return Examples(table, numbers, np.arange(len(numbers)), *packed, digest=rows.hexdigest()), dropped, shortened
 
 
 def with_bar(count: int, label: str, quiet: bool) -> Iterator[int]:

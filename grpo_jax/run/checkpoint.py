@@ -6,12 +6,18 @@ so an incomplete one is never used. The digests are verified before anything is 
 `<step>.damaged` and kept, and the one before it is taken. With several processes, each writes the arrays of its own devices to
 storage that all share, and all must make the same calls. Not saved: the frozen base model, which is read from its own folder again.
 Remote storage is not supported.
+
+Where a checkpoint cannot be written (a full or read-only disk, a folder that has vanished), those before it stay as they are. The
+error of a save in the background is known at the next call; that one then writes before it returns, and tries several times.
 """
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import errno
 import json
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,19 +25,15 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from grpo_jax.run.digests import DamagedError, verify_digests, write_digests
-from grpo_jax.runtime.distributed import broadcast_from_main, is_main
+from grpo_jax.run.checkpoint_content import by_name, compare, describe, sharding_of
+from grpo_jax.run.checkpoint_errors import CheckpointError, hide_tracebacks, reason, unreadable, unwritable
+from grpo_jax.run.checkpoint_files import COMMIT_FILES, UNFINISHED, damage_of, data_file_bytes, data_files, newest_undamaged
+from grpo_jax.runtime.digests import EarlyDigests, listed, write_digests
+from grpo_jax.runtime.distributed import broadcast_from_main, is_main, is_multiprocess
 
 HOST, STATE = "host", "state"
-SHOWN_DIFFERENCES = 6
-DAMAGED = ".damaged"
-"""Ending of the name of a checkpoint that is damaged."""
-COMMIT_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
-"""Files that Orbax writes when it commits a checkpoint, after the digests; nothing is restored from them."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is missing, damaged or of another model. The message names it and says what to do."""
+RETRY_SECONDS = (1.0, 3.0, 10.0, 30.0)
+"""Waits between the tries to write a checkpoint. With several processes there is one try: they would have to agree on each."""
 
 
 class Checkpointer:
@@ -41,6 +43,7 @@ class Checkpointer:
         folder: Of the checkpoints; created if it is missing, unless keep is None.
         keep: How many of the newest checkpoints are kept; None opens the folder for reading only, which is safe while a run is
             still writing to it.
+        warn: Called with a line for each checkpoint that cannot be written yet.
 
     Attributes:
         damaged: A line for each checkpoint that was found to be damaged.
@@ -50,25 +53,31 @@ class Checkpointer:
             checkpoints.save(10, state, {"next_row": 80})
     """
 
-    def __init__(self, folder: str | Path, keep: int | None) -> None:
+    def __init__(self, folder: str | Path, keep: int | None, warn: Callable[[str], None] = lambda line: None) -> None:
         self.folder = Path(folder).resolve()
         self.damaged: list[str] = []
+        self._keep, self._warn = keep, warn
         self._current: set[int] = set()  # steps that this object has saved or restored
         self._verified: set[int] = set()  # steps with the right digests
-        self._saving = -1  # the step that is being written
-        self._read_only = keep is None
-        if self._read_only and not self.folder.is_dir():
+        self._early: EarlyDigests | None = None  # of the checkpoint that is being written
+        self._saving = -1  # the step that is being written in the background; -1 where none is
+        if keep is None and not self.folder.is_dir():
             raise CheckpointError(f"{folder}: no folder with checkpoints; give the folder of a run that has saved one")
-        writes = not self._read_only
+        hide_tracebacks()
+        self._manager = self._new_manager()
+
+    def _new_manager(self) -> ocp.CheckpointManager:
+        """Opens the folder, and removes what interrupted saves have left there."""
+        writes = self._keep is not None
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            max_to_keep=self._keep,
             create=writes,
             cleanup_tmp_directories=writes,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_digests),  # called before the commit
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        return ocp.CheckpointManager(self.folder, options=options)
 
-    def save(self, step: int, state: Any, host: dict[str, Any]) -> None:
+    def save(self, step: int, state: Any, host: dict[str, Any], *, wait: bool = False) -> None:
         """Saves a checkpoint, mostly in the background; waits until the previous one is written.
 
         The state may be donated as soon as this returns. A step that this object has already saved or restored is not saved again.
@@ -78,32 +87,97 @@ class Checkpointer:
             step: Steps finished.
             state: A tree of arrays, such as a `TrainState`.
             host: Values that JSON can hold; tuples come back as lists.
+            wait: Return when the checkpoint is on disk.
 
         Raises:
-            CheckpointError: this object is read-only, or host contains something that JSON cannot store.
+            CheckpointError: this object is read-only, or host contains something that JSON cannot store; or the checkpoint cannot
+                be written, after `len(RETRY_SECONDS)` more tries.
         """
-        if self._read_only:
+        if self._keep is None:
             raise CheckpointError(f"{self.folder} was opened for reading only; pass a number as keep to save")
-        if step in self._current:
+        if step in self._current and not wait:
             return
-        arrays = _by_name(state)
-        content = {"host": host, "arrays": {name: _describe(leaf) for name, leaf in arrays.items()}}
+        arrays = by_name(state)
+        content = {"host": host, "arrays": {name: describe(leaf) for name, leaf in arrays.items()}}
         try:
             content = json.loads(json.dumps(content))  # a copy: the caller may change its dict while Orbax writes
         except TypeError as error:
             raise CheckpointError(f"the host values of step {step} cannot be stored as JSON: {error}") from error
-        self._manager.wait_until_finished()
-        for old in self._manager.all_steps():
-            if old >= step:
-                self._manager.delete(old)
-                self._verified.discard(old)
-        self._saving = step
-        args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), host=ocp.args.JsonSave(content))
-        # The copy to the host is intended, and happens before this returns. On CPU Orbax keeps a view instead of a copy; JAX then
-        # does not reuse the buffer, so that a later step to which the state is donated writes elsewhere.
-        with jax.transfer_guard("allow"):
-            self._manager.save(step, args=args, force=True)
+        previous = self._saving
+        failure = self._settle()
+        if step in self._current:
+            return
+        if failure is not None and is_multiprocess():
+            raise unwritable(self.folder, previous, failure) from failure
+        wait = wait or failure is not None
+        if failure is not None and previous != step:
+            self._warn(f"the checkpoint of step {previous} could not be written ({reason(failure)}); step {step} is saved instead")
+        for seconds in (None,) if is_multiprocess() else (*RETRY_SECONDS, None):
+            failure = self._write(step, arrays, content, wait)
+            if failure is None:
+                return
+            if seconds is None:
+                raise unwritable(self.folder, step, failure) from failure
+            self._warn(f"the checkpoint of step {step} cannot be written ({reason(failure)}); trying again in {seconds:g} s")
+            time.sleep(seconds)
+
+    def failed(self) -> bool:
+        """Whether the last save has ended without a checkpoint; does not wait, and is False with several processes."""
+        if self._saving < 0 or is_multiprocess():
+            return False
+        return not self._manager.is_saving_in_progress() and not (self.folder / str(self._saving)).is_dir()
+
+    def _settle(self) -> Exception | None:
+        """Waits for the save in the background; returns its error, after removing what it has written."""
+        step = self._saving
+        try:
+            self._manager.wait_until_finished()
+            if step >= 0 and is_main() and not (self.folder / str(step)).is_dir():
+                raise FileNotFoundError(errno.ENOENT, "the folder of the checkpoint has vanished", str(self.folder / str(step)))
+        except Exception as error:  # Orbax, TensorStore and the file system raise different types
+            self._discard(step)
+            return error
+        finally:
+            self._saving = -1
+            self._end_early_digests()
+        return None
+
+    def _write(self, step: int, arrays: dict[str, Any], content: dict[str, Any], wait: bool) -> Exception | None:
+        """Starts to write a checkpoint, and where `wait` is true ends it; returns the error, where there is one."""
+        try:
+            if not self.folder.is_dir():  # Orbax would make it anew, perhaps where nothing is mounted any more
+                raise FileNotFoundError(errno.ENOENT, "the folder has vanished", str(self.folder))
+            for old in self._manager.all_steps():
+                if old >= step:
+                    self._manager.delete(old)
+                    self._verified.discard(old)
+            self._saving = step
+            self._early = EarlyDigests(lambda: data_files(self.folder, step)) if is_main() else None
+            tree = ocp.args.PyTreeSave(arrays, ocdbt_target_data_file_size=data_file_bytes(arrays))
+            args = ocp.args.Composite(state=tree, host=ocp.args.JsonSave(content))
+            # The copy to the host is intended, and happens before this returns. On CPU Orbax keeps a view instead of a copy; JAX
+            # then does not reuse the buffer, so that a later step to which the state is donated writes elsewhere.
+            with jax.transfer_guard("allow"):
+                self._manager.save(step, args=args, force=True)
+        except Exception as error:
+            self._saving = -1
+            self._discard(step)
+            return error
         self._current.add(step)
+        return self._settle() if wait else None
+
+    def _discard(self, step: int) -> None:
+        """Removes what is left of a checkpoint that could not be written, so that its space is free again."""
+        self._end_early_digests()
+        self._current.discard(step)
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        if is_main():
+            for left in self.folder.glob(f"{step}{UNFINISHED}*"):
+                shutil.rmtree(left, ignore_errors=True)
+        if self.folder.is_dir() and not is_multiprocess():
+            with contextlib.suppress(Exception):  # then the next save has the error
+                self._manager = self._new_manager()
 
     def latest_step(self) -> int | None:
         """Returns the newest step whose checkpoint is not damaged, or None where none has been committed.
@@ -115,7 +189,8 @@ class Checkpointer:
                 what is there.
         """
         self.wait()
-        found = broadcast_from_main(self._newest() if is_main() else None)
+        writes = self._keep is not None
+        found = broadcast_from_main(newest_undamaged(self.folder, self._verified, writes=writes) if is_main() else None)
         self._manager.reload()
         self.damaged += found["damaged"]
         if found["error"]:
@@ -124,51 +199,20 @@ class Checkpointer:
             self._verified.add(found["step"])
         return found["step"]
 
-    def _newest(self) -> dict[str, Any]:
-        """Looks for the newest undamaged checkpoint: {"step": it or None, "damaged": lines, "error": why not, or None}."""
-        damaged: list[str] = []
-        try:
-            steps = (int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
-            for step in sorted(steps, reverse=True):
-                damage = self._damage(step)
-                if damage is None:
-                    return {"step": step, "damaged": damaged, "error": None}
-                if not (self.folder / str(step)).is_dir():
-                    continue  # the run that writes has removed it meanwhile
-                damaged.append(damage if self._read_only else f"{damage}; the checkpoint is kept as {self._quarantine(step)}")
-            left = sorted(path.name for path in self.folder.glob(f"*{DAMAGED}*"))
-        except OSError as error:
-            return {"step": None, "damaged": damaged, "error": f"{self.folder} cannot be read: {error}"}
-        error = None
-        if damaged or left:
-            error = (
-                f"every checkpoint in {self.folder} is damaged ({', '.join(left) or damaged[0]}), so the run cannot continue. It "
-                "does not start over by itself: choose another train.run_dir, or remove that folder to start at step 0"
-            )
-        return {"step": None, "damaged": damaged, "error": error}
-
-    def _damage(self, step: int) -> str | None:
-        """Says which file of a checkpoint is damaged; None where all are as they were written."""
-        if step not in self._verified:
-            try:
-                verify_digests(self.folder / str(step), COMMIT_FILES)
-            except DamagedError as error:
-                return str(error)
-        return None
-
-    def _quarantine(self, step: int) -> str:
-        """Renames a damaged checkpoint, so that nothing reads or removes it, and returns its new name."""
-        names = (f"{step}{DAMAGED}" + (f"-{number}" if number else "") for number in itertools.count())
-        name = next(name for name in names if not (self.folder / name).exists())
-        (self.folder / str(step)).rename(self.folder / name)
-        return name
-
     def _write_digests(self) -> None:
         """Writes the digests of the checkpoint that is about to be committed; Orbax's background thread calls it."""
         if not is_main():
             return
-        (folder,) = self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*")
-        write_digests(folder, COMMIT_FILES)
+        (folder,) = self.folder.glob(f"{self._saving}{UNFINISHED}*")
+        early = self._end_early_digests()
+        write_digests(folder, listed(folder, COMMIT_FILES), early)
+
+    def _end_early_digests(self) -> EarlyDigests | None:
+        """Ends the hashing of the checkpoint that is being written, and returns what was hashed."""
+        early, self._early = self._early, None
+        if early is not None:
+            early.close()
+        return early
 
     def restore(self, abstract_state: Any, step: int | None = None) -> tuple[Any, dict[str, Any]]:
         """Reads a checkpoint.
@@ -186,10 +230,10 @@ class Checkpointer:
         """
         step = self._chosen(step)
         content = self._content(step)
-        expected = _by_name(abstract_state)
-        _compare(content["arrays"], {name: _describe(leaf) for name, leaf in expected.items()}, self.folder / str(step))
-        target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(leaf)) for name, leaf in expected.items()}
-        arrays = self._read(step, STATE, ocp.args.StandardRestore(target))
+        expected = by_name(abstract_state)
+        compare(content["arrays"], {name: describe(leaf) for name, leaf in expected.items()}, self.folder / str(step))
+        target = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding_of(leaf)) for name, leaf in expected.items()}
+        arrays = self._read(step, STATE, ocp.args.PyTreeRestore(target, ocp.checkpoint_utils.construct_restore_args(target)))
         self._current.add(step)
         leaves = [arrays[name] for name in expected]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), content["host"]
@@ -218,7 +262,7 @@ class Checkpointer:
         if not tree:
             raise CheckpointError(f"{self.folder / str(step)} holds no array under {part!r}; it is no checkpoint of a training run")
         targets = jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings(tree))
-        flat = {f"{part}.{name}": leaf for name, leaf in _by_name(targets).items()}
+        flat = {f"{part}.{name}": leaf for name, leaf in by_name(targets).items()}
         args = ocp.args.PyTreeRestore(flat, ocp.checkpoint_utils.construct_restore_args(flat), partial_restore=True)
         arrays = self._read(step, STATE, args)
         return jax.tree.unflatten(jax.tree.structure(targets), [arrays[name] for name in flat])
@@ -232,12 +276,23 @@ class Checkpointer:
         return self._content(self._chosen(step))["host"]
 
     def wait(self) -> None:
-        """Waits until everything saved so far is on disk; raises errors of the background thread."""
-        self._manager.wait_until_finished()
+        """Waits until everything saved so far is on disk.
+
+        Raises:
+            CheckpointError: the last checkpoint could not be written.
+        """
+        step = self._saving
+        failure = self._settle()
+        if failure is not None:
+            raise unwritable(self.folder, step, failure) from failure
 
     def close(self) -> None:
         """Waits as `wait`, then releases Orbax's threads."""
-        self._manager.close()
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):
+                self._manager.close()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -252,7 +307,7 @@ class Checkpointer:
             if step is None:
                 raise CheckpointError(f"{self.folder} holds no complete checkpoint")
             return step
-        damage = broadcast_from_main(self._damage(step) if is_main() else None)
+        damage = broadcast_from_main(damage_of(self.folder / str(step)) if is_main() and step not in self._verified else None)
         if damage is not None:
             raise CheckpointError(damage)
         self._verified.add(step)
@@ -262,7 +317,7 @@ class Checkpointer:
         """Reads what was stored next to the arrays: {"host": the caller's dict, "arrays": {name: [shape, dtype]}}."""
         content = self._read(step, HOST, ocp.args.JsonRestore())
         if content.keys() != {"host", "arrays"}:
-            raise _unreadable(self.folder / str(step), KeyError("host values of another format"))
+            raise unreadable(self.folder / str(step), KeyError("host values of another format"))
         return content
 
     def _read(self, step: int, item: str, args: Any) -> Any:
@@ -271,56 +326,4 @@ class Checkpointer:
             with jax.transfer_guard("allow"):
                 return self._manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
         except Exception as error:  # Orbax, TensorStore and the file system raise different types
-            raise _unreadable(self.folder / str(step), error) from error
-
-
-def _by_name(tree: Any) -> dict[str, Any]:
-    """Returns a tree's leaves by path, such as `trainable.layers.q_proj.a`, so that messages can name them."""
-    leaves, _ = jax.tree.flatten_with_path(tree)
-    named = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
-    if len(named) != len(leaves):
-        raise CheckpointError("two arrays of the state have the same path once its keys are joined by dots; rename one")
-    return named
-
-
-def _describe(leaf: Any) -> list[Any]:
-    """Returns [shape, dtype] of an array as JSON values."""
-    return [list(leaf.shape), str(leaf.dtype)]
-
-
-def _sharding(leaf: Any) -> jax.sharding.Sharding:
-    """Returns a leaf's sharding, or the first device."""
-    return leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-
-
-def _compare(stored: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
-    """Raises a CheckpointError that lists the differences between stored and expected arrays, if there are any."""
-    missing = [name for name in expected if name not in stored]
-    extra = [name for name in stored if name not in expected]
-    differences = [f"{name}: {_spell(expected[name])} is expected, it is not in the checkpoint" for name in missing]
-    differences += [f"{name}: {_spell(stored[name])} is in the checkpoint, it is not expected" for name in extra]
-    differences += [
-        f"{name}: {_spell(expected[name])} is expected, the checkpoint has {_spell(stored[name])}"
-        for name in expected
-        if name in stored and stored[name] != expected[name]
-    ]
-    if differences:
-        shown = "\n  ".join(differences[:SHOWN_DIFFERENCES])
-        rest = f"\n  and {len(differences) - SHOWN_DIFFERENCES} more" if len(differences) > SHOWN_DIFFERENCES else ""
-        raise CheckpointError(
-            f"{path} is of another model, adapter or optimiser: resume with the settings it was saved with\n  {shown}{rest}"
-        )
-
-
-def _spell(description: list[Any]) -> str:
-    shape, dtype = description
-    return f"{dtype}[{','.join(map(str, shape))}]"
-
-
-def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    """Builds the error for a checkpoint that is not damaged and cannot be read."""
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return CheckpointError(
-        f"{path} cannot be read ({reason}), although its files are as they were written; use the versions of jax and "
-        "orbax-checkpoint that wrote it"
-    )
+            raise unreadable(self.folder / str(step), error) from error

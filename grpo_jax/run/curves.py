@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from grpo_jax.runtime.files import replacing
+
 Records = Sequence[Mapping[str, Any]]
 
 INK, FAINT, GRID = "#1f2430", "#8a93a3", "#e6e9ef"
@@ -89,7 +91,8 @@ def draw_curves(path: str | Path, history: Records, evaluations: Records = (), t
             axes.set_xlabel("step")
         if title:
             figure.suptitle(title.replace("$", r"\$"), x=0.01, ha="left", fontsize=9, color=FAINT)
-        figure.savefig(path)
+        with replacing(Path(path)) as unfinished:
+            figure.savefig(unfinished, format="png")
     return Path(path)
 
 

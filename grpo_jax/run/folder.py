@@ -21,18 +21,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from grpo_jax.config import Config, resolved_settings, write_yaml
+from grpo_jax.run.board import Board
 from grpo_jax.run.curves import draw_curves
 from grpo_jax.run.lock import LockedError, lock, unlock
 from grpo_jax.run.records import Column, Number, RecordFile, plain
-from grpo_jax.run.resume import RunFolderError, check_run_folder, holds_run
+from grpo_jax.run.resume import RunFolderError, check_run_folder, holds_run, unwritable
 from grpo_jax.run.summary import summarize
+from grpo_jax.runtime.files import replacing
 
 FILES = {
     "curves.png": "reward, KL, accuracy and length over the steps",
@@ -53,26 +55,34 @@ class RunFolder:
         path: The folder.
         resumed: Whether it already contained a run when it was opened.
         writes: False never changes anything on disk.
+        warn: Called with a line where something cannot be written and the run goes on; None writes it to standard error.
 
     Example:
         with RunFolder.create("runs/a", config, sources, resume=False) as folder:
             folder.write_step(1, {"reward/mean": 0.4})
     """
 
-    def __init__(self, path: Path, resumed: bool, writes: bool = True) -> None:
+    def __init__(self, path: Path, resumed: bool, writes: bool = True, warn: Callable[[str], None] | None = None) -> None:
         self.path = path
         self.resumed = resumed
         self.writes = writes
-        self._metrics = RecordFile(path / "metrics.jsonl")
-        self._evaluations = RecordFile(path / "evaluations.jsonl")
-        self._completions = RecordFile(path / "completions.jsonl")
-        self._board: Any = None
+        self._warn = warn or _to_standard_error
+        self._metrics = RecordFile(path / "metrics.jsonl", self._warn)
+        self._evaluations = RecordFile(path / "evaluations.jsonl", self._warn)
+        self._completions = RecordFile(path / "completions.jsonl", self._warn)
+        self._board: Board | None = None
 
     check = staticmethod(check_run_folder)
 
     @staticmethod
     def create(
-        run_dir: str | Path, config: Config, sources: Mapping[str, str] | None = None, *, resume: bool, writes: bool = True
+        run_dir: str | Path,
+        config: Config,
+        sources: Mapping[str, str] | None = None,
+        *,
+        resume: bool,
+        writes: bool = True,
+        warn: Callable[[str], None] | None = None,
     ) -> RunFolder:
         """Opens the folder of a run and writes its settings.
 
@@ -85,23 +95,29 @@ class RunFolder:
             sources: Where the settings came from, as in `resolved_settings`.
             resume: Whether a run in the folder is continued; if false, it is an error.
             writes: False for a process that only reads what another one writes.
+            warn: As for `RunFolder`.
 
         Raises:
-            RunFolderError: as `check_run_folder`.
+            RunFolderError: as `check_run_folder`; or a file cannot be written.
         """
         RunFolder.check(run_dir, config, resume=resume, writes=writes)
         path = Path(run_dir)
         if not writes:
-            return RunFolder(path, resumed=holds_run(path), writes=False)
-        path.mkdir(parents=True, exist_ok=True)
+            return RunFolder(path, resumed=holds_run(path), writes=False, warn=warn)
         try:
+            path.mkdir(parents=True, exist_ok=True)
             lock(path)
         except LockedError as error:
             raise RunFolderError(str(error)) from error
+        except OSError as error:
+            raise unwritable(path, error) from error
         try:
             RunFolder.check(run_dir, config, resume=resume)  # another run may have come and gone since
-            folder = RunFolder(path, resumed=holds_run(path), writes=True)
+            folder = RunFolder(path, resumed=holds_run(path), writes=True, warn=warn)
             folder._begin(config, sources)
+        except OSError as error:
+            unlock(path)
+            raise error if isinstance(error, RunFolderError) else unwritable(path, error) from error
         except BaseException:
             unlock(path)
             raise
@@ -114,8 +130,8 @@ class RunFolder:
             self.cut_back(-1)
             for events in (path / "tensorboard").glob("events.out.tfevents.*"):
                 events.unlink()
-        write_yaml(config, path / "config.yaml.tmp")
-        (path / "config.yaml.tmp").replace(path / "config.yaml")
+        with replacing(path / "config.yaml") as unfinished:
+            write_yaml(config, unfinished)
         _write_json(path / "settings.json", [asdict(setting) for setting in resolved_settings(config, sources or {})])
 
     @property
@@ -154,7 +170,7 @@ class RunFolder:
         record = {"step": step, **plain(metrics)}
         if self.writes:
             self._metrics.append(record)
-            self._write_board(step, record)
+            self._write_board(step, "", record)
         return _with_nan(record)
 
     def write_evaluation(self, step: int, values: Mapping[str, Any]) -> None:
@@ -166,7 +182,7 @@ class RunFolder:
             return
         record = {"step": step, **plain(values)}
         self._evaluations.append(record)
-        self._write_board(step, {"step": step, **{f"eval/{name}": value for name, value in record.items() if name != "step"}})
+        self._write_board(step, "eval/", record)
 
     def write_completions(
         self,
@@ -239,6 +255,9 @@ class RunFolder:
 
         Returns:
             The summary: the arguments, means of metrics, versions and devices; see `summarize`.
+
+        Raises:
+            RunFolderError: a file cannot be written.
         """
         history = self.history()
         results = {
@@ -250,8 +269,11 @@ class RunFolder:
         }
         summary = summarize(history, results, extras)
         if self.writes:
-            _write_json(self.path / "summary.json", summary)
-            draw_curves(self.path / "curves.png", history, list(self.evaluations().values()), title=str(self.path))
+            try:
+                _write_json(self.path / "summary.json", summary)
+                draw_curves(self.path / "curves.png", history, list(self.evaluations().values()), title=str(self.path))
+            except OSError as error:
+                raise unwritable(self.path, error) from error
         return summary
 
     def written(self) -> dict[str, str]:
@@ -272,19 +294,14 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open_board(self, purge_step: int | None) -> Any:
-        from tensorboardX import SummaryWriter
-
-        # TensorBoard hides the events of older files from purge_step on. The suffix keeps two files of the same second apart.
-        suffix = f".resumed-{purge_step}-{os.getpid()}" if purge_step is not None else ""
-        self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=purge_step, flush_secs=10, filename_suffix=suffix)
+    def _open_board(self, purge_step: int | None) -> Board:
+        self._board = Board(self.path / "tensorboard", purge_step, self._warn)
         return self._board
 
-    def _write_board(self, step: int, record: Mapping[str, Any]) -> None:
+    def _write_board(self, step: int, prefix: str, record: Mapping[str, Any]) -> None:
         board = self._board or self._open_board(purge_step=None)
-        for name, value in record.items():
-            if name != "step" and isinstance(value, int | float):
-                board.add_scalar(name, value, step)
+        numbers = {name: value for name, value in record.items() if name != "step" and isinstance(value, int | float)}
+        board.write(step, {f"{prefix}{name}": float(value) for name, value in numbers.items()})
 
     def _close_board(self) -> None:
         if self._board is not None:
@@ -298,7 +315,11 @@ def _with_nan(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file and then renames it into place, so that a reader never sees half of it."""
-    unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")
-    unfinished.replace(path)
+    """Writes a JSON file and then renames it into place."""
+    with replacing(path) as unfinished:
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def _to_standard_error(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)

@@ -1,19 +1,23 @@
 """Reads and writes JSON Lines files whose records each have a step, in the order of the steps.
 
 However the process ends, a file is complete up to its last flushed line, and it can be cut back to a step. A line that a fault of
-the disk broke costs that record and no other. NaN and infinities, which JSON does not have, are stored as null.
+the disk broke costs that record and no other. Records that cannot be written now (a full disk, a folder that has vanished) are
+kept in memory and written with the next ones. NaN and infinities, which JSON does not have, are stored as null.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
+from grpo_jax.runtime.files import replacing
 from grpo_jax.runtime.safe_text import CONTROL_OR_BREAK
 
 Number: TypeAlias = float | int | np.floating | np.integer
@@ -41,22 +45,67 @@ class RecordFile:
 
     Args:
         path: Of the file; the first record creates it.
+        warn: Called with a line where records cannot be written, once until they can be again.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, warn: Callable[[str], None] = lambda line: None) -> None:
         self.path = path
-        self._file: TextIO | None = None
+        self._warn = warn
+        self._file: int | None = None
+        self._end: int | None = None  # size of the file with all records that are written; None before it is opened
+        self._waiting: list[bytes] = []  # records that could not be written yet
+        self._warned = False
 
     def append(self, *records: Mapping[str, Any]) -> None:
-        """Writes records and flushes them."""
-        if self._file is None:
-            self._file = self.path.open("a", encoding="utf-8")
-        self._file.write("".join(record_line(record) for record in records))
-        self._file.flush()
+        """Writes records, together with those that could not be written before. An error of the file system is not raised."""
+        self._waiting.append("".join(record_line(record) for record in records).encode())
+        self._write()
+
+    def _write(self) -> None:
+        """Writes the records that wait, or warns."""
+        try:
+            if self._file is None or os.fstat(self._file).st_nlink == 0:  # 0: the file was removed
+                self._open()
+            assert self._file is not None
+            unwritten = memoryview(b"".join(self._waiting))
+            while unwritten:
+                unwritten = unwritten[os.write(self._file, unwritten) :]
+            self._end = os.fstat(self._file).st_size
+        except OSError as error:
+            self._cut_unfinished()
+            self._close_file()
+            if not self._warned:
+                self._warned = True
+                self._warn(f"{self.path} cannot be written ({error.strerror}): its records are kept in memory until it can be")
+            return
+        self._waiting.clear()
+        if self._warned:
+            self._warned = False
+            self._warn(f"{self.path} can be written again, with the records that waited")
+
+    def _open(self) -> None:
+        """Opens the file, and removes from its end what a write that failed has left of a record."""
+        self._close_file()
+        self._file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        if self._end is None:
+            self._end = os.fstat(self._file).st_size
+        self._cut_unfinished()
+
+    def _cut_unfinished(self) -> None:
+        """Removes what is behind the last record that was written whole, if the file is open and that can be done now."""
+        if self._file is not None and self._end is not None:
+            with contextlib.suppress(OSError):
+                if os.fstat(self._file).st_size > self._end:
+                    os.ftruncate(self._file, self._end)
 
     def read(self) -> list[dict[str, Any]]:
-        """Returns every complete record; [] where there is no file."""
-        return [record for _, record in _complete_lines(self.path) if record is not None]
+        """Returns every complete record, also those that are not on disk yet; [] where there is no file."""
+        waiting = (_record(line) for line in b"".join(self._waiting).splitlines(keepends=True))
+        return [record for record in (*(entry for _, entry in _complete_lines(self.path)), *waiting) if record is not None]
+
+    def broken_lines(self) -> int:
+        """Returns the number of complete lines that are no records."""
+        return sum(record is None for _, record in _complete_lines(self.path))
 
     def cut_back(self, step: int) -> int:
         """Removes the records after a step, and an incomplete last line.
@@ -67,6 +116,7 @@ class RecordFile:
             The number of these lines.
         """
         self.close()
+        self._end = None
         if not self.path.exists():
             return 0
         end, broken = 0, 0
@@ -83,18 +133,24 @@ class RecordFile:
 
     def _rewrite(self, end: int) -> None:
         """Writes the file anew with the records up to a position in bytes, and renames it into place."""
-        unfinished = self.path.with_name(self.path.name + ".tmp")
-        with self.path.open("rb") as file, unfinished.open("wb") as target:
+        with replacing(self.path) as unfinished, self.path.open("rb") as file, unfinished.open("wb") as target:
             while file.tell() < end:
                 line = file.readline()
                 if _record(line) is not None:
                     target.write(line)
-        unfinished.replace(self.path)
 
     def close(self) -> None:
-        """Closes the file; the next append opens it again."""
+        """Closes the file after a last try to write what waits; the next append opens it again."""
+        if self._waiting:
+            self._write()
+        if self._waiting:
+            self._warn(f"{self.path} lacks {len(b''.join(self._waiting).splitlines())} records, which could not be written")
+        self._close_file()
+
+    def _close_file(self) -> None:
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):
+                os.close(self._file)
             self._file = None
 
 

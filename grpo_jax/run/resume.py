@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 from grpo_jax.config import Config, ConfigError, config_to_dict, difference
@@ -17,6 +19,7 @@ FREE_ON_RESUME = (
     "rollout.refill",
     "rollout.segment",
     "rollout.slots",
+    "train.accept_changed_inputs",
     "train.compilation_cache",
     "train.debug",
     "train.eval_every",
@@ -51,13 +54,14 @@ def check_run_folder(run_dir: str | Path, config: Config, *, resume: bool, write
         writes: False for a process that reads what another one writes.
 
     Raises:
-        RunFolderError: the folder holds a run and resume is false; it holds a run with other settings; it is not a folder; or
-            another process writes to it.
+        RunFolderError: the folder holds a run and resume is false; it holds a run with other settings; it is not a folder, or
+            cannot be written to; or another process writes to it.
     """
     path = Path(run_dir)
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path} is a file, not a folder: choose another train.run_dir")
     if writes:
+        check_writable(path)
         try:
             check_unlocked(path)
         except LockedError as error:
@@ -79,6 +83,24 @@ def check_run_folder(run_dir: str | Path, config: Config, *, resume: bool, write
             f"{path} holds a run with other settings (stored -> now):\n  {listed}\n"
             "resume with the stored ones, or choose another train.run_dir to start anew"
         )
+
+
+def check_writable(path: Path) -> None:
+    """Raises RunFolderError where files cannot be written to a folder, or the folder cannot be made."""
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.exists(folder))
+    if not existing.is_dir():
+        raise unwritable(path, NotADirectoryError(errno.ENOTDIR, f"{existing} is a file"))
+    if not os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        read_only = os.statvfs(existing).f_flag & os.ST_RDONLY
+        raise unwritable(path, PermissionError(errno.EACCES, f"{existing} is {'read-only' if read_only else 'not writable'}"))
+
+
+def unwritable(path: Path, error: OSError) -> RunFolderError:
+    """Builds the error for a run folder in which a file cannot be written."""
+    where = "" if error.filename is None else f" ({error.filename})"
+    return RunFolderError(
+        f"{path} cannot be written to: {error.strerror}{where}. Make it writable or make room, or choose another train.run_dir"
+    )
 
 
 def may_change(line: str, config: Config) -> bool:

@@ -47,6 +47,10 @@ class Step(Protocol):
         """Number of held-out problems."""
         ...
 
+    def inputs(self) -> dict[str, str | None]:
+        """What the run is made from: model, data, rewards; see `run/inputs.py`."""
+        ...
+
     @property
     def first_rewards_at(self) -> float | None:
         """When the first step's completions had been scored, by `time.perf_counter`; None before, and without rewards."""

@@ -40,6 +40,7 @@ from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import RolloutShapes, evaluation_shapes, prompt_widths
 from grpo_jax.run.callbacks import StepCompletions
 from grpo_jax.run.display import Display
+from grpo_jax.run.inputs import describe_inputs
 from grpo_jax.run.step_metrics import Clock, length_metrics
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.compile_ahead import FutureCall
@@ -178,6 +179,11 @@ class GrpoStep:
     def problems(self) -> int:
         """Number of held-out prompts."""
         return len(self.source.held_out) if isinstance(self.source, PromptSource) else 0
+
+    def inputs(self) -> dict[str, str | None]:
+        if not isinstance(self.source, PromptSource):
+            return {}
+        return describe_inputs(self.policy, self.source.train, self.source.held_out, self.functions)
 
     @property
     def first_rewards_at(self) -> float | None:

@@ -24,6 +24,7 @@ from grpo_jax.learner.supervised import supervised_step
 from grpo_jax.policy import Policy, sampler_of
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.run.display import Display
+from grpo_jax.run.inputs import describe_inputs
 from grpo_jax.run.step_metrics import Clock
 from grpo_jax.runtime.compile_ahead import FutureCall
 from grpo_jax.runtime.out_of_memory import explaining_memory
@@ -104,6 +105,9 @@ class SupervisedStep:
     @property
     def problems(self) -> int:
         return len(self.source.held_out)
+
+    def inputs(self) -> dict[str, str | None]:
+        return describe_inputs(self.policy, self.source.train, self.source.held_out)
 
     @property
     def first_rewards_at(self) -> float | None:

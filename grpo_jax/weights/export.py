@@ -1,7 +1,7 @@
 """Writes merged models: a folder that transformers and vLLM load, in the layout of the original folder.
 
-Tensor names, dtypes and shards are those of the original, as are config, generation config and tokenizer. Adapter folders are
-written by `weights/lora.py`.
+Tensor names, dtypes and shards are those of the original, as are config, generation config and tokenizer. `digests.json` has the
+digest of every file, for `grpo-jax verify`. Adapter folders are written by `weights/lora.py`.
 """
 
 from __future__ import annotations
@@ -17,12 +17,27 @@ import numpy as np
 
 from grpo_jax.config import LoraConfig
 from grpo_jax.models.spec import ModelError, ModelSpec, flatten
+from grpo_jax.runtime.digests import DIGESTS, write_digests
+from grpo_jax.runtime.files import replacing
 from grpo_jax.types import Params
 from grpo_jax.weights.hf import INDEX, TensorFiles, read_tensor, tensor_names
 from grpo_kernels import QuantizedWeight
 
-# Endings of files that are not copied: weights in any format, and files of the hub's page.
-NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".md", ".gitattributes", ".index.json")
+# Endings of files that are not copied: weights in any format, files of the hub's page, and digests of the original's files.
+NOT_COPIED = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".md",
+    ".gitattributes",
+    ".index.json",
+    DIGESTS,
+)
 
 ReadTensor = Callable[[tuple[str, ...], tuple[int, ...]], np.ndarray]
 """(path of a parameter, index of the layer, or of layer and expert) → that tensor, float32, with a matrix as (in, out)."""
@@ -84,6 +99,7 @@ def save_merged(out: Path, original: Path, spec: ModelSpec, read: ReadTensor, wr
         raise ModelError(f"{out} is the folder that the model was read from; choose another, so that the original stays")
     if writes:
         out.mkdir(parents=True, exist_ok=True)
+        (out / DIGESTS).unlink(missing_ok=True)  # those of files that are about to be replaced
     entries = {
         name: (path, index, source.transposed) for path, source in tensor_names(spec).items() for name, index in source.entries()
     }
@@ -106,21 +122,28 @@ def save_merged(out: Path, original: Path, spec: ModelSpec, read: ReadTensor, wr
                 dtype = files.read(name, tuple(slice(0, 0) for _ in files.shape(name))).dtype
                 tensors[name] = np.ascontiguousarray(values.T if transposed else values).astype(jnp.dtype(dtype))
             if writes:
-                save_file(tensors, out / shard, metadata={"format": "pt"})
+                with replacing(out / shard) as unfinished:
+                    save_file(tensors, unfinished, metadata={"format": "pt"})
     if writes:
-        copy_other_files(original, out)
+        write_digests(out, sorted([*shards, *copy_other_files(original, out)]))
 
 
-def copy_other_files(original: Path, out: Path) -> None:
-    """Copies the index of the shards and every file that has no weights: config, generation config, tokenizer."""
-    for file in original.iterdir():
-        if file.is_file() and (file.name == INDEX or not file.name.endswith(NOT_COPIED)):
-            shutil.copy(file, out / file.name)
+def copy_other_files(original: Path, out: Path) -> list[str]:
+    """Copies the index of the shards and every file that has no weights: config, generation config, tokenizer.
+
+    Returns:
+        The names of these files.
+    """
+    names = [file.name for file in original.iterdir() if file.is_file()]
+    copied = [name for name in names if name == INDEX or not name.endswith(NOT_COPIED)]
+    for name in copied:
+        shutil.copy(original / name, out / name)
+    return copied
 
 
 def refuse_other_weights(out: Path, own: set[str]) -> None:
     """Raises ModelError where a folder has weight files besides `own`: it would be two models in one."""
-    weights = {file.name for file in out.iterdir() if file.name.endswith((".safetensors", ".index.json"))}
+    weights = {file.name for file in out.iterdir() if file.name.endswith((".safetensors", ".index.json", DIGESTS))}
     others = sorted(weights - own)
     if others:
         raise ModelError(f"{out} holds other weights ({', '.join(others[:3])}); choose an empty folder")

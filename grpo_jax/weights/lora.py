@@ -25,6 +25,8 @@ from grpo_jax.config.checks import require, show
 from grpo_jax.config.sections import LINEAR_TARGETS
 from grpo_jax.models.config_values import checked_flag, checked_number, whole_number
 from grpo_jax.models.spec import ModelError, ModelSpec, ParamSpec, flatten, lora_specs, nest
+from grpo_jax.runtime.digests import DIGESTS, DamagedError, verify_digests, write_digests
+from grpo_jax.runtime.files import replacing
 from grpo_jax.types import Params
 from grpo_jax.weights.hf import find_folder, module_path, module_paths, open_shard, read_json, require_finite, shape_of
 
@@ -131,11 +133,13 @@ def load_adapter(source: str | Path, spec: ModelSpec) -> tuple[Params, LoraConfi
         The `lora` collection in float32, and the settings of the adapter with `adapter` = source.
 
     Raises:
-        ModelError: there is no such folder or repository; it uses a setting that is not supported, or is for another model.
+        ModelError: there is no such folder or repository; it is damaged, uses a setting that is not supported, or is for another
+            model.
     """
     from safetensors import safe_open
 
-    folder = find_folder(str(source), "lora.adapter", [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
+    folder = find_folder(str(source), "lora.adapter", [ADAPTER_CONFIG, ADAPTER_WEIGHTS, DIGESTS])
+    verify_export(folder)
     lora = read_adapter_config(folder)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"{folder / ADAPTER_WEIGHTS} is missing; a PEFT folder needs it")
@@ -193,8 +197,18 @@ def read_leaf(folder: Path, shard: Any, names: list[str], shape: tuple[int, ...]
     return jnp.asarray(np.stack(parts).reshape(shape))
 
 
+def verify_export(folder: Path) -> None:
+    """Raises ModelError where a folder has digests, as those that this package writes, and a file that differs from them."""
+    if not (folder / DIGESTS).exists():
+        return
+    try:
+        verify_digests(folder)
+    except DamagedError as error:
+        raise ModelError(f"{error}; export it again, or remove {folder / DIGESTS} where the change was intended") from error
+
+
 def save_adapter(folder: Path, spec: ModelSpec, adapters: Params, lora: LoraConfig, base_name: str) -> None:
-    """Writes a folder that PEFT, transformers and vLLM load.
+    """Writes a folder that PEFT, transformers and vLLM load, with the digests of its files.
 
     Args:
         folder: created where it does not exist.
@@ -209,7 +223,9 @@ def save_adapter(folder: Path, spec: ModelSpec, adapters: Params, lora: LoraConf
         for name, matrix in zip(adapter_names(spec, path[1], path[2]), stacked, strict=True):
             tensors[name] = np.ascontiguousarray(matrix.T)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    (folder / DIGESTS).unlink(missing_ok=True)  # those of files that are about to be replaced
+    with replacing(folder / ADAPTER_WEIGHTS) as unfinished:
+        save_file(tensors, unfinished, metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -224,4 +240,6 @@ def save_adapter(folder: Path, spec: ModelSpec, adapters: Params, lora: LoraConf
         "inference_mode": True,
         "modules_to_save": None,
     }
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with replacing(folder / ADAPTER_CONFIG) as unfinished:
+        unfinished.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    write_digests(folder, [ADAPTER_CONFIG, ADAPTER_WEIGHTS])

@@ -18,8 +18,9 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax.run.checkpoint import COMMIT_FILES, Checkpointer, CheckpointError
-from grpo_jax.run.digests import DIGESTS, read_digests
+from grpo_jax.run.checkpoint import Checkpointer, CheckpointError
+from grpo_jax.run.checkpoint_files import COMMIT_FILES
+from grpo_jax.runtime.digests import DIGESTS, read_digests
 from grpo_jax.types import TrainState
 
 HOST = {"next_row": 80, "slots": 16, "note": "übung", "nested": {"buckets": [32, 64]}}
@@ -272,7 +273,7 @@ def test_storage_that_cannot_be_read_is_an_error_and_no_damage(
     def refuse(path: Path) -> str:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("grpo_jax.run.digests.file_digest", refuse)
+    monkeypatch.setattr("grpo_jax.runtime.digests.file_digest", refuse)
     with Checkpointer(tmp_path, keep=2) as checkpoints, pytest.raises(CheckpointError, match="Permission denied"):
         checkpoints.latest_step()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "5"]

@@ -328,10 +328,10 @@ def test_steps_are_sent_to_the_same_wandb_run_after_a_resume(tmp_path: Path, mon
     config = Config.from_dict({"train": {"track": "wandb"}})
     trainer: Any = types.SimpleNamespace(steps_done=1)
     for _ in range(2):
-        (tracker,) = tracker_callbacks(config, tmp_path / "run", writes=True)
+        (tracker,) = tracker_callbacks(config, tmp_path / "run", writes=True, warn=pytest.fail)
         tracker.on_step_end(trainer, {"reward/mean": 0.5, "kl_divergence": float("nan")}, None)
         tracker.on_train_end(trainer)
-    assert tracker_callbacks(config, tmp_path / "run", writes=False) == []
+    assert tracker_callbacks(config, tmp_path / "run", writes=False, warn=pytest.fail) == []
     first, again = (named for kind, named in calls if kind == "init")
     assert first == again
     assert [entry for entry in calls if entry[0] != "init"] == [("log", (1, {"reward/mean": 0.5})), ("finish", None)] * 2
@@ -340,7 +340,7 @@ def test_steps_are_sent_to_the_same_wandb_run_after_a_resume(tmp_path: Path, mon
 def test_wandb_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"train\.track: 'wandb' is not installed; run pip install"):
-        tracker_callbacks(Config.from_dict({"train": {"track": "wandb"}}), tmp_path / "run", writes=True)
+        tracker_callbacks(Config.from_dict({"train": {"track": "wandb"}}), tmp_path / "run", writes=True, warn=pytest.fail)
 
 
 def test_a_models_text_is_no_control_code_in_the_records(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_loading_returns_what_was_saved(tmp_path: Path, family: str, lora: LoraC
 def test_the_saved_folder_has_pefts_settings_and_names(tmp_path: Path) -> None:
     spec, lora = spec_of("qwen2"), LoraConfig(rank=4, alpha=8.0, targets=["v_proj", "down_proj"])
     save_adapter(tmp_path, spec, init_lora(spec, lora, jax.random.key(0)), lora, "owner/base")
-    assert sorted(file.name for file in tmp_path.iterdir()) == [CONFIG, WEIGHTS]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [CONFIG, WEIGHTS, "digests.json"]
     config = json.loads((tmp_path / CONFIG).read_text())
     expected = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "owner/base", "r": 4, "lora_alpha": 8,
@@ -199,7 +199,7 @@ def test_an_adapter_may_be_a_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     adapters, lora = load_adapter("owner/adapter", spec)
-    assert asked == [("owner/adapter", ["adapter_config.json", "adapter_model.safetensors"])]
+    assert asked == [("owner/adapter", ["adapter_config.json", "adapter_model.safetensors", "digests.json"])]
     assert lora.adapter == "owner/adapter"
     local, _ = load_adapter(folder, spec)
     jax.tree.map(np.testing.assert_array_equal, adapters, local)

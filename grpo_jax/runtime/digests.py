@@ -1,4 +1,4 @@
-"""Digests of the files of a folder: written next to them before the folder gets its final name, and checked before it is read.
+"""Digests of the files of a folder: written next to them once they are complete, and checked before the folder is read.
 
 The digest is SHA-256, which `sha256sum` shows too and for which processors have instructions: CPython's BLAKE2b takes 1.7 times as
 long. The list of digests ends with a digest of itself, so that every changed bit of the folder is found, whichever file it is in.
@@ -6,43 +6,99 @@ long. The list of digests ends with a digest of itself, so that every changed bi
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from grpo_jax.runtime.files import replacing
 
 DIGESTS = "digests.json"
 THREADS = 4
 """Files that are read at once; hashing lets other Python threads run."""
+POLL_SECONDS = 0.005
+"""How often `EarlyDigests` looks for files that are complete."""
 
 
 class DamagedError(ValueError):
     """A folder is not as it was written. The message names the file."""
 
 
-def write_digests(folder: Path, ignored: Iterable[str] = ()) -> None:
-    """Writes the digest and the size of every file of a folder into its `digests.json`.
+class EarlyDigests:
+    """Hashes files of a folder that is still being written, while the writer waits for the disk.
 
     Args:
-        folder: All files in it are complete.
-        ignored: Names of files at the top of the folder that are not listed, because they are written later.
+        complete: Returns the files that will not change any more; called again and again by a thread.
+
+    Example:
+        with EarlyDigests(lambda: folder.glob("d/*")) as early:
+            write_files(folder)
+        write_digests(folder, names, early)
     """
-    names = listed(folder, ignored)
-    files = {
-        name: {"sha256": digest, "bytes": (folder / name).stat().st_size}
-        for name, digest in zip(names, file_digests([folder / name for name in names]), strict=True)
-    }
+
+    def __init__(self, complete: Callable[[], Iterable[Path]]) -> None:
+        self._complete = complete
+        self._known: dict[tuple[int, ...], str] = {}
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True, name="early digests")
+        self._thread.start()
+
+    def of(self, path: Path) -> str:
+        """Returns the digest of a file's content; hashes it where that was not done, or the file is another one since."""
+        known = self._known.get(identity(path.stat()))
+        return file_digest(path) if known is None else known
+
+    def close(self) -> None:
+        """Ends the thread; a file that it is hashing is hashed to its end."""
+        self._over.set()
+        self._thread.join()
+
+    def __enter__(self) -> EarlyDigests:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        while not self._over.wait(POLL_SECONDS):
+            with contextlib.suppress(OSError):  # of a folder that is renamed meanwhile, or a file that is removed
+                for path in self._complete():
+                    key = identity(path.stat())
+                    if key not in self._known and not self._over.is_set():
+                        self._known[key] = file_digest(path)
+
+
+def identity(status: os.stat_result) -> tuple[int, ...]:
+    """What tells one content of one file from another, wherever the file is moved."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def write_digests(folder: Path, names: Sequence[str], early: EarlyDigests | None = None) -> None:
+    """Writes the digest and the size of files of a folder into its `digests.json`.
+
+    Args:
+        names: Of the files, relative to the folder; all of them are complete.
+        early: Files that have been hashed before.
+    """
+    paths = [folder / name for name in names]
+    with ThreadPoolExecutor(THREADS, "digests") as threads:
+        found = list(threads.map(file_digest if early is None else early.of, paths))
+    files = {name: {"sha256": digest, "bytes": path.stat().st_size} for name, path, digest in zip(names, paths, found, strict=True)}
     content = json.dumps({"files": files}, indent=1).encode() + b"\n"
-    (folder / DIGESTS).write_bytes(content + hashlib.sha256(content).hexdigest().encode() + b"\n")
+    with replacing(folder / DIGESTS) as unfinished:
+        unfinished.write_bytes(content + hashlib.sha256(content).hexdigest().encode() + b"\n")
 
 
-def verify_digests(folder: Path, ignored: Iterable[str] = ()) -> None:
+def verify_digests(folder: Path, ignored: Iterable[str] | None = None) -> None:
     """Compares every file of a folder with `digests.json`.
 
     Args:
-        ignored: As it was given to `write_digests`.
+        ignored: Names of files at the top of the folder that may be there without a digest; None allows all.
 
     Raises:
         DamagedError: A file is missing, was added or has changed; the first one is named.
@@ -57,7 +113,7 @@ def verify_digests(folder: Path, ignored: Iterable[str] = ()) -> None:
             raise
         if size != values["bytes"]:
             raise DamagedError(f"{folder / name} is damaged: it has {size} bytes instead of {values['bytes']}")
-    added = [name for name in listed(folder, ignored) if name not in expected]
+    added = [] if ignored is None else [name for name in listed(folder, ignored) if name not in expected]
     if added:
         raise DamagedError(f"{folder / added[0]} is damaged: it was not there when the checkpoint was written")
     for name, digest in zip(expected, file_digests([folder / name for name in expected]), strict=True):
