@@ -19,8 +19,8 @@ import yaml
 from plain_oracles import quick_compiling
 from tiny_runs import additions, config_of, quick_environment, records, run, settings, write_rows
 
-from grpo_jax.cli import parser
 from grpo_jax.config import Config, ConfigError, DistributedConfig
+from grpo_jax.config.command_line import parser
 from grpo_jax.config.load import setting_types
 from grpo_jax.run.display import Display
 from grpo_jax.run.folder import RunFolder
