@@ -8,7 +8,6 @@ error, no traceback); 130, 143 or 129 for Ctrl-C, SIGTERM or SIGHUP.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import shlex
 import sys
 import time
@@ -20,6 +19,7 @@ from grpo_jax.config import ConfigError, RolloutConfig
 from grpo_jax.config.checks import show
 from grpo_jax.config.command_line import given_settings, loaded_settings, parser, unknown_option
 from grpo_jax.run.resume import holds_checkpoint, holds_run
+from grpo_jax.runtime.output import drop_what_nobody_reads
 from grpo_jax.runtime.safe_text import safe_text
 from grpo_jax.runtime.stop_signals import RunInterruptedError
 
@@ -37,6 +37,7 @@ def main(words: Sequence[str] | None = None) -> int:
         The exit status.
     """
     started = time.perf_counter()
+    drop_what_nobody_reads()
     words = sys.argv[1:] if words is None else list(words)
     arguments, rest = parser().parse_known_args(words, argparse.Namespace(started=started))
     try:
@@ -44,8 +45,7 @@ def main(words: Sequence[str] | None = None) -> int:
             raise unknown_option(rest[0], arguments)
         COMMANDS[arguments.command](arguments)
     except KeyboardInterrupt as error:
-        with contextlib.suppress(OSError):  # after SIGHUP there is no terminal
-            print(interrupted(words, arguments), file=sys.stderr, flush=True)
+        print(interrupted(words, arguments), file=sys.stderr, flush=True)
         return status_of(error)
     except Exception as error:
         if not is_users(error):

@@ -39,7 +39,7 @@ from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import RolloutShapes, evaluation_shapes, prompt_widths
 from grpo_jax.run.callbacks import StepCompletions
 from grpo_jax.run.display import Display
-from grpo_jax.run.step_metrics import Clock, length_metrics
+from grpo_jax.run.step_metrics import Clock, length_metrics, process_metrics
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.compile_ahead import FutureCall
 from grpo_jax.runtime.memory import in_device_memory, in_host_memory
@@ -245,6 +245,9 @@ class GrpoStep:
         metrics.setdefault("kl_divergence", None)  # not computed, which is not 0
         metrics["update/padding"] = padding_share(batch)
         metrics |= reward_metrics(scored) | length_metrics(rollout) | clock.metrics(prompts, rollout)
+        if distributed.is_multiprocess():
+            rollouts = distributed.gather_values(clock.seconds["rollout_seconds"])
+            metrics |= process_metrics({"rollout_seconds": rollouts, "reward_seconds": scored.seconds_by_process})
         completions = StepCompletions(
             prompts.prompts, texts, rollout.completion_ids, scored.per_function, advantages, list(rollout.finish_reasons)
         )
