@@ -30,7 +30,7 @@ def lenient(stream: io.TextIOWrapper) -> io.TextIOWrapper:
     stream.flush()
     raw = LenientFile(stream.fileno(), "w", closefd=False)
     return io.TextIOWrapper(
-        io.BufferedWriter(raw),
+        raw if stream.write_through else io.BufferedWriter(raw),  # as Python's own, which is unbuffered with -u
         stream.encoding,
         stream.errors,
         line_buffering=stream.line_buffering,
