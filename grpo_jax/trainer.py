@@ -281,15 +281,10 @@ class Trainer:
         if number:
             self.save()
         checkpoints.wait()
+        policy, held_out = self._step.policy.with_trained(in_device_memory(self.state.trainable)), self._step.problems
+        steps, programs = self.steps_done, self.programs
         return write_result(
-            folder,
-            self._step.policy.with_trained(in_device_memory(self.state.trainable)),
-            self._clock,
-            self.display,
-            steps=self.steps_done,
-            problems=self._step.problems,
-            programs=self.programs,
-            ended_by=number,
+            folder, policy, self._clock, self.display, steps=steps, problems=held_out, programs=programs, ended_by=number
         )
 
 
