@@ -17,6 +17,7 @@ The status is 1 where one of them fails.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import json
 import os
@@ -123,6 +124,11 @@ class Soaked:
     def alive(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
+    def kill(self) -> None:
+        """Kills the trainer, if it lives."""
+        if self.process is not None and self.alive:
+            self.process.kill()
+
     def signal(self, *numbers: signal.Signals, apart_seconds: float = 1.0) -> str:
         """Sends signals and waits for the end; returns the status and what the next process says."""
         assert self.process is not None
@@ -143,7 +149,7 @@ class Soaked:
                 return
             time.sleep(0.2)
 
-    # Faults. Each does it, waits for the consequence and says what happened.
+    # Faults. Each function does one, waits for the consequence and says what happened.
 
     def reward(self, fault: str) -> str:
         """A fault of the reward for a few seconds."""
@@ -228,10 +234,14 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"), help="a new folder (default runs/soak)")
     given = parser.parse_args()
     folder = given.folder.resolve()
-    folder.mkdir(parents=True)
-    make_model(folder)
+    if (folder / "faulty").exists():
+        parser.error(f"--folder {folder} has a soak test already: name another one")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "warm").exists():  # of a soak test that got no further
+        make_model(folder)
     rng = random.Random(given.seed)
     soaked = Soaked(folder, rng)
+    atexit.register(soaked.kill)  # after Ctrl-C or an error
     survived, ending = soaked.faults()
     began = time.monotonic()
     soaked.resume()
