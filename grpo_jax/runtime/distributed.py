@@ -35,7 +35,7 @@ from grpo_jax.runtime.peers import Peers, first_line
 GRACE_SECONDS = 3.0
 """Delay of process 0's end: where all processes have the same error, its end would interrupt their messages."""
 
-JAX_LATER_SECONDS = 5
+JAX_LATER_SECONDS = 9
 """JAX's own heartbeat ends the processes, without a host's name, this much later than `peers.py`."""
 
 SMALLEST_MESSAGE_BYTES = 1024
