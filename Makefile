@@ -6,6 +6,7 @@
 # make test-peers   live comparisons with torch, transformers and PEFT, in an environment of their own (large: torch)
 # make test-gpu-compile   compile for an H200 without one, in an environment of its own (NVIDIA's compiler wheels)
 # make gpu-check    on a machine with an NVIDIA GPU and the extra `cuda`: gradients, times and whole steps in under 8 minutes
+# make soak         train the quickstart's model for 30 minutes under faults drawn at random (ARGS="--minutes 5 --seed 1")
 # make clean        remove the environments and caches
 #
 # PYTHON=python3.12 chooses the Python, VENV=.venv-3.12 the place of the environment.
@@ -20,7 +21,7 @@ PIP_FLAGS = --quiet --disable-pip-version-check --constraint constraints.txt
 NEEDS = pyproject.toml constraints.txt
 ARGS ?=
 
-.PHONY: help quickstart test test-slow fuzz lint test-peers test-gpu-compile gpu-check clean
+.PHONY: help quickstart test test-slow fuzz lint test-peers test-gpu-compile gpu-check soak clean
 help:
 	@sed -n 's/^# \{0,1\}//p; /^$$/q' Makefile
 
@@ -51,6 +52,9 @@ test-gpu-compile: $(VENV_GPU)/.installed
 # With the Python that is named, which has JAX for this GPU.
 gpu-check:
 	$(PYTHON) kernels/bench/gpu_check.py $(ARGS)
+
+soak: $(VENV)/.installed-test
+	JAX_PLATFORMS=cpu $(VENV)/bin/python tests/tools/soak.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV_PEERS) $(VENV_GPU) .pytest_cache .ruff_cache .import_linter_cache

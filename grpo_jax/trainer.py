@@ -16,11 +16,7 @@ writes and shows, and all write checkpoints (`runtime/distributed.py`).
 
 from __future__ import annotations
 
-import contextlib
-import signal
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,31 +24,26 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpo_jax.config import Config, TrainConfig, check_supervised, check_training
+from grpo_jax.config import Config, check_supervised, check_training
 from grpo_jax.learner.custom_loss import LossFunction
-from grpo_jax.learner.optim import SKIPPED
 from grpo_jax.policy import Policy, config_with_policy
-from grpo_jax.run.callbacks import (
-    Callback,
-    CompilationsCallback,
-    DisplayCallback,
-    FiniteCallback,
-    RecordsCallback,
-    StepCompletions,
-)
+from grpo_jax.run.callbacks import Callback, StepCompletions, own_callbacks
 from grpo_jax.run.checkpoint import Checkpointer
-from grpo_jax.run.endings import NotFiniteError, skipped_line, stopped_by_signal, stopped_by_skips
+from grpo_jax.run.clock import RunClock
+from grpo_jax.run.due import evaluates_after, saves_after
 from grpo_jax.run.folder import RunFolder
 from grpo_jax.run.inputs import check_inputs
 from grpo_jax.run.last_state import save_last_state
+from grpo_jax.run.result import TrainResult, write_result
 from grpo_jax.run.saved import checkpoint_values
+from grpo_jax.run.skipped import SkippedSteps
+from grpo_jax.run.stopping import RunStop, raise_interrupted
 from grpo_jax.run.tracking import tracker_callbacks
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.compile_ahead import CompileAhead
-from grpo_jax.runtime.compile_counts import CompileCounts, compile_counts
 from grpo_jax.runtime.memory import in_device_memory, in_host_memory
-from grpo_jax.runtime.programs import Program, compile_seconds, waited_seconds
-from grpo_jax.runtime.stop_signals import RunInterruptedError, StepAbandonedError, StopSignals, is_interactive
+from grpo_jax.runtime.programs import Program
+from grpo_jax.runtime.stop_signals import StepAbandonedError
 from grpo_jax.steps import Step
 from grpo_jax.steps.grpo import GrpoStep
 from grpo_jax.steps.setup import begin
@@ -60,23 +51,6 @@ from grpo_jax.steps.supervised import SupervisedStep
 from grpo_jax.types import TrainState
 
 Rewards = Callable[..., Any] | Sequence[Callable[..., Any]]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """The result of a run.
-
-    Attributes:
-        policy: the trained policy.
-        history: one dict of metrics per step.
-        summary: the content of summary.json.
-        run_dir: the folder with everything that was written.
-    """
-
-    policy: Policy
-    history: list[dict[str, Any]]
-    summary: dict[str, Any]
-    run_dir: Path
 
 
 class Trainer:
@@ -104,7 +78,7 @@ class Trainer:
         config: the settings of the run.
         state: the train state; the next step reuses its memory.
         steps_done: steps finished.
-        skipped_in_a_row: how many of the last steps had no update, because loss or gradient was not finite.
+        skipped: counts steps without an update, because loss or gradient was not finite: `skipped.in_a_row`.
         should_stop: set it to True, in a callback for example, and `train` ends after the current step.
 
     Raises:
@@ -131,7 +105,7 @@ class Trainer:
         started: float | None = None,
         supervised: bool = False,
     ) -> None:
-        self._begun, self._counts_before = time.perf_counter() if started is None else started, compile_counts()
+        self._clock = RunClock(started)
         config = config or Config()
         rewards = [] if reward_funcs is None else [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
         if supervised and (rewards or loss_fn is not None):
@@ -153,13 +127,13 @@ class Trainer:
         self.callbacks: list[Callback] = list(callbacks)
         state = self._step.learner.init(self._step.policy.trainable())
         self.state: TrainState = in_host_memory(state) if self._step.config.optim.offload else state
-        self.steps_done, self.skipped_in_a_row, self.should_stop = 0, 0, False
+        self.steps_done, self.should_stop = 0, False
+        self.skipped = SkippedSteps(config.optim.max_skipped_steps, self.run_dir, self.display)
         self.folder: RunFolder | None = None
         self._checkpoints: Checkpointer | None = None
-        self._started, self._ahead = 0.0, CompileAhead()
-        self._first_step: dict[str, Any] = {}
+        self._ahead = CompileAhead()
         self._inputs: dict[str, str | None] = {}
-        self._computing = False  # a step or an evaluation, of which nothing has been recorded yet
+        self._stop = RunStop(config.train.grace_seconds, self.display, lambda: self.state)
 
     @property
     def policy(self) -> Policy:
@@ -188,36 +162,33 @@ class Trainer:
             RewardError: too many completions could not be scored.
             NotFiniteError: loss or gradient was not finite in `optim.max_skipped_steps` steps in a row.
         """
-        with StopSignals(self.config.train.grace_seconds, self._may_abandon, self._say_stopping) as stop, self:
+        with self._stop as stop, self:
             try:
-                number = self._make_steps(stop)
+                number = self._make_steps()
             except StepAbandonedError:
-                number = stop.received or 0
-                self.display.warning(f"step {self.steps_done + 1} took longer than train.grace_seconds and was abandoned")
+                number = stop.abandoned(self.steps_done + 1)
             except Exception as error:
                 error.add_note(save_last_state(self, error))
                 raise
             result = self._finish(number) if self.steps_done or not number else TrainResult(self.policy, [], {}, self.run_dir)
             self._call("on_train_end")
-            if number:
-                self.display.note(stopped_by_signal(number, self.steps_done, self.config.train.steps))
-        if number and not (number == signal.SIGINT and is_interactive()):
-            raise RunInterruptedError(number, result)
+            stop.say_stopped(number, self.steps_done, self.config.train.steps)
+        raise_interrupted(number, result)
         return result
 
-    def _make_steps(self, stop: StopSignals) -> int:
+    def _make_steps(self) -> int:
         """Makes the steps that are left, with evaluations and checkpoints; returns the signal's number that ends them, or 0."""
         train, due = self.config.train, False
         self._evaluate_after(self.steps_done)
         with self.display.progress(train.steps, self.steps_done):
             while self.steps_done < train.steps and not self.should_stop:
-                if number := self._signal(stop):
+                if number := self._stop.agreed():
                     return number
                 self.step()
                 self._evaluate_after(self.steps_done)
                 due = due or saves_after(train, self.steps_done) or self.open()[1].failed()
                 last = self.should_stop or self.steps_done == train.steps
-                if last or (due and not self.skipped_in_a_row):  # else the same state would replace older checkpoints
+                if last or (due and not self.skipped.in_a_row):  # else the same state would replace older checkpoints
                     self.save()
                     due = False
         return 0
@@ -225,22 +196,23 @@ class Trainer:
     def step(self) -> tuple[dict[str, Any], StepCompletions | None]:
         """Makes one step; returns its metrics and, in GRPO, its completions."""
         self.open()
-        with self._abandonable(f"in step {self.steps_done + 1}"):
+        with self._stop.abandonable(f"in step {self.steps_done + 1}"):
             made = self._step.run(self.state, self.steps_done)
         self.state, metrics, completions = made
         self.steps_done += 1
-        if not self._first_step:
-            self._first_step = self._until_first_step()
-            self.display.note(first_step_line(self._first_step, compile_counts() - self._counts_before))
+        if line := self._clock.first_step(self._step.first_rewards_at):
+            self.display.note(line)
         self._ahead.check()
         self._call("on_step_end", metrics, completions)
-        self._count_skipped(metrics)
+        if error := self.skipped.count(self.steps_done, metrics):
+            self.save()
+            raise error
         return metrics, completions
 
     def evaluate(self) -> dict[str, Any] | None:
         """Evaluates on the held-out part, greedily; returns accuracy and number of problems, None where nothing is held out."""
         self.open()
-        with self._abandonable(f"in the evaluation after step {self.steps_done}"):
+        with self._stop.abandonable(f"in the evaluation after step {self.steps_done}"):
             metrics = self._step.evaluate(self.state)
         if metrics is not None:
             self._call("on_evaluate", metrics)
@@ -262,8 +234,7 @@ class Trainer:
         """
         _, checkpoints = self.open()
         values = checkpoint_values(self._step.policy, self.supervised)
-        values |= {"seconds": time.perf_counter() - self._started, "skipped_in_a_row": self.skipped_in_a_row}
-        values["inputs"] = self._inputs
+        values |= {"seconds": self._clock.seconds, "skipped_in_a_row": self.skipped.in_a_row, "inputs": self._inputs}
         checkpoints.save(self.steps_done, self.state, values, wait=wait)
 
     def open(self) -> tuple[RunFolder, Checkpointer]:
@@ -294,17 +265,11 @@ class Trainer:
             warn(line)
         if self.steps_done:
             self.state, stored = checkpoints.restore(self.state)
-            seconds, self.skipped_in_a_row = float(stored["seconds"]), stored["skipped_in_a_row"]
+            seconds, self.skipped.in_a_row = float(stored["seconds"]), stored["skipped_in_a_row"]
             self.display.note(f"resuming after step {self.steps_done}")
-        self._started = time.perf_counter() - seconds
-        self.callbacks = [
-            RecordsCallback(folder),
-            DisplayCallback(self.display),
-            CompilationsCallback(self.display),
-            *([FiniteCallback()] if config.train.debug else []),
-            *tracker_callbacks(config, folder.path, writes=writes, warn=warn),
-            *self.callbacks,
-        ]
+        self._clock.start_training(seconds)
+        trackers = tracker_callbacks(config, folder.path, writes=writes, warn=warn)
+        self.callbacks = [*own_callbacks(folder, self.display, debug=config.train.debug), *trackers, *self.callbacks]
         self._ahead.start(self._step.future_calls(self.state))
         self._call("on_train_begin")
         return folder, checkpoints
@@ -336,82 +301,17 @@ class Trainer:
         if due and not distributed.broadcast_from_main(step in folder.evaluations()):
             self.evaluate()
 
-    @contextlib.contextmanager
-    def _abandonable(self, where: str) -> Iterator[None]:
-        """Surrounds what may be abandoned after a signal: nothing is recorded or changed before it ends. Errors get `where`."""
-        self._computing = True
-        try:
-            yield
-        except Exception as error:
-            error.add_note(where)
-            raise
-        finally:
-            self._computing = False
-
-    def _may_abandon(self) -> bool:
-        """Whether the step can be left where it is: the state is not yet part of the next one, and no other process waits."""
-        lost = any(leaf.is_deleted() for leaf in jax.tree.leaves(self.state))
-        return self._computing and not lost and not distributed.is_multiprocess()
-
-    def _signal(self, stop: StopSignals) -> int:
-        """The number of the signal to stop, or 0. All processes of a run stop after the same step."""
-        return max(distributed.gather_values(stop.received or 0))
-
-    def _say_stopping(self, name: str) -> None:
-        seconds = self.config.train.grace_seconds
-        self.display.note(f"{name}: the run ends after this step, which may take {seconds:g} s; a second signal ends it at once")
-
-    def _count_skipped(self, metrics: Mapping[str, Any]) -> None:
-        """Says that a step had no update; after `optim.max_skipped_steps` of them in a row saves the state and raises."""
-        if not metrics[SKIPPED]:
-            self.skipped_in_a_row = 0
-            return
-        self.skipped_in_a_row += 1
-        limit = self.config.optim.max_skipped_steps
-        self.display.warning(skipped_line(self.steps_done, metrics, self.skipped_in_a_row, limit))
-        if self.skipped_in_a_row >= limit:
-            self.skipped_in_a_row = 0  # a resumed run may skip as many again
-            self.save()
-            raise NotFiniteError(stopped_by_skips(self.steps_done, limit, self.run_dir))
-
-    def _until_first_step(self) -> dict[str, Any]:
-        """Seconds from the start of the command to the first rewards and to the end of the first step of this process."""
-        rewards = self._step.first_rewards_at
-        return {
-            "seconds_to_first_rewards": None if rewards is None else rewards - self._begun,
-            "seconds_to_first_step": time.perf_counter() - self._begun,
-        }
-
     def _finish(self, number: int) -> TrainResult:
         """Writes and shows the result of a run, which a signal of that number has ended (0: none)."""
         folder, _ = self.open()
         if number:
             self.save()
         self.write_checkpoint(wait=True)
-        seconds = time.perf_counter() - self._started
-        distributed.barrier("last step written")  # the others read what process 0 has written
-        trained = in_device_memory(self.state.trainable)
-        policy, steps, evaluations = self._step.policy.with_trained(trained), self.steps_done, folder.evaluations()
-        files: dict[str, str] = {}
-        counts = compile_counts() - self._counts_before
-        if policy.adapters is not None:
-            files[str(policy.save_adapter(folder.path / "adapter"))] = "the trained adapter, for PEFT, transformers and vLLM"
-        summary = folder.write_summary(
-            accuracy_before=evaluations[0]["accuracy"] if 0 in evaluations else None,
-            accuracy_after=evaluations[steps]["accuracy"] if steps in evaluations else None,
-            held_out_problems=self._step.problems,
-            seconds=seconds,
-            steps=steps,
-            compile_seconds=compile_seconds(*self.programs),
-            **self._first_step,
-            compile_wait_seconds=waited_seconds(*self.programs),
-            programs_compiled=counts.compiled,
-            programs_from_cache=counts.from_cache,
-            **({"interrupted_by": signal.Signals(number).name} if number else {}),
+        policy, held_out = self._step.policy.with_trained(in_device_memory(self.state.trainable)), self._step.problems
+        steps, programs = self.steps_done, self.programs
+        return write_result(
+            folder, policy, self._clock, self.display, steps=steps, problems=held_out, programs=programs, ended_by=number
         )
-        distributed.barrier("result written")
-        self.display.report(summary, folder.written() | files)
-        return TrainResult(policy, folder.history(), summary, folder.path)
 
 
 def train(
@@ -451,23 +351,3 @@ def sft(
     row's own. A GRPO run that starts from the resulting adapter has it as the reference.
     """
     return Trainer(**locals(), supervised=True).train()
-
-
-def first_step_line(seconds: Mapping[str, Any], counts: CompileCounts) -> str:
-    """What to say after the first step about the time until then."""
-    rewards = seconds["seconds_to_first_rewards"]
-    return (
-        f"first step after {seconds['seconds_to_first_step']:.1f} s"
-        + ("" if rewards is None else f", first rewards after {rewards:.1f} s")
-        + f"; programs: {counts.compiled} compiled in {counts.seconds:.1f} s, {counts.from_cache} read from the cache"
-    )
-
-
-def evaluates_after(train: TrainConfig, step: int) -> bool:
-    """Whether the held-out part is evaluated after a step; 0 is before the first. The same for a run that was resumed."""
-    return step in (0, train.steps) or (train.eval_every > 0 and step % train.eval_every == 0)
-
-
-def saves_after(train: TrainConfig, step: int) -> bool:
-    """Whether a checkpoint is saved after a step."""
-    return step == train.steps or (train.save_every > 0 and step % train.save_every == 0)

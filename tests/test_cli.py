@@ -14,6 +14,7 @@ import pytest
 
 from grpo_jax import cli
 from grpo_jax.config import Config, ConfigError, RolloutConfig
+from grpo_jax.config.command_line import documented
 from grpo_jax.config.load import setting_types
 
 
@@ -251,7 +252,7 @@ def test_training_help_explains_every_setting(capsys: pytest.CaptureFixture[str]
 def test_every_setting_is_documented():
     for section in fields(Config):
         holder = type(Config().__dict__[section.name])
-        summary, said = cli.documented(holder)
+        summary, said = documented(holder)
         assert summary
         assert list(said) == [field.name for field in fields(holder)]
 

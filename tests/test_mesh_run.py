@@ -83,7 +83,11 @@ def test_the_mesh_is_shown_and_its_programs_serve_all_steps(found: dict[str, Any
 
 
 def test_a_run_goes_on_with_another_mesh(found: dict[str, Any]) -> None:
-    np.testing.assert_allclose(found["resumed"], found["one"]["curve"], rtol=1e-4, atol=1e-6)
+    """From eight devices to four, and to one, which has the same parameters bit for bit."""
+    np.testing.assert_allclose(found["resumed"]["curve"], found["one"]["curve"], rtol=1e-4, atol=1e-6)
+    assert found["resumed"]["devices"] == [4, 1]
+    assert found["resumed"]["same"]
+    assert all(found["resumed"]["same"])
 
 
 @pytest.mark.slow

@@ -175,19 +175,20 @@ def start(words: list[str], **given: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=environment, text=True, stderr=subprocess.PIPE, **given)
 
 
-def test_a_second_signal_ends_the_process_at_once_and_harms_no_checkpoint(tmp_path: Path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_second_signal_ends_the_process_at_once_and_harms_no_checkpoint(number: signal.Signals, tmp_path: Path):
     waits = f"Path({str(tmp_path / 'waiting')!r}).touch(); [time.sleep(1) for _ in range(300)]"
     words = command_of(tmp_path, 2, waits, save_every=1, grace_seconds=300)
     process = start(words, stdout=subprocess.DEVNULL)
     while not (tmp_path / "waiting").exists():
         assert process.poll() is None
         time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     time.sleep(2)
     assert process.poll() is None  # it still finishes its step
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=10)
-    assert process.returncode == 143
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == STATUS[number]
     assert "a second signal: ended at once" in said
     with Checkpointer(tmp_path / "checkpoints", keep=None) as checkpoints:
         assert checkpoints.latest_step() == 2

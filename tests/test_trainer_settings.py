@@ -44,7 +44,7 @@ from grpo_jax.learner.step import Learner
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import RewardError, ScoredBatch
 from grpo_jax.rollout.sampler import Sampler
-from grpo_jax.run.endings import NotFiniteError
+from grpo_jax.run.skipped import NotFiniteError
 from grpo_jax.types import Frozen, PromptBatch, Rollout
 
 ROWS = additions()

@@ -18,7 +18,7 @@ class DistributedConfig:
         num_processes: Number of processes.
         process_id: Number of this process, from 0.
         local_device_ids: Devices of this host that this process uses; null takes what the cluster says, or all of them.
-        heartbeat_timeout_seconds: A process without a heartbeat for this long counts as dead, and all others end.
+        heartbeat_timeout_seconds: A process without a sign of life for this long counts as dead, and all others end.
         initialization_timeout_seconds: How long the processes wait for each other at the start.
     """
 

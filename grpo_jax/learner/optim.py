@@ -1,4 +1,4 @@
-"""The optimiser: one Optax chain and its learning-rate schedule, and the update that leaves out what is not finite.
+"""The optimiser: one Optax chain and its learning-rate schedule, and the update that leaves out what is not finite or zero.
 
 The state is float32. Accumulating gradients is left to `step`.
 """
@@ -18,7 +18,10 @@ from grpo_jax.config.checks import require
 from grpo_jax.types import Params, TrainState
 
 SKIPPED = "update/skipped"
-"""The metric that counts the updates of a step that were left out."""
+"""The metric that counts the updates of a step that were left out because loss or gradient was not finite."""
+
+ZERO_GRADIENT = "update/zero_gradient"
+"""The metric that counts the updates of a step that were left out because the gradient was zero: nothing could be learnt."""
 
 NOT_DECAYED = ("scale", "bias")
 """Endings of the names of vectors (of a norm, of a linear layer), which may have more axes because layers are stacked."""
@@ -79,21 +82,24 @@ def make_optimizer(optim: OptimConfig, steps: int, updates_per_step: int = 1) ->
 def apply_gradient(
     optimizer: optax.GradientTransformation, state: TrainState, gradient: Params, loss: Float[Array, ""]
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Makes one update, unless the loss or the gradient is not finite: then the state stays as it is, bit for bit.
+    """Makes one update, unless the loss or the gradient is not finite, or the gradient is zero: then the state stays bit for bit.
 
     Weights, the optimiser's state with its count, and the number of updates all stay. A gradient whose norm is beyond float32
-    counts as not finite. The choice is made on the device, within the pass that writes the new state.
+    counts as not finite, one whose norm float32 rounds to 0 as zero. Where nothing can be learnt (no group has an advantage),
+    the gradient is zero, and Adam's momentum and the weight decay alone would move the weights. The choice is made on the device,
+    within the pass that writes the new state.
 
     Returns:
-        The next state, and the metrics `grad_norm` (before clipping) and `update/skipped` (0 or 1).
+        The next state, and the metrics `grad_norm` (before clipping), `update/skipped` and `update/zero_gradient` (0 or 1).
     """
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    zero = finite & (norm == 0)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
     trainable: Any = optax.apply_updates(state.trainable, updates)
     made = TrainState(state.step + 1, trainable, opt_state)
-    state = jax.tree.map(lambda new, old: jnp.where(finite, new, old), made, state)
-    return state, {"grad_norm": norm, SKIPPED: 1 - finite.astype(jnp.float32)}
+    state = jax.tree.map(lambda new, old: jnp.where(finite & ~zero, new, old), made, state)
+    return state, {"grad_norm": norm, SKIPPED: 1 - finite.astype(jnp.float32), ZERO_GRADIENT: zero.astype(jnp.float32)}
 
 
 def make_schedule(optim: OptimConfig, steps: int, updates_per_step: int = 1) -> optax.Schedule:

@@ -10,7 +10,7 @@ them every denominator, come from the whole batch, so the result does not depend
 - A step may make several updates, each on its own part of the prompts (`steps/mini_batches.py`); each is a batch here.
 - With one update a batch the old log-probabilities are the new ones without gradient and cost no forward pass. With several
   updates those of the first update are the old log-probabilities of all.
-- An update whose loss or gradient is not finite changes nothing (`optim.apply_gradient`).
+- An update whose loss or gradient is not finite, or whose gradient is zero, changes nothing (`optim.apply_gradient`).
 - Sampling that truncates the distribution or bans tokens: the policy's log-probabilities are those of the truncated distribution.
   The KL term and the reference use the untruncated one (`loss.py` says why).
 - On a mesh (`Transformer.layout`) each device has its share of the rows; sums over the batch are over all devices.
@@ -36,13 +36,16 @@ from grpo_jax.learner.logprobs import row_logprobs
 from grpo_jax.learner.loss import Stats, finish_stats, kl_per_token, kl_reward_penalty, token_weights, total_stats, weighted_loss
 from grpo_jax.learner.metrics import PackedMetrics, batch_metrics, pack
 from grpo_jax.learner.micro_batches import MicroBatch, any_token, scan_micro_batches
-from grpo_jax.learner.optim import SKIPPED, apply_gradient, learning_rate_at, make_optimizer, updates_per_step
+from grpo_jax.learner.optim import SKIPPED, ZERO_GRADIENT, apply_gradient, learning_rate_at, make_optimizer, updates_per_step
 from grpo_jax.learner.token_choice import largest, random_between, token_covariance
 from grpo_jax.learner.truncated import Truncation
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.runtime.sharding import ROW_AXES, Layout
 from grpo_jax.types import AnyArray, Frozen, Params, TrainBatch, TrainState
 from grpo_jax.weights.axes import model_axes
+
+COUNTS = (SKIPPED, ZERO_GRADIENT)
+"""Metrics that are summed over the updates of a step."""
 
 
 @dataclass(frozen=True)
@@ -281,7 +284,7 @@ class Learner:
 
         numbers = jnp.arange(self.objective.num_iterations, dtype=jnp.int32)
         (state, _), metrics = jax.lax.scan(body, (state, start), numbers)
-        return state, {name: jnp.sum(values) if name == SKIPPED else values[-1] for name, values in metrics.items()}
+        return state, {name: jnp.sum(values) if name in COUNTS else values[-1] for name, values in metrics.items()}
 
     def logprobs(
         self, variables: Params, part: MicroBatch, truncation: Truncation | None, head_trainable: bool

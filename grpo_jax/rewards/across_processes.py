@@ -6,6 +6,7 @@ gather are passed in as `Processes`; the module `runtime.distributed` is one.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, Protocol
@@ -56,6 +57,7 @@ def score_across_processes(
         sizes, mine = processes.own_block(len(prompts))
     group = len(completions) // len(prompts)
     rows = slice(mine.start * group, mine.stop * group)
+    started = time.perf_counter()
     if mine.start == mine.stop:
         empty = np.zeros(0, np.float32)
         own = ScoredBatch(empty, np.zeros(0, bool), {name: empty for name, _ in functions}, [])
@@ -74,8 +76,9 @@ def score_across_processes(
         )
     if processes is None:
         return own
+    seconds = time.perf_counter() - started
     failures = [asdict(replace(failure, row=failure.row + rows.start)) for failure in own.failures]
-    parts = processes.gather_values({"failures": failures, "remarks": own.remarks})
+    parts = processes.gather_values({"failures": failures, "remarks": own.remarks, "seconds": seconds})
     found = [Failure(**failure) for part in parts for failure in part["failures"]]
     table = np.stack([own.rewards, own.valid.astype(np.float32), *own.per_function.values()], axis=1)
     table = processes.gather_rows(table, [size * group for size in sizes])
@@ -86,6 +89,7 @@ def score_across_processes(
         per_function={name: table[:, 2 + number] for number, name in enumerate(order)},
         failures=sorted(found, key=lambda failure: (order.index(failure.function), failure.row)),
         remarks=list(dict.fromkeys(remark for part in parts for remark in part["remarks"])),
+        seconds_by_process=[part["seconds"] for part in parts],
     )
     check_failed(scored, max_failed_share)
     return scored

@@ -6,6 +6,8 @@ Functions with a time limit run in a new thread, async functions in one backgrou
   catastrophic regular expression) cannot be timed. A worker process (`pool.py`) has neither fault.
 - Async functions run at the same time as each other and as the sync ones. Their event loop is the same at every step, so that
   clients can reuse open connections, and is not the caller's, so that scoring works inside a notebook.
+- A function that ends the process (`os._exit`, which skips every handler) would end the run without a result and with the status
+  that it chose, such as 0. It raises SystemExit instead.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
+import os
 import threading
 import time
-from collections.abc import Callable, Collection, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from grpo_jax.rewards.calls import (
     FAULTS,
@@ -66,6 +69,20 @@ def call_here(
     Returns:
         The outcome by name.
     """
+    if not functions:
+        return {}
+    with _exit_raises():
+        return _call_all(functions, rows, timeout_seconds, row_by_row, answered)
+
+
+def _call_all(
+    functions: Sequence[NamedFunction],
+    rows: RewardInputs,
+    timeout_seconds: float | None,
+    row_by_row: Collection[str],
+    answered: Callable[[str], None],
+) -> dict[str, Outcome]:
+    """Calls the async functions in their event loop, and meanwhile the others one after the other; see `call_here`."""
     results: dict[str, Outcome] = {}
     pending: dict[str, concurrent.futures.Future[Outcome]] = {}
     started = time.monotonic()
@@ -86,6 +103,23 @@ def call_here(
         for future in pending.values():
             future.cancel()
     return results
+
+
+@contextlib.contextmanager
+def _exit_raises() -> Iterator[None]:
+    """Lets `os._exit` raise SystemExit in this process while the block runs; a child that was forked meanwhile can end itself."""
+    leave, own = os._exit, os.getpid()
+
+    def refused(status: int) -> NoReturn:
+        if os.getpid() != own:
+            leave(status)
+        raise SystemExit(f"called os._exit({status}), which would have ended the run")
+
+    os._exit = refused
+    try:
+        yield
+    finally:
+        os._exit = leave
 
 
 def _sync_values(name: str, function: RewardFunction, rows: RewardInputs, timeout_seconds: float | None, by_row: bool) -> Outcome:

@@ -95,6 +95,7 @@ class ScoredBatch:
         per_function: [N] float32 for each function, unweighted; NaN where it gave None or failed.
         failures: Every (function, row) that failed.
         remarks: What else happened, such as "judge raised ...; called again, it answered".
+        seconds_by_process: How long each of several processes took to score its own rows; empty for one process.
 
     Example:
         ScoredBatch(rewards=np.float32([1.0, 0.0]), valid=np.array([True, False]),
@@ -106,6 +107,7 @@ class ScoredBatch:
     per_function: dict[str, np.ndarray]
     failures: list[Failure]
     remarks: list[str] = field(default_factory=list)
+    seconds_by_process: list[float] = field(default_factory=list)
 
     @property
     def failed_rows(self) -> int:

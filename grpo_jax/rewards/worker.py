@@ -38,6 +38,7 @@ from grpo_jax.rewards.messages import HEADER, framed
 from grpo_jax.rewards.protocol import RewardFunction
 from grpo_jax.rewards.scoring import finite_number
 from grpo_jax.rewards.sources import Source
+from grpo_jax.runtime.output import drop_what_nobody_reads
 
 
 class Worker:
@@ -161,6 +162,7 @@ def main() -> None:
     for descriptor in (requests, replies, lifeline):
         os.set_inheritable(descriptor, False)
     del sys.argv[1:]
+    drop_what_nobody_reads()  # where the trainer's output is a pipe that nobody reads, a reward that prints would fail
     end_with_the_trainer(lifeline)
     Worker(requests, replies).serve()
 

@@ -137,3 +137,13 @@ class FiniteCallback(Callback):
 def completion_columns(completions: StepCompletions) -> tuple[Any, ...]:
     """The columns that `RunFolder.write_completions` and `Display.completions` take."""
     return completions.prompts, completions.texts, completions.rewards, completions.advantages, completions.finish_reasons
+
+
+def own_callbacks(folder: RunFolder, display: Display, *, debug: bool) -> list[Callback]:
+    """The callbacks that every run has, in their order; `debug` adds the check of `train.debug`."""
+    return [
+        RecordsCallback(folder),
+        DisplayCallback(display),
+        CompilationsCallback(display),
+        *([FiniteCallback()] if debug else []),
+    ]

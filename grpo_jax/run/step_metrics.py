@@ -28,6 +28,28 @@ def length_metrics(rollout: Rollout) -> dict[str, float]:
     return metrics
 
 
+LISTED_PROCESSES = 16
+"""Runs of at most so many processes have the times of each in their metrics."""
+
+
+def process_metrics(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Which of several processes was the slowest.
+
+    Args:
+        seconds: each process's own time, by the name of the part, such as rollout_seconds.
+
+    Returns:
+        For each part `<part>/max`, `<part>/slowest_process` and, for few processes, `<part>/process_<number>`.
+    """
+    metrics: dict[str, float] = {}
+    for name, times in seconds.items():
+        slowest = int(np.argmax(times))
+        metrics |= {f"{name}/max": times[slowest], f"{name}/slowest_process": float(slowest)}
+        if len(times) <= LISTED_PROCESSES:
+            metrics |= {f"{name}/process_{process}": time for process, time in enumerate(times)}
+    return metrics
+
+
 class Clock:
     """Seconds of the parts of a step, without those in which it waited for a compiler."""
 

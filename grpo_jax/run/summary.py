@@ -24,9 +24,9 @@ def summarize(history: Sequence[Mapping[str, Any]], results: Mapping[str, Any], 
         extras: more values that JSON can hold.
 
     Returns:
-        The results; `skipped_steps`, those without an update because loss or gradient was not finite; `reward_first`,
-        `reward_last`, `kl_divergence_last`, `loss_first` and `loss_last` where there is such a metric; the extras, versions and
-        devices.
+        The results; `skipped_steps`, those without an update because loss or gradient was not finite;
+        `zero_gradient_steps`, those without one because nothing could be learnt; `reward_first`, `reward_last`,
+        `kl_divergence_last`, `loss_first` and `loss_last` where there is such a metric; the extras, versions and devices.
     """
     import jax
 
@@ -44,6 +44,7 @@ def summarize(history: Sequence[Mapping[str, Any]], results: Mapping[str, Any], 
         {
             **results,
             "skipped_steps": sum(bool(record.get("update/skipped")) for record in history),
+            "zero_gradient_steps": sum(bool(record.get("update/zero_gradient")) for record in history),
             **{name: value for name, value in means.items() if value is not None},
             **extras,
             "versions": versions | {"grpo_jax": __version__},

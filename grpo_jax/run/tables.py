@@ -225,6 +225,8 @@ def report_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("KL to the reference", f"{summary['kl_divergence_last']:.4f} nats a token  (mean of the last steps)"))
     if summary.get("skipped_steps"):
         rows.append(("skipped steps", f"{summary['skipped_steps']}  (loss or gradient not finite, no update)"))
+    if summary.get("zero_gradient_steps"):
+        rows.append(("steps without a gradient", f"{summary['zero_gradient_steps']}  (nothing to learn, no update)"))
     rows.append(("time", f"{duration(summary['seconds'])} for {summary['steps']} steps"))
     return rows
 

@@ -3,20 +3,24 @@
 Every process runs the same host program (SPMD) and must call every exchange; process 0 alone writes files and prints. `sharding.py`
 handles arrays on devices. With one process, nothing here does anything.
 
-When a process dies, the others' collectives fail at once or hang, on CPUs and GPUs. In either case JAX's coordination service, on
-process 0, misses its heartbeat and ends all others with an abort that names it. A process that fails with an error of its own would
-wait at JAX's shutdown barrier for the others, which wait for it; `joined_processes` makes it end at once.
+When a process dies, the others' collectives fail at once or hang, on CPUs and GPUs. `peers.py` finds out which process it was and
+ends the others with its number and host; where the process takes JAX's coordination service with it, JAX ends them at once. A
+process that fails with an error of its own would wait at JAX's shutdown barrier for the others, which wait for it;
+`joined_processes` makes it end at once.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib.util
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from os import _exit  # a reward that runs in this process cannot take it away
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +30,13 @@ from jax.experimental import multihost_utils
 from jaxtyping import Float
 
 from grpo_jax.config import ConfigError, DistributedConfig
+from grpo_jax.runtime.peers import Peers, first_line
 
 GRACE_SECONDS = 3.0
 """Delay of process 0's end: where all processes have the same error, its end would interrupt their messages."""
+
+JAX_LATER_SECONDS = 9
+"""JAX's own heartbeat ends the processes, without a host's name, this much later than `peers.py`."""
 
 SMALLEST_MESSAGE_BYTES = 1024
 """Messages are padded to powers of two from this size on, so that few sizes are compiled."""
@@ -38,6 +46,11 @@ LOST_PEER_WORDS = ("gloo", "nccl", "by peer", "heartbeat", "coordination service
 
 Describe = Callable[[BaseException], tuple[str, int]]
 """Maps an error to the message to print and the exit status."""
+
+PEERS: list[Peers] = []
+"""The other processes; empty where there are none, and after this one has said that it ends."""
+
+LAST_CHECKPOINT = "The last checkpoint is kept; start all processes again, with --resume"
 
 
 def start(settings: DistributedConfig) -> bool:
@@ -67,7 +80,7 @@ def start(settings: DistributedConfig) -> bool:
             # A detected cluster would give a process that is started by hand only one device of its host.
             cluster_detection_method="deactivate" if settings.explicit else None,
             initialization_timeout=settings.initialization_timeout_seconds,
-            heartbeat_timeout_seconds=settings.heartbeat_timeout_seconds,
+            heartbeat_timeout_seconds=settings.heartbeat_timeout_seconds + JAX_LATER_SECONDS,
         )
     except (ValueError, RuntimeError, OSError) as error:
         raise ConfigError(
@@ -76,13 +89,47 @@ def start(settings: DistributedConfig) -> bool:
         ) from error
     # Asking for the process count initialises the devices, which waits for all processes; do it while all are present.
     own, count = jax.process_index(), jax.process_count()
+    hosts = gather_values(socket.gethostname())
+    if count > 1:
+        watch_peers(float(settings.heartbeat_timeout_seconds))
     print(
-        f"process {own} of {count} ({cluster or 'as given'}): {jax.local_device_count()} of {jax.device_count()} devices; "
-        f"a process without a heartbeat for {settings.heartbeat_timeout_seconds} s ends the others",
+        f"process {own} of {count} on {hosts[own]} ({cluster or 'as given'}): {jax.local_device_count()} of {jax.device_count()} "
+        f"devices; a process without a sign of life for {settings.heartbeat_timeout_seconds} s ends the others. An error that "
+        f"JAX's coordination service cannot be reached means that process 0 on {hosts[0]} has ended",
         file=sys.stderr,
         flush=True,
     )
     return count > 1
+
+
+def watch_peers(timeout_seconds: float) -> None:
+    """Watches the other processes from now on, until this one ends."""
+    from jax._src.distributed import global_state  # the only way to the store
+
+    peers = Peers(global_state.client, jax.process_index(), jax.process_count(), timeout_seconds, end_for_lost_peer)
+    PEERS[:] = [peers]
+    atexit.register(leave_peers)
+    peers.start()
+
+
+def leave_peers() -> None:
+    """Tells the other processes that this one ends in good order."""
+    for peers in PEERS:
+        peers.stop()
+    PEERS.clear()
+
+
+def end_for_lost_peer(line: str) -> None:
+    """Ends this process because another one is dead; any thread may call it."""
+    print_end(f"error: {line}. {LAST_CHECKPOINT}")
+    _exit(1)
+
+
+def print_end(text: str) -> None:
+    """Prints why this process ends."""
+    with contextlib.suppress(OSError, ValueError):  # nobody reads
+        print(f"process {jax.process_index()} of {jax.process_count()} ends:\n{text}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
 
 
 def detected_cluster(environment: Mapping[str, str]) -> str | None:
@@ -133,15 +180,15 @@ def joined_processes(settings: DistributedConfig, describe: Describe) -> Iterato
             raise
         text, status = describe(error)
         if is_lost_peer(error):
-            text = (
-                "error: another process of this run has ended, or cannot be reached: its log says why. The last checkpoint is "
-                f"saved; start all processes again, with --resume\n       ({str(error).splitlines()[0]})"
-            )
-        print(f"process {jax.process_index()} of {jax.process_count()} ends:\n{text}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        if is_main() and not is_lost_peer(error):
+            for peers in PEERS:
+                lost = peers.find_lost(float(settings.heartbeat_timeout_seconds))
+                text = peers.lost_line(lost) if lost else "another process of this run has ended, or cannot be reached"
+                end_for_lost_peer(f"{text} ({first_line(error)})")
+        print_end(text)
+        if is_main():
             time.sleep(GRACE_SECONDS)
-        os._exit(status or 1)
+        _exit(status or 1)
+    leave_peers()
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -187,7 +234,8 @@ def gather_rows(own: Float[np.ndarray, "n K"], sizes: list[int]) -> Float[np.nda
     # A column of ones marks the rows that are not padding.
     padded = np.zeros((max(sizes), own.shape[1] + 1), np.float32)
     padded[: len(own), :-1], padded[: len(own), -1] = own, 1
-    blocks = multihost_utils.process_allgather(padded)
+    with exchange():
+        blocks = multihost_utils.process_allgather(padded)
     table = blocks.reshape(-1, padded.shape[1])
     rows = table[table[:, -1] == 1, :-1]
     if len(rows) != sum(sizes):
@@ -204,13 +252,14 @@ def gather_values(own: Any) -> list[Any]:
     if not is_multiprocess():
         return [json.loads(json.dumps(own))]
     message = np.frombuffer(json.dumps(own).encode(), np.uint8)
-    lengths = multihost_utils.process_allgather(np.array([len(message)], np.int32)).reshape(-1)
-    size = SMALLEST_MESSAGE_BYTES
-    while size < lengths.max():
-        size *= 2
-    padded = np.zeros(size, np.uint8)
-    padded[: len(message)] = message
-    messages = multihost_utils.process_allgather(padded)
+    with exchange():
+        lengths = multihost_utils.process_allgather(np.array([len(message)], np.int32)).reshape(-1)
+        size = SMALLEST_MESSAGE_BYTES
+        while size < lengths.max():
+            size *= 2
+        padded = np.zeros(size, np.uint8)
+        padded[: len(message)] = message
+        messages = multihost_utils.process_allgather(padded)
     return [json.loads(bytes(one[:length])) for one, length in zip(messages, lengths, strict=True)]
 
 
@@ -222,7 +271,13 @@ def broadcast_from_main(own: Any) -> Any:
 def barrier(name: str) -> None:
     """Waits until every process has called this."""
     if is_multiprocess():
-        multihost_utils.sync_global_devices(name)
+        with exchange():
+            multihost_utils.sync_global_devices(name)
+
+
+def exchange() -> contextlib.AbstractContextManager[None]:
+    """Surrounds what waits for all processes."""
+    return PEERS[0].exchange() if PEERS else contextlib.nullcontext()
 
 
 def check_shared(folder: Path) -> None:

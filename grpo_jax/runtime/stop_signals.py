@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from os import _exit  # a reward that runs in this process cannot take it away
 from types import FrameType
 from typing import Any
 
@@ -146,4 +147,4 @@ def end_at_once(number: int) -> None:
     """Ends the process without its exit handlers; a checkpoint that is being written is not committed."""
     with contextlib.suppress(OSError, ValueError):
         os.write(2, b"a second signal: ended at once; the last checkpoint that was written is kept\n")
-    os._exit(EXIT_BASE + number)
+    _exit(EXIT_BASE + number)

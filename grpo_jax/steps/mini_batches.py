@@ -15,8 +15,7 @@ import jax
 import numpy as np
 
 from grpo_jax.learner.batches import on_devices
-from grpo_jax.learner.optim import SKIPPED
-from grpo_jax.learner.step import Learner
+from grpo_jax.learner.step import COUNTS, Learner
 from grpo_jax.rewards import ScoredBatch
 from grpo_jax.rewards.normalization import sum_metrics
 from grpo_jax.runtime.compile_ahead import FutureCall
@@ -140,12 +139,12 @@ def joined(batches: Sequence[TrainBatch]) -> TrainBatch:
 def combined(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The metrics of a step from those of its updates.
 
-    Skipped updates are counted, of `/max` the largest and of the learning rate the last one stays, and the others are averaged.
+    Updates that changed nothing are counted, of `/max` the largest and of the learning rate the last one stays, and the others are averaged.
     """
     result: dict[str, float] = {}
     for name in metrics[0]:
         values = [each[name] for each in metrics]
-        if name == SKIPPED:
+        if name in COUNTS:
             result[name] = float(sum(values))
         elif name.endswith("/max"):
             result[name] = max(values)

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from grpo_jax.config import ConfigError, OptimConfig
-from grpo_jax.learner.optim import SKIPPED, apply_gradient, decay_mask, learning_rate_at, make_optimizer
+from grpo_jax.learner.optim import SKIPPED, ZERO_GRADIENT, apply_gradient, decay_mask, learning_rate_at, make_optimizer
 from grpo_jax.types import TrainState
 
 
@@ -209,3 +209,20 @@ def test_what_is_not_finite_leaves_the_state_as_if_the_step_had_not_been(poison:
     assert contents(after) == contents(expected)
     assert contents(after) != contents(first)
     assert int(after.step) == 2
+
+
+def test_a_zero_gradient_moves_nothing_although_there_are_momentum_and_weight_decay():
+    optimizer = make_optimizer(OptimConfig(learning_rate=0.1, schedule="cosine", weight_decay=0.1), 6)
+    update = jax.jit(lambda state, gradient, loss: apply_gradient(optimizer, state, gradient, loss))
+    params = parameters()
+    good = jax.tree.map(jnp.ones_like, params)
+    first, metrics = update(TrainState(jnp.int32(0), params, optimizer.init(params)), good, jnp.float32(1))
+    assert (metrics[ZERO_GRADIENT], metrics[SKIPPED]) == (0, 0)
+    zero = jax.tree.map(jnp.zeros_like, params)
+    after, metrics = update(first, zero, jnp.float32(0))
+    assert contents(after) == contents(first)
+    assert (metrics[ZERO_GRADIENT], metrics[SKIPPED], metrics["grad_norm"]) == (1, 0, 0)
+    zero["layers"]["kernel"] = zero["layers"]["kernel"].at[1, 2, 3].set(1e-6)
+    after, metrics = update(first, zero, jnp.float32(0))
+    assert contents(after) != contents(first)
+    assert (metrics[ZERO_GRADIENT], metrics[SKIPPED]) == (0, 0)

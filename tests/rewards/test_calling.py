@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import os
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -178,6 +180,34 @@ def test_an_exit_in_a_reward_is_a_failure(timeout_seconds: float | None) -> None
 
     batch = scored([("a", leaves), ("b", leaves_too)], ["x", "y"], timeout_seconds)
     assert [(failure.function, failure.row) for failure in batch.failures] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+
+
+@pytest.mark.parametrize("timeout_seconds", [None, PATIENCE_SECONDS])
+def test_a_reward_that_ends_the_process_is_a_failure_and_the_process_goes_on(timeout_seconds: float | None) -> None:
+    before = os._exit
+
+    def ends(completions: list[str]) -> list[float]:
+        os._exit(0)
+
+    async def ends_too(completions: list[str]) -> list[float]:
+        os._exit(0)
+
+    batch = scored([("a", ends), ("b", ends_too)], ["x", "y"], timeout_seconds)
+    assert [(failure.function, failure.row) for failure in batch.failures] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    assert all("called os._exit(0), which would have ended the run" in failure.reason for failure in batch.failures)
+    assert os._exit is before
+
+
+def test_a_child_that_a_reward_forks_can_end_itself() -> None:
+    def forks(completions: list[str]) -> list[float]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # JAX and Python warn of forks in a process with threads
+            child = os.fork()
+        if child == 0:
+            os._exit(7)
+        return [float(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))] * len(completions)
+
+    assert scored([("a", forks)], ["x"]).rewards.tolist() == [7.0]
 
 
 def test_an_interrupt_ends_the_run() -> None:

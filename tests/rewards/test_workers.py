@@ -277,6 +277,21 @@ def test_much_output_holds_nobody_up(run: Score, capfd: pytest.CaptureFixture[st
     assert len(capfd.readouterr().out) == 1001 * 1000
 
 
+def test_output_that_nobody_reads_fails_no_row(run: Score) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head` leaves it
+    before = os.dup(1)
+    os.dup2(writing, 1)
+    try:
+        batches = [run(["noisy"], ["a"], workers=1) for _ in range(2)]
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
+        os.close(writing)
+    assert [batch.rewards.tolist() for batch in batches] == [[1.0], [1.0]]
+    assert [batch.failures for batch in batches] == [[], []]
+
+
 def test_async_functions_keep_their_event_loop_and_are_stopped_by_it(run: Score) -> None:
     first, second = (run(["loops"], ["a"], workers=1).rewards.tolist() for _ in range(2))
     assert first == second

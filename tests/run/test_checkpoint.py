@@ -342,7 +342,9 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from grpo_jax.run.checkpoint import Checkpointer
-mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+def mesh_of(count):
+    return jax.make_mesh((count,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:count])
+mesh = mesh_of(8)
 rows, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
 w = np.arange(24, dtype=np.float32).reshape(8, 3)
 state = {"step": jax.device_put(jnp.int32(1), whole), "w": jax.device_put(w, rows)}
@@ -358,9 +360,20 @@ with Checkpointer(sys.argv[1], keep=1) as checkpoints:
         restored, _ = checkpoints.restore(target)
         assert restored["w"].sharding == sharding, restored["w"].sharding
         np.testing.assert_array_equal(np.asarray(restored["w"]), w)
+for step, count in ((2, 4), (3, 1)):  # on fewer devices, of which each saves it again for the next
+    sharding = NamedSharding(mesh_of(count), P("data"))
+    target = {
+        "step": jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh_of(count), P())),
+        "w": jax.ShapeDtypeStruct((8, 3), jnp.float32, sharding=sharding),
+    }
+    with Checkpointer(sys.argv[1], keep=1) as checkpoints:
+        restored, _ = checkpoints.restore(target)
+        assert restored["w"].sharding.device_set == set(jax.devices()[:count])
+        np.testing.assert_array_equal(np.asarray(restored["w"]), w)
+        checkpoints.save(step, restored, {})
 """
     root = Path(__file__).resolve().parents[2]
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(root)}
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(root)}
     command = [sys.executable, "-W", "error", "-c", code, str(tmp_path)]
     process = subprocess.run(command, env={**os.environ, **flags}, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr

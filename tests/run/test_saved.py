@@ -33,8 +33,8 @@ from grpo_jax import cli
 from grpo_jax.models.spec import ModelError
 from grpo_jax.policy import Policy, config_with_policy
 from grpo_jax.run.checkpoint import CheckpointError
+from grpo_jax.run.due import evaluates_after, saves_after
 from grpo_jax.run.saved import export_run, load_run
-from grpo_jax.trainer import evaluates_after, saves_after
 
 PROMPTS, COMPLETIONS = [[54, 48, 54, 66], [57, 48]], [[40, 41, 42], [60, 61, 62, 63, 4]]
 

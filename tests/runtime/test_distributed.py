@@ -5,119 +5,24 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
-import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from many_processes import Act, Ended, config_folder, together
 from plain_oracles import quick_compiling
-from tiny_runs import additions, config_of, quick_environment, records, run, settings, write_rows
+from tiny_runs import config_of, records, run
 
-from grpo_jax.cli import parser
 from grpo_jax.config import Config, ConfigError, DistributedConfig
+from grpo_jax.config.command_line import parser
 from grpo_jax.config.load import setting_types
 from grpo_jax.run.display import Display
 from grpo_jax.run.folder import RunFolder
 from grpo_jax.runtime.distributed import detected_cluster, gather_rows, gather_values, own_block, start
-
-ROOT = Path(__file__).resolve().parents[2]
-
-REWARD = """\
-import json, os, signal
-from pathlib import Path
-
-HERE = Path(__file__).parent
-
-
-def letters(completions, **columns):
-    metrics = HERE / "run" / "metrics.jsonl"
-    if os.environ.get("DIES_AFTER") and metrics.exists() and len(metrics.read_text().splitlines()) == int(os.environ["DIES_AFTER"]):
-        os.kill(os.getpid(), signal.SIGKILL)
-    with (HERE / f"calls-{os.environ.get('NUMBER', 'x')}.jsonl").open("a") as file:
-        file.write(json.dumps(len(completions)) + "\\n")
-    return [sum(c.isascii() and c.isalpha() for c in text) / 8 for text in completions]
-"""
-
-SECTIONS: dict[str, Any] = {
-    "train": {"prompts_per_step": 4, "save_every": 1, "eval_every": 2, "micro_batch_prompts": 4},
-    "data": {"eval_size": 4},
-    "rewards": {"accuracy_threshold": 0.25, "workers": 0},  # the reward kills its own process
-    "lora": {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "down_proj"]},
-}
-
-
-@dataclass(frozen=True)
-class Ended:
-    """One process that is over."""
-
-    status: int
-    out: str
-    err: str
-    seconds: float
-
-
-def free_port() -> int:
-    """One that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def together(folder: Path, count: int, devices: int, *options: str, dies: tuple[int, int] | None = None) -> list[Ended]:
-    """`grpo-jax train` in `count` processes over loopback.
-
-    Args:
-        folder: with config.yaml.
-        devices: CPU devices of each process.
-        dies: the number of a process, and the steps after which it kills itself.
-    """
-    address = f"127.0.0.1:{free_port()}"
-    processes = []
-    for number in range(count):
-        environment = os.environ | quick_environment(devices)
-        environment |= {
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
-            "NUMBER": str(number),
-            "DIES_AFTER": str(dies[1]) if dies is not None and dies[0] == number else "",
-        }
-        place = ["--distributed.coordinator_address", address, "--distributed.num_processes", str(count)]
-        words = ["train", "--config", str(folder / "config.yaml"), *place, "--distributed.process_id", str(number), *options]
-        out, err = (folder / f"{name}-{number}" for name in ("out", "err"))
-        with out.open("w") as written, err.open("w") as complained:
-            made = subprocess.Popen([sys.executable, "-m", "grpo_jax", *words], env=environment, stdout=written, stderr=complained)
-        processes.append((made, out, err))
-    first: float | None = None
-    ended: dict[int, Ended] = {}
-    try:
-        while len(ended) < count:
-            for number, (process, out, err) in enumerate(processes):
-                if number not in ended and process.poll() is not None:
-                    first = first or time.monotonic()
-                    ended[number] = Ended(process.returncode, out.read_text(), err.read_text(), time.monotonic() - first)
-            time.sleep(0.05)
-    finally:
-        for process, _, _ in processes:
-            process.kill()
-    return [ended[number] for number in range(count)]
-
-
-def config_folder(folder: Path) -> dict[str, dict[str, Any]]:
-    """Writes config.yaml, the rows and the reward; the settings."""
-    write_rows(folder / "rows.jsonl", additions())
-    (folder / "mine.py").write_text(REWARD)
-    given = SECTIONS | {
-        "data": SECTIONS["data"] | {"path": str(folder / "rows.jsonl")},
-        "rewards": SECTIONS["rewards"] | {"functions": [f"{folder}/mine.py:letters"]},
-    }
-    values = settings(folder / "run", **given)
-    (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    return values
 
 
 def assert_same_curve(folder: Path, whole: Path, steps: int) -> None:
@@ -151,21 +56,28 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def assert_ended_together(killed: list[Ended]) -> None:
-    """Of two processes, the second was killed, and the first ended soon after and says why."""
-    assert killed[1].status == -9
-    assert killed[0].status not in (0, -9), killed[0].err
-    assert killed[0].seconds < 60
-    assert "another process of this run has ended" in killed[0].err or "another task died" in killed[0].err, killed[0].err
+def assert_ended_together(ended: list[Ended]) -> None:
+    """Of two processes, the second was killed or frozen, and the first ended soon after and names it."""
+    assert ended[1].status == -signal.SIGKILL
+    assert ended[0].status == 1, ended[0].err
+    assert ended[0].seconds < 60
+    assert f"process 1 of 2 on {socket.gethostname()} gives no sign of life" in ended[0].err, ended[0].err
+    assert "start all processes again, with --resume" in ended[0].err
 
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_is_continued_by_one_after_one_was_killed(whole: Path, tmp_path: Path) -> None:
     """Two processes, one killed in step 2; one alone makes steps 2 to 5."""
     values = config_folder(tmp_path)
-    killed = together(tmp_path, 2, 2, "--train.steps", "4", "--distributed.heartbeat_timeout_seconds", "15", dies=(1, 1))
+    killed = together(
+        tmp_path, 2, 2, "--train.steps", "4", "--distributed.heartbeat_timeout_seconds", "15", act=Act(1, 1, signal.SIGKILL)
+    )
     assert_ended_together(killed)
     assert_same_curve(tmp_path / "run", whole, 1)
+    last = records(tmp_path / "run" / "metrics.jsonl")[-1]
+    for part in ("rollout_seconds", "reward_seconds"):
+        times = [last[f"{part}/process_{number}"] for number in (0, 1)]
+        assert last[f"{part}/max"] == max(times) == times[int(last[f"{part}/slowest_process"])] > 0
     # Each of the two scored its own two prompts: two groups of four a step, one completion of each of two held-out prompts.
     assert all({*records(tmp_path / f"calls-{number}.jsonl")} == {8, 2} for number in (0, 1))
     with quick_compiling():
@@ -177,7 +89,9 @@ def test_a_run_of_two_processes_is_continued_by_one_after_one_was_killed(whole: 
 def test_a_run_goes_on_with_other_processes_after_one_was_killed(whole: Path, tmp_path: Path) -> None:
     """Two processes, one killed in step 4; four make that step and end well; one alone makes the last one."""
     values = config_folder(tmp_path)
-    killed = together(tmp_path, 2, 2, "--train.steps", "4", "--distributed.heartbeat_timeout_seconds", "15", dies=(1, 3))
+    killed = together(
+        tmp_path, 2, 2, "--train.steps", "4", "--distributed.heartbeat_timeout_seconds", "15", act=Act(1, 3, signal.SIGKILL)
+    )
     assert_ended_together(killed)
     assert_same_curve(tmp_path / "run", whole, 3)
 
@@ -195,6 +109,26 @@ def test_a_run_goes_on_with_other_processes_after_one_was_killed(whole: Path, tm
     with quick_compiling():
         run(Config.from_dict(values | {"train": values["train"] | {"steps": 5}}), dataset=None, reward_funcs=None, resume=True)
     assert_same_curve(tmp_path / "run", whole, 5)
+
+
+@pytest.mark.slow
+def test_a_frozen_process_ends_the_other_one(tmp_path: Path) -> None:
+    """It is stopped in step 2, as a machine without memory stops it; its connections stay open."""
+    config_folder(tmp_path)
+    ended = together(tmp_path, 2, 2, "--distributed.heartbeat_timeout_seconds", "10", act=Act(1, 1, signal.SIGSTOP))
+    assert_ended_together(ended)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path: Path) -> None:
+    """To the one that neither writes nor shows."""
+    config_folder(tmp_path)
+    ended = together(tmp_path, 2, 2, "--train.steps", "4", act=Act(1, 1, signal.SIGTERM))
+    assert [one.status for one in ended] == [143, 143], "\n".join(one.err for one in ended)
+    assert "SIGTERM: stopped after 2 of 4 steps; the state is saved" in ended[0].out
+    assert [record["step"] for record in records(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["1", "2"]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["interrupted_by"] == "SIGTERM"
 
 
 def test_a_mistake_is_told_by_every_process_and_ends_all(tmp_path: Path) -> None:

@@ -20,14 +20,14 @@ import jax
 import numpy as np
 from plain_oracles import quick_compiling
 from shared_programs import shared_programs
-from tiny_runs import additions, build_model, records, run, settings, tiny_model
+from tiny_runs import additions, arrays, build_model, records, run, settings, tiny_model
 
 from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig
 from grpo_jax.policy import Policy
 from grpo_jax.run.saved import load_run
 from grpo_jax.trainer import sft
 
-ONE, SPREAD, OTHER = {"data": 1, "fsdp": 1}, {"data": 2, "fsdp": -1}, {"data": -1, "fsdp": 2}
+ONE, FOUR, SPREAD = {"data": 1, "fsdp": 1}, {"data": 2, "fsdp": 2}, {"data": 2, "fsdp": -1}
 ALL_AXES = {"data": 2, "fsdp": 2, "tensor": 2}
 IDS = [[5, 6, 7], [8, 9], [10]]
 
@@ -58,11 +58,16 @@ def trained(folder: Path, mesh: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def resumed(folder: Path) -> list[list[float]]:
-    """One step on one mesh, the second on another."""
+def resumed(folder: Path) -> dict[str, Any]:
+    """One step on eight devices, the second on four; the end of it read on one."""
     held_out = {"eval_size": 3}
     run(config_of(folder, SPREAD, train={"steps": 1}, data=held_out))
-    return curve(run(config_of(folder, OTHER, data=held_out), resume=True).result.history)
+    four = run(config_of(folder, FOUR, data=held_out), resume=True).result
+    one = run(config_of(folder, ONE, data=held_out), resume=True).result
+    adapters = [arrays(result.policy.adapters) for result in (four, one)]
+    devices = [{len(leaf.sharding.device_set) for leaf in jax.tree.leaves(result.policy.adapters)} for result in (four, one)]
+    same = [adapters[0][name].tobytes() == adapters[1][name].tobytes() for name in adapters[0]]
+    return {"curve": curve(one.history), "same": same, "devices": [max(sizes) for sizes in devices]}
 
 
 def four_bits(folder: Path, mesh: dict[str, int]) -> dict[str, Any]:

@@ -1,0 +1,71 @@
+"""What a run returns and writes at its end: the trained policy, its adapter on disk, `summary.json` and the curves."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo_jax.policy import Policy
+from grpo_jax.run.clock import RunClock
+from grpo_jax.run.display import Display
+from grpo_jax.run.folder import RunFolder
+from grpo_jax.runtime import distributed
+from grpo_jax.runtime.programs import Program
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """The result of a run.
+
+    Attributes:
+        policy: the trained policy.
+        history: one dict of metrics per step.
+        summary: the content of summary.json.
+        run_dir: the folder with everything that was written.
+    """
+
+    policy: Policy
+    history: list[dict[str, Any]]
+    summary: dict[str, Any]
+    run_dir: Path
+
+
+def write_result(
+    folder: RunFolder,
+    policy: Policy,
+    clock: RunClock,
+    display: Display,
+    *,
+    steps: int,
+    problems: int,
+    programs: Sequence[Program],
+    ended_by: int,
+) -> TrainResult:
+    """Writes and shows the result of a run, after its last checkpoint is on disk; every process of the run calls it.
+
+    Args:
+        steps: finished.
+        problems: number of held-out problems.
+        programs: everything that the run compiles.
+        ended_by: number of the signal that ended the run; 0: none.
+    """
+    distributed.barrier("last step written")  # the others read what process 0 has written
+    evaluations = folder.evaluations()
+    files: dict[str, str] = {}
+    if policy.adapters is not None:
+        files[str(policy.save_adapter(folder.path / "adapter"))] = "the trained adapter, for PEFT, transformers and vLLM"
+    summary = folder.write_summary(
+        accuracy_before=evaluations[0]["accuracy"] if 0 in evaluations else None,
+        accuracy_after=evaluations[steps]["accuracy"] if steps in evaluations else None,
+        held_out_problems=problems,
+        seconds=clock.seconds,
+        steps=steps,
+        **clock.summary(programs),
+        **({"interrupted_by": signal.Signals(ended_by).name} if ended_by else {}),
+    )
+    distributed.barrier("result written")
+    display.report(summary, folder.written() | files)
+    return TrainResult(policy, folder.history(), summary, folder.path)
