@@ -20,7 +20,7 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +148,7 @@ class Trainer:
             self._step = GrpoStep.read(
                 config, policy, dataset, eval_dataset, rewards, self.display, optimizer=optimizer, loss_fn=loss_fn
             )
+        self.config = replace(config, train=replace(config.train, steps=self._step.config.train.steps))  # train.epochs in steps
         self.callbacks: list[Callback] = list(callbacks)
         state = self._step.learner.init(self._step.policy.trainable())
         self.state: TrainState = in_host_memory(state) if self._step.config.optim.offload else state
@@ -218,6 +219,7 @@ class Trainer:
     def step(self) -> tuple[dict[str, Any], StepCompletions | None]:
         """Makes one step; returns its metrics and, in GRPO, its completions."""
         self.open()
+        self._call("on_step_begin")
         with self._abandonable():
             made = self._step.run(self.state, self.steps_done)
         self.state, metrics, completions = made
