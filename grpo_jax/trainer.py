@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import optax
 
 from grpo_jax.config import Config, TrainConfig, check_supervised, check_training
+from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.learner.custom_loss import LossFunction
 from grpo_jax.learner.optim import SKIPPED
 from grpo_jax.policy import Policy, config_with_policy
@@ -163,6 +164,11 @@ class Trainer:
     def policy(self) -> Policy:
         """The policy as trained so far, with a copy of the trained arrays."""
         return self._step.policy.with_trained(jax.tree.map(jnp.copy, in_device_memory(self.state.trainable)))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the policy."""
+        return self._step.policy.need_tokenizer()
 
     @property
     def run_dir(self) -> Path:
