@@ -141,11 +141,11 @@ class Hooks(Callback):
             self._extras_file.close()
 
     def evaluated(self, metrics: dict[str, Any]) -> None:
-        """Logs an evaluation, notes the best one, and calls `on_evaluate`."""
+        """Logs an evaluation, calls `on_evaluate`, and then notes the best one, which the hooks compare with."""
         self.evaluation = metrics
         self.log(dict(metrics))
-        self._note_best()
         self.call("on_evaluate", metrics=metrics)
+        self._note_best()
 
     def summary(self) -> dict[str, Any]:
         """What TRL logs at the end of a run."""
