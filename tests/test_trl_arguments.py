@@ -15,6 +15,8 @@ import optax
 import pytest
 
 from grpo_jax.config import Config, ConfigError, LoraConfig, config_to_dict
+from grpo_jax.config.checks import literal_choices
+from grpo_jax.config.load import setting_types
 from grpo_jax.trl import (
     GRPOConfig,
     GRPOTrainer,
@@ -34,6 +36,7 @@ TABLE = {item.name: item for item in dataclasses.fields(GRPOConfig)}
 OURS = {"max_prompt_length", "warmup_ratio", "settings"}
 REFUSED = [name for name, item in TABLE.items() if isinstance(item.metadata["help"], Refused)]
 ROWS = [{"prompt": f"{i}", "answer": str(i)} for i in range(24)]
+BATCH: dict[str, Any] = {"per_device_train_batch_size": 8, "num_generations": 4}
 
 
 def default_of(item: dataclasses.Field[Any]) -> Any:
@@ -156,9 +159,10 @@ def test_what_the_trainer_cannot_use_is_named_before_the_model_is_looked_for(giv
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"loss_type": "luspo"}, r"loss_type is 'luspo': use one of grpo, bnpo"),
+        ({"loss_type": "ppo"}, r"loss_type is 'ppo': use one of grpo, bnpo"),
         ({"loss_type": "bnpo", "gradient_accumulation_steps": 2}, r"loss_type is 'bnpo': use 'dapo', which divides by the tokens"),
-        ({"importance_sampling_level": "sequence"}, r"importance_sampling_level is 'sequence': use loss_type='grpo'"),
+        ({"importance_sampling_level": "sequence"}, r"importance_sampling_level is 'sequence': use loss_type 'grpo' or 'luspo'"),
+        ({"loss_type": "luspo"}, r"importance_sampling_level is 'token': use 'sequence' with loss_type='luspo'"),
         ({"importance_sampling_level": "word"}, r"importance_sampling_level is 'word': use 'token'"),
         (
             {"importance_sampling_level": "sequence", "loss_type": "grpo", "beta": 0.1},
@@ -169,10 +173,23 @@ def test_what_the_trainer_cannot_use_is_named_before_the_model_is_looked_for(giv
         ({"lr_scheduler_type": "polynomial"}, r"lr_scheduler_type is 'polynomial': use one of linear"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 2}, r"lr_scheduler_type is 'constant': use 'constant_with_warmup'"),
         ({"warmup_steps": 2, "warmup_ratio": 0.1}, r"warmup_ratio is 0.1: leave out this or warmup_steps \(2\)"),
-        ({"warmup_steps": 3, "num_iterations": 2}, r"warmup_steps is 3: use a multiple of num_iterations \(2\)"),
-        ({"max_steps": 3, "num_iterations": 2}, r"max_steps is 3: use a multiple of num_iterations \(2\)"),
+        ({"warmup_steps": 3, "num_iterations": 2}, r"warmup_steps is 3: use a multiple of 2, the updates on one"),
+        ({"max_steps": 3, "num_iterations": 2}, r"max_steps is 3: use a multiple of 2, the updates on one"),
         ({"num_train_epochs": 0}, r"num_train_epochs is 0: use a positive number of epochs"),
-        ({"steps_per_generation": 2}, r"steps_per_generation is 2: use gradient_accumulation_steps \(1\)"),
+        (
+            {"steps_per_generation": 3, "gradient_accumulation_steps": 2},
+            r"steps_per_generation is 3: use a multiple of gradient_acc",
+        ),
+        (
+            {"steps_per_generation": 2, "per_device_train_batch_size": 12, "num_generations": 8},
+            r"steps_per_generation is 2: use a divisor of the 3 prompts",
+        ),
+        (
+            {**BATCH, "per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 2},
+            r"num_iterations is 2: use 1: with several parts",
+        ),
+        ({"top_entropy_quantile": 0.2, "gradient_accumulation_steps": 2}, r"top_entropy_quantile is 0\.2: use 1\.0 with gradient"),
+        ({"multi_objective_aggregation": "max"}, r"multi_objective_aggregation is 'max': use one of sum_then_normalize"),
         ({"generation_batch_size": 12}, r"generation_batch_size is 12: use a multiple of .* \(8\)"),
         ({"generation_batch_size": 16, "steps_per_generation": 2}, r"generation_batch_size is 16: leave out this or steps_per_gen"),
         ({"num_generations": 3}, r"num_generations is 3: use a divisor of the generation batch of 8 completions"),
@@ -201,8 +218,7 @@ def test_a_value_without_an_equivalent_is_named(given: dict[str, Any], message: 
 
 # honoured arguments
 
-BATCH = {"per_device_train_batch_size": 8, "num_generations": 4}
-EVALUATES = {"eval_strategy": "steps"}
+EVALUATES: dict[str, Any] = {"eval_strategy": "steps"}
 HONOURED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "output_dir": ({"output_dir": "runs/x"}, {"train.run_dir": "runs/x"}),
     "per_device_train_batch_size": ({"per_device_train_batch_size": 24}, {"train.prompts_per_step": 3, "train.steps": 24}),
@@ -301,7 +317,41 @@ SAME = {"logging_strategy", "use_bias_correction_kl", "use_transformers_continuo
 
 
 def test_the_table_of_honoured_arguments_is_whole() -> None:
-    assert HONOURED.keys() == TABLE.keys() - set(REFUSED)
+    assert HONOURED.keys() | LATER.keys() == TABLE.keys() - set(REFUSED)
+
+
+LATER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "steps_per_generation": (
+        {
+            **BATCH,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "steps_per_generation": 4,
+        },
+        {"train.prompts_per_step": 4, "train.updates_per_rollout": 2, "train.steps": 18},
+    ),
+    "top_entropy_quantile": ({"top_entropy_quantile": 0.2}, {"objective.top_entropy": 0.2}),
+    "off_policy_mask_threshold": ({"off_policy_mask_threshold": 0.5}, {"objective.off_policy_threshold": 0.5}),
+    "multi_objective_aggregation": (
+        {"multi_objective_aggregation": "normalize_then_sum"},
+        {"objective.normalize_each_reward": True, "objective.scale_rewards": "batch"},
+    ),
+    "loss_type": ({"loss_type": "vespo"}, {"objective.loss": "vespo"}),
+    "importance_sampling_level": ({"importance_sampling_level": "sequence", "loss_type": "luspo"}, {"objective.loss": "luspo"}),
+    "use_bias_correction_kl": ({"beta": 0.1}, {"objective.kl": "k3_corrected"}),
+}
+"""More arguments and values, of the losses and advantages."""
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_arguments_of_the_losses_become_their_settings(name: str) -> None:
+    given, expected = LATER[name]
+    for setting, value in expected.items():
+        choices = literal_choices(setting_types().get(setting))
+        if setting not in setting_types() or (choices and value not in choices):
+            pytest.skip(f"needs {setting}: {value}")
+    found = settings_of(**given)
+    assert {setting: found[setting] for setting in expected} == expected
 
 
 @pytest.mark.parametrize("name", HONOURED)
@@ -355,18 +405,25 @@ def steps_by_hand(rows: int, args: GRPOConfig) -> int:
 
 @pytest.mark.parametrize("rows", [24, 25, 100])
 @pytest.mark.parametrize("epochs", [1.0, 3.0, 0.5])
-@pytest.mark.parametrize(("size", "accumulation", "updates"), [(8, 1, 1), (8, 2, 1), (4, 4, 1), (8, 1, 3), (16, 2, 2)])
-def test_epochs_make_as_many_steps_as_in_trl(rows: int, epochs: float, size: int, accumulation: int, updates: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "accumulation", "updates", "parts"),
+    [(8, 1, 1, 1), (8, 2, 1, 1), (4, 4, 1, 1), (8, 1, 3, 1), (16, 2, 2, 1), (8, 1, 1, 2), (4, 2, 1, 3)],
+)
+def test_epochs_make_as_many_steps_as_in_trl(
+    rows: int, epochs: float, size: int, accumulation: int, updates: int, parts: int
+) -> None:
     args = GRPOConfig(
         per_device_train_batch_size=size,
         gradient_accumulation_steps=accumulation,
+        steps_per_generation=accumulation * parts,
         num_iterations=updates,
         num_generations=4,
         num_train_epochs=epochs,
     )
     steps = steps_of(args, rows)
-    assert steps.prompts * 4 == size * accumulation
-    assert steps.total == math.ceil(steps_by_hand(rows, args) / updates)
+    assert steps.prompts * 4 == size * accumulation * parts
+    assert (steps.parts, steps.updates) == (parts, parts * updates)
+    assert steps.total == math.ceil(steps_by_hand(rows, args) / (parts * updates))
     assert steps.epoch == rows // steps.prompts
 
 

@@ -22,7 +22,6 @@ NO_HUB = "leave it out; upload the folder that save_model writes, by `hf upload 
 NO_TRACKIO = "leave it out; report_to takes tensorboard and wandb"
 NO_ENTROPY = "leave it out; the loss has no entropy term here"
 NO_BEST = "leave it out; the newest checkpoints are kept"
-NO_SUCH_TERM = "leave it out; the losses that are offered do not have it"
 NO_FLOAT16 = "use bf16=True, or False for float32"
 
 DICTS = (
@@ -38,8 +37,8 @@ class GRPOConfig:
     """The arguments of a run, by TRL's names and with TRL's defaults.
 
     "Processes" in TRL's formulas are devices here (`jax.device_count()`), as TRL starts one process per device. A generation batch
-    of `per_device_train_batch_size` × devices × `steps_per_generation` completions is one step of ours, with `num_iterations`
-    updates; `global_step` counts updates.
+    of `per_device_train_batch_size` × devices × `steps_per_generation` completions is one step of ours, with `num_iterations` ×
+    `steps_per_generation` / `gradient_accumulation_steps` updates; `global_step` counts updates.
 
     Raises:
         ConfigError: an argument, or its value, has no equivalent here. The message names it and says what to do instead.
@@ -198,10 +197,12 @@ class GRPOConfig:
     ds3_gather_for_generation: bool = refused(True, MESH)
     shuffle_dataset: bool | None = honoured(True, "data.shuffle")
     pad_to_multiple_of: int | str | None = refused("auto", "leave it out; the widths that are compiled are chosen once a run")
-    generation_batch_size: int | None = honoured(
-        None, "train.prompts_per_step times num_generations; must make steps_per_generation gradient_accumulation_steps"
+    generation_batch_size: int | None = honoured(None, "train.prompts_per_step times num_generations; see steps_per_generation")
+    steps_per_generation: int | None = honoured(
+        None,
+        "train.updates_per_rollout times gradient_accumulation_steps; each update learns from whole prompts and divides by its own "
+        "tokens, where TRL mixes the completions of all prompts",
     )
-    steps_per_generation: int | None = honoured(None, "train.prompts_per_step; must be gradient_accumulation_steps, its default")
     temperature: float = honoured(1.0, "rollout.temperature")
     top_p: float = honoured(1.0, "rollout.top_p; log-probabilities are then those of the truncated distribution, as in TRL")
     top_k: int = honoured(0, "rollout.top_k")
@@ -232,20 +233,22 @@ class GRPOConfig:
     epsilon_high: float | None = honoured(None, "objective.epsilon_high; with cispo objective.epsilon_max. None is epsilon")
     sapo_temperature_neg: float = refused(1.05, "leave it out; sapo has its paper's temperatures")
     sapo_temperature_pos: float = refused(1.0, "leave it out; sapo has its paper's temperatures")
-    vespo_k_pos: float = refused(2.0, NO_SUCH_TERM)
-    vespo_lambda_pos: float = refused(3.0, NO_SUCH_TERM)
-    vespo_k_neg: float = refused(3.0, NO_SUCH_TERM)
-    vespo_lambda_neg: float = refused(2.0, NO_SUCH_TERM)
-    importance_sampling_level: str = honoured("token", "objective.loss: sequence with loss_type grpo is gspo")
+    vespo_k_pos: float = refused(2.0, "leave it out; vespo has TRL's default exponents")
+    vespo_lambda_pos: float = refused(3.0, "leave it out; vespo has TRL's default exponents")
+    vespo_k_neg: float = refused(3.0, "leave it out; vespo has TRL's default exponents")
+    vespo_lambda_neg: float = refused(2.0, "leave it out; vespo has TRL's default exponents")
+    importance_sampling_level: str = honoured(
+        "token", "objective.loss: sequence is for loss_type grpo, which is then gspo, and luspo"
+    )
     reward_weights: list[float] | None = honoured(None, "rewards.weights")
-    multi_objective_aggregation: str = refused("sum_then_normalize", "leave it out; weighted rewards are summed, then normalised")
+    multi_objective_aggregation: str = honoured("sum_then_normalize", "objective.normalize_each_reward: normalize_then_sum is true")
     scale_rewards: str = honoured("group", "objective.scale_rewards: group or True, batch, none or False")
-    loss_type: str = honoured("dapo", "objective.loss: grpo, bnpo, dr_grpo, dapo, cispo or sapo")
+    loss_type: str = honoured("dapo", "objective.loss: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo or vespo")
     mask_truncated_completions: bool = honoured(False, "objective.mask_truncated")
     sync_ref_model: bool = refused(False, "leave it out; the reference is what training started from")
     ref_model_mixup_alpha: float = refused(0.6, "leave it out; the reference is what training started from")
     ref_model_sync_steps: int = refused(512, "leave it out; the reference is what training started from")
-    top_entropy_quantile: float = refused(1.0, "leave it out; the loss counts every token")
+    top_entropy_quantile: float = honoured(1.0, "objective.top_entropy; below 1 only without gradient accumulation")
     entropy_coef: float = refused(0.0, NO_ENTROPY)
     use_adaptive_entropy: bool = refused(False, NO_ENTROPY)
     entropy_coef_min: float = refused(0.0, NO_ENTROPY)
@@ -257,7 +260,7 @@ class GRPOConfig:
     vllm_importance_sampling_mode: str = refused("sequence_mask", NO_VLLM)
     vllm_importance_sampling_clip_max: float | None = refused(3.0, NO_VLLM)
     vllm_importance_sampling_clip_min: float | None = refused(None, NO_VLLM)
-    off_policy_mask_threshold: float | None = refused(None, NO_SUCH_TERM)
+    off_policy_mask_threshold: float | None = honoured(None, "objective.off_policy_threshold")
     use_bias_correction_kl: bool = honoured(True, "objective.kl: k3_corrected, or k3")
     log_completions: bool = honoured(False, "train.show_every: a table every logging_steps; completions.jsonl always has them all")
     log_multimodal: bool = refused(True, "leave it out; models here read text alone")

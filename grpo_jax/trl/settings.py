@@ -16,7 +16,9 @@ UNLIMITED_PROMPT_TOKENS = 1_000_000
 """`rollout.max_prompt_length` where TRL has no limit: what is compiled follows the lengths that there are."""
 
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla")
-LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo")
+LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+BY_SEQUENCE = {"grpo": "gspo", "luspo": "luspo"}
+AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
@@ -27,16 +29,18 @@ class Steps:
 
     Attributes:
         prompts: prompts of a step.
-        updates: updates of a step.
+        parts: parts that a step's prompts are divided into, each with updates of its own.
+        updates: updates of a step: parts times num_iterations.
         total: steps of the run.
         epoch: steps of an epoch; None where the number of rows is not known.
         logging, evaluating, saving: steps between two; 0 is never.
 
     Example:
-        Steps(prompts=2, updates=1, total=36, epoch=12, logging=10, evaluating=0, saving=500)
+        Steps(prompts=2, parts=1, updates=1, total=36, epoch=12, logging=10, evaluating=0, saving=500)
     """
 
     prompts: int
+    parts: int
     updates: int
     total: int
     epoch: int | None
@@ -56,15 +60,21 @@ def steps_of(args: GRPOConfig, rows: int | None) -> Steps:
     Raises:
         ConfigError: the batches of completions cannot be mapped to steps of ours; the message names the argument.
     """
-    accumulation, per_generation, updates = args.gradient_accumulation_steps, args.steps_per_generation, args.num_iterations
-    fix = f"use gradient_accumulation_steps ({accumulation}): a batch of completions has one update, or num_iterations of them"
-    allow(per_generation == accumulation, "steps_per_generation", per_generation, fix)
-    completions, group = args.generation_batch_size, args.num_generations
-    assert completions is not None and group is not None
-    prompts = completions // group
+    accumulation, per_generation, group = args.gradient_accumulation_steps, args.steps_per_generation, args.num_generations
+    assert args.generation_batch_size is not None and per_generation is not None and group is not None
+    prompts, parts = args.generation_batch_size // group, per_generation // accumulation
+    fix = f"use a multiple of gradient_accumulation_steps ({accumulation}): each update learns from as many completions"
+    allow(per_generation % accumulation == 0, "steps_per_generation", per_generation, fix)
+    fix = f"use a divisor of the {prompts} prompts of a generation batch times gradient_accumulation_steps ({accumulation})"
+    allow(prompts % parts == 0, "steps_per_generation", per_generation, fix)
+    fix = (
+        "use 1: with several parts of a generation batch, TRL goes through all of them before it repeats one; here each is repeated"
+    )
+    allow(parts == 1 or args.num_iterations == 1, "num_iterations", args.num_iterations, fix)
+    updates = parts * args.num_iterations
     epoch = None if rows is None else max(rows // prompts, 1)
     if args.max_steps > 0:
-        fix = f"use a multiple of num_iterations ({updates}), the updates on one batch of completions"
+        fix = f"use a multiple of {updates}, the updates on one generation batch"
         allow(args.max_steps % updates == 0, "max_steps", args.max_steps, fix)
         total = args.max_steps // updates
     else:
@@ -86,6 +96,7 @@ def steps_of(args: GRPOConfig, rows: int | None) -> Steps:
 
     return Steps(
         prompts=prompts,
+        parts=parts,
         updates=updates,
         total=total,
         epoch=epoch,
@@ -200,8 +211,10 @@ def objective_settings(args: GRPOConfig) -> dict[str, Any]:
     """The section `objective`."""
     loss, level = args.loss_type, args.importance_sampling_level
     allow(loss in LOSSES, "loss_type", loss, f"use one of {', '.join(LOSSES)}")
-    allow(level in ("token", "sequence"), "importance_sampling_level", level, "use 'token', or 'sequence' with loss_type='grpo'")
-    allow(level == "token" or loss == "grpo", "importance_sampling_level", level, "use loss_type='grpo' with it, which is GSPO")
+    allow(level in ("token", "sequence"), "importance_sampling_level", level, "use 'token' or 'sequence'")
+    fix = "use loss_type 'grpo' or 'luspo' with it"
+    allow(level == "token" or loss in BY_SEQUENCE, "importance_sampling_level", level, fix)
+    allow(level == "sequence" or loss != "luspo", "importance_sampling_level", level, "use 'sequence' with loss_type='luspo'")
     scales = ("group", "batch", "none")
     allow(args.scale_rewards in scales, "scale_rewards", args.scale_rewards, f"use one of {', '.join(scales)}")
     whole = args.gradient_accumulation_steps * args.world_size == 1
@@ -209,9 +222,18 @@ def objective_settings(args: GRPOConfig) -> dict[str, Any]:
     allow(loss != "bnpo" or whole, "loss_type", loss, split)
     corrected = args.use_bias_correction_kl and args.beta > 0
     allow(level == "token" or not corrected, "use_bias_correction_kl", True, "use False with importance_sampling_level='sequence'")
+    share, aggregation = args.top_entropy_quantile, args.multi_objective_aggregation
+    fix = "use 1.0 with gradient accumulation: there TRL takes the quantile of each micro-batch, which has no equivalent"
+    allow(share == 1 or args.gradient_accumulation_steps == 1, "top_entropy_quantile", share, fix)
+    allow(aggregation in AGGREGATIONS, "multi_objective_aggregation", aggregation, f"use one of {', '.join(AGGREGATIONS)}")
+    others = {
+        **({"top_entropy": share} if share != 1 else {}),
+        **({"off_policy_threshold": args.off_policy_mask_threshold} if args.off_policy_mask_threshold is not None else {}),
+        **({"normalize_each_reward": True, "scale_rewards": "batch"} if aggregation == "normalize_then_sum" else {}),
+    }
     high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     return {
-        "loss": "gspo" if level == "sequence" else loss,
+        "loss": BY_SEQUENCE[loss] if level == "sequence" else loss,
         "beta": args.beta,
         "kl": "k3_corrected" if corrected else "k3",
         "kl_in_reward": False,
@@ -222,6 +244,7 @@ def objective_settings(args: GRPOConfig) -> dict[str, Any]:
         "scale_rewards": args.scale_rewards,
         "num_iterations": args.num_iterations,
         "mask_truncated": args.mask_truncated_completions,
+        **others,
     }
 
 
@@ -240,7 +263,7 @@ def optim_settings(args: GRPOConfig, steps: Steps) -> dict[str, Any]:
         warmup, ratio = 0, warmup
     fix = "use 'constant_with_warmup': with 'constant' there is no warm-up"
     allow(schedule != "constant" or not (warmup or ratio), "lr_scheduler_type", schedule, fix)
-    fix = f"use a multiple of num_iterations ({steps.updates}), the updates on one batch of completions"
+    fix = f"use a multiple of {steps.updates}, the updates on one generation batch"
     allow(warmup % steps.updates == 0, "warmup_steps", warmup, fix)
     return {
         "learning_rate": args.learning_rate,
@@ -261,6 +284,7 @@ def train_settings(args: GRPOConfig, steps: Steps) -> dict[str, Any]:
     return {
         "steps": steps.total,
         "prompts_per_step": steps.prompts,
+        **({"updates_per_rollout": steps.parts} if steps.parts > 1 else {}),
         "seed": args.seed,
         "run_dir": args.output_dir,
         "save_every": steps.saving,
