@@ -93,7 +93,7 @@ class GRPOConfig:
     auto_find_batch_size: bool = refused(
         False, "leave it out; the micro-batch that fits into memory is found before the first step"
     )
-    logging_strategy: str = honoured("steps", "entries of state.log_history: no, steps or epoch; the run folder has every step")
+    logging_strategy: str = honoured("steps", "entries of state.log_history: no, steps or epoch; the run folder has all steps")
     logging_steps: float = honoured(10, "entries of state.log_history; below 1 a share of all steps. Rounded up to whole batches")
     logging_first_step: bool = honoured(False, "an entry of state.log_history after the first step")
     log_on_each_node: bool = refused(True, "leave it out; process 0 alone writes and shows")

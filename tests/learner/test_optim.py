@@ -11,8 +11,8 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax.config import ConfigError, OptimConfig
-from grpo_jax.learner.optim import SKIPPED, apply_gradient, decay_mask, learning_rate_at, make_optimizer
+from grpo_jax.config import Config, ConfigError, OptimConfig
+from grpo_jax.learner.optim import SKIPPED, apply_gradient, decay_mask, learning_rate_at, make_optimizer, updates_of
 from grpo_jax.types import TrainState
 
 
@@ -149,6 +149,12 @@ def test_hand_worked_learning_rates(schedule: Any, warmup_steps: int, steps: int
     np.testing.assert_allclose(rates, np.array(expected) * 2e-5, rtol=1e-6, atol=1e-12)
     traced = jax.jit(lambda step: learning_rate_at(optim, steps, step))
     np.testing.assert_allclose([traced(step) for step in range(len(expected))], rates, rtol=1e-6, atol=1e-12)
+
+
+def test_a_plan_needs_no_rows_to_know_the_steps_of_epochs() -> None:
+    config = Config.from_dict({"train": {"epochs": 3}, "optim": {"warmup_ratio": 0.1, "schedule": "linear"}})
+    assert config.train.steps == 0
+    make_optimizer(config.optim, updates_of(config, supervised=False))
 
 
 def test_a_warm_up_by_its_share_of_all_updates_is_rounded_up_as_transformers_does() -> None:
