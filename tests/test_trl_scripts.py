@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from plain_oracles import quick_compiling
 from shared_programs import shared_programs
@@ -53,7 +52,7 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     shutil.copytree(tiny_model(), folder / "model")
     write_rows(folder / "rows.jsonl", ROWS)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *COMMAND_LINES[name].split()])
     return runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
 

@@ -103,6 +103,9 @@ class TrlParser(HfArgumentParser):
         script_args, training_args = TrlParser((ScriptArguments, GRPOConfig)).parse_args_and_config()
     """
 
+    def __init__(self, dataclass_types: Any = (), **options: Any) -> None:
+        super().__init__(dataclass_types, **options)
+
     def parse_args_and_config(
         self,
         args: Sequence[str] | None = None,
