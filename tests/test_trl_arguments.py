@@ -29,7 +29,8 @@ from grpo_jax.trl import (
 )
 from grpo_jax.trl.arguments import TRAINER_ARGUMENTS, Honoured, Refused
 from grpo_jax.trl.peft import lora_settings, quantization_of_config
-from grpo_jax.trl.settings import config_of, steps_of
+from grpo_jax.trl.settings import config_of
+from grpo_jax.trl.steps import steps_of
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "trl_arguments.json").read_text())
 TABLE = {item.name: item for item in dataclasses.fields(GRPOConfig)}

@@ -1,7 +1,7 @@
 """`GRPOConfig` with the names and defaults of TRL 1.16 and, where TRL inherits them, of transformers 5.23.
 
 Each field's text is its row in the table: `honoured` names the setting of ours that it becomes, `refused` says what to do instead.
-`settings.py` makes the settings. What a setting means is said in `grpo_jax.config`.
+`steps.py` and `settings.py` make the settings. What a setting means is said in `grpo_jax.config`.
 """
 
 from __future__ import annotations

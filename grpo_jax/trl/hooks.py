@@ -15,8 +15,8 @@ from grpo_jax.trainer import evaluates_after, saves_after
 from grpo_jax.trl.arguments import allow, refusal
 from grpo_jax.trl.grpo_config import GRPOConfig
 from grpo_jax.trl.logs import LogWindow, mean, tokens_of, trl_metrics
-from grpo_jax.trl.settings import Steps
 from grpo_jax.trl.state import TrainerControl, TrainerState
+from grpo_jax.trl.steps import Steps
 
 if TYPE_CHECKING:
     from grpo_jax.trainer import Trainer

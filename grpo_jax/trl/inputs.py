@@ -16,8 +16,8 @@ from grpo_jax.policy import Policy
 from grpo_jax.runtime import distributed
 from grpo_jax.trl.arguments import allow, refusal
 from grpo_jax.trl.grpo_config import GRPOConfig
-from grpo_jax.trl.settings import Steps
 from grpo_jax.trl.state import TrainerState
+from grpo_jax.trl.steps import Steps
 
 IMAGE_COLUMNS = ("image", "images")
 

@@ -30,7 +30,8 @@ from grpo_jax.trl.inputs import (
     rows_of,
     with_tokenizer,
 )
-from grpo_jax.trl.settings import Steps, config_of, steps_of
+from grpo_jax.trl.settings import config_of
+from grpo_jax.trl.steps import Steps, steps_of
 
 
 class TrainOutput(NamedTuple):
