@@ -17,6 +17,7 @@ writes and shows, and all write checkpoints (`runtime/distributed.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import jax.numpy as jnp
 import optax
 
 from grpo_jax.config import Config, check_supervised, check_training
+from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.learner.custom_loss import LossFunction
 from grpo_jax.policy import Policy, config_with_policy
 from grpo_jax.run.callbacks import Callback, StepCompletions, own_callbacks
@@ -124,6 +126,7 @@ class Trainer:
             self._step = GrpoStep.read(
                 config, policy, dataset, eval_dataset, rewards, self.display, optimizer=optimizer, loss_fn=loss_fn
             )
+        self.config = replace(config, train=replace(config.train, steps=self._step.config.train.steps))  # train.epochs in steps
         self.callbacks: list[Callback] = list(callbacks)
         state = self._step.learner.init(self._step.policy.trainable())
         self.state: TrainState = in_host_memory(state) if self._step.config.optim.offload else state
@@ -139,6 +142,11 @@ class Trainer:
     def policy(self) -> Policy:
         """The policy as trained so far, with a copy of the trained arrays."""
         return self._step.policy.with_trained(jax.tree.map(jnp.copy, in_device_memory(self.state.trainable)))
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the policy."""
+        return self._step.policy.need_tokenizer()
 
     @property
     def run_dir(self) -> Path:
@@ -196,6 +204,7 @@ class Trainer:
     def step(self) -> tuple[dict[str, Any], StepCompletions | None]:
         """Makes one step; returns its metrics and, in GRPO, its completions."""
         self.open()
+        self._call("on_step_begin")
         with self._stop.abandonable(f"in step {self.steps_done + 1}"):
             made = self._step.run(self.state, self.steps_done)
         self.state, metrics, completions = made

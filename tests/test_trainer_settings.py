@@ -32,6 +32,7 @@ from tiny_runs import (
     records,
     run,
     saved_weights,
+    settings,
     tiny_model,
 )
 
@@ -173,6 +174,25 @@ def test_where_all_are_truncated_and_masked_nothing_is_learnt(tmp_path: Path):
     assert [record["grad_norm"] for record in done.result.history] == [0, 0]
     start = Policy.from_pretrained(tiny_model(), lora=gx.LoraConfig(rank=4, alpha=8.0))
     assert_same_arrays(done.result.policy.adapters, start.adapters)
+
+
+def test_epochs_say_how_many_steps_there_are_and_are_resumed(
+    lora_run: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    values = settings(tmp_path, train={"epochs": 0.15})  # 0.15 · 24 rows / 2 prompts is 1.8 steps: two
+    del values["train"]["steps"]
+    done = run(gx.Config.from_dict(values))
+    assert_same_arrays(saved_weights(tmp_path), saved_weights(lora_run.result.run_dir))
+    assert "train.epochs: 0.15 passes over 24 rows are 2 steps" in done.printed
+    stored = gx.Config.from_yaml(tmp_path / "config.yaml").train
+    assert (stored.steps, stored.epochs) == (2, 0.15)
+    again = run(gx.Config.from_dict(values), resume=True)  # nothing is left to do
+    assert [record["step"] for record in again.result.history] == [1, 2]
+    values["train"]["steps"] = 3
+    with pytest.raises(
+        gx.ConfigError, match=r"train\.steps is 3: train\.epochs 0\.15 of 24 rows are 2 steps: leave out one of the two"
+    ):
+        run(gx.Config.from_dict({**values, "train": {**values["train"], "run_dir": str(tmp_path / "other")}}))
 
 
 def test_several_updates_a_batch_follow_the_schedule_and_end_elsewhere(lora_run: Finished, tmp_path: Path):

@@ -279,6 +279,8 @@ def resolved_settings(config: Config, sources: Mapping[str, str] | None = None) 
             source = known[name]
         elif section == "objective" and key in chosen:
             source = f"preset {preset}" if value == chosen[key] else IN_PYTHON
+        elif name == "train.steps" and config.train.epochs is not None:
+            source = "train.epochs"
         elif name == "objective.epsilon_high":
             source = "default" if value == config.objective.epsilon else IN_PYTHON
         else:
@@ -354,5 +356,8 @@ def check_supervised(config: Config, *, has_policy: bool = False, has_dataset: b
     require(has_dataset or bool(config.data.path), "data.path", config.data.path, "give a file of prompts or a dataset on the hub")
     warmup, steps = config.optim.warmup_steps, config.train.steps
     require(
-        warmup < steps, "optim.warmup_steps", warmup, f"use fewer than train.steps ({steps}), or the rate never reaches its peak"
+        warmup < steps or steps == 0,  # 0: the rows are not known yet, by which train.epochs says how many
+        "optim.warmup_steps",
+        warmup,
+        f"use fewer than train.steps ({steps}), or the rate never reaches its peak",
     )

@@ -98,13 +98,16 @@ class DataConfig:
         eval_split: Split to evaluate on; null holds out eval_size rows of the training split.
         eval_path: File or dataset to evaluate on, where it differs from path.
         eval_size: Number of held-out rows to evaluate; null takes all of eval_split or eval_path, and none without them.
-        prompt_column: Column with the prompt: a string, or a list of {role, content} messages.
+        prompt_column: Column with the prompt: a string, or a list of {role, content} messages. Where it is missing, a column
+            `messages` is read instead: a conversation whose last message, if it is the assistant's, becomes the completion column.
         completion_column: Column with the answer to imitate; supervised warm-up only.
         system_prompt: System message added before every prompt; a plain prompt then becomes a conversation.
         chat_template: Render plain prompts as a conversation of one user message; null does so where system_prompt is set.
         template_arguments: Arguments passed to the chat template, such as {enable_thinking: false}.
         overlong: What happens to a prompt longer than rollout.max_prompt_length: it is dropped (`drop`), raises an error (`error`),
             or loses the start of its last user message, template tokens unchanged (`shorten`).
+        overlong_quantile: Drop the training rows whose prompt has more tokens than this quantile of all of them, such as 0.9; null
+            drops none.
         shuffle: Visit the rows in an order drawn from train.seed, a new one each epoch.
     """
 
@@ -120,6 +123,7 @@ class DataConfig:
     chat_template: bool | None = None
     template_arguments: dict[str, Any] = field(default_factory=dict)
     overlong: Literal["drop", "error", "shorten"] = "drop"
+    overlong_quantile: float | None = None
     shuffle: bool = True
 
     def __post_init__(self) -> None:
@@ -130,6 +134,9 @@ class DataConfig:
             self.eval_size,
             "use 0 (no evaluation) or a number of rows",
         )
+        if self.overlong_quantile is not None:
+            share = self.overlong_quantile
+            require(0 < share <= 1, "data.overlong_quantile", share, "use a share above 0, at most 1, such as 0.9, or null")
         require(bool(self.prompt_column), "data.prompt_column", self.prompt_column, "name the column that holds the prompt")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from grpo_jax.config.checks import check_types, require
 
@@ -16,6 +16,7 @@ class OptimConfig:
         learning_rate: Peak learning rate; 1e-6 to 5e-6 is usual for full fine-tuning, 5e-6 to 5e-5 for LoRA.
         schedule: Learning rate after the warm-up: constant, or linear or cosine decay to 0 at the last step.
         warmup_steps: Steps in which the learning rate rises from 0 to its peak.
+        warmup_ratio: The same as a share of all updates of the run, rounded up; null leaves it to warmup_steps.
         max_grad_norm: Gradients with a larger global norm are scaled down to this one; null clips nothing.
         weight_decay: Decoupled weight decay, applied to matrices only.
         b1: Decay of the first moment.
@@ -30,6 +31,7 @@ class OptimConfig:
     learning_rate: float = 1e-5
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
+    warmup_ratio: float | None = None
     max_grad_norm: float | None = 1.0
     weight_decay: float = 0.0
     b1: float = 0.9
@@ -42,6 +44,10 @@ class OptimConfig:
         check_types(self, "optim")
         require(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "use a positive rate such as 1e-5")
         require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "use 0 or more steps")
+        if self.warmup_ratio is not None:
+            ratio = self.warmup_ratio
+            require(0 <= ratio < 1, "optim.warmup_ratio", ratio, "use a share of all updates from 0 up to 1, such as 0.1, or null")
+            require(self.warmup_steps == 0, "optim.warmup_ratio", ratio, f"leave out this or warmup_steps ({self.warmup_steps})")
         if self.max_grad_norm is not None:
             require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "use a positive norm such as 1.0, or null")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "use 0 or more")
@@ -51,12 +57,19 @@ class OptimConfig:
         require(self.max_skipped_steps >= 1, "optim.max_skipped_steps", self.max_skipped_steps, "use at least 1")
 
 
+DEFAULT_STEPS = 100
+FROM_EPOCHS: Any = None
+"""Default of `train.steps`, which `TrainConfig` fills in: 100, or 0 where `train.epochs` says how many."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The training loop: its length, batches, seed, checkpoints and output.
 
     Args:
-        steps: Number of training steps, one batch of completions each.
+        steps: Number of training steps, one batch of completions each. Default 100, or what epochs says.
+        epochs: Passes over the training rows, instead of steps: epochs · rows / prompts_per_step steps, rounded up. steps is then 0
+            until the rows have been read.
         prompts_per_step: B, number of prompts in a step (of rows, in supervised warm-up).
         updates_per_rollout: Optimiser updates in a step, each on its own part of the step's prompts (mini-batches). Later updates
             find a policy that has moved away from the one that sampled, so that the objective's clipping acts. Above 1 it costs
@@ -88,7 +101,8 @@ class TrainConfig:
             nothing. Whoever can write to the folder can make this process run code.
     """
 
-    steps: int = 100
+    steps: int = FROM_EPOCHS
+    epochs: float | None = None
     prompts_per_step: int = 8
     updates_per_rollout: int = 1
     micro_batch_tokens: int | Literal["auto"] | None = None
@@ -110,8 +124,12 @@ class TrainConfig:
     compilation_cache: bool | str = True
 
     def __post_init__(self) -> None:
+        if self.steps is None:
+            object.__setattr__(self, "steps", DEFAULT_STEPS if self.epochs is None else 0)
         check_types(self, "train")
-        require(self.steps >= 1, "train.steps", self.steps, "use at least 1")
+        if self.epochs is not None:
+            require(self.epochs > 0, "train.epochs", self.epochs, "use a positive number of passes over the rows, or null")
+        require(self.steps >= (1 if self.epochs is None else 0), "train.steps", self.steps, "use at least 1")
         require(self.prompts_per_step >= 1, "train.prompts_per_step", self.prompts_per_step, "use at least 1")
         parts = self.updates_per_rollout
         fix = f"use a divisor of train.prompts_per_step ({self.prompts_per_step}): every update has as many prompts"

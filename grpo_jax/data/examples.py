@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grpo_jax.config import Config, ConfigError, DataConfig
+from grpo_jax.data.conversations import with_prompts
 from grpo_jax.data.order import held_out_positions
 from grpo_jax.data.prompts import Encoded
 from grpo_jax.data.row_digest import DigestedRows
@@ -118,6 +119,7 @@ def read_splits(
     data, quiet = config.data, config.train.quiet
     separate = held_out_table(config, dataset, eval_dataset)
     if separate is not None:
+        separate = with_prompts(separate, data)
         check_table(separate, data)
         held_out, held_out_dropped, _ = encode_rows(separate, encode, "held-out rows", quiet, data.eval_size or None)
         require_some(held_out, separate, config)
@@ -125,10 +127,14 @@ def read_splits(
             return DataSplits(held_out.take(np.arange(0)), held_out, 0, 0, held_out_dropped)
     else:
         held_out, held_out_dropped = None, 0
-    table = load_rows(data, data.split) if dataset is None else given_rows(dataset)
+    table = with_prompts(load_rows(data, data.split) if dataset is None else given_rows(dataset), data)
     check_table(table, data)
     examples, dropped, shortened = encode_rows(table, encode, "rows", quiet)
     require_some(examples, table, config)
+    if data.overlong_quantile is not None:
+        short = within_quantile(examples, data.overlong_quantile)
+        dropped += len(examples) - len(short)
+        examples = short
     train, held_out = (examples, held_out) if held_out is not None else hold_out(examples, config)
     size = config.train.prompts_per_step
     if len(train) < size and not only_held_out:
@@ -181,6 +187,12 @@ def hold_out(examples: Examples, config: Config) -> tuple[Examples, Examples]:
             f"data.eval_size is {size}: no row with another prompt is left of {count}; hold out fewer, or set data.eval_path"
         )
     return examples.take(np.array(rest)), held_out
+
+
+def within_quantile(examples: Examples, share: float) -> Examples:
+    """The rows whose prompt has at most as many tokens as the quantile `share` of all rows, interpolated as in `numpy.quantile`."""
+    lengths = examples.prompt_lengths
+    return examples.take(np.flatnonzero(lengths <= np.quantile(lengths, share)))
 
 
 def require_some(examples: Examples, table: Table, config: Config) -> None:

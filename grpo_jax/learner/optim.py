@@ -5,6 +5,7 @@ The state is float32. Accumulating gradients is left to `step`.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -23,13 +24,16 @@ SKIPPED = "update/skipped"
 ZERO_GRADIENT = "update/zero_gradient"
 """The metric that counts the updates of a step that were left out because the gradient was zero: nothing could be learnt."""
 
+UNKNOWN_STEPS = 1_000_000
+"""Replaces `train.steps` where that is not known; a plan compiles the same programs for any number."""
+
 NOT_DECAYED = ("scale", "bias")
 """Endings of the names of vectors (of a norm, of a linear layer), which may have more axes because layers are stacked."""
 
 
 def updates_of(config: Config, supervised: bool) -> int:
-    """Number of optimiser updates of a whole run."""
-    return config.train.steps * (1 if supervised else updates_per_step(config))
+    """Number of optimiser updates of a whole run; a made-up one where `train.steps` is not known (a plan with `train.epochs`)."""
+    return (config.train.steps or UNKNOWN_STEPS) * (1 if supervised else updates_per_step(config))
 
 
 def updates_per_step(config: Config) -> int:
@@ -105,18 +109,19 @@ def apply_gradient(
 def make_schedule(optim: OptimConfig, steps: int, updates_per_step: int = 1) -> optax.Schedule:
     """Makes the learning rate by number of updates already made, k = 0 for the first.
 
-    Warm-up: learning_rate · k / w for k < w = warmup_steps · updates_per_step, so that update 0 has rate 0, as in Optax and
-    transformers. Then `constant`, or from learning_rate at k = w down to 0 at k = steps, along a line (`linear`) or half a cosine
-    (`cosine`, https://arxiv.org/abs/1608.03983, equation 5 without restarts). k = steps is after the last update.
+    Warm-up: learning_rate · k / w for k < w = warmup_steps · updates_per_step or ⌈warmup_ratio · steps⌉, so that update 0 has rate
+    0, as in Optax and transformers. Then `constant`, or from learning_rate at k = w down to 0 at k = steps, along a line (`linear`)
+    or half a cosine (`cosine`, https://arxiv.org/abs/1608.03983, equation 5 without restarts). k = steps is after the last update.
 
     Raises:
         ConfigError: no steps, or a warm-up that does not end before them.
     """
     require(steps >= 1, "steps", steps, "train for at least one optimiser update")
-    warmup = optim.warmup_steps * updates_per_step
+    warmup = math.ceil(optim.warmup_ratio * steps) if optim.warmup_ratio else optim.warmup_steps * updates_per_step
     limit = f"{steps // updates_per_step} training steps" if updates_per_step > 1 else f"{steps} optimiser updates"
     fix = f"use fewer than the {limit} of the run, or train for more steps"
-    require(warmup < steps, "optim.warmup_steps", optim.warmup_steps, fix)
+    name, given = ("warmup_ratio", optim.warmup_ratio) if optim.warmup_ratio else ("warmup_steps", optim.warmup_steps)
+    require(warmup < steps, f"optim.{name}", given, fix)
     peak, left = optim.learning_rate, steps - warmup
     if optim.schedule == "constant":
         after = optax.constant_schedule(peak)

@@ -58,6 +58,9 @@ class Callback:
     def on_train_begin(self, trainer: Trainer) -> None:
         """Called once, before the first step (or evaluation) of this process."""
 
+    def on_step_begin(self, trainer: Trainer) -> None:
+        """Called before every step; `trainer.steps_done` steps are finished."""
+
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any], completions: StepCompletions | None) -> None:
         """Called after every step; `completions` is None in a supervised warm-up."""
 

@@ -106,14 +106,15 @@ def unwritable(path: Path, error: OSError) -> RunFolderError:
 def may_change(line: str, config: Config) -> bool:
     """Whether a setting may differ on resume.
 
-    `train.steps` may where the learning rate is constant; other schedules end with it.
+    `train.steps` may where the learning rate is constant; other schedules, and a warm-up by a share of them, go by it. It is 0, for
+    not known yet, before `train.epochs` has met the rows.
 
     Args:
         line: of `difference`, such as "train.steps: 10 -> 20".
     """
     name = line.partition(":")[0]
     if name == "train.steps":
-        return config.optim.schedule == "constant"
+        return config.train.steps == 0 or (config.optim.schedule == "constant" and not config.optim.warmup_ratio)
     return name in FREE_ON_RESUME or name.partition(".")[0] in FREE_SECTIONS
 
 

@@ -49,7 +49,7 @@ from grpo_jax.runtime.out_of_memory import explaining_memory
 from grpo_jax.runtime.programs import Program
 from grpo_jax.steps import StepResult
 from grpo_jax.steps.mini_batches import MiniBatches, parts_of
-from grpo_jax.steps.setup import placed_policy, read_tokenizer
+from grpo_jax.steps.setup import placed_policy, read_tokenizer, with_steps
 from grpo_jax.types import Frozen, Params, PromptBatch, TrainState
 
 TRUNCATED_LINE = (
@@ -120,6 +120,7 @@ class GrpoStep:
         tokenizer = policy.need_tokenizer() if policy is not None else read_tokenizer(config, display)
         source = PromptSource.build(config, tokenizer, dataset, eval_dataset)
         display.note(prompts_line(source, config.rollout.max_prompt_length))
+        config = with_steps(config, len(source.train), display)
         check_functions(functions, reward_columns(source, config), config.rewards.weights, config.rewards.accuracy)
         runner = runner_of(config.rewards, entries, functions, longest, display.note)
         runner.start()  # its processes start while the weights are read

@@ -139,7 +139,8 @@ def joined(batches: Sequence[TrainBatch]) -> TrainBatch:
 def combined(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The metrics of a step from those of its updates.
 
-    Updates that changed nothing are counted, of `/max` the largest and of the learning rate the last one stays, and the others are averaged.
+    Updates that changed nothing are counted; of `/max` the largest and of the learning rate the last one stays; the others are
+    averaged.
     """
     result: dict[str, float] = {}
     for name in metrics[0]:

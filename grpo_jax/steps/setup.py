@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import jax
 
 from grpo_jax.config import Config, resolved_settings
+from grpo_jax.config.checks import require
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.policy import Policy
 from grpo_jax.run.display import Display
@@ -67,6 +70,22 @@ def read_tokenizer(config: Config, display: Display) -> Tokenizer | None:
         spec = read_folder_spec(folder)
         check_mesh(make_layout(choose_run_mesh(config, spec, least_limit_bytes()).mesh), spec)
         return Tokenizer.from_folder(folder)
+
+
+def with_steps(config: Config, rows: int, display: Display) -> Config:
+    """The settings with the steps that `train.epochs` makes of so many training rows, rounded up; the same where it is null.
+
+    Raises:
+        ConfigError: `train.steps` is given too, and is another number.
+    """
+    train = config.train
+    if train.epochs is None:
+        return config
+    steps = math.ceil(Fraction(str(train.epochs)) * rows / train.prompts_per_step)
+    fix = f"train.epochs {train.epochs:g} of {rows} rows are {steps} steps: leave out one of the two"
+    require(train.steps in (0, steps), "train.steps", train.steps, fix)
+    display.note(f"train.epochs: {train.epochs:g} passes over {rows} rows are {steps} steps")
+    return replace(config, train=replace(train, steps=steps))
 
 
 def placed_policy(config: Config, policy: Policy | None, display: Display) -> Policy:

@@ -30,7 +30,7 @@ from grpo_jax.runtime.compile_ahead import FutureCall
 from grpo_jax.runtime.out_of_memory import explaining_memory
 from grpo_jax.runtime.programs import Program
 from grpo_jax.steps import StepResult
-from grpo_jax.steps.setup import placed_policy, read_tokenizer
+from grpo_jax.steps.setup import placed_policy, read_tokenizer, with_steps
 from grpo_jax.types import Frozen, TrainState
 
 
@@ -62,6 +62,7 @@ class SupervisedStep:
         source = completion_pairs(config, tokenizer, dataset, eval_dataset)
         dropped = f", {source.dropped} dropped as too long" if source.dropped else ""
         display.note(f"rows: {len(source.train)} to train on, {len(source.held_out)} held out{dropped}")
+        config = with_steps(config, len(source.train), display)
         return SupervisedStep.build(config, placed_policy(config, policy, display), source, display, optimizer=optimizer)
 
     @staticmethod

@@ -400,3 +400,26 @@ def test_greedy_sampling_of_one_completion_is_a_valid_rollout():
 def test_settings_import_neither_jax_nor_numpy():
     code = "import sys, grpo_jax.config; sys.exit(any(name in sys.modules for name in ('jax', 'numpy', 'flax')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_epochs_replace_the_steps_and_steps_that_were_given_stay() -> None:
+    assert Config().train.steps == 100
+    assert Config.from_dict({"train": {"epochs": 2}}).train.steps == 0  # until the rows are read
+    resolved = Config.from_dict({"train": {"epochs": 2, "steps": 24}})
+    assert (resolved.train.epochs, resolved.train.steps) == (2.0, 24)
+    with pytest.raises(ConfigError, match=r"train\.steps is 0: use at least 1"):
+        TrainConfig(steps=0)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"train": {"epochs": 0}}, r"train\.epochs is 0\.0: use a positive number of passes"),
+        ({"optim": {"warmup_ratio": 1.0}}, r"optim\.warmup_ratio is 1\.0: use a share of all updates from 0 up to 1"),
+        ({"optim": {"warmup_ratio": 0.1, "warmup_steps": 3}}, r"optim\.warmup_ratio is 0\.1: leave out this or warmup_steps \(3\)"),
+        ({"data": {"overlong_quantile": 0.0}}, r"data\.overlong_quantile is 0\.0: use a share above 0"),
+    ],
+)
+def test_epochs_and_shares_out_of_range_are_refused(section: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Config.from_dict(section)

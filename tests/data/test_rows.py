@@ -16,6 +16,7 @@ from datasets.exceptions import DatasetNotFoundError
 
 from grpo_jax.config import ConfigError, DataConfig
 from grpo_jax.data import DataError, load_rows
+from grpo_jax.data.conversations import with_prompts
 from grpo_jax.data.table import Table, given_rows
 
 ROWS = [{"prompt": "2+2=", "answer": "4"}, {"prompt": 'say "a,\nb"', "answer": "007"}, {"prompt": "é", "answer": ""}]
@@ -265,3 +266,38 @@ def test_a_parquet_file_with_bad_texts_or_columns_is_named(tmp_path: Path) -> No
     pyarrow.parquet.write_table(twice, tmp_path / "d.parquet")
     with pytest.raises(DataError, match=r"d\.parquet: column names must differ"):
         read(tmp_path / "d.parquet")
+
+
+def test_a_conversation_becomes_a_prompt_and_the_assistants_last_message_its_completion() -> None:
+    asked = [{"role": "system", "content": "Add."}, {"role": "user", "content": "2+2="}]
+    earlier = [*asked, {"role": "assistant", "content": "5"}, {"role": "user", "content": "Really?"}]
+    rows = [
+        {"messages": [*asked, {"role": "assistant", "content": "4"}], "level": 1},
+        {"messages": [*earlier, {"role": "assistant", "content": "No, 4"}]},
+        {"messages": asked},
+    ]
+    expected = [
+        {"prompt": asked, "completion": "4", "level": 1},
+        {"prompt": earlier, "completion": "No, 4", "level": None},
+        {"prompt": asked, "completion": None, "level": None},
+    ]
+    assert as_list(with_prompts(given_rows(rows), DataConfig())) == expected
+    assert as_list(with_prompts(given_rows(datasets.Dataset.from_list(rows)), DataConfig())) == expected
+    named = with_prompts(given_rows(rows), DataConfig(prompt_column="question", completion_column="answer"))
+    assert named[0] == {"question": asked, "answer": "4", "level": 1}
+
+
+def test_a_table_with_a_prompt_column_keeps_its_messages() -> None:
+    rows = [{"prompt": "2+2=", "messages": [{"role": "user", "content": "other"}]}]
+    assert as_list(with_prompts(given_rows(rows), DataConfig())) == rows
+
+
+def test_a_completion_column_is_not_replaced_by_the_conversations_last_message() -> None:
+    rows = [{"messages": [{"role": "user", "content": "2+2="}, {"role": "assistant", "content": "5"}], "completion": "4"}]
+    assert as_list(with_prompts(given_rows(rows), DataConfig())) == [{"prompt": rows[0]["messages"][:1], "completion": "4"}]
+
+
+def test_messages_that_are_no_conversation_are_named_with_their_row() -> None:
+    table = with_prompts(given_rows([{"messages": []}, {"messages": ["hello"]}]), DataConfig())
+    with pytest.raises(DataError, match=r"row 1 .*messages must be a list"):
+        table[1]

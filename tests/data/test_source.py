@@ -227,6 +227,14 @@ def test_long_prompts_are_dropped_and_counted_and_the_others_keep_their_numbers(
         PromptSource.build(settings(1, limit=3), WORDS, [LONG[1], LONG[3]])
 
 
+@pytest.mark.parametrize(("share", "kept"), [(1.0, [0, 1, 2, 3]), (0.7, [0, 2, 3]), (0.5, [0, 2]), (0.1, [2])])
+def test_training_rows_above_a_quantile_of_the_prompts_lengths_are_dropped(share: float, kept: list[int]) -> None:
+    # Tokens with <s>: 3, 5, 2, 4. Quantiles of 2, 3, 4, 5, interpolated: 0.7 is 4.1, 0.5 is 3.5, 0.1 is 2.3.
+    source = PromptSource.build(settings(1, shuffle=False, overlong_quantile=share), WORDS, LONG, rows(2))
+    assert source.train.row_numbers.tolist() == kept
+    assert (source.dropped, len(source.held_out)) == (4 - len(kept), 2)
+
+
 def test_a_long_prompt_is_refused_with_row_and_length() -> None:
     with pytest.raises(DataError, match=r"dataset, row 1 .*the prompt has 5 tokens, more than rollout\.max_prompt_length \(3\)"):
         PromptSource.build(settings(1, limit=3, overlong="error"), WORDS, LONG)

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 import pytest
 
-from grpo_jax.config import ConfigError, OptimConfig
-from grpo_jax.learner.optim import SKIPPED, ZERO_GRADIENT, apply_gradient, decay_mask, learning_rate_at, make_optimizer
+from grpo_jax.config import Config, ConfigError, OptimConfig
+from grpo_jax.learner.optim import SKIPPED, ZERO_GRADIENT, apply_gradient, decay_mask, learning_rate_at, make_optimizer, updates_of
 from grpo_jax.types import TrainState
 
 
@@ -149,6 +149,22 @@ def test_hand_worked_learning_rates(schedule: Any, warmup_steps: int, steps: int
     np.testing.assert_allclose(rates, np.array(expected) * 2e-5, rtol=1e-6, atol=1e-12)
     traced = jax.jit(lambda step: learning_rate_at(optim, steps, step))
     np.testing.assert_allclose([traced(step) for step in range(len(expected))], rates, rtol=1e-6, atol=1e-12)
+
+
+def test_a_plan_needs_no_rows_to_know_the_steps_of_epochs() -> None:
+    config = Config.from_dict({"train": {"epochs": 3}, "optim": {"warmup_ratio": 0.1, "schedule": "linear"}})
+    assert config.train.steps == 0
+    make_optimizer(config.optim, updates_of(config, supervised=False))
+
+
+def test_a_warm_up_by_its_share_of_all_updates_is_rounded_up_as_transformers_does() -> None:
+    optim = OptimConfig(learning_rate=1.0, warmup_ratio=0.3, schedule="linear")  # 0.3 of 5 updates is 1.5: 2 of them
+    rates = [float(learning_rate_at(optim, 5, k)) for k in range(5)]
+    np.testing.assert_allclose(rates, [0, 1 / 2, 1, 2 / 3, 1 / 3], rtol=1e-6)
+    twice = [float(learning_rate_at(optim, 10, k, updates_per_step=2)) for k in range(4)]  # 3 of 10 updates, whatever a step has
+    np.testing.assert_allclose(twice, [0, 1 / 3, 2 / 3, 1], rtol=1e-6)
+    with pytest.raises(ConfigError, match=r"optim\.warmup_ratio is 0\.3: use fewer than the 1 optimiser updates"):
+        make_optimizer(optim, 1)
 
 
 @pytest.mark.parametrize(("warmup_steps", "steps"), [(10, 10), (11, 10), (1, 1)])

@@ -220,6 +220,23 @@ def test_steps_are_fixed_where_the_schedule_ends_with_them(tmp_path: Path) -> No
         RunFolder.create(tmp_path, Config.from_dict({**values, "train": {"steps": 20}}), resume=True)
 
 
+def test_steps_of_epochs_are_compared_once_the_rows_are_known(tmp_path: Path) -> None:
+    values = {"model": {"path": "m"}, "optim": {"schedule": "cosine"}, "train": {"steps": 10, "epochs": 2}}
+    with RunFolder.create(tmp_path, Config.from_dict(values), resume=False) as folder:
+        folder.write_step(1, {"reward/mean": 0.1})
+    RunFolder.check(tmp_path, Config.from_dict({**values, "train": {"epochs": 2}}), resume=True)  # no rows yet: steps is 0
+    with pytest.raises(RunFolderError, match=r"train\.steps: 10 -> 12"):  # other rows
+        RunFolder.check(tmp_path, Config.from_dict({**values, "train": {"steps": 12, "epochs": 2}}), resume=True)
+
+
+def test_steps_are_fixed_where_a_warm_up_is_a_share_of_them(tmp_path: Path) -> None:
+    values = {"model": {"path": "m"}, "optim": {"warmup_ratio": 0.1}, "train": {"steps": 10}}
+    with RunFolder.create(tmp_path, Config.from_dict(values), resume=False) as folder:
+        folder.write_step(1, {"reward/mean": 0.1})
+    with pytest.raises(RunFolderError, match=r"train\.steps: 10 -> 20"):
+        RunFolder.check(tmp_path, Config.from_dict({**values, "train": {"steps": 20}}), resume=True)
+
+
 def write_steps(folder: RunFolder, steps: range) -> None:
     for step in steps:
         folder.write_completions(step, ["p"], [f"a{step}", "ü"], {"f": [1.0, 0.0]}, [0.5, -0.5], ["stop", "stop"], lengths=[2, 1])

@@ -1,0 +1,113 @@
+"""Checks what `GRPOTrainer` is given: the model, rows, reward functions, tokenizer and optimiser."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optax
+
+from grpo_jax.data.table import Table, given_rows
+from grpo_jax.data.tokenizer import Tokenizer, read_vocabulary
+from grpo_jax.policy import Policy
+from grpo_jax.runtime import distributed
+from grpo_jax.trl.arguments import allow, refusal
+from grpo_jax.trl.grpo_config import GRPOConfig
+from grpo_jax.trl.state import TrainerState
+from grpo_jax.trl.steps import Steps
+
+IMAGE_COLUMNS = ("image", "images")
+
+
+def described(value: Any) -> str:
+    """A value for a message: text as it is, and the type of anything else."""
+    return value if isinstance(value, str) else f"a {type(value).__name__}"
+
+
+def model_path(model: Any) -> str | None:
+    """The folder or hub id of a model; None for a policy.
+
+    Raises:
+        ConfigError: it is a model of another library.
+    """
+    if isinstance(model, Policy):
+        return None
+    fix = "give its folder or hub id, and peft_config for adapters; or a grpo_jax.Policy"
+    allow(isinstance(model, str | Path), "model", described(model), fix)
+    return str(model)
+
+
+def rows_of(dataset: Any, name: str, prompts_only: bool) -> Table:
+    """The rows of a dataset, without the columns that are not used where `prompts_only`.
+
+    Raises:
+        ConfigError: they stream, hold images, or are several sets.
+        DataError: they are no rows.
+    """
+    kind = type(dataset).__name__
+    allow(not kind.startswith("Iterable"), name, kind, "load it without streaming=True; all rows are held in memory")
+    several = "give one set of rows, such as dataset['test']"
+    allow(not isinstance(dataset, Mapping), name, f"a {kind} of {', '.join(map(str, dataset))}" if dataset else kind, several)
+    table = given_rows(dataset, name)
+    for column in IMAGE_COLUMNS:
+        allow(column not in table.columns, f"{name}[{column!r}]", "a column of images", "remove it; models here read text alone")
+    kept = ("prompt", "messages")
+    return replace(table, columns=tuple(c for c in table.columns if c in kept)) if prompts_only else table
+
+
+def reward_functions(reward_funcs: Any) -> list[Callable[..., Any]]:
+    """The reward functions of a run, one or several.
+
+    Raises:
+        ConfigError: there are none, or one is a reward model.
+    """
+    if reward_funcs is None:
+        raise refusal("reward_funcs", None, "give a function, or a list of them")
+    listed: list[Any] = (
+        list(reward_funcs) if isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str) else [reward_funcs]
+    )
+    allow(bool(listed), "reward_funcs", listed, "give a function, or a list of them")
+    fix = "reward models are not called here; give a function that scores the texts with it"
+    for index, entry in enumerate(listed):
+        network = any(base.__module__.startswith("torch.nn") for base in type(entry).__mro__)
+        allow(callable(entry) and not network, f"reward_funcs[{index}]", described(entry), fix)
+    return listed
+
+
+def with_tokenizer(policy: Policy, processing_class: Any) -> Policy:
+    """A policy with another tokenizer of transformers; every id that ends a completion stays, and the tokenizer's is added."""
+    fix = "give a tokenizer of transformers; models here read text alone"
+    allow(hasattr(processing_class, "get_added_vocab"), "processing_class", described(processing_class), fix)
+    tokenizer = Tokenizer.wrap(processing_class, policy.stop_ids, policy.folder, read_vocabulary(policy.folder))
+    return replace(policy, tokenizer=tokenizer, stop_ids=tokenizer.stop_ids, _sampler=[], _scorer=[])
+
+
+def optimizer_of(optimizers: Any) -> optax.GradientTransformation | None:
+    """The optimiser of TRL's pair (optimiser, schedule), which must be one of Optax's.
+
+    Raises:
+        ConfigError: it is another library's, or there is a schedule.
+    """
+    optimizer, schedule = optimizers
+    allow(schedule is None, "optimizers[1]", described(schedule), "use None; an Optax transformation holds its schedule")
+    fix = "give an Optax transformation, or None for AdamW with the arguments of GRPOConfig"
+    allow(optimizer is None or isinstance(optimizer, optax.GradientTransformation), "optimizers[0]", described(optimizer), fix)
+    return optimizer
+
+
+def new_state(args: GRPOConfig, steps: Steps) -> TrainerState:
+    """The state before the first step."""
+    updates = steps.updates
+    return TrainerState(
+        max_steps=steps.total * updates,
+        logging_steps=steps.logging * updates,
+        eval_steps=steps.evaluating * updates,
+        save_steps=steps.saving * updates,
+        train_batch_size=args.per_device_train_batch_size,
+        num_train_epochs=math.ceil(steps.total / steps.epoch) if steps.epoch else 1,
+        is_local_process_zero=distributed.is_main(),
+        is_world_process_zero=distributed.is_main(),
+    )
