@@ -106,6 +106,7 @@ def watch_peers(timeout_seconds: float) -> None:
     """Watches the other processes from now on, until this one ends."""
     from jax._src.distributed import global_state  # the only way to the store
 
+    assert global_state.client is not None
     peers = Peers(global_state.client, jax.process_index(), jax.process_count(), timeout_seconds, end_for_lost_peer)
     PEERS[:] = [peers]
     atexit.register(leave_peers)

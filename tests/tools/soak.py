@@ -200,9 +200,9 @@ class Soaked:
         return f"{path.relative_to(self.run / 'checkpoints')}, bit {bit}: {self.resume()}"
 
     def faults(self) -> tuple[dict[str, Callable[[], str]], dict[str, Callable[[], str]]]:
-        """By name: those that the trainer should survive, and those that end it."""
+        """By name: those that the trainer survives, and those that end it or may end it."""
         survived: dict[str, Callable[[], str]] = {f"reward: {fault}": (lambda fault=fault: self.reward(fault)) for fault in FAULTS}
-        survived |= {"worker killed": self.worker_killed, "disk refuses": self.disk_refuses}
+        survived |= {"worker killed": self.worker_killed}
         ending = {
             "SIGKILL": lambda: self.signal(signal.SIGKILL),
             "SIGTERM": lambda: self.signal(signal.SIGTERM),
@@ -210,6 +210,7 @@ class Soaked:
             "SIGHUP": lambda: self.signal(signal.SIGHUP),
             "SIGTERM twice": lambda: self.signal(signal.SIGTERM, signal.SIGTERM),
             "bit flip": self.bit_flip,
+            "disk refuses": self.disk_refuses,
         }
         return survived, ending
 
