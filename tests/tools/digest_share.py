@@ -43,7 +43,8 @@ def main() -> None:
     results: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     for number in range(arguments.rounds + 1):
         for way, functions in ways.items():
-            vars(checkpoint).update(functions)
+            for name, function in functions.items():
+                setattr(checkpoint, name, function)
             shutil.rmtree(arguments.folder, ignore_errors=True)
             with Checkpointer(arguments.folder, keep=1) as checkpoints:
                 started = time.perf_counter()
