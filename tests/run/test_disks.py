@@ -249,6 +249,7 @@ def test_a_run_survives_a_disk_that_is_full_for_a_while(tmp_path: Path, disk: Fu
     assert_same_arrays(saved_weights(tmp_path, 4), result.policy.adapters)
 
 
+@pytest.mark.slow
 def test_a_run_whose_disk_stays_full_ends_with_its_last_checkpoint(tmp_path: Path, disk: FullDisk) -> None:
     given: dict[str, Any] = {"dataset": ROWS, "reward_funcs": letters}
     config = config_of(tmp_path, train={"steps": 9, "save_every": 1})

@@ -127,6 +127,7 @@ def test_a_changed_input_is_refused_with_the_difference(
     assert "or set train.accept_changed_inputs to true to go on with the new ones" in lines[2]
 
 
+@pytest.mark.slow
 def test_a_change_that_is_accepted_is_shown_once_and_stored(
     trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
