@@ -34,6 +34,7 @@ from grpo_jax.run.checkpoint import Checkpointer
 from grpo_jax.run.clock import RunClock
 from grpo_jax.run.due import evaluates_after, saves_after
 from grpo_jax.run.folder import RunFolder
+from grpo_jax.run.hacking import HackingCallback
 from grpo_jax.run.inputs import check_inputs
 from grpo_jax.run.last_state import save_last_state
 from grpo_jax.run.result import TrainResult, write_result
@@ -278,7 +279,9 @@ class Trainer:
             self.display.note(f"resuming after step {self.steps_done}")
         self._clock.start_training(seconds)
         trackers = tracker_callbacks(config, folder.path, writes=writes, warn=warn)
-        self.callbacks = [*own_callbacks(folder, self.display, debug=config.train.debug), *trackers, *self.callbacks]
+        watching = [] if self.supervised else [HackingCallback(self.display)]
+        own = own_callbacks(folder, self.display, debug=config.train.debug)
+        self.callbacks = [*own, *watching, *trackers, *self.callbacks]
         self._ahead.start(self._step.future_calls(self.state))
         self._call("on_train_begin")
         return folder, checkpoints
