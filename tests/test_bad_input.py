@@ -185,6 +185,7 @@ def adapter(change: Callable[[Path], None], **of_model: Any) -> Callable[[Path],
         spec = read_folder_spec(folder / "other")
         lora = gx.LoraConfig(rank=2)
         save_adapter(folder / "adapter", spec, init_lora(spec, lora, jax.random.key(0)), lora, "other")
+        (folder / "adapter" / "digests.json").unlink()  # others' adapters have none
         change(folder / "adapter")
         return Input({"lora": {"rank": 2, "adapter": str(folder / "adapter")}})
 

@@ -119,6 +119,9 @@ def main(memory_bytes: int, most_characters: int) -> None:
     for limit, value in ((resource.RLIMIT_AS, memory_bytes), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_FSIZE, 0)):
         with contextlib.suppress(ValueError, OSError):  # macOS has no limit of the address space
             resource.setrlimit(limit, (value, value))
+    # A trainer that ignores or blocks SIGPROF, as it does after a profile, hands that down.
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     environ, compiled = environment(), dict[str, Any]()
     while True:

@@ -97,9 +97,7 @@ def check_prompts(layout: Layout | None, prompts: int, micro_batch: int | str | 
     """
     if layout is None:
         return
-    over = (
-        f"prompts are split over data · fsdp = {layout.rows} shards: use a multiple of {layout.rows} an update, or a smaller mesh"
-    )
+    over = f"prompts are split over data · fsdp = {layout.rows} shards: use a multiple of {layout.rows}, or a smaller mesh"
     require(prompts % layout.rows == 0, "train.prompts_per_step", prompts, over)
     if isinstance(micro_batch, int):
         require(mesh_micro_batch(layout, micro_batch) % layout.rows == 0, "train.micro_batch_prompts", micro_batch, over)

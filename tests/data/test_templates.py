@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -151,3 +152,15 @@ def test_a_killed_process_is_replaced() -> None:
     os.kill(process.pid, 9)
     process.wait(60)
     assert render("{{ messages[0].content }}") == "hi"
+
+
+@pytest.mark.usefixtures("_limits")
+def test_a_template_ends_where_the_trainer_ignores_and_blocks_the_signal_of_the_limit() -> None:
+    before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})
+    try:
+        with pytest.raises(TokenizerError, match=r"takes more than 0\.2 s"):
+            render("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}")
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+        signal.signal(signal.SIGPROF, before)

@@ -185,7 +185,7 @@ CUTS = [
     ("dapo", (2, 2), True),
     pytest.param("gspo, two updates", (B, 2), False, marks=pytest.mark.slow),
     pytest.param("dr_grpo, two updates", (2, G), False, marks=pytest.mark.slow),
-    ("top entropy", (1, 2), False),
+    pytest.param("top entropy", (1, 2), False, marks=pytest.mark.slow),
     ("clip_cov", (1, 2), False),
     ("cispo, KL in the reward", (2, 2), False),
 ]

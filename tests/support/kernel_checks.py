@@ -26,8 +26,8 @@ V5P_TAKES_MORE = jax.__version_info__ >= (0, 12)
 
 
 def on_chips(rows: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """Cases whose first value is a chip; those of v4 and v5p are slow tests."""
-    return [pytest.param(*row, marks=[pytest.mark.slow] if row[0] in ("v4", "v5p") else []) for row in rows]
+    """Cases whose first value is a chip; those of a v6e are quick tests, the others slow ones."""
+    return [pytest.param(*row, marks=[] if row[0] == "v6e" else [pytest.mark.slow]) for row in rows]
 
 
 def interpreted(implementation: str | None) -> AbstractContextManager[Any]:

@@ -102,6 +102,7 @@ def test_the_command_ends_with_one_line_of_json(folder: Path, tmp_path: Path) ->
     assert "tokenizer" not in done.stderr
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_each_of_eight_chips_has_an_eighth_of_the_weights(folder: Path) -> None:
     made = json_of(make_plan(settings(folder, train={"micro_batch_prompts": 1}, mesh={"fsdp": -1}), "v6e-8"))
