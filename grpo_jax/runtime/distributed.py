@@ -36,7 +36,8 @@ GRACE_SECONDS = 3.0
 """Delay of process 0's end: where all processes have the same error, its end would interrupt their messages."""
 
 JAX_LATER_SECONDS = 9
-"""JAX's own heartbeat ends the processes, without a host's name, this much later than `peers.py`."""
+"""JAX's own heartbeat ends the processes, without a host's name, at least this much later than `peers.py`. It expects a beat in
+every half of its timeout, so that it may find a process dead that much earlier."""
 
 SMALLEST_MESSAGE_BYTES = 1024
 """Messages are padded to powers of two from this size on, so that few sizes are compiled."""
@@ -80,7 +81,7 @@ def start(settings: DistributedConfig) -> bool:
             # A detected cluster would give a process that is started by hand only one device of its host.
             cluster_detection_method="deactivate" if settings.explicit else None,
             initialization_timeout=settings.initialization_timeout_seconds,
-            heartbeat_timeout_seconds=settings.heartbeat_timeout_seconds + JAX_LATER_SECONDS,
+            heartbeat_timeout_seconds=2 * (settings.heartbeat_timeout_seconds + JAX_LATER_SECONDS),
         )
     except (ValueError, RuntimeError, OSError) as error:
         raise ConfigError(

@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
     options.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
     options.add_argument("--cache", choices=["dynamic", "static"], default="dynamic")
     options.add_argument("--continuous", action="store_true", help="transformers' continuous batching")
-    options.add_argument("--bias_correction_kl", action="store_true", help="TRL's default; plain k3 where left out")
+    options.add_argument("--plain_kl", action="store_true", help="k3 without the correction, which both trainers have by default")
     options.add_argument("--compile", action="store_true", help="torch.compile of the trained model")
     options.add_argument("--rows", type=int, default=None, help="rows of a forward pass; all of a step's where left out")
     return options.parse_args()
@@ -59,7 +59,7 @@ def settings(given: argparse.Namespace, folder: str) -> GRPOConfig:
         top_p=1.0,
         top_k=0,
         beta=BETA,
-        use_bias_correction_kl=given.bias_correction_kl,
+        use_bias_correction_kl=not given.plain_kl,
         learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         warmup_steps=0,
