@@ -79,7 +79,7 @@ class TemplateProcess:
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 with contextlib.suppress(OSError):
-                    pipe.close()  # type: ignore[union-attr]
+                    pipe.close()  # type: ignore[union-attr] - both are pipes
 
     def _exchange(self, request: bytes) -> bytes | None:
         """Sends a request and returns the reply; None where the process ended instead."""

@@ -289,7 +289,8 @@ class GRPOConfig:
             if isinstance(text, str) and text.startswith("{"):
                 setattr(self, name, json.loads(text))
         self.output_dir = os.path.expanduser(self.output_dir or "trainer_output")
-        self.scale_rewards = {True: "group", False: "none"}.get(self.scale_rewards, self.scale_rewards)  # type: ignore[call-overload]
+        if isinstance(self.scale_rewards, bool):
+            self.scale_rewards = "group" if self.scale_rewards else "none"
         self.debug = self.debug or ""  # the parser of a command line makes None of it
         if isinstance(self.include_num_input_tokens_seen, bool):
             self.include_num_input_tokens_seen = "all" if self.include_num_input_tokens_seen else "no"
