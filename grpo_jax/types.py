@@ -66,6 +66,8 @@ class Rollout:
         finish_reasons: N times "stop" (a stop token or a stop string ended the row) or "length".
         near_ties: Number of tokens that other array shapes might have drawn differently (`sampling.NEAR_LOGITS`).
         slots: Number of completions that were decoded at once.
+        sampled: N bool arrays, True = the model sampled the token, False = it came from outside (an environment's or a tool's
+            answer), has log-probability 0 here, and is not trained. None = all tokens were sampled.
 
     Example:
         Rollout(completion_ids=[[4, 2]], logprobs=[np.array([-0.1, -0.7], np.float32)], finish_reasons=["stop"])
@@ -76,6 +78,7 @@ class Rollout:
     finish_reasons: list[FinishReason]
     near_ties: int = 0
     slots: int = 0
+    sampled: list[np.ndarray] | None = None
 
 
 @struct.dataclass
