@@ -506,6 +506,19 @@ def test_a_quantised_base_is_read_from_a_bits_and_bytes_config() -> None:
             quantization_of_config(wrong)
 
 
+def test_the_number_format_of_a_4_bit_config_is_the_models_or_named() -> None:
+    given: dict[str, Any] = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "torch.bfloat16"}
+    assert settings_of(bf16=False, peft_config={}, quantization_config=given)["model.dtype"] == "bfloat16"
+    with pytest.warns(UserWarning, match="bnb_4bit_compute_dtype bfloat16 changes nothing: the model computes in float32"):
+        found = settings_of(bf16=False, peft_config={}, quantization_config=given, model_init_kwargs={"dtype": "float32"})
+    assert found["model.dtype"] == "float32"
+    with pytest.warns(UserWarning, match="bnb_4bit_use_double_quant changes nothing"):
+        assert quantization_of_config({**given, "bnb_4bit_use_double_quant": True}) == "nf4"
+    for name, value in (("bnb_4bit_compute_dtype", "float16"), ("bnb_4bit_quant_storage", "bfloat16")):
+        with pytest.raises(ConfigError, match=f"quantization_config.{name} is '{value}'"):
+            settings_of(peft_config={}, quantization_config={**given, name: value})
+
+
 # command lines of scripts
 
 

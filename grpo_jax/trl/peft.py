@@ -5,6 +5,7 @@ Neither library is imported: an object is read by its `to_dict`. An argument tha
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,6 +58,7 @@ BITS_AND_BYTES_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "llm_int8_skip_modules": (None,),
     "llm_int8_enable_fp32_cpu_offload": (False,),
     "llm_int8_has_fp16_weight": (False,),
+    "bnb_4bit_quant_storage": (None, "uint8"),
 }
 """Those of them that must have their defaults. Storage and double quantisation do not change what is computed by more than their
 rounding: a scale here is always bfloat16 (int8: float32)."""
@@ -116,12 +118,33 @@ def quantization_of_config(quantization_config: Any) -> str:
         known = name in BITS_AND_BYTES
         allow(known, f"quantization_config.{name}", plain(value), "use load_in_4bit or load_in_8bit; other methods are not offered")
         usual = BITS_AND_BYTES_DEFAULTS.get(name)
-        allow(usual is None or value in usual, f"quantization_config.{name}", plain(value), "leave it out")
+        allow(usual is None or plain_dtype(value) in usual, f"quantization_config.{name}", plain(value), "leave it out")
+    if given.get("bnb_4bit_use_double_quant", False):
+        warnings.warn("quantization_config.bnb_4bit_use_double_quant changes nothing: scales are bfloat16 here", stacklevel=2)
     if given.get("load_in_4bit", False):
         kind = given.get("bnb_4bit_quant_type", "fp4")
         allow(kind == "nf4", "quantization_config.bnb_4bit_quant_type", kind, "use 'nf4'")
         return "nf4"
     return "int8" if given.get("load_in_8bit", False) else "none"
+
+
+def computing_dtype(quantization_config: Any) -> str | None:
+    """The number format that a 4-bit BitsAndBytesConfig computes in, such as "bfloat16"; None where it does not say.
+
+    Raises:
+        ConfigError: float16, in which nothing is computed here.
+    """
+    given = {} if quantization_config is None else arguments_of(quantization_config, "quantization_config")
+    dtype = plain_dtype(given.get("bnb_4bit_compute_dtype")) if given.get("load_in_4bit", False) else None
+    fix = "use 'bfloat16' or 'float32'"
+    allow(dtype in (None, "bfloat16", "float32"), "quantization_config.bnb_4bit_compute_dtype", dtype, fix)
+    return dtype
+
+
+def plain_dtype(dtype: Any) -> Any:
+    """A number format by its name: "bfloat16" for torch.bfloat16; other values are unchanged."""
+    name = str(dtype)
+    return name.removeprefix("torch.") if name.startswith("torch.") else dtype
 
 
 def arguments_of(config: Any, name: str) -> dict[str, Any]:

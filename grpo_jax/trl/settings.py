@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from grpo_jax.config import Config
 from grpo_jax.trl.arguments import allow
 from grpo_jax.trl.grpo_config import GRPOConfig
-from grpo_jax.trl.peft import lora_settings, plain, quantization_of_config
+from grpo_jax.trl.peft import computing_dtype, lora_settings, plain, plain_dtype, quantization_of_config
 from grpo_jax.trl.steps import Steps
 
 UNLIMITED_PROMPT_TOKENS = 1_000_000
@@ -74,11 +75,16 @@ def model_settings(args: GRPOConfig, path: str | None, quantization_config: Any)
     if path is None:
         allow(not (args.model_init_kwargs or quantization_config), "model_init_kwargs", args.model_init_kwargs, POLICY)
         return {"remat": "auto" if args.gradient_checkpointing else "none"}
+    quantized = quantization_config if quantized is None else quantized
+    computing = computing_dtype(quantized)
+    chosen = "bfloat16" if args.bf16 else dtype or computing or "float32"
+    if computing is not None and computing != chosen:
+        warnings.warn(f"bnb_4bit_compute_dtype {computing} changes nothing: the model computes in {chosen}", stacklevel=2)
     return {
         "path": path,
         "revision": revision,
-        "dtype": "bfloat16" if args.bf16 else dtype or "float32",
-        "quantization": quantization_of_config(quantization_config if quantized is None else quantized),
+        "dtype": chosen,
+        "quantization": quantization_of_config(quantized),
         "remat": "auto" if args.gradient_checkpointing else "none",
     }
 
@@ -90,11 +96,6 @@ def given_dict(value: Any) -> dict[str, Any]:
     """A dict that an argument gives; {} for None. Text was read when the `GRPOConfig` was made."""
     allow(value is None or isinstance(value, Mapping), "a dict of arguments", value, "give a dict, or JSON text of one")
     return dict(value or {})
-
-
-def plain_dtype(dtype: Any) -> str | None:
-    """A number format by its name: "bfloat16" for torch.bfloat16."""
-    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def rollout_settings(args: GRPOConfig) -> dict[str, Any]:
