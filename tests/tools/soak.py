@@ -234,7 +234,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("runs/soak"), help="a new folder (default runs/soak)")
     given = parser.parse_args()
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it, which the trainer would inherit and respect
+    # Under nohup or in a shell's background these are ignored, which the trainer would inherit and respect.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = given.folder.resolve()
     if (folder / "faulty").exists():
         parser.error(f"--folder {folder} has a soak test already: name another one")
