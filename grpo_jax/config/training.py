@@ -77,8 +77,8 @@ class TrainConfig:
         updates_per_rollout: Optimiser updates in a step, each on its own part of the step's prompts (mini-batches). Later updates
             find a policy that has moved away from the one that sampled, so that the objective's clipping acts. Above 1 it costs
             one more forward pass.
-        dynamic_sampling: Where all completions of a prompt have the same reward, sample other prompts in the same step, until it has
-            prompts_per_step prompts to learn from (DAPO) or max_extra_groups is spent.
+        dynamic_sampling: Where all completions of a prompt have the same reward, sample other prompts in the same step, until there
+            are prompts_per_step prompts to learn from (DAPO) or max_extra_groups is spent.
         max_extra_groups: The most prompts that a step samples beyond prompts_per_step; null is three times as many. A step that is
             not full by then also trains groups without a spread of rewards.
         update_generations: m, the completions of each prompt that the update learns from: of the num_generations that are sampled

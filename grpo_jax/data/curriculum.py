@@ -3,9 +3,9 @@
     learnable          4·p·(1 − p), p = (s + ½) / (n + 1)
     hardest_unsolved   1 − p where a recent completion was wrong or none is known, else 1/100
 
-n = recent completions of the row that have a reward, s = those that are right; every earlier draw counts half of the next one. So
-p is the pass rate with a prior of half a right and half a wrong completion (Jeffreys'), and it is ½, the most learnable value, for a
-row that was never drawn. No weight is 0: a row that seems to be solved is tried again now and then.
+n = recent completions of the row that have a reward, s = those that are right; an earlier draw counts half of the next one. So p is
+the pass rate with a prior of half a right and half a wrong completion (Jeffreys'), and it is ½, the most learnable value, for a row
+that was never drawn. No weight is 0: a row that seems to be solved is tried again now and then.
 """
 
 from __future__ import annotations
