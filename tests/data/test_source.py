@@ -111,7 +111,7 @@ def test_an_epoch_is_the_permutation_of_seed_and_epoch_but_for_rows_that_would_r
     count, window, before = 11, 5, []
     for epoch in range(4):
         left = np.random.default_rng([3, epoch]).permutation(count).tolist()
-        for position in range(count):
+        for _ in range(count):
             recent = before[-(window - 1) :]
             chosen = next(row for row in left if row not in recent)
             left.remove(chosen)
