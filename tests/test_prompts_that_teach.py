@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from many_processes import config_folder, together
 from plain_oracles import quick_compiling
 from shared_programs import shared_programs
 from tiny_runs import G, additions, assert_same_arrays, config_of, records, run, saved_weights
@@ -318,6 +319,31 @@ def test_an_update_learns_from_the_completions_that_differ_most(tmp_path: Path, 
     if updates == 1:  # on-policy and without KL the loss of `dapo` is −Σ A·tokens / Σ tokens of those that are learned from
         assert metrics["policy_loss"] == pytest.approx(-weighted / tokens, abs=1e-5)
     assert metrics["reward/mean"] == pytest.approx(np.mean([row["rewards"]["by_tokens"] for row in rows]), abs=1e-6)
+
+
+TEACHES = """\
+def letters(completion_ids, answer, **columns):
+    return [sum(ids) % 89 / 89 if int(own) % 3 == 0 else 1.0 for ids, own in zip(completion_ids, answer)]
+"""
+
+
+@pytest.mark.slow
+def test_processes_on_a_mesh_draw_what_one_process_draws(tmp_path: Path) -> None:
+    """Two processes of two devices: all decide alike, also in rounds of prompts that the devices do not divide."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    changes = {"train.dynamic_sampling": "true", "train.max_extra_groups": "7", "train.steps": "4", "data.curriculum": "learnable"}
+    values = {name: config_folder(tmp_path / name) for name in ("one", "two")}
+    for name in values:
+        (tmp_path / name / "mine.py").write_text(TEACHES)
+    ended = together(tmp_path / "two", 2, 2, *(word for name, value in changes.items() for word in (f"--{name}", value)))
+    assert [process.status for process in ended] == [0, 0], ended[0].err
+    train_section = values["one"]["train"] | {"dynamic_sampling": True, "max_extra_groups": 7, "steps": 4}
+    data = values["one"]["data"] | {"curriculum": "learnable"}
+    whole = gx.train(Config.from_dict(values["one"] | {"train": train_section, "data": data}))
+    assert any(record["dynamic_sampling/extra_groups"] % 4 for record in whole.history)
+    assert records(tmp_path / "two" / "run" / "ledger.jsonl") == records(tmp_path / "one" / "run" / "ledger.jsonl")
+    assert prompts_by_step(tmp_path / "two" / "run") == prompts_by_step(tmp_path / "one" / "run")
 
 
 @pytest.mark.parametrize(
