@@ -6,6 +6,7 @@ be cut back to a checkpoint and computed again.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -104,8 +105,7 @@ class Ledger:
 
     def add(self, step: int, results: PromptResults) -> None:
         """Adds what a step, counted from 1, found out. Rows that the ledger does not have are left out."""
-        known = np.isin(results.rows, self.rows)
-        at = self._positions(results.rows[known])
+        at, known = self._positions(results.rows)
         completions, solved = results.completions[known], results.solved[known]
         self.groups[at] += 1
         self.completions[at] += completions.astype(np.int32)
@@ -127,9 +127,15 @@ class Ledger:
             found.update(np.ascontiguousarray(getattr(self, item.name)).data)
         return found.hexdigest()
 
-    def _positions(self, rows: np.ndarray) -> np.ndarray:
-        """Returns where rows are in the arrays; the ledger has all of them."""
-        if len(self) and bool((self.rows[1:] > self.rows[:-1]).all()):
-            return np.searchsorted(self.rows, rows)
-        order = np.argsort(self.rows)
-        return order[np.searchsorted(self.rows, rows, sorter=order)]
+    @functools.cached_property
+    def _order(self) -> np.ndarray | None:
+        """[n] positions of the rows by rising number; None where they rise as they are."""
+        return None if bool((self.rows[1:] > self.rows[:-1]).all()) else np.argsort(self.rows)
+
+    def _positions(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns where in the arrays those of the rows are that the ledger has, and [D] bool which ones they are."""
+        order = self._order
+        at = np.minimum(np.searchsorted(self.rows, rows, sorter=order), len(self) - 1)
+        at = at if order is None else order[at]
+        known = self.rows[at] == rows
+        return at[known], known

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections import Counter
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -73,10 +74,10 @@ def test_rows_that_the_dataset_no_longer_has_are_left_out() -> None:
 
 def test_its_memory_does_not_grow_with_the_steps() -> None:
     ledger = Ledger.empty(np.arange(1000))
-    before = [array.nbytes for array in vars(ledger).values()]
+    before = [getattr(ledger, item.name).nbytes for item in fields(ledger)]
     for step in range(50):
         ledger.add(step + 1, results([step], [8], [1.0], [1]))
-    assert [array.nbytes for array in vars(ledger).values()] == before
+    assert [getattr(ledger, item.name).nbytes for item in fields(ledger)] == before
     assert sum(before) == 40 * 1000  # bytes a row
 
 
