@@ -1,7 +1,7 @@
 """The trainer. Read this page and you know what a run does.
 
     for every step:
-        prompts   = source.batch(step)                        the same for the same seed and step, whatever happened before
+        prompts   = choice.batch(step)                        in the order of the seed, or as a curriculum draws them
         rollout   = sampler.sample(policy, prompts)           G completions of each prompt, prompt computed once
         scored    = score(functions, completions)             on the host; a failure costs a row, not the run
         state     = train_step(state, batch)                  one pure, jitted update; the old state's memory is reused
@@ -210,6 +210,7 @@ class Trainer:
             made = self._step.run(self.state, self.steps_done)
         self.state, metrics, completions = made
         self.steps_done += 1
+        self._step.finish(self.steps_done, completions)
         if line := self._clock.first_step(self._step.first_rewards_at):
             self.display.note(line)
         self._ahead.check()
@@ -245,6 +246,7 @@ class Trainer:
         _, checkpoints = self.open()
         values = checkpoint_values(self._step.policy, self.supervised)
         values |= {"seconds": self._clock.seconds, "skipped_in_a_row": self.skipped.in_a_row, "inputs": self._inputs}
+        values |= {"progress": self._step.progress()}
         checkpoints.save(self.steps_done, self.state, values, wait=wait)
 
     def open(self) -> tuple[RunFolder, Checkpointer]:
@@ -276,6 +278,8 @@ class Trainer:
         if self.steps_done:
             self.state, stored = checkpoints.restore(self.state)
             seconds, self.skipped.in_a_row = float(stored["seconds"]), stored["skipped_in_a_row"]
+            for line in self._step.resume(stored.get("progress", {}), folder.ledger(self.steps_done), self.steps_done):
+                warn(line)
             self.display.note(f"resuming after step {self.steps_done}")
         self._clock.start_training(seconds)
         trackers = tracker_callbacks(config, folder.path, writes=writes, warn=warn)

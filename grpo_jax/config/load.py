@@ -59,20 +59,27 @@ class Config:
             self.rollout.dense_base,
             f"model.quantization is {self.model.quantization}, which is sampled with as it is: use false, or int4 or nf4",
         )
+        learned = self.train.update_generations
+        fix = f"use 2 to rollout.num_generations - 1 ({self.rollout.num_generations - 1}), or null for all completions"
+        require(learned is None or 2 <= learned < self.rollout.num_generations, "train.update_generations", learned, fix)
+        for setting in ("kl_in_reward", "normalize_each_reward"):
+            fix = f"use null with objective.{setting}, which changes the rewards that the completions would be chosen by"
+            require(learned is None or not getattr(self.objective, setting), "train.update_generations", learned, fix)
+        group = "rollout.num_generations" if learned is None else "train.update_generations"
         size = self.train.micro_batch_completions
         if size is not None:
             require(
-                size >= 1 and self.rollout.num_generations % size == 0,
+                size >= 1 and self.generations_per_update % size == 0,
                 "train.micro_batch_completions",
                 size,
-                f"use a divisor of rollout.num_generations ({self.rollout.num_generations}), or null",
+                f"use a divisor of {group} ({self.generations_per_update}), or null",
             )
         parts = self.train.updates_per_rollout
         fix = "use 1 with objective.kl_in_reward, whose KL would be taken from weights that updates on other prompts have changed"
         require(parts == 1 or not self.objective.kl_in_reward, "train.updates_per_rollout", parts, fix)
-        k, group = self.objective.pass_k, self.rollout.num_generations
-        fix = f"use 2 to rollout.num_generations ({group}): the best of k is estimated from sets within a group"
-        require(self.objective.advantage != "pass_at_k" or k <= group, "objective.pass_k", k, fix)
+        k, completions = self.objective.pass_k, self.generations_per_update
+        fix = f"use 2 to {group} ({completions}): the best of k is estimated from sets within a group"
+        require(self.objective.advantage != "pass_at_k" or k <= completions, "objective.pass_k", k, fix)
         tokens, least = self.train.micro_batch_tokens, self.rollout.max_prompt_length + self.rollout.max_completion_length
         if isinstance(tokens, int):
             require(
@@ -82,6 +89,12 @@ class Config:
                 f"use at least {least}, which the longest prompt with one completion needs "
                 "(rollout.max_prompt_length + rollout.max_completion_length), or null",
             )
+
+    @property
+    def generations_per_update(self) -> int:
+        """Completions of each prompt that an update learns from."""
+        learned = self.train.update_generations
+        return self.rollout.num_generations if learned is None else learned
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> Config:

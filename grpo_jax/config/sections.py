@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from grpo_jax.config.checks import check_types, require
+from grpo_jax.config.checks import check_types, require, require_choice
 
 LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """The linear layers that adapters may be added to."""
@@ -87,6 +87,9 @@ class LoraConfig:
         return LINEAR_TARGETS if isinstance(self.targets, str) else tuple(self.targets)
 
 
+CURRICULUM_NAMES = ("uniform", "learnable", "hardest_unsolved")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The dataset of prompts: where it is read from, and how its rows become prompts.
@@ -109,6 +112,9 @@ class DataConfig:
         overlong_quantile: Drop the training rows whose prompt has more tokens than this quantile of all of them, such as 0.9; null
             drops none.
         shuffle: Visit the rows in an order drawn from train.seed, a new one each epoch.
+        curriculum: Which rows a step draws: `uniform` visits them in order; `learnable` draws those most often that are solved half
+            of the time, `hardest_unsolved` those that are solved least; `file.py:function` and `package.module:function` get the
+            ledger of all rows and return a weight for each.
     """
 
     path: str | None = None
@@ -125,9 +131,14 @@ class DataConfig:
     overlong: Literal["drop", "error", "shorten"] = "drop"
     overlong_quantile: float | None = None
     shuffle: bool = True
+    curriculum: str = "uniform"
 
     def __post_init__(self) -> None:
         check_types(self, "data")
+        if ":" not in self.curriculum:
+            require_choice("data.curriculum", self.curriculum, (*CURRICULUM_NAMES, "file.py:function"))
+        fix = "a curriculum draws the rows at random: use true, or data.curriculum uniform"
+        require(self.shuffle or self.curriculum == "uniform", "data.shuffle", self.shuffle, fix)
         require(
             self.eval_size is None or self.eval_size >= 0,
             "data.eval_size",

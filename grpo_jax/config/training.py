@@ -58,6 +58,9 @@ class OptimConfig:
 
 
 DEFAULT_STEPS = 100
+DEFAULT_EXTRA_STEPS = 3
+"""`train.max_extra_groups` by default, in steps."""
+
 FROM_EPOCHS: Any = None
 """Default of `train.steps`, which `TrainConfig` fills in: 100, or 0 where `train.epochs` says how many."""
 
@@ -74,6 +77,12 @@ class TrainConfig:
         updates_per_rollout: Optimiser updates in a step, each on its own part of the step's prompts (mini-batches). Later updates
             find a policy that has moved away from the one that sampled, so that the objective's clipping acts. Above 1 it costs
             one more forward pass.
+        dynamic_sampling: Where all completions of a prompt have the same reward, sample other prompts in the same step, until there
+            are prompts_per_step prompts to learn from (DAPO) or max_extra_groups is spent.
+        max_extra_groups: The most prompts that a step samples beyond prompts_per_step; null is three times as many. A step that is
+            not full by then also trains groups without a spread of rewards.
+        update_generations: m, the completions of each prompt that the update learns from: of the num_generations that are sampled
+            those whose rewards vary most (PODS). Advantages are computed among them alone. null takes all.
         micro_batch_tokens: Tokens of prompts and completions whose gradient is computed at once, on each of the mesh's data · fsdp
             shards; prompts and completions are packed by their real lengths. `auto` finds the most that fit into memory by
             compiling before the first step. null is `auto` on accelerators, and on a CPU one group or as much as its cache holds.
@@ -105,6 +114,9 @@ class TrainConfig:
     epochs: float | None = None
     prompts_per_step: int = 8
     updates_per_rollout: int = 1
+    dynamic_sampling: bool = False
+    max_extra_groups: int | None = None
+    update_generations: int | None = None
     micro_batch_tokens: int | Literal["auto"] | None = None
     micro_batch_prompts: int | Literal["auto"] | None = None
     micro_batch_completions: int | None = None
@@ -134,6 +146,10 @@ class TrainConfig:
         parts = self.updates_per_rollout
         fix = f"use a divisor of train.prompts_per_step ({self.prompts_per_step}): every update has as many prompts"
         require(parts >= 1 and self.prompts_per_step % parts == 0, "train.updates_per_rollout", parts, fix)
+        extra = self.max_extra_groups
+        require(extra is None or extra >= 1, "train.max_extra_groups", extra, "use at least 1, or null")
+        fix = "it has an effect only with train.dynamic_sampling true: set that, or leave this out"
+        require(extra is None or self.dynamic_sampling, "train.max_extra_groups", extra, fix)
         require(self.seed >= 0, "train.seed", self.seed, "use 0 or a positive number")
         require(self.save_every >= 0, "train.save_every", self.save_every, "use 0 (only at the end) or a number of steps")
         require(self.keep_checkpoints >= 1, "train.keep_checkpoints", self.keep_checkpoints, "keep at least 1")
@@ -161,6 +177,13 @@ class TrainConfig:
     def prompts_per_update(self) -> int:
         """Prompts that one optimiser update learns from."""
         return self.prompts_per_step // self.updates_per_rollout
+
+    @property
+    def extra_groups(self) -> int:
+        """The most prompts that a step samples beyond `prompts_per_step`; 0 without dynamic sampling."""
+        if not self.dynamic_sampling:
+            return 0
+        return DEFAULT_EXTRA_STEPS * self.prompts_per_step if self.max_extra_groups is None else self.max_extra_groups
 
 
 @dataclass(frozen=True)

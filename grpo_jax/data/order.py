@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import heapq
 import math
 
 import numpy as np
@@ -55,6 +56,67 @@ def epoch_order(epoch: int, size: int, count: int, seed: int, shuffle: bool) -> 
             order = np.concatenate([order[fresh], np.delete(order, fresh)])
     order.setflags(write=False)
     return order
+
+
+def rows_from(start: int, size: int, window: int, count: int, seed: int, shuffle: bool) -> np.ndarray:
+    """Returns the rows from a position of the endless order on, in which one epoch follows another.
+
+    It is for steps that do not all draw the same number of rows. Any `window` rows that follow each other are different.
+
+    Args:
+        start: Position in the order, from 0.
+        size: Number of rows.
+        window: Most rows that a step draws, at most `count`.
+        count: Number of training rows.
+        seed: Seed of the permutations, together with the epoch.
+        shuffle: False visits the rows in the order of the dataset in every epoch.
+
+    Returns:
+        [size] positions in the training rows, int64.
+    """
+    if not 0 < window <= count:
+        raise ValueError(f"{window} rows in a row cannot differ where there are {count}")
+    if start < 0 or size < 0:
+        raise ValueError(f"there are no {size} rows from position {start} on")
+    parts, stop = [], start + size
+    for epoch in range(start // count, -(-stop // count)):
+        first = epoch * count
+        parts.append(windowed_order(epoch, window, count, seed, shuffle)[max(start - first, 0) : stop - first])
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+@functools.lru_cache(maxsize=4)
+def windowed_order(epoch: int, window: int, count: int, seed: int, shuffle: bool) -> np.ndarray:
+    """Returns the order of an epoch for `rows_from`, read-only: its first rows are not the last ones of the epoch before.
+
+    At most the first 2·(window − 1) rows are moved, so that with three times as many rows the end of an order does not depend on
+    the order before, and one epoch back is enough.
+    """
+    end = window - 1
+    first = max(0, epoch - 1) if count >= 3 * end else 0
+    order = permutation(first, count, seed, shuffle)
+    for later in range(first + 1, epoch + 1):
+        order = moved_apart(permutation(later, count, seed, shuffle), order[count - end :])
+    order.setflags(write=False)
+    return order
+
+
+def moved_apart(order: np.ndarray, before: np.ndarray) -> np.ndarray:
+    """Reorders rows so that row before[j] comes at index j + 1 or later; apart from that they stay in order."""
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    others = iter(order[~np.isin(order, before)].tolist())
+    following = next(others)
+    allowed: list[int] = []  # ranks of rows of `before` that may come now
+    head = []
+    for row in before.tolist():
+        if allowed and (following is None or allowed[0] < rank[following]):
+            head.append(int(order[heapq.heappop(allowed)]))
+        else:
+            head.append(following)
+            following = next(others, None)
+        heapq.heappush(allowed, int(rank[row]))
+    return np.concatenate([np.array(head, np.int64), order[~np.isin(order, head)]])
 
 
 def permutation(epoch: int, count: int, seed: int, shuffle: bool) -> np.ndarray:

@@ -134,7 +134,7 @@ def abstract_batch(config: Config, placement: Placement, sizes: Sequence[RowSize
     """Builds an update's batch, which is the same for all lengths, as shapes."""
     shards = 1 if placement.layout is None else placement.layout.rows
     prompts, rollout = config.train.prompts_per_update, config.rollout
-    batch = batch_shapes(sizes, prompts, rollout.num_generations, rollout.max_completion_length, shards)
+    batch = batch_shapes(sizes, prompts, config.generations_per_update, rollout.max_completion_length, shards)
     if config.train.updates_per_rollout > 1:
         batch = replace(batch, advantages=batch.rewards, old_logprobs=batch.sampler_logprobs)  # of the same shapes
     return placement.put_batch(batch)

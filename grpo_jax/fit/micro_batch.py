@@ -40,10 +40,10 @@ def row_tokens(config: Config, policy: Policy, lengths: Lengths, generations: in
 
     Args:
         lengths: of the run's texts.
-        generations: completions of each prompt; None is `rollout.num_generations`.
+        generations: completions of each prompt; None is those that an update learns from.
     """
     train, shards = config.train, 1 if policy.layout is None else policy.layout.rows
-    generations = config.rollout.num_generations if generations is None else generations
+    generations = config.generations_per_update if generations is None else generations
     if isinstance(train.micro_batch_tokens, int):
         return train.micro_batch_tokens
     group = lengths.group(min(generations, train.micro_batch_completions or generations))
@@ -60,12 +60,12 @@ def sizes_of_rows(config: Config, layout: Layout | None, lengths: Lengths, token
     """The sizes of an update's packed rows."""
     shards = 1 if layout is None else layout.rows
     multiple = 1 if platform() == "cpu" else ACCELERATOR_TOKENS
-    return row_sizes(lengths, config.train.prompts_per_update, config.rollout.num_generations, tokens, shards, multiple)
+    return row_sizes(lengths, config.train.prompts_per_update, config.generations_per_update, tokens, shards, multiple)
 
 
 def smaller_rows(config: Config, tokens: int, lengths: Lengths) -> list[int]:
     """Lists smaller rows, largest first: fewer whole groups, then parts of one group, down to one completion."""
-    generations = config.rollout.num_generations
+    generations = config.generations_per_update
     groups = [count * lengths.group(generations) for count in range(1, config.train.prompts_per_update + 1)]
     parts = [lengths.group(count) for count in range(1, generations)]
     return sorted({size for size in (*groups, *parts) if size < tokens}, reverse=True)

@@ -42,12 +42,8 @@ def train_batch(
     logps[mask] = np.concatenate(rollout.logprobs)
     if config.objective.mask_truncated:
         mask &= np.array([reason == "stop" for reason in rollout.finish_reasons])[:, None]
-    total, group = scored.rewards, len(lengths) // b
-    if config.objective.normalize_each_reward:
-        total = normalized_sum(scored.per_function, config.rewards.weights, scored.valid, group, config.objective.advantage_eps)
-    rewards, valid = total.reshape(b, group), scored.valid.reshape(b, group)
-    known = np.where(valid, rewards, np.nan)
-    alike = np.array([len(np.unique(group[~np.isnan(group)])) <= 1 for group in known])
+    rewards, valid = reward_table(scored, config, b)
+    alike = ~differing(rewards, valid)
     trained: np.ndarray = np.ones(len(lengths), bool) if config.objective.kl_in_reward else np.asarray(mask.any(axis=1))
     shards = 1 if layout is None else layout.rows
     last = alike if skips else None
@@ -59,6 +55,19 @@ def train_batch(
         rewards=rewards,
         valid=valid,
     )
+
+
+def reward_table(scored: ScoredBatch, config: Config, prompts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the rewards that completions are compared by, [B, G], and which are valid."""
+    total, group = scored.rewards, len(scored.valid) // prompts
+    if config.objective.normalize_each_reward:
+        total = normalized_sum(scored.per_function, config.rewards.weights, scored.valid, group, config.objective.advantage_eps)
+    return total.reshape(prompts, group), scored.valid.reshape(prompts, group)
+
+
+def differing(rewards: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """Returns [B] bool, True = at least two of a group's rewards differ; both arguments are [B, G]."""
+    return np.where(valid, rewards, -np.inf).max(axis=1) > np.where(valid, rewards, np.inf).min(axis=1)
 
 
 def padding_share(batches: Sequence[TrainBatch]) -> float:

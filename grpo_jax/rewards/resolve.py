@@ -66,6 +66,20 @@ def resolve_functions(
     return functions
 
 
+def resolve_callable(field: str, entry: str) -> Callable[..., Any]:
+    """Imports a function that is no reward, `package.module:function` or `file.py:function`.
+
+    Args:
+        field: Name of the setting in errors.
+        entry: Its value.
+
+    Raises:
+        ConfigError: It cannot be imported, or is no function.
+    """
+    source, _, attribute = entry.rpartition(":")
+    return _imported(field, source, attribute, {})
+
+
 def _resolved(field: str, entry: Any, max_completion_length: int | None, modules: dict[str, ModuleType]) -> NamedFunction:
     """Resolves one entry to its function and the function's name."""
     if callable(entry):

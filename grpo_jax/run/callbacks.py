@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import chex
 import numpy as np
 
+from grpo_jax.data.ledger import PromptResults
 from grpo_jax.run.display import Display, step_values
 from grpo_jax.run.folder import RunFolder
 
@@ -31,6 +32,7 @@ class StepCompletions:
         rewards: N values by reward function; NaN where a function does not apply or failed.
         advantages: [N] float32.
         finish_reasons: N of "stop" or "length".
+        results: what the step found out about all prompts that it drew; None where they are made up.
     """
 
     prompts: list[Any]
@@ -39,6 +41,7 @@ class StepCompletions:
     rewards: Mapping[str, np.ndarray]
     advantages: np.ndarray
     finish_reasons: list[Any]
+    results: PromptResults | None = None
 
 
 MAX_COMPILATIONS = 6
@@ -84,6 +87,8 @@ class RecordsCallback(Callback):
         if completions is not None:
             lengths = [len(ids) for ids in completions.ids]
             self.folder.write_completions(trainer.steps_done, *completion_columns(completions), lengths=lengths)
+            if completions.results is not None:
+                self.folder.write_ledger(trainer.steps_done, completions.results.record())
         self.folder.write_step(trainer.steps_done, metrics)
 
     def on_evaluate(self, trainer: Trainer, metrics: dict[str, Any]) -> None:

@@ -6,6 +6,8 @@
     evaluations.jsonl   one object an evaluation: {"step": 0, "accuracy": 0.41, "problems": 256}
     completions.jsonl   one object a completion: step, prompt, completion, rewards by function, advantage, finish_reason,
                         completion_tokens
+    ledger.jsonl        one object a step: rows that were drawn, and of each the number of completions with a reward, the sum of
+                        their rewards, and how many are right
     tensorboard/        the same metrics for TensorBoard
     run.lock            who writes to the folder now
     checkpoints/        written by `grpo_jax.run.checkpoint`
@@ -22,7 +24,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ FILES = {
     "metrics.jsonl": "every metric of every step",
     "evaluations.jsonl": "accuracy on held-out problems",
     "completions.jsonl": "every completion with its rewards",
+    "ledger.jsonl": "tries and results of every prompt",
     "config.yaml": "the settings of this run",
     "tensorboard": "for tensorboard --logdir",
     "checkpoints": "to go on with --resume",
@@ -70,6 +73,7 @@ class RunFolder:
         self._metrics = RecordFile(path / "metrics.jsonl", self._warn)
         self._evaluations = RecordFile(path / "evaluations.jsonl", self._warn)
         self._completions = RecordFile(path / "completions.jsonl", self._warn)
+        self._ledger = RecordFile(path / "ledger.jsonl", self._warn)
         self._board: Board | None = None
 
     check = staticmethod(check_run_folder)
@@ -148,7 +152,7 @@ class RunFolder:
         if not self.writes:
             return []
         lines: list[str] = []
-        for records in (self._metrics, self._evaluations, self._completions):
+        for records in (self._metrics, self._evaluations, self._completions, self._ledger):
             broken = records.cut_back(step)
             if broken:
                 lines.append(f"{records.path} was damaged: {broken} of its lines could not be read and are removed")
@@ -225,6 +229,15 @@ class RunFolder:
             )
         )
 
+    def write_ledger(self, step: int, results: Mapping[str, Any]) -> None:
+        """Writes what a step found out about the rows that it drew; see `PromptResults`."""
+        if self.writes:
+            self._ledger.append({"step": step, **results})
+
+    def ledger(self, step: int) -> Iterator[dict[str, Any]]:
+        """Iterates over what was written by `write_ledger`, up to a step; one record at a time is in memory."""
+        return (record for record in self._ledger.stream() if record["step"] <= step)
+
     def history(self) -> list[dict[str, Any]]:
         """Returns the metrics of every step so far, also those before a resume; NaN where a number was not finite."""
         return [_with_nan(record) for record in self._metrics.read()]
@@ -282,7 +295,7 @@ class RunFolder:
 
     def close(self) -> None:
         """Closes every file and gives the folder's lock back."""
-        for records in (self._metrics, self._evaluations, self._completions):
+        for records in (self._metrics, self._evaluations, self._completions, self._ledger):
             records.close()
         self._close_board()
         if self.writes:

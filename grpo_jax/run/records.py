@@ -103,6 +103,10 @@ class RecordFile:
         waiting = (_record(line) for line in b"".join(self._waiting).splitlines(keepends=True))
         return [record for record in (*(entry for _, entry in _complete_lines(self.path)), *waiting) if record is not None]
 
+    def stream(self) -> Iterator[dict[str, Any]]:
+        """Iterates over the complete records on disk, reading one at a time."""
+        return (record for _, record in _complete_lines(self.path) if record is not None)
+
     def broken_lines(self) -> int:
         """Returns the number of complete lines that are no records."""
         return sum(record is None for _, record in _complete_lines(self.path))

@@ -65,15 +65,20 @@ class Clock:
         return self._compiled() - self._start_compiled
 
     def lap(self, name: str) -> None:
-        """Records the seconds since the last lap under a name."""
+        """Adds the seconds since the last lap to those under a name."""
         now, compiled = time.perf_counter(), self._compiled()
-        self.seconds[name] = now - self._mark - (compiled - self._mark_compiled)
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._mark - (compiled - self._mark_compiled)
         self._mark, self._mark_compiled = now, compiled
 
-    def metrics(self, prompts: PromptBatch, rollout: Rollout) -> dict[str, float]:
-        """Seconds and speeds. Rollout speed counts completion tokens; update speed counts those and each prompt once."""
-        tokens = sum(len(ids) for ids in rollout.completion_ids)
-        shared = tokens + sum(len(ids) for ids in prompts.prompt_ids)
+    def metrics(self, prompts: PromptBatch, rollout: Rollout, sampled: Rollout | None = None) -> dict[str, float]:
+        """Seconds and speeds. Rollout speed counts completion tokens; update speed counts those and each prompt once.
+
+        Args:
+            prompts, rollout: what the update learned from.
+            sampled: all that was sampled; None is the same.
+        """
+        tokens = sum(len(ids) for ids in (sampled or rollout).completion_ids)
+        shared = sum(len(ids) for ids in (*rollout.completion_ids, *prompts.prompt_ids))
         return self.seconds | {
             "step_seconds": sum(self.seconds.values()),
             "compile_seconds": self.compile_seconds,

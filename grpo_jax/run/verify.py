@@ -11,7 +11,7 @@ from grpo_jax.run.checkpoint_files import COMMIT_FILES
 from grpo_jax.run.records import RecordFile
 from grpo_jax.runtime.digests import DIGESTS, DamagedError, read_digests, verify_digests
 
-RECORDS = ("metrics.jsonl", "evaluations.jsonl", "completions.jsonl")
+RECORDS = ("metrics.jsonl", "evaluations.jsonl", "completions.jsonl", "ledger.jsonl")
 
 
 @dataclass(frozen=True)

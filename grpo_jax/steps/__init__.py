@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from grpo_jax.config import Config
@@ -62,6 +63,23 @@ class Step(Protocol):
 
     def run(self, state: TrainState, number: int) -> StepResult:
         """Makes step `number`, from 0."""
+        ...
+
+    def finish(self, step: int, completions: StepCompletions | None) -> None:
+        """Takes in that step `step`, counted from 1, is finished; the next one may depend on it. Every process calls it."""
+        ...
+
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint stores of the steps so far, next to the state."""
+        ...
+
+    def resume(self, progress: Mapping[str, Any], records: Iterable[Mapping[str, Any]], steps: int) -> list[str]:
+        """Continues after a checkpoint of `steps` steps; returns warnings.
+
+        Args:
+            progress: what the checkpoint stored; {} in one of an older version.
+            records: of the run's ledger, up to the checkpoint.
+        """
         ...
 
     def evaluate(self, state: TrainState) -> dict[str, Any] | None:

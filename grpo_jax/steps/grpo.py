@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -19,8 +19,9 @@ from grpo_jax.fit.abstract import Placement, abstract_batch, shapes_of
 from grpo_jax.fit.auto import fit_run
 from grpo_jax.fit.learners import grpo_learner
 from grpo_jax.fit.micro_batch import is_auto, row_tokens, sizes_of_rows
-from grpo_jax.learner.batches import on_devices, padding_share, text_batch, train_batch
+from grpo_jax.learner.batches import differing, on_devices, padding_share, reward_table, text_batch, train_batch
 from grpo_jax.learner.custom_loss import LossFunction
+from grpo_jax.learner.down_sampling import down_sampled_rows
 from grpo_jax.learner.packing import Lengths, RowSize, row_sizes
 from grpo_jax.learner.step import Learner
 from grpo_jax.policy import Policy, sampler_of
@@ -35,12 +36,14 @@ from grpo_jax.rewards import (
 )
 from grpo_jax.rewards.across_processes import score_across_processes
 from grpo_jax.rewards.normalization import sum_metrics
+from grpo_jax.rewards.scoring import check_failed
+from grpo_jax.rewards.source_digest import source_digest
 from grpo_jax.rollout.future_calls import rollout_calls
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import RolloutShapes, evaluation_shapes, prompt_widths
 from grpo_jax.run.callbacks import StepCompletions
 from grpo_jax.run.display import Display
-from grpo_jax.run.inputs import describe_inputs
+from grpo_jax.run.inputs import describe_inputs, tagged
 from grpo_jax.run.step_metrics import Clock, length_metrics, process_metrics
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.compile_ahead import FutureCall
@@ -48,7 +51,10 @@ from grpo_jax.runtime.memory import in_device_memory, in_host_memory
 from grpo_jax.runtime.out_of_memory import explaining_memory
 from grpo_jax.runtime.programs import Program
 from grpo_jax.steps import StepResult
+from grpo_jax.steps.dynamic_sampling import FilledStep, fill_step
+from grpo_jax.steps.groups import Groups
 from grpo_jax.steps.mini_batches import MiniBatches, parts_of
+from grpo_jax.steps.prompt_choice import PromptChoice
 from grpo_jax.steps.setup import placed_policy, read_tokenizer, with_steps
 from grpo_jax.types import Frozen, Params, PromptBatch, TrainState
 
@@ -82,6 +88,7 @@ class GrpoStep:
         decided: the shapes of the run's rollouts, once they are chosen; see `shapes`.
         mini_batches: the programs of a step with several updates; None where it has one.
         rewarded: when the first completions had been scored; see `first_rewards_at`.
+        choice: draws the rows of a step, and keeps the ledger; None where prompts are made up.
     """
 
     config: Config
@@ -100,6 +107,7 @@ class GrpoStep:
     mini_batches: MiniBatches | None = None
     decided: list[RolloutShapes] = field(default_factory=list)
     rewarded: list[float] = field(default_factory=list)
+    choice: PromptChoice | None = None
 
     @staticmethod
     def read(
@@ -121,12 +129,13 @@ class GrpoStep:
         source = PromptSource.build(config, tokenizer, dataset, eval_dataset)
         display.note(prompts_line(source, config.rollout.max_prompt_length))
         config = with_steps(config, len(source.train), display)
+        choice = PromptChoice(source, config)
         check_functions(functions, reward_columns(source, config), config.rewards.weights, config.rewards.accuracy)
         runner = runner_of(config.rewards, entries, functions, longest, display.note)
         runner.start()  # its processes start while the weights are read
         policy = placed_policy(config, policy, display)
         step = GrpoStep.build(config, policy, source, functions, display, optimizer=optimizer, loss_fn=loss_fn)
-        return replace(step, runner=runner)
+        return replace(step, runner=runner, choice=choice)
 
     @staticmethod
     def build(
@@ -184,7 +193,9 @@ class GrpoStep:
     def inputs(self) -> dict[str, str | None]:
         if not isinstance(self.source, PromptSource):
             return {}
-        return describe_inputs(self.policy, self.source.train, self.source.held_out, self.functions)
+        curriculum = None if self.choice is None else self.choice.curriculum
+        inputs = describe_inputs(self.policy, self.source.train, self.source.held_out, self.functions)
+        return inputs | ({} if curriculum is None else {"source of the curriculum": tagged(source_digest(curriculum))})
 
     @property
     def first_rewards_at(self) -> float | None:
@@ -225,9 +236,76 @@ class GrpoStep:
     def run(self, state: TrainState, number: int) -> StepResult:
         """Makes step `number`, counted from 0: samples, scores, updates. The memory of `state` is reused."""
         config = self.config
-        shapes = self.shapes(state)
+        self.shapes(state)  # compiled ahead: not part of the step's seconds
         clock = Clock(self.programs)
-        prompts = self.source.batch(number)
+        filled = self.collect(state, number, clock)
+        groups = filled.drawn.take(filled.chosen)
+        prompts, rollout, scored = groups.prompts, groups.rollout, groups.scored
+        numbers = learned_completions(groups, config)
+        learned = groups if numbers is None else groups.take_completions(numbers)
+        parts = parts_of(prompts, learned.rollout, learned.scored, config.train.updates_per_rollout)
+        layout, skips = self.policy.layout, self.learner.skips
+        metrics: dict[str, Any]
+        batches = [train_batch(*part, config, self.sizes, layout, skips=skips) for part in parts]
+        if self.mini_batches is None:
+            state, packed = self.update(in_device_memory(state), on_devices(batches[0], layout), self.frozen)
+            metrics, advantages = packed.to_host()
+        else:
+            state, metrics, advantages = self.mini_batches.run(in_device_memory(state), batches, self.frozen, scored)
+        state = in_host_memory(state) if config.optim.offload else state
+        clock.lap("update_seconds")
+        metrics.setdefault("kl_divergence", None)  # not computed, which is not 0
+        metrics["update/padding"] = padding_share(batches)
+        if config.objective.normalize_each_reward or learned is not groups:
+            metrics |= sum_metrics(scored)  # the update has seen normalised rewards, or those of some completions
+        metrics |= reward_metrics(scored) | length_metrics(rollout) | filled.metrics
+        metrics |= clock.metrics(prompts, learned.rollout, filled.drawn.rollout)
+        if filled.metrics:  # completions that are not trained can fail too, and are near ties
+            tokens = sum(len(ids) for ids in filled.drawn.rollout.completion_ids)
+            metrics["rewards/failed"] = float(filled.drawn.scored.failed_rows)
+            metrics["sampling/near_ties"] = rollout.near_ties / max(1.0, float(tokens))
+        if distributed.is_multiprocess():
+            rollouts = distributed.gather_values(clock.seconds["rollout_seconds"])
+            metrics |= process_metrics({"rollout_seconds": rollouts, "reward_seconds": scored.seconds_by_process})
+        completions = StepCompletions(
+            prompts.prompts,
+            groups.texts,
+            rollout.completion_ids,
+            scored.per_function,
+            advantages if numbers is None else spread_out(advantages, numbers, groups.generations),
+            list(rollout.finish_reasons),
+            None if self.choice is None else self.choice.results(filled.drawn, filled.used),
+        )
+        return state, metrics, completions
+
+    def collect(self, state: TrainState, number: int, clock: Clock) -> FilledStep:
+        """Samples and scores the groups of step `number`, and others in their place with `train.dynamic_sampling`."""
+        config, choice = self.config, self.choice
+        size, shapes = config.train.prompts_per_step, self.shapes(state)
+        if choice is None or not config.train.dynamic_sampling:
+            prompts = self.source.batch(number) if choice is None else choice.batch(choice.rows(number), number)
+            drawn = self.sampled(state, number, prompts, clock, config.rewards.max_failed_share)
+            return FilledStep(drawn, np.arange(len(drawn)), len(drawn), {})
+        rows = choice.rows(number)
+
+        def sample(start: int, stop: int) -> Groups:
+            return self.sampled(state, number, choice.batch(rows[start:stop], number), clock, 1.0)
+
+        def spread_of(groups: Groups) -> np.ndarray:
+            return differing(*reward_table(groups.scored, config, len(groups)))
+
+        most = shapes.prompts if shapes.sizes.fixed else size
+        filled = fill_step(sample, spread_of, size, choice.limit - size, most)
+        check_failed(filled.drawn.scored, config.rewards.max_failed_share)
+        return filled
+
+    def sampled(self, state: TrainState, number: int, prompts: PromptBatch, clock: Clock, max_failed_share: float) -> Groups:
+        """Samples completions of these prompts, and scores them.
+
+        Args:
+            max_failed_share: of these completions; 1 where that of the whole step decides.
+        """
+        config = self.config
         rollout = self.sampler.sample(
             self.variables(state),
             prompts.prompt_ids,
@@ -236,7 +314,7 @@ class GrpoStep:
             step=number,
             indices=prompts.indices,
             limits=self.limits,
-            shapes=shapes,
+            shapes=self.shapes(state),
         )
         clock.lap("rollout_seconds")
         texts = [self.policy.text_of(ids) for ids in rollout.completion_ids]
@@ -252,7 +330,7 @@ class GrpoStep:
                 completion_ids=rollout.completion_ids,
                 columns=prompts.columns,
                 timeout_seconds=config.rewards.timeout_seconds,
-                max_failed_share=config.rewards.max_failed_share,
+                max_failed_share=max_failed_share,
                 runner=self.runner,
             )
         for line in warning_lines(scored):
@@ -260,29 +338,17 @@ class GrpoStep:
         clock.lap("reward_seconds")
         if not self.rewarded:
             self.rewarded.append(time.perf_counter())
-        parts = parts_of(prompts, rollout, scored, config.train.updates_per_rollout)
-        layout, skips = self.policy.layout, self.learner.skips
-        metrics: dict[str, Any]
-        batches = [train_batch(*part, config, self.sizes, layout, skips=skips) for part in parts]
-        if self.mini_batches is None:
-            state, packed = self.update(in_device_memory(state), on_devices(batches[0], layout), self.frozen)
-            metrics, advantages = packed.to_host()
-        else:
-            state, metrics, advantages = self.mini_batches.run(in_device_memory(state), batches, self.frozen, scored)
-        state = in_host_memory(state) if config.optim.offload else state
-        clock.lap("update_seconds")
-        metrics.setdefault("kl_divergence", None)  # not computed, which is not 0
-        metrics["update/padding"] = padding_share(batches)
-        if config.objective.normalize_each_reward:
-            metrics |= sum_metrics(scored)  # the update has seen normalised rewards
-        metrics |= reward_metrics(scored) | length_metrics(rollout) | clock.metrics(prompts, rollout)
-        if distributed.is_multiprocess():
-            rollouts = distributed.gather_values(clock.seconds["rollout_seconds"])
-            metrics |= process_metrics({"rollout_seconds": rollouts, "reward_seconds": scored.seconds_by_process})
-        completions = StepCompletions(
-            prompts.prompts, texts, rollout.completion_ids, scored.per_function, advantages, list(rollout.finish_reasons)
-        )
-        return state, metrics, completions
+        return Groups(prompts, rollout, texts, scored)
+
+    def finish(self, step: int, completions: StepCompletions | None) -> None:
+        if self.choice is not None and completions is not None and completions.results is not None:
+            self.choice.finish(step, completions.results)
+
+    def progress(self) -> dict[str, Any]:
+        return {} if self.choice is None else self.choice.progress()
+
+    def resume(self, progress: Mapping[str, Any], records: Iterable[Mapping[str, Any]], steps: int) -> list[str]:
+        return [] if self.choice is None else self.choice.resume(progress, records, steps)
 
     @explaining_memory("an evaluation")
     def evaluate(self, state: TrainState) -> dict[str, Any] | None:
@@ -327,6 +393,19 @@ class GrpoStep:
         held_out = text_batch(batch.prompt_ids, rollout.completion_ids, sizes, config.rollout.max_completion_length, layout)
         sums = self.policy.on_host(self.kl(in_device_memory(state.trainable), held_out, self.frozen))
         return float(sums[0] / sums[1])
+
+
+def learned_completions(groups: Groups, config: Config) -> np.ndarray | None:
+    """The completions of every group that the update learns from, [B, m] numbers (`train.update_generations`); None for all."""
+    size = config.train.update_generations
+    return None if size is None else down_sampled_rows(*reward_table(groups.scored, config, len(groups)), size)
+
+
+def spread_out(advantages: np.ndarray, numbers: np.ndarray, generations: int) -> np.ndarray:
+    """Advantages of all completions from those of the numbers [B, m] in each group: 0 for those that the update did not see."""
+    table = np.zeros((len(numbers), generations), advantages.dtype)
+    np.put_along_axis(table, numbers, advantages.reshape(numbers.shape), axis=1)
+    return table.reshape(-1)
 
 
 def text_lengths(config: Config, prompt_lengths: np.ndarray) -> Lengths:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -81,6 +82,11 @@ class SupervisedStep:
             require(value != "auto", f"train.{name}", value, "use a number, or null; auto is for GRPO")
         parts = train.updates_per_rollout
         require(parts == 1, "train.updates_per_rollout", parts, "use 1: supervised warm-up makes one update a step")
+        require(not train.dynamic_sampling, "train.dynamic_sampling", True, "use false: a supervised warm-up has no rewards")
+        chosen = train.update_generations
+        require(chosen is None, "train.update_generations", chosen, "use null: a supervised warm-up has one completion a row")
+        curriculum = config.data.curriculum
+        require(curriculum == "uniform", "data.curriculum", curriculum, "use uniform: a supervised warm-up has no rewards to go by")
         prompts = source.train.prompt_lengths
         lengths = Lengths(int(prompts.min()), int(prompts.max()), config.rollout.max_completion_length)
         shards = 1 if policy.layout is None else policy.layout.rows
@@ -136,6 +142,15 @@ class SupervisedStep:
         metrics = packed.to_dict()
         clock.lap("step_seconds")
         return state, metrics | clock.seconds | {"compile_seconds": clock.compile_seconds}, None
+
+    def finish(self, step: int, completions: Any) -> None:
+        """Does nothing: the rows of a step depend on its number alone."""
+
+    def progress(self) -> dict[str, Any]:
+        return {}
+
+    def resume(self, progress: Mapping[str, Any], records: Iterable[Mapping[str, Any]], steps: int) -> list[str]:
+        return []
 
     @explaining_memory("an evaluation")
     def evaluate(self, state: TrainState) -> dict[str, Any] | None:

@@ -67,13 +67,15 @@ def profile(
     counts = compile_counts()
     with display.progress(warmup_steps + steps):
         for number in range(warmup_steps):
-            state, metrics, _ = step.run(state, number)
+            state, metrics, completions = step.run(state, number)
+            step.finish(number + 1, completions)
             display.step(number + 1, {"step seconds": metrics["step_seconds"]})
         counts = compile_counts()
         with jax.profiler.trace(str(out), create_perfetto_trace=True, profiler_options=profile_options(python=python)):
             for number in range(warmup_steps, warmup_steps + steps):
                 with jax.profiler.StepTraceAnnotation("train", step_num=number):
-                    state, metrics, _ = step.run(state, number)
+                    state, metrics, completions = step.run(state, number)
+                    step.finish(number + 1, completions)
                 display.step(number + 1, {"step seconds": metrics["step_seconds"]})
     late = compile_counts() - counts
     if late.compiled or late.from_cache:

@@ -13,7 +13,7 @@ from tiny_tokenizers import CHATML, NO_SYSTEM, byte_tokenizer, word_tokenizer
 from grpo_jax.config import Config, ConfigError
 from grpo_jax.data import DataError, PromptSource
 from grpo_jax.data.examples import with_bar
-from grpo_jax.data.order import held_out_positions, rows_of_step
+from grpo_jax.data.order import held_out_positions, rows_from, rows_of_step, windowed_order
 from grpo_jax.data.tokenizer import Tokenizer
 
 WORDS = Tokenizer.wrap(word_tokenizer(" ".join(f"w{i}" for i in range(100))))  # <s> in front, word i has id 5 + i
@@ -85,6 +85,38 @@ def test_bad_steps_are_refused() -> None:
         rows_of_step(0, 3, 2, 0, True)
     with pytest.raises(ValueError, match="negative"):
         rows_of_step(-1, 1, 2, 0, True)
+    with pytest.raises(ValueError, match="3 rows in a row cannot differ where there are 2"):
+        rows_from(0, 1, 3, 2, 0, True)
+    with pytest.raises(ValueError, match="from position -1"):
+        rows_from(-1, 1, 2, 2, 0, True)
+
+
+@pytest.mark.parametrize(("count", "window"), [(7, 3), (10, 9), (4, 4), (5, 1), (1, 1), (40, 7), (13, 12), (2, 2), (20, 8)])
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_steps_of_any_size_visit_every_row_once_an_epoch_and_repeat_none(count: int, window: int, shuffle: bool) -> None:
+    order = rows_from(0, 9 * count, window, count, 5, shuffle).tolist()
+    for epoch in range(9):
+        assert sorted(order[epoch * count : (epoch + 1) * count]) == list(range(count))
+    for start in range(len(order) - window + 1):
+        assert len(set(order[start : start + window])) == window, start
+    if not shuffle:
+        assert order == 9 * list(range(count))
+    windowed_order.cache_clear()
+    for start in (8 * count - 1, 3, 5 * count + count // 2):  # in another sequence, nothing remembered
+        assert rows_from(start, count, window, count, 5, shuffle).tolist() == order[start : start + count]
+
+
+def test_an_epoch_is_the_permutation_of_seed_and_epoch_but_for_rows_that_would_repeat() -> None:
+    """By the definition: at every position the first row in the permutation's order that the last window - 1 rows do not have."""
+    count, window, before = 11, 5, []
+    for epoch in range(4):
+        left = np.random.default_rng([3, epoch]).permutation(count).tolist()
+        for _ in range(count):
+            recent = before[-(window - 1) :]
+            chosen = next(row for row in left if row not in recent)
+            left.remove(chosen)
+            before.append(chosen)
+    assert rows_from(0, 4 * count, window, count, 3, True).tolist() == before
 
 
 def test_more_prompts_a_step_than_rows_is_an_error() -> None:

@@ -70,7 +70,7 @@ class Verdict:
     @property
     def micro_batch(self) -> tuple[int, int]:
         """How many prompts, on all row shards together, and completions of each have their gradient computed at once."""
-        lengths, generations = longest_lengths(self.config), self.config.rollout.num_generations
+        lengths, generations = longest_lengths(self.config), self.config.generations_per_update
         if self.tokens < lengths.group(generations):
             return self.row_shards, max(1, (self.tokens - lengths.longest_prompt) // max(1, lengths.completion - 1))
         return self.row_shards * (self.tokens // lengths.group(generations)), generations
