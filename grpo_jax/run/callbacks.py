@@ -6,8 +6,8 @@ that it needs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import chex
@@ -31,6 +31,7 @@ class StepCompletions:
         rewards: N values by reward function; NaN where a function does not apply or failed.
         advantages: [N] float32.
         finish_reasons: N of "stop" or "length".
+        columns: the dataset's other columns, as rewards get them: B values each.
     """
 
     prompts: list[Any]
@@ -39,6 +40,7 @@ class StepCompletions:
     rewards: Mapping[str, np.ndarray]
     advantages: np.ndarray
     finish_reasons: list[Any]
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
 MAX_COMPILATIONS = 6
@@ -83,7 +85,8 @@ class RecordsCallback(Callback):
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any], completions: StepCompletions | None) -> None:
         if completions is not None:
             lengths = [len(ids) for ids in completions.ids]
-            self.folder.write_completions(trainer.steps_done, *completion_columns(completions), lengths=lengths)
+            columns = completion_columns(completions)
+            self.folder.write_completions(trainer.steps_done, *columns, lengths=lengths, columns=completions.columns)
         self.folder.write_step(trainer.steps_done, metrics)
 
     def on_evaluate(self, trainer: Trainer, metrics: dict[str, Any]) -> None:

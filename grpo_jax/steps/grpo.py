@@ -40,8 +40,10 @@ from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import RolloutShapes, evaluation_shapes, prompt_widths
 from grpo_jax.run.callbacks import StepCompletions
 from grpo_jax.run.display import Display
+from grpo_jax.run.doctor.ranges import check_stop_on, setting_notes
 from grpo_jax.run.inputs import describe_inputs
 from grpo_jax.run.step_metrics import Clock, length_metrics, process_metrics
+from grpo_jax.run.variety import variety_metrics
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.compile_ahead import FutureCall
 from grpo_jax.runtime.memory import in_device_memory, in_host_memory
@@ -120,6 +122,9 @@ class GrpoStep:
         tokenizer = policy.need_tokenizer() if policy is not None else read_tokenizer(config, display)
         source = PromptSource.build(config, tokenizer, dataset, eval_dataset)
         display.note(prompts_line(source, config.rollout.max_prompt_length))
+        check_stop_on(config, len(source.held_out))
+        for line in setting_notes(config, own_optimizer=optimizer is not None):
+            display.note(line)
         config = with_steps(config, len(source.train), display)
         check_functions(functions, reward_columns(source, config), config.rewards.weights, config.rewards.accuracy)
         runner = runner_of(config.rewards, entries, functions, longest, display.note)
@@ -275,12 +280,19 @@ class GrpoStep:
         metrics["update/padding"] = padding_share(batches)
         if config.objective.normalize_each_reward:
             metrics |= sum_metrics(scored)  # the update has seen normalised rewards
+        metrics |= variety_metrics(texts, config.rollout.num_generations)
         metrics |= reward_metrics(scored) | length_metrics(rollout) | clock.metrics(prompts, rollout)
         if distributed.is_multiprocess():
             rollouts = distributed.gather_values(clock.seconds["rollout_seconds"])
             metrics |= process_metrics({"rollout_seconds": rollouts, "reward_seconds": scored.seconds_by_process})
         completions = StepCompletions(
-            prompts.prompts, texts, rollout.completion_ids, scored.per_function, advantages, list(rollout.finish_reasons)
+            prompts.prompts,
+            texts,
+            rollout.completion_ids,
+            scored.per_function,
+            advantages,
+            list(rollout.finish_reasons),
+            prompts.columns,
         )
         return state, metrics, completions
 
