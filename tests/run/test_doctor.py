@@ -149,12 +149,12 @@ def test_where_no_completion_ever_stopped_the_stop_token_is_the_cause() -> None:
 )
 def test_published_runs_that_did_not_learn_are_flagged(reward: Any, cut: Any, steps: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    curve = np.linspace(*reward, steps) + rng.normal(0, 0.3, steps)
+    curve = np.linspace(reward[0], reward[1], steps) + rng.normal(0, 0.3, steps)
     records = [{"reward/mean": float(value)} for value in curve]
     if cut is not None:
         records = [
             record | {"completions/clipped_ratio": float(value)}
-            for record, value in zip(records, np.linspace(*cut, steps), strict=True)
+            for record, value in zip(records, np.linspace(cut[0], cut[1], steps), strict=True)
         ]
     names = {name for name, _ in found(records)}
     assert "no_improvement" in names
