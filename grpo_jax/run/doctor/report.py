@@ -18,7 +18,7 @@ from grpo_jax.run.variety import variety_metrics
 from grpo_jax.runtime.safe_text import safe_text
 
 EXAMPLES, EXAMPLE_CHARACTERS = 3, 300
-"""Completions that are shown where no reward was ever given, and the length of a text at which its middle is left out."""
+"""Completions that are shown where no reward was given, and the length of a text at which its middle is left out."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Diagnosis:
         steps: that the run has made.
         findings: what goes wrong; empty where nothing was found.
         notes: settings outside the usual ranges.
-        examples: completions with what the reward saw, where no reward was ever given.
+        examples: completions with what the reward saw, where no reward was given.
     """
 
     steps: int
