@@ -1,8 +1,8 @@
-"""The command line: `grpo-jax train | sft | eval | generate | export | verify | plan | bench | profile | quickstart`.
+"""The command line: `grpo-jax train | sft | eval | generate | export | verify | doctor | plan | bench | profile | quickstart`.
 
 Each command parses its options, builds the config and calls one function of the package. JAX is imported when a command runs,
 never for `--help`. `config/command_line.py` has the grammar. Exit status: 0; 2 for a mistake of the user's (one block on standard
-error, no traceback); 1 where `verify` finds damage; 130, 143 or 129 for Ctrl-C, SIGTERM or SIGHUP.
+error, no traceback); 1 where `verify` finds damage; 3 where `doctor` has findings; 130, 143 or 129 for Ctrl-C, SIGTERM or SIGHUP.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from grpo_jax.runtime.output import drop_what_nobody_reads
 from grpo_jax.runtime.safe_text import safe_text
 from grpo_jax.runtime.stop_signals import RunInterruptedError
 
-DAMAGED, USER_ERROR, INTERRUPTED = 1, 2, 130
+DAMAGED, USER_ERROR, FOUND, INTERRUPTED = 1, 2, 3, 130
 RESUMABLE = ("train", "sft")
 
 
@@ -85,7 +85,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     config = None if arguments.run is not None else loaded_settings(arguments).config
     from grpo_jax.evaluation import evaluate as run
 
-    run(config, run_dir=arguments.run, pass_k=arguments.pass_k)
+    if arguments.best and arguments.run is None:
+        raise ConfigError("--best is given without --run: only a run has a best checkpoint")
+    run(config, run_dir=arguments.run, best=arguments.best, pass_k=arguments.pass_k)
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -112,7 +114,7 @@ def export(arguments: argparse.Namespace) -> None:
     """`grpo-jax export`."""
     from grpo_jax.run.saved import export_run
 
-    export_run(arguments.run, arguments.out, arguments.format)
+    export_run(arguments.run, arguments.out, arguments.format, best=arguments.best)
     print(f"wrote {arguments.format} to {safe_text(arguments.out, one_line=True)}")
 
 
@@ -126,6 +128,18 @@ def verify(arguments: argparse.Namespace) -> int:
     damaged = sum(bool(verdict.damage) for verdict in verdicts)
     print(f"{len(verdicts)} verified, {damaged or 'none'} damaged")
     return DAMAGED if damaged else 0
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """`grpo-jax doctor`; returns the exit status."""
+    import json
+
+    from grpo_jax.run.doctor.report import diagnose_folder
+
+    found = diagnose_folder(arguments.run)
+    for line in [json.dumps(found.to_json())] if arguments.json else found.lines():
+        print(line)
+    return FOUND if found.findings else 0
 
 
 def quickstart(arguments: argparse.Namespace) -> None:
@@ -203,6 +217,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "generate": generate,
     "export": export,
     "verify": verify,
+    "doctor": doctor,
     "plan": plan,
     "bench": bench,
     "profile": profile,

@@ -115,6 +115,7 @@ def evaluate(
     eval_dataset: Any = None,
     reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
     run_dir: str | Path | None = None,
+    best: bool = False,
     pass_k: int = 8,
 ) -> dict[str, Any]:
     """Evaluates a policy, the model of a config, or the newest checkpoint of a run on held-out problems, and shows the result.
@@ -125,6 +126,7 @@ def evaluate(
         eval_dataset: held-out rows, instead of `data.eval_split` and `data.eval_path`.
         reward_funcs: one function or several, instead of `rewards.functions`.
         run_dir: a run, evaluated with its own settings.
+        best: of this run, the checkpoint with the highest held-out accuracy instead of the newest.
         pass_k: samples per problem for pass@k.
 
     Returns:
@@ -134,7 +136,7 @@ def evaluate(
         ConfigError: nothing is held out, or settings are missing.
     """
     if run_dir is not None:
-        config, policy = load_run(run_dir)
+        config, policy = load_run(run_dir, best=best)
     config = config or Config()
     use_compilation_cache(config.train.compilation_cache)
     if policy is None:

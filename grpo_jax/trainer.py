@@ -6,7 +6,7 @@
         scored    = score(functions, completions)             on the host; a failure costs a row, not the run
         state     = train_step(state, batch)                  one pure, jitted update; the old state's memory is reused
         callbacks                                             write metrics and completions, update display and trackers, the user's
-        every eval_every steps: evaluate; every save_every steps: save a checkpoint
+        every eval_every steps: evaluate; every save_every steps, and where the evaluation is the best so far: save a checkpoint
         after SIGTERM, SIGHUP or Ctrl-C: save and end
 
 `steps/grpo.py` has these statements. The supervised warm-up is the same loop with another step, `steps/supervised.py`. With
@@ -29,12 +29,13 @@ from grpo_jax.config import Config, check_supervised, check_training
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.learner.custom_loss import LossFunction
 from grpo_jax.policy import Policy, config_with_policy
+from grpo_jax.run.best import BestStep
 from grpo_jax.run.callbacks import Callback, StepCompletions, own_callbacks
 from grpo_jax.run.checkpoint import Checkpointer
 from grpo_jax.run.clock import RunClock
+from grpo_jax.run.doctor.callback import DoctorCallback
 from grpo_jax.run.due import evaluates_after, saves_after
 from grpo_jax.run.folder import RunFolder
-from grpo_jax.run.hacking import HackingCallback
 from grpo_jax.run.inputs import check_inputs
 from grpo_jax.run.last_state import save_last_state
 from grpo_jax.run.result import TrainResult, write_result
@@ -83,6 +84,8 @@ class Trainer:
         steps_done: steps finished.
         skipped: counts steps without an update, because loss or gradient was not finite: `skipped.in_a_row`.
         should_stop: set it to True, in a callback for example, and `train` ends after the current step.
+        stopped_by: the doctor's rule in `train.stop_on` that has ended the run; None where none has.
+        best: the step with the highest held-out accuracy so far.
 
     Raises:
         ConfigError, DataError, ModelError, RunFolderError: bad input, before anything is compiled.
@@ -132,6 +135,8 @@ class Trainer:
         state = self._step.learner.init(self._step.policy.trainable())
         self.state: TrainState = in_host_memory(state) if self._step.config.optim.offload else state
         self.steps_done, self.should_stop = 0, False
+        self.stopped_by: str | None = None
+        self.best = BestStep()
         self.skipped = SkippedSteps(config.optim.max_skipped_steps, self.run_dir, self.display)
         self.folder: RunFolder | None = None
         self._checkpoints: Checkpointer | None = None
@@ -195,7 +200,8 @@ class Trainer:
                     return number
                 self.step()
                 self._evaluate_after(self.steps_done)
-                due = due or saves_after(train, self.steps_done) or self.open()[1].failed()
+                best = train.keep_best == "held_out" and self.best.step == self.steps_done
+                due = due or best or saves_after(train, self.steps_done) or self.open()[1].failed()
                 last = self.should_stop or self.steps_done == train.steps
                 if last or (due and not self.skipped.in_a_row):  # else the same state would replace older checkpoints
                     self.save()
@@ -226,6 +232,7 @@ class Trainer:
         with self._stop.abandonable(f"in the evaluation after step {self.steps_done}"):
             metrics = self._step.evaluate(self.state)
         if metrics is not None:
+            self.best.note(self.steps_done, metrics)
             self._call("on_evaluate", metrics)
         return metrics
 
@@ -264,7 +271,7 @@ class Trainer:
         writes, warn = distributed.is_main(), self.display.warning
         folder = RunFolder.create(config.train.run_dir, config, self._sources, resume=self.resume, writes=writes, warn=warn)
         self.folder = folder
-        checkpoints = self._checkpoints = Checkpointer(folder.checkpoints, config.train.keep_checkpoints, warn)
+        checkpoints = self._checkpoints = Checkpointer(folder.checkpoints, config.train.keep_checkpoints, warn, self._kept_best)
         self.steps_done, seconds = checkpoints.latest_step() or 0, 0.0
         for line in checkpoints.damaged:
             warn(line)
@@ -275,6 +282,8 @@ class Trainer:
                 warn(f"the resumed run goes on with another {line}")
         for line in folder.cut_back(self.steps_done):
             warn(line)
+        before = folder.evaluations() if writes else {}
+        self.best = BestStep.of(distributed.broadcast_from_main([before[step] for step in sorted(before)]))
         if self.steps_done:
             self.state, stored = checkpoints.restore(self.state)
             seconds, self.skipped.in_a_row = float(stored["seconds"]), stored["skipped_in_a_row"]
@@ -283,12 +292,16 @@ class Trainer:
             self.display.note(f"resuming after step {self.steps_done}")
         self._clock.start_training(seconds)
         trackers = tracker_callbacks(config, folder.path, writes=writes, warn=warn)
-        watching = [] if self.supervised else [HackingCallback(self.display)]
+        watching = [] if self.supervised else [DoctorCallback(config, self.display)]
         own = own_callbacks(folder, self.display, debug=config.train.debug)
         self.callbacks = [*own, *watching, *trackers, *self.callbacks]
         self._ahead.start(self._step.future_calls(self.state))
         self._call("on_train_begin")
         return folder, checkpoints
+
+    def _kept_best(self) -> int | None:
+        """The step whose checkpoint stays although it is not one of the newest."""
+        return self.best.step if self.config.train.keep_best == "held_out" else None
 
     def close(self) -> None:
         """Ends reward processes, waits for checkpoints and closes every file."""
@@ -325,8 +338,19 @@ class Trainer:
         self.write_checkpoint(wait=True)
         policy, held_out = self._step.policy.with_trained(in_device_memory(self.state.trainable)), self._step.problems
         steps, programs = self.steps_done, self.programs
+        extras = self.best.summary(folder.checkpoints) | ({} if self.stopped_by is None else {"stopped_by": self.stopped_by})
+        diagnosed = None if self.supervised else self.config
         return write_result(
-            folder, policy, self._clock, self.display, steps=steps, problems=held_out, programs=programs, ended_by=number
+            folder,
+            policy,
+            self._clock,
+            self.display,
+            steps=steps,
+            problems=held_out,
+            programs=programs,
+            ended_by=number,
+            diagnosed=diagnosed,
+            extras=extras,
         )
 
 

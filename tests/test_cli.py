@@ -103,9 +103,9 @@ def test_evaluation_takes_a_config_or_a_run(monkeypatch: pytest.MonkeyPatch, tmp
     path = tmp_path / "run.yaml"
     path.write_text("data: {eval_size: 5}\n")
     assert cli.main(["eval", "--config", str(path), "--data.eval_size", "6", "--pass_k", "4"]) == 0
-    assert (calls.arguments[0].data.eval_size, calls.named) == (6, {"run_dir": None, "pass_k": 4})
+    assert (calls.arguments[0].data.eval_size, calls.named) == (6, {"run_dir": None, "best": False, "pass_k": 4})
     assert cli.main(["eval", "--run", "runs/a"]) == 0
-    assert (calls.arguments, calls.named) == ((None,), {"run_dir": "runs/a", "pass_k": 8})
+    assert (calls.arguments, calls.named) == ((None,), {"run_dir": "runs/a", "best": False, "pass_k": 8})
 
 
 def test_evaluation_of_a_run_takes_no_other_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -28,7 +28,7 @@ from grpo_jax.trainer import TrainResult
 ROWS = additions()
 LORA: dict[str, Any] = {
     "optim": {"learning_rate": 1e-2, "schedule": "cosine", "warmup_steps": 1, "weight_decay": 0.1},
-    "train": {"steps": 4, "save_every": 2, "eval_every": 1},
+    "train": {"steps": 4, "save_every": 2, "eval_every": 1, "keep_best": "none"},  # which would save after other steps too
     "data": {"eval_size": 6},
     "rewards": {"accuracy_threshold": 0.25},
 }

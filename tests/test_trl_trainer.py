@@ -69,7 +69,7 @@ OUR_WORDS: dict[str, dict[str, Any]] = {
     "optim": {"learning_rate": 1e-2, "schedule": "linear"},
     "train": {
         **{"steps": 3, "prompts_per_step": 2, "seed": 42, "save_every": 250, "keep_checkpoints": 1_000_000, "eval_slots": 8},
-        **{"show_every": 0, "quiet": True},
+        **{"show_every": 0, "quiet": True, "keep_best": "none"},
     },
 }
 """The same run in the words of our settings."""

@@ -28,6 +28,9 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, str]:
     return {name: value for name, value in vars(arguments).items() if name in setting_types()}
 
 
+BEST = "the checkpoint with the highest held-out accuracy, which train.keep_best has kept, instead of the newest"
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole grammar. Settings are kept as text: `config.load` gives them their types."""
     top = argparse.ArgumentParser(
@@ -51,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     which = made.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", metavar="FILE.yaml", help="evaluate the model of these settings; the options below win over it")
     which.add_argument("--run", metavar="DIR", help="evaluate the last state of a run, with its own settings")
+    made.add_argument("--best", action="store_true", help=BEST)
     made.add_argument("--pass_k", type=positive, default=8, metavar="K", help="samples per problem for pass@k (default 8)")
     add_settings(made)
 
@@ -80,9 +84,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--format", required=True, choices=("adapter", "merged"), help="a PEFT adapter, or the whole model with it merged in"
     )
+    made.add_argument("--best", action="store_true", help=BEST)
 
     made = command("verify", "compare checkpoints, adapters and exports with their digests; status 1 where one is damaged")
     made.add_argument("paths", nargs="+", metavar="PATH", help="run folder, checkpoint, adapter or merged model")
+
+    made = command("doctor", "what goes wrong in a run, from its metrics and completions; status 3 where something does")
+    made.add_argument("--run", required=True, metavar="DIR", help="run folder; the run may still go on")
+    made.add_argument("--json", action="store_true", help="one line of JSON")
 
     made = command("plan", "what a run needs of a chip, without the chip and without weights")
     made.usage = "grpo-jax plan --config FILE.yaml [--target v6e-8|v5p-16|h100x8|h200|...] [--json] [--section.field VALUE ...]"

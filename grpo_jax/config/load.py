@@ -347,7 +347,7 @@ def check_training(config: Config, *, has_policy: bool = False, has_dataset: boo
     Raises:
         ConfigError: A needed setting is missing or does not allow training.
     """
-    check_supervised(config, has_policy=has_policy, has_dataset=has_dataset)
+    check_any_training(config, has_policy=has_policy, has_dataset=has_dataset)
     group = config.rollout.num_generations
     require(
         group >= 2, "rollout.num_generations", group, "use 4 to 16; completions are compared within a group, which takes at least 2"
@@ -364,6 +364,13 @@ def check_training(config: Config, *, has_policy: bool = False, has_dataset: boo
 
 
 def check_supervised(config: Config, *, has_policy: bool = False, has_dataset: bool = False) -> None:
+    """Checks what a supervised warm-up needs in addition to settings that are each in range; see `check_training`."""
+    check_any_training(config, has_policy=has_policy, has_dataset=has_dataset)
+    stops = config.train.stop_on
+    require(not stops, "train.stop_on", stops, "use []: a supervised warm-up has no rewards, and the doctor diagnoses GRPO runs")
+
+
+def check_any_training(config: Config, *, has_policy: bool, has_dataset: bool) -> None:
     """Checks what any training run needs in addition to settings that are each in range; see `check_training`."""
     require(has_policy or bool(config.model.path), "model.path", config.model.path, "give a model folder or a hub id")
     require(has_dataset or bool(config.data.path), "data.path", config.data.path, "give a file of prompts or a dataset on the hub")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from grpo_jax.config.checks import check_types, require
@@ -57,6 +57,22 @@ class OptimConfig:
         require(self.max_skipped_steps >= 1, "optim.max_skipped_steps", self.max_skipped_steps, "use at least 1")
 
 
+DoctorRule = Literal[
+    "reward_hacking",
+    "kl_explosion",
+    "no_improvement",
+    "mode_collapse",
+    "nothing_stops",
+    "no_reward",
+    "all_solved",
+    "sampler_drift",
+    "gradient_clipped",
+    "reward_fails",
+    "length_runaway",
+    "held_out_falls",
+]
+"""What `grpo-jax doctor` looks for; `grpo_jax/run/doctor/rules.py` has the rules of these names."""
+
 DEFAULT_STEPS = 100
 DEFAULT_EXTRA_STEPS = 3
 """`train.max_extra_groups` by default, in steps."""
@@ -91,7 +107,10 @@ class TrainConfig:
         seed: Seed of the order of the data, of the adapters' initial values and of every sampled token.
         run_dir: Folder for all files that the run writes.
         save_every: Steps between checkpoints; 0 saves only the last state.
-        keep_checkpoints: Number of checkpoints that stay on disk.
+        keep_checkpoints: Number of the newest checkpoints that stay on disk.
+        keep_best: Which other checkpoint stays on disk: `held_out` saves and keeps the one after the evaluation with the highest
+            held-out accuracy, where there are evaluations after steps; `none` keeps no other.
+        stop_on: Names of the doctor's findings that end the run when they begin, such as [kl_explosion]; see `grpo-jax doctor`.
         eval_every: Steps between evaluations; 0 evaluates only before and after training.
         eval_kl: Compute the KL divergence from the reference at evaluations too, on one completion sampled of each held-out
             prompt; with objective.beta 0 it is computed nowhere else.
@@ -124,6 +143,8 @@ class TrainConfig:
     run_dir: str = "runs/grpo"
     save_every: int = 50
     keep_checkpoints: int = 2
+    keep_best: Literal["held_out", "none"] = "held_out"
+    stop_on: list[DoctorRule] = field(default_factory=list)
     eval_every: int = 0
     eval_kl: bool = False
     eval_slots: int | None = None

@@ -6,8 +6,8 @@ that it needs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import chex
@@ -33,6 +33,7 @@ class StepCompletions:
         advantages: [N] float32.
         finish_reasons: N of "stop" or "length".
         results: what the step found out about all prompts that it drew; None where they are made up.
+        columns: the dataset's other columns, as rewards get them: B values each.
     """
 
     prompts: list[Any]
@@ -42,6 +43,7 @@ class StepCompletions:
     advantages: np.ndarray
     finish_reasons: list[Any]
     results: PromptResults | None = None
+    columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
 MAX_COMPILATIONS = 6
@@ -86,7 +88,8 @@ class RecordsCallback(Callback):
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any], completions: StepCompletions | None) -> None:
         if completions is not None:
             lengths = [len(ids) for ids in completions.ids]
-            self.folder.write_completions(trainer.steps_done, *completion_columns(completions), lengths=lengths)
+            columns = completion_columns(completions)
+            self.folder.write_completions(trainer.steps_done, *columns, lengths=lengths, columns=completions.columns)
             if completions.results is not None:
                 self.folder.write_ledger(trainer.steps_done, completions.results.record())
         self.folder.write_step(trainer.steps_done, metrics)

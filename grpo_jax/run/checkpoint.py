@@ -18,7 +18,8 @@ import errno
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,19 @@ RETRY_SECONDS = (1.0, 3.0, 10.0, 30.0)
 """Waits between the tries to write a checkpoint. With several processes there is one try: they would have to agree on each."""
 
 
+@dataclass(frozen=True)
+class NewestAndBest:
+    """Which checkpoints Orbax keeps: the newest ones, all where `count` is None, and the one of the step that `best` returns."""
+
+    count: int | None
+    best: Callable[[], int | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Whether each of the checkpoints, in the order of their steps, stays."""
+        best, oldest = self.best(), 0 if self.count is None else len(checkpoints) - self.count
+        return [index >= oldest or checkpoint.step == best for index, checkpoint in enumerate(checkpoints)]
+
+
 class Checkpointer:
     """The checkpoints of one run, in `folder/<step>`.
 
@@ -44,6 +58,7 @@ class Checkpointer:
         keep: How many of the newest checkpoints are kept; None opens the folder for reading only, which is safe while a run is
             still writing to it.
         warn: Called with a line for each checkpoint that cannot be written yet.
+        best: Called when older checkpoints are removed; returns a step whose checkpoint stays, or None.
 
     Attributes:
         damaged: A line for each checkpoint that was found to be damaged.
@@ -53,10 +68,16 @@ class Checkpointer:
             checkpoints.save(10, state, {"next_row": 80})
     """
 
-    def __init__(self, folder: str | Path, keep: int | None, warn: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int | None,
+        warn: Callable[[str], None] = lambda line: None,
+        best: Callable[[], int | None] = lambda: None,
+    ) -> None:
         self.folder = Path(folder).resolve()
         self.damaged: list[str] = []
-        self._keep, self._warn = keep, warn
+        self._keep, self._warn, self._best = keep, warn, best
         self._current: set[int] = set()  # steps that this object has saved or restored
         self._verified: set[int] = set()  # steps with the right digests
         self._early: EarlyDigests | None = None  # of the checkpoint that is being written
@@ -70,7 +91,7 @@ class Checkpointer:
         """Opens the folder, and removes what interrupted saves have left there."""
         writes = self._keep is not None
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=self._keep,
+            preservation_policy=NewestAndBest(self._keep, self._best),
             create=writes,
             cleanup_tmp_directories=writes,
             async_options=ocp.options.AsyncOptions(post_finalization_callback=self._write_digests),  # called before the commit

@@ -5,7 +5,7 @@
     metrics.jsonl       one object a step: {"step": 1, "reward/mean": 0.4, ...}; null is a number that is not finite
     evaluations.jsonl   one object an evaluation: {"step": 0, "accuracy": 0.41, "problems": 256}
     completions.jsonl   one object a completion: step, prompt, completion, rewards by function, advantage, finish_reason,
-                        completion_tokens
+                        completion_tokens, columns (of the dataset, as rewards get them; long values are shortened)
     ledger.jsonl        one object a step: rows that were drawn, and of each the number of completions with a reward, the sum of
                         their rewards, and how many are right
     tensorboard/        the same metrics for TensorBoard
@@ -198,6 +198,7 @@ class RunFolder:
         finish_reasons: Sequence[str],
         *,
         lengths: Sequence[int],
+        columns: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
         """Writes the completions of a step.
 
@@ -209,11 +210,13 @@ class RunFolder:
             advantages: N values.
             finish_reasons: N of "stop" or "length".
             lengths: N, in tokens, with the stop token.
+            columns: what the rewards got of the dataset, B values each; long ones are written shortened.
         """
         if not self.writes:
             return
         group = len(completions) // len(prompts)
         rows = zip(completions, advantages, finish_reasons, lengths, strict=True)
+        given = [{name: short_value(values[index]) for name, values in (columns or {}).items()} for index in range(len(prompts))]
         self._completions.append(
             *(
                 {
@@ -224,6 +227,7 @@ class RunFolder:
                     "advantage": advantage,
                     "finish_reason": reason,
                     "completion_tokens": length,
+                    **({"columns": given[row // group]} if columns else {}),
                 }
                 for row, (completion, advantage, reason, length) in enumerate(rows)
             )
@@ -320,6 +324,18 @@ class RunFolder:
         if self._board is not None:
             self._board.close()
             self._board = None
+
+
+LONGEST_VALUE = 300
+"""Characters of a dataset's value in completions.jsonl; of a longer one the middle is left out."""
+
+
+def short_value(value: Any) -> Any:
+    """A dataset's value for completions.jsonl: numbers and short texts as they are, anything else as a text that may be cut."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    text, half = value if isinstance(value, str) else repr(value), LONGEST_VALUE // 2
+    return text if len(text) <= LONGEST_VALUE else f"{text[:half]} ... {text[-half:]}"
 
 
 def _with_nan(record: dict[str, Any]) -> dict[str, Any]:

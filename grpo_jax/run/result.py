@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo_jax.config import Config
 from grpo_jax.policy import Policy
 from grpo_jax.run.clock import RunClock
 from grpo_jax.run.display import Display
+from grpo_jax.run.doctor.report import diagnose_folder
 from grpo_jax.run.folder import RunFolder
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.programs import Program
@@ -43,6 +45,8 @@ def write_result(
     problems: int,
     programs: Sequence[Program],
     ended_by: int,
+    diagnosed: Config | None,
+    extras: Mapping[str, Any],
 ) -> TrainResult:
     """Writes and shows the result of a run, after its last checkpoint is on disk; every process of the run calls it.
 
@@ -51,6 +55,8 @@ def write_result(
         problems: number of held-out problems.
         programs: everything that the run compiles.
         ended_by: number of the signal that ended the run; 0: none.
+        diagnosed: the settings by which the doctor looks at the run; None: it does not.
+        extras: more entries of summary.json.
     """
     distributed.barrier("last step written")  # the others read what process 0 has written
     evaluations = folder.evaluations()
@@ -64,8 +70,17 @@ def write_result(
         seconds=clock.seconds,
         steps=steps,
         **clock.summary(programs),
+        **extras,
+        **({} if diagnosed is None else findings_of(folder, diagnosed)),
         **({"interrupted_by": signal.Signals(ended_by).name} if ended_by else {}),
     )
     distributed.barrier("result written")
     display.report(summary, folder.written() | files)
     return TrainResult(policy, folder.history(), summary, folder.path)
+
+
+def findings_of(folder: RunFolder, config: Config) -> dict[str, Any]:
+    """The entry of summary.json with what the doctor finds in the run; none where no step was finished."""
+    if not any("reward/mean" in metrics for metrics in folder.history()):
+        return {}
+    return {"findings": [finding.to_json() for finding in diagnose_folder(folder.path, config).findings]}

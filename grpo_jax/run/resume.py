@@ -26,6 +26,7 @@ FREE_ON_RESUME = (
     "train.eval_kl",
     "train.eval_slots",
     "train.grace_seconds",
+    "train.keep_best",
     "train.keep_checkpoints",
     "train.micro_batch_completions",
     "train.micro_batch_prompts",
@@ -34,6 +35,7 @@ FREE_ON_RESUME = (
     "train.run_dir",
     "train.save_every",
     "train.show_every",
+    "train.stop_on",
     "train.track",
 )
 """Settings that may change on resume: memory, speed, logging and limits of reward failures. A step's result is the same up to

@@ -12,6 +12,7 @@ import jax
 from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig
 from grpo_jax.models.spec import ModelError, ModelSpec
 from grpo_jax.policy import Policy
+from grpo_jax.run.best import best_checkpoint
 from grpo_jax.run.checkpoint import Checkpointer
 from grpo_jax.runtime.memory import least_limit_bytes
 from grpo_jax.runtime.mesh import make_layout
@@ -33,8 +34,11 @@ def checkpoint_values(policy: Policy, supervised: bool) -> dict[str, Any]:
     }
 
 
-def load_run(run_dir: str | Path) -> tuple[Config, Policy]:
+def load_run(run_dir: str | Path, *, best: bool = False) -> tuple[Config, Policy]:
     """Reads the settings of a run and the policy of its newest checkpoint.
+
+    Args:
+        best: take the checkpoint with the highest held-out accuracy instead; `train.keep_best` has kept it.
 
     Raises:
         ConfigError: the folder holds no run.
@@ -45,7 +49,8 @@ def load_run(run_dir: str | Path) -> tuple[Config, Policy]:
         raise ConfigError(f"run: {folder} holds no config.yaml, so it is not the folder of a run")
     config = Config.from_yaml(folder / "config.yaml")
     with Checkpointer(folder / "checkpoints", keep=None) as checkpoints:
-        values = checkpoints.host()
+        step = best_checkpoint(folder) if best else None
+        values = checkpoints.host(step)
         for line in checkpoints.damaged:
             print(f"warning: {line}; an older checkpoint is read", file=sys.stderr)
         lora = None if values["lora"] is None else LoraConfig(**values["lora"])
@@ -53,7 +58,7 @@ def load_run(run_dir: str | Path) -> tuple[Config, Policy]:
         mesh = available_mesh(config, read_folder_spec(find_model(source)), adapters=lora is not None)
         base = Policy.from_pretrained(source, dtype=values["dtype"], quantization=values.get("quantization", "none"), mesh=mesh)
         policy = replace(base, name=values["name"], lora=lora, adapters=None if lora is None else {})
-        trainable = checkpoints.restore_part("trainable", lambda tree: shardings_of(policy, tree))
+        trainable = checkpoints.restore_part("trainable", lambda tree: shardings_of(policy, tree), step)
     return config, policy.with_trained(trainable)
 
 
@@ -79,13 +84,13 @@ def available_mesh(config: Config, spec: ModelSpec, *, adapters: bool) -> MeshCo
     return MeshConfig(fsdp=1)
 
 
-def export_run(run_dir: str | Path, out: str | Path, format: Literal["adapter", "merged"]) -> Path:
-    """Writes the newest checkpoint of a run as a PEFT adapter folder or as a whole model.
+def export_run(run_dir: str | Path, out: str | Path, format: Literal["adapter", "merged"], *, best: bool = False) -> Path:
+    """Writes the newest checkpoint of a run, or the best one, as a PEFT adapter folder or as a whole model.
 
     Raises:
         ModelError: an adapter is asked for, and the run trained every weight.
     """
-    _, policy = load_run(run_dir)
+    _, policy = load_run(run_dir, best=best)
     if format == "merged":
         return policy.save_merged(out)
     if policy.adapters is None:

@@ -227,6 +227,14 @@ def report_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("skipped steps", f"{summary['skipped_steps']}  (loss or gradient not finite, no update)"))
     if summary.get("zero_gradient_steps"):
         rows.append(("steps without a gradient", f"{summary['zero_gradient_steps']}  (nothing to learn, no update)"))
+    if summary.get("best_step") is not None:
+        where = summary.get("best_checkpoint") or "its checkpoint is not on disk"
+        rows.append(("best held-out", f"{100 * summary['best_accuracy']:.1f} % after step {summary['best_step']}: {where}"))
+    if summary.get("stopped_by"):
+        rows.append(("stopped by", f"{summary['stopped_by']}  (train.stop_on)"))
+    if "findings" in summary:
+        titles = list(dict.fromkeys(finding["title"] for finding in summary["findings"]))
+        rows.append(("doctor", f"{', '.join(titles)}  (see grpo-jax doctor --run DIR)" if titles else "no findings"))
     rows.append(("time", f"{duration(summary['seconds'])} for {summary['steps']} steps"))
     return rows
 

@@ -43,8 +43,10 @@ from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import RolloutShapes, evaluation_shapes, prompt_widths
 from grpo_jax.run.callbacks import StepCompletions
 from grpo_jax.run.display import Display
+from grpo_jax.run.doctor.ranges import check_stop_on, setting_notes
 from grpo_jax.run.inputs import describe_inputs, tagged
 from grpo_jax.run.step_metrics import Clock, length_metrics, process_metrics
+from grpo_jax.run.variety import variety_metrics
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.compile_ahead import FutureCall
 from grpo_jax.runtime.memory import in_device_memory, in_host_memory
@@ -128,6 +130,9 @@ class GrpoStep:
         tokenizer = policy.need_tokenizer() if policy is not None else read_tokenizer(config, display)
         source = PromptSource.build(config, tokenizer, dataset, eval_dataset)
         display.note(prompts_line(source, config.rollout.max_prompt_length))
+        check_stop_on(config, len(source.held_out))
+        for line in setting_notes(config, own_optimizer=optimizer is not None):
+            display.note(line)
         config = with_steps(config, len(source.train), display)
         choice = PromptChoice(source, config)
         check_functions(functions, reward_columns(source, config), config.rewards.weights, config.rewards.accuracy)
@@ -258,6 +263,7 @@ class GrpoStep:
         metrics["update/padding"] = padding_share(batches)
         if config.objective.normalize_each_reward or learned is not groups:
             metrics |= sum_metrics(scored)  # the update has seen normalised rewards, or those of some completions
+        metrics |= variety_metrics(groups.texts, config.rollout.num_generations)
         metrics |= reward_metrics(scored) | length_metrics(rollout) | filled.metrics
         metrics |= clock.metrics(prompts, learned.rollout, filled.drawn.rollout)
         if filled.metrics:  # completions that are not trained can fail too, and are near ties
@@ -274,7 +280,8 @@ class GrpoStep:
             scored.per_function,
             advantages if numbers is None else spread_out(advantages, numbers, groups.generations),
             list(rollout.finish_reasons),
-            None if self.choice is None else self.choice.results(filled.drawn, filled.used),
+            columns=prompts.columns,
+            results=None if self.choice is None else self.choice.results(filled.drawn, filled.used),
         )
         return state, metrics, completions
 

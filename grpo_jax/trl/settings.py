@@ -206,6 +206,7 @@ def train_settings(args: GRPOConfig, steps: Steps) -> dict[str, Any]:
         "run_dir": args.output_dir,
         "save_every": steps.saving,
         "keep_checkpoints": KEEP_ALL if args.save_total_limit is None else args.save_total_limit,
+        "keep_best": "none",  # TRL saves at the steps of save_steps alone
         "eval_every": steps.evaluating,
         "eval_slots": args.per_device_eval_batch_size * args.world_size,
         "show_every": steps.logging if args.log_completions else 0,
