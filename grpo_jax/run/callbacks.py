@@ -15,6 +15,7 @@ import numpy as np
 
 from grpo_jax.run.display import Display, step_values
 from grpo_jax.run.folder import RunFolder
+from grpo_jax.run.token_records import recorded_tokens
 
 if TYPE_CHECKING:
     from grpo_jax.trainer import Trainer
@@ -31,6 +32,8 @@ class StepCompletions:
         rewards: N values by reward function; NaN where a function does not apply or failed.
         advantages: [N] float32.
         finish_reasons: N of "stop" or "length".
+        logprobs: N arrays of nats per token, under the distribution that the token was drawn from; NaN where the model has not
+            sampled the token. None where they are not known.
     """
 
     prompts: list[Any]
@@ -39,6 +42,7 @@ class StepCompletions:
     rewards: Mapping[str, np.ndarray]
     advantages: np.ndarray
     finish_reasons: list[Any]
+    logprobs: list[np.ndarray] | None = None
 
 
 MAX_COMPILATIONS = 6
@@ -83,7 +87,9 @@ class RecordsCallback(Callback):
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any], completions: StepCompletions | None) -> None:
         if completions is not None:
             lengths = [len(ids) for ids in completions.ids]
-            self.folder.write_completions(trainer.steps_done, *completion_columns(completions), lengths=lengths)
+            rows = trainer.config.train.record_tokens * (len(lengths) // len(completions.prompts))
+            tokens = recorded_tokens(completions.ids, completions.logprobs, rows, trainer.tokenizer.decode) if rows else []
+            self.folder.write_completions(trainer.steps_done, *completion_columns(completions), lengths=lengths, tokens=tokens)
         self.folder.write_step(trainer.steps_done, metrics)
 
     def on_evaluate(self, trainer: Trainer, metrics: dict[str, Any]) -> None:

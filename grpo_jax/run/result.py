@@ -12,6 +12,7 @@ from grpo_jax.policy import Policy
 from grpo_jax.run.clock import RunClock
 from grpo_jax.run.display import Display
 from grpo_jax.run.folder import RunFolder
+from grpo_jax.run.report import write_report
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.programs import Program
 
@@ -66,6 +67,16 @@ def write_result(
         **clock.summary(programs),
         **({"interrupted_by": signal.Signals(ended_by).name} if ended_by else {}),
     )
+    if folder.writes:
+        write_report_or_warn(folder.path, display)
     distributed.barrier("result written")
     display.report(summary, folder.written() | files)
     return TrainResult(policy, folder.history(), summary, folder.path)
+
+
+def write_report_or_warn(run_dir: Path, display: Display) -> None:
+    """Writes report.html. The run is over and saved: an error of the file system is a warning."""
+    try:
+        write_report(run_dir)
+    except OSError as error:
+        display.warning(f"the report was not written ({error.strerror or error}); grpo-jax report --run {run_dir} writes it")

@@ -41,7 +41,7 @@ from grpo_jax.rollout.shapes import RolloutShapes, evaluation_shapes, prompt_wid
 from grpo_jax.run.callbacks import StepCompletions
 from grpo_jax.run.display import Display
 from grpo_jax.run.inputs import describe_inputs
-from grpo_jax.run.step_metrics import Clock, length_metrics, process_metrics
+from grpo_jax.run.step_metrics import Clock, length_metrics, process_metrics, sampled_logprobs
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.compile_ahead import FutureCall
 from grpo_jax.runtime.memory import in_device_memory, in_host_memory
@@ -280,7 +280,13 @@ class GrpoStep:
             rollouts = distributed.gather_values(clock.seconds["rollout_seconds"])
             metrics |= process_metrics({"rollout_seconds": rollouts, "reward_seconds": scored.seconds_by_process})
         completions = StepCompletions(
-            prompts.prompts, texts, rollout.completion_ids, scored.per_function, advantages, list(rollout.finish_reasons)
+            prompts.prompts,
+            texts,
+            rollout.completion_ids,
+            scored.per_function,
+            advantages,
+            list(rollout.finish_reasons),
+            sampled_logprobs(rollout),
         )
         return state, metrics, completions
 

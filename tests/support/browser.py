@@ -39,7 +39,14 @@ class Browser:
         self._unread = b""
         commands, self._commands = os.pipe()
         self._events, events = os.pipe()
-        options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage", "--disable-extensions")
+        options = (
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-dev-shm-usage",
+            "--disable-extensions",
+        )
         browser = [str(CHROMIUM), *options, f"--user-data-dir={profile}", "--remote-debugging-pipe"]
         # The browser reads commands from file 3 and writes answers to file 4.
         words = ["sh", "-c", f'exec "$@" 3<&{commands} 4>&{events}', "sh", *browser]

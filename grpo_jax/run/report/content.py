@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grpo_jax.run.report.reading import RunReader
+from grpo_jax.run.report.reading import RunReader, Span
 from grpo_jax.run.report.sampling import Choice, choose_completions, curves, group_ranges, is_number, shortened
 
 PARTS = ("rollout_seconds", "reward_seconds", "update_seconds", "compile_seconds")
@@ -24,13 +24,14 @@ def page_data(reader: RunReader) -> dict[str, Any]:
         Values that JSON can hold: `head`, `curves`, `evaluations`, `completions` (of the chosen steps) and `counts`.
     """
     settings = settings_of(reader)
-    choice = choose_completions(reader.completions, group_size(settings))
+    completions = reader.finished_completions()
+    choice = choose_completions(completions, group_size(settings))
     return {
         "head": head(reader, settings),
         "curves": curves(reader.metrics),
         "evaluations": evaluations(reader),
         "completions": [step_completions(reader, settings, step, choice) for step in choice.rows],
-        "counts": counts(reader, choice),
+        "counts": counts(completions, choice),
     }
 
 
@@ -113,9 +114,7 @@ def reproduce(reader: RunReader, settings: Sequence[Mapping[str, Any]], command:
     given = [entry for entry in settings if not is_default(entry) and entry["name"] != "train.run_dir"]
     options = [word for entry in given for word in (f"--{entry['name']}", option_text(entry["value"]))]
     return {
-        "from_folder": shlex.join(
-            ["grpo-jax", command, "--config", str(reader.path / "config.yaml"), "--train.run_dir", again]
-        ),
+        "from_folder": shlex.join(["grpo-jax", command, "--config", str(reader.path / "config.yaml"), "--train.run_dir", again]),
         "alone": shlex.join(["grpo-jax", command, *options, "--train.run_dir", again]),
         "seed": setting(settings, "train.seed"),
         "in_python": [entry["name"] for entry in settings if entry["source"] == "set in Python"],
@@ -132,11 +131,11 @@ def option_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def counts(reader: RunReader, choice: Choice) -> dict[str, int]:
+def counts(completions: Mapping[int, Sequence[Span]], choice: Choice) -> dict[str, int]:
     """How many steps and completions were recorded, and how many of them are on the page."""
     return {
-        "steps": len(reader.completions),
-        "rows": sum(len(spans) for spans in reader.completions.values()),
+        "steps": len(completions),
+        "rows": sum(len(spans) for spans in completions.values()),
         "shown_steps": len(choice.rows),
         "shown_rows": sum(len(rows) for rows in choice.rows.values()),
     }
@@ -211,9 +210,7 @@ def number(value: Any) -> float | int | None:
 def shown_prompt(prompt: Any) -> list[dict[str, str]]:
     """A prompt as messages; a plain text is one without a role."""
     if isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
-        return [
-            {"role": str(message.get("role", "")), "text": shortened(text_of(message.get("content")))} for message in prompt
-        ]
+        return [{"role": str(message.get("role", "")), "text": shortened(text_of(message.get("content")))} for message in prompt]
     return [{"role": "", "text": shortened(text_of(prompt))}]
 
 

@@ -184,6 +184,11 @@ class RunReader:
                     records.append(record)
         return records
 
+    def finished_completions(self) -> dict[int, list[Span]]:
+        """The completions of the steps that have metrics, which are written after them: those of a later step may be incomplete."""
+        last = self.metrics[-1]["step"] if self.metrics else 0
+        return {step: spans for step, spans in self.completions.items() if step <= last}
+
     def json_file(self, name: str) -> Any:
         """The content of a JSON file of the folder; None where it is missing or broken."""
         try:

@@ -38,7 +38,7 @@ function ticks(low, high, count) {
  * A chart.
  *
  * options: title, unit, format (of a value), zero (the axis begins at 0), stacked (series are parts of a sum), onpick(step).
- * Series: {label, colour, steps, values, low, high (a band), dots (points that are few), raw (never smoothed)}; values are numbers or
+ * Series: {label, colour, steps, values, low, high (a band), deviation, dots (points that are few), raw (never smoothed)}; values are numbers or
  * null.
  */
 class Chart {
@@ -70,7 +70,7 @@ class Chart {
     this.lines = this.options.stacked ? stack(this.series) : this.series.map((one) => ({ ...one, shown: one.raw || one.dots ? one.values : smoothed(one.values) }));
     this.measure();
     const grid = svg("g.grid");
-    for (const value of this.flat === null ? ticks(this.low, this.high, 4) : [this.flat]) {
+    for (const value of this.flat === null ? ticks(this.low, this.high, 5) : [this.flat]) {
       const y = this.y(value);
       grid.append(
         svg("line", { x1: EDGE.left, x2: width - EDGE.right, y1: y, y2: y }),
@@ -227,7 +227,7 @@ class Chart {
   tell(step, top) {
     const rows = this.lines.map((line) => {
       const at = nearest(line.steps, step), value = line.values[at];
-      const spread = line.high && value !== null && line.spread !== false ? ` ± ${this.options.format(line.high[at] - value, 2)}` : "";
+      const spread = line.deviation && line.deviation[at] !== null ? ` ± ${this.options.format(line.deviation[at], 3)}` : "";
       const name = this.lines.length > 1 ? h("span", {}, ...visible(line.label)) : null;
       return h(`div.key.c${line.colour}`, {}, h("i", {}), name, h("b", {}, `${this.options.format(value)}${spread}`));
     });

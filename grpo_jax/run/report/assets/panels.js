@@ -65,11 +65,12 @@ function panelSeries(panel, run) {
     if (index || line.dots) return line;
     const spread = panel.spread && values[panel.spread];
     if (spread) {
-      const known = (sign) => line.values.map((value, at) => (value === null || spread[at] === null ? null : value + sign * spread[at]));
-      return { ...line, low: known(-1), high: known(1) };
+      const middle = smoothed(line.values), wide = smoothed(spread);
+      const known = (sign) => middle.map((value, at) => (value === null || wide[at] === null ? null : value + sign * wide[at]));
+      return { ...line, low: known(-1), high: known(1), deviation: spread };
     }
     const [low, high] = (panel.range || []).map((one) => values[one]);
-    return low && high ? { ...line, low, high, spread: false } : line;
+    return low && high ? { ...line, low, high } : line;
   });
 }
 

@@ -73,7 +73,7 @@ class RunPage {
       if (known.length) tile(title, form(mean(known.slice(-10))), said(mean(known.slice(0, 10))));
     };
     ends("reward/mean", "reward", number, (first) => `${number(first)} in the first steps`);
-    ends("loss", "loss", number, (first) => `${number(first)} in the first steps`);
+    if (!("reward/mean" in curves.values)) ends("loss", "loss", number, (first) => `${number(first)} in the first steps`);
     ends("kl_divergence", "KL to the reference", (value) => number(value, 3), () => "nats a token");
     ends("completions/mean_length", "completion length", (value) => number(value, 3), (first) => `tokens; ${number(first, 3)} at first`);
     const all = summary.seconds ?? Object.values(seconds).reduce((sum, value) => sum + value, 0);
@@ -151,12 +151,11 @@ class RunPage {
       command("with the run folder", reproduce.from_folder),
       command("without it: every setting that is no default", reproduce.alone),
       python,
-      h("dl.facts", {}, said.flatMap(([name, value]) => [h("dt", {}, name), h("dd", {}, ...visible(String(value)))])),
+      h("dl.facts", {}, said.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, ...visible(String(value)))))),
     );
   }
 }
 
-const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 
 /** Scrolls to a section; the address has the completions' state and stays. */
 function jump(event) {
@@ -174,16 +173,17 @@ async function ask(path, words) {
 class Live {
   constructor(page) {
     this.page = page;
-    this.generation = -1;
+    this.generation = this.version = -1;
   }
 
   async poll() {
     const from = this.run ? Math.max(0, this.run.curves.steps.length - 1) : 0;
-    const news = await ask("data", { generation: this.generation, every: this.run ? this.run.curves.every : 1, from });
+    const news = await ask("data", { generation: this.generation, version: this.version, every: this.run ? this.run.curves.every : 1, from });
     if (!news.changed) return;
     const anew = news.from === 0;
-    if (anew) this.page.completions.steps.clear();
+    if (news.generation !== this.generation) this.page.completions.steps.clear();
     this.generation = news.generation;
+    this.version = news.version;
     this.run = { ...news, curves: anew ? news.curves : joined(this.run.curves, news.curves, news.from) };
     this.page.show(this.run);
     const chosen = new Set(news.chosen), parts = [];

@@ -119,3 +119,5 @@ function failed(error) {
   document.getElementById("page").replaceChildren(h("p.failed", {}, `This page could not be shown: ${error}`));
   throw error;
 }
+
+const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
