@@ -89,8 +89,8 @@ class TrainConfig:
         eval_slots: Completions that are decoded at once in evaluation, each of another prompt; null takes `rollout.slots`, or
             as many as a step has.
         show_every: Steps between tables of sampled completions on the terminal; 0 shows none.
-        record_tokens: Prompts of each step whose completions are recorded with the text and the log-probability of every token, which
-            the report shows; each such completion takes about three times its space in completions.jsonl. 0 records none.
+        record_tokens: Prompts of each step whose completions are recorded with the text and the log-probability of every token, for
+            the report; each of these completions then takes about three times its space in completions.jsonl. 0 records none.
         quiet: Print plain lines instead of a live progress bar and tables, for logs.
         track: Where metrics are sent in addition to the run folder: `none`, or `wandb` (needs the extra `track`).
         grace_seconds: Longest time that a step may go on after SIGTERM, SIGHUP or the first Ctrl-C. The run then saves its state,

@@ -27,8 +27,8 @@ def recorded_tokens(
         decode: the text of token ids, without special tokens.
 
     Returns:
-        For each, `tokens`, texts that together are the completion's, and `logprobs`, rounded to 2 decimals with None for NaN; {} where
-        the texts of the tokens do not make up the text of the completion.
+        For each, `tokens`, texts that together are the completion's, and `logprobs`, rounded to 2 decimals with None for NaN; {}
+        where the texts of the tokens do not make up the text of the completion.
 
     Example:
         [{"tokens": ["98", ""], "logprobs": [-0.02, -0.01]}]  # the second is a stop token

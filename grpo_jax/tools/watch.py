@@ -22,7 +22,7 @@ from grpo_jax.config import ConfigError
 from grpo_jax.run.report.content import counts, evaluations, group_size, head, settings_of, step_completions
 from grpo_jax.run.report.page import RUN_SCRIPTS, page
 from grpo_jax.run.report.reading import RunReader
-from grpo_jax.run.report.sampling import Choice, choose_completions, curves
+from grpo_jax.run.report.sampling import choose_completions, curves
 from grpo_jax.runtime.safe_text import safe_text
 
 ADDRESS = "127.0.0.1"
@@ -154,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "grpo-jax", ""
 
-    def do_GET(self) -> None:  # noqa: N802 - the name that http.server calls
+    def do_GET(self) -> None:
         port = self.server.server_port
         if self.headers.get("Host") not in (f"{ADDRESS}:{port}", f"localhost:{port}"):
             return self._answer(HTTPStatus.FORBIDDEN, "text/plain", b"this server answers its own pages only\n")
@@ -174,7 +174,8 @@ class Handler(BaseHTTPRequestHandler):
             return self._answer(HTTPStatus.BAD_REQUEST, "text/plain", b"a number is missing, or is none\n")
         return self._answer(HTTPStatus.NOT_FOUND, "text/plain", b"there is nothing here\n")
 
-    do_HEAD = do_GET  # noqa: N815 - as above
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
     def _json(self, value: Any) -> None:
         self._answer(HTTPStatus.OK, "application/json", json.dumps(value, allow_nan=False).encode())

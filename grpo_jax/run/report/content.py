@@ -145,8 +145,8 @@ def step_completions(reader: RunReader, settings: Sequence[Mapping[str, Any]], s
     """The chosen completions of a step.
 
     Returns:
-        `step`; `of`, its number of groups; `functions`, names of the reward functions; and `groups`, each with its `index`, `prompt`
-        and `rows` (see `completion`).
+        `step`; `of`, its number of groups; `functions`, names of the reward functions; and `groups`, each with its `index`,
+        `prompt` and `rows` (see `completion`).
     """
     ranges = group_ranges(len(reader.completions[step]), group_size(settings))
     weights = setting(settings, "rewards.weights")

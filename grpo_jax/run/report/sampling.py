@@ -123,5 +123,5 @@ def mean_of(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a record is a finite number. (Records have null for others.)"""
+    """Whether a value of a record is a finite number; records have null for others."""
     return isinstance(value, int | float) and math.isfinite(value)
