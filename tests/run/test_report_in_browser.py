@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ pytestmark = [
 READY = "document.body.dataset.ready"
 CARDS = "[...document.querySelectorAll('#completions .card')]"
 TEXTS = f"{CARDS}.map((card) => card.querySelector('.text').textContent)"
-TITLES = "[...document.querySelectorAll('.chart')].filter((chart) => !chart.hidden).map((chart) => chart.querySelector('strong').textContent)"
+TITLES = "[...document.querySelectorAll('.chart:not([hidden]) strong')].map((title) => title.textContent)"
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +78,15 @@ def test_the_curves_are_those_of_the_run(browser: Browser, report: str) -> None:
     xs, ys = path[::2], path[1::2]
     assert len(xs) == 40
     # The reward rises along a line: equal distances in both directions, to the tenth of a pixel that paths have.
-    assert {round(later - earlier, 0) for earlier, later in zip(xs, xs[1:], strict=False)} <= {7.0, 8.0}
-    steps = [earlier - later for earlier, later in zip(ys, ys[1:], strict=False)]
+    assert {round(later - earlier, 0) for earlier, later in itertools.pairwise(xs)} <= {7.0, 8.0}
+    steps = [earlier - later for earlier, later in itertools.pairwise(ys)]
     assert max(steps) - min(steps) < 0.25
     assert min(steps) > 0
     points = "document.querySelectorAll('.chart')[1].querySelectorAll('circle').length"
     assert browser.value(points) == 5  # evaluations
     # Pointing at a chart tells the values of a step, and clicking shows its completions.
-    box = browser.value(
-        "(() => { const box = document.querySelector('.chart svg').getBoundingClientRect(); return [box.right - 12, box.y + 80] })()"
-    )
+    edge = "document.querySelector('.chart svg').getBoundingClientRect()"
+    box = browser.value(f"[{edge}.right - 12, {edge}.y + 80]")
     for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
         button = "none" if kind == "mouseMoved" else "left"
         browser.call("Input.dispatchMouseEvent", type=kind, x=box[0], y=box[1], button=button, clickCount=1)
@@ -112,9 +112,8 @@ def test_completions_are_shown_and_filtered(browser: Browser, report: str) -> No
     browser.type("input[name=least]", "1.1")
     # right + form / 2 is 1.25 in the rows 2, 4 and 6 of the 40 steps.
     browser.wait("document.querySelector('.said').textContent.startsWith('120 of the 320')")
-    browser.value(
-        "(() => { const field = document.querySelector('select[name=reason]'); field.value = 'length'; field.dispatchEvent(new Event('change')) })()"
-    )
+    field = "document.querySelector('select[name=reason]')"
+    browser.value(f"{field}.value = 'length', {field}.dispatchEvent(new Event('change'))")
     browser.wait("document.querySelector('.said').textContent.startsWith('0 of the 320')")
     browser.type("input[name=least]", "0.2")
     browser.wait("document.querySelector('.said').textContent.startsWith('80 of the 320')")  # rows 3 and 7
@@ -177,8 +176,7 @@ def test_a_script_that_gets_into_the_page_does_not_run(browser: Browser, report:
     inject = "const one = document.createElement('script'); one.textContent = 'window.hacked = 1'; document.body.append(one)"
     browser.value(f"(() => {{ {inject} }})()")
     assert browser.value("window.hacked") is None
-    browser.wait("true")
-    assert any("Content Security Policy" in problem for problem in browser.problems)
+    browser.until(lambda: any("Content Security Policy" in problem for problem in browser.problems))
 
 
 def test_a_run_is_watched_while_it_goes_on(browser: Browser, tmp_path: Path) -> None:

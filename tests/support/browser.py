@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,15 @@ from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 """The browser; None where there is none."""
+
+START = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(word), fcntl.F_DUPFD, 10) for word in sys.argv[1:3]]
+os.dup2(ends[0], 3)
+os.dup2(ends[1], 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""A program that becomes the browser, with the pipes where it looks for them."""
 
 LIMIT_SECONDS = 120.0
 """Longest wait for an answer or a condition: only a browser that hangs reaches it."""
@@ -49,7 +59,7 @@ class Browser:
         )
         browser = [str(CHROMIUM), *options, f"--user-data-dir={profile}", "--remote-debugging-pipe"]
         # The browser reads commands from file 3 and writes answers to file 4.
-        words = ["sh", "-c", f'exec "$@" 3<&{commands} 4>&{events}', "sh", *browser]
+        words = [sys.executable, "-c", START, str(commands), str(events), *browser]
         self._process = subprocess.Popen(
             words, pass_fds=(commands, events), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -119,12 +129,17 @@ class Browser:
         return answer["result"].get("value")
 
     def wait(self, expression: str) -> None:
-        """Waits until an expression is true."""
+        """Waits until an expression is true in the page."""
+        self.until(lambda: self.value(f"Boolean({expression})"), expression)
+
+    def until(self, done: Callable[[], bool], what: str = "it") -> None:
+        """Waits until something is true, and takes up what the page says meanwhile."""
         end = time.monotonic() + LIMIT_SECONDS
-        while not self.value(f"Boolean({expression})"):
+        while not done():
             if time.monotonic() > end:
-                raise TimeoutError(f"{expression} is still false; the console said {self.problems}")
+                raise TimeoutError(f"{what} is still false; the console said {self.problems}")
             time.sleep(0.05)
+            self.value("0")
 
     def type(self, selector: str, text: str) -> None:
         """Types into a field, in place of what it has."""
