@@ -18,7 +18,7 @@ MOST_POINTS = 2000
 TEXT_CHARACTERS = 16_000
 """Longest text of a prompt or completion on the page; the middle of a longer one is left out."""
 
-COMPLETION_BYTES = 6_000_000
+COMPLETION_BYTES = 7_500_000
 """Limit of the completions of a page, as lines of completions.jsonl, before compression."""
 
 LIMITS: tuple[tuple[int, int | None], ...] = (

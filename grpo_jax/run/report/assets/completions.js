@@ -49,6 +49,7 @@ class Completions {
       field("Ended by", select("reason", ["", "anything"])),
       field("Order", select("order", ["recorded", "as sampled"], ["best", "best first"], ["worst", "worst first"])),
       h("label.check", {}, (this.shadeInput = h("input", { type: "checkbox", name: "shade", checked: true, onchange: set("shade") })), "shade by probability"),
+      h("span.scale", {}, "certain", [0, 2, 4, 6, 8].map((level) => h(`i.t${level}`)), `e${minus(String(LOWEST_LOGPROB))} and less`),
       this.clear,
     );
     return h("div.controls", {}, this.where, filter);
