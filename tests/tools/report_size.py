@@ -42,9 +42,8 @@ def main() -> None:
     size = (folder / "completions.jsonl").stat().st_size
     started = time.perf_counter()
     path = write_report(folder)
-    print(
-        f"completions.jsonl {size / 1e6:.0f} MB; report.html {path.stat().st_size / 1e6:.2f} MB in {time.perf_counter() - started:.1f} s"
-    )
+    seconds = time.perf_counter() - started
+    print(f"completions.jsonl {size / 1e6:.0f} MB; report.html {path.stat().st_size / 1e6:.2f} MB in {seconds:.1f} s")
     with tempfile.TemporaryDirectory() as profile:
         browser = Browser(Path(profile))
         try:
