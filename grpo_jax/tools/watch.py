@@ -91,8 +91,8 @@ class WatchedRun:
             start: number of points that the page need not get again; the last one may have changed.
 
         Returns:
-            `changed` false where nothing is new; else as `content.page_data`, with the curves `from` a point on, and with `chosen`,
-            the steps whose completions the page asks for, in the place of the completions.
+            `changed` false where nothing is new; else as `content.page_data`, with the curves `from` a point on, and without
+            completions but with `chosen`, the steps whose completions the page asks for.
         """
         with self._lock:
             self.reader.refresh()

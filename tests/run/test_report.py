@@ -70,6 +70,18 @@ def test_a_short_run_is_shown_whole(tmp_path: Path) -> None:
     assert rows[1]["logprobs"][2:] == [-0.2, -0.3, -0.4, -0.5, -0.6, None]
 
 
+def test_a_supervised_warm_up_has_no_rewards_and_no_parts(tmp_path: Path) -> None:
+    append(tmp_path / "metrics.jsonl", *({"step": step, "loss": 2, "step_seconds": 1, "compile_seconds": 0} for step in (1, 2)))
+    data = data_of(write_report(tmp_path, tmp_path / "page.html").read_text())
+    assert data["head"]["kind"] == "supervised warm-up"
+    assert data["head"]["reproduce"]["alone"] == f"grpo-jax sft --train.run_dir {tmp_path}-again"
+    assert data["head"]["seconds"] == {
+        "rollout_seconds": 0, "reward_seconds": 0, "update_seconds": 0, "compile_seconds": 0, "rest_seconds": 2
+    }  # fmt: skip
+    assert data["curves"]["values"]["loss"] == [2, 2]
+    assert (data["completions"], data["evaluations"], data["head"]["settings"]) == ([], [], [])
+
+
 def test_a_command_makes_the_run_again(tmp_path: Path) -> None:
     folder = made_run(tmp_path / "a run")
     made = page_data(read(folder))["head"]["reproduce"]

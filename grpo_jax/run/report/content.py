@@ -83,7 +83,7 @@ def is_supervised(reader: RunReader) -> bool:
 
 def seconds(reader: RunReader, summary: Mapping[str, Any]) -> dict[str, float]:
     """Seconds of the whole run by part of a step, and `other`, outside of steps: evaluations, checkpoints, start."""
-    totals = {name: sum(numbers(reader, name)) for name in PARTS}
+    totals = {name: float(sum(numbers(reader, name))) for name in PARTS}
     steps = sum(numbers(reader, "step_seconds")) + totals["compile_seconds"]
     totals["rest_seconds"] = max(0.0, steps - sum(totals.values()))
     if is_number(summary.get("seconds")):
@@ -93,7 +93,7 @@ def seconds(reader: RunReader, summary: Mapping[str, Any]) -> dict[str, float]:
 
 def numbers(reader: RunReader, name: str) -> list[float]:
     """The finite values of a metric."""
-    return [value for record in reader.metrics if is_number(value := record.get(name))]
+    return [float(value) for record in reader.metrics if is_number(value := record.get(name))]
 
 
 def evaluations(reader: RunReader) -> list[dict[str, Any]]:

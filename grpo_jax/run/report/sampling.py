@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from grpo_jax.run.report.reading import Span
 
@@ -122,6 +122,6 @@ def mean_of(records: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return float(f"{sum(numbers) / len(numbers):.6g}") if numbers else None
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[int | float]:
     """Whether a value of a record is a finite number; records have null for others."""
     return isinstance(value, int | float) and math.isfinite(value)
