@@ -1,4 +1,4 @@
-"""The command line: `grpo-jax train | sft | eval | generate | export | verify | doctor | plan | bench | profile | quickstart`.
+"""The command line: `grpo-jax train | sft | eval | generate | export | verify | doctor | plan | bench | profile | report | ...`.
 
 Each command parses its options, builds the config and calls one function of the package. JAX is imported when a command runs,
 never for `--help`. `config/command_line.py` has the grammar. Exit status: 0; 2 for a mistake of the user's (one block on standard
@@ -142,6 +142,28 @@ def doctor(arguments: argparse.Namespace) -> int:
     return FOUND if found.findings else 0
 
 
+def report(arguments: argparse.Namespace) -> None:
+    """`grpo-jax report`."""
+    from grpo_jax.run.report import write_report
+
+    print(f"wrote {safe_text(str(write_report(arguments.run, arguments.out)), one_line=True)}")
+
+
+def watch(arguments: argparse.Namespace) -> None:
+    """`grpo-jax watch`."""
+    from grpo_jax.tools.watch import watch as run
+
+    run(arguments.run, arguments.port)
+
+
+def compare(arguments: argparse.Namespace) -> None:
+    """`grpo-jax compare`."""
+    from grpo_jax.tools.compare import compare as run
+
+    for line in run(arguments.runs, arguments.out):
+        print(safe_text(line, one_line=True))
+
+
 def quickstart(arguments: argparse.Namespace) -> None:
     """`grpo-jax quickstart`."""
     from grpo_jax.tools.quickstart import quickstart as run
@@ -221,6 +243,9 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "plan": plan,
     "bench": bench,
     "profile": profile,
+    "report": report,
+    "watch": watch,
+    "compare": compare,
     "quickstart": quickstart,
 }
 """The function of each command."""

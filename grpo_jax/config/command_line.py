@@ -147,6 +147,18 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--python", action="store_true", help="trace calls of Python functions too, which slows the host down")
     add_settings(made)
 
+    made = command("report", "write report.html of a run: curves, completions and settings as one page without a network")
+    made.add_argument("--run", required=True, metavar="DIR", help="run folder, of a finished run or one that goes on")
+    made.add_argument("--out", metavar="FILE", help="page to write (default: report.html in the run folder)")
+
+    made = command("watch", "show the report of a run while it goes on, in a browser on this machine")
+    made.add_argument("--run", required=True, metavar="DIR", help="run folder")
+    made.add_argument("--port", type=port_number, default=0, metavar="N", help="on 127.0.0.1 (default: a free one)")
+
+    made = command("compare", "write a page with the curves of several runs, and print the settings that differ")
+    made.add_argument("runs", nargs="+", metavar="RUN", help="run folder; at least two")
+    made.add_argument("--out", default="compare.html", metavar="FILE", help="page to write (default compare.html)")
+
     made = command("quickstart", "make a small model and task, warm it up, and watch GRPO improve it")
     made.add_argument("--run_dir", default="runs/quickstart", metavar="DIR", help="default runs/quickstart")
     return top
@@ -189,6 +201,14 @@ def positive(word: str) -> int:
     number = int(word)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
+def port_number(word: str) -> int:
+    """A port, or 0 for any free one, for argparse."""
+    number = int(word)
+    if not 0 <= number <= 65535:
+        raise argparse.ArgumentTypeError(f"{number} is not a port: use 0 (a free one) to 65535")
     return number
 
 

@@ -117,6 +117,8 @@ class TrainConfig:
         eval_slots: Completions that are decoded at once in evaluation, each of another prompt; null takes `rollout.slots`, or
             as many as a step has.
         show_every: Steps between tables of sampled completions on the terminal; 0 shows none.
+        record_tokens: Prompts of each step whose completions are recorded with the text and the log-probability of every token, for
+            the report; each of these completions then takes about three times its space in completions.jsonl. 0 records none.
         quiet: Print plain lines instead of a live progress bar and tables, for logs.
         track: Where metrics are sent in addition to the run folder: `none`, or `wandb` (needs the extra `track`).
         grace_seconds: Longest time that a step may go on after SIGTERM, SIGHUP or the first Ctrl-C. The run then saves its state,
@@ -149,6 +151,7 @@ class TrainConfig:
     eval_kl: bool = False
     eval_slots: int | None = None
     show_every: int = 10
+    record_tokens: int = 1
     quiet: bool = False
     track: Literal["none", "wandb"] = "none"
     grace_seconds: float = 20.0
@@ -178,6 +181,7 @@ class TrainConfig:
         require(self.eval_slots is None or self.eval_slots >= 1, "train.eval_slots", self.eval_slots, "use at least 1, or null")
         require(self.grace_seconds >= 0, "train.grace_seconds", self.grace_seconds, "use 0 (abandon the step at once) or more")
         require(self.show_every >= 0, "train.show_every", self.show_every, "use 0 (never) or a number of steps")
+        require(self.record_tokens >= 0, "train.record_tokens", self.record_tokens, "use 0 (none) or a number of prompts")
         require(
             self.micro_batch_tokens is None or (self.micro_batch_prompts is None and self.micro_batch_completions is None),
             "train.micro_batch_tokens",

@@ -16,6 +16,7 @@ import numpy as np
 from grpo_jax.data.ledger import PromptResults
 from grpo_jax.run.display import Display, step_values
 from grpo_jax.run.folder import RunFolder
+from grpo_jax.run.token_records import recorded_tokens
 
 if TYPE_CHECKING:
     from grpo_jax.trainer import Trainer
@@ -34,6 +35,8 @@ class StepCompletions:
         finish_reasons: N of "stop" or "length".
         results: what the step found out about all prompts that it drew; None where they are made up.
         columns: the dataset's other columns, as rewards get them: B values each.
+        logprobs: N arrays of nats per token, under the distribution that the token was drawn from; NaN where the model has not
+            sampled the token. None where they are not known.
     """
 
     prompts: list[Any]
@@ -44,6 +47,7 @@ class StepCompletions:
     finish_reasons: list[Any]
     results: PromptResults | None = None
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    logprobs: list[np.ndarray] | None = None
 
 
 MAX_COMPILATIONS = 6
@@ -88,8 +92,10 @@ class RecordsCallback(Callback):
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any], completions: StepCompletions | None) -> None:
         if completions is not None:
             lengths = [len(ids) for ids in completions.ids]
-            columns = completion_columns(completions)
-            self.folder.write_completions(trainer.steps_done, *columns, lengths=lengths, columns=completions.columns)
+            rows = trainer.config.train.record_tokens * (len(lengths) // len(completions.prompts))
+            tokens = recorded_tokens(completions.ids, completions.logprobs, rows, trainer.tokenizer.decode) if rows else []
+            records = completion_columns(completions)
+            self.folder.write_completions(trainer.steps_done, *records, lengths=lengths, columns=completions.columns, tokens=tokens)
             if completions.results is not None:
                 self.folder.write_ledger(trainer.steps_done, completions.results.record())
         self.folder.write_step(trainer.steps_done, metrics)

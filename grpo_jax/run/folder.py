@@ -5,7 +5,8 @@
     metrics.jsonl       one object a step: {"step": 1, "reward/mean": 0.4, ...}; null is a number that is not finite
     evaluations.jsonl   one object an evaluation: {"step": 0, "accuracy": 0.41, "problems": 256}
     completions.jsonl   one object a completion: step, prompt, completion, rewards by function, advantage, finish_reason,
-                        completion_tokens, columns (of the dataset, as rewards get them; long values are shortened)
+                        completion_tokens, columns (of the dataset, as rewards get them; long values are shortened); of the
+                        step's first prompts also tokens and logprobs
     ledger.jsonl        one object a step: rows that were drawn, and of each the number of completions with a reward, the sum of
                         their rewards, and how many are right
     tensorboard/        the same metrics for TensorBoard
@@ -13,6 +14,7 @@
     checkpoints/        written by `grpo_jax.run.checkpoint`
     summary.json        the result, and what it was computed with
     curves.png          the metrics as a picture
+    report.html         curves, completions and settings as a page, written by `grpo_jax.run.report`
 
 Steps are numbered by how many are finished: the first is 1, and 0 is before it. Of several processes that train together one
 writes; the others open the folder with `writes=False` and only read. The one that writes has the folder's lock (`lock.py`): a
@@ -39,6 +41,7 @@ from grpo_jax.run.summary import summarize
 from grpo_jax.runtime.files import replacing
 
 FILES = {
+    "report.html": "curves, completions and settings: open it in a browser",
     "curves.png": "reward, KL, accuracy and length over the steps",
     "summary.json": "the result, versions and devices",
     "metrics.jsonl": "every metric of every step",
@@ -199,6 +202,7 @@ class RunFolder:
         *,
         lengths: Sequence[int],
         columns: Mapping[str, Sequence[Any]] | None = None,
+        tokens: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """Writes the completions of a step.
 
@@ -211,6 +215,7 @@ class RunFolder:
             finish_reasons: N of "stop" or "length".
             lengths: N, in tokens, with the stop token.
             columns: what the rewards got of the dataset, B values each; long ones are written shortened.
+            tokens: of the first rows, more entries of the record, as `recorded_tokens` returns them.
         """
         if not self.writes:
             return
@@ -228,6 +233,7 @@ class RunFolder:
                     "finish_reason": reason,
                     "completion_tokens": length,
                     **({"columns": given[row // group]} if columns else {}),
+                    **(tokens[row] if row < len(tokens) else {}),
                 }
                 for row, (completion, advantage, reason, length) in enumerate(rows)
             )

@@ -14,6 +14,7 @@ from grpo_jax.run.clock import RunClock
 from grpo_jax.run.display import Display
 from grpo_jax.run.doctor.report import diagnose_folder
 from grpo_jax.run.folder import RunFolder
+from grpo_jax.run.report import write_report
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.programs import Program
 
@@ -74,6 +75,8 @@ def write_result(
         **({} if diagnosed is None else findings_of(folder, diagnosed)),
         **({"interrupted_by": signal.Signals(ended_by).name} if ended_by else {}),
     )
+    if folder.writes:
+        write_report_or_warn(folder.path, display)
     distributed.barrier("result written")
     display.report(summary, folder.written() | files)
     return TrainResult(policy, folder.history(), summary, folder.path)
@@ -84,3 +87,11 @@ def findings_of(folder: RunFolder, config: Config) -> dict[str, Any]:
     if not any("reward/mean" in metrics for metrics in folder.history()):
         return {}
     return {"findings": [finding.to_json() for finding in diagnose_folder(folder.path, config).findings]}
+
+
+def write_report_or_warn(run_dir: Path, display: Display) -> None:
+    """Writes report.html. The run is over and saved: an error of the file system is a warning."""
+    try:
+        write_report(run_dir)
+    except OSError as error:
+        display.warning(f"the report was not written ({error.strerror or error}); grpo-jax report --run {run_dir} writes it")

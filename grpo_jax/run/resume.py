@@ -32,6 +32,7 @@ FREE_ON_RESUME = (
     "train.micro_batch_prompts",
     "train.micro_batch_tokens",
     "train.quiet",
+    "train.record_tokens",
     "train.run_dir",
     "train.save_every",
     "train.show_every",

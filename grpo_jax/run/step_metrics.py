@@ -28,6 +28,13 @@ def length_metrics(rollout: Rollout) -> dict[str, float]:
     return metrics
 
 
+def sampled_logprobs(rollout: Rollout) -> list[np.ndarray]:
+    """N arrays of log-probabilities in nats, one per token; NaN where the model has not sampled the token."""
+    if rollout.sampled is None:
+        return rollout.logprobs
+    return [np.where(own, values, np.nan) for own, values in zip(rollout.sampled, rollout.logprobs, strict=True)]
+
+
 LISTED_PROCESSES = 16
 """Runs of at most so many processes have the times of each in their metrics."""
 

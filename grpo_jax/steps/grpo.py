@@ -45,7 +45,7 @@ from grpo_jax.run.callbacks import StepCompletions
 from grpo_jax.run.display import Display
 from grpo_jax.run.doctor.ranges import check_stop_on, setting_notes
 from grpo_jax.run.inputs import describe_inputs, tagged
-from grpo_jax.run.step_metrics import Clock, length_metrics, process_metrics
+from grpo_jax.run.step_metrics import Clock, length_metrics, process_metrics, sampled_logprobs
 from grpo_jax.run.variety import variety_metrics
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.compile_ahead import FutureCall
@@ -280,6 +280,7 @@ class GrpoStep:
             scored.per_function,
             advantages if numbers is None else spread_out(advantages, numbers, groups.generations),
             list(rollout.finish_reasons),
+            logprobs=sampled_logprobs(rollout),
             columns=prompts.columns,
             results=None if self.choice is None else self.choice.results(filled.drawn, filled.used),
         )

@@ -209,7 +209,8 @@ def test_the_command_prints_titles_with_numbers_and_status_3(tmp_path: Path, cap
     assert (said["steps"], len(said["findings"]), said["notes"]) == (40, 1, [lines[-1]])
     (finding,) = said["findings"]
     assert (finding["name"], finding["title"]) == ("kl_explosion", "KL explosion")
-    assert finding["evidence"] == [{"metric": "kl_divergence", "steps": [[36, 40]], "values": [2.0]}]
+    assert (finding["evidence"], finding["setting"][:5]) == (["kl_divergence 2 (steps 36 to 40)"], "lower")
+    assert finding["values"] == [{"metric": "kl_divergence", "steps": [[36, 40]], "values": [2.0]}]
 
 
 def test_a_healthy_run_has_no_findings_and_status_0(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,7 +323,7 @@ def test_completions_without_any_reward_are_shown_while_the_run_goes_on() -> Non
     watched = Watched()
     rewards = {"right": np.zeros(4, np.float32)}
     shown = StepCompletions(
-        ["1+1=", "2+2="], ["a", "b", "c", "d"], [[1]] * 4, rewards, np.zeros(4), ["stop"] * 4, {"answer": ["2", "4"]}
+        ["1+1=", "2+2="], ["a", "b", "c", "d"], [[1]] * 4, rewards, np.zeros(4), ["stop"] * 4, columns={"answer": ["2", "4"]}
     )
     for _ in range(5):
         watched.step({"reward/mean": 0.0, "reward/std": 0.0, "rewards/right/mean": 0.0}, shown)

@@ -82,7 +82,8 @@ class Finding:
 
     def to_json(self) -> dict[str, Any]:
         """As a dict that JSON can hold."""
-        return asdict(self)
+        text = {"name": self.name, "title": self.title, "kind": self.kind, "evidence": [str(one) for one in self.evidence]}
+        return text | {"cause": self.cause, "setting": self.fix, "values": [asdict(one) for one in self.evidence]}
 
 
 def diagnose(rules: Sequence[Rule], history: RunHistory) -> list[Finding]:
