@@ -17,7 +17,7 @@ import numpy as np
 
 from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig, RolloutConfig
 from grpo_jax.config.checks import require, require_choice
-from grpo_jax.data.tokenizer import Tokenizer, read_stop_ids
+from grpo_jax.data.tokenizer import Tokenizer, read_stop_ids, read_template_file
 from grpo_jax.learner.logprobs import completion_logprobs
 from grpo_jax.learner.scoring import check_rows, score_ids
 from grpo_jax.models.spec import ModelError, ModelSpec
@@ -161,7 +161,7 @@ class Policy:
     def from_config(config: Config) -> Policy:
         """Reads the policy that a config starts from: its `model`, `lora`, `mesh` and `train.seed`. Errors as `from_pretrained`."""
         assert config.model.path is not None
-        return Policy.from_pretrained(
+        policy = Policy.from_pretrained(
             config.model.path,
             lora=config.lora,
             dtype=config.model.dtype,
@@ -170,6 +170,7 @@ class Policy:
             seed=config.train.seed,
             mesh=config.mesh,
         )
+        return with_template(policy, config)
 
     def trainable(self) -> Params:
         """A float32 copy of what training changes: the adapters, or every weight where there are none."""
@@ -339,19 +340,18 @@ class Policy:
             raise ModelError("this policy has no adapters (every weight is trained): use save_merged")
         adapters = self.on_host(self.adapters)
         if is_main():
-            save_adapter(Path(folder), self.spec, adapters, self.lora, self.name)
+            save_adapter(Path(folder), self.spec, adapters, self.lora, self.name, self.tokenizer)
         return Path(folder)
 
     def save_merged(self, folder: str | Path) -> Path:
         """Writes the whole model with the adapters multiplied in.
 
-        Tensor names, dtypes, shards, config and tokenizer are the original's. Adapters of a quantised model are added to the
-        original's
-        weights, which are read again: the merged model is not rounded, so its log-probabilities differ a little. All processes of
+        Tensor names, dtypes, shards and config are the original's; the tokenizer is the policy's, with its chat template. Adapters
+        of a quantised model are added to the original's weights, which are read again: the merged model is not rounded, so its log-probabilities differ a little. All processes of
         a run make this call, and the first one writes.
         """
         read = merged_weights(self.spec, self.params, self.adapters, self.lora, self.folder, self.on_host)
-        save_merged(Path(folder), self.folder, self.spec, read, writes=is_main())
+        save_merged(Path(folder), self.folder, self.spec, read, writes=is_main(), tokenizer=self.tokenizer)
         return Path(folder)
 
 
@@ -359,6 +359,19 @@ def sampler_of(policy: Policy) -> Sampler:
     """Builds a sampler of a policy's model. Stop strings are looked for in text without special tokens, as rewards see it."""
     text_of = None if policy.tokenizer is None else policy.tokenizer.decode
     return Sampler.build(policy.model, policy.stop_ids, decode_text=text_of, quantization=quantization_of(policy.params))
+
+
+def with_template(policy: Policy, config: Config) -> Policy:
+    """The policy with the chat template of `data.chat_template_file`, if one is named; its tokenizer is a new one then.
+
+    Raises:
+        ConfigError: the file cannot be read.
+        ModelError: the policy has no tokenizer.
+    """
+    file = config.data.chat_template_file
+    if file is None:
+        return policy
+    return replace(policy, tokenizer=policy.need_tokenizer().with_chat_template(read_template_file(file)), _sampler=[], _scorer=[])
 
 
 def config_with_policy(config: Config, policy: Policy) -> Config:

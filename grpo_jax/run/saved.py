@@ -30,6 +30,7 @@ def checkpoint_values(policy: Policy, supervised: bool) -> dict[str, Any]:
         "quantization": quantization_of(policy.params),
         "lora": None if policy.lora is None else asdict(policy.lora),
         "supervised": supervised,
+        "chat_template": None if policy.tokenizer is None else policy.tokenizer.own_template,
     }
 
 
@@ -53,6 +54,9 @@ def load_run(run_dir: str | Path) -> tuple[Config, Policy]:
         mesh = available_mesh(config, read_folder_spec(find_model(source)), adapters=lora is not None)
         base = Policy.from_pretrained(source, dtype=values["dtype"], quantization=values.get("quantization", "none"), mesh=mesh)
         policy = replace(base, name=values["name"], lora=lora, adapters=None if lora is None else {})
+        template = values.get("chat_template")
+        if template is not None and policy.tokenizer is not None:
+            policy = replace(policy, tokenizer=policy.tokenizer.with_chat_template(template))
         trainable = checkpoints.restore_part("trainable", lambda tree: shardings_of(policy, tree))
     return config, policy.with_trained(trainable)
 
