@@ -32,6 +32,8 @@ from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import FinishReason, Params, Prompt
 from grpo_jax.weights.axes import check_mesh, model_axes
 from grpo_jax.weights.export import merged_weights, save_merged
+from grpo_jax.weights.gguf.export import save_gguf, save_gguf_adapter
+from grpo_jax.weights.gguf.files import GgufType
 from grpo_jax.weights.hf import find_model, read_folder_spec
 from grpo_jax.weights.loading import load_params
 from grpo_jax.weights.lora import init_lora, load_adapter, save_adapter
@@ -353,6 +355,52 @@ class Policy:
         read = merged_weights(self.spec, self.params, self.adapters, self.lora, self.folder, self.on_host)
         save_merged(Path(folder), self.folder, self.spec, read, writes=is_main(), tokenizer=self.tokenizer)
         return Path(folder)
+
+    def save_gguf(
+        self,
+        folder: str | Path,
+        gguf_type: GgufType = "f16",
+        *,
+        temperature: float | None = None,
+        template_arguments: dict[str, Any] | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> Path:
+        """Writes the model with the adapters multiplied in as `model-<type>.gguf`, for llama.cpp and Ollama, with a Modelfile.
+
+        Args:
+            gguf_type: `f16`, `bf16`, `q8_0` or `q4_1`: of matrices; what has one dimension is float32.
+            temperature: of the Modelfile; None leaves it to Ollama.
+            template_arguments: of the chat template, for the Modelfile.
+            note: called with what is different in llama.cpp and Ollama.
+
+        Raises:
+            ModelError: the package gguf is missing, or llama.cpp cannot compute this model.
+        """
+        read = merged_weights(self.spec, self.params, self.adapters, self.lora, self.folder, self.on_host)
+        settings: dict[str, Any] = {"temperature": temperature, "template_arguments": template_arguments, "writes": is_main()}
+        name = own_name(self)
+        notes = save_gguf(Path(folder), self.spec, read, self.folder, self.tokenizer, gguf_type, name=name, **settings)
+        for line in notes if note is not None else ():
+            note(line)  # type: ignore[misc] - there is one
+        return Path(folder)
+
+    def save_gguf_adapter(self, folder: str | Path) -> Path:
+        """Writes the adapters as `adapter.gguf`, a LoRA for llama.cpp, float32.
+
+        Raises:
+            ModelError: the policy has no adapters; or as `save_gguf`.
+        """
+        if self.adapters is None or self.lora is None:
+            raise ModelError("this policy has no adapters (every weight is trained): use save_gguf")
+        adapters = self.on_host(self.adapters)
+        if is_main():
+            save_gguf_adapter(Path(folder), self.spec, adapters, self.lora, own_name(self))
+        return Path(folder)
+
+
+def own_name(policy: Policy) -> str:
+    """The last part of the path or hub id that a policy's model has."""
+    return Path(policy.name).name or "model"
 
 
 def sampler_of(policy: Policy) -> Sampler:
