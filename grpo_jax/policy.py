@@ -38,7 +38,10 @@ from grpo_jax.weights.hf import find_model, read_folder_spec
 from grpo_jax.weights.loading import load_params
 from grpo_jax.weights.lora import init_lora, load_adapter, save_adapter
 from grpo_jax.weights.mesh_choice import choose_mesh
+from grpo_jax.weights.model_card import RunFacts
+from grpo_jax.weights.publish import push_policy
 from grpo_jax.weights.quantize import quantization_of
+from grpo_jax.weights.usage import Kind
 from grpo_kernels.target import platform
 
 
@@ -349,8 +352,8 @@ class Policy:
         """Writes the whole model with the adapters multiplied in.
 
         Tensor names, dtypes, shards and config are the original's; the tokenizer is the policy's, with its chat template. Adapters
-        of a quantised model are added to the original's weights, which are read again: the merged model is not rounded, so its log-probabilities differ a little. All processes of
-        a run make this call, and the first one writes.
+        of a quantised model are added to the original's weights, which are read again: the merged model is not rounded, so its
+        log-probabilities differ a little. All processes of a run make this call, and the first one writes.
         """
         read = merged_weights(self.spec, self.params, self.adapters, self.lora, self.folder, self.on_host)
         save_merged(Path(folder), self.folder, self.spec, read, writes=is_main(), tokenizer=self.tokenizer)
@@ -378,11 +381,45 @@ class Policy:
         """
         read = merged_weights(self.spec, self.params, self.adapters, self.lora, self.folder, self.on_host)
         settings: dict[str, Any] = {"temperature": temperature, "template_arguments": template_arguments, "writes": is_main()}
-        name = own_name(self)
+        name = Path(self.name).name
         notes = save_gguf(Path(folder), self.spec, read, self.folder, self.tokenizer, gguf_type, name=name, **settings)
         for line in notes if note is not None else ():
             note(line)  # type: ignore[misc] - there is one
         return Path(folder)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        format: Kind | None = None,
+        *,
+        facts: RunFacts | None = None,
+        gguf_type: GgufType | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        message: str | None = None,
+    ) -> str:
+        """Uploads the policy to the Hugging Face hub, with a model card.
+
+        Args:
+            repo: `owner/name`; made where it does not exist.
+            format: `adapter`, `merged`, `gguf` or `gguf-lora`; None is the adapter, or the whole model where there is none.
+            facts: of its run, for the card; `TrainResult.push_to_hub` gives them.
+            gguf_type: as of `save_gguf`.
+            private: of a new repository; None is the account's own default.
+            token: None takes the one of `hf auth login` or HF_TOKEN.
+            revision: branch, made where it does not exist.
+            message: of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            HubError: no token, one that may not write, or a hub that does not answer.
+            ModelError: it cannot be exported in this format.
+        """
+        options: dict[str, Any] = {"private": private, "token": token, "revision": revision, "message": message}
+        return push_policy(self, repo, format, facts=facts, gguf_type=gguf_type, **options)
 
     def save_gguf_adapter(self, folder: str | Path) -> Path:
         """Writes the adapters as `adapter.gguf`, a LoRA for llama.cpp, float32.
@@ -394,13 +431,8 @@ class Policy:
             raise ModelError("this policy has no adapters (every weight is trained): use save_gguf")
         adapters = self.on_host(self.adapters)
         if is_main():
-            save_gguf_adapter(Path(folder), self.spec, adapters, self.lora, own_name(self))
+            save_gguf_adapter(Path(folder), self.spec, adapters, self.lora, Path(self.name).name)
         return Path(folder)
-
-
-def own_name(policy: Policy) -> str:
-    """The last part of the path or hub id that a policy's model has."""
-    return Path(policy.name).name or "model"
 
 
 def sampler_of(policy: Policy) -> Sampler:

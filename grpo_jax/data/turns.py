@@ -22,7 +22,7 @@ TRIED = ("You are brief.", "How are you?\nTell me.", "Fine.\n\n1. yes", "Why, f√
 
 @dataclass(frozen=True)
 class ChatTurns:
-    """The texts around the messages of a conversation that ends with the user.
+    r"""The texts around the messages of a conversation that ends with the user.
 
     Attributes:
         start: before the first user message where there is no system message.
@@ -33,7 +33,7 @@ class ChatTurns:
         last_system: the same where the template puts the system message before the *last* user message, and there is more than one.
 
     Example:
-        ChatTurns("<|im_start|>user\\n", "<|im_end|>\\n<|im_start|>assistant\\n", "<|im_end|>\\n<|im_start|>user\\n", ...)
+        ChatTurns("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n<|im_start|>user\n", ...)
     """
 
     start: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from grpo_jax.run.display import Display
 from grpo_jax.run.folder import RunFolder
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.programs import Program
+from grpo_jax.weights.model_card import RunFacts, write_card
+from grpo_jax.weights.publish import usage_of
+from grpo_jax.weights.usage import Kind
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,10 @@ class TrainResult:
     history: list[dict[str, Any]]
     summary: dict[str, Any]
     run_dir: Path
+
+    def push_to_hub(self, repo: str, format: Kind | None = None, **options: Any) -> str:
+        """Uploads the trained policy with a model card of this run; arguments and errors as of `Policy.push_to_hub`."""
+        return self.policy.push_to_hub(repo, format, facts=RunFacts.of(self.run_dir), **options)
 
 
 def write_result(
@@ -66,6 +74,17 @@ def write_result(
         **clock.summary(programs),
         **({"interrupted_by": signal.Signals(ended_by).name} if ended_by else {}),
     )
+    if folder.writes and policy.lora is not None:
+        write_card(folder.path / "adapter", policy.name, policy.lora, "adapter", RunFacts.of(folder.path))
     distributed.barrier("result written")
     display.report(summary, folder.written() | files)
+    for line in ending_lines(policy, folder.path):
+        display.note(line)
     return TrainResult(policy, folder.history(), summary, folder.path)
+
+
+def ending_lines(policy: Policy, run_dir: Path) -> list[str]:
+    """What to do with the result: how the adapter is served and loaded, or how to write the whole model."""
+    if policy.lora is not None:
+        return usage_of(policy, run_dir / "adapter", "adapter")
+    return [f"grpo-jax export --run {shlex.quote(str(run_dir))} --format merged --out DIR"]

@@ -112,7 +112,7 @@ def add_settings(writer: Any, spec: ModelSpec, architecture: Architecture, folde
     if not architecture.pattern and windows and min(windows) < length:
         length = min(windows)
         notes.append(
-            f"the context length in the file is {length} tokens, the model's sliding window: llama.cpp's {architecture.name} has none"
+            f"the file's context length is {length} tokens, the model's sliding window: llama.cpp's {architecture.name} has none"
         )
     writer.add_context_length(length)
     writer.add_embedding_length(spec.width)

@@ -115,9 +115,7 @@ def write_model(
     return notes
 
 
-def write_adapter(
-    file: Path, spec: ModelSpec, adapters: Params, lora: LoraConfig, name: str = "adapter"
-) -> None:
+def write_adapter(file: Path, spec: ModelSpec, adapters: Params, lora: LoraConfig, name: str = "adapter") -> None:
     """Writes adapters as a GGUF LoRA, float32; llama.cpp adds alpha / r · B A to the matrices of any GGUF file of the base.
 
     Args:
@@ -202,5 +200,5 @@ def encoded(name: str, values: np.ndarray, kind: str) -> np.ndarray:
     gguf = import_gguf()
     largest = float(np.abs(values).max(initial=0.0))
     if kind != "F32" and kind != "BF16" and largest > LARGEST_FLOAT16:
-        raise ModelError(f"GGUF: {name} has a value of size {largest:g}, and float16 ends at {LARGEST_FLOAT16:g}: use --gguf_type bf16")
+        raise ModelError(f"GGUF: {name} has a value of size {largest:g}, beyond float16: use --gguf_type bf16")
     return gguf.quantize(np.ascontiguousarray(values, np.float32), gguf.GGMLQuantizationType[kind])

@@ -1,6 +1,6 @@
 """A tokenizer as GGUF metadata: its tokens with their kinds, merges or scores, special ids and chat template.
 
-It is read from the tokenizer in memory, in the form of tokenizer.json. Two kinds are known: byte-level BPE (`gpt2` in GGUF), and the
+It is read from the tokenizer in memory, in the form of tokenizer.json. Two kinds are known: byte-level BPE (`gpt2` in GGUF), and
 BPE with a byte fallback that is made of a SentencePiece model (`llama`). llama.cpp joins the pieces of the latter by score; a score
 here is minus the rank of the first merge that makes the piece, which is the order of the SentencePiece model.
 """
@@ -170,7 +170,7 @@ def word_pattern(content: dict[str, Any]) -> str:
     pattern = splits[0]["pattern"].get("Regex") if len(steps) == 2 and len(splits) == 1 else None
     if pattern not in WORD_PATTERNS:
         raise ModelError(
-            f"GGUF: llama.cpp's name of the tokenizer's pattern for words is not known here ({str(pattern)[:80]!r}), and with another "
-            "one the model would read other tokens; use --format merged and llama.cpp's own converter"
+            f"GGUF: llama.cpp's name of the tokenizer's pattern for words is not known here ({str(pattern)[:80]!r}), and with "
+            "another one the model would read other tokens; use --format merged and llama.cpp's own converter"
         )
     return WORD_PATTERNS[pattern]

@@ -17,7 +17,14 @@ VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
 
 
 def usage_lines(
-    kind: Kind, folder: str, *, name: str, base: str = "", lora: LoraConfig | None = None, template: bool = False, gguf_type: str = "f16"
+    kind: Kind,
+    folder: str,
+    *,
+    name: str,
+    base: str = "",
+    lora: LoraConfig | None = None,
+    template: bool = False,
+    gguf_type: str = "f16",
 ) -> list[str]:
     """The lines that serve and load an export.
 
