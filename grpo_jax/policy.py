@@ -33,7 +33,6 @@ from grpo_jax.types import FinishReason, Params, Prompt
 from grpo_jax.weights.axes import check_mesh, model_axes
 from grpo_jax.weights.export import merged_weights, save_merged
 from grpo_jax.weights.gguf.export import save_gguf, save_gguf_adapter
-from grpo_jax.weights.gguf.files import GgufType
 from grpo_jax.weights.hf import find_model, read_folder_spec
 from grpo_jax.weights.loading import load_params
 from grpo_jax.weights.lora import init_lora, load_adapter, save_adapter
@@ -362,7 +361,7 @@ class Policy:
     def save_gguf(
         self,
         folder: str | Path,
-        gguf_type: GgufType = "f16",
+        gguf_type: str = "f16",
         *,
         temperature: float | None = None,
         template_arguments: dict[str, Any] | None = None,
@@ -393,7 +392,7 @@ class Policy:
         format: Kind | None = None,
         *,
         facts: RunFacts | None = None,
-        gguf_type: GgufType | None = None,
+        gguf_type: str | None = None,
         private: bool | None = None,
         token: str | None = None,
         revision: str | None = None,

@@ -17,7 +17,6 @@ from grpo_jax.run.checkpoint import Checkpointer
 from grpo_jax.runtime.memory import least_limit_bytes
 from grpo_jax.runtime.mesh import make_layout
 from grpo_jax.weights.axes import check_mesh, model_axes
-from grpo_jax.weights.gguf.files import GgufType
 from grpo_jax.weights.hf import find_model, read_folder_spec
 from grpo_jax.weights.hub import push_folder
 from grpo_jax.weights.mesh_choice import choose_mesh
@@ -94,7 +93,7 @@ def export_run(
     out: str | Path,
     format: Kind,
     *,
-    gguf_type: GgufType | None = None,
+    gguf_type: str | None = None,
     repo: str | None = None,
     private: bool | None = None,
     note: Callable[[str], None] | None = None,

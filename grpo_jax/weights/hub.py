@@ -40,8 +40,10 @@ def push_folder(
     Raises:
         HubError: no token, one that may not write, a name that the hub does not take, or a hub that does not answer.
     """
-    from huggingface_hub import HfApi, errors
+    from huggingface_hub import HfApi, errors, get_token
 
+    if token is None and get_token() is None:
+        raise HubError(f"push_to_hub: {repo}: there is no token; run `hf auth login`, or set HF_TOKEN to one that may write")
     api = HfApi(token=token)
     options: dict[str, Any] = {} if subfolder is None else {"path_in_repo": subfolder}
     try:
@@ -56,14 +58,12 @@ def push_folder(
             ignore_patterns=list(IGNORED),
             **options,
         )
-    except errors.LocalTokenNotFoundError as error:
-        raise HubError(f"push_to_hub: {repo}: there is no token; run `hf auth login`, or set HF_TOKEN") from error
     except errors.HFValidationError as error:
         raise HubError(f"push_to_hub: {repo!r} is no name of a repository; use owner/name ({first_line(error)})") from error
     except errors.HfHubHTTPError as error:
         raise HubError(f"push_to_hub: {repo}: {advice(error)}") from error
-    except (OSError, ValueError) as error:
-        raise HubError(f"push_to_hub: {repo}: the hub could not be reached, or a file not be read: {first_line(error)}") from error
+    except Exception as error:  # what carries the requests has exceptions of its own
+        raise HubError(f"push_to_hub: {repo}: the upload failed: {first_line(error)}; try again") from error
     return str(done.commit_url)
 
 

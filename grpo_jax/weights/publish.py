@@ -11,7 +11,6 @@ from grpo_jax.config import ConfigError, LoraConfig
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.models.spec import ModelError
 from grpo_jax.runtime import distributed
-from grpo_jax.weights.gguf.files import GgufType
 from grpo_jax.weights.hub import push_folder
 from grpo_jax.weights.model_card import RunFacts, write_card
 from grpo_jax.weights.usage import Kind, usage_lines
@@ -43,7 +42,7 @@ class Exportable(Protocol):
         """Writes the whole model."""
         ...
 
-    def save_gguf(self, folder: str | Path, gguf_type: GgufType = "f16", **options: Any) -> Path:
+    def save_gguf(self, folder: str | Path, gguf_type: str = "f16", **options: Any) -> Path:
         """Writes a GGUF file."""
         ...
 
@@ -58,7 +57,7 @@ def write_export(
     kind: Kind,
     *,
     facts: RunFacts | None = None,
-    gguf_type: GgufType | None = None,
+    gguf_type: str | None = None,
     repo: str | None = None,
     note: Callable[[str], None] | None = None,
 ) -> Path:
@@ -77,7 +76,7 @@ def write_export(
     if gguf_type is not None and kind != "gguf":
         raise ConfigError(f"gguf_type is {gguf_type!r}: it is for the format gguf alone; leave it out")
     if kind in ("adapter", "gguf-lora") and policy.lora is None:
-        raise ModelError("every weight was trained, so there is no adapter: use --format merged")
+        raise ModelError("this policy trained every weight, so there is no adapter: use --format merged")
     folder = Path(out)
     if kind == "gguf":
         options: dict[str, Any] = {}
@@ -109,7 +108,7 @@ def push_policy(
     kind: Kind | None = None,
     *,
     facts: RunFacts | None = None,
-    gguf_type: GgufType | None = None,
+    gguf_type: str | None = None,
     private: bool | None = None,
     token: str | None = None,
     revision: str | None = None,

@@ -15,7 +15,7 @@ from grpo_jax.runtime.files import replacing
 from grpo_jax.types import Params
 from grpo_jax.weights.export import ReadTensor, refuse_other_weights
 from grpo_jax.weights.gguf.architecture import architecture_of, import_gguf
-from grpo_jax.weights.gguf.files import GGUF_TYPES, GgufType, write_adapter, write_model
+from grpo_jax.weights.gguf.files import GGUF_TYPES, write_adapter, write_model
 from grpo_jax.weights.ollama import MODELFILE, modelfile
 
 ADAPTER_FILE = "adapter.gguf"
@@ -32,7 +32,7 @@ def save_gguf(
     read: ReadTensor,
     original: Path,
     tokenizer: Tokenizer | None,
-    gguf_type: GgufType = "f16",
+    gguf_type: str = "f16",
     *,
     name: str = "model",
     temperature: float | None = None,

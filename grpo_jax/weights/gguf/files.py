@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -30,7 +30,6 @@ from grpo_jax.weights.gguf.architecture import (
 from grpo_jax.weights.gguf.vocabulary import add_vocabulary
 from grpo_jax.weights.hf import module_paths, tensor_names
 
-GgufType = Literal["f16", "bf16", "q8_0", "q4_1"]
 GGUF_TYPES = ("f16", "bf16", "q8_0", "q4_1")
 LARGEST_FLOAT16 = 65504.0
 ROPE_FACTORS = "rope_freqs.weight"
@@ -59,7 +58,7 @@ def write_model(
     read: ReadTensor,
     folder: Path,
     tokenizer: Tokenizer | None,
-    gguf_type: GgufType = "f16",
+    gguf_type: str = "f16",
     name: str = "model",
     writes: bool = True,
 ) -> list[str]:
@@ -170,7 +169,7 @@ def part_of(path: tuple[str, ...]) -> str:
     return path[-2]
 
 
-def format_of(spec: ModelSpec, tensor: PlannedTensor, gguf_type: GgufType) -> str:
+def format_of(spec: ModelSpec, tensor: PlannedTensor, gguf_type: str) -> str:
     """The format of a tensor, by its name in gguf's `GGMLQuantizationType`."""
     if len(tensor.shape) == 1:
         return "F32"
