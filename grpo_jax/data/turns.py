@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from grpo_jax.data.tokenizer import Tokenizer, TokenizerError
-from grpo_jax.types import Prompt
 
 MARKS = ("Xq0system0qX", "Xq1user1qX", "Xq2answer2qX", "Xq3more3qX")
 TRIED = ("You are brief.", "How are you?\nTell me.", "Fine.\n\n1. yes", "Why, für 2 < 3?", "So.", "And now?")
-"""Contents of the conversations that a description is tried on: a system message, then user and assistant by turns."""
+"""Contents of the conversations that a description is tried on: a system message, then user, assistant, user, ...."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,8 @@ class ChatTurns:
         return around[0] + system + around[1]
 
 
-def conversation(system: str | None, texts: Sequence[str]) -> Prompt:
-    """Messages of user and assistant by turns, after a system message where there is one."""
+def conversation(system: str | None, texts: Sequence[str]) -> list[dict[str, str]]:
+    """Messages of user, assistant, user, ..., after a system message where there is one."""
     turns = [{"role": role, "content": text} for role, text in zip(itertools.cycle(("user", "assistant")), texts, strict=False)]
     return turns if system is None else [{"role": "system", "content": system}, *turns]
 

@@ -42,7 +42,15 @@ class Exportable(Protocol):
         """Writes the whole model."""
         ...
 
-    def save_gguf(self, folder: str | Path, gguf_type: str = "f16", **options: Any) -> Path:
+    def save_gguf(
+        self,
+        folder: str | Path,
+        gguf_type: str = "f16",
+        *,
+        temperature: float | None = None,
+        template_arguments: dict[str, Any] | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> Path:
         """Writes a GGUF file."""
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,12 +29,13 @@ from tiny_runs import (
     words_of,
     write_rows,
 )
+from tiny_tokenizers import CHATML
 
 import grpo_jax as gx
 from grpo_jax import cli
 from grpo_jax.models.spec import ModelError
-from grpo_jax.policy import Policy, config_with_policy
-from grpo_jax.run.checkpoint import CheckpointError
+from grpo_jax.policy import Policy, config_with_policy, with_template
+from grpo_jax.run.checkpoint import Checkpointer, CheckpointError
 from grpo_jax.run.due import evaluates_after, saves_after
 from grpo_jax.run.saved import export_run, load_run
 
@@ -152,6 +154,7 @@ def test_a_run_that_trained_every_weight_has_no_adapter_to_export(
 TEMPLATE = "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}!{% endif %}"
 
 
+@pytest.mark.slow
 def test_a_chat_template_of_the_users_renders_prompts_and_comes_out_of_every_export(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -167,34 +170,46 @@ def test_a_chat_template_of_the_users_renders_prompts_and_comes_out_of_every_exp
     ids = tokenizer.encode_prompt("1+1=", chat=True)
     assert ids == tokenizer.encode_text("<1+1=>!")
     uploads = fake_hub(monkeypatch)
-    for kind, options in (
-        ("adapter", []),
-        ("merged", []),
-        ("gguf", ["--gguf_type", "q8_0", "--push_to_hub", "me/mine", "--private"]),
-    ):
-        out = tmp_path / kind
-        assert cli.main(["export", "--run", str(tmp_path / "run"), "--out", str(out), "--format", kind, *options]) == 0
-        if kind != "gguf":
-            read = gx.Tokenizer.from_folder(out)
-            assert read is not None
-            assert read.chat_template == TEMPLATE
-    assert gx.Tokenizer.from_folder(tmp_path / "run" / "adapter").chat_template == TEMPLATE  # type: ignore[union-attr]
+    words = ["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "gguf"), "--format", "gguf"]
+    assert cli.main([*words, "--gguf_type", "q8_0", "--push_to_hub", "me/mine", "--private"]) == 0
     fields = gguf.GGUFReader(tmp_path / "gguf" / "model-q8_0.gguf").fields
     assert fields["tokenizer.chat_template"].contents() == TEMPLATE
     modelfile = (tmp_path / "gguf" / "Modelfile").read_text()
     assert 'TEMPLATE """{{ range' in modelfile
     assert "PARAMETER temperature 1\n" in modelfile
     printed = capsys.readouterr().out
-    assert f"--chat-template {tmp_path / 'adapter' / 'chat_template.jinja'} --lora-modules" in printed
+    assert f"--chat-template {tmp_path / 'run' / 'adapter' / 'chat_template.jinja'} --lora-modules" in printed
+    with Checkpointer(tmp_path / "run" / "checkpoints", keep=None) as checkpoints:  # a resumed run is compared with it
+        assert checkpoints.host()["inputs"]["chat template"] == f"sha256:{hashlib.sha256(TEMPLATE.encode()).hexdigest()}"
     assert f"    ollama create {tiny_model().name}-grpo -f {tmp_path / 'gguf' / 'Modelfile'}\n" in printed
     assert "uploaded to https://hub/commit\n" in printed
     (upload,) = uploads
     assert (upload["repo_id"], upload["private"]) == ("me/mine", True)
     assert upload["files"].keys() >= {"model-q8_0.gguf", "Modelfile", "README.md", "digests.json"}
     assert "# mine\n" in upload["files"]["README.md"]
-    # `policy.tokenizer.chat_template = ...` does the same, and a changed template is a changed input.
-    tokenizer.chat_template = "other {{ messages[0].content }}"
-    assert gx.Tokenizer.from_folder(policy.save_merged(tmp_path / "again")).chat_template == tokenizer.chat_template  # type: ignore[union-attr]
+
+
+def test_a_chat_template_that_is_set_is_in_adapter_and_merged_folders(lora_run: Finished, tmp_path: Path):
+    (tmp_path / "mine.jinja").write_text(TEMPLATE)
+    trained = lora_run.result.policy
+    config = gx.Config(data=gx.DataConfig(chat_template_file=str(tmp_path / "mine.jinja")))
+    for name, policy in (("file", with_template(trained, config)), ("set", replace(trained, tokenizer=copied(trained)))):
+        tokenizer = policy.need_tokenizer()
+        if name == "set":
+            tokenizer.chat_template = TEMPLATE
+        assert tokenizer.encode_prompt("1+1=", chat=True) == tokenizer.encode_text("<1+1=>!")
+        for folder in (policy.save_adapter(tmp_path / name / "adapter"), policy.save_merged(tmp_path / name / "merged")):
+            read = gx.Tokenizer.from_folder(folder)
+            assert read is not None
+            assert read.chat_template == TEMPLATE
+    assert trained.need_tokenizer().chat_template == CHATML  # that of the run stayed
+    with pytest.raises(gx.ConfigError, match=r"data\.chat_template_file is .*: there is no such file; give a Jinja template"):
+        with_template(trained, gx.Config(data=gx.DataConfig(chat_template_file=str(tmp_path / "none"))))
+
+
+def copied(policy: Policy) -> gx.Tokenizer:
+    tokenizer = policy.need_tokenizer()
+    return tokenizer.with_chat_template(tokenizer.chat_template)
 
 
 def test_options_of_an_export_that_do_not_belong_to_it_are_refused(

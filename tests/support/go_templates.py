@@ -28,7 +28,7 @@ def ollama_render(template: str, messages: Sequence[Mapping[str, str]]) -> str:
 
 def render(template: str, data: Mapping[str, Any]) -> str:
     """Runs a template."""
-    pieces = TAG.split(template)  # text and tags by turns
+    pieces = TAG.split(template)  # every second piece is a tag
     tree, rest = block(pieces, 0)
     assert rest == len(pieces), "text after the last {{ end }}"
     return run(tree, data, {"$": data})

@@ -96,9 +96,9 @@ def facts(**summary: Any) -> RunFacts:
         {
             "model": {"path": "Qwen/Qwen2.5-0.5B-Instruct"},
             "data": {"path": "openai/gsm8k", "name": "main", "eval_size": 0},
-            "rewards": {"functions": ["number_match", {"name": "/home/someone/mine.py:short"}], "weights": [1.0, 0.25]},
+            "rewards": {"functions": ["number_match", {"name": "/srv/someone/mine.py:short"}], "weights": [1.0, 0.25]},
             "optim": {"learning_rate": 2e-5},
-            "train": {"steps": 40, "run_dir": "/home/someone/runs/a"},
+            "train": {"steps": 40, "run_dir": "/srv/someone/runs/a"},
             "lora": {"rank": 24, "alpha": 48.0},
         }
     )

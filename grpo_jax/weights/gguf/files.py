@@ -1,6 +1,6 @@
 """Writes models and adapters as GGUF files, tensor by tensor.
 
-Matrices have the format that is asked for, and what has one dimension is float32, as everywhere in llama.cpp. A row that is no
+Matrices have the format that is asked for, and what has one dimension is float32, as llama.cpp expects. A row that is no
 multiple of a format's block of 32 values is stored in float16, which no published model has. With q4_1 the matrix that gives
 the logits is q8_0.
 """
