@@ -37,6 +37,7 @@ from grpo_jax.models.spec import ModelError
 from grpo_jax.policy import Policy, config_with_policy, with_template
 from grpo_jax.run.checkpoint import Checkpointer, CheckpointError
 from grpo_jax.run.due import evaluates_after, saves_after
+from grpo_jax.run.result import ending_lines
 from grpo_jax.run.saved import export_run, load_run
 
 PROMPTS, COMPLETIONS = [[54, 48, 54, 66], [57, 48]], [[40, 41, 42], [60, 61, 62, 63, 4]]
@@ -178,7 +179,8 @@ def test_a_chat_template_of_the_users_renders_prompts_and_comes_out_of_every_exp
     assert 'TEMPLATE """{{ range' in modelfile
     assert "PARAMETER temperature 1\n" in modelfile
     printed = capsys.readouterr().out
-    assert f"--chat-template {tmp_path / 'run' / 'adapter' / 'chat_template.jinja'} --lora-modules" in printed
+    template = tmp_path / "run" / "adapter" / "chat_template.jinja"
+    assert any(f"--chat-template {template} --lora-modules" in line for line in ending_lines(policy, tmp_path / "run"))
     with Checkpointer(tmp_path / "run" / "checkpoints", keep=None) as checkpoints:  # a resumed run is compared with it
         assert checkpoints.host()["inputs"]["chat template"] == f"sha256:{hashlib.sha256(TEMPLATE.encode()).hexdigest()}"
     assert f"    ollama create {tiny_model().name}-grpo -f {tmp_path / 'gguf' / 'Modelfile'}\n" in printed
