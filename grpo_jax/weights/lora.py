@@ -199,11 +199,11 @@ def read_leaf(folder: Path, shard: Any, names: list[str], shape: tuple[int, ...]
 
 
 def verify_export(folder: Path) -> None:
-    """Raises ModelError where a folder has digests, as those that this package writes, and a file that differs from them."""
+    """Raises ModelError where a folder has digests, as those that this package writes, and the adapter differs from them."""
     if not (folder / DIGESTS).exists():
         return
     try:
-        verify_digests(folder)
+        verify_digests(folder, only=(ADAPTER_CONFIG, ADAPTER_WEIGHTS))  # the others are not read, nor downloaded
     except DamagedError as error:
         raise ModelError(f"{error}; export it again, or remove {folder / DIGESTS} where the change was intended") from error
 
@@ -246,6 +246,4 @@ def save_adapter(
     }
     with replacing(folder / ADAPTER_CONFIG) as unfinished:
         unfinished.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if tokenizer is not None:
-        tokenizer.save(folder)
-    write_digests(folder, [ADAPTER_CONFIG, ADAPTER_WEIGHTS])  # what `load_adapter` reads, or downloads
+    write_digests(folder, [ADAPTER_CONFIG, ADAPTER_WEIGHTS, *([] if tokenizer is None else tokenizer.save(folder))])

@@ -15,6 +15,7 @@ import yaml
 
 from grpo_jax import __version__
 from grpo_jax.config import Config, LoraConfig, config_to_dict
+from grpo_jax.runtime.digests import add_digests
 from grpo_jax.runtime.files import replacing
 from grpo_jax.weights.usage import Kind, usage_lines
 
@@ -67,7 +68,7 @@ class RunFacts:
 def write_card(
     folder: Path, base: str, lora: LoraConfig | None, kind: Kind, facts: RunFacts | None = None, repo: str | None = None
 ) -> None:
-    """Writes README.md into an export, and the run's curves next to it.
+    """Writes README.md into an export, and the run's curves next to it, and adds them to its digests.
 
     Args:
         base: path or hub id of the model that training started from.
@@ -79,6 +80,7 @@ def write_card(
         shutil.copyfile(facts.curves, folder / CURVES)
     with replacing(folder / CARD) as unfinished:
         unfinished.write_text(card_text(base, lora, kind, facts, repo), encoding="utf-8", errors="backslashreplace")
+    add_digests(folder, [name for name in (CARD, CURVES) if (folder / name).is_file()])
 
 
 def card_text(model: str, lora: LoraConfig | None, kind: Kind, facts: RunFacts | None, repo: str | None) -> str:

@@ -278,7 +278,7 @@ def test_a_damaged_file_is_found_and_other_weights_are_not_mixed_in(tmp_path: Pa
     policy = with_random_adapters(Policy.from_pretrained(build_model(tmp_path / "model"), lora=LORA))
     out = policy.save_gguf(tmp_path / "out")
     policy.save_gguf(out, "q8_0")
-    assert [(verdict.damage, verdict.note) for verdict in verify(out)] == [("", "2 files")]
+    assert [(verdict.damage, verdict.note) for verdict in verify(out)] == [("", "3 files")]
     file = out / "model-f16.gguf"
     content = bytearray(file.read_bytes())
     content[-3] ^= 1

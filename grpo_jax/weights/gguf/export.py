@@ -84,5 +84,5 @@ def save_gguf_adapter(out: Path, spec: ModelSpec, adapters: Params, lora: LoraCo
 
 
 def write_gguf_digests(out: Path) -> None:
-    """Writes the digests of all GGUF files of a folder. The Modelfile has none: users edit it."""
-    write_digests(out, sorted(file.name for file in out.glob("*.gguf")))
+    """Writes the digests of all GGUF files of a folder, and of the Modelfile."""
+    write_digests(out, sorted(file.name for file in [*out.glob("*.gguf"), *out.glob(MODELFILE)]))
