@@ -3,7 +3,7 @@
 # make test-slow    what is slow: 8B models compiled for TPUs, runs in four processes
 # make fuzz         10,000 examples for every parser of what strangers wrote (half an hour and more)
 # make lint         ruff, pyright, import-linter
-# make test-peers   live comparisons with torch, transformers and PEFT, in an environment of their own (large: torch)
+# make test-peers   live comparisons with torch, transformers, PEFT and llama.cpp, in an environment of their own (large: torch)
 # make test-gpu-compile   compile for an H200 without one, in an environment of its own (NVIDIA's compiler wheels)
 # make gpu-check    on a machine with an NVIDIA GPU and the extra `cuda`: gradients, times and whole steps in under 8 minutes
 # make soak         train the quickstart's model for 30 minutes under faults drawn at random (ARGS="--minutes 5 --seed 1")
@@ -67,7 +67,7 @@ $(VENV)/.installed: $(NEEDS) | $(VENV)/bin/python
 
 $(VENV)/.installed-test: $(NEEDS) | $(VENV)/bin/python
 	@echo "Installing grpo-jax and what its tests need into $(VENV); the first time takes some minutes."
-	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --editable '.[code,math,test]'
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --editable '.[code,gguf,math,test]'
 	@touch $(VENV)/.installed $@
 
 $(VENV)/.installed-lint: $(VENV)/.installed-test
@@ -75,8 +75,8 @@ $(VENV)/.installed-lint: $(VENV)/.installed-test
 	@touch $@
 
 $(VENV_PEERS)/.installed: $(NEEDS) | $(VENV_PEERS)/bin/python
-	@echo "Installing grpo-jax, torch and PEFT into $(VENV_PEERS); the first time takes some minutes."
-	$(VENV_PEERS)/bin/python -m pip install $(PIP_FLAGS) torch peft trl --editable '.[test]'
+	@echo "Installing grpo-jax, torch, PEFT and llama.cpp into $(VENV_PEERS); the first time takes some minutes."
+	$(VENV_PEERS)/bin/python -m pip install $(PIP_FLAGS) torch peft trl llama-cpp-python --editable '.[gguf,test]'
 	@touch $@
 
 $(VENV_GPU)/.installed: $(NEEDS) | $(VENV_GPU)/bin/python

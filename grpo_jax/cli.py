@@ -114,8 +114,15 @@ def export(arguments: argparse.Namespace) -> None:
     """`grpo-jax export`."""
     from grpo_jax.run.saved import export_run
 
-    export_run(arguments.run, arguments.out, arguments.format, best=arguments.best)
-    print(f"wrote {arguments.format} to {safe_text(arguments.out, one_line=True)}")
+    def say(line: str) -> None:
+        print(safe_text(line, one_line=True))
+
+    names = ("best", "gguf_type", "private")
+    options = {name: vars(arguments)[name] for name in names}
+    lines = export_run(arguments.run, arguments.out, arguments.format, repo=arguments.push_to_hub, note=say, **options)
+    say(f"wrote {arguments.format} to {arguments.out}")
+    for line in lines:
+        say(f"    {line}")
 
 
 def verify(arguments: argparse.Namespace) -> int:

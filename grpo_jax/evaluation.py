@@ -16,7 +16,7 @@ import numpy as np
 from grpo_jax.config import Config, ConfigError
 from grpo_jax.data.source import PromptSource
 from grpo_jax.data.tokenizer import Tokenizer
-from grpo_jax.policy import Policy, config_with_policy
+from grpo_jax.policy import Policy, config_with_policy, with_template
 from grpo_jax.rewards import (
     NamedFunction,
     RewardRunner,
@@ -144,7 +144,7 @@ def evaluate(
             raise ConfigError("model.path: null; give a model folder or a hub id, or a run")
         policy = Policy.from_config(config)
     elif run_dir is None:
-        config = config_with_policy(config, policy)
+        config, policy = config_with_policy(config, policy), with_template(policy, config)
     display = Display(config.train.quiet)
     given = [] if reward_funcs is None else [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
     entries, longest = given or config.rewards.functions, config.rollout.max_completion_length

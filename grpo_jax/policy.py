@@ -17,7 +17,7 @@ import numpy as np
 
 from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig, RolloutConfig
 from grpo_jax.config.checks import require, require_choice
-from grpo_jax.data.tokenizer import Tokenizer, read_stop_ids
+from grpo_jax.data.tokenizer import Tokenizer, read_stop_ids, read_template_file
 from grpo_jax.learner.logprobs import completion_logprobs
 from grpo_jax.learner.scoring import check_rows, score_ids
 from grpo_jax.models.spec import ModelError, ModelSpec
@@ -32,11 +32,15 @@ from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import FinishReason, Params, Prompt
 from grpo_jax.weights.axes import check_mesh, model_axes
 from grpo_jax.weights.export import merged_weights, save_merged
+from grpo_jax.weights.gguf.export import save_gguf, save_gguf_adapter
 from grpo_jax.weights.hf import find_model, read_folder_spec
 from grpo_jax.weights.loading import load_params
 from grpo_jax.weights.lora import init_lora, load_adapter, save_adapter
 from grpo_jax.weights.mesh_choice import choose_mesh
+from grpo_jax.weights.model_card import RunFacts
+from grpo_jax.weights.publish import push_policy
 from grpo_jax.weights.quantize import quantization_of
+from grpo_jax.weights.usage import Kind
 from grpo_kernels.target import platform
 
 
@@ -161,7 +165,7 @@ class Policy:
     def from_config(config: Config) -> Policy:
         """Reads the policy that a config starts from: its `model`, `lora`, `mesh` and `train.seed`. Errors as `from_pretrained`."""
         assert config.model.path is not None
-        return Policy.from_pretrained(
+        policy = Policy.from_pretrained(
             config.model.path,
             lora=config.lora,
             dtype=config.model.dtype,
@@ -170,6 +174,7 @@ class Policy:
             seed=config.train.seed,
             mesh=config.mesh,
         )
+        return with_template(policy, config)
 
     def trainable(self) -> Params:
         """A float32 copy of what training changes: the adapters, or every weight where there are none."""
@@ -339,19 +344,93 @@ class Policy:
             raise ModelError("this policy has no adapters (every weight is trained): use save_merged")
         adapters = self.on_host(self.adapters)
         if is_main():
-            save_adapter(Path(folder), self.spec, adapters, self.lora, self.name)
+            save_adapter(Path(folder), self.spec, adapters, self.lora, self.name, self.tokenizer)
         return Path(folder)
 
     def save_merged(self, folder: str | Path) -> Path:
         """Writes the whole model with the adapters multiplied in.
 
-        Tensor names, dtypes, shards, config and tokenizer are the original's. Adapters of a quantised model are added to the
-        original's
-        weights, which are read again: the merged model is not rounded, so its log-probabilities differ a little. All processes of
-        a run make this call, and the first one writes.
+        Tensor names, dtypes, shards and config are the original's; the tokenizer is the policy's, with its chat template. Adapters
+        of a quantised model are added to the original's weights, which are read again: the merged model is not rounded, so its
+        log-probabilities differ a little. All processes of a run make this call, and the first one writes.
         """
         read = merged_weights(self.spec, self.params, self.adapters, self.lora, self.folder, self.on_host)
-        save_merged(Path(folder), self.folder, self.spec, read, writes=is_main())
+        save_merged(Path(folder), self.folder, self.spec, read, writes=is_main(), tokenizer=self.tokenizer)
+        return Path(folder)
+
+    def save_gguf(
+        self,
+        folder: str | Path,
+        gguf_type: str = "f16",
+        *,
+        temperature: float | None = None,
+        template_arguments: dict[str, Any] | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> Path:
+        """Writes the model with the adapters multiplied in as `model-<type>.gguf`, for llama.cpp and Ollama, with a Modelfile.
+
+        Args:
+            gguf_type: `f16`, `bf16`, `q8_0` or `q4_1`: of matrices; what has one dimension is float32.
+            temperature: of the Modelfile; None leaves it to Ollama.
+            template_arguments: of the chat template, for the Modelfile.
+            note: called with what is different in llama.cpp and Ollama.
+
+        Raises:
+            ModelError: the package gguf is missing, or llama.cpp cannot compute this model.
+        """
+        read = merged_weights(self.spec, self.params, self.adapters, self.lora, self.folder, self.on_host)
+        settings: dict[str, Any] = {"temperature": temperature, "template_arguments": template_arguments, "writes": is_main()}
+        name = Path(self.name).name
+        notes = save_gguf(Path(folder), self.spec, read, self.folder, self.tokenizer, gguf_type, name=name, **settings)
+        for line in notes if note is not None else ():
+            note(line)  # type: ignore[misc] - there is one
+        return Path(folder)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        format: Kind | None = None,
+        *,
+        facts: RunFacts | None = None,
+        gguf_type: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        message: str | None = None,
+    ) -> str:
+        """Uploads the policy to the Hugging Face hub, with a model card.
+
+        Args:
+            repo: `owner/name`; made where it does not exist.
+            format: `adapter`, `merged`, `gguf` or `gguf-lora`; None is the adapter, or the whole model where there is none.
+            facts: of its run, for the card; `TrainResult.push_to_hub` gives them.
+            gguf_type: as of `save_gguf`.
+            private: of a new repository; None is the account's own default.
+            token: None takes the one of `hf auth login` or HF_TOKEN.
+            revision: branch, made where it does not exist.
+            message: of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            HubError: no token, one that may not write, or a hub that does not answer.
+            ModelError: it cannot be exported in this format.
+        """
+        options: dict[str, Any] = {"private": private, "token": token, "revision": revision, "message": message}
+        return push_policy(self, repo, format, facts=facts, gguf_type=gguf_type, **options)
+
+    def save_gguf_adapter(self, folder: str | Path) -> Path:
+        """Writes the adapters as `adapter.gguf`, a LoRA for llama.cpp, float32.
+
+        Raises:
+            ModelError: the policy has no adapters; or as `save_gguf`.
+        """
+        if self.adapters is None or self.lora is None:
+            raise ModelError("this policy has no adapters (every weight is trained): use save_gguf")
+        adapters = self.on_host(self.adapters)
+        if is_main():
+            save_gguf_adapter(Path(folder), self.spec, adapters, self.lora, Path(self.name).name)
         return Path(folder)
 
 
@@ -359,6 +438,19 @@ def sampler_of(policy: Policy) -> Sampler:
     """Builds a sampler of a policy's model. Stop strings are looked for in text without special tokens, as rewards see it."""
     text_of = None if policy.tokenizer is None else policy.tokenizer.decode
     return Sampler.build(policy.model, policy.stop_ids, decode_text=text_of, quantization=quantization_of(policy.params))
+
+
+def with_template(policy: Policy, config: Config) -> Policy:
+    """The policy with the chat template of `data.chat_template_file`, if one is named; its tokenizer is a new one then.
+
+    Raises:
+        ConfigError: the file cannot be read.
+        ModelError: the policy has no tokenizer.
+    """
+    file = config.data.chat_template_file
+    if file is None:
+        return policy
+    return replace(policy, tokenizer=policy.need_tokenizer().with_chat_template(read_template_file(file)), _sampler=[], _scorer=[])
 
 
 def config_with_policy(config: Config, policy: Policy) -> Config:

@@ -28,7 +28,7 @@ import optax
 from grpo_jax.config import Config, check_supervised, check_training
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.learner.custom_loss import LossFunction
-from grpo_jax.policy import Policy, config_with_policy
+from grpo_jax.policy import Policy, config_with_policy, with_template
 from grpo_jax.run.best import BestStep
 from grpo_jax.run.callbacks import Callback, StepCompletions, own_callbacks
 from grpo_jax.run.checkpoint import Checkpointer
@@ -121,7 +121,7 @@ class Trainer:
         else:
             check_training(config, has_policy=policy is not None, has_dataset=dataset is not None, has_rewards=bool(rewards))
         if policy is not None:
-            config = config_with_policy(config, policy)
+            config, policy = config_with_policy(config, policy), with_template(policy, config)
         self.config, self.resume, self.supervised, self._sources = config, resume, supervised, sources
         self.display = begin(config, sources, resume=resume)
         if supervised:

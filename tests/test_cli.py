@@ -116,10 +116,14 @@ def test_evaluation_of_a_run_takes_no_other_settings(monkeypatch: pytest.MonkeyP
 
 
 def test_export_gets_run_out_and_format(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    calls = stand_in(monkeypatch, "run.saved", "export_run")
+    calls = stand_in(monkeypatch, "run.saved", "export_run", ["vllm serve out"])
+    words = ["--gguf_type", "q8_0", "--push_to_hub", "me/mine", "--private"]
+    assert cli.main(["export", "--run", "runs/a", "--out", "out", "--format", "gguf", *words]) == 0
+    assert calls.arguments == ("runs/a", "out", "gguf")
+    assert (calls.named["gguf_type"], calls.named["repo"], calls.named["private"]) == ("q8_0", "me/mine", True)
+    assert capsys.readouterr().out == "wrote gguf to out\n    vllm serve out\n"
     assert cli.main(["export", "--run", "runs/a", "--out", "out", "--format", "merged"]) == 0
-    assert calls.arguments == ("runs/a", "out", "merged")
-    assert capsys.readouterr().out == "wrote merged to out\n"
+    assert (calls.named["gguf_type"], calls.named["repo"], calls.named["private"]) == (None, None, None)
 
 
 def test_quickstart_gets_its_folder(monkeypatch: pytest.MonkeyPatch):

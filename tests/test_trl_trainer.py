@@ -12,6 +12,7 @@ import datasets
 import numpy as np
 import optax
 import pytest
+from fake_hub import fake_hub
 from plain_oracles import quick_compiling
 from shared_programs import shared_programs
 from tiny_runs import C, G, additions, assert_same_arrays, letters, records, saved_weights, tiny_model
@@ -230,8 +231,37 @@ def test_save_model_puts_the_adapter_and_the_tokenizer_at_the_top(done: Done, tm
     adapters, lora = load_adapter(tmp_path / "model", done.trainer.model.spec)
     assert (lora.rank, lora.alpha) == (4, 8.0)
     assert_same_arrays(adapters, saved_weights(done.folder))
-    with pytest.raises(gx.ConfigError, match=rf"call save_model\('DIR'\), then run `hf upload {done.folder.name} DIR`"):
-        done.trainer.push_to_hub(dataset_name="rows")
+
+
+def test_push_to_hub_uploads_the_adapter_with_a_card_of_the_run(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads = fake_hub(monkeypatch)
+    assert done.trainer.hub_model_id == done.folder.name
+    assert done.trainer.push_to_hub(dataset_name="me/rows", token="hf_x", revision="try") == "https://hub/commit"
+    future = done.trainer.push_to_hub("Second", blocking=False)
+    assert future.result() == "https://hub/commit"
+    first, second = uploads
+    assert (first["repo_id"], first["token"], first["revision"]) == (f"me/{done.folder.name}", "hf_x", "try")
+    assert (first["commit_message"], second["commit_message"]) == ("End of training", "Second")
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= first["files"].keys()
+    assert "config.yaml" not in first["files"]
+    assert "`me/rows`" in first["files"]["README.md"]
+    with pytest.raises(gx.ConfigError, match=r"push_to_hub\(tags=\.\.\.\) is 'a list': leave it out"):
+        done.trainer.push_to_hub(tags=["x"])
+
+
+def test_every_save_is_uploaded_and_a_failed_upload_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads = fake_hub(monkeypatch, fails_at=1)
+    hub: dict[str, Any] = {"push_to_hub": True, "hub_model_id": "me/mine", "hub_private_repo": True, "hub_always_push": True}
+    trainer = trainer_of(arguments(tmp_path / "run", save_steps=2, **hub))
+    warned: list[str] = []
+    monkeypatch.setattr(trainer._trainer.display, "warning", warned.append)
+    trainer.train()
+    assert [(upload["repo_id"], upload["private"]) for upload in uploads] == [("me/mine", True)] * 3
+    assert [upload["commit_message"] for upload in uploads] == [f"Training in progress, step {step}" for step in (1, 2, 3)]
+    assert warned == ["push_to_hub: me/mine: the upload failed: no route; try again"]
+    trainer.save_model(str(tmp_path / "model"))
+    assert uploads[-1]["commit_message"] == "Model save"
+    assert (tmp_path / "model" / "adapter_config.json").is_file()
 
 
 class StopAfter(TrainerCallback):

@@ -82,9 +82,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--run", required=True, metavar="DIR", help="run folder")
     made.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     made.add_argument(
-        "--format", required=True, choices=("adapter", "merged"), help="a PEFT adapter, or the whole model with it merged in"
+        "--format",
+        required=True,
+        choices=("adapter", "merged", "gguf", "gguf-lora"),
+        help="a PEFT adapter, the whole model with it merged in, or one of the two as GGUF, for llama.cpp and Ollama",
     )
     made.add_argument("--best", action="store_true", help=BEST)
+    made.add_argument("--gguf_type", choices=("f16", "bf16", "q8_0", "q4_1"), help="of the matrices in --format gguf (default f16)")
+    made.add_argument("--push_to_hub", metavar="OWNER/NAME", help="upload the folder to this repository of the Hugging Face hub")
+    made.add_argument("--private", action="store_const", const=True, help="make a new repository private")
 
     made = command("verify", "compare checkpoints, adapters and exports with their digests; status 1 where one is damaged")
     made.add_argument("paths", nargs="+", metavar="PATH", help="run folder, checkpoint, adapter or merged model")

@@ -105,7 +105,9 @@ class DataConfig:
             `messages` is read instead: a conversation whose last message, if it is the assistant's, becomes the completion column.
         completion_column: Column with the answer to imitate; supervised warm-up only.
         system_prompt: System message added before every prompt; a plain prompt then becomes a conversation.
-        chat_template: Render plain prompts as a conversation of one user message; null does so where system_prompt is set.
+        chat_template: Render plain prompts as a conversation of one user message; null does so where system_prompt or
+            chat_template_file is set.
+        chat_template_file: File with a Jinja chat template, used instead of the model's; exports have it too.
         template_arguments: Arguments passed to the chat template, such as {enable_thinking: false}.
         overlong: What happens to a prompt longer than rollout.max_prompt_length: it is dropped (`drop`), raises an error (`error`),
             or loses the start of its last user message, template tokens unchanged (`shorten`).
@@ -127,6 +129,7 @@ class DataConfig:
     completion_column: str = "completion"
     system_prompt: str | None = None
     chat_template: bool | None = None
+    chat_template_file: str | None = None
     template_arguments: dict[str, Any] = field(default_factory=dict)
     overlong: Literal["drop", "error", "shorten"] = "drop"
     overlong_quantile: float | None = None
@@ -149,6 +152,11 @@ class DataConfig:
             share = self.overlong_quantile
             require(0 < share <= 1, "data.overlong_quantile", share, "use a share above 0, at most 1, such as 0.9, or null")
         require(bool(self.prompt_column), "data.prompt_column", self.prompt_column, "name the column that holds the prompt")
+
+    @property
+    def renders_texts(self) -> bool:
+        """Whether a prompt that is a plain text is rendered as a conversation of one user message."""
+        return self.chat_template_file is not None if self.chat_template is None else self.chat_template
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ def encode_completion(prompt: Prompt, completion: str, tokenizer: Tokenizer, dat
         DataError: The chat template does not render the answer.
     """
     prompt_ids = encode_prompt(prompt, tokenizer, data, where)
-    if isinstance(prompt, str) and not data.chat_template:
+    if isinstance(prompt, str) and not data.renders_texts:
         ids = continuation(
             tokenizer.encode_text(prompt), tokenizer.encode_text(prompt + completion), tokenizer.encode_text(completion)
         )

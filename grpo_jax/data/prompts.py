@@ -158,7 +158,7 @@ def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, data: DataConfig, where:
         fix = "use an instruct model, or plain texts as prompts"
         raise DataError(f"{where}: the prompt is a conversation, but the model's tokenizer has no chat template; {fix}")
     try:
-        ids = tokenizer.encode_prompt(prompt, chat=bool(data.chat_template), template_arguments=data.template_arguments)
+        ids = tokenizer.encode_prompt(prompt, chat=data.renders_texts, template_arguments=data.template_arguments)
     except TokenizerError as error:
         raise DataError(f"{where}: {error}") from error
     if not ids:
@@ -180,7 +180,7 @@ def encode_within_limit(prompt: Prompt, tokenizer: Tokenizer, data: DataConfig, 
     if data.overlong == "error":
         fix = "raise it, or set data.overlong to drop or shorten"
         raise DataError(f"{where}: the prompt has {len(ids)} tokens, more than rollout.max_prompt_length ({limit_tokens}); {fix}")
-    if isinstance(prompt, str) and not data.chat_template:
+    if isinstance(prompt, str) and not data.renders_texts:
         return Encoded(shorten_text(prompt, tokenizer, limit_tokens, where), [], True)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return Encoded(shorten_conversation(messages, tokenizer, data, limit_tokens, where), [], True)

@@ -7,29 +7,36 @@ appended, whatever the tokenizer's own template says: a prompt that has ended ca
 
 from __future__ import annotations
 
+import copy
 import itertools
+import json
 import os
 import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from grpo_jax.config.checks import show
+from grpo_jax.config import ConfigError
+from grpo_jax.config.checks import require, show
+from grpo_jax.runtime.files import replacing
 from grpo_jax.runtime.untrusted_json import JsonError, located, read_json_file
 from grpo_jax.types import Prompt
 
 VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tekken.json", "tiktoken.model")
 """A folder has a tokenizer if it has one of these files."""
 
+TEMPLATE_FILE, MORE_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+MOST_TEMPLATE_BYTES = 1_000_000
+
 OTHER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "merges.txt",
-    "chat_template.jinja",
+    TEMPLATE_FILE,
     "chat_template.json",
 )
 """Other files that belong to a tokenizer."""
@@ -49,9 +56,9 @@ class TokenizerError(ValueError):
     """A tokenizer that cannot be read, or a conversation that its chat template cannot render."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Tokenizer:
-    """A tokenizer and the ids that end a completion.
+    """A tokenizer and the ids that end a completion. `chat_template` may be set; nothing else changes.
 
     Attributes:
         hf: The tokenizer of transformers.
@@ -61,6 +68,7 @@ class Tokenizer:
         folder: Folder that it was read from; None where it was made in memory.
         vocabulary: Number of ids that the model has, from its config.json; None where that is not known. An id beyond it would read
             past the end of the embedding.
+        read_template: The chat template in the folder's files; None where there is none, or no folder.
 
     Example:
         tokenizer = Tokenizer.from_folder("model"); tokenizer.encode_prompt("Once", chat=False)  # [1, 403]
@@ -72,6 +80,7 @@ class Tokenizer:
     suffix_ids: tuple[int, ...]
     folder: Path | None = None
     vocabulary: int | None = None
+    read_template: Any = None
 
     @staticmethod
     def from_folder(path: str | os.PathLike[str]) -> Tokenizer | None:
@@ -89,7 +98,7 @@ class Tokenizer:
         auto_tokenizer = import_auto_tokenizer()
         try:
             hf = auto_tokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-            return Tokenizer.wrap(hf, model_stop_ids, folder, read_vocabulary(folder))
+            return replace(Tokenizer.wrap(hf, model_stop_ids, folder, read_vocabulary(folder)), read_template=hf.chat_template)
         except TokenizerError:
             raise
         except BaseException as error:  # the Rust parser raises bare Exception, and PanicException, which is none
@@ -138,6 +147,37 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         """Whether conversations can be rendered."""
         return bool(self.hf.chat_template)
+
+    @property
+    def chat_template(self) -> Any:
+        """The Jinja text that renders conversations; several by name where the model has several; None where it has none."""
+        return self.hf.chat_template
+
+    @chat_template.setter
+    def chat_template(self, template: str | None) -> None:
+        """Changes the template: for prompts, and in every folder and file that is written.
+
+        Raises:
+            TokenizerError: It is no text.
+        """
+        if template is not None and not isinstance(template, str):
+            raise TokenizerError(f"chat_template is {show(template)}: use the text of a Jinja template, or None")
+        self.hf.chat_template = template or None
+
+    @property
+    def own_template(self) -> str | None:
+        """The template where it differs from the folder's, "" where it was removed, None where it is the folder's."""
+        if self.chat_template == self.read_template and self.folder is not None:
+            return None
+        if isinstance(self.chat_template, Mapping):
+            return self.chat_template.get("default", "")
+        return self.chat_template or ""
+
+    def with_chat_template(self, template: str | None) -> Tokenizer:
+        """The same tokenizer with another chat template; this one stays as it is. Raises as setting `chat_template` does."""
+        other = replace(self, hf=copy.copy(self.hf))
+        other.chat_template = template
+        return other
 
     def encode_prompt(self, prompt: Prompt, *, chat: bool, template_arguments: Mapping[str, Any] | None = None) -> list[int]:
         """Returns the token ids of a prompt.
@@ -217,14 +257,23 @@ class Tokenizer:
         """Returns the text of token ids without special tokens; ids beyond the vocabulary (of a padded embedding) give no text."""
         return self.hf.decode([int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Writes the tokenizer into a folder: the unchanged files that it was read from, or transformers' where it has none."""
+    def save(self, folder: str | os.PathLike[str]) -> list[str]:
+        """Writes the tokenizer, with its chat template, into a folder.
+
+        Returns:
+            The paths of the files, relative to the folder: the unchanged ones that it was read from, or transformers' where it was
+            made in memory, or that folder is gone.
+        """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        if self.folder is None:
+        if self.folder is None or not self.folder.is_dir():
             self.hf.save_pretrained(str(target))
         else:
             copy_tokenizer_files(self.folder, target)
+            if self.own_template is not None:
+                write_template(target, self.own_template)
+        files = [target / name for name in (*VOCABULARY_FILES, *OTHER_FILES)] + sorted((target / MORE_TEMPLATES).glob("*"))
+        return [path.relative_to(target).as_posix() for path in files if path.is_file()]
 
 
 def present_fields(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -251,11 +300,46 @@ def copy_tokenizer_files(source: Path, target: Path) -> None:
     if source.resolve() == target.resolve():
         return
     for name in (*VOCABULARY_FILES, *OTHER_FILES):
+        (target / name).unlink(missing_ok=True)  # of another tokenizer, written before
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    templates = "additional_chat_templates"
-    if (source / templates).is_dir():
-        shutil.copytree(source / templates, target / templates, dirs_exist_ok=True)
+    if (source / MORE_TEMPLATES).is_dir():
+        shutil.copytree(source / MORE_TEMPLATES, target / MORE_TEMPLATES, dirs_exist_ok=True)
+
+
+def write_template(folder: Path, template: str) -> None:
+    """Makes a text the only chat template of a tokenizer's folder; "" leaves it without one."""
+    for name in (TEMPLATE_FILE, "chat_template.json"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / MORE_TEMPLATES, ignore_errors=True)
+    config = folder / "tokenizer_config.json"
+    values = read_object(config) if config.is_file() else {}
+    if values.pop("chat_template", None) is not None:
+        with replacing(config) as unfinished:
+            unfinished.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    if template:
+        with replacing(folder / TEMPLATE_FILE) as unfinished:
+            unfinished.write_text(template, encoding="utf-8")
+
+
+def read_template_file(path: str) -> str:
+    """Reads the file that `data.chat_template_file` names.
+
+    Raises:
+        ConfigError: It is missing, empty, no UTF-8, or too long for a template.
+    """
+    field, file = "data.chat_template_file", Path(path).expanduser()
+    require(file.is_file(), field, path, "there is no such file; give a Jinja template")
+    size = file.stat().st_size
+    require(size <= MOST_TEMPLATE_BYTES, field, path, f"it has {size} bytes, and a template has at most {MOST_TEMPLATE_BYTES}")
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{field} is {show(path)}: it is no UTF-8 text ({error.reason} at byte {error.start})") from error
+    except OSError as error:
+        raise ConfigError(f"{field} is {show(path)}: it cannot be read ({error.strerror})") from error
+    require(bool(text.strip()), field, path, "it is empty; give a Jinja template")
+    return text
 
 
 def read_stop_ids(folder: str | os.PathLike[str]) -> tuple[int, ...]:

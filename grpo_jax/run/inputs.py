@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -29,6 +30,9 @@ def describe_inputs(
     """
     inputs: dict[str, str | None] = {REVISION: revision_of(policy.folder)}
     inputs |= {f"model file {name}": value for name, value in model_fingerprints(policy.folder).items()}
+    template = None if policy.tokenizer is None else policy.tokenizer.own_template
+    if template is not None:
+        inputs["chat template"] = f"sha256:{hashlib.sha256(template.encode()).hexdigest()}"
     adapter = None if policy.lora is None or policy.lora.adapter is None else Path(policy.lora.adapter).expanduser()
     if adapter is not None and adapter.is_dir():
         names = (name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if (adapter / name).is_file())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from grpo_jax.run.folder import RunFolder
 from grpo_jax.run.report import write_report
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.programs import Program
+from grpo_jax.weights.model_card import RunFacts, write_card
+from grpo_jax.weights.publish import usage_of
+from grpo_jax.weights.usage import Kind
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class TrainResult:
     history: list[dict[str, Any]]
     summary: dict[str, Any]
     run_dir: Path
+
+    def push_to_hub(self, repo: str, format: Kind | None = None, **options: Any) -> str:
+        """Uploads the trained policy with a model card of this run; arguments and errors as of `Policy.push_to_hub`."""
+        return self.policy.push_to_hub(repo, format, facts=RunFacts.of(self.run_dir), **options)
 
 
 def write_result(
@@ -77,8 +85,12 @@ def write_result(
     )
     if folder.writes:
         write_report_or_warn(folder.path, display)
+    if folder.writes and policy.lora is not None:
+        write_card(folder.path / "adapter", policy.name, policy.lora, "adapter", RunFacts.of(folder.path))
     distributed.barrier("result written")
     display.report(summary, folder.written() | files)
+    for line in ending_lines(policy, folder.path):
+        display.note(line)
     return TrainResult(policy, folder.history(), summary, folder.path)
 
 
@@ -95,3 +107,10 @@ def write_report_or_warn(run_dir: Path, display: Display) -> None:
         write_report(run_dir)
     except OSError as error:
         display.warning(f"the report was not written ({error.strerror or error}); grpo-jax report --run {run_dir} writes it")
+
+
+def ending_lines(policy: Policy, run_dir: Path) -> list[str]:
+    """What to do with the result: how the adapter is served and loaded, or how to write the whole model."""
+    if policy.lora is not None:
+        return usage_of(policy, run_dir / "adapter", "adapter")
+    return [f"grpo-jax export --run {shlex.quote(str(run_dir))} --format merged --out DIR"]

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -88,23 +88,36 @@ def write_digests(folder: Path, names: Sequence[str], early: EarlyDigests | None
     paths = [folder / name for name in names]
     with ThreadPoolExecutor(THREADS, "digests") as threads:
         found = list(threads.map(file_digest if early is None else early.of, paths))
-    files = {name: {"sha256": digest, "bytes": path.stat().st_size} for name, path, digest in zip(names, paths, found, strict=True)}
+    write_entries(
+        folder, {n: {"sha256": digest, "bytes": path.stat().st_size} for n, path, digest in zip(names, paths, found, strict=True)}
+    )
+
+
+def add_digests(folder: Path, names: Sequence[str]) -> None:
+    """Adds files to the `digests.json` of a folder; those that it names already are not read again. Errors as `read_digests`."""
+    added = {n: {"sha256": file_digest(folder / n), "bytes": (folder / n).stat().st_size} for n in names}
+    write_entries(folder, read_digests(folder) | added)
+
+
+def write_entries(folder: Path, files: Mapping[str, Mapping[str, str | int]]) -> None:
+    """Writes `digests.json` with the digest and size of each file."""
     content = json.dumps({"files": files}, indent=1).encode() + b"\n"
     with replacing(folder / DIGESTS) as unfinished:
         unfinished.write_bytes(content + hashlib.sha256(content).hexdigest().encode() + b"\n")
 
 
-def verify_digests(folder: Path, ignored: Iterable[str] | None = None) -> None:
+def verify_digests(folder: Path, ignored: Iterable[str] | None = None, only: Collection[str] | None = None) -> None:
     """Compares every file of a folder with `digests.json`.
 
     Args:
         ignored: Names of files at the top of the folder that may be there without a digest; None allows all.
+        only: Names of the files that are compared; None is all of them.
 
     Raises:
         DamagedError: A file is missing, was added or has changed; the first one is named.
         OSError: The storage does not answer or does not allow reading, which says nothing about the files.
     """
-    expected = read_digests(folder)
+    expected = {name: values for name, values in read_digests(folder).items() if only is None or name in only}
     for name, values in expected.items():
         try:
             size = (folder / name).stat().st_size

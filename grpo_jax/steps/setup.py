@@ -12,7 +12,7 @@ import jax
 
 from grpo_jax.config import Config, resolved_settings
 from grpo_jax.config.checks import require
-from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.data.tokenizer import Tokenizer, read_template_file
 from grpo_jax.policy import Policy
 from grpo_jax.run.display import Display
 from grpo_jax.run.folder import RunFolder
@@ -69,7 +69,8 @@ def read_tokenizer(config: Config, display: Display) -> Tokenizer | None:
         folder = find_model(config.model.path, config.model.revision, weights=False)
         spec = read_folder_spec(folder)
         check_mesh(make_layout(choose_run_mesh(config, spec, least_limit_bytes()).mesh), spec)
-        return Tokenizer.from_folder(folder)
+        tokenizer, file = Tokenizer.from_folder(folder), config.data.chat_template_file
+        return tokenizer if tokenizer is None or file is None else tokenizer.with_chat_template(read_template_file(file))
 
 
 def with_steps(config: Config, rows: int, display: Display) -> Config:

@@ -63,7 +63,8 @@ def generate(options: GenerateOptions, write: Callable[[str], None] | None = Non
     if options.run is not None:
         config, policy = load_run(options.run)
         data = config.data
-        if data.chat_template is None and data.system_prompt is None and had_plain_prompts(Path(options.run)):
+        unsaid = (data.chat_template, data.system_prompt, data.chat_template_file) == (None, None, None)
+        if unsaid and had_plain_prompts(Path(options.run)):
             data = replace(data, chat_template=False)
     else:
         assert options.model is not None

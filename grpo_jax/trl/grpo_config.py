@@ -18,7 +18,6 @@ MESH = "leave it out; devices are used as settings={'mesh': {...}} says"
 NO_TORCH = "leave it out; it concerns PyTorch, which this package does not use"
 NO_LOADER = "leave it out; there is no data loader, all rows are in memory"
 NO_VLLM = "leave it out; this package samples completions itself, and a free slot goes to the next completion at once"
-NO_HUB = "leave it out; upload the folder that save_model writes, by `hf upload NAME FOLDER`"
 NO_TRACKIO = "leave it out; report_to takes tensorboard and wandb"
 NO_ENTROPY = "leave it out; the loss has no entropy term here"
 NO_BEST = "leave it out; the newest checkpoints are kept"
@@ -133,13 +132,13 @@ class GRPOConfig:
     save_on_each_node: bool = refused(False, "leave it out; all processes write their parts of one checkpoint")
     save_total_limit: int | None = honoured(None, "train.keep_checkpoints; None keeps all")
     enable_jit_checkpoint: bool = refused(False, "leave it out; SIGTERM and Ctrl-C save a checkpoint anyway")
-    push_to_hub: bool = refused(False, NO_HUB)
-    hub_token: str | None = refused(None, NO_HUB)
-    hub_private_repo: bool | None = refused(None, NO_HUB)
-    hub_model_id: str | None = refused(None, NO_HUB)
-    hub_strategy: str = refused("every_save", NO_HUB)
-    hub_always_push: bool = refused(False, NO_HUB)
-    hub_revision: str | None = refused(None, NO_HUB)
+    push_to_hub: bool = honoured(False, "uploads adapter or model with a card: as hub_strategy says, and in save_model")
+    hub_token: str | None = honoured(None, "the token of uploads; None takes that of `hf auth login` or HF_TOKEN")
+    hub_private_repo: bool | None = honoured(None, "whether a new repository is private; None is the account's default")
+    hub_model_id: str | None = honoured(None, "the repository of uploads; None is the last part of output_dir")
+    hub_strategy: str = honoured("every_save", "when push_to_hub uploads: every_save (in the background, too) or end")
+    hub_always_push: bool = honoured(False, "True uploads at a save although the upload before goes on, after it")
+    hub_revision: str | None = honoured(None, "the branch of uploads, made where it does not exist")
     load_best_model_at_end: bool = refused(False, NO_BEST)
     metric_for_best_model: str | None = honoured(
         None, "state.best_metric, which EarlyStoppingCallback reads; eval_reward, for example"
@@ -303,6 +302,9 @@ class GRPOConfig:
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
         self.check()
+        strategies = ("every_save", "end")
+        fix = f"use one of {', '.join(strategies)}; checkpoints stay in output_dir"
+        allow(str(self.hub_strategy) in strategies, "hub_strategy", str(self.hub_strategy), fix)
         self._set_generation_batch()
 
     def check(self) -> None:

@@ -81,7 +81,7 @@ def with_tokenizer(policy: Policy, processing_class: Any) -> Policy:
     """A policy with another tokenizer of transformers; every id that ends a completion stays, and the tokenizer's is added."""
     fix = "give a tokenizer of transformers; models here read text alone"
     allow(hasattr(processing_class, "get_added_vocab"), "processing_class", described(processing_class), fix)
-    tokenizer = Tokenizer.wrap(processing_class, policy.stop_ids, policy.folder, read_vocabulary(policy.folder))
+    tokenizer = Tokenizer.wrap(processing_class, policy.stop_ids, vocabulary=read_vocabulary(policy.folder))
     return replace(policy, tokenizer=tokenizer, stop_ids=tokenizer.stop_ids, _sampler=[], _scorer=[])
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from grpo_jax.config import Config, ConfigError
+from grpo_jax.config import Config
 from grpo_jax.evaluation import evaluate
 from grpo_jax.policy import Policy
 from grpo_jax.rewards.protocol import ColumnReward, TextReward, accepted
@@ -21,6 +21,7 @@ from grpo_jax.trainer import Trainer
 from grpo_jax.trl.arguments import TRAINER_ARGUMENTS, Refused, allow, refusal
 from grpo_jax.trl.grpo_config import GRPOConfig
 from grpo_jax.trl.hooks import Hooks
+from grpo_jax.trl.hub import HubUploads
 from grpo_jax.trl.inputs import (
     described,
     model_path,
@@ -119,6 +120,7 @@ class GRPOTrainer:
         )
         self.state = new_state(args, self.steps)
         self.hooks = Hooks(args, self.steps, self.state, lambda: self.processing_class)
+        self.uploads = HubUploads(args)
         for callback in callbacks or []:
             self.hooks.add(callback)
         self.reward_funcs = [self._with_extras(function) for function in reward_functions(reward_funcs)]
@@ -132,7 +134,7 @@ class GRPOTrainer:
             reward_funcs=self.reward_funcs,
             eval_dataset=self._held_out,
             optimizer=optimizer,
-            callbacks=[self.hooks],
+            callbacks=[self.hooks, self.uploads],
             resume=True,  # `train` says whether it is; only then is the folder opened
         )
         self.processing_class = self._trainer.tokenizer.hf
@@ -174,33 +176,56 @@ class GRPOTrainer:
         return {**self.hooks.evaluation, "epoch": self.state.epoch}
 
     def save_model(self, output_dir: str | None = None) -> None:
-        """Writes the tokenizer and what was trained: a PEFT adapter at the folder's top, or without adapters the whole model."""
+        """Writes the tokenizer and what was trained: a PEFT adapter at the folder's top, or without adapters the whole model.
+
+        With `push_to_hub` it is uploaded too.
+        """
         folder, policy = Path(output_dir or self.args.output_dir or ""), self.model
         if policy.adapters is None:
             policy.save_merged(folder)
-            return
-        policy.save_adapter(folder)
-        if distributed.is_main():
-            self.processing_class.save_pretrained(str(folder))
+        else:
+            policy.save_adapter(folder)
+        if self.args.push_to_hub:
+            self.push_to_hub("Model save")
 
     def save_state(self) -> None:
         """Writes `trainer_state.json` to `output_dir`."""
         self.hooks.save_state()
 
-    def push_to_hub(self, *arguments: Any, **options: Any) -> None:
-        """Is refused: uploading is not offered yet.
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **options: Any,
+    ) -> Any:
+        """Uploads the adapter, or the whole model, with tokenizer and model card to `hub_model_id`.
+
+        Args:
+            blocking: False returns a future at once.
+            token, revision: instead of `hub_token` and `hub_revision`.
+            options: `dataset_name` is shown in the model card; the other names of TRL's card are refused.
+
+        Returns:
+            The address of the commit.
 
         Raises:
-            ConfigError: always.
+            HubError: no token, one that may not write, or a hub that does not answer.
+            ConfigError: an option that the model card does not have.
         """
-        raise ConfigError(
-            f"push_to_hub: uploading is not offered; call save_model('DIR'), then run `hf upload {self.hub_model_id} DIR`"
-        )
+        dataset = options.pop("dataset_name", None) or ""
+        for name, value in options.items():
+            allow(value is None, f"push_to_hub({name}=...)", described(value), "leave it out; the model card is made from the run")
+        run_dir, message = Path(self.config.train.run_dir), commit_message or "End of training"
+        dataset = dataset if isinstance(dataset, str) else dataset[0]
+        started = self.uploads.start(self.model, run_dir, message, token=token, revision=revision, dataset=dataset)
+        return started.result() if blocking else started
 
     @property
     def hub_model_id(self) -> str:
-        """The name that an upload would have: the last part of `output_dir`."""
-        return Path(self.args.output_dir or "").name
+        """The repository that an upload has: `args.hub_model_id`, or the last part of `output_dir`."""
+        return self.uploads.repo
 
     @property
     def model(self) -> Policy:

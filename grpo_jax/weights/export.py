@@ -7,7 +7,7 @@ digest of every file, for `grpo-jax verify`. Adapter folders are written by `wei
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import LoraConfig
+from grpo_jax.data.tokenizer import OTHER_FILES, VOCABULARY_FILES, Tokenizer
 from grpo_jax.models.spec import ModelError, ModelSpec, flatten
 from grpo_jax.runtime.digests import DIGESTS, write_digests
 from grpo_jax.runtime.files import replacing
@@ -81,7 +82,9 @@ def merged_weights(
     return read
 
 
-def save_merged(out: Path, original: Path, spec: ModelSpec, read: ReadTensor, writes: bool = True) -> None:
+def save_merged(
+    out: Path, original: Path, spec: ModelSpec, read: ReadTensor, writes: bool = True, tokenizer: Tokenizer | None = None
+) -> None:
     """Writes a model folder.
 
     Args:
@@ -89,6 +92,7 @@ def save_merged(out: Path, original: Path, spec: ModelSpec, read: ReadTensor, wr
         original: the folder that the model was read from; shards, dtypes, config and tokenizer are taken from it.
         read: gives each tensor; see `merged_weights`.
         writes: False only calls `read`, in the same order: for all processes but one, where arrays are sharded over processes.
+        tokenizer: written with its chat template, instead of the original's files.
 
     Raises:
         ModelError: out is the original, or has weights of another model; or the original is gone.
@@ -125,16 +129,20 @@ def save_merged(out: Path, original: Path, spec: ModelSpec, read: ReadTensor, wr
                 with replacing(out / shard) as unfinished:
                     save_file(tensors, unfinished, metadata={"format": "pt"})
     if writes:
-        write_digests(out, sorted([*shards, *copy_other_files(original, out)]))
+        others = copy_other_files(original, out, without=() if tokenizer is None else (*VOCABULARY_FILES, *OTHER_FILES))
+        write_digests(out, sorted([*shards, *others, *([] if tokenizer is None else tokenizer.save(out))]))
 
 
-def copy_other_files(original: Path, out: Path) -> list[str]:
+def copy_other_files(original: Path, out: Path, without: Collection[str] = ()) -> list[str]:
     """Copies the index of the shards and every file that has no weights: config, generation config, tokenizer.
+
+    Args:
+        without: names that are left out.
 
     Returns:
         The names of these files.
     """
-    names = [file.name for file in original.iterdir() if file.is_file()]
+    names = [file.name for file in original.iterdir() if file.is_file() and file.name not in without]
     copied = [name for name in names if name == INDEX or not name.endswith(NOT_COPIED)]
     for name in copied:
         shutil.copy(original / name, out / name)

@@ -23,6 +23,7 @@ import numpy as np
 from grpo_jax.config import LoraConfig
 from grpo_jax.config.checks import require, show
 from grpo_jax.config.sections import LINEAR_TARGETS
+from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.models.config_values import checked_flag, checked_number, whole_number
 from grpo_jax.models.spec import ModelError, ModelSpec, ParamSpec, flatten, lora_specs, nest
 from grpo_jax.runtime.digests import DIGESTS, DamagedError, verify_digests, write_digests
@@ -198,22 +199,25 @@ def read_leaf(folder: Path, shard: Any, names: list[str], shape: tuple[int, ...]
 
 
 def verify_export(folder: Path) -> None:
-    """Raises ModelError where a folder has digests, as those that this package writes, and a file that differs from them."""
+    """Raises ModelError where a folder has digests, as those that this package writes, and the adapter differs from them."""
     if not (folder / DIGESTS).exists():
         return
     try:
-        verify_digests(folder)
+        verify_digests(folder, only=(ADAPTER_CONFIG, ADAPTER_WEIGHTS))  # the others are not read, nor downloaded
     except DamagedError as error:
         raise ModelError(f"{error}; export it again, or remove {folder / DIGESTS} where the change was intended") from error
 
 
-def save_adapter(folder: Path, spec: ModelSpec, adapters: Params, lora: LoraConfig, base_name: str) -> None:
+def save_adapter(
+    folder: Path, spec: ModelSpec, adapters: Params, lora: LoraConfig, base_name: str, tokenizer: Tokenizer | None = None
+) -> None:
     """Writes a folder that PEFT, transformers and vLLM load, with the digests of its files.
 
     Args:
         folder: created where it does not exist.
         adapters: the `lora` collection.
         base_name: what PEFT shows as the base model: the path or hub id that the run started from.
+        tokenizer: written next to the adapter, with its chat template.
     """
     from safetensors.numpy import save_file
 
@@ -242,4 +246,4 @@ def save_adapter(folder: Path, spec: ModelSpec, adapters: Params, lora: LoraConf
     }
     with replacing(folder / ADAPTER_CONFIG) as unfinished:
         unfinished.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    write_digests(folder, [ADAPTER_CONFIG, ADAPTER_WEIGHTS])
+    write_digests(folder, [ADAPTER_CONFIG, ADAPTER_WEIGHTS, *([] if tokenizer is None else tokenizer.save(folder))])

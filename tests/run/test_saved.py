@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import pytest
+from fake_hub import fake_hub
 from plain_oracles import quick_compiling
 from safetensors.numpy import load_file
 from shared_programs import shared_programs
@@ -27,13 +29,15 @@ from tiny_runs import (
     words_of,
     write_rows,
 )
+from tiny_tokenizers import CHATML
 
 import grpo_jax as gx
 from grpo_jax import cli
 from grpo_jax.models.spec import ModelError
-from grpo_jax.policy import Policy, config_with_policy
-from grpo_jax.run.checkpoint import CheckpointError
+from grpo_jax.policy import Policy, config_with_policy, with_template
+from grpo_jax.run.checkpoint import Checkpointer, CheckpointError
 from grpo_jax.run.due import evaluates_after, saves_after
+from grpo_jax.run.result import ending_lines
 from grpo_jax.run.saved import export_run, load_run
 
 PROMPTS, COMPLETIONS = [[54, 48, 54, 66], [57, 48]], [[40, 41, 42], [60, 61, 62, 63, 4]]
@@ -84,7 +88,12 @@ def test_an_exported_adapter_loads_again_as_the_trained_policy(
 ):
     words = ["export", "--run", str(lora_run.result.run_dir), "--out", str(tmp_path / "adapter"), "--format", "adapter"]
     assert cli.main(words) == 0
-    assert capsys.readouterr().out == f"wrote adapter to {tmp_path / 'adapter'}\n"
+    name, base = f"{tiny_model().name}-grpo", str(tiny_model())
+    assert capsys.readouterr().out.splitlines() == [
+        f"wrote adapter to {tmp_path / 'adapter'}",
+        f"    vllm serve {base} --enable-lora --lora-modules {name}={tmp_path / 'adapter'}",
+        f"    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained('{base}'), '{tmp_path / 'adapter'}')",
+    ]
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 6, True)
     assert config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
@@ -115,7 +124,7 @@ def test_an_exported_model_loads_again_as_the_trained_policy(kind: str, lora_run
     ]
     assert texts[0] == texts[1]
     original = {path.name for path in tiny_model().iterdir()}
-    assert {path.name for path in (tmp_path / "merged").iterdir()} == original | {"digests.json"}
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == original | {"digests.json", "README.md"}
 
 
 def test_merging_adds_the_scaled_product_of_the_adapters(lora_run: Finished, tmp_path: Path):
@@ -141,6 +150,91 @@ def test_a_run_that_trained_every_weight_has_no_adapter_to_export(
     assert "trained every weight, so there is no adapter: use --format merged" in capsys.readouterr().err
     with pytest.raises(ModelError, match="use save_merged"):
         full_run.result.policy.save_adapter(tmp_path / "out")
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.content }}>{% endfor %}{% if add_generation_prompt %}!{% endif %}"
+
+
+@pytest.mark.slow
+def test_a_chat_template_of_the_users_renders_prompts_and_comes_out_of_every_export(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
+    (tmp_path / "mine.jinja").write_text(TEMPLATE)
+    data = {"chat_template_file": str(tmp_path / "mine.jinja"), "eval_size": 0}
+    lora = {"rank": 4, "alpha": 6.0, "rslora": True, "targets": ["q_proj", "v_proj", "down_proj"]}  # those of `lora_run`
+    finished = run(config_of(tmp_path / "run", data=data, lora=lora, train={"steps": 1}))
+    (tmp_path / "mine.jinja").unlink()  # the run has it
+    assert finished.result.policy.need_tokenizer().chat_template == TEMPLATE
+    _, policy = load_run(tmp_path / "run")
+    tokenizer = policy.need_tokenizer()
+    ids = tokenizer.encode_prompt("1+1=", chat=True)
+    assert ids == tokenizer.encode_text("<1+1=>!")
+    uploads = fake_hub(monkeypatch)
+    words = ["export", "--run", str(tmp_path / "run"), "--out", str(tmp_path / "gguf"), "--format", "gguf"]
+    assert cli.main([*words, "--gguf_type", "q8_0", "--push_to_hub", "me/mine", "--private"]) == 0
+    fields = gguf.GGUFReader(tmp_path / "gguf" / "model-q8_0.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == TEMPLATE
+    modelfile = (tmp_path / "gguf" / "Modelfile").read_text()
+    assert 'TEMPLATE """{{ range' in modelfile
+    assert "PARAMETER temperature 1\n" in modelfile
+    printed = capsys.readouterr().out
+    template = tmp_path / "run" / "adapter" / "chat_template.jinja"
+    assert any(f"--chat-template {template} --lora-modules" in line for line in ending_lines(policy, tmp_path / "run"))
+    with Checkpointer(tmp_path / "run" / "checkpoints", keep=None) as checkpoints:  # a resumed run is compared with it
+        assert checkpoints.host()["inputs"]["chat template"] == f"sha256:{hashlib.sha256(TEMPLATE.encode()).hexdigest()}"
+    assert f"    ollama create {tiny_model().name}-grpo -f {tmp_path / 'gguf' / 'Modelfile'}\n" in printed
+    assert "uploaded to https://hub/commit\n" in printed
+    (upload,) = uploads
+    assert (upload["repo_id"], upload["private"]) == ("me/mine", True)
+    assert upload["files"].keys() >= {"model-q8_0.gguf", "Modelfile", "README.md", "digests.json"}
+    assert "# mine\n" in upload["files"]["README.md"]
+
+
+def test_a_chat_template_that_is_set_is_in_adapter_and_merged_folders(lora_run: Finished, tmp_path: Path):
+    (tmp_path / "mine.jinja").write_text(TEMPLATE)
+    trained = lora_run.result.policy
+    config = gx.Config(data=gx.DataConfig(chat_template_file=str(tmp_path / "mine.jinja")))
+    for name, policy in (("file", with_template(trained, config)), ("set", replace(trained, tokenizer=copied(trained)))):
+        tokenizer = policy.need_tokenizer()
+        if name == "set":
+            tokenizer.chat_template = TEMPLATE
+        assert tokenizer.encode_prompt("1+1=", chat=True) == tokenizer.encode_text("<1+1=>!")
+        for folder in (policy.save_adapter(tmp_path / name / "adapter"), policy.save_merged(tmp_path / name / "merged")):
+            read = gx.Tokenizer.from_folder(folder)
+            assert read is not None
+            assert read.chat_template == TEMPLATE
+    assert trained.need_tokenizer().chat_template == CHATML  # that of the run stayed
+    with pytest.raises(gx.ConfigError, match=r"data\.chat_template_file is .*: there is no such file; give a Jinja template"):
+        with_template(trained, gx.Config(data=gx.DataConfig(chat_template_file=str(tmp_path / "none"))))
+
+
+def copied(policy: Policy) -> gx.Tokenizer:
+    tokenizer = policy.need_tokenizer()
+    return tokenizer.with_chat_template(tokenizer.chat_template)
+
+
+def test_options_of_an_export_that_do_not_belong_to_it_are_refused(
+    lora_run: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    words = ["export", "--run", str(lora_run.result.run_dir), "--out", str(tmp_path / "out"), "--format", "merged"]
+    assert cli.main([*words, "--gguf_type", "f16"]) == 2
+    assert "--gguf_type is 'f16': it is for --format gguf alone" in capsys.readouterr().err
+    assert cli.main([*words, "--private"]) == 2
+    assert "--private is for a new repository: give --push_to_hub" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_result_is_uploaded_with_a_card_of_its_run(lora_run: Finished, monkeypatch: pytest.MonkeyPatch):
+    uploads = fake_hub(monkeypatch)
+    assert lora_run.result.push_to_hub("me/mine", private=False) == "https://hub/commit"
+    lora_run.result.policy.push_to_hub("me/mine", "merged")
+    card, bare = (upload["files"]["README.md"] for upload in uploads)
+    assert "| steps | 2 |" in card
+    assert "## Settings" in card
+    assert "## Settings" not in bare
+    assert "model.safetensors" in uploads[1]["files"]
+    assert (lora_run.result.run_dir / "adapter" / "README.md").is_file()
 
 
 def test_a_run_without_a_checkpoint_cannot_be_read(tmp_path: Path):

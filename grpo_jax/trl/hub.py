@@ -1,0 +1,105 @@
+"""Uploads to the Hugging Face hub for `GRPOTrainer`: at every save in the background, and when it is asked for.
+
+What is uploaded is the adapter or the whole model with tokenizer and model card, and not the run folder, whose settings and
+completions stay here.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from grpo_jax.policy import Policy
+from grpo_jax.run.callbacks import Callback
+from grpo_jax.runtime import distributed
+from grpo_jax.trl.grpo_config import GRPOConfig
+from grpo_jax.weights.hub import HubError, push_folder
+from grpo_jax.weights.model_card import RunFacts
+from grpo_jax.weights.publish import write_export
+
+if TYPE_CHECKING:
+    from grpo_jax.trainer import Trainer
+
+
+class HubUploads(Callback):
+    """Uploads what a trainer has trained.
+
+    Args:
+        args: TRL's arguments.
+
+    Attributes:
+        repo: `hub_model_id`, or the last part of `output_dir`.
+    """
+
+    def __init__(self, args: GRPOConfig) -> None:
+        self.args = args
+        self.repo = args.hub_model_id or Path(args.output_dir or "").name
+        self._threads: ThreadPoolExecutor | None = None
+        self._current: Future[str] | None = None
+
+    def start(
+        self,
+        policy: Policy,
+        run_dir: Path,
+        message: str,
+        *,
+        token: str | None = None,
+        revision: str | None = None,
+        dataset: str = "",
+    ) -> Future[str]:
+        """Writes an export now, and uploads it in the background; every process of a run makes this call.
+
+        Args:
+            run_dir: of the run, for the model card.
+            token, revision: None takes `hub_token` and `hub_revision`.
+            dataset: hub id of the rows, for the model card.
+
+        Returns:
+            The address of the commit; "" in other processes.
+        """
+        kind = "merged" if policy.adapters is None else "adapter"
+        facts = RunFacts.of(run_dir) if (run_dir / "config.yaml").is_file() else None
+        if facts is not None and dataset:
+            facts = replace(facts, config=replace(facts.config, data=replace(facts.config.data, path=dataset)))
+        folder = TemporaryDirectory()
+        out = write_export(policy, Path(folder.name) / "export", kind, facts=facts, repo=self.repo)
+
+        def upload() -> str:
+            with folder:
+                if not distributed.is_main():
+                    return ""
+                options = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
+                return push_folder(out, self.repo, private=self.args.hub_private_repo, message=message, **options)
+
+        self._threads = self._threads or ThreadPoolExecutor(1, "hub")
+        self._current = self._threads.submit(upload)
+        return self._current
+
+    def on_save(self, trainer: Trainer) -> None:
+        """Uploads with `push_to_hub` and `hub_strategy` every_save; not while the one before goes on, unless `hub_always_push`."""
+        if not self.args.push_to_hub or self.args.hub_strategy != "every_save":
+            return
+        busy = self._current is not None and not self._current.done()
+        if distributed.broadcast_from_main(busy) and not self.args.hub_always_push:
+            return
+        self._warn(trainer)
+        self.start(trainer.policy, trainer.run_dir, f"Training in progress, step {trainer.steps_done}")
+
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Waits for the last upload; a failed one is said and does not end the run."""
+        self._warn(trainer)
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
+
+    def _warn(self, trainer: Trainer) -> None:
+        """Says that the upload before has failed; waits for it."""
+        current, self._current = self._current, None
+        try:
+            if current is not None:
+                current.result()
+        except HubError as error:
+            trainer.display.warning(str(error))
