@@ -126,7 +126,8 @@ def abstract_state(learner: Learner, policy: Policy, placement: Placement) -> Tr
 def abstract_frozen(config: Config, policy: Policy) -> Frozen:
     """Returns the arrays that an update reads and never changes: the base weights and the reference."""
     if policy.adapters is None:
-        return Frozen({}, policy.params if config.objective.needs_reference else None)
+        fixed = config.objective.needs_reference and config.train.reference_every is None
+        return Frozen({}, policy.params if fixed else None)
     return Frozen(policy.params, policy.adapters if config.lora.adapter is not None else {})
 
 
