@@ -21,7 +21,7 @@ def test_the_reference_becomes_a_mean_of_itself_and_the_policy(mix: float) -> No
     rng = np.random.default_rng(0)
     old, new = ({"a": rng.normal(size=(2, 3)), "b": rng.normal(size=4)} for _ in range(2))
     given = [jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree) for tree in (old, new)]
-    moved = moved_reference(*given, mix)
+    moved = moved_reference(given[0], given[1], mix)
     for name, array in moved.items():
         np.testing.assert_allclose(array, mix * new[name] + (1 - mix) * old[name], rtol=1e-6)
         assert array is not given[1][name]  # an update takes the memory of both
