@@ -85,7 +85,9 @@ def placement_of(config: Config, spec: ModelSpec, machine: Machine) -> Placement
     layout = make_layout(choose_run_mesh(config, spec, machine.limit_bytes).mesh, machine.devices)
     check_mesh(layout, spec)
     micro = config.train.micro_batch_prompts
-    check_prompts(layout, config.train.prompts_per_update, micro if isinstance(micro, int) else None)
+    check_prompts(
+        layout, config.train.prompts_per_update, micro if isinstance(micro, int) else None, config.train.updates_per_rollout
+    )
     return Placement(layout, machine.devices[0])
 
 

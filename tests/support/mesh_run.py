@@ -73,7 +73,7 @@ def resumed(folder: Path) -> dict[str, Any]:
 def mini_batches(folder: Path) -> dict[str, Any]:
     """Two updates a step on one device, on eight, and on eight and then four; the reference and the bonus's weight change too."""
     sections = {"objective": {"beta": 0.1, "entropy_coef": 0.01, "entropy_target": 9.0}}
-    changing = {"updates_per_rollout": 2, "reference_every": 1, "reference_mix": 0.5}
+    changing = {"prompts_per_step": 16, "updates_per_rollout": 2, "reference_every": 1, "reference_mix": 0.5}
 
     def of(name: str, mesh: dict[str, int], *, resume: bool = False, **train: Any) -> Any:
         return run(config_of(folder / name, mesh, train=changing | train, **sections), resume=resume).result
