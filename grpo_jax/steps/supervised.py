@@ -81,6 +81,8 @@ class SupervisedStep:
             require(value != "auto", f"train.{name}", value, "use a number, or null; auto is for GRPO")
         parts = train.updates_per_rollout
         require(parts == 1, "train.updates_per_rollout", parts, "use 1: supervised warm-up makes one update a step")
+        every = train.reference_every
+        require(every is None, "train.reference_every", every, "leave it out: supervised warm-up has no reference")
         prompts = source.train.prompt_lengths
         lengths = Lengths(int(prompts.min()), int(prompts.max()), config.rollout.max_completion_length)
         shards = 1 if policy.layout is None else policy.layout.rows

@@ -9,11 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from plain_oracles import quick_compiling
-from tiny_runs import additions, arrays, config_of, letters, records
+from tiny_runs import additions, arrays, config_of, letters, records, tiny_model
 
 import grpo_jax as gx
 from grpo_jax.config import ConfigError, config_from_dict
+from grpo_jax.fit.abstract import Placement, abstract_policy
+from grpo_jax.fit.learners import grpo_learner
+from grpo_jax.fit.phases import RunShapes
 from grpo_jax.learner.reference import moved_reference
+from grpo_jax.runtime.programs import no_announcement
+from grpo_jax.weights.hf import read_folder_spec
 
 
 @pytest.mark.parametrize("mix", [0.3, 1.0])
@@ -58,3 +63,20 @@ def test_a_reset_reference_is_the_policy_in_the_next_step(every: int, rank: int,
 def test_settings_that_cannot_be_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_from_dict(settings)
+
+
+@pytest.mark.parametrize("rank", [4, 0])
+def test_a_plan_counts_the_copy_that_changes(rank: int, tmp_path: Path) -> None:
+    """A float32 copy of what is trained, next to the weights that training started from."""
+
+    def resident(**train: int) -> tuple[dict[str, int], int]:
+        lora = {"rank": rank, "alpha": 8.0} if rank else {"rank": 0, "alpha": 16.0}
+        config = config_of(tmp_path, objective={"beta": 0.1}, lora=lora, train=train)
+        placement, spec = Placement(None, jax.devices()[0]), read_folder_spec(tiny_model())
+        policy = abstract_policy(config, tiny_model(), spec, placement)
+        learner, _ = grpo_learner(config, policy, 64)
+        run = RunShapes.of(config, policy, placement, learner, (), no_announcement)
+        return run.resident, sum(leaf.size for leaf in jax.tree.leaves(run.state.trainable))
+
+    (fixed, _), (moving, trained) = resident(), resident(reference_every=2)
+    assert moving == fixed | {"reference": fixed["reference"] + 4 * trained}
