@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -61,7 +63,7 @@ def test_tokens_that_are_not_chosen_keep_their_kl_term_and_their_place_in_the_de
 
 
 @pytest.mark.parametrize("loss", ["clip_cov", "kl_cov"])
-def test_losses_that_choose_tokens_equal_float64_loops_for_any_split_of_the_rows(loss: str) -> None:
+def test_losses_that_choose_tokens_equal_float64_loops_for_any_split_of_the_rows(loss: Any) -> None:
     logps, advantages, mask = tokens(seed=4)
     rng, objective = np.random.default_rng(5), ObjectiveConfig(loss=loss, beta=0.0, epsilon=0.15, epsilon_high=0.25)
     old, chosen = (logps + rng.normal(scale=0.3, size=mask.shape)).astype(np.float32), rng.random(mask.shape) < 0.7
