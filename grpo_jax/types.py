@@ -163,7 +163,8 @@ class Frozen:
     Attributes:
         base: The model's weights; empty in full fine-tuning, where the weights are trained.
         reference: What makes the reference policy out of the base. With LoRA: the adapter that training started from, or an empty
-            dict for the plain base. In full fine-tuning: a copy of the weights. None where there is no KL term.
+            dict for the plain base. In full fine-tuning: a copy of the weights. None where there is no KL term. Where the reference
+            changes, `TrainState.reference` counts instead.
     """
 
     base: Params
@@ -178,8 +179,13 @@ class TrainState:
         step: [] number of updates made so far.
         trainable: The adapters, or in full fine-tuning the weights; float32.
         opt_state: Optax's state for `trainable`.
+        reference: The reference policy's own adapters or weights, float32, where it changes (`train.reference_every`); None where
+            it is `Frozen.reference`.
+        entropy_coef: [] weight of the entropy bonus, where it adapts (`objective.entropy_target`); None where it does not.
     """
 
     step: Int[Array, ""]
     trainable: Params
     opt_state: Any
+    reference: Params | None = None
+    entropy_coef: Float[Array, ""] | None = None

@@ -40,7 +40,7 @@ def copies(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 @pytest.fixture(scope="module")
 def others(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return parts_of(repository, tmp_path_factory.mktemp("runs"), "four_bits", "supervised")
+    return parts_of(repository, tmp_path_factory.mktemp("runs"), "four_bits", "supervised", "mini_batches")
 
 
 def test_a_run_on_a_mesh_is_the_run_of_one_device(found: dict[str, Any]) -> None:
@@ -95,6 +95,18 @@ def test_a_quantised_run_over_all_axes_is_that_of_one_device(others: dict[str, A
     one, spread = others["four_bits"]
     assert spread["completions"] == one["completions"]
     np.testing.assert_allclose(spread["curve"], one["curve"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_several_updates_a_step_on_meshes_are_those_of_one_device(others: dict[str, Any]) -> None:
+    """With `micro_batch_tokens: auto` on one mesh, and resumed on another; reference and weight of the bonus are the state's."""
+    found = others["mini_batches"]
+    one, *meshes = found["curves"]
+    for spread, kl in zip(meshes, found["kl"][1:], strict=True):
+        np.testing.assert_allclose(spread, one, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(kl, found["kl"][0], rtol=1e-3, atol=1e-7)
+    assert found["kl"][0][1] > 1e-7
+    np.testing.assert_allclose(found["weights"], [[0.0125, 0.0225]] * 3, rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -35,6 +35,17 @@ LORA: dict[str, Any] = {
 SECTIONS: dict[str, Any] = {
     "lora": LORA,
     "full": LORA | {"lora": {"rank": 0}, "optim": LORA["optim"] | {"learning_rate": 1e-3}},
+    "moving": {
+        "objective": {"beta": 0.1, "entropy_coef": 0.01, "entropy_target": 9.0},
+        "train": {
+            "steps": 3,
+            "save_every": 1,
+            "updates_per_rollout": 2,
+            "reference_every": 2,
+            "reference_mix": 0.5,
+            "micro_batch_tokens": "auto",
+        },
+    },
     "bare": {"train": {"steps": 3, "save_every": 1}},
 }
 
@@ -141,6 +152,22 @@ def test_a_resumed_run_evaluates_only_when_an_uninterrupted_one_does(uninterrupt
     resumed = train(config, resume=True, eval_dataset=ROWS[:6])
     assert [record["step"] for record in records(tmp_path / "evaluations.jsonl")] == [0, 3]
     assert timeless(resumed.history) == timeless(uninterrupted("bare").history)
+
+
+@pytest.mark.slow
+def test_a_reference_that_changes_and_an_adapted_weight_are_resumed(
+    uninterrupted: Callable[[str], TrainResult], tmp_path: Path
+) -> None:
+    """With two updates a step. The reference has changed before the resume, and the weight has risen four times."""
+    sections = SECTIONS["moving"]
+    train(config_of(tmp_path, **sections | {"train": sections["train"] | {"steps": 2}}))
+    before = last_checkpoint(tmp_path)
+    assert before["entropy_coef"] == pytest.approx(0.01 + 4 * 0.005, abs=1e-6)
+    references = [name for name in before if name.startswith("reference.")]
+    assert any((before[name] != before[name.replace("reference", "trainable", 1)]).any() for name in references)
+    resumed = train(config_of(tmp_path, **sections), resume=True)
+    assert_same_run(resumed, uninterrupted("moving"))
+    assert [step["entropy_coef"] for step in resumed.history] == pytest.approx([0.0125, 0.0225, 0.0325], abs=1e-6)
 
 
 def test_a_finished_run_is_continued_with_more_steps_where_the_rate_is_constant(

@@ -187,6 +187,12 @@ def test_what_the_trainer_cannot_use_is_named_before_the_model_is_looked_for(giv
             {**BATCH, "per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 2},
             r"num_iterations is 2: use 1: with several parts",
         ),
+        ({"sync_ref_model": True}, r"sync_ref_model is true: leave it out, or use beta above 0"),
+        (
+            {"sync_ref_model": True, "beta": 0.1, "num_iterations": 2, "ref_model_sync_steps": 3},
+            r"ref_model_sync_steps is 3: use a multiple of 2, the updates",
+        ),
+        ({"top_entropy_quantile": 0.2, "entropy_coef": 0.1}, r"entropy_coef is 0\.1: use 0 with top_entropy_quantile"),
         ({"top_entropy_quantile": 0.2, "gradient_accumulation_steps": 2}, r"top_entropy_quantile is 0\.2: use 1\.0 with gradient"),
         ({"multi_objective_aggregation": "max"}, r"multi_objective_aggregation is 'max': use one of sum_then_normalize"),
         ({"generation_batch_size": 12}, r"generation_batch_size is 12: use a multiple of .* \(8\)"),
@@ -326,6 +332,8 @@ def test_the_table_of_honoured_arguments_is_whole() -> None:
     assert HONOURED.keys() | LATER.keys() == TABLE.keys() - set(REFUSED)
 
 
+SYNC = {"sync_ref_model": True, "beta": 0.1}
+
 LATER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "steps_per_generation": (
         {
@@ -342,6 +350,18 @@ LATER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"multi_objective_aggregation": "normalize_then_sum"},
         {"objective.normalize_each_reward": True, "objective.scale_rewards": "batch"},
     ),
+    "sync_ref_model": ({**SYNC, "sync_ref_model": True}, {"train.reference_every": 512, "train.reference_mix": 0.6}),
+    "ref_model_sync_steps": ({**SYNC, "num_iterations": 2, "ref_model_sync_steps": 6}, {"train.reference_every": 3}),
+    "ref_model_mixup_alpha": ({**SYNC, "ref_model_mixup_alpha": 1.0}, {"train.reference_mix": 1.0}),
+    "entropy_coef": ({"entropy_coef": 0.01}, {"objective.entropy_coef": 0.01, "objective.entropy_target": None}),
+    "use_adaptive_entropy": ({"use_adaptive_entropy": True}, {"objective.entropy_target": 0.2}),
+    "entropy_target": ({"use_adaptive_entropy": True, "entropy_target": 1.5}, {"objective.entropy_target": 1.5}),
+    "entropy_coef_min": (
+        {"use_adaptive_entropy": True, "entropy_coef": 0.5, "entropy_coef_min": 0.2},
+        {"objective.entropy_coef_min": 0.2, "objective.entropy_coef": 0.5},
+    ),
+    "entropy_coef_max": ({"use_adaptive_entropy": True, "entropy_coef_max": 0.3}, {"objective.entropy_coef_max": 0.3}),
+    "entropy_coef_delta": ({"use_adaptive_entropy": True, "entropy_coef_delta": 0.1}, {"objective.entropy_coef_delta": 0.1}),
     "loss_type": ({"loss_type": "vespo"}, {"objective.loss": "vespo"}),
     "importance_sampling_level": ({"importance_sampling_level": "sequence", "loss_type": "luspo"}, {"objective.loss": "luspo"}),
     "use_bias_correction_kl": ({"beta": 0.1}, {"objective.kl": "k3_corrected"}),

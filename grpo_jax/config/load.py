@@ -77,6 +77,9 @@ class Config:
         parts = self.train.updates_per_rollout
         fix = "use 1 with objective.kl_in_reward, whose KL would be taken from weights that updates on other prompts have changed"
         require(parts == 1 or not self.objective.kl_in_reward, "train.updates_per_rollout", parts, fix)
+        every, used = self.train.reference_every, self.objective.needs_reference
+        fix = "leave it out, or use objective.beta above 0: without a KL term nothing is compared with the reference"
+        require(every is None or used, "train.reference_every", every, fix)
         k, completions = self.objective.pass_k, self.generations_per_update
         fix = f"use 2 to {group} ({completions}): the best of k is estimated from sets within a group"
         require(self.objective.advantage != "pass_at_k" or k <= completions, "objective.pass_k", k, fix)

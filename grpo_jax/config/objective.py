@@ -27,6 +27,9 @@ LossName = Literal[
     "dppo_kl",
 ]
 
+ADAPTIVE_ENTROPY = {"entropy_coef_delta": 0.005, "entropy_coef_min": 0.0, "entropy_coef_max": 1.0}
+"""Settings that have an effect only with `entropy_target`, and their defaults."""
+
 FROM_PRESET: Any = None
 """Default of a setting that `ObjectiveConfig` fills in from the preset."""
 
@@ -49,6 +52,13 @@ class ObjectiveConfig:
         cov_share: Share of a batch's tokens that clip_cov and kl_cov hold back. Default 2e-4.
         top_entropy: Share of a batch's tokens, those of the highest entropy, that have a policy term; below 1 it costs one more
             forward pass. Default 1.
+        entropy_coef: Weight of the entropy bonus, the mean entropy of the distribution at each trained token, which the loss
+            subtracts; with entropy_target the first weight. The update then computes the logits once more. Default 0.
+        entropy_target: Entropy in nats a token that the weight adapts to: it rises by entropy_coef_delta in a step whose entropy is
+            below, falls where it is above, and the bonus acts only where it is not above; null adapts nothing.
+        entropy_coef_delta: Change of the weight in a step where it adapts. Default 0.005.
+        entropy_coef_min: Lower bound of the weight where it adapts. Default 0.
+        entropy_coef_max: Upper bound of the weight where it adapts. Default 1.
         delta: Upper bound on the ratio where the advantage is negative (two-sided clipping); null applies none.
         advantage: How rewards of a group are compared: `group` is (reward - mean) / standard deviation; rloo, opo, maxrl and
             pass_at_k (`grpo_jax.learner.baselines`) divide by no deviation. Default group.
@@ -81,6 +91,11 @@ class ObjectiveConfig:
     epsilon_max: float = FROM_PRESET
     cov_share: float = 2e-4
     top_entropy: float = 1.0
+    entropy_coef: float = 0.0
+    entropy_target: float | None = None
+    entropy_coef_delta: float = 0.005
+    entropy_coef_min: float = 0.0
+    entropy_coef_max: float = 1.0
     delta: float | None = None
     advantage: Literal["group", "rloo", "opo", "maxrl", "pass_at_k"] = "group"
     pass_k: int = 4
@@ -119,6 +134,7 @@ class ObjectiveConfig:
         )
         chooses = self.loss in ("clip_cov", "kl_cov") and self.top_entropy < 1
         require(not chooses, "objective.top_entropy", self.top_entropy, f"use 1: loss {self.loss} chooses tokens by covariance")
+        self._check_entropy()
         if self.delta is not None:
             bound = 1 + self.epsilon_high
             require(self.delta > bound, "objective.delta", self.delta, f"use more than 1 + epsilon_high = {bound:g}, or null")
@@ -155,6 +171,27 @@ class ObjectiveConfig:
             require(
                 threshold > 0, "objective.off_policy_threshold", threshold, "use a positive number of nats such as 0.5, or null"
             )
+
+    def _check_entropy(self) -> None:
+        """Checks the settings of the entropy bonus."""
+        weight, least, most, target = self.entropy_coef, self.entropy_coef_min, self.entropy_coef_max, self.entropy_target
+        require(weight >= 0, "objective.entropy_coef", weight, "use 0 (no entropy bonus) or a small positive weight such as 0.001")
+        if target is None:
+            for name, default in ADAPTIVE_ENTROPY.items():
+                fix = "leave it out, or also set objective.entropy_target: without a target the weight is entropy_coef"
+                require(getattr(self, name) == default, f"objective.{name}", getattr(self, name), fix)
+            return
+        require(target > 0, "objective.entropy_target", target, "use a positive number of nats a token such as 0.2, or null")
+        step = self.entropy_coef_delta
+        require(step > 0, "objective.entropy_coef_delta", step, "use a small positive number such as 0.005")
+        require(0 <= least < most, "objective.entropy_coef_min", least, f"use 0 or more, and less than entropy_coef_max ({most:g})")
+        fix = f"use a weight from entropy_coef_min ({least:g}) to entropy_coef_max ({most:g}), where it adapts to entropy_target"
+        require(least <= weight <= most, "objective.entropy_coef", weight, fix)
+
+    @property
+    def has_entropy_bonus(self) -> bool:
+        """Whether the loss has an entropy bonus, be its weight 0 at the moment."""
+        return self.entropy_coef > 0 or self.entropy_target is not None
 
     @property
     def needs_reference(self) -> bool:

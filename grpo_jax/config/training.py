@@ -99,6 +99,10 @@ class TrainConfig:
             not full by then also trains groups without a spread of rewards.
         update_generations: m, the completions of each prompt that the update learns from: of the num_generations that are sampled
             those whose rewards vary most (PODS). Advantages are computed among them alone. null takes all.
+        reference_every: Steps between two changes of the reference, which the KL term compares with: it becomes reference_mix times
+            the policy plus the rest of itself. It is then part of the checkpoints. null leaves it what training started from.
+        reference_mix: Share of the policy in such a change; 1 (the default) resets the reference to the policy, less is a moving
+            average of weights (of the adapters' matrices where adapters are trained).
         micro_batch_tokens: Tokens of prompts and completions whose gradient is computed at once, on each of the mesh's data · fsdp
             shards; prompts and completions are packed by their real lengths. `auto` finds the most that fit into memory by
             compiling before the first step. null is `auto` on accelerators, and on a CPU one group or as much as its cache holds.
@@ -138,6 +142,8 @@ class TrainConfig:
     dynamic_sampling: bool = False
     max_extra_groups: int | None = None
     update_generations: int | None = None
+    reference_every: int | None = None
+    reference_mix: float = 1.0
     micro_batch_tokens: int | Literal["auto"] | None = None
     micro_batch_prompts: int | Literal["auto"] | None = None
     micro_batch_completions: int | None = None
@@ -174,6 +180,11 @@ class TrainConfig:
         require(extra is None or extra >= 1, "train.max_extra_groups", extra, "use at least 1, or null")
         fix = "it has an effect only with train.dynamic_sampling true: set that, or leave this out"
         require(extra is None or self.dynamic_sampling, "train.max_extra_groups", extra, fix)
+        every, mix = self.reference_every, self.reference_mix
+        require(every is None or every >= 1, "train.reference_every", every, "use a number of steps, or null (a fixed reference)")
+        require(0 < mix <= 1, "train.reference_mix", mix, "use a share above 0, at most 1 (the reference becomes the policy)")
+        fix = "leave it out, or also set train.reference_every: without it the reference never changes"
+        require(every is not None or mix == 1, "train.reference_mix", mix, fix)
         require(self.seed >= 0, "train.seed", self.seed, "use 0 or a positive number")
         require(self.save_every >= 0, "train.save_every", self.save_every, "use 0 (only at the end) or a number of steps")
         require(self.keep_checkpoints >= 1, "train.keep_checkpoints", self.keep_checkpoints, "keep at least 1")

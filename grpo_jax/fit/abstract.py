@@ -85,7 +85,9 @@ def placement_of(config: Config, spec: ModelSpec, machine: Machine) -> Placement
     layout = make_layout(choose_run_mesh(config, spec, machine.limit_bytes).mesh, machine.devices)
     check_mesh(layout, spec)
     micro = config.train.micro_batch_prompts
-    check_prompts(layout, config.train.prompts_per_update, micro if isinstance(micro, int) else None)
+    check_prompts(
+        layout, config.train.prompts_per_update, micro if isinstance(micro, int) else None, config.train.updates_per_rollout
+    )
     return Placement(layout, machine.devices[0])
 
 
@@ -126,7 +128,8 @@ def abstract_state(learner: Learner, policy: Policy, placement: Placement) -> Tr
 def abstract_frozen(config: Config, policy: Policy) -> Frozen:
     """Returns the arrays that an update reads and never changes: the base weights and the reference."""
     if policy.adapters is None:
-        return Frozen({}, policy.params if config.objective.needs_reference else None)
+        fixed = config.objective.needs_reference and config.train.reference_every is None
+        return Frozen({}, policy.params if fixed else None)
     return Frozen(policy.params, policy.adapters if config.lora.adapter is not None else {})
 
 

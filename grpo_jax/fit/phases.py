@@ -83,21 +83,27 @@ class RunShapes:
     def resident(self) -> dict[str, int]:
         """Bytes by component of the arrays that exist from the first step to the last, each counted once.
 
+        A reference that changes (`train.reference_every`) is a copy of what is trained, in float32.
+
         The policy's own adapters, or in full training its weights, exist next to the trained ones, which begin as a copy; with
         `optim.offload` such adapters are in the host's memory unless they are the reference.
         """
         own, trained = device_bytes(self.policy.params), device_bytes(self.state.trainable)
+        moving = device_bytes(self.state.reference)
         memory = dict.fromkeys(COMPONENTS, 0) | {"optimizer": device_bytes((self.state.step, self.state.opt_state))}
         if self.policy.adapters is None:
-            return memory | {"base": trained, "reference": own}
+            return memory | {"base": trained, "reference": own + moving}
         start = device_bytes(self.frozen.reference if self.config.optim.offload else self.policy.adapters)
-        return memory | {"base": own, "adapters": trained, "reference": start}
+        return memory | {"base": own, "adapters": trained, "reference": start + moving}
 
     @property
     def resident_while_sampling(self) -> dict[str, int]:
         """`resident` without what `optim.offload` keeps in the host's memory then."""
         trained = "base" if self.policy.adapters is None else "adapters"
-        return self.resident | ({"optimizer": 0, trained: 0} if self.config.optim.offload else {})
+        if not self.config.optim.offload:
+            return self.resident
+        fixed = self.resident["reference"] - device_bytes(self.state.reference)
+        return self.resident | {"optimizer": 0, trained: 0, "reference": fixed}
 
 
 def update_memory(run: RunShapes, program: Program | None = None) -> MemoryUse:
@@ -131,7 +137,9 @@ def activation_bytes(run: RunShapes) -> int:
     def backward(trainable: Any, micro_batch: Any, frozen: Any) -> Any:
         def logps(trainable: Any) -> Any:
             variables = plain.policy_variables(trainable, frozen)
-            return plain.logprobs(variables, micro_batch, plain.truncation, head_trainable=plain.full)[0]
+            bonus = plain.objective.has_entropy_bonus
+            logps, _, entropy = plain.logprobs(variables, micro_batch, plain.truncation, plain.full, bonus)
+            return (logps, entropy) if bonus else logps
 
         return jax.vjp(logps, trainable)[1]
 

@@ -45,6 +45,7 @@ def row_logprobs(
     *,
     used: Array | None = None,
     head_trainable: bool = False,
+    entropy_gradient: bool = False,
 ) -> tuple[Float[Array, "R E"], Float[Array, "R E"] | None, Float[Array, "R E"]]:
     """Computes log-probabilities of the entries of packed rows, and the entropy of the untruncated distribution.
 
@@ -54,14 +55,17 @@ def row_logprobs(
         truncation: what sampling does to the distribution; None: nothing.
         temperature: divides the logits.
         used: [R, E], True = the entry is needed; the head skips parts without any. None is all.
-        head_trainable: whether the head's weights need a gradient; entropy has one only then.
+        head_trainable: whether the head's weights need a gradient.
+        entropy_gradient: whether the entropy needs one. A frozen head is then computed as one that trains: its logits are computed
+            again in the backward pass, in plain JAX on every device.
 
     Returns:
         Log-probabilities under the truncated distribution; under the untruncated one (None: the same); the entropy.
     """
     hidden = row_hidden(model, variables, rows)
     head = head_matrix(model.spec, variables["params"]).astype(hidden.dtype)
-    options: dict[str, Any] = {"softcap": model.spec.final_softcap, "head_trainable": head_trainable}
+    head = head if head_trainable else jax.lax.stop_gradient(head)
+    options: dict[str, Any] = {"softcap": model.spec.final_softcap, "head_trainable": head_trainable or entropy_gradient}
     options["implementation"] = model.implementation
 
     def of_entries(temperature: Array, hidden: Array, targets: Array, columns: Array) -> Outputs:
@@ -69,11 +73,18 @@ def row_logprobs(
         flat = hidden.reshape(r * e, d), head, targets.reshape(r * e)
         if truncation is None:
             # Parts are branches; see `in_parts`.
-            logps, entropy, _ = head_logprobs(*flat, temperature, model.layout, keep_rows=not head_trainable, **options)
-            outputs = (logps, logps, entropy)
+            keep_rows = not options["head_trainable"]
+            logps, entropy, _ = head_logprobs(*flat, temperature, model.layout, keep_rows=keep_rows, **options)
+            outputs = (logps, logps, entropy if entropy_gradient else jax.lax.stop_gradient(entropy))
         else:
             outputs = truncated_logprobs(
-                *flat, columns.reshape(r * e), truncation, temperature=temperature, layout=model.layout, **options
+                *flat,
+                columns.reshape(r * e),
+                truncation,
+                temperature=temperature,
+                entropy_gradient=entropy_gradient,
+                layout=model.layout,
+                **options,
             )
         first, second, third = (x.reshape(r, e) for x in outputs)
         return first, second, third

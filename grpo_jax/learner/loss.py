@@ -1,6 +1,7 @@
 """Computes the objective, policy loss and KL term, from per-token log-probabilities and advantages. Pure; uses no model.
 
-    loss = Σ_it w_it · (m_it + β·KL_it)        w: `token_weights`, m + β·KL: `weighted_loss`
+    loss = Σ_it w_it · (m_it + β·KL_it) − Σ_it v_it · H_it
+           w: `token_weights`, m + β·KL: `weighted_loss`, v: `entropy_weights` (`entropy_bonus.py`), H: entropy of the distribution
 
 Every normalisation is in w, computed once from the mask of the WHOLE batch, so the sum may be split into any groups of rows: `step`
 splits it into micro-batches. The operation `grpo_kernels.ops.grpo_loss` computes and differentiates the sum; its reference has the
@@ -64,7 +65,7 @@ Deviations and choices:
 * `vespo` and `dppo_*` compare with the distribution that drew the tokens, as their papers do: where the sampler's log-probabilities
   are given, ρ = π/π_sampler. TRL's `vespo` and verl's `_recompute` variants take π_old.
 * δ (two-sided clipping, https://arxiv.org/abs/2505.07291) bounds ρ where A < 0; off where it is None.
-* The importance weight and OPSM multiply m, not KL.
+* The importance weight and OPSM multiply m, neither KL nor H.
 * Where logps are of a truncated distribution π̃, the KL term uses the untruncated π (`whole_logps`) and the untruncated reference.
   π̃ = π/Z on the tokens that stay, so with π̃ the difference d would be log Z even where policy = reference: k3 would be positive
   there, and biased, because E_π̃[e^d] is not 1. Untruncated, k3 is 0 exactly where they agree; its mean is
@@ -86,6 +87,7 @@ from jaxtyping import Array, Bool, Float
 
 import grpo_kernels.ops.grpo_loss as operation
 from grpo_jax.config import ObjectiveConfig
+from grpo_jax.learner.entropy_bonus import entropy_weights as bonus_weights
 from grpo_kernels.ops.grpo_loss.kl import kl_estimate
 from grpo_kernels.ops.grpo_loss.reference import Sums, at_least_one, only
 from grpo_kernels.ops.grpo_loss.settings import KL_ESTIMATORS
@@ -105,7 +107,9 @@ def grpo_loss(
     sampler_logps: ArrayLike | None = None,
     whole_logps: ArrayLike | None = None,
     chosen: ArrayLike | None = None,
+    entropy: ArrayLike | None = None,
     weights: ArrayLike | None = None,
+    entropy_weights: ArrayLike | None = None,
     max_completion_length: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
@@ -124,12 +128,15 @@ def grpo_loss(
         sampler_logps: [N, C], of the distribution that the tokens were drawn from, as the sampler computed them.
         whole_logps: [N, C], of the policy's untruncated distribution, for the KL term, where logps are truncated; None = logps.
         chosen: [N, C], False = the token has no policy term (`token_choice.py`); None = all are True.
+        entropy: [N, C], of the policy's untruncated distribution at each token, for the entropy bonus, with gradient.
         weights: [N, C], these rows of the whole batch's `token_weights`; None = this is the whole batch.
+        entropy_weights: [N, C], these rows of the whole batch's `entropy_weights`; None = those of objective.entropy_coef, and that
+            this is the whole batch.
         max_completion_length: `dr_grpo`'s constant, in tokens; None = C. Has no effect where weights are given.
         implementation: of the operation; None chooses by the device.
 
     Returns:
-        The scalar loss, and metrics: `policy_loss` (the loss without the KL term) and those of `finish_stats`.
+        The scalar loss, and metrics: `policy_loss` (the loss without KL term and entropy bonus) and those of `finish_stats`.
 
     Raises:
         ValueError: shapes do not agree, or the objective needs log-probabilities that are missing. Raised while tracing.
@@ -139,6 +146,8 @@ def grpo_loss(
     """
     if weights is None:
         weights = token_weights(completion_mask, objective, max_completion_length)
+    if entropy_weights is None and objective.has_entropy_bonus:
+        entropy_weights = bonus_weights(completion_mask, objective.entropy_coef)
     loss, stats = weighted_loss(
         logps,
         old_logps,
@@ -150,6 +159,8 @@ def grpo_loss(
         sampler_logps=sampler_logps,
         whole_logps=whole_logps,
         chosen=chosen,
+        entropy=entropy,
+        entropy_weights=entropy_weights,
         implementation=implementation,
     )
     return loss, finish_stats(stats)
@@ -167,16 +178,19 @@ def weighted_loss(
     sampler_logps: ArrayLike | None = None,
     whole_logps: ArrayLike | None = None,
     chosen: ArrayLike | None = None,
+    entropy: ArrayLike | None = None,
+    entropy_weights: ArrayLike | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, ""], Stats]:
     """Computes what some rows of the batch add to its loss, and their sums, for `total_stats` and `finish_stats`.
 
-    Arguments are those of `grpo_loss`; `weights` are these rows of the whole batch's `token_weights`.
+    Arguments are those of `grpo_loss`; `weights` are these rows of the whole batch's `token_weights`. There is no entropy bonus
+    without `entropy_weights`.
 
     Raises:
         ValueError: as `grpo_loss`.
     """
-    return operation.grpo_loss(
+    loss, stats = operation.grpo_loss(
         logps,
         old_logps,
         ref_logps,
@@ -189,6 +203,13 @@ def weighted_loss(
         chosen=chosen,
         implementation=implementation,
     )
+    if entropy_weights is None:
+        return loss, stats
+    if entropy is None:
+        raise ValueError("entropy is None: the entropy bonus needs the entropy of the distribution at every token, [N, C]")
+    operation.check_shapes(logps, entropy=entropy, entropy_weights=entropy_weights, completion_mask=completion_mask)
+    bonus = only(_as_mask(completion_mask), jnp.asarray(entropy, jnp.float32)) * jnp.asarray(entropy_weights, jnp.float32)
+    return loss - jnp.sum(bonus), stats
 
 
 def loss_settings(objective: ObjectiveConfig) -> operation.LossSettings:

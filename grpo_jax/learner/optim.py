@@ -6,6 +6,7 @@ The state is float32. Accumulating gradients is left to `step`.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -101,7 +102,7 @@ def apply_gradient(
     zero = finite & (norm == 0)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.trainable)
     trainable: Any = optax.apply_updates(state.trainable, updates)
-    made = TrainState(state.step + 1, trainable, opt_state)
+    made = replace(state, step=state.step + 1, trainable=trainable, opt_state=opt_state)
     state = jax.tree.map(lambda new, old: jnp.where(finite & ~zero, new, old), made, state)
     return state, {"grad_norm": norm, SKIPPED: 1 - finite.astype(jnp.float32), ZERO_GRADIENT: zero.astype(jnp.float32)}
 

@@ -6,7 +6,7 @@ them every denominator, come from the whole batch, so the result does not depend
 - Completions without a trained token are in no row, and micro-batches without tokens are not computed.
 - With β = 0 no reference is computed, and a group whose advantages are all 0 does not change `grpo_loss`. A micro-batch that has
   only such groups is skipped; they are packed last. The loss's denominators still count their tokens; means of metrics (entropy,
-  clipping, the difference to the sampler) do not. With a user's loss nothing is skipped.
+  clipping, the difference to the sampler) do not. With an entropy bonus or a user's loss nothing is skipped.
 - A step may make several updates, each on its own part of the prompts (`steps/mini_batches.py`); each is a batch here.
 - With one update a batch the old log-probabilities are the new ones without gradient and cost no forward pass. With several
   updates those of the first update are the old log-probabilities of all.
@@ -29,18 +29,18 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from grpo_jax.config import Config, ObjectiveConfig
-from grpo_jax.learner.advantages import group_advantages
-from grpo_jax.learner.baselines import baseline_advantages
+from grpo_jax.learner.batch_logprobs import fixed_logprobs, micro_batch_logprobs
 from grpo_jax.learner.custom_loss import LossFunction, custom_loss, finish_custom_stats
-from grpo_jax.learner.logprobs import row_logprobs
+from grpo_jax.learner.entropy_bonus import adapted_weight, entropy_weights, sampled_entropy
 from grpo_jax.learner.loss import Stats, finish_stats, kl_per_token, kl_reward_penalty, token_weights, total_stats, weighted_loss
 from grpo_jax.learner.metrics import PackedMetrics, batch_metrics, pack
 from grpo_jax.learner.micro_batches import MicroBatch, any_token, scan_micro_batches
 from grpo_jax.learner.optim import SKIPPED, ZERO_GRADIENT, apply_gradient, learning_rate_at, make_optimizer, updates_per_step
-from grpo_jax.learner.token_choice import largest, random_between, token_covariance
+from grpo_jax.learner.reference import with_reference
+from grpo_jax.learner.sharded import batch_advantages, state_shardings, summed_over_rows
+from grpo_jax.learner.token_choice import chosen_tokens
 from grpo_jax.learner.truncated import Truncation
 from grpo_jax.models.transformer import Transformer
-from grpo_jax.runtime.sharding import ROW_AXES, Layout
 from grpo_jax.types import AnyArray, Frozen, Params, TrainBatch, TrainState
 from grpo_jax.weights.axes import model_axes
 
@@ -62,6 +62,7 @@ class Learner:
         max_completion_length: `dr_grpo`'s constant.
         truncation: what sampling does to the distribution; None where it does nothing.
         loss_fn: a user's loss; None is `grpo_loss`.
+        moves_reference: the reference changes in the run, and is a part of the state.
     """
 
     model: Transformer
@@ -73,6 +74,7 @@ class Learner:
     max_completion_length: int
     truncation: Truncation | None = None
     loss_fn: LossFunction | None = None
+    moves_reference: bool = False
 
     @staticmethod
     def of(
@@ -104,6 +106,7 @@ class Learner:
             max_completion_length=config.rollout.max_completion_length,
             truncation=Truncation.of(config.rollout, stop_ids) if config.objective.match_sampling else None,
             loss_fn=loss_fn,
+            moves_reference=config.train.reference_every is not None,
         )
 
     def policy_variables(self, trainable: Params, frozen: Frozen) -> Params:
@@ -118,43 +121,37 @@ class Learner:
 
     def init(self, trainable: Params) -> TrainState:
         """The state before the first update."""
+        adapts, moves = self.objective.entropy_target is not None, self.moves_reference
 
         def start(trainable: Params) -> TrainState:
-            return TrainState(step=jnp.int32(0), trainable=trainable, opt_state=self.optimizer.init(trainable))
+            return TrainState(
+                step=jnp.int32(0),
+                trainable=trainable,
+                opt_state=self.optimizer.init(trainable),
+                reference=jax.tree.map(jnp.copy, trainable) if moves else None,
+                entropy_coef=jnp.float32(self.objective.entropy_coef) if adapts else None,
+            )
 
-        layout = self.model.layout
-        if layout is None:
+        if self.model.layout is None:
             return start(trainable)
         return jax.jit(start, out_shardings=self.shardings(jax.eval_shape(start, trainable)))(trainable)
 
     def shardings(self, tree: Any) -> Any:
-        """Where weights, adapters, or a state of them live on the mesh.
-
-        An optimiser's array whose shape is no parameter's (a factored moment) is replicated on every device.
-        """
-        layout = self.model.layout
-        assert layout is not None
-        table = model_axes(self.model.spec)
-        if not isinstance(tree, TrainState):
-            return layout.tree(tree, table)
-        shapes = {leaf.shape for leaf in jax.tree.leaves(tree.trainable)}
-
-        def sharded_shape(leaf: Any) -> Any:
-            return leaf if leaf.shape in shapes else jax.ShapeDtypeStruct((), leaf.dtype)
-
-        return layout.tree(replace(tree, opt_state=jax.tree.map(sharded_shape, tree.opt_state)), table)
+        """Where weights, adapters, or a state of them live on the mesh; see `state_shardings`."""
+        assert self.model.layout is not None
+        return state_shardings(tree, self.model.layout, model_axes(self.model.spec))
 
     def kl_sums(self, trainable: Params, batch: TrainBatch, frozen: Frozen) -> Float[Array, "2"]:
         """Sums k3 from the reference over the tokens of a batch, and counts the tokens."""
-        _, logps = self.fixed_logprobs(self.policy_variables(trainable, frozen), batch, None)
-        _, ref_logps = self.fixed_logprobs(self.reference_variables(frozen), batch, None)
+        logps = self.fixed_logprobs(self.policy_variables(trainable, frozen), batch, None)[1]
+        ref_logps = self.fixed_logprobs(self.reference_variables(frozen), batch, None)[1]
         k3 = jnp.where(batch.completion_mask, kl_per_token(logps, ref_logps, "k3"), jnp.float32(0))
         return jnp.stack([jnp.sum(k3), jnp.sum(batch.completion_mask.astype(jnp.float32))])
 
     @property
     def skips(self) -> bool:
         """Whether groups without an advantage change nothing, so that they are not computed."""
-        return not self.objective.needs_reference and self.loss_fn is None
+        return not (self.objective.needs_reference or self.objective.has_entropy_bonus) and self.loss_fn is None
 
     def placed(self, tree: Any) -> Any:
         """Inside jit: constrains weights, adapters, or a state of them to their shardings."""
@@ -173,6 +170,8 @@ class Learner:
     def train_step(self, state: TrainState, batch: TrainBatch, frozen: Frozen) -> tuple[TrainState, PackedMetrics]:
         """Makes `objective.num_iterations` updates on one batch. Jit it with the state donated."""
         objective, rewards, old_logps = self.objective, batch.rewards, batch.old_logprobs
+        frozen = with_reference(frozen, state)
+        coefficient, state, adapting = self.entropy_weight(state, batch)
         ref_logps = None
         if objective.needs_reference:
             with jax.named_scope("reference"):
@@ -193,17 +192,29 @@ class Learner:
         }
         chosen = self.chosen_tokens(state, batch, per_row, frozen)
         known |= {} if chosen is None else {"chosen": chosen}
+        known |= {} if coefficient is None else {"entropy_weights": entropy_weights(batch.completion_mask, coefficient)}
         if objective.num_iterations == 1:
             state, _, metrics = self.update(state, batch, known | {"old_logps": old_logps}, frozen)
         else:
             state, metrics = self.iterate(state, batch, known, old_logps, frozen)
-        return self.placed(state), pack(batch_metrics(batch, advantages) | metrics, advantages, self.model.layout)
+        return self.placed(state), pack(batch_metrics(batch, advantages) | metrics | adapting, advantages, self.model.layout)
+
+    def entropy_weight(
+        self, state: TrainState, batch: TrainBatch
+    ) -> tuple[float | Float[Array, ""] | None, TrainState, dict[str, Array]]:
+        """Returns the weight of this batch's entropy bonus, None for no bonus; the state with the next weight; and its metric."""
+        if state.entropy_coef is None:
+            return self.objective.entropy_coef if self.objective.has_entropy_bonus else None, state, {}
+        logps = batch.sampler_logprobs if batch.old_logprobs is None else batch.old_logprobs
+        entropy = sampled_entropy(logps, batch.completion_mask)
+        applied, following = adapted_weight(state.entropy_coef, entropy, self.objective)
+        return applied, replace(state, entropy_coef=following), {"entropy_coef": applied}
 
     def subtract_kl(
         self, batch: TrainBatch, ref_logps: Float[Array, "N C"], variables: Params
     ) -> tuple[Float[Array, "B G"], Float[Array, "N C"]]:
         """Returns rewards minus β · KL, and the policy's log-probabilities (`objective.kl_in_reward`)."""
-        logps, untruncated = self.fixed_logprobs(variables, batch, self.truncation)
+        logps, untruncated, _ = self.fixed_logprobs(variables, batch, self.truncation)
         # Also tokens of completions that hit the length limit and are masked out of the loss (mask_truncated): their rewards
         # still enter the group's mean.
         sampled = batch.completion_mask
@@ -216,56 +227,15 @@ class Learner:
         self, state: TrainState, batch: TrainBatch, advantages: Float[Array, "N"], frozen: Frozen
     ) -> Bool[Array, "N C"] | None:
         """Which tokens have a policy term, where the objective chooses them; see `token_choice`."""
-        objective, mask = self.objective, jnp.asarray(batch.completion_mask)
-        if objective.loss in ("clip_cov", "kl_cov"):
-            logps = batch.sampler_logprobs if batch.old_logprobs is None else batch.old_logprobs
-            covariance = token_covariance(jnp.asarray(logps), advantages, mask)
-            if objective.loss == "kl_cov":
-                return ~largest(covariance, mask, objective.cov_share)
-            return ~random_between(covariance, mask, objective.cov_share, jax.random.fold_in(jax.random.key(0), state.step))
-        if objective.top_entropy < 1:
+        entropy = None
+        if self.objective.top_entropy < 1:
             with jax.named_scope("entropy"):
-                entropy = self.entropies(self.policy_variables(state.trainable, frozen), batch)
-            return largest(entropy, mask, objective.top_entropy)
-        return None
-
-    def entropies(self, variables: Params, batch: TrainBatch) -> Float[Array, "N C"]:
-        """Entropy of the full distribution at every token, nats."""
-
-        def add(table: Array, part: MicroBatch) -> tuple[Array, None]:
-            return table + self.logprobs(variables, part, None, head_trainable=False)[2], None
-
-        zero = jnp.zeros(batch.completion_mask.shape, jnp.float32)
-        return jax.lax.stop_gradient(scan_micro_batches(batch.micro_batches, add, zero, any_token, self.model.layout)[0])
+                entropy = self.fixed_logprobs(self.policy_variables(state.trainable, frozen), batch, None)[2]
+        return chosen_tokens(self.objective, batch, advantages, state.step, entropy)
 
     def advantages(self, rewards: Float[AnyArray, "B G"], batch: TrainBatch) -> Float[Array, "B G"]:
-        """Advantages of a batch: rewards compared within each prompt's group; with `gpg` times its α (`loss.py`)."""
-        advantages = self.compared(rewards, batch)
-        if self.objective.loss != "gpg":
-            return advantages
-        learned = jnp.sum(jnp.any(advantages != 0, axis=1).astype(jnp.float32))
-        return advantages * (advantages.shape[0] / jnp.maximum(learned, jnp.float32(1)))
-
-    def compared(self, rewards: Float[AnyArray, "B G"], batch: TrainBatch) -> Float[Array, "B G"]:
-        """Rewards compared within each prompt's group."""
-        objective, layout = self.objective, self.model.layout
-        if objective.advantage != "group":
-            lengths = batch.completion_lengths
-            lengths = jnp.sum(batch.completion_mask.astype(jnp.int32), axis=1) if lengths is None else jnp.asarray(lengths)
-            given = (jnp.asarray(rewards, jnp.float32), jnp.asarray(batch.valid), lengths.reshape(rewards.shape))
-            return baseline_advantages(*given, objective.advantage, objective.pass_k)
-
-        def per_shard(rewards: AnyArray, valid: AnyArray) -> Array:
-            return group_advantages(
-                rewards,
-                objective.scale_rewards,
-                objective.advantage_eps,
-                valid,
-                implementation=self.model.implementation,
-                axis_name=None if layout is None else ROW_AXES,
-            )
-
-        return local_prompts(per_shard, layout)(rewards, batch.valid)
+        """Advantages of a batch; see `batch_advantages`."""
+        return batch_advantages(rewards, batch, self.objective, self.model.layout, self.model.implementation)
 
     def iterate(
         self, state: TrainState, batch: TrainBatch, known: dict[str, Any], old_logps: AnyArray | None, frozen: Frozen
@@ -287,34 +257,21 @@ class Learner:
         return state, {name: jnp.sum(values) if name in COUNTS else values[-1] for name, values in metrics.items()}
 
     def logprobs(
-        self, variables: Params, part: MicroBatch, truncation: Truncation | None, head_trainable: bool
+        self,
+        variables: Params,
+        part: MicroBatch,
+        truncation: Truncation | None,
+        head_trainable: bool,
+        entropy_gradient: bool = False,
     ) -> tuple[Float[Array, "N C"], Float[Array, "N C"] | None, Float[Array, "N C"]]:
-        """Computes log-probabilities of the completions in a micro-batch and the entropy of the full distribution.
-
-        Args:
-            truncation: what sampling does to the distribution; None: nothing.
-
-        Returns:
-            Log-probabilities under the truncated distribution; under the full one (None: the same); the entropy. Each is 0 for
-            tokens that are not in the micro-batch.
-        """
-        logps, untruncated, entropy = row_logprobs(
-            self.model, variables, part.rows, truncation, self.temperature, used=part.used, head_trainable=head_trainable
-        )
-        return part.table(logps), None if untruncated is None else part.table(untruncated), part.table(entropy)
+        """Log-probabilities and entropies of a micro-batch; see `micro_batch_logprobs`."""
+        return micro_batch_logprobs(self.model, self.temperature, variables, part, truncation, head_trainable, entropy_gradient)
 
     def fixed_logprobs(
         self, variables: Params, batch: TrainBatch, truncation: Truncation | None
-    ) -> tuple[Float[Array, "N C"], Float[Array, "N C"]]:
-        """Log-probabilities under the truncated and the full distribution, without gradient."""
-
-        def add(tables: tuple[Array, Array], part: MicroBatch) -> tuple[tuple[Array, Array], None]:
-            logps, untruncated, _ = self.logprobs(variables, part, truncation, head_trainable=False)
-            return (tables[0] + logps, tables[1] + (logps if untruncated is None else untruncated)), None
-
-        zero = jnp.zeros(batch.completion_mask.shape, jnp.float32)
-        tables, _, _ = scan_micro_batches(batch.micro_batches, add, (zero, zero), any_token, self.model.layout)
-        return jax.lax.stop_gradient(tables)
+    ) -> tuple[Float[Array, "N C"], Float[Array, "N C"], Float[Array, "N C"]]:
+        """Log-probabilities and entropies of a batch without gradient; see `batch_logprobs.fixed_logprobs`."""
+        return fixed_logprobs(self.model, self.temperature, variables, batch, truncation)
 
     def old_logprobs(self, trainable: Params, batch: TrainBatch, frozen: Frozen) -> Float[Array, "N C"]:
         """Log-probabilities of the policy as it is now, which a later update on this batch takes its ratio from."""
@@ -328,24 +285,14 @@ class Learner:
         Args:
             tokens: `weighted_loss`'s arrays, by argument name; one row a completion.
         """
-        layout, implementation = self.model.layout, self.model.implementation
+        implementation = self.model.implementation
 
         def of_rows(tokens: dict[str, Any]) -> tuple[Array, Stats]:
             if self.loss_fn is not None:
                 return custom_loss(self.loss_fn, tokens, self.objective, self.max_completion_length, implementation)
             return weighted_loss(**tokens, objective=self.objective, implementation=implementation)
 
-        def local(tokens: dict[str, Array | None]) -> tuple[Array, Stats]:
-            loss, stats = of_rows(tokens)
-            sums = {
-                name: (jax.lax.pmax if name.endswith("_max") else jax.lax.psum)(jax.lax.stop_gradient(value), ROW_AXES)
-                for name, value in stats.items()
-            }
-            return jax.lax.psum(loss, ROW_AXES), sums
-
-        if layout is None:
-            return of_rows(tokens)
-        return layout.local(local, (layout.spec("rows"),), layout.spec())(tokens)
+        return summed_over_rows(of_rows, self.model.layout)(tokens)
 
     def update(
         self, state: TrainState, batch: TrainBatch, known: dict[str, Any], frozen: Frozen
@@ -359,13 +306,14 @@ class Learner:
 
         def loss_of(trainable: Params, part: MicroBatch) -> tuple[Array, tuple[Array, dict[str, Array]]]:
             logps, untruncated, entropy = self.logprobs(
-                self.policy_variables(trainable, frozen), part, self.truncation, head_trainable=self.full
+                self.policy_variables(trainable, frozen), part, self.truncation, self.full, "entropy_weights" in known
             )
             tokens = {name: value for name, value in known.items() if name != "first"}
             if "first" in known:
                 tokens["old_logps"] = jnp.where(known["first"], jax.lax.stop_gradient(logps), known["old_logps"])
             mask = known["completion_mask"] & part.here
             tokens |= {"logps": logps, "whole_logps": untruncated, "completion_mask": mask}
+            tokens |= {"entropy": entropy} if "entropy_weights" in known else {}
             loss, stats = self.loss(tokens)
             stats["entropy"] = jnp.sum(jnp.where(mask, jax.lax.stop_gradient(entropy), jnp.float32(0)))
             stats["loss"] = jax.lax.stop_gradient(loss)
@@ -388,11 +336,3 @@ class Learner:
             "entropy": sums["entropy"] / jnp.maximum(sums["tokens"], jnp.float32(1)),
         }
         return made, logps, metrics | counts | self.rate_metrics(state)
-
-
-def local_prompts(function: Callable[..., Any], layout: Layout | None) -> Callable[..., Any]:
-    """Applies a function of two arrays [B, ...] to the prompts of each row shard; without a mesh to all prompts."""
-    if layout is None:
-        return function
-    rows = layout.spec("prompts")
-    return layout.local(function, (rows, rows), rows)

@@ -17,10 +17,36 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
+
+from grpo_jax.config import ObjectiveConfig
+from grpo_jax.types import TrainBatch
 
 CLIP_COV_BOUNDS = (1.0, 5.0)
 """`clip_cov` chooses among tokens whose covariance is between them."""
+
+
+def chosen_tokens(
+    objective: ObjectiveConfig,
+    batch: TrainBatch,
+    advantages: Float[Array, "N"],
+    step: Int[Array, ""],
+    entropy: Float[Array, "N C"] | None,
+) -> Bool[Array, "N C"] | None:
+    """Returns which tokens of a batch have a policy term (or in kl_cov no penalty); None where the objective chooses none.
+
+    Args:
+        step: number of updates made, from which clip_cov's random numbers are.
+        entropy: of every token, where `top_entropy` is below 1.
+    """
+    mask = jnp.asarray(batch.completion_mask)
+    if objective.loss in ("clip_cov", "kl_cov"):
+        logps = batch.sampler_logprobs if batch.old_logprobs is None else batch.old_logprobs
+        covariance = token_covariance(jnp.asarray(logps), advantages, mask)
+        if objective.loss == "kl_cov":
+            return ~largest(covariance, mask, objective.cov_share)
+        return ~random_between(covariance, mask, objective.cov_share, jax.random.fold_in(jax.random.key(0), step))
+    return None if entropy is None else largest(entropy, mask, objective.top_entropy)
 
 
 def token_covariance(logps: Float[Array, "N C"], advantages: Float[Array, "N"], mask: Bool[Array, "N C"]) -> Float[Array, "N C"]:

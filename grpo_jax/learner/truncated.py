@@ -97,6 +97,7 @@ def truncated_logprobs(
     temperature: float | Float[Array, ""] = 1.0,
     softcap: float | None = None,
     head_trainable: bool = False,
+    entropy_gradient: bool = False,
     implementation: str | None = None,
     layout: Layout | None = None,
 ) -> tuple[Float[Array, "T"], Float[Array, "T"], Float[Array, "T"]]:
@@ -113,13 +114,14 @@ def truncated_logprobs(
         truncation: how sampling changes the distribution.
         temperature: divides the (capped) logits.
         softcap: c in c·tanh(logit / c); None is off.
-        head_trainable: whether `head` needs a gradient.
+        head_trainable: whether `head`, or the entropy, needs a gradient.
+        entropy_gradient: whether the entropy has a gradient.
         implementation: of `head_logprob`; None chooses by the device.
         layout: None is one device. On a mesh everything but `head_logprob` gathers the full head on every device and splits the
             tokens.
 
     Returns:
-        float32 nats. The entropy has no gradient.
+        float32 nats.
     """
     stop_ids = tuple(s for s in truncation.stop_ids if s < head.shape[0])  # a tokenizer may have more tokens than the head
     if not head_trainable:
@@ -129,7 +131,8 @@ def truncated_logprobs(
     banned = columns < (truncation.min_length if stop_ids else 0)
 
     def truncated(x: Array, w: Array, ids: Array, banned: Array, temperature: Array) -> Outputs:
-        return truncated_head(x, w, ids, banned, stop_ids, truncation.thresholds, temperature=temperature, softcap=softcap)
+        how: dict[str, Any] = {"temperature": temperature, "softcap": softcap, "entropy_gradient": entropy_gradient}
+        return truncated_head(x, w, ids, banned, stop_ids, truncation.thresholds, **how)
 
     def banning(x: Array, w: Array, ids: Array, banned: Array, temperature: Array) -> Outputs:
         logps, untruncated, entropy = banned_head(x, w, ids, stop_ids, temperature=temperature, **options)
@@ -141,7 +144,7 @@ def truncated_logprobs(
     else:
         logps, entropy, _ = head_logprobs(hidden, head, ids, temperature, layout, **options)
         untruncated = logps
-    return logps, untruncated, jax.lax.stop_gradient(entropy)
+    return logps, untruncated, entropy if entropy_gradient else jax.lax.stop_gradient(entropy)
 
 
 def head_logits(
@@ -176,6 +179,7 @@ def truncated_head(
     *,
     temperature: Float[Array, ""],
     softcap: float | None,
+    entropy_gradient: bool = False,
 ) -> tuple[Float[Array, "T"], Float[Array, "T"], Float[Array, "T"]]:
     """Computes log p̃, log p and the entropy of p, in chunks of tokens.
 
@@ -199,8 +203,9 @@ def truncated_head(
         own = jnp.take_along_axis(logits, ids[:, None], axis=-1)[:, 0]
         lse = jax.nn.logsumexp(logits, axis=-1)
         truncated_lse = jax.nn.logsumexp(jnp.where(stay, logits, -jnp.inf), axis=-1)
-        constant = jax.lax.stop_gradient(logits)
-        entropy = jax.lax.stop_gradient(lse) - jnp.sum(jax.nn.softmax(constant, axis=-1) * constant, axis=-1)
+        whole = logits if entropy_gradient else jax.lax.stop_gradient(logits)
+        mean = jnp.sum(jax.nn.softmax(whole, axis=-1) * whole, axis=-1)
+        entropy = (lse if entropy_gradient else jax.lax.stop_gradient(lse)) - mean
         return own - truncated_lse, own - lse, entropy
 
     size = min(tokens, max(CHUNK_TOKENS, CHUNK_LOGITS // vocabulary))

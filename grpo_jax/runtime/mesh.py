@@ -84,13 +84,14 @@ def make_layout(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Layou
     return Layout(jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=present[:count]))
 
 
-def check_prompts(layout: Layout | None, prompts: int, micro_batch: int | str | None) -> None:
+def check_prompts(layout: Layout | None, prompts: int, micro_batch: int | str | None, updates: int = 1) -> None:
     """Checks that the prompts of an update and of a micro-batch divide evenly by the row shards.
 
     Args:
         layout: The layout, or None for one device.
         prompts: of one update, `train.prompts_per_step` / `train.updates_per_rollout`.
         micro_batch: `train.micro_batch_prompts`; only a number is checked, rounded up as `mesh_micro_batch` does.
+        updates: `train.updates_per_rollout`, which the message names where it is above 1.
 
     Raises:
         ConfigError: They do not divide.
@@ -98,7 +99,8 @@ def check_prompts(layout: Layout | None, prompts: int, micro_batch: int | str | 
     if layout is None:
         return
     over = f"prompts are split over data · fsdp = {layout.rows} shards: use a multiple of {layout.rows}, or a smaller mesh"
-    require(prompts % layout.rows == 0, "train.prompts_per_step", prompts, over)
+    name = "train.prompts_per_step" if updates == 1 else "train.prompts_per_step / train.updates_per_rollout"
+    require(prompts % layout.rows == 0, name, prompts, over)
     if isinstance(micro_batch, int):
         require(mesh_micro_batch(layout, micro_batch) % layout.rows == 0, "train.micro_batch_prompts", micro_batch, over)
 

@@ -23,6 +23,7 @@ from grpo_jax.learner.batches import differing, on_devices, padding_share, rewar
 from grpo_jax.learner.custom_loss import LossFunction
 from grpo_jax.learner.down_sampling import down_sampled_rows
 from grpo_jax.learner.packing import Lengths, RowSize, row_sizes
+from grpo_jax.learner.reference import moved_reference, with_reference
 from grpo_jax.learner.step import Learner
 from grpo_jax.policy import Policy, sampler_of
 from grpo_jax.rewards import (
@@ -89,6 +90,7 @@ class GrpoStep:
         limits: longest length of each of a step's completions in tokens; None is `rollout.max_completion_length` for all.
         decided: the shapes of the run's rollouts, once they are chosen; see `shapes`.
         mini_batches: the programs of a step with several updates; None where it has one.
+        reference: moves the reference; None where it does not change.
         rewarded: when the first completions had been scored; see `first_rewards_at`.
         choice: draws the rows of a step, and keeps the ledger; None where prompts are made up.
     """
@@ -107,6 +109,7 @@ class GrpoStep:
     runner: RewardRunner | None = None
     limits: Sequence[int] | None = None
     mini_batches: MiniBatches | None = None
+    reference: Program | None = None
     decided: list[RolloutShapes] = field(default_factory=list)
     rewarded: list[float] = field(default_factory=list)
     choice: PromptChoice | None = None
@@ -164,7 +167,7 @@ class GrpoStep:
             kl = Program("KL to the reference", fit.learner.kl_sums, announce=display.compiling)
             config = replace(config, train=fit.config.train, rollout=replace(config.rollout, slots=fit.config.rollout.slots))
             parts = (config, policy, source, functions, fit.sampler, fit.learner, fit.sizes, fit.update, kl, frozen, display)
-            return GrpoStep(*parts).with_mini_batches()
+            return GrpoStep(*parts).with_programs()
         sizes = sizes_of_rows(config, policy.layout, lengths, row_tokens(config, policy, lengths))
         learner, remat = make_learner(config, policy, sizes[0].tokens)
         if remat != config.model.remat:
@@ -177,18 +180,23 @@ class GrpoStep:
         update = Program("update", learner.train_step, donate=(0,), announce=display.compiling)
         kl = Program("KL to the reference", learner.kl_sums, announce=display.compiling)
         parts = (config, policy, source, functions, sampler, learner, sizes, update, kl, frozen, display)
-        return GrpoStep(*parts).with_mini_batches()
+        return GrpoStep(*parts).with_programs()
 
-    def with_mini_batches(self) -> GrpoStep:
-        """The step with the programs of `train.updates_per_rollout`, where that is above 1."""
-        if self.config.train.updates_per_rollout == 1:
-            return self
-        return replace(self, mini_batches=MiniBatches.of(self.learner, self.update, self.display.compiling))
+    def with_programs(self) -> GrpoStep:
+        """The step with the programs that `train.updates_per_rollout` above 1 and `train.reference_every` need."""
+        train, announce, step = self.config.train, self.display.compiling, self
+        if train.updates_per_rollout > 1:
+            step = replace(step, mini_batches=MiniBatches.of(self.learner, self.update, announce))
+        if train.reference_every is not None:
+            move = functools.partial(moved_reference, mix=train.reference_mix)
+            step = replace(step, reference=Program("reference", move, donate=(0,), announce=announce))
+        return step
 
     @property
     def programs(self) -> tuple[Program, ...]:
         more = () if self.mini_batches is None else self.mini_batches.programs
-        return self.update, self.kl, *more, *self.sampler.programs
+        moving = () if self.reference is None else (self.reference,)
+        return self.update, self.kl, *more, *moving, *self.sampler.programs
 
     @property
     def problems(self) -> int:
@@ -228,7 +236,10 @@ class GrpoStep:
         calls = rollout_calls(self.sampler, variables, self.config.rollout, shapes)
         if own is not None and own != shapes:
             calls += rollout_calls(self.sampler, variables, self.config.rollout, own)
-        return calls + self.update_calls(state)
+        calls += self.update_calls(state)
+        if self.reference is not None:
+            calls.append(FutureCall(self.reference, in_device_memory(shapes_of((state.reference, state.trainable)))))
+        return calls
 
     def update_calls(self, state: TrainState) -> list[FutureCall]:
         """The update with the shapes of its batch, [FutureCall(self.update, (state, batch, self.frozen))], and what it needs."""
@@ -257,6 +268,8 @@ class GrpoStep:
             metrics, advantages = packed.to_host()
         else:
             state, metrics, advantages = self.mini_batches.run(in_device_memory(state), batches, self.frozen, scored)
+        if self.reference is not None and (number + 1) % (config.train.reference_every or 1) == 0:
+            state = replace(state, reference=self.reference(state.reference, state.trainable))
         state = in_host_memory(state) if config.optim.offload else state
         clock.lap("update_seconds")
         metrics.setdefault("kl_divergence", None)  # not computed, which is not 0
@@ -399,7 +412,8 @@ class GrpoStep:
         lengths, layout = text_lengths(config, source.prompt_lengths[1]), self.policy.layout
         sizes = row_sizes(lengths, problems, 1, self.sizes[0].tokens, 1 if layout is None else layout.rows)
         held_out = text_batch(batch.prompt_ids, rollout.completion_ids, sizes, config.rollout.max_completion_length, layout)
-        sums = self.policy.on_host(self.kl(in_device_memory(state.trainable), held_out, self.frozen))
+        state = in_device_memory(replace(state, opt_state=()))
+        sums = self.policy.on_host(self.kl(state.trainable, held_out, with_reference(self.frozen, state)))
         return float(sums[0] / sums[1])
 
 
@@ -432,12 +446,13 @@ def with_widest_prompts(config: Config, source: Prompts) -> Config:
 def reference_of(policy: Policy, config: Config) -> Params | None:
     """Returns the reference's own parameters.
 
-    {} is the base alone (a new adapter, whose B is 0). Otherwise they are the adapter that training starts from or, in full
-    training, the weights before it; None where no KL is computed. They are the policy's arrays and not copied: only the train
-    state is donated, and it begins as a copy.
+    {} is the base alone (a new adapter, whose B is 0), None no reference: no KL is computed, or the reference is in the train state
+    because it changes. Otherwise they are the adapter that training starts from or, in full training, the weights before it. They
+    are the policy's arrays and not copied: only the train state is donated, and it begins as a copy.
     """
     if policy.adapters is None:
-        return policy.params if config.objective.needs_reference or config.train.eval_kl else None
+        used = config.objective.needs_reference or config.train.eval_kl
+        return policy.params if used and config.train.reference_every is None else None
     started = any(bool(np.any(policy.on_host(pair["b"]))) for pair in policy.adapters["layers"].values())
     return in_device_memory(policy.adapters) if started else {}
 

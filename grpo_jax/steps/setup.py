@@ -48,7 +48,8 @@ def begin(config: Config, sources: Mapping[str, str] | None, *, resume: bool) ->
     if config.distributed.explicit:
         distributed.start(config.distributed)
     layout = make_layout(config.mesh)
-    check_prompts(layout, config.train.prompts_per_update, config.train.micro_batch_prompts)
+    train = config.train
+    check_prompts(layout, train.prompts_per_update, train.micro_batch_prompts, train.updates_per_rollout)
     RunFolder.check(config.train.run_dir, config, resume=resume)
     distributed.check_shared(Path(config.train.run_dir))
     display = Display(config.train.quiet, silent=not distributed.is_main())

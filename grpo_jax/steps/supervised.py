@@ -87,6 +87,8 @@ class SupervisedStep:
         require(chosen is None, "train.update_generations", chosen, "use null: a supervised warm-up has one completion a row")
         curriculum = config.data.curriculum
         require(curriculum == "uniform", "data.curriculum", curriculum, "use uniform: a supervised warm-up has no rewards to go by")
+        every = train.reference_every
+        require(every is None, "train.reference_every", every, "leave it out: supervised warm-up has no reference")
         prompts = source.train.prompt_lengths
         lengths = Lengths(int(prompts.min()), int(prompts.max()), config.rollout.max_completion_length)
         shards = 1 if policy.layout is None else policy.layout.rows

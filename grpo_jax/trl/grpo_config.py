@@ -19,7 +19,6 @@ NO_TORCH = "leave it out; it concerns PyTorch, which this package does not use"
 NO_LOADER = "leave it out; there is no data loader, all rows are in memory"
 NO_VLLM = "leave it out; this package samples completions itself, and a free slot goes to the next completion at once"
 NO_TRACKIO = "leave it out; report_to takes tensorboard and wandb"
-NO_ENTROPY = "leave it out; the loss has no entropy term here"
 NO_BEST = "leave it out; the newest checkpoints are kept"
 NO_FLOAT16 = "use bf16=True, or False for float32"
 
@@ -244,16 +243,18 @@ class GRPOConfig:
     scale_rewards: str = honoured("group", "objective.scale_rewards: group or True, batch, none or False")
     loss_type: str = honoured("dapo", "objective.loss: grpo, bnpo, dr_grpo, dapo, cispo, sapo, luspo or vespo")
     mask_truncated_completions: bool = honoured(False, "objective.mask_truncated")
-    sync_ref_model: bool = refused(False, "leave it out; the reference is what training started from")
-    ref_model_mixup_alpha: float = refused(0.6, "leave it out; the reference is what training started from")
-    ref_model_sync_steps: int = refused(512, "leave it out; the reference is what training started from")
+    sync_ref_model: bool = honoured(False, "train.reference_every; with adapters too, whose matrices are averaged")
+    ref_model_mixup_alpha: float = honoured(0.6, "train.reference_mix, with sync_ref_model")
+    ref_model_sync_steps: int = honoured(512, "train.reference_every in steps of ours, with sync_ref_model")
     top_entropy_quantile: float = honoured(1.0, "objective.top_entropy; below 1 only without gradient accumulation")
-    entropy_coef: float = refused(0.0, NO_ENTROPY)
-    use_adaptive_entropy: bool = refused(False, NO_ENTROPY)
-    entropy_coef_min: float = refused(0.0, NO_ENTROPY)
-    entropy_coef_max: float = refused(1.0, NO_ENTROPY)
-    entropy_coef_delta: float = refused(0.005, NO_ENTROPY)
-    entropy_target: float = refused(0.2, NO_ENTROPY)
+    entropy_coef: float = honoured(0.0, "objective.entropy_coef, over the tokens of the whole batch")
+    use_adaptive_entropy: bool = honoured(
+        False, "objective.entropy_target; the bonus is switched by the entropy of the batch's samples, not of the step before"
+    )
+    entropy_coef_min: float = honoured(0.0, "objective.entropy_coef_min, with use_adaptive_entropy")
+    entropy_coef_max: float = honoured(1.0, "objective.entropy_coef_max, with use_adaptive_entropy")
+    entropy_coef_delta: float = honoured(0.005, "objective.entropy_coef_delta, with use_adaptive_entropy")
+    entropy_target: float = honoured(0.2, "objective.entropy_target, with use_adaptive_entropy")
     max_tool_calling_iterations: int | None = refused(None, "leave it out; completions are single answers here")
     vllm_importance_sampling_correction: bool = refused(True, NO_VLLM)
     vllm_importance_sampling_mode: str = refused("sequence_mask", NO_VLLM)

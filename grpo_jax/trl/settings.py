@@ -144,6 +144,7 @@ def objective_settings(args: GRPOConfig) -> dict[str, Any]:
     allow(share == 1 or args.gradient_accumulation_steps == 1, "top_entropy_quantile", share, fix)
     allow(aggregation in AGGREGATIONS, "multi_objective_aggregation", aggregation, f"use one of {', '.join(AGGREGATIONS)}")
     others = {
+        **entropy_settings(args),
         **({"top_entropy": share} if share != 1 else {}),
         **({"off_policy_threshold": args.off_policy_mask_threshold} if args.off_policy_mask_threshold is not None else {}),
         **({"normalize_each_reward": True, "scale_rewards": "batch"} if aggregation == "normalize_then_sum" else {}),
@@ -163,6 +164,27 @@ def objective_settings(args: GRPOConfig) -> dict[str, Any]:
         "mask_truncated": args.mask_truncated_completions,
         **others,
     }
+
+
+def entropy_settings(args: GRPOConfig) -> dict[str, Any]:
+    """The settings of the entropy bonus."""
+    weight, adapts = args.entropy_coef, args.use_adaptive_entropy
+    fix = "use 0 with top_entropy_quantile: there TRL gives the bonus to the tokens of high entropy alone, which has no equivalent"
+    allow(args.top_entropy_quantile == 1 or not (weight or adapts), "entropy_coef", weight, fix)
+    adaptive = ("entropy_target", "entropy_coef_delta", "entropy_coef_min", "entropy_coef_max")
+    values = {name: getattr(args, name) for name in adaptive} if adapts else {}
+    return values | ({"entropy_coef": weight} if weight else {})
+
+
+def reference_settings(args: GRPOConfig, steps: Steps) -> dict[str, Any]:
+    """The settings of a reference that changes."""
+    if not args.sync_ref_model:
+        return {}
+    every, mix = args.ref_model_sync_steps, args.ref_model_mixup_alpha
+    allow(args.beta > 0, "sync_ref_model", True, "leave it out, or use beta above 0: without a KL term there is no reference")
+    fix = f"use a multiple of {steps.updates}, the updates on one generation batch"
+    allow(every > 0 and every % steps.updates == 0, "ref_model_sync_steps", every, fix)
+    return {"reference_every": every // steps.updates, "reference_mix": mix}
 
 
 def optim_settings(args: GRPOConfig, steps: Steps) -> dict[str, Any]:
@@ -202,6 +224,7 @@ def train_settings(args: GRPOConfig, steps: Steps) -> dict[str, Any]:
         "steps": steps.total,
         "prompts_per_step": steps.prompts,
         **({"updates_per_rollout": steps.parts} if steps.parts > 1 else {}),
+        **reference_settings(args, steps),
         "seed": args.seed,
         "run_dir": args.output_dir,
         "save_every": steps.saving,

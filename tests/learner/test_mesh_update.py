@@ -41,7 +41,7 @@ ROWS, COLUMNS = 32, 6
 Results = dict[tuple[str, str], dict[str, Any]]
 
 QUICK = [("lora", "1x8x1"), ("lora", "2x2x2")]
-OTHERS = [("lora", "8x1x1"), ("lora", "1x1x4")] + [(name, "2x2x2") for name in ("micro", "full", "beta0")]
+OTHERS = [("lora", "8x1x1"), ("lora", "1x1x4")] + [(name, "2x2x2") for name in ("micro", "full", "beta0", "bonus")]
 
 
 def results_of(repository: Path, cases: list[tuple[str, str]]) -> Results:

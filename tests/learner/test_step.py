@@ -27,7 +27,7 @@ from plain_oracles import (
 
 from goldens.folders import model_tensors
 from grpo_jax.config import LoraConfig, ObjectiveConfig, OptimConfig
-from grpo_jax.learner import step as step_module
+from grpo_jax.learner import batch_logprobs
 from grpo_jax.learner.optim import make_optimizer
 from grpo_jax.learner.step import Learner
 from grpo_jax.learner.truncated import Truncation
@@ -164,6 +164,7 @@ OBJECTIVES = {
     "gspo, two updates": ObjectiveConfig(loss="gspo", beta=0.05, num_iterations=2, importance_cap=2.0),
     "dr_grpo, two updates": ObjectiveConfig(loss="dr_grpo", beta=0.0, scale_rewards="none", num_iterations=2),
     "top entropy": ObjectiveConfig(loss="dapo", beta=0.0, top_entropy=0.4),
+    "entropy bonus": ObjectiveConfig(loss="dapo", beta=0.0, entropy_coef=0.3, entropy_target=9.0),
     "clip_cov": ObjectiveConfig(loss="clip_cov", beta=0.0, cov_share=0.2, advantage="opo"),
     "cispo, KL in the reward": ObjectiveConfig(loss="cispo", beta=0.3, kl="k1", kl_in_reward=True),
 }
@@ -177,6 +178,7 @@ def mean_size_of_a_token(objective: ObjectiveConfig, advantages: np.ndarray, kl:
         logps = plain_token_logps(plain_model(FAMILY, LORA.scale)(plain_table()[0], start()[0]))
         size = size * np.abs(np.asarray(logps))
     mean = float(size.sum() / mask.sum()) + (0.0 if objective.kl_in_reward else objective.beta * kl)
+    mean += 4 * objective.entropy_coef  # the entropy
     return mean * (mask.sum() / (N * MAX_LENGTH) if objective.loss == "dr_grpo" else 1)
 
 
@@ -186,6 +188,8 @@ CUTS = [
     pytest.param("gspo, two updates", (B, 2), False, marks=pytest.mark.slow),
     pytest.param("dr_grpo, two updates", (2, G), False, marks=pytest.mark.slow),
     pytest.param("top entropy", (1, 2), False, marks=pytest.mark.slow),
+    pytest.param("entropy bonus", (1, 2), False, marks=pytest.mark.slow),
+    pytest.param("entropy bonus", (2, G), True, marks=pytest.mark.slow),
     ("clip_cov", (1, 2), False),
     ("cispo, KL in the reward", (2, 2), False),
 ]
@@ -317,6 +321,28 @@ def test_only_tokens_of_high_entropy_have_a_policy_term() -> None:
     (loss, _), plain = plain_adapter_gradient()(trainable, None, plain_reference()[0], expected, weights, 0.0)
     assert_near_in_norm(gradient, plain, 1e-4)
     assert metrics["loss"] == pytest.approx(float(loss), abs=1e-5)
+
+
+def test_the_entropy_bonus_is_of_all_trained_tokens_also_of_groups_without_an_advantage() -> None:
+    """Its weight is 0.3 in this step and rises, because the sampled entropy, about 4, is below the target."""
+    trained, gradient, metrics, _ = update(OBJECTIVES["entropy bonus"])
+    (ref, mask), trainable = plain_reference(), start()[0]
+    advantages, run = as_float32(plain_advantages(np.asarray(batch().rewards))), plain_model(FAMILY, LORA.scale)
+    weights = as_float32(mask / mask.sum())
+
+    def loss(adapters: Params) -> Any:
+        logits = run(plain_table()[0], adapters)
+        own = jnp.take_along_axis(logits, jnp.asarray(plain_table()[1])[:, :, None], axis=1) / TEMPERATURE
+        of_entropy = -jnp.sum(jax.nn.softmax(own, axis=-1) * jax.nn.log_softmax(own, axis=-1), axis=-1)
+        logps = plain_token_logps(logits)
+        policy = plain_loss(logps, jax.lax.stop_gradient(logps), ref, advantages, weights, 0.0)
+        return policy - 0.3 * jnp.sum(weights * of_entropy)
+
+    expected, plain = jax.jit(jax.value_and_grad(loss))(trainable)
+    assert_near_in_norm(gradient, plain, 1e-4)
+    assert metrics["loss"] == pytest.approx(float(expected), abs=2e-5)
+    assert metrics["entropy_coef"] == pytest.approx(0.3)
+    assert_same_step(trained, plain_adamw(trainable, [plain]))
 
 
 def test_the_second_update_on_a_batch_keeps_the_first_ones_old_log_probabilities() -> None:
@@ -654,13 +680,13 @@ def test_a_batch_without_a_trained_token_changes_nothing() -> None:
 def test_no_forward_pass_that_is_not_needed(monkeypatch: pytest.MonkeyPatch, beta: float, iterations: int) -> None:
     """One pass with a gradient; the reference's only where there is a KL term; never one for the old log-probabilities."""
     seen: list[bool] = []
-    inner = step_module.row_logprobs
+    inner = batch_logprobs.row_logprobs
 
     def counted(model: Any, variables: Params, *rest: Any, **options: Any) -> Any:
         seen.append("lora" in variables)
         return inner(model, variables, *rest, **options)
 
-    monkeypatch.setattr(step_module, "row_logprobs", counted)
+    monkeypatch.setattr(batch_logprobs, "row_logprobs", counted)
     made = learner(ObjectiveConfig(beta=beta, num_iterations=iterations))
     trainable, frozen = start()
     jax.eval_shape(made.train_step, made.init(trainable), batch().packed((B, G)), Frozen(frozen.base, {}))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from grpo_jax.config import ConfigError, ObjectiveConfig
-from grpo_jax.learner.loss import grpo_loss
+from grpo_jax.learner.loss import grpo_loss, token_weights, weighted_loss
 from grpo_jax.learner.token_choice import largest, random_between, token_covariance
 
 
@@ -58,6 +60,42 @@ def test_tokens_that_are_not_chosen_keep_their_kl_term_and_their_place_in_the_de
     assert float(loss) == pytest.approx((-1.2 * 2 + 0.1 * (np.e - 2)) / 2, rel=1e-5)
     held_back, _ = grpo_loss(*arrays, ObjectiveConfig(loss="kl_cov", beta=0.0), chosen=np.array([[True, False]]))
     assert float(held_back) == pytest.approx((-1.2 * 2 - 0.5 * 2 + np.log(2)) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["clip_cov", "kl_cov"])
+def test_losses_that_choose_tokens_equal_float64_loops_for_any_split_of_the_rows(loss: Any) -> None:
+    logps, advantages, mask = tokens(seed=4)
+    rng, objective = np.random.default_rng(5), ObjectiveConfig(loss=loss, beta=0.0, epsilon=0.15, epsilon_high=0.25)
+    old, chosen = (logps + rng.normal(scale=0.3, size=mask.shape)).astype(np.float32), rng.random(mask.shape) < 0.7
+
+    def oracle(logps: np.ndarray) -> float:
+        total = 0.0
+        for i, t in zip(*np.nonzero(mask), strict=True):
+            log_ratio, a = logps[i, t] - float(old[i, t]), float(advantages[i])
+            ratio = np.exp(log_ratio)
+            if loss == "kl_cov":
+                total += -ratio * a + (0 if chosen[i, t] else abs(log_ratio))
+            elif chosen[i, t]:
+                total -= min(ratio * a, np.clip(ratio, 0.85, 1.25) * a)
+        return total / mask.sum()
+
+    expected, precise = np.zeros(mask.shape), logps.astype(np.float64)
+    for index in zip(*np.nonzero(mask), strict=True):
+        step = np.zeros(mask.shape)
+        step[index] = 1e-6
+        expected[index] = (oracle(precise + step) - oracle(precise - step)) / 2e-6
+    weights = token_weights(mask, objective)
+    run = jax.jit(jax.value_and_grad(weighted_loss, has_aux=True), static_argnums=(5,))
+    for cuts in ((6,), (2, 6), (1, 3, 6)):
+        loss_sum, parts = 0.0, []
+        for start, end in zip((0, *cuts), cuts, strict=False):
+            rows = slice(start, end)
+            given = (logps[rows], old[rows], None, advantages[rows], mask[rows], objective, weights[rows])
+            (value, _), gradient = run(*given, chosen=chosen[rows])
+            loss_sum += float(value)
+            parts.append(gradient)
+        assert loss_sum == pytest.approx(oracle(precise), rel=2e-5)
+        np.testing.assert_allclose(np.concatenate(parts), expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -190,5 +190,7 @@ def test_prompts_are_spread_evenly_over_the_row_shards() -> None:
     with pytest.raises(ConfigError, match=r"train\.micro_batch_prompts is 12: .* use a multiple of 8, or a smaller mesh"):
         check_prompts(layout, 24, 12)
     check_prompts(layout, 16, 2)
+    with pytest.raises(ConfigError, match=r"train.prompts_per_step / train.updates_per_rollout is 4: .* use a multiple of 8"):
+        check_prompts(layout, 4, None, updates=2)
     assert [mesh_micro_batch(layout, size) for size in (2, 8, 16)] == [8, 8, 16]  # one on each shard at least
     assert mesh_micro_batch(None, 2) == 2

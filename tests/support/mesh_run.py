@@ -70,6 +70,23 @@ def resumed(folder: Path) -> dict[str, Any]:
     return {"curve": curve(one.history), "same": same, "devices": [max(sizes) for sizes in devices]}
 
 
+def mini_batches(folder: Path) -> dict[str, Any]:
+    """Two updates a step on one device, on eight, and on eight and then four; the reference and the bonus's weight change too."""
+    sections = {"objective": {"beta": 0.1, "entropy_coef": 0.01, "entropy_target": 9.0}}
+    changing = {"prompts_per_step": 16, "updates_per_rollout": 2, "reference_every": 1, "reference_mix": 0.5}
+
+    def of(name: str, mesh: dict[str, int], *, resume: bool = False, **train: Any) -> Any:
+        return run(config_of(folder / name, mesh, train=changing | train, **sections), resume=resume).result
+
+    of("resumed", SPREAD, steps=1)
+    results = [of("one", ONE), of("spread", SPREAD, micro_batch_tokens="auto"), of("resumed", FOUR, resume=True)]
+    return {
+        "curves": [curve(result.history) for result in results],
+        "kl": [[step["kl_divergence"] for step in result.history] for result in results],
+        "weights": [[step["entropy_coef"] for step in result.history] for result in results],
+    }
+
+
 def four_bits(folder: Path, mesh: dict[str, int]) -> dict[str, Any]:
     """A run on an int4 base."""
     model = {"path": str(build_model(folder / "model", vocab_size=264)), "quantization": "int4"}
@@ -114,6 +131,7 @@ if __name__ == "__main__":
         "shards": lambda: trained(place / "shards", {"fsdp": -1}),
         "spread": lambda: trained(place / "spread", SPREAD),
         "resumed": lambda: resumed(place / "resumed"),
+        "mini_batches": lambda: mini_batches(place / "mini-batches"),
         "four_bits": lambda: [four_bits(place / name, mesh) for name, mesh in (("int4-one", ONE), ("int4-spread", ALL_AXES))],
         "supervised": lambda: [supervised(place / name, mesh) for name, mesh in (("sft-one", ONE), ("sft-spread", SPREAD))],
     }

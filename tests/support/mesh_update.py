@@ -152,6 +152,7 @@ CASES: dict[str, tuple[ModelSpec, dict[str, Any]]] = {
     "lora": (SPEC, {}),
     "micro": (UNTIED, {"micro": 8, "remat": "layer", "quantization": "int8", "rollout": BANNED}),
     "full": (UNTIED, {"full": True, "unroll": True, "objective": {"num_iterations": 2}}),
+    "bonus": (SPEC, {"objective": {"beta": 0.0, "entropy_coef": 0.1, "entropy_target": 9.0}}),
     "beta0": (
         SPEC,
         {"micro": 4, "objective": {"beta": 0.0, "scale_rewards": "batch"}, "equal_groups": 9, "rollout": BANNED | {"top_p": 0.9}},
