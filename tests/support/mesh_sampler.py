@@ -97,14 +97,7 @@ SEPARATE: dict[str, dict[str, Any]] = {
     "2x2x2 quantised": {"mesh": "2x2x2", "slots": 8, "model": "int8"},
     "2x2x2 experts": {"mesh": "2x2x2", "slots": 8, "model": "experts"},
     "2x2x2 episodes": {"mesh": "2x2x2", "slots": 8, "episodes": 5, "max_completion_length": 28},
-    "2x2x2 episodes, int8, unrolled": {
-        "mesh": "2x2x2",
-        "slots": 8,
-        "episodes": 1,
-        "max_completion_length": 28,
-        "kv_dtype": "int8",
-        "unroll": True,
-    },
+    "2x2x2 episodes, unrolled": {"mesh": "2x2x2", "slots": 8, "episodes": 1, "max_completion_length": 28, "unroll": True},
 }
 """The features one by one."""
 
