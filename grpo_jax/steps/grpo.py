@@ -411,7 +411,9 @@ class GrpoStep:
         )
         lengths, layout = text_lengths(config, source.prompt_lengths[1]), self.policy.layout
         sizes = row_sizes(lengths, problems, 1, self.sizes[0].tokens, 1 if layout is None else layout.rows)
-        held_out = text_batch(batch.prompt_ids, rollout.completion_ids, sizes, config.rollout.max_completion_length, layout)
+        held_out = text_batch(
+            batch.prompt_ids, rollout.completion_ids, sizes, config.rollout.max_completion_length, layout, rollout.sampled
+        )
         state = in_device_memory(replace(state, opt_state=()))
         sums = self.policy.on_host(self.kl(state.trainable, held_out, with_reference(self.frozen, state)))
         return float(sums[0] / sums[1])
