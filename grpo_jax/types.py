@@ -87,7 +87,8 @@ class PackedRows:
 
     A completion's last token predicts nothing and is not in the row. E = F + later entries say which token predicts which: the F
     first ones are the first tokens of completions, predicted by the prompt's last token; each later one is predicted by a token of
-    its own. Entries that are not needed predict token 0 from the row's first token.
+    its own. Tokens of an episode that came from outside have no entry. Entries that are not needed predict token 0 from the row's
+    first token.
 
     Attributes:
         ids, positions: [R, T] token ids, and each token's position in its sequence.
@@ -121,8 +122,8 @@ class MicroBatches:
     Attributes:
         rows: with a leading axis M.
         completions: [M, R, E], the completion that each entry belongs to; N for none.
-        places: [N, C], the entry of every token of a completion, counted through all micro-batches and rows; -1 where it is not
-            in these micro-batches.
+        places: [N, C], the entry of every sampled token of a completion, counted through all micro-batches and rows; -1 where it is
+            not in these micro-batches.
     """
 
     rows: PackedRows
@@ -140,7 +141,8 @@ class TrainBatch:
         sampler_logprobs: [N, C] log-probabilities in nats that the sampler returned, 0 where there is no token.
         rewards: [B, G] weighted sums over the reward functions; any value where not valid.
         valid: [B, G], True = the row was scored and enters its group's statistics.
-        completion_lengths: [N], sampled tokens of each completion, also those that are not trained; None = all are trained.
+        completion_lengths: [N], tokens of each completion that the model sampled, also those that are not trained; None = all are
+            trained.
         advantages: [B, G], already computed, where the batch is a part of a step's prompts; None = from the rewards.
         old_logprobs: [N, C] log-probabilities in nats of the policy before the step's first update, where updates on other parts
             come before this batch's; None = those of the policy as the update finds it.

@@ -2,7 +2,7 @@
 
 `protocol` is the interface. `tools` and `formats` make Python functions callable for the model, `tool_environment` answers its
 calls. `conversation` finds the tokens between turns, `pool` calls environments beside the sampler, `resolve` finds what settings
-name. `rollout.episodes` drives the episodes of a step with them.
+name. `rollout.environment_turns` drives the episodes of a step with them.
 """
 
 from grpo_jax.environments.arithmetic import calculator

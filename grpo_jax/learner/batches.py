@@ -40,6 +40,9 @@ def train_batch(
     mask: np.ndarray = np.arange(width)[None, :] < lengths[:, None]
     logps = np.zeros(mask.shape, np.float32)
     logps[mask] = np.concatenate(rollout.logprobs)
+    if rollout.sampled is not None:
+        mask[mask] = np.concatenate(rollout.sampled)
+    sampled_tokens = mask.sum(axis=1, dtype=np.int32)
     if config.objective.mask_truncated:
         mask &= np.array([reason == "stop" for reason in rollout.finish_reasons])[:, None]
     total, group = scored.rewards, len(lengths) // b
@@ -48,12 +51,12 @@ def train_batch(
     rewards, valid = total.reshape(b, group), scored.valid.reshape(b, group)
     known = np.where(valid, rewards, np.nan)
     alike = np.array([len(np.unique(group[~np.isnan(group)])) <= 1 for group in known])
-    trained: np.ndarray = np.ones(len(lengths), bool) if config.objective.kl_in_reward else np.asarray(mask.any(axis=1))
+    trained: np.ndarray = sampled_tokens > 0 if config.objective.kl_in_reward else np.asarray(mask.any(axis=1))
     shards = 1 if layout is None else layout.rows
-    last = alike if skips else None
+    options: dict[str, Any] = {"last": alike if skips else None, "shards": shards, "sampled": rollout.sampled}
     return TrainBatch(
-        micro_batches=pack(prompts.prompt_ids, rollout.completion_ids, trained, sizes, width=width, last=last, shards=shards),
-        completion_lengths=lengths.astype(np.int32),
+        micro_batches=pack(prompts.prompt_ids, rollout.completion_ids, trained, sizes, width=width, **options),
+        completion_lengths=sampled_tokens,
         completion_mask=mask,
         sampler_logprobs=logps,
         rewards=rewards,
@@ -80,6 +83,7 @@ def text_batch(
     sizes: Sequence[RowSize],
     width: int,
     layout: Layout | None = None,
+    sampled: Sequence[np.ndarray] | None = None,
 ) -> TrainBatch:
     """A batch of prompts with one completion each, without rewards.
 
@@ -88,6 +92,7 @@ def text_batch(
     Args:
         sizes: of the packed rows.
         width: C, columns of the tables.
+        sampled: bool arrays, True = the model sampled the token; None = all.
     """
     shards = 1 if layout is None else layout.rows
     missing = -len(prompt_ids) % shards
@@ -95,9 +100,13 @@ def text_batch(
     completions = [*completion_ids, *[[]] * missing]
     lengths = np.array([len(ids) for ids in completions], np.int32)
     mask: np.ndarray = np.arange(width)[None, :] < lengths[:, None]
+    if sampled is not None:
+        sampled = [*sampled, *[np.zeros(0, bool)] * missing]
+        mask[mask] = np.concatenate(sampled)
+    trained = np.asarray(mask.any(axis=1))
     batch = TrainBatch(
-        micro_batches=pack(prompts, completions, np.asarray(mask.any(axis=1)), sizes, width=width, shards=shards),
-        completion_lengths=lengths,
+        micro_batches=pack(prompts, completions, trained, sizes, width=width, shards=shards, sampled=sampled),
+        completion_lengths=mask.sum(axis=1, dtype=np.int32),
         completion_mask=mask,
         sampler_logprobs=np.zeros(mask.shape, np.float32),
         rewards=np.zeros((len(prompts), 1), np.float32),
@@ -116,7 +125,7 @@ def batch_shapes(sizes: Sequence[RowSize], prompts: int, generations: int, width
     """
     n = prompts * generations
     batch: Any = TrainBatch(
-        micro_batches=tuple(tables_of([], size, [], [[]] * n, width, shards) for size in sizes),
+        micro_batches=tuple(tables_of([], size, [], [[]] * n, None, width, shards) for size in sizes),
         completion_lengths=np.zeros(n, np.int32),
         completion_mask=np.zeros((n, width), bool),
         sampler_logprobs=np.zeros((n, width), np.float32),

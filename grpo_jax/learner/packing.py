@@ -194,8 +194,11 @@ def pack(
     width: int,
     last: Sequence[bool] | np.ndarray | None = None,
     shards: int = 1,
+    sampled: Sequence[np.ndarray] | None = None,
 ) -> tuple[MicroBatches, ...]:
     """Packs a batch.
+
+    Tokens of an episode that came from outside are in the rows, where later tokens see them, and have no entry.
 
     Args:
         prompt_ids: of B prompts.
@@ -206,6 +209,7 @@ def pack(
         last: B; groups that may turn out to change nothing get micro-batches of their own where there is room, after the others, so
             that they are not computed.
         shards: R.
+        sampled: N bool arrays, True = the model sampled the token; None = all.
 
     Returns:
         One entry for each size.
@@ -231,7 +235,8 @@ def pack(
         packed[0] += left
     else:
         packed = best_rows([*groups, *skipped], sizes, shards)
-    return tuple(tables_of(rows, size, prompt_ids, completion_ids, width, shards) for rows, size in zip(packed, sizes, strict=True))
+    texts = (prompt_ids, completion_ids, sampled)
+    return tuple(tables_of(rows, size, *texts, width, shards) for rows, size in zip(packed, sizes, strict=True))
 
 
 def tables_of(
@@ -239,6 +244,7 @@ def tables_of(
     size: RowSize,
     prompt_ids: Sequence[Sequence[int]],
     completion_ids: Sequence[Sequence[int]],
+    sampled: Sequence[np.ndarray] | None,
     width: int,
     shards: int,
 ) -> MicroBatches:
@@ -263,13 +269,17 @@ def tables_of(
                 ids[number, own], positions[number, own] = tokens[:-1], p + np.arange(length - 1)
                 ranges[0, number, own], ranges[1, number, own] = start, start + p
                 ranges[2, number, own], ranges[3, number, own] = at, np.arange(at + 1, at + length)
-                entries = np.concatenate([[first], later + np.arange(length - 1)])
-                selected[number, entries] = np.concatenate([[start + p - 1], np.arange(at, at + length - 1)])
-                inverse[number, own] = later - firsts + np.arange(length - 1)
-                targets[number, entries], columns[number, entries] = tokens, np.arange(length)
+                predicted = np.arange(length) if sampled is None else np.flatnonzero(sampled[completion])
+                behind = predicted[predicted > 0]
+                entries = later + np.arange(len(behind))
+                inverse[number, at + behind - 1] = entries - firsts
+                if len(behind) < len(predicted):
+                    entries, first = np.concatenate([[first], entries]), first + 1
+                selected[number, entries] = np.where(predicted > 0, at + predicted - 1, start + p - 1)
+                targets[number, entries], columns[number, entries] = tokens[predicted], predicted
                 completions[number, entries] = completion
-                places[completion, :length] = number * size.entries + entries
-                at, first, later = at + length - 1, first + 1, later + length - 1
+                places[completion, predicted] = number * size.entries + entries
+                at, later = at + length - 1, later + len(behind)
 
     def split(x: np.ndarray) -> np.ndarray:
         return x.reshape(size.count, shards, *x.shape[1:])

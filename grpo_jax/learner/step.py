@@ -205,10 +205,8 @@ class Learner:
         """Returns rewards minus β · KL, and the policy's log-probabilities (`objective.kl_in_reward`)."""
         logps, untruncated = self.fixed_logprobs(variables, batch, self.truncation)
         # Also tokens of completions that hit the length limit and are masked out of the loss (mask_truncated): their rewards
-        # still enter the group's mean.
-        sampled = batch.completion_mask
-        if batch.completion_lengths is not None:
-            sampled = jnp.arange(logps.shape[1], dtype=jnp.int32)[None, :] < batch.completion_lengths[:, None]
+        # still enter the group's mean. Tokens that the model sampled are those with an entry in a row.
+        sampled = functools.reduce(jnp.logical_or, (jnp.asarray(part.places) >= 0 for part in batch.micro_batches))
         penalty = kl_reward_penalty(untruncated, ref_logps, sampled)
         return batch.rewards - jnp.float32(self.objective.beta) * penalty.reshape(batch.rewards.shape), logps
 

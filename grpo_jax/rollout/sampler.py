@@ -5,9 +5,10 @@ to a few sizes (`shapes.py`), and temperature, top-k, top-p and min-p are argume
 serve a whole run.
 
 A rollout runs segment by segment: `schedule.py` assigns completions to slots, `decode.py` decodes some tokens of every slot, and
-completions that have ended make room for waiting ones. On a mesh (`model.layout`) each row shard has its own prompt slots, slots
-and schedule for its block of the prompts. All shards run the same program in lockstep; a shard without work waits. Every process
-gets all tokens, and so runs the same schedules.
+completions that have ended make room for waiting ones. A completion may have several turns (`turns.py`, `episodes.py`).
+
+On a mesh (`model.layout`) each row shard has its own prompt slots, slots and schedule for its block of the prompts. All shards run
+the same program in lockstep; a shard without work waits. Every process gets all tokens, and so runs the same schedules.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ import numpy as np
 from grpo_jax.config import ConfigError, RolloutConfig
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.rollout.decode import SegmentTokens, SlotState, decode_segment, gpu_options
+from grpo_jax.rollout.episodes import Episodes
+from grpo_jax.rollout.extend import extend_past
 from grpo_jax.rollout.kv_cache import empty_past_blocks, write_segment
+from grpo_jax.rollout.past_blocks import append_segment, exchange_past
 from grpo_jax.rollout.prefill import PrefilledPrompts, insert_prompts, prefill
 from grpo_jax.rollout.sampling import SamplingControls, controls_of
 from grpo_jax.rollout.schedule import ShardedSchedule
 from grpo_jax.rollout.shapes import RolloutShapes, Sizes, check_slots, choose_slots, pad_rows, round_up, shapes_of
 from grpo_jax.rollout.stop_strings import DecodeText, PartialCompletion
+from grpo_jax.rollout.turns import Turns
 from grpo_jax.rollout.weights import can_join, decoding_model, gather_weights, new_weights, prepared_shapes, with_unchanged
 from grpo_jax.runtime.memory import in_device_memory, least_free_bytes
 from grpo_jax.runtime.programs import Announce, Program, no_announcement
@@ -48,8 +53,9 @@ class Sampler:
         model: the decoder.
         stop_ids: every id that ends a completion.
         decode_text: turns ids into text to search for stop strings; None without a tokenizer.
-        prepare_weights, prefill, insert_prompts, decode_segment, write_segment, empty_past_blocks: the compiled functions of those
-            names (`prepare_weights` is `new_weights`).
+        prepare_weights, prefill, insert_prompts, decode_segment, write_segment, empty_past_blocks, append_segment, extend_past,
+            exchange_past: the compiled functions of those names (`prepare_weights` is `new_weights`). The last three are for
+            episodes, whose segments `append_segment` writes.
         joins: whether weights are joined, once the first rollout has decided it by the free memory.
     """
 
@@ -62,6 +68,9 @@ class Sampler:
     decode_segment: Program
     write_segment: Program
     empty_past_blocks: Program
+    append_segment: Program
+    extend_past: Program
+    exchange_past: Program
     joins: list[bool] = field(default_factory=list)
 
     @staticmethod
@@ -93,6 +102,9 @@ class Sampler:
             Program("rollout", partial(decode_segment, decoder, stop_ids), announce=announce, options=options),
             Program("rollout: past", partial(write_segment, layout=layout), donate=(0,), announce=announce),
             Program("rollout", partial(empty_past_blocks, model.spec, model.dtype, layout=layout), announce=announce),
+            Program("rollout: past", partial(append_segment, layout=layout), donate=(0,), announce=announce),
+            Program("rollout: turns", partial(extend_past, decoder), donate=(2,), announce=announce),
+            Program("rollout: turns", partial(exchange_past, layout=layout), donate=(0, 1), announce=announce),
         )
 
     @property
@@ -105,6 +117,9 @@ class Sampler:
             self.decode_segment,
             self.write_segment,
             self.empty_past_blocks,
+            self.append_segment,
+            self.extend_past,
+            self.exchange_past,
         )
 
     def announcing(self, announce: Announce) -> Sampler:
@@ -125,8 +140,14 @@ class Sampler:
         limits: Sequence[int] | np.ndarray | None = None,
         shapes: RolloutShapes | None = None,
         on_segment: Callable[[list[PartialCompletion]], None] | None = None,
+        turns: Turns | None = None,
     ) -> Rollout:
         """Draws `rollout.num_generations` completions of every prompt.
+
+        With `turns` a completion is an episode of several turns. A turn ends at a stop token, at a stop string of its own text, or
+        after `turns.max_turn_tokens`; its answer is read and the next turn begins. `rollout.max_completion_length` and `limits`
+        count all tokens of an episode. Where turn and answer leave no room for another token, the episode ends with "length"
+        without the answer; one that is at its limit ends with its turn. Where `turns.first_ids` leave no room, a row is empty.
 
         Args:
             variables: {"params": ..., "lora": ...}.
@@ -136,15 +157,20 @@ class Sampler:
             indices: B prompt indices, part of the random numbers; None = 0, 1, ...
             limits: B·G maximum lengths in tokens; None = `rollout.max_completion_length` for all.
             shapes: the run's, which fit any number of prompts with at most as many completions each: slots that are not refilled
-                are filled in rounds. None chooses them for these prompts, and `rollout.slots` is followed.
+                are filled in rounds. None chooses them for these prompts, and `rollout.slots` is followed. With `turns` they
+                must be made for episodes.
             on_segment: called with all completions after each segment.
+            turns: answers the turns of episodes; with several processes only process 0's is asked.
 
         Returns:
             B·G rows, the completions of a prompt next to each other.
 
         Raises:
             ConfigError: stop strings without a tokenizer, or `rollout.slots` that the row shards of the mesh do not divide.
+            ValueError: `turns` with shapes that are not for episodes, or `turns` that break their promises.
         """
+        if turns is not None and shapes is not None and not shapes.sizes.extensions:
+            raise ValueError("shapes are not for episodes: choose them with decide_shapes(..., episodes=True)")
         if rollout.stop and self.decode_text is None:
             raise ConfigError(
                 f"rollout.stop: {rollout.stop}; stop strings need a tokenizer, and the model folder has none: remove them, or add "
@@ -154,7 +180,8 @@ class Sampler:
         check_slots(rollout.slots, 1 if self.model.layout is None else self.model.layout.rows)
         weights = self.decoding_weights(variables, rollout)
         if shapes is None:
-            shapes = self.shapes_for(rollout, b, (round_up(max(map(len, prompt_ids))),), least_free_bytes())
+            widths = (round_up(max(map(len, prompt_ids))),)
+            shapes = self.shapes_for(rollout, b, widths, least_free_bytes(), episodes=turns is not None)
         longest = np.full(b * g, rollout.max_completion_length) if limits is None else np.asarray(limits)
         indices = np.arange(b) if indices is None else np.asarray(indices)
         completions = [PartialCompletion(int(limit)) for limit in longest]
@@ -173,17 +200,21 @@ class Sampler:
                 controls=controls_of(rollout, seed, step, self.model.layout),
                 shards=shapes.shards,
                 on_segment=None if on_segment is None else lambda _: on_segment(completions),
+                turns=turns,
             )
             near_ties += loop.run(weights)
         return Rollout(
             completion_ids=[own.ids for own in completions],
-            logprobs=[np.concatenate(own.logps) for own in completions],
+            logprobs=[np.concatenate(own.logps) if own.logps else np.zeros(0, np.float32) for own in completions],
             finish_reasons=[own.reason for own in completions],
             near_ties=near_ties,
             slots=shapes.slots,
+            sampled=None if turns is None else [own.sampled for own in completions],
         )
 
-    def shapes_for(self, rollout: RolloutConfig, prompts: int, widths: Sequence[int], free_bytes: int | None) -> RolloutShapes:
+    def shapes_for(
+        self, rollout: RolloutConfig, prompts: int, widths: Sequence[int], free_bytes: int | None, *, episodes: bool = False
+    ) -> RolloutShapes:
         """Chooses the shapes of rollouts of up to this many prompts.
 
         Args:
@@ -191,17 +222,21 @@ class Sampler:
             prompts: B, of all row shards.
             widths: widths that prompts are padded to.
             free_bytes: free memory of each device next to the decoding weights; None where it is not known.
+            episodes: whether completions have several turns.
 
         Raises:
             ConfigError: `rollout.slots` that the row shards of the mesh do not divide.
         """
         layout, spec, itemsize = self.model.layout, self.model.spec, jnp.dtype(self.model.dtype).itemsize
         shards, tensor = (1, 1) if layout is None else (layout.rows, layout.tensor)
-        slots = choose_slots(spec, rollout, prompts, max(widths), itemsize, free_bytes, shards=shards, tensor=tensor)
-        return shapes_of(rollout, prompts, widths, slots, shards)
+        split = {"shards": shards, "tensor": tensor, "episodes": episodes}
+        slots = choose_slots(spec, rollout, prompts, max(widths), itemsize, free_bytes, **split)
+        return shapes_of(rollout, prompts, widths, slots, shards, episodes=episodes)
 
-    def decide_shapes(self, variables: Params, rollout: RolloutConfig, prompts: int, widths: Sequence[int]) -> RolloutShapes:
-        """Chooses the shapes of a run's rollouts, from the memory that is free next to the decoding weights."""
+    def decide_shapes(
+        self, variables: Params, rollout: RolloutConfig, prompts: int, widths: Sequence[int], *, episodes: bool = False
+    ) -> RolloutShapes:
+        """Chooses the shapes of a run's rollouts, from the memory that is free next to the decoding weights; see `shapes_for`."""
         variables = in_device_memory(variables)
         if not self.model.unroll:
             weights = self.decoding_weights(variables, rollout)
@@ -213,7 +248,7 @@ class Sampler:
             weights = prepared_shapes(self.model, variables, **settings)
             needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
             free = None if free is None else max(0, free - needed)
-        return self.shapes_for(rollout, prompts, widths, free)
+        return self.shapes_for(rollout, prompts, widths, free, episodes=episodes)
 
     def round_up_slots(self, slots: int) -> int:
         """Rounds a number of slots up to a multiple of the number of row shards."""
@@ -251,6 +286,7 @@ class RolloutLoop:
         completions: B·G, the completions of a prompt next to each other.
         indices: B prompt indices, part of the random numbers.
         shards: row shards; 1 on one device.
+        turns: answers the turns of episodes; None where a completion has one turn.
     """
 
     sampler: Sampler
@@ -262,6 +298,7 @@ class RolloutLoop:
     controls: SamplingControls
     shards: int
     on_segment: Callable[[list[PartialCompletion]], None] | None = None
+    turns: Turns | None = None
 
     @property
     def layout(self) -> Layout | None:
@@ -274,22 +311,36 @@ class RolloutLoop:
         schedule = ShardedSchedule.of(sizes, len(self.prompt_ids), generations, shards=self.shards, refill=self.rollout.refill)
         prompts = self.prefill(weights, schedule.prompts_in_slots)
         past_blocks = self.empty_past_blocks()
+        episodes = None if self.turns is None else self.episodes(self.turns)
         near_ties = 0
         while not schedule.finished:
+            if episodes is not None:
+                past_blocks = episodes.refill(schedule, past_blocks)
             rounds, begun = schedule.admit()
             for pairs in rounds:
                 new = self.prefill(weights, [prompt for _, prompt in pairs])
                 prompt_slots = np.array([prompt_slot for prompt_slot, _ in pairs], np.int32)
                 prompts = sampler.insert_prompts(prompts, new, self.put(prompt_slots, "prompts"))
+            if episodes is not None:
+                past_blocks = episodes.read(weights, prompts, past_blocks, schedule)
+                if not np.any(schedule.live):
+                    episodes.receive(schedule, wait=True)
+                    continue
             slots, past, later_past = self.slot_state(schedule, begun)
             read = past_blocks[: sizes.past_blocks_for(past)]
             table = None if sizes.fixed else self.put(schedule.slot_map()[1], "prompts")
             out, segment_cache = sampler.decode_segment(weights, prompts, read, slots, table, self.controls, length=sizes.segment)
-            if later_past:
+            if episodes is not None and past_blocks:
+                past_blocks = sampler.append_segment(past_blocks, segment_cache, slots.base, slots.live)
+            elif episodes is None and later_past:
                 past_blocks = sampler.write_segment(past_blocks, segment_cache, slots.base, together=sizes.fixed)
             tokens: SegmentTokens = jax.device_get(out) if self.layout is None else self.layout.get(out)
             near_ties += int(tokens.near_ties.sum())
-            schedule.end(self.record(schedule, tokens))
+            ended = self.record(schedule, tokens)
+            if episodes is None:
+                schedule.end(ended)
+            else:
+                episodes.end_turns(schedule, ended)
             if self.on_segment is not None:
                 self.on_segment(self.completions)
         return near_ties
@@ -311,6 +362,22 @@ class RolloutLoop:
         slots = self.shards * sizes.slots
         return self.sampler.empty_past_blocks(slots=slots, tokens=sizes.past_blocks, kv_dtype=self.rollout.kv_dtype, unroll=unroll)
 
+    def episodes(self, turns: Turns) -> Episodes:
+        """Begins the episodes."""
+        sampler, sizes = self.sampler, self.sizes
+        made = Episodes(
+            turns=turns,
+            completions=self.completions,
+            sizes=sizes,
+            extend_past=sampler.extend_past,
+            exchange_past=sampler.exchange_past,
+            put=partial(self.put, axis="slots"),
+            vocab=sampler.model.spec.vocab,
+            parked=self.empty_past_blocks() if sizes.parked else (),
+        )
+        made.begin()
+        return made
+
     def prefill(self, weights: Params, numbers: Sequence[int | None]) -> PrefilledPrompts:
         """Prefills prompts by number; None prefills a placeholder of one token."""
         ids = [[0] if number is None else self.prompt_ids[number] for number in numbers]
@@ -324,11 +391,11 @@ class RolloutLoop:
         The number after the segment counts only completions that may continue.
         """
         g, s = self.rollout.num_generations, self.shards * self.sizes.slots
-        live = schedule.completion_in_slot >= 0
+        live = schedule.live
         numbers = np.maximum(schedule.completion_in_slot, 0)
-        begins = np.zeros(s, bool)
-        begins[begun] = True
         ids = [self.completions[number].ids for number in numbers]
+        begins = np.zeros(s, bool)
+        begins[begun] = [live[slot] and not ids[slot] for slot in begun]
         base = np.array([max(0, len(own) - 1) for own in ids])
         last = np.array([own[-1] if own else 0 for own in ids])
         # What free slots have is not read, and a past that they do not need is skipped.
@@ -339,18 +406,18 @@ class RolloutLoop:
             prompt_slots = np.arange(s) % self.sizes.slots // self.sizes.slots_per_prompt
         else:
             prompt_slots = schedule.slot_map()[0]
-        limits = np.array([self.completions[number].limit for number in numbers])
+        limits = np.array([self.completions[number].turn_limit for number in numbers])
         integers = (self.indices[numbers // g], numbers % g, prompt_slots, schedule.slot_indices, base, last, limits)
         arrays: Any = self.put((*(x.astype(np.int32) for x in integers), live, begins), "slots")
         after = base + self.sizes.segment
         return SlotState(*arrays), int(np.max(base[live])), int(np.max(np.where(after + 1 < limits, after, 0)[live]))
 
     def record(self, schedule: ShardedSchedule, tokens: SegmentTokens) -> list[int]:
-        """Appends a segment's tokens to the completions; returns the slots whose completion has ended."""
+        """Appends a segment's tokens to the completions; returns the slots whose completion, or turn, has ended."""
         ended: list[int] = []
         ids, logps, ends, stopped = (np.asarray(x) for x in (tokens.ids, tokens.logps, tokens.ends, tokens.stopped))
         in_slot = schedule.completion_in_slot
-        for slot in np.flatnonzero(in_slot >= 0):
+        for slot in np.flatnonzero(schedule.live):
             completion = self.completions[in_slot[slot]]
             new = slice(1 if completion.ids else 0, int(ends[slot]))
             strings, decode_text = self.rollout.stop, self.sampler.decode_text

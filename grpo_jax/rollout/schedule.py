@@ -2,6 +2,9 @@
 
 Plain Python and NumPy; nothing here uses a model. Completions begin in order. A prompt occupies a prompt slot from the start of its
 first completion to the end of its last. On a mesh each row shard has its own schedule, and `ShardedSchedule` combines them.
+
+An episode that waits for an answer is paused. It gives its slot to a completion that can decode, and is parked meanwhile; once
+it is answered it comes back into any slot.
 """
 
 from __future__ import annotations
@@ -9,10 +12,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
 from grpo_jax.rollout.shapes import Sizes
+
+Pair = TypeVar("Pair")
 
 
 @dataclass
@@ -28,6 +34,9 @@ class Schedule:
         prompt_slots: the prompt in each prompt slot; -1 where it is free.
         unfinished: number of completions of each prompt that have not ended.
         slot_indices: each slot's column in its prompt slot's row of the table.
+        paused: whether a slot's episode waits for an answer.
+        parked: the episode in each entry for parked ones; -1 where it is free.
+        answered: parked episodes that can go on, in the order of their answers.
     """
 
     sizes: Sizes
@@ -38,9 +47,15 @@ class Schedule:
     prompt_slots: np.ndarray
     unfinished: np.ndarray
     slot_indices: np.ndarray = field(init=False)
+    paused: np.ndarray = field(init=False)
+    parked: np.ndarray = field(init=False)
+    answered: deque[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.slot_indices = np.zeros(self.sizes.slots, np.int32)
+        self.paused = np.zeros(self.sizes.slots, bool)
+        self.parked = np.full(self.sizes.parked, -1, np.int64)
+        self.answered = deque()
 
     @staticmethod
     def of(sizes: Sizes, prompts: int, generations: int, *, refill: bool = True) -> Schedule:
@@ -86,13 +101,62 @@ class Schedule:
                 index = completion
                 slot = prompt_slot * self.sizes.slots_per_prompt + completion
             else:
-                taken = {int(self.slot_indices[other]) for other in self.slots_of(prompt)}
-                index = next(index for index in range(self.sizes.slots_per_prompt) if index not in taken)
+                index = self.free_index(prompt)
             self.waiting.popleft()
             self.completion_in_slot[slot] = prompt * self.generations + completion
             self.slot_indices[slot] = index
             begun.append(int(slot))
         return computed, begun
+
+    def free_index(self, prompt: int) -> int:
+        """Returns the first free column in a prompt's row of the table."""
+        taken = {int(self.slot_indices[other]) for other in self.slots_of(prompt)}
+        return next(index for index in range(self.sizes.slots_per_prompt) if index not in taken)
+
+    def resume(self, completion: int) -> None:
+        """Lets a paused episode go on: at once where it has a slot, else when it gets one from `exchange`."""
+        found = np.flatnonzero(self.completion_in_slot == completion)
+        if len(found):
+            self.paused[found] = False
+        else:
+            self.answered.append(completion)
+
+    def exchange(self) -> list[tuple[int, int]]:
+        """Moves episodes between slots and entries for parked ones, before waiting completions begin.
+
+        Answered ones get free slots, and then those of paused ones. Further paused ones leave their slots to completions that wait.
+
+        Returns:
+            (slot, entry) pairs whose content is exchanged, in this order.
+        """
+        moves: list[tuple[int, int]] = []
+        for slot in [*np.flatnonzero(self.completion_in_slot < 0), *np.flatnonzero(self.paused)]:
+            if not self.answered:
+                break
+            moves.append(self.move(int(slot), int(np.flatnonzero(self.parked == self.answered.popleft())[0])))
+        if self.refill:
+            begin = len(self.waiting) - int(np.sum(self.completion_in_slot < 0))
+            free, paused = np.flatnonzero(self.parked < 0), np.flatnonzero(self.paused)
+            moves += [self.move(int(slot), int(entry)) for slot, entry in zip(paused[: max(0, begin)], free, strict=False)]
+        return moves
+
+    def move(self, slot: int, entry: int) -> tuple[int, int]:
+        """Exchanges what a slot and an entry have; what comes into the slot can go on."""
+        incoming, outgoing = int(self.parked[entry]), int(self.completion_in_slot[slot])
+        self.parked[entry], self.completion_in_slot[slot] = outgoing, -1
+        if incoming >= 0:
+            self.slot_indices[slot] = self.free_index(incoming // self.generations)
+        self.completion_in_slot[slot], self.paused[slot] = incoming, False
+        return slot, entry
+
+    def finish(self, completion: int) -> None:
+        """Ends a paused episode."""
+        found = np.flatnonzero(self.completion_in_slot == completion)
+        if len(found):
+            self.end(found.tolist())
+        else:
+            self.parked[self.parked == completion] = -1
+            self.release(completion // self.generations)
 
     def slots_of(self, prompt: int) -> np.ndarray:
         """Returns the slots that decode completions of a prompt."""
@@ -102,15 +166,19 @@ class Schedule:
         """Frees slots whose completion has ended, and the prompt slots of prompts without unfinished completions."""
         for slot in slots:
             prompt = int(self.completion_in_slot[slot]) // self.generations
-            self.completion_in_slot[slot] = -1
-            self.unfinished[prompt] -= 1
-            if self.unfinished[prompt] == 0:
-                self.prompt_slots[self.prompt_slot_of(prompt)] = -1
+            self.completion_in_slot[slot], self.paused[slot] = -1, False
+            self.release(prompt)
+
+    def release(self, prompt: int) -> None:
+        """Counts an ended completion of a prompt; with the last one the prompt slot becomes free."""
+        self.unfinished[prompt] -= 1
+        if self.unfinished[prompt] == 0:
+            self.prompt_slots[self.prompt_slot_of(prompt)] = -1
 
     @property
     def finished(self) -> bool:
         """Whether every completion has ended."""
-        return not self.waiting and bool(np.all(self.completion_in_slot < 0))
+        return not self.waiting and bool(np.all(self.completion_in_slot < 0) and np.all(self.parked < 0))
 
     def slot_map(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns each slot's prompt slot [S], and each prompt slot's slots [prompt slots, M]; 0 where there is none."""
@@ -173,6 +241,11 @@ class ShardedSchedule:
         )
 
     @property
+    def live(self) -> np.ndarray:
+        """Which slots decode: those whose completion does not wait for an answer."""
+        return (self.completion_in_slot >= 0) & ~np.concatenate([own.paused for own in self.schedules])
+
+    @property
     def slot_indices(self) -> np.ndarray:
         """Each slot's column in its prompt slot's row of the table."""
         return np.concatenate([own.slot_indices for own in self.schedules])
@@ -194,9 +267,7 @@ class ShardedSchedule:
             computed, slots = own.admit()
             to_prefill.append([(prompt_slot, first + prompt) for prompt_slot, prompt in computed])
             begun += [number * own.sizes.slots + slot for slot in slots]
-        nothing = (self.schedules[0].sizes.prompt_slots, None)
-        rounds = max(len(own) for own in to_prefill)
-        return [[own[turn] if turn < len(own) else nothing for own in to_prefill] for turn in range(rounds)], begun
+        return in_rounds(to_prefill, (self.schedules[0].sizes.prompt_slots, None)), begun
 
     def end(self, slots: Iterable[int]) -> None:
         """Frees slots whose completion has ended."""
@@ -204,7 +275,44 @@ class ShardedSchedule:
         for slot in slots:
             self.schedules[slot // each].end([slot % each])
 
+    def pause(self, slots: Iterable[int]) -> None:
+        """Pauses episodes that wait for an answer."""
+        each = self.schedules[0].sizes.slots
+        for slot in slots:
+            self.schedules[slot // each].paused[slot % each] = True
+
+    def resume(self, completion: int) -> None:
+        """Lets a paused episode go on."""
+        own, number = self.schedule_of(completion)
+        own.resume(number)
+
+    def finish(self, completion: int) -> None:
+        """Ends a paused episode."""
+        own, number = self.schedule_of(completion)
+        own.finish(number)
+
+    def schedule_of(self, completion: int) -> tuple[Schedule, int]:
+        """Returns the schedule that has a completion, and its number there."""
+        generations = self.schedules[0].generations
+        shard = int(np.searchsorted(self.firsts, completion // generations, side="right")) - 1
+        return self.schedules[shard], completion - self.firsts[shard] * generations
+
+    def exchange(self) -> list[list[tuple[int, int]]]:
+        """Moves episodes between slots and entries for parked ones.
+
+        Returns:
+            Rounds of exchanges. A round has one (slot, entry) per shard, numbered within it; the slot is an index beyond the last
+            where the shard has no more.
+        """
+        return in_rounds([own.exchange() for own in self.schedules], (self.schedules[0].sizes.slots, 0))
+
     def slot_map(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns each slot's prompt slot [S], and each prompt slot's slots [prompt slots, M], concatenated over the shards."""
         prompt_slots, tables = zip(*(own.slot_map() for own in self.schedules), strict=True)
         return np.concatenate(prompt_slots), np.concatenate(tables)
+
+
+def in_rounds(of_shards: list[list[Pair]], nothing: Pair) -> list[list[Pair]]:
+    """Transposes the lists of the shards; shorter ones are filled up."""
+    rounds = max(len(own) for own in of_shards)
+    return [[own[turn] if turn < len(own) else nothing for own in of_shards] for turn in range(rounds)]

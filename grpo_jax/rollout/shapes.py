@@ -35,6 +35,11 @@ MEMORY_SHARE = 0.8
 """Fraction of the free memory that a rollout may use."""
 
 
+EXTENSION_SIZES = ((16, 32), (4, 128))
+"""Rows and tokens of the two sizes in which episodes read tokens from outside: many short answers at once, and few longer ones. A
+longer answer than the widest takes several calls. A call's scores are those of 512 queries, so that they fit next to the cache."""
+
+
 def round_up(length: int) -> int:
     """Rounds a length up to the next of 8, 12, 16, 24, 32, 48, 64, 96, 128, ...: few sizes, at most 1.5 times a length above 5."""
     size = 8
@@ -66,6 +71,8 @@ class Sizes:
         past_blocks: tokens per slot of each past block, in order of use.
         fixed: slot = prompt slot · M + completion, and all begin together: no slot is refilled.
         skips: attention does not read past blocks that no slot sees, so one program with all of them serves every segment.
+        extensions: rows and tokens of each size in which tokens from outside are read; none where no row is an episode.
+        parked: episodes without a slot whose past stays on the device: as many as slots, or none where every row has a slot.
     """
 
     slots: int
@@ -76,6 +83,8 @@ class Sizes:
     past_blocks: tuple[int, ...]
     fixed: bool
     skips: bool = False
+    extensions: tuple[tuple[int, int], ...] = ()
+    parked: int = 0
 
     def past_blocks_for(self, tokens: int) -> int:
         """Returns how many past blocks a segment gets whose slots have at most that many past tokens: each number is a program.
@@ -166,7 +175,16 @@ def segment_length(rollout: RolloutConfig, refills: bool) -> int:
     return min(longest, max(8, min(64, 1 << (longest // 16).bit_length() >> 1)))
 
 
-def sizes_of(rollout: RolloutConfig, prompts: int, width: int, slots: int) -> Sizes:
+def extension_sizes(longest: int, slots: int) -> tuple[tuple[int, int], ...]:
+    """Returns the sizes in which episodes of up to `longest` tokens read tokens from outside, the narrower one first."""
+    sizes: list[tuple[int, int]] = []
+    for rows, tokens in EXTENSION_SIZES:
+        if not sizes or sizes[-1][1] < longest:
+            sizes.append((min(rows, slots), min(tokens, round_up(longest))))
+    return tuple(sizes)
+
+
+def sizes_of(rollout: RolloutConfig, prompts: int, width: int, slots: int, *, episodes: bool = False) -> Sizes:
     """Returns the sizes of a step's rollout.
 
     Args:
@@ -174,30 +192,37 @@ def sizes_of(rollout: RolloutConfig, prompts: int, width: int, slots: int) -> Si
         prompts: B; on a mesh the most in any row shard.
         width: tokens of the longest prompt.
         slots: completions decoded at once, at most B·G; on a mesh those of one row shard.
+        episodes: whether rows are episodes. Their turns end at any token, so a segment may start at any, also at the last one.
     """
     g = rollout.num_generations
     rows = prompts * g
-    fixed = slots == rows
+    fixed = slots == rows and not episodes
     segment, skips = segment_length(rollout, refills=not fixed), platform() != "gpu"
-    prompt_slots = prompts if fixed else min(prompts, -(-slots // g) + SPARE_PROMPT_SLOTS)
+    parked = slots if episodes and slots < rows else 0
+    prompt_slots = prompts if fixed else min(prompts, -(-(slots + parked) // g) + SPARE_PROMPT_SLOTS)
+    longest = rollout.max_completion_length
     return Sizes(
         slots=slots,
         prompt_slots=prompt_slots,
         slots_per_prompt=min(g, slots),
         prompt=round_up(width),
         segment=segment,
-        past_blocks=past_block_sizes(rollout.max_completion_length, segment, skips),
+        past_blocks=past_block_sizes(longest + segment if episodes else longest, segment, skips),
         fixed=fixed,
         skips=skips,
+        extensions=extension_sizes(longest, slots) if episodes else (),
+        parked=parked,
     )
 
 
-def shapes_of(rollout: RolloutConfig, prompts: int, widths: Sequence[int], slots: int, shards: int) -> RolloutShapes:
+def shapes_of(
+    rollout: RolloutConfig, prompts: int, widths: Sequence[int], slots: int, shards: int, *, episodes: bool = False
+) -> RolloutShapes:
     """Returns the shapes of rollouts of up to `prompts` prompts in `slots` slots, both of all row shards.
 
     Where slots are refilled there is one width: a prompt that comes later may be a longer one.
     """
-    sizes = sizes_of(rollout, -(-prompts // shards), max(widths), slots // shards)
+    sizes = sizes_of(rollout, -(-prompts // shards), max(widths), slots // shards, episodes=episodes)
     return RolloutShapes(sizes, shards, tuple(sorted(widths)) if sizes.fixed else (sizes.prompt,))
 
 
@@ -253,6 +278,7 @@ def choose_slots(
     *,
     shards: int = 1,
     tensor: int = 1,
+    episodes: bool = False,
 ) -> int:
     """Chooses the slots of a rollout: as set, or all completions of the step, or as many complete groups as fit into the memory.
 
@@ -265,6 +291,7 @@ def choose_slots(
         free_bytes: free memory of each device with the weights loaded; None where it is not known.
         shards: row shards that prompts and slots are split over.
         tensor: devices of each row shard.
+        episodes: whether rows are episodes, of which half may be parked where not all fit.
 
     Returns:
         Slots of all shards together. All completions of the step means `shards` equal blocks of prompts, so there may be more slots
@@ -283,6 +310,7 @@ def choose_slots(
     fit = int(free_bytes * MEMORY_SHARE) // slot_bytes(spec, rollout, width, itemsize, tensor)
     if fit >= rows:
         return shards * rows
+    fit = fit // 2 if episodes else fit
     return shards * max(1, fit // g * g or fit)
 
 
@@ -304,7 +332,8 @@ def evaluation_shapes(config: Config, problems: int, training: RolloutShapes) ->
     """
     if config.train.eval_slots is None and problems <= SHARED_ROUNDS * training.prompts:
         return training
-    shards = training.shards
+    shards, episodes = training.shards, bool(training.sizes.extensions)
     slots = -(-evaluation_slots(config, problems) // shards) * shards
     own = replace(config.rollout, num_generations=1, slots=slots)
-    return shapes_of(own, slots if config.train.eval_slots is None else problems, training.widths[-1:], slots, shards)
+    prompts = slots if config.train.eval_slots is None else problems
+    return shapes_of(own, prompts, training.widths[-1:], slots, shards, episodes=episodes)

@@ -13,8 +13,11 @@ from grpo_jax.types import PromptBatch, Rollout
 
 
 def length_metrics(rollout: Rollout) -> dict[str, float]:
-    """Lengths of the completions in tokens; `clipped_ratio` is the share that no stop token ended."""
-    lengths = np.array([len(ids) for ids in rollout.completion_ids])
+    """Lengths of the completions in tokens; `clipped_ratio` is the share that no stop token ended.
+
+    Of episodes `completions` counts the tokens that the model sampled, and `episodes` all tokens, and the turns of the model.
+    """
+    lengths = sampled_tokens(rollout)
     stopped = np.array([reason == "stop" for reason in rollout.finish_reasons])
     metrics = {
         "completions/mean_length": float(lengths.mean()),
@@ -25,7 +28,21 @@ def length_metrics(rollout: Rollout) -> dict[str, float]:
     }
     if stopped.any():
         metrics["completions/mean_terminated_length"] = float(lengths[stopped].mean())
+    if rollout.sampled is not None:
+        totals = np.array([len(ids) for ids in rollout.completion_ids])
+        # A turn begins where the model samples a token and has not sampled the one before.
+        turns = [np.sum(np.diff(own.astype(np.int8), prepend=0) == 1) for own in rollout.sampled]
+        metrics |= {
+            "episodes/mean_length": float(totals.mean()),
+            "episodes/max_length": float(totals.max()),
+            "episodes/mean_turns": float(np.mean(turns)),
+        }
     return metrics
+
+
+def sampled_tokens(rollout: Rollout) -> np.ndarray:
+    """Returns how many tokens of each completion the model sampled."""
+    return np.array([len(ids) for ids in rollout.completion_ids] if rollout.sampled is None else list(map(np.sum, rollout.sampled)))
 
 
 LISTED_PROCESSES = 16
@@ -71,9 +88,9 @@ class Clock:
         self._mark, self._mark_compiled = now, compiled
 
     def metrics(self, prompts: PromptBatch, rollout: Rollout) -> dict[str, float]:
-        """Seconds and speeds. Rollout speed counts completion tokens; update speed counts those and each prompt once."""
-        tokens = sum(len(ids) for ids in rollout.completion_ids)
-        shared = tokens + sum(len(ids) for ids in prompts.prompt_ids)
+        """Seconds and speeds. Rollout speed counts sampled tokens; update speed counts all of completions, and each prompt once."""
+        tokens = int(sampled_tokens(rollout).sum())
+        shared = sum(len(ids) for ids in rollout.completion_ids) + sum(len(ids) for ids in prompts.prompt_ids)
         return self.seconds | {
             "step_seconds": sum(self.seconds.values()),
             "compile_seconds": self.compile_seconds,

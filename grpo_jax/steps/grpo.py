@@ -324,7 +324,9 @@ class GrpoStep:
         )
         lengths, layout = text_lengths(config, source.prompt_lengths[1]), self.policy.layout
         sizes = row_sizes(lengths, problems, 1, self.sizes[0].tokens, 1 if layout is None else layout.rows)
-        held_out = text_batch(batch.prompt_ids, rollout.completion_ids, sizes, config.rollout.max_completion_length, layout)
+        held_out = text_batch(
+            batch.prompt_ids, rollout.completion_ids, sizes, config.rollout.max_completion_length, layout, rollout.sampled
+        )
         sums = self.policy.on_host(self.kl(in_device_memory(state.trainable), held_out, self.frozen))
         return float(sums[0] / sums[1])
 

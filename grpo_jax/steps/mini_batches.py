@@ -110,6 +110,7 @@ def part_of(prompts: PromptBatch, rollout: Rollout, scored: ScoredBatch, own: sl
             completion_ids=rollout.completion_ids[rows],
             logprobs=rollout.logprobs[rows],
             finish_reasons=rollout.finish_reasons[rows],
+            sampled=None if rollout.sampled is None else rollout.sampled[rows],
         ),
         replace(
             scored,

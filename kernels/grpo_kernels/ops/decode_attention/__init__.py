@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_kernels.numerics import NO_WINDOW
 from grpo_kernels.ops.decode_attention.block_sizes import BlockSizes, choose_block_sizes
+from grpo_kernels.ops.decode_attention.extend import extend_attention
 from grpo_kernels.ops.decode_attention.kv_cache import GROUP, KVCache, SlotMap, layer_of, pack_int4
 from grpo_kernels.ops.decode_attention.mosaic_tpu import decode_attention_mosaic_tpu
 from grpo_kernels.ops.decode_attention.reference import decode_attention_reference
@@ -34,6 +35,7 @@ __all__ = [
     "choose_block_sizes",
     "chosen",
     "decode_attention",
+    "extend_attention",
     "layer_of",
     "pack_int4",
 ]

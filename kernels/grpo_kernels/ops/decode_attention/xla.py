@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -140,7 +141,8 @@ def decode_attention_xla(
         if platform() == "gpu":
             own.append((layer_of(past_block, layer), mask))
         else:
-            seen = with_past_block(seen, q, past_block, mask, longest > start, layer, softcap)
+            read = functools.partial(layer_of, past_block, layer)
+            seen = with_past_block(seen, q, read, mask, longest > start, softcap)
         start += size
     index = jnp.arange(segment_cache.v.shape[2], dtype=jnp.int32)
     own.append((segment_cache, in_window(step, index, window)[None, None, None, :]))
@@ -149,22 +151,24 @@ def decode_attention_xla(
 
 def with_past_block(
     before: PartialSoftmax,
-    q: Float[Array, "S K R Dh"],
-    past_block: KVCache,
+    q: Float[Array, "S K Q Dh"],
+    read: Callable[[], KVCache],
     mask: Bool[Array, "..."],
     seen: Bool[Array, ""],
-    layer: Int[Array, ""] | None,
     softcap: float | None,
 ) -> PartialSoftmax:
     """Adds a past block to a softmax where any slot sees it, and else does not read the block.
 
     A `cond` would be as right, but XLA's CPU compiler uses one core for what is in its branches.
+
+    Args:
+        read: returns the block's keys and values, [S, K, X, Dh].
     """
 
     def turn(state: tuple[Array, PartialSoftmax]) -> tuple[Array, PartialSoftmax]:
         # Without the barrier XLA moves the products out of the loop, as nothing in them changes, and so computes them always.
         number, queries = jax.lax.optimization_barrier((state[0], q))
-        return number + 1, joined(state[1], partial_softmax(queries, [(layer_of(past_block, layer), mask)], softcap))
+        return number + 1, joined(state[1], partial_softmax(queries, [(read(), mask)], softcap))
 
     turns = seen.astype(jnp.int32)
     return jax.lax.while_loop(lambda state: state[0] < turns, turn, (jnp.int32(0), before))[1]

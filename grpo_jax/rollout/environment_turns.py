@@ -1,0 +1,305 @@
+"""Drives the episodes of a rollout: calls environments between turns, and hands the sampler the tokens of their answers.
+
+Results depend on the row alone, never on the order in which environments answer. An environment that raises or takes too long ends
+its episode, which then fails as where a reward fails: it is not trained on, is counted, and ends the run above
+`rewards.max_failed_share`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.environments.conversation import Chat, with_added
+from grpo_jax.environments.pool import EnvironmentPool, FailedStep
+from grpo_jax.environments.protocol import Closing, Environment, Message, Step, as_messages, reset_with
+from grpo_jax.environments.resolve import Environments
+from grpo_jax.environments.tool_environment import object_of
+from grpo_jax.rollout.turns import Answer
+from grpo_jax.types import FinishReason, Prompt, PromptBatch, Rollout
+
+
+@dataclass
+class Episode:
+    """What has happened in one episode.
+
+    Attributes:
+        prompt: with what `reset` added.
+        environment: None until it is made.
+        messages: after the prompt.
+        turn: tokens of the turn that is being answered.
+        turns: turns of the model so far.
+        tokens: of the completion that `messages` have.
+        rewards: of the steps that gave one.
+        info: of every step.
+        failure: why the episode failed; "" where it did not.
+        seconds: spent in the environment.
+    """
+
+    prompt: Prompt
+    environment: Environment | None = None
+    messages: list[Message] = field(default_factory=list)
+    turn: list[int] = field(default_factory=list)
+    turns: int = 0
+    tokens: int = 0
+    rewards: list[float] = field(default_factory=list)
+    info: list[dict[str, Any]] = field(default_factory=list)
+    failure: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Played:
+    """Finished episodes, as rewards and records get them; lists have one item for each of N episodes.
+
+    Attributes:
+        prompts: N prompts.
+        completions: the messages after the prompt.
+        columns: the dataset's, and `environment_reward` (the sum over the turns, None without one), `environment_failure` (None
+            where there is none), `environment_info` (one dict a step).
+        objects: the environments.
+        texts: the conversations as texts with roles.
+        metrics: of the step.
+    """
+
+    prompts: list[Prompt]
+    completions: list[list[Message]]
+    columns: dict[str, list[Any]]
+    objects: list[Any]
+    texts: list[str]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class EpisodeDriver:
+    """Begins the episodes of rollouts; one for a run.
+
+    Attributes:
+        environments: makes them.
+        chat: makes tokens of messages.
+        pool: calls them.
+        longest_prompt: rollout.max_prompt_length; what `reset` adds beyond it is read by each episode alone.
+    """
+
+    environments: Environments
+    chat: Chat
+    pool: EnvironmentPool
+    longest_prompt: int
+
+    @staticmethod
+    def of(environments: Environments, chat: Chat, longest_prompt: int) -> EpisodeDriver:
+        """Makes a driver with a pool of its own."""
+        settings = environments.settings
+        return EpisodeDriver(environments, chat, EnvironmentPool(settings.concurrency, settings.timeout_seconds), longest_prompt)
+
+    def begin(self, prompts: PromptBatch, generations: int) -> EnvironmentTurns:
+        """Makes and resets the environments of B·G episodes."""
+        episodes = EnvironmentTurns(self, prompts, generations)
+        episodes.reset()
+        return episodes
+
+    def close(self) -> None:
+        """Ends what runs."""
+        self.pool.close()
+
+
+class EnvironmentTurns:
+    """The episodes of one rollout: implements `rollout.turns.Turns`.
+
+    Attributes:
+        prompts: the batch, its `prompt_ids` with what `reset` added to the prompts of all episodes of a group.
+        first_ids: what `reset` added to the prompt of one episode.
+        max_turn_tokens: environment.max_turn_tokens.
+    """
+
+    def __init__(self, driver: EpisodeDriver, prompts: PromptBatch, generations: int) -> None:
+        settings = driver.environments.settings
+        self.driver, self.prompts, self.generations = driver, prompts, generations
+        self.max_turns, self.max_turn_tokens = settings.max_turns, settings.max_turn_tokens
+        self.episodes = [Episode(prompt) for prompt in prompts.prompts for _ in range(generations)]
+        self.first_ids: list[list[int]] = [[] for _ in self.episodes]
+        self._ended: list[Answer] = []
+
+    def reset(self) -> None:
+        """Begins all episodes, and waits for them."""
+        batch, pool = self.prompts, self.driver.pool
+        rows = [
+            {"prompt": prompt, **{name: values[number] for name, values in batch.columns.items()}}
+            for number, prompt in enumerate(batch.prompts)
+        ]
+        for number, episode in enumerate(self.episodes):
+            pool.submit(number, self._begin, episode, rows[number // self.generations])
+        ids: list[list[int] | None] = [None] * len(self.episodes)
+        while pool.outstanding:
+            for ended in pool.finished(wait=True):
+                episode = self.episodes[ended.key]
+                episode.seconds += ended.seconds
+                ids[ended.key] = self._added(episode, ended.result)
+        self._share(ids)
+
+    def ended(self, row: int, ids: list[int], reason: FinishReason) -> None:
+        """Starts to answer a turn; see `Turns`."""
+        episode = self.episodes[row]
+        episode.turn, episode.turns = list(ids), episode.turns + 1
+        episode.tokens += len(ids)
+        if episode.failure or episode.environment is None:
+            self._ended.append(Answer(row, []))
+            return
+        message = {"role": "assistant", "content": self.driver.chat.text_of_turn(ids)}
+        self.driver.pool.submit(row, episode.environment.step, message)
+
+    def ready(self, *, wait: bool) -> list[Answer]:
+        """The answers that have come; see `Turns`."""
+        answers, self._ended = self._ended, []
+        for ended in self.driver.pool.finished(wait=wait and not answers):
+            episode = self.episodes[ended.key]
+            episode.seconds += ended.seconds
+            answers.append(Answer(ended.key, self._answer(episode, ended.result)))
+        return sorted(answers, key=lambda answer: answer.row)
+
+    def finish(self, rollout: Rollout) -> Played:
+        """What the episodes were, after the rollout; closes the environments that can be closed."""
+        for episode, ids, sampled in zip(self.episodes, rollout.completion_ids, sampled_tokens(rollout), strict=True):
+            rest = [i for i, own in zip(ids[episode.tokens :], sampled[episode.tokens :], strict=True) if own]
+            if rest:  # a turn in which the episode reached its limit, so that nobody answered it
+                episode.turns += 1
+                episode.messages.append({"role": "assistant", "content": self.driver.chat.text_of_turn(rest)})
+        self._close()
+        columns = {name: [v for v in values for _ in range(self.generations)] for name, values in self.prompts.columns.items()}
+        columns |= {
+            "environment_reward": [sum(own.rewards) if own.rewards else None for own in self.episodes],
+            "environment_failure": [own.failure or None for own in self.episodes],
+            "environment_info": [own.info for own in self.episodes],
+        }
+        return Played(
+            prompts=[own.prompt for own in self.episodes],
+            completions=[own.messages for own in self.episodes],
+            columns=columns,
+            objects=[object_of(own.environment) for own in self.episodes],
+            texts=[transcript(own.messages) for own in self.episodes],
+            metrics=episode_metrics(self.episodes),
+        )
+
+    def _begin(self, episode: Episode, row: dict[str, Any]) -> Any:
+        """Makes the environment of an episode and resets it; in a thread of the pool."""
+        environment = episode.environment = self.driver.environments.make()
+        return reset_with(environment, row)
+
+    def _added(self, episode: Episode, result: Any) -> list[int] | None:
+        """Adds what `reset` returned to the prompt; returns the prompt's tokens, None where it is as it was."""
+        if isinstance(result, FailedStep):
+            episode.failure = f"reset {result.reason}"
+            return None
+        try:
+            messages = as_messages(result, "reset")
+        except TypeError as error:
+            episode.failure = str(error)
+            return None
+        if not messages:
+            return None
+        episode.prompt = with_added(episode.prompt, result, messages)
+        return self.driver.chat.prompt_ids(episode.prompt)
+
+    def _share(self, ids: Sequence[list[int] | None]) -> None:
+        """Puts what all episodes of a group begin with into the group's prompt, and the rest into `first_ids`."""
+        if all(own is None for own in ids):
+            return
+        shared: list[list[int]] = []
+        for number, prompt in enumerate(self.prompts.prompt_ids):
+            rows = range(number * self.generations, (number + 1) * self.generations)
+            known = {row: own if (own := ids[row]) is not None else list(prompt) for row in rows if not self.episodes[row].failure}
+            common = common_start(list(known.values()))[: self.driver.longest_prompt] or list(prompt)
+            shared.append(common)
+            for row, own in known.items():
+                self.first_ids[row] = own[len(common) :]
+                self.episodes[row].tokens += len(self.first_ids[row])
+        self.prompts = replace(self.prompts, prompt_ids=shared)
+
+    def _answer(self, episode: Episode, result: Any) -> list[int]:
+        """Takes a step's result into the episode; returns the tokens that the model reads next, none at its end."""
+        turn = {"role": "assistant", "content": self.driver.chat.text_of_turn(episode.turn)}
+        history = [*episode.messages]
+        episode.messages.append(turn)
+        step = result
+        if isinstance(step, FailedStep):
+            episode.failure = f"step {episode.turns} {step.reason}"
+            return []
+        try:
+            if not isinstance(step, Step):
+                raise TypeError(f"step returned {type(step).__name__} instead of a Step")
+            messages = as_messages(step.messages, "step")
+            if step.reward is not None:
+                episode.rewards.append(finite_reward(step.reward))
+        except TypeError as error:
+            episode.failure = str(error)
+            return []
+        episode.info.append(dict(step.info))
+        episode.messages += messages
+        if step.done or episode.turns >= self.max_turns:
+            return []
+        ids = self.driver.chat.answer_ids(episode.prompt, history, episode.turn, messages) if messages else []
+        if not ids:
+            episode.failure = f"step {episode.turns} gave no text and did not end the episode: give messages or done=True"
+        episode.tokens += len(ids)
+        return ids
+
+    def _close(self) -> None:
+        """Closes the environments that have a `close`; what it raises is not looked at, because the episode is over."""
+        pool, objects = self.driver.pool, [object_of(episode.environment) for episode in self.episodes]
+        for number, environment in enumerate(objects):
+            if isinstance(environment, Closing):
+                pool.submit(number, environment.close)
+        while pool.outstanding:
+            pool.finished(wait=True)
+
+
+def sampled_tokens(rollout: Rollout) -> Sequence[np.ndarray]:
+    """Which tokens of each completion the model sampled."""
+    return [np.ones(len(ids), bool) for ids in rollout.completion_ids] if rollout.sampled is None else rollout.sampled
+
+
+def common_start(lists: Sequence[Sequence[int]]) -> list[int]:
+    """What all lists begin with."""
+    if not lists:
+        return []
+    alike = itertools.takewhile(lambda items: len(set(items)) == 1, zip(*lists, strict=False))
+    return [items[0] for items in alike]
+
+
+def finite_reward(reward: Any) -> float:
+    """A step's reward as a number; TypeError where it is none."""
+    try:
+        number = float(reward)
+    except (TypeError, ValueError, OverflowError):
+        number = float("nan")
+    if not np.isfinite(number):
+        raise TypeError(f"step returned the reward {reward!r:.100}: give a finite number or None")
+    return number
+
+
+def transcript(messages: Sequence[Message]) -> str:
+    """A conversation as a text, each message but a first one of the model's behind its role."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(f"[{message['role']}] {message['content']}" for message in messages)
+
+
+def episode_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+    """Means over the episodes: turns, calls of tools, those answered with an error, seconds in the environment; failed episodes."""
+
+    def total(name: str) -> float:
+        return float(sum(int(info.get(name, 0)) for own in episodes for info in own.info))
+
+    count = max(1, len(episodes))
+    return {
+        "turns/mean": sum(own.turns for own in episodes) / count,
+        "turns/max": float(max((own.turns for own in episodes), default=0)),
+        "tools/calls": total("tool_calls") / count,
+        "tools/errors": total("tool_errors") / count,
+        "environment/seconds": sum(own.seconds for own in episodes) / count,
+        "environment/failed": float(sum(bool(own.failure) for own in episodes)),
+    }
