@@ -59,10 +59,13 @@ def train(arguments: argparse.Namespace) -> None:
     loaded = loaded_settings(arguments)
     arguments.writes_to = loaded.config.train.run_dir
     from grpo_jax.runtime.distributed import joined_processes
+    from grpo_jax.tools.builtin_task import with_builtin_task
     from grpo_jax.trainer import train as run
 
+    folder = None if arguments.config is None else Path(arguments.config).parent
     with joined_processes(loaded.config.distributed, ending):
-        run(loaded.config, resume=arguments.resume, sources=loaded.sources, started=arguments.started)
+        config = with_builtin_task(loaded.config, folder)
+        run(config, resume=arguments.resume, sources=loaded.sources, started=arguments.started)
 
 
 def sft(arguments: argparse.Namespace) -> None:

@@ -50,7 +50,7 @@ class Running:
 
     Attributes:
         number: counts the calls; a late result of a call that was given up is known by it.
-        started: by `time.monotonic`.
+        started: by the clock.
         future: of an async call, to cancel it.
     """
 
@@ -65,10 +65,11 @@ class EnvironmentPool:
     Args:
         concurrency: calls at the same time; others wait, and their time does not run yet.
         timeout_seconds: limit of a call; None sets none.
+        clock: seconds that only grow.
     """
 
-    def __init__(self, concurrency: int, timeout_seconds: float | None) -> None:
-        self._concurrency, self._timeout_seconds = concurrency, timeout_seconds
+    def __init__(self, concurrency: int, timeout_seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._concurrency, self._timeout_seconds, self._clock = concurrency, timeout_seconds, clock
         self._waiting: deque[tuple[int, Callable[[], Any], bool]] = deque()
         self._running: dict[int, Running] = {}
         self._results: queue.SimpleQueue[tuple[int, Finished]] = queue.SimpleQueue()
@@ -121,7 +122,7 @@ class EnvironmentPool:
         while self._waiting and len(self._running) < self._concurrency:
             key, call, is_async = self._waiting.popleft()
             self._calls += 1
-            running = self._running[key] = Running(self._calls, time.monotonic())
+            running = self._running[key] = Running(self._calls, self._clock())
             if is_async:
                 self._await(key, running, call(), running.number)
             else:
@@ -152,7 +153,7 @@ class EnvironmentPool:
         running.future = asyncio.run_coroutine_threadsafe(work(), self._event_loop())
 
     def _report(self, key: int, running: Running, result: Any, number: int) -> None:
-        self._results.put((number, Finished(key, result, time.monotonic() - running.started)))
+        self._results.put((number, Finished(key, result, self._clock() - running.started)))
 
     def _next(self, seconds: float) -> Finished | None:
         """The next result within some seconds; None where there is none, or it comes too late."""
@@ -168,7 +169,7 @@ class EnvironmentPool:
 
     def _given_up(self) -> list[Finished]:
         """Gives up the calls that are over their limit."""
-        limit, now = self._timeout_seconds, time.monotonic()
+        limit, now = self._timeout_seconds, self._clock()
         if limit is None:
             return []
         late = [(key, running) for key, running in self._running.items() if now - running.started > limit]
@@ -185,7 +186,7 @@ class EnvironmentPool:
         if self._timeout_seconds is None or not self._running:
             return LONGEST_WAIT_SECONDS
         first = min(running.started for running in self._running.values())
-        return min(LONGEST_WAIT_SECONDS, max(1e-3, first + self._timeout_seconds - time.monotonic()))
+        return min(LONGEST_WAIT_SECONDS, max(1e-3, first + self._timeout_seconds - self._clock()))
 
     def _event_loop(self) -> asyncio.AbstractEventLoop:
         """The event loop, started when it is first needed."""

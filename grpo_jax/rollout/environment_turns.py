@@ -8,12 +8,13 @@ its episode, which then fails as where a reward fails: it is not trained on, is 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from grpo_jax.config import ConfigError
 from grpo_jax.environments.conversation import Chat, with_added
 from grpo_jax.environments.pool import EnvironmentPool, FailedStep
 from grpo_jax.environments.protocol import Closing, Environment, Message, Step, as_messages, reset_with
@@ -53,23 +54,20 @@ class Episode:
 
 
 @dataclass(frozen=True)
-class Played:
-    """Finished episodes, as rewards and records get them; lists have one item for each of N episodes.
+class RewardRows:
+    """What rewards get of N completions; for episodes N prompts, else B of them.
 
     Attributes:
-        prompts: N prompts.
-        completions: the messages after the prompt.
-        columns: the dataset's, and `environment_reward` (the sum over the turns, None without one), `environment_failure` (None
-            where there is none), `environment_info` (one dict a step).
-        objects: the environments.
-        texts: the conversations as texts with roles.
-        metrics: of the step.
+        prompts, completions, columns: as `rewards.scoring.score` takes them. Of an episode they are all messages after the prompt,
+            and more columns: `environment_reward` (the sum over the turns, None without one), `environment_failure` (None where
+            there is none), `environment_info` (one dict a step), `environments` (the objects).
+        texts: N completions as records show them.
+        metrics: of the episodes; empty without.
     """
 
     prompts: list[Prompt]
-    completions: list[list[Message]]
+    completions: list[Any]
     columns: dict[str, list[Any]]
-    objects: list[Any]
     texts: list[str]
     metrics: dict[str, float]
 
@@ -97,7 +95,15 @@ class EpisodeDriver:
         return EpisodeDriver(environments, chat, EnvironmentPool(settings.concurrency, settings.timeout_seconds), longest_prompt)
 
     def begin(self, prompts: PromptBatch, generations: int) -> EnvironmentTurns:
-        """Makes and resets the environments of B·G episodes."""
+        """Makes and resets the environments of B·G episodes.
+
+        Raises:
+            ConfigError: there are tools, and the prompts are plain texts, which do not show them to the model.
+        """
+        tools, template = self.environments.toolbox is not None, self.chat.tokenizer.has_chat_template
+        if tools and template and not all(self.chat.uses_template(prompt) for prompt in prompts.prompts):
+            fix = "set it to true, so that plain texts are rendered with the chat template, which shows the model its tools"
+            raise ConfigError(f"data.chat_template is null: {fix}")
         episodes = EnvironmentTurns(self, prompts, generations)
         episodes.reset()
         return episodes
@@ -161,7 +167,7 @@ class EnvironmentTurns:
             answers.append(Answer(ended.key, self._answer(episode, ended.result)))
         return sorted(answers, key=lambda answer: answer.row)
 
-    def finish(self, rollout: Rollout) -> Played:
+    def finish(self, rollout: Rollout) -> RewardRows:
         """What the episodes were, after the rollout; closes the environments that can be closed."""
         for episode, ids, sampled in zip(self.episodes, rollout.completion_ids, sampled_tokens(rollout), strict=True):
             rest = [i for i, own in zip(ids[episode.tokens :], sampled[episode.tokens :], strict=True) if own]
@@ -174,12 +180,12 @@ class EnvironmentTurns:
             "environment_reward": [sum(own.rewards) if own.rewards else None for own in self.episodes],
             "environment_failure": [own.failure or None for own in self.episodes],
             "environment_info": [own.info for own in self.episodes],
+            "environments": [object_of(own.environment) for own in self.episodes],
         }
-        return Played(
+        return RewardRows(
             prompts=[own.prompt for own in self.episodes],
             completions=[own.messages for own in self.episodes],
             columns=columns,
-            objects=[object_of(own.environment) for own in self.episodes],
             texts=[transcript(own.messages) for own in self.episodes],
             metrics=episode_metrics(self.episodes),
         )
@@ -255,6 +261,21 @@ class EnvironmentTurns:
                 pool.submit(number, environment.close)
         while pool.outstanding:
             pool.finished(wait=True)
+
+
+def reward_rows(
+    prompts: PromptBatch, rollout: Rollout, turns: EnvironmentTurns | None, decode: Callable[[list[int]], str]
+) -> RewardRows:
+    """Makes what rewards get: texts of single answers, or whole conversations.
+
+    Args:
+        turns: of the rollout; None where a completion is a single answer.
+        decode: token ids -> text.
+    """
+    if turns is None:
+        texts = [decode(ids) for ids in rollout.completion_ids]
+        return RewardRows(prompts.prompts, texts, prompts.columns, texts, {})
+    return turns.finish(rollout)
 
 
 def sampled_tokens(rollout: Rollout) -> Sequence[np.ndarray]:

@@ -35,6 +35,8 @@ from grpo_jax.rewards import (
 )
 from grpo_jax.rewards.across_processes import score_across_processes
 from grpo_jax.rewards.normalization import sum_metrics
+from grpo_jax.rollout.environment_turns import EpisodeDriver, reward_rows
+from grpo_jax.rollout.episode_setup import EpisodeInputs, EpisodeSetup
 from grpo_jax.rollout.future_calls import rollout_calls
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import RolloutShapes, evaluation_shapes, prompt_widths
@@ -82,6 +84,7 @@ class GrpoStep:
         decided: the shapes of the run's rollouts, once they are chosen; see `shapes`.
         mini_batches: the programs of a step with several updates; None where it has one.
         rewarded: when the first completions had been scored; see `first_rewards_at`.
+        driver: of episodes; None where a completion is a single answer.
     """
 
     config: Config
@@ -100,6 +103,7 @@ class GrpoStep:
     mini_batches: MiniBatches | None = None
     decided: list[RolloutShapes] = field(default_factory=list)
     rewarded: list[float] = field(default_factory=list)
+    driver: EpisodeDriver | None = None
 
     @staticmethod
     def read(
@@ -112,21 +116,28 @@ class GrpoStep:
         *,
         optimizer: optax.GradientTransformation | None = None,
         loss_fn: LossFunction | None = None,
+        given: EpisodeInputs | None = None,
     ) -> GrpoStep:
         """Reads and checks everything that can be wrong, cheapest first, and the weights last; see `Trainer` for the arguments."""
         longest = config.rollout.max_completion_length
-        entries = rewards or config.rewards.functions
+        setup = EpisodeSetup.read(config, given or EpisodeInputs(), rewards or config.rewards.functions)
+        config, entries = setup.config, setup.entries
         functions = resolve_functions(entries, max_completion_length=longest)
         tokenizer = policy.need_tokenizer() if policy is not None else read_tokenizer(config, display)
-        source = PromptSource.build(config, tokenizer, dataset, eval_dataset)
+        source = PromptSource.build(setup.source_config(tokenizer), tokenizer, dataset, eval_dataset)
+        assert tokenizer is not None  # else there is no source
+        driver = setup.driver(tokenizer, several_processes=distributed.is_multiprocess())
+        if setup.adds_to_prompts:
+            source = replace(source, longest_prompt=config.rollout.max_prompt_length)
         display.note(prompts_line(source, config.rollout.max_prompt_length))
         config = with_steps(config, len(source.train), display)
-        check_functions(functions, reward_columns(source, config), config.rewards.weights, config.rewards.accuracy)
+        columns = [*reward_columns(source, config), *setup.columns]
+        check_functions(functions, columns, config.rewards.weights, config.rewards.accuracy)
         runner = runner_of(config.rewards, entries, functions, longest, display.note)
         runner.start()  # its processes start while the weights are read
         policy = placed_policy(config, policy, display)
         step = GrpoStep.build(config, policy, source, functions, display, optimizer=optimizer, loss_fn=loss_fn)
-        return replace(step, runner=runner)
+        return replace(step, runner=runner, driver=driver)
 
     @staticmethod
     def build(
@@ -199,7 +210,10 @@ class GrpoStep:
         if not self.decided:
             prompts = self.config.train.prompts_per_step
             widths = prompt_widths(*self.source.prompt_lengths, prompts)
-            self.decided.append(self.sampler.decide_shapes(self.variables(state), self.config.rollout, prompts, widths))
+            shapes = self.sampler.decide_shapes(
+                self.variables(state), self.config.rollout, prompts, widths, episodes=self.driver is not None
+            )
+            self.decided.append(shapes)
         return self.decided[0]
 
     def evaluation_shapes(self, state: TrainState) -> RolloutShapes:
@@ -228,6 +242,8 @@ class GrpoStep:
         shapes = self.shapes(state)
         clock = Clock(self.programs)
         prompts = self.source.batch(number)
+        turns = None if self.driver is None else self.driver.begin(prompts, config.rollout.num_generations)
+        prompts = prompts if turns is None else turns.prompts
         rollout = self.sampler.sample(
             self.variables(state),
             prompts.prompt_ids,
@@ -237,20 +253,21 @@ class GrpoStep:
             indices=prompts.indices,
             limits=self.limits,
             shapes=shapes,
+            turns=turns,
         )
         clock.lap("rollout_seconds")
-        texts = [self.policy.text_of(ids) for ids in rollout.completion_ids]
-        if number == 0 and rollout.slots < len(texts):
-            self.display.note(f"slots: {rollout.slots} of {len(texts)} completions are decoded at once")
+        rows = reward_rows(prompts, rollout, turns, self.policy.text_of)
+        if number == 0 and rollout.slots < len(rows.texts):
+            self.display.note(f"slots: {rollout.slots} of {len(rows.texts)} completions are decoded at once")
         with self.display.waiting(self.pending):
             scored = score_across_processes(
                 distributed if distributed.is_multiprocess() else None,
                 self.functions,
                 config.rewards.weights,
-                prompts=prompts.prompts,
-                completions=texts,
+                prompts=rows.prompts,
+                completions=rows.completions,
                 completion_ids=rollout.completion_ids,
-                columns=prompts.columns,
+                columns=rows.columns,
                 timeout_seconds=config.rewards.timeout_seconds,
                 max_failed_share=config.rewards.max_failed_share,
                 runner=self.runner,
@@ -275,12 +292,12 @@ class GrpoStep:
         metrics["update/padding"] = padding_share(batches)
         if config.objective.normalize_each_reward:
             metrics |= sum_metrics(scored)  # the update has seen normalised rewards
-        metrics |= reward_metrics(scored) | length_metrics(rollout) | clock.metrics(prompts, rollout)
+        metrics |= reward_metrics(scored) | length_metrics(rollout) | rows.metrics | clock.metrics(prompts, rollout)
         if distributed.is_multiprocess():
             rollouts = distributed.gather_values(clock.seconds["rollout_seconds"])
             metrics |= process_metrics({"rollout_seconds": rollouts, "reward_seconds": scored.seconds_by_process})
         completions = StepCompletions(
-            prompts.prompts, texts, rollout.completion_ids, scored.per_function, advantages, list(rollout.finish_reasons)
+            prompts.prompts, rows.texts, rollout.completion_ids, scored.per_function, advantages, list(rollout.finish_reasons)
         )
         return state, metrics, completions
 
@@ -300,6 +317,7 @@ class GrpoStep:
             shapes=shapes,
             runner=self.runner,
             display=self.display,
+            driver=self.driver,
         )
         if result is None:
             return None
@@ -311,6 +329,8 @@ class GrpoStep:
         return [] if self.runner is None else self.runner.pending()
 
     def close(self) -> None:
+        if self.driver is not None:
+            self.driver.close()
         if self.runner is not None:
             self.runner.close()
 
@@ -319,9 +339,18 @@ class GrpoStep:
         config, problems = self.config, self.problems
         (batch,) = source.held_out_batches(problems)
         settings, shapes = replace(config.rollout, num_generations=1), self.evaluation_shapes(state)
+        turns = None if self.driver is None else self.driver.begin(batch, 1)
+        batch = batch if turns is None else turns.prompts
         rollout = self.sampler.sample(
-            self.variables(state), batch.prompt_ids, settings, seed=config.train.seed, indices=batch.indices, shapes=shapes
+            self.variables(state),
+            batch.prompt_ids,
+            settings,
+            seed=config.train.seed,
+            indices=batch.indices,
+            shapes=shapes,
+            turns=turns,
         )
+        reward_rows(batch, rollout, turns, self.policy.text_of)  # closes the environments
         lengths, layout = text_lengths(config, source.prompt_lengths[1]), self.policy.layout
         sizes = row_sizes(lengths, problems, 1, self.sizes[0].tokens, 1 if layout is None else layout.rows)
         held_out = text_batch(

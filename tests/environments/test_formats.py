@@ -10,18 +10,18 @@ import pytest
 from grpo_jax.config import ConfigError
 from grpo_jax.environments.formats import FORMATS, BadCall, ToolCall, find_format, matching
 
-ADD = ToolCall("add", {"a": 1, "b": [2]})
+ADD, F, G = ToolCall("add", {"a": 1, "b": [2]}), ToolCall("f"), ToolCall("g")
 
 GOOD: list[tuple[str, str, list[ToolCall]]] = [
     ("hermes", 'hm <tool_call>\n{"name": "add", "arguments": {"a": 1, "b": [2]}}\n</tool_call>', [ADD]),
-    ("hermes", '<tool_call>{"name": "f"}</tool_call> and <tool_call>{"name": "g", "arguments": {}}</tool_call>', [ToolCall("f"), ToolCall("g")]),
-    ("hermes", '<tool_call>[{"name": "f", "arguments": {"x": 1}}, {"name": "g"}]</tool_call>', [ToolCall("f", {"x": 1}), ToolCall("g")]),
+    ("hermes", '<tool_call>{"name": "f"}</tool_call> and <tool_call>{"name": "g", "arguments": {}}</tool_call>', [F, G]),
+    ("hermes", '<tool_call>[{"name": "f"}, {"name": "g"}]</tool_call>', [F, G]),
     ("hermes", '<tool_call>{"name": "add", "arguments": "{\\"a\\": 1, \\"b\\": [2]}"}</tool_call>', [ADD]),
     ("hermes", "the answer is 4", []),
     ("hermes", '{"name": "add"}', []),
     ("llama", ' {"name": "add", "parameters": {"a": 1, "b": [2]}} ', [ADD]),
     ("llama", '<|python_tag|>{"type": "function", "name": "add", "parameters": {"a": 1, "b": [2]}}', [ADD]),
-    ("llama", '{"name": "f", "parameters": {}}; {"name": "g", "parameters": {"x": ";"}}', [ToolCall("f"), ToolCall("g", {"x": ";"})]),
+    ("llama", '{"name": "f", "parameters": {}}; {"name": "add", "parameters": {"x": ";"}}', [F, ToolCall("add", {"x": ";"})]),
     ("llama", '<|python_tag|>search.call(query="a b")', [ToolCall("search", {"query": "a b"})]),
     ("llama", '{"answer": 4}', []),
     ("llama", 'It is {"name": "add"}', []),
@@ -97,8 +97,13 @@ def test_a_pattern_that_cannot_be_used_is_refused(pattern: str):
 
 @pytest.mark.parametrize(
     ("template", "expected"),
-    [("...<tool_call>\\n{...", "hermes"), ("{{ '<|python_tag|>' }}", "llama"), ('Respond {"name": x, "parameters": y}', "llama"), ("```tool_code", "gemma")],
-)  # fmt: skip
+    [
+        ("...<tool_call>\\n{...", "hermes"),
+        ("{{ '<|python_tag|>' }}", "llama"),
+        ('Respond {"name": x, "parameters": y}', "llama"),
+        ("```tool_code", "gemma"),
+    ],
+)
 def test_auto_takes_what_the_template_shows(template: str, expected: str):
     assert find_format("auto", None, template) is FORMATS[expected]
 

@@ -139,7 +139,11 @@ def test_async_tools_are_awaited():
     assert contents[1].startswith("Error: weather needs")
 
 
-@given(st.recursive(st.integers(0, 99).map(str), lambda inner: st.tuples(inner, st.sampled_from("+-*/"), inner).map(lambda t: f"({t[0]}{t[1]}{t[2]})"), max_leaves=8))  # fmt: skip
+def joined(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    return st.tuples(inner, st.sampled_from("+-*/"), inner).map(lambda parts: f"({''.join(parts)})")
+
+
+@given(st.recursive(st.integers(0, 99).map(str), joined, max_leaves=8))
 @settings(max_examples=100, deadline=None)
 def test_the_calculator_is_exact(expression: str):
     try:
@@ -154,14 +158,26 @@ def test_the_calculator_is_exact(expression: str):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "1+", "a", "__import__('os')", "2**9", "1 if 1 else 2", "[1]", "True", "1e999", "9" * 199, "(" * 99 + "1" + ")" * 99,
-     "9" * 150 + "*" + "9" * 5, "1_0+x", "'a'*9", "-" * 150 + "1+'", "1j"],
-)  # fmt: skip
+    [
+        "",
+        "1+",
+        "a",
+        "__import__('os')",
+        "2**9",
+        "1 if 1 else 2",
+        "[1]",
+        "True",
+        "1e999",
+        "9" * 201,
+        "1_0+x",
+        "'a'*9",
+        "-" * 150 + "x",
+        "1j",
+    ],
+)
 def test_the_calculator_takes_only_arithmetic(text: str):
-    try:
-        assert calculator(text).lstrip("-").replace(".", "").isdigit()
-    except ValueError as error:
-        assert str(error)
+    with pytest.raises(ValueError, match=r".+"):
+        calculator(text)
 
 
 def test_values_of_the_calculator():

@@ -46,7 +46,7 @@ LLAMA = (
 
 GEMMA = (
     "{{ '<s>' }}{%- for m in messages %}"
-    "{%- if (m.role == 'user' or m.role == 'tool') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{%- endif %}"
+    "{%- if (m.role == 'assistant') != (loop.index0 % 2 == 1) %}{{ raise_exception('roles must alternate') }}{%- endif %}"
     "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else 'user') + '\\n' + m.content | trim + '<end_of_turn>\\n' }}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{%- endif %}"
