@@ -122,7 +122,7 @@ def evaluate(
     policy: Policy | None = None,
     eval_dataset: Any = None,
     reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
-    environment: EnvironmentFactory | None = None,
+    environment: EnvironmentFactory | EpisodeInputs | None = None,
     tools: Sequence[Callable[..., Any]] = (),
     run_dir: str | Path | None = None,
     pass_k: int = 8,
@@ -156,8 +156,9 @@ def evaluate(
         config = config_with_policy(config, policy)
     display = Display(config.train.quiet)
     given = [] if reward_funcs is None else [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
-    check_environment(config.environment, has_environment=environment is not None, has_tools=bool(tools))
-    setup = EpisodeSetup.read(config, EpisodeInputs(environment, tools), given or config.rewards.functions)
+    inputs = environment if isinstance(environment, EpisodeInputs) else EpisodeInputs(environment, tools)
+    check_environment(config.environment, has_environment=inputs.environment is not None, has_tools=inputs.gives_tools)
+    setup = EpisodeSetup.read(config, inputs, given or config.rewards.functions)
     config, entries, longest = setup.config, setup.entries, config.rollout.max_completion_length
     functions = resolve_functions(entries, max_completion_length=longest)
     tokenizer = policy.need_tokenizer()

@@ -132,7 +132,7 @@ class Trainer:
                 has_dataset=dataset is not None,
                 has_rewards=bool(rewards),
                 has_environment=given.environment is not None,
-                has_tools=bool(given.tools) or given.methods,
+                has_tools=given.gives_tools,
             )
         if policy is not None:
             config = config_with_policy(config, policy)

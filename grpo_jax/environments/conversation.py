@@ -1,7 +1,7 @@
 """The tokens between the turns of an episode: what the chat template writes around an answer, and nothing of the model's own turns.
 
 What the model sampled is never decoded and encoded again. The text between two turns (the glue) is found by rendering the
-conversation with a probe in the place of the model's turn: it is what stands behind the probe, up to the beginning of the model's
+conversation with a probe instead of the model's turn: it is what stands behind the probe, up to the beginning of the model's
 next turn. Models without a chat template, and plain texts as prompts, read the contents of messages as they are, one after the
 other.
 """

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from grpo_jax.config import Config, ConfigError
 from grpo_jax.config.checks import require
 from grpo_jax.data.tokenizer import Tokenizer
@@ -14,6 +16,9 @@ from grpo_jax.environments.protocol import EnvironmentFactory
 from grpo_jax.environments.resolve import Environments
 from grpo_jax.rewards.builtin import environment as environment_reward
 from grpo_jax.rollout.environment_turns import EpisodeDriver
+
+ADDED_TOKENS = 256
+"""What environments may add to a prompt that is computed once for its group; each episode reads by itself what is longer."""
 
 COLUMNS = ("environment_reward", "environment_failure", "environment_info", "environments")
 """What rewards get in addition to the dataset's columns."""
@@ -32,6 +37,11 @@ class EpisodeInputs:
     environment: EnvironmentFactory | None = None
     tools: Sequence[Callable[..., Any]] = ()
     methods: bool = False
+
+    @property
+    def gives_tools(self) -> bool:
+        """Whether the model may call something of Python's."""
+        return bool(self.tools) or self.methods
 
 
 @dataclass(frozen=True)
@@ -83,6 +93,15 @@ class EpisodeSetup:
     def adds_to_prompts(self) -> bool:
         """Whether an environment may add to prompts, so that their lengths are not known before."""
         return self.environments is not None and self.environments.factory is not None
+
+    def longest_prompt(self, *lengths: np.ndarray) -> int:
+        """Tokens of the longest prompt that is shared, with what an environment adds to it.
+
+        Args:
+            lengths: of the dataset's prompts.
+        """
+        longest = max(int(own.max(initial=1)) for own in lengths)
+        return min(self.config.rollout.max_prompt_length, longest + ADDED_TOKENS)
 
     def source_config(self, tokenizer: Tokenizer | None) -> Config:
         """The settings that prompts are rendered with: the chat template gets the tools.

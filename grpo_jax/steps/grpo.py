@@ -127,8 +127,9 @@ class GrpoStep:
         source = PromptSource.build(setup.source_config(tokenizer), tokenizer, dataset, eval_dataset)
         assert tokenizer is not None  # else there is no source
         driver = setup.driver(tokenizer, several_processes=distributed.is_multiprocess())
-        if setup.adds_to_prompts:
-            source = replace(source, longest_prompt=config.rollout.max_prompt_length)
+        if driver is not None and setup.adds_to_prompts:
+            longest_prompt = setup.longest_prompt(*source.prompt_lengths)
+            source, driver = replace(source, longest_prompt=longest_prompt), replace(driver, longest_prompt=longest_prompt)
         display.note(prompts_line(source, config.rollout.max_prompt_length))
         config = with_steps(config, len(source.train), display)
         columns = [*reward_columns(source, config), *setup.columns]
