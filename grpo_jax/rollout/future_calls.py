@@ -14,6 +14,7 @@ import numpy as np
 
 from grpo_jax.config import RolloutConfig
 from grpo_jax.rollout.decode import SlotState
+from grpo_jax.rollout.extend import NewTokens
 from grpo_jax.rollout.kv_cache import empty_past_block
 from grpo_jax.rollout.prefill import prefill
 from grpo_jax.rollout.sampler import Sampler
@@ -77,5 +78,13 @@ def rollout_calls(sampler: Sampler, variables: Params, rollout: RolloutConfig, s
     if past_blocks:
         making = {"slots": sizes.slots, "tokens": sizes.past_blocks, "kv_dtype": kv_dtype, "unroll": model.unroll}
         calls.append(FutureCall(sampler.empty_past_blocks, (), making))
-        calls.append(FutureCall(sampler.write_segment, (past_blocks, segment_cache, number), {"together": sizes.fixed}))
+        if not sizes.extensions:
+            calls.append(FutureCall(sampler.write_segment, (past_blocks, segment_cache, number), {"together": sizes.fixed}))
+            return calls
+        calls.append(FutureCall(sampler.append_segment, (past_blocks, segment_cache, number, flag)))
+        for rows, tokens in sizes.extensions:
+            new = NewTokens(*[array(jnp.int32, rows)] * 4, ids=array(jnp.int32, rows, tokens))
+            calls.append(FutureCall(sampler.extend_past, (weights, prompts, past_blocks, new)))
+        if sizes.parked:
+            calls.append(FutureCall(sampler.exchange_past, (past_blocks, past_blocks, *[array(jnp.int32, 1)] * 2)))
     return calls

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from rollouts import Task, assert_same
 
 from grpo_jax.config import RolloutConfig
 from grpo_jax.rollout import shapes as shapes_module
+from grpo_jax.rollout.future_calls import rollout_calls
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.types import Rollout
 
@@ -64,25 +68,160 @@ def assert_equals_replay(task: Task, script: Script, got: Rollout, tolerance_nat
             np.testing.assert_array_equal(ours, theirs)
 
 
-CASES = [
-    ("llama3_scaled", True, None, 8, 0),
-    ("gemma2", True, 4, 3, 4),
-    ("gemma2", False, 2, 8, 9),
-]
-
-
-@pytest.mark.parametrize(("family", "stacked", "slots", "segment", "delay"), CASES)
+@pytest.mark.parametrize(
+    ("family", "stacked", "settings", "delay"),
+    [
+        ("gemma2", True, {"slots": 4, "segment": 3}, 4),
+        ("gemma2", False, {"slots": 2, "segment": 8}, 9),
+        ("qwen3", False, {"segment": 7}, 2),
+        pytest.param("llama3_scaled", True, {"segment": 8}, 0, marks=pytest.mark.slow),
+        pytest.param("qwen2", True, {"slots": 4, "segment": 5, "kv_dtype": "int4"}, 4, marks=pytest.mark.slow),
+        ("qwen2", False, {"slots": 4, "segment": 8, "kv_dtype": "int8"}, 4),
+        pytest.param("gemma2", True, {"slots": 5, "segment": 3, "refill": False}, 4, marks=pytest.mark.slow),
+        pytest.param("gemma2", True, {"slots": 5, "segment": 3, "min_completion_length": 11}, 4, marks=pytest.mark.slow),
+    ],
+)
 def test_tokens_masks_and_log_probabilities_equal_a_replay_without_a_cache(
-    family: str, stacked: bool, slots: int | None, segment: int, delay: int
+    family: str, stacked: bool, settings: dict[str, Any], delay: int
 ) -> None:
-    task = task_of(family, slots=slots, segment=segment)
+    """Sliding windows have 5 to 7 tokens, past blocks 8 and more; with fewer slots than rows, episodes leave them and come back."""
+    task = task_of(family, **settings)
     turns = ScriptedTurns(SCRIPT, delay)
     got = episodes(task, turns, stacked=stacked)
     assert_equals_replay(task, SCRIPT, got)
+    assert_told_what_was_sampled(turns, got)
+    assert {len(own) for own in turns.told.values()} >= {1, 2, 3, 4}
+
+
+def assert_told_what_was_sampled(turns: ScriptedTurns, got: Rollout) -> None:
+    """The turns that were passed on are those of the row; the one at the limit is not passed on."""
     assert got.sampled is not None
-    assert {len(own) for own in turns.told.values()} >= {1, 2, 3}
-    for row, told in turns.told.items():
-        own = got.completion_ids[row]
-        assert [token for ids, _ in told for token in ids] == [
-            token for token, mine in zip(own, got.sampled[row], strict=True) if mine
-        ][: sum(len(ids) for ids, _ in told)]
+    for row, (ids, mine) in enumerate(zip(got.completion_ids, got.sampled, strict=True)):
+        told = [token for turn, _ in turns.told.get(row, []) for token in turn]
+        own = [token for token, sampled in zip(ids, mine, strict=True) if sampled]
+        assert told == own[: len(told)]
+        assert len(ids) == C or told == own
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_when_answers_come_changes_nothing(seed: int) -> None:
+    """The same slots with other delays: other slots and segments for the same turns."""
+    task = task_of("gemma2", slots=4, segment=3)
+    first = episodes(task, ScriptedTurns(SCRIPT, 4), stacked=True)
+    again = episodes(task, ScriptedTurns(SCRIPT, 12, seed=seed), stacked=True)
+    assert_equals_replay(task, SCRIPT, again)
+    for row in range(9):
+        if first.completion_ids[row] == again.completion_ids[row]:
+            np.testing.assert_allclose(first.logprobs[row], again.logprobs[row], rtol=0, atol=1e-5)
+
+
+def test_tokens_before_the_first_turn_and_limits_of_rows() -> None:
+    """Up to six tokens are read first; some rows have no room for them, or for a turn or an answer."""
+    script = Script(rows=9, first=6, turn_tokens=None, answer=9)
+    task = dataclasses.replace(task_of("gemma2", slots=4, segment=3), limits=(1, 24, 2, 40, 10, 4, 24, 17, 3))
+    turns = ScriptedTurns(script, 3)
+    got = episodes(task, turns, stacked=True)
+    assert_equals_replay(task, script, got)
+    assert got.completion_ids[2] == got.completion_ids[5] == []  # 2 and 5 tokens for limits of 2 and 4
+    assert got.finish_reasons[2] == got.finish_reasons[5] == "length"
+    assert got.sampled is not None
+    assert [len(own) for own in got.sampled] == [len(ids) for ids in got.completion_ids] == [len(own) for own in got.logprobs]
+    assert not any(own[: len(script.first_ids(row))].any() for row, own in enumerate(got.sampled))
+    assert all(own[-1] for own in got.sampled if len(own)), "an answer without a turn behind it is left out"
+
+
+def test_a_stop_string_is_looked_for_in_the_turn_alone() -> None:
+    """The answer ends with the string's first letter, so that it would be complete with the turn's first one."""
+
+    def decode(ids: Sequence[int]) -> str:
+        return "".join(chr(97 + token % 3) for token in ids)
+
+    script = Script(rows=9, turn_tokens=None)
+    task = dataclasses.replace(task_of("qwen2", slots=4, segment=3, stop=("abc", "cc")), decode_text=decode)
+    turns = ScriptedTurns(script, 3)
+    got = episodes(task, turns)
+    assert_equals_replay(task, script, got)
+    ends = [decode(ids)[-3:] for own in turns.told.values() for ids, reason in own if reason == "stop"]
+    assert any(end == "abc" or end.endswith("cc") for end in ends)
+    across = [decode(own[max(0, at - 2) : at + 2]) for own in got.completion_ids for at in range(len(own))]
+    assert sum("cc" in text for text in across) > sum(end.endswith("cc") for end in ends)
+
+
+@dataclass
+class Counted:
+    """A compiled function; records the tokens that it computes."""
+
+    program: Any
+    tokens: list[int] = field(default_factory=list)
+
+    def __call__(self, *arguments: Any, **static: Any) -> Any:
+        self.tokens.append(int(np.sum(np.asarray(arguments[-1].counts))))
+        return self.program(*arguments, **static)
+
+
+@pytest.mark.parametrize("turns", [2, 6])
+def test_every_token_is_computed_once(turns: int) -> None:
+    """Every token from outside, and the last one of each answered turn; decoding computes the others. None again in a later turn."""
+    task = dataclasses.replace(task_of("qwen2", slots=4, segment=3), stops=())
+    sampler = sampler_of(task, True)
+    counted = Counted(sampler.extend_past)
+    script = Script(rows=9, turns=(turns,), answer=2, turn_tokens=3)
+    got = dataclasses.replace(sampler, extend_past=counted).sample(  # type: ignore[arg-type] - a stand-in
+        task.policy.variables, task.prompts, task.settings, seed=0, turns=ScriptedTurns(script, 3)
+    )
+    assert got.sampled is not None
+    assert [int(own.sum()) for own in got.sampled] == [3 * turns] * 9
+    # The last token of an answer is decoding's, as the last one of the turn is not.
+    assert sum(counted.tokens) == sum(int((~own).sum()) for own in got.sampled)
+
+
+def test_wrong_turns_are_refused() -> None:
+    task = task_of("qwen2", slots=4, segment=3)
+    with pytest.raises(ValueError, match="first_ids has 8 lists for 9 episodes"):
+        episodes(task, ScriptedTurns(Script(rows=8)))
+    with pytest.raises(ValueError, match="max_turn_tokens is 0"):
+        episodes(task, ScriptedTurns(dataclasses.replace(SCRIPT, turn_tokens=0)))
+
+    @dataclass(frozen=True)
+    class Foreign(Script):
+        def answer_ids(self, row: int, turn: int, ids: Sequence[int]) -> list[int]:
+            return [10_000]
+
+    with pytest.raises(ValueError, match="contain id 10000; the model's ids are 0 to"):
+        episodes(task, ScriptedTurns(Foreign(rows=9)))
+    sampler = sampler_of(task, False)
+    shapes = sampler.shapes_for(task.settings, 3, (16,), None)
+    with pytest.raises(ValueError, match="shapes are not for episodes"):
+        sampler.sample(task.policy.variables, task.prompts, task.settings, seed=0, shapes=shapes, turns=ScriptedTurns(SCRIPT))
+
+
+@pytest.mark.parametrize(
+    ("stacked", "slots", "kv_dtype", "skips"), [(False, None, "auto", True), (True, 4, "int8", False), (True, 2, "auto", True)]
+)
+def test_episodes_run_what_is_compiled_ahead_and_nothing_else(
+    stacked: bool, slots: int | None, kv_dtype: str, skips: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most three programs more than without episodes."""
+    if not skips:
+        monkeypatch.setattr(shapes_module, "platform", lambda: "gpu")
+    task = task_of("qwen2", slots=slots, segment=4, kv_dtype=kv_dtype)
+    sampler = Sampler.build(task.policy.model.clone(unroll=not stacked), task.stops)
+    shapes = sampler.decide_shapes(task.policy.variables, task.settings, 3, (16,), episodes=True)
+    calls = rollout_calls(sampler, task.policy.variables, task.settings, shapes)
+    refilled = dataclasses.replace(task.settings, slots=slots or 8)
+    without = sampler.decide_shapes(task.policy.variables, refilled, 3, (16,))
+    assert len(calls) <= 3 + len(rollout_calls(sampler, task.policy.variables, refilled, without))
+    for call in calls:
+        call.program.compile_ahead(*call.arguments, **call.static)
+
+    @contextlib.contextmanager
+    def refuse(name: str) -> Iterator[None]:
+        yield pytest.fail(f"compiles: {name}")
+
+    sampler.announcing(refuse)
+    for seed, delay in ((0, 0), (1, 6)):
+        turns = ScriptedTurns(dataclasses.replace(SCRIPT, answer=15), delay, seed)
+        got = sampler.sample(task.policy.variables, task.prompts, task.settings, seed=seed, shapes=shapes, turns=turns)
+        assert got.sampled is not None
+        assert any(not own.all() for own in got.sampled)
+    assert sum(program.compilations for program in sampler.programs) == len(calls)

@@ -64,7 +64,7 @@ def scripted(script: Sequence[Sequence[int]], generations: int, decode_text: Dec
         return ()
 
     parts: tuple[Any, ...] = (prepare_weights, prompts, prompts, segment, write, no_past)
-    return Sampler(tiny_policy("qwen3").model.clone(unroll=True), (STOP_ID,), decode_text, *parts)
+    return Sampler(tiny_policy("qwen3").model.clone(unroll=True), (STOP_ID,), decode_text, *parts, write, write, write)
 
 
 def expected_row(ids: Sequence[int], strings: Sequence[str], decode_text: DecodeText) -> tuple[list[int], str]:
