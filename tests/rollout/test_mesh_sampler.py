@@ -60,6 +60,7 @@ SEPARATE = {
     "2x2x2 all at once, unrolled": 36,
     "8x1x1 three prompts": 24,
     **{f"2x2x2 {feature}": 8 for feature in ("waiting", "int8", "top-p", "quantised", "experts")},
+    **{f"2x2x2 episodes{feature}": 8 for feature in ("", ", unrolled")},
 }
 """Slots of the cases that have the features one by one."""
 

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from compiled_rollout import collectives
+from episodes import Script, ScriptedTurns
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from plain_oracles import quick_compiling, tiny_policy
@@ -95,6 +96,8 @@ SEPARATE: dict[str, dict[str, Any]] = {
     "2x2x2 top-p": {"mesh": "2x2x2", "slots": 8, "top_p": 0.8},
     "2x2x2 quantised": {"mesh": "2x2x2", "slots": 8, "model": "int8"},
     "2x2x2 experts": {"mesh": "2x2x2", "slots": 8, "model": "experts"},
+    "2x2x2 episodes": {"mesh": "2x2x2", "slots": 8, "episodes": 5, "max_completion_length": 28},
+    "2x2x2 episodes, unrolled": {"mesh": "2x2x2", "slots": 8, "episodes": 1, "max_completion_length": 28, "unroll": True},
 }
 """The features one by one."""
 
@@ -151,7 +154,12 @@ def rollout_of(mesh: str | None, how: dict[str, Any]) -> Rollout:
         SETTINGS, **{name: value for name, value in how.items() if name in RolloutConfig.__dataclass_fields__}
     )
     sampler, prompts = sampler_for(mesh, how), how.get("prompts", PROMPTS)
-    return sampler.sample(placed(mesh, how.get("model", "dense")), prompts, settings, seed=3, step=1, limits=how.get("limits"))
+    turns = None
+    if "episodes" in how:  # answers take up to so many segments on the mesh, and come at once on one device
+        script = Script(len(prompts) * G, answer=4, turn_tokens=5, first=2)
+        turns = ScriptedTurns(script, how["episodes"] if mesh else 0)
+    weights = placed(mesh, how.get("model", "dense"))
+    return sampler.sample(weights, prompts, settings, seed=3, step=1, limits=how.get("limits"), turns=turns)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -168,7 +176,7 @@ def is_near_tie(how: dict[str, Any], row: int, ids: Sequence[int], near: float) 
     """Tells whether logits that differ by `near` may give another token after `ids`, without rounding keys and values."""
     prompt, temperature = PROMPTS[row // G], how.get("temperature", SETTINGS.temperature)
     text = [*prompt, *ids]
-    table = jnp.asarray(pad_rows([text], LONGEST + 8)[0])
+    table = jnp.asarray(pad_rows([text], 8 + how.get("max_completion_length", LONGEST))[0])
     model = how.get("model", "dense")
     logits = np.asarray(next_logits(spec_of(model), variables_of(model), table, jnp.int32(len(text))), np.float64)
     if len(ids) < SETTINGS.min_completion_length:
