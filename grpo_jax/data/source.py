@@ -86,8 +86,12 @@ class PromptSource:
     @property
     def prompt_lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of each prompt to train on, and of each held-out one."""
-        added = [] if self.longest_prompt is None else [self.longest_prompt]
-        return np.append(self.train.prompt_lengths, added).astype(int), self.held_out.prompt_lengths
+        own = self.train.prompt_lengths, self.held_out.prompt_lengths
+        longest = self.longest_prompt
+        if longest is None:
+            return own
+        train, held_out = (np.append(lengths, longest) if len(lengths) else lengths for lengths in own)
+        return train, held_out
 
     def held_out_batches(self, size: int, step: int = 0) -> Iterator[PromptBatch]:
         """Iterates over the held-out prompts in order, `size` at a time; the last batch may be smaller."""

@@ -42,7 +42,7 @@ def value_of(node: ast.expr) -> Fraction:
     Raises:
         ValueError: it has something else than numbers, + - * / and parentheses, or a number that is too large.
     """
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
         value = Fraction(str(node.value)) if abs(node.value) < 10**300 else None
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
         value = value_of(node.operand) * (-1 if isinstance(node.op, ast.USub) else 1)

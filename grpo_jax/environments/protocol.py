@@ -63,8 +63,8 @@ class Environment(Protocol):
         ...
 
 
-EnvironmentFactory: TypeAlias = Callable[[], Environment]
-"""Makes the object of one episode: usually the class."""
+EnvironmentFactory: TypeAlias = Callable[[], Any]
+"""Makes the `Environment` of one episode: usually the class. `Any`, because a `reset` may name the columns that it takes."""
 
 
 @runtime_checkable

@@ -125,9 +125,10 @@ class EnvironmentTurns:
     def __init__(self, driver: EpisodeDriver, prompts: PromptBatch, generations: int) -> None:
         settings = driver.environments.settings
         self.driver, self.prompts, self.generations = driver, prompts, generations
-        self.max_turns, self.max_turn_tokens = settings.max_turns, settings.max_turn_tokens
+        self.max_turns = settings.max_turns
+        self.max_turn_tokens: int | None = settings.max_turn_tokens
         self.episodes = [Episode(prompt) for prompt in prompts.prompts for _ in range(generations)]
-        self.first_ids: list[list[int]] = [[] for _ in self.episodes]
+        self.first_ids: Sequence[Sequence[int]] = [[] for _ in self.episodes]
         self._ended: list[Answer] = []
 
     def reset(self) -> None:
@@ -214,15 +215,16 @@ class EnvironmentTurns:
         """Puts what all episodes of a group begin with into the group's prompt, and the rest into `first_ids`."""
         if all(own is None for own in ids):
             return
-        shared: list[list[int]] = []
+        shared, first_ids = list[list[int]](), [list[int]() for _ in self.episodes]
         for number, prompt in enumerate(self.prompts.prompt_ids):
             rows = range(number * self.generations, (number + 1) * self.generations)
             known = {row: own if (own := ids[row]) is not None else list(prompt) for row in rows if not self.episodes[row].failure}
             common = common_start(list(known.values()))[: self.driver.longest_prompt] or list(prompt)
             shared.append(common)
             for row, own in known.items():
-                self.first_ids[row] = own[len(common) :]
-                self.episodes[row].tokens += len(self.first_ids[row])
+                first_ids[row] = own[len(common) :]
+                self.episodes[row].tokens += len(first_ids[row])
+        self.first_ids = first_ids
         self.prompts = replace(self.prompts, prompt_ids=shared)
 
     def _answer(self, episode: Episode, result: Any) -> list[int]:

@@ -3,7 +3,7 @@
 Nothing is downloaded. The run folder gets a folder `inputs` with the task's rows, a random Llama-shaped model with its tokenizer
 and chat template, and the model after a supervised warm-up.
 
-The task `calculator`: additions of numbers of three and four digits that carry. The warm-up shows two pupils: one calls the
+The task `calculator`: additions of numbers of three digits that carry. The warm-up shows two pupils: one calls the
 calculator and copies its result; the other, seen more often, adds digit by digit and never carries, so that its answers are wrong.
 GRPO is never shown which of them is right.
 """
@@ -103,7 +103,7 @@ def make_rows(folder: Path, seed: int) -> None:
     rng = np.random.default_rng(seed)
     pairs: dict[tuple[int, int], None] = {}
     while len(pairs) < TRAIN + HELD_OUT:
-        a, b = (int(x) for x in rng.integers(100, 10_000, 2))
+        a, b = (int(x) for x in rng.integers(100, 1_000, 2))
         if without_carry(a, b) != a + b:
             pairs[a, b] = None
     problems = list(pairs)

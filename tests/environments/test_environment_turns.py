@@ -180,8 +180,9 @@ def test_what_reset_adds_for_one_episode_alone_is_read_by_it_alone():
     turns = begin(driver, [[USER]], 3)
     rollout, rows = played(turns, says("yes"), 3)
     for row in range(3):
-        assert rows.prompts[row][1]["content"] == f"You are number {row}."
-        assert whole_text(turns, rollout, row, 3).startswith(driver.chat.tokenizer.render(rows.prompts[row], generation=True))
+        prompt: Any = rows.prompts[row]
+        assert prompt[1]["content"] == f"You are number {row}."
+        assert whole_text(turns, rollout, row, 3).startswith(driver.chat.tokenizer.render(prompt, generation=True))
         assert rows.completions[row][0] == {"role": "assistant", "content": "yes"}
     assert rollout.sampled is not None
     assert not rollout.sampled[0][: len(turns.first_ids[0])].any()
@@ -366,7 +367,7 @@ def test_trls_environments_have_their_methods_as_tools():
     _, rows = played(turns, lambda row, number: (spelled(call % row if number == 0 else "ok"), "stop"), 3)
     assert [board.moves for board in rows.columns["environments"]] == [[0], [1], [2]]
     assert rows.completions[1][1] == {"role": "tool", "name": "move", "content": "moved to 1"}
-    assert rows.prompts[0][0]["content"] == "What is 2+3? Board of 9."
+    assert rows.prompts[0] == [{**USER, "content": "What is 2+3? Board of 9."}]
 
 
 def test_the_environments_own_reward_joins_the_others():

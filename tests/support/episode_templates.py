@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from tokenizers import AddedToken
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from grpo_jax.data.tokenizer import Tokenizer
 
@@ -62,10 +61,13 @@ def family_tokenizer(template: str | None) -> Tokenizer:
     from tiny_tokenizers import byte_tokenizer
 
     hf: PreTrainedTokenizerFast = byte_tokenizer(template, (("a", "b"), ("ab", "c"), (".", "Ġ")), eos="<|im_end|>")
-    hf.add_tokens([AddedToken(t, special=True) for t in ("<|eot_id|>", "<|eom_id|>", "<|start_header_id|>", "<|end_header_id|>")])
-    hf.add_tokens([AddedToken(t, special=True) for t in ("<start_of_turn>", "<end_of_turn>", "<|python_tag|>")])
-    hf.add_tokens([AddedToken(t, special=False) for t in ("<tool_call>", "</tool_call>")])
+    for token in ("<|eot_id|>", "<|eom_id|>", "<|start_header_id|>", "<|end_header_id|>"):
+        hf.add_tokens(AddedToken(token, special=True))
+    for token in ("<start_of_turn>", "<end_of_turn>", "<|python_tag|>"):
+        hf.add_tokens(AddedToken(token, special=True))
+    for token in ("<tool_call>", "</tool_call>"):
+        hf.add_tokens(AddedToken(token, special=False))
     names = ("<|im_end|>",) if template is None else STOPS[template]
     hf.eos_token = names[0]
-    stops = [hf.convert_tokens_to_ids(name) for name in names]
+    stops = [hf.vocab[name] for name in names]
     return Tokenizer.wrap(hf, stops)
