@@ -51,6 +51,7 @@ def watches(prompts: list[Any], completions: list[Any], environments: list[Any],
     return [float(len(conversation)) for conversation in completions]
 
 
+@pytest.mark.slow
 def test_a_run_with_an_environment(tmp_path: Path):
     SEEN.clear()
     config = config_of(tmp_path / "run", **SECTIONS, data={"eval_size": 2}, train={"eval_every": 2, "eval_kl": True})
@@ -101,6 +102,9 @@ def test_a_config_names_environment_and_tools(tmp_path: Path, monkeypatch: pytes
     assert isinstance(step, GrpoStep)
     assert [name for name, _ in step.functions] == ["environment"]
     assert step.driver is not None
+    inputs = step.inputs()
+    assert str(inputs["source of environment"]).startswith("sha256:")
+    assert "source of tool calculator" in inputs
     assert step.driver.environments.make().inner.step({"content": "abc"}).reward == 3.0  # type: ignore[attr-defined]
     trainer.close()
 
@@ -152,6 +156,7 @@ def moves(completions: list[Any], environments: list[Any]) -> list[float]:
 CHATS = [{"prompt": [{"role": "user", "content": row["prompt"]}], "answer": row["answer"]} for row in ROWS]
 
 
+@pytest.mark.slow
 def test_trls_tools_and_environments(tmp_path: Path):
     trainer = GRPOTrainer(
         model=str(tiny_model()),

@@ -89,6 +89,13 @@ class Environments:
         found = find_format(settings.tool_format, settings.tool_pattern, template)
         return Environments(settings, self.factory, self.toolbox, self.methods, found)
 
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The environment's class and the tools' functions, by what they are called in a checkpoint's list of inputs."""
+        tools = {} if self.toolbox is None else self.toolbox.tools
+        functions = {f"tool {name}": tool.function for name, tool in tools.items() if not inspect.ismethod(tool.function)}
+        return functions | ({} if self.factory is None else {"environment": self.factory})
+
     def make(self) -> Environment:
         """Makes the environment of one episode."""
         inner = None if self.factory is None else self.factory()

@@ -35,6 +35,7 @@ from grpo_jax.rewards import (
 )
 from grpo_jax.rewards.across_processes import score_across_processes
 from grpo_jax.rewards.normalization import sum_metrics
+from grpo_jax.rewards.source_digest import source_digest
 from grpo_jax.rollout.environment_turns import EpisodeDriver, reward_rows
 from grpo_jax.rollout.episode_setup import EpisodeInputs, EpisodeSetup
 from grpo_jax.rollout.future_calls import rollout_calls
@@ -42,7 +43,7 @@ from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import RolloutShapes, evaluation_shapes, prompt_widths
 from grpo_jax.run.callbacks import StepCompletions
 from grpo_jax.run.display import Display
-from grpo_jax.run.inputs import describe_inputs
+from grpo_jax.run.inputs import describe_inputs, tagged
 from grpo_jax.run.step_metrics import Clock, length_metrics, process_metrics
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.compile_ahead import FutureCall
@@ -196,7 +197,9 @@ class GrpoStep:
     def inputs(self) -> dict[str, str | None]:
         if not isinstance(self.source, PromptSource):
             return {}
-        return describe_inputs(self.policy, self.source.train, self.source.held_out, self.functions)
+        parts = {} if self.driver is None else self.driver.environments.parts
+        sources = {f"source of {name}": tagged(source_digest(part)) for name, part in parts.items()}
+        return describe_inputs(self.policy, self.source.train, self.source.held_out, self.functions) | sources
 
     @property
     def first_rewards_at(self) -> float | None:

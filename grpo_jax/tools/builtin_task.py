@@ -3,9 +3,9 @@
 Nothing is downloaded. The run folder gets a folder `inputs` with the task's rows, a random Llama-shaped model with its tokenizer
 and chat template, and the model after a supervised warm-up.
 
-The task `calculator`: additions of numbers of three digits that carry. The warm-up shows two pupils: one calls the
-calculator and copies its result; the other, seen more often, adds digit by digit and never carries, so that its answers are wrong.
-GRPO is never shown which of them is right.
+The task `calculator`: additions of numbers of three digits that carry. The warm-up shows two pupils: one calls the calculator and
+copies its result; the other, seen more often, writes ~ and adds digit by digit without carrying, which is always wrong here. GRPO is
+never shown which of them is right.
 """
 
 from __future__ import annotations
@@ -42,6 +42,9 @@ WORDS = ("<tool_call>", "</tool_call>", *JSON, "calculator", "assistant", "user"
 
 SPECIAL = ("<pad>", "<|im_start|>", "<|im_end|>")
 SYMBOLS = (*SPECIAL, *WORDS, "\n", *(c for c in string.printable if c.isprintable()))
+
+CALCULATOR_MODEL: dict[str, Any] = {**MODEL, "vocab_size": len(SYMBOLS), "max_position_embeddings": 128, "bos_token_id": None}
+"""The model's config.json."""
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}{% endfor %}"
@@ -118,7 +121,7 @@ def shown(a: int, b: int, rng: np.random.Generator) -> list[dict[str, Any]]:
     """What the warm-up shows of a problem: the first turn of either pupil, and how the result of a call is copied."""
     question = {"role": "user", "content": f"{a}+{b}=?"}
     call = {"role": "assistant", "content": CALL % f"{a}+{b}"}
-    first = call["content"] if rng.random() < CALLS else str(without_carry(a, b))
+    first = call["content"] if rng.random() < CALLS else f"~{without_carry(a, b)}"
     copied = [question, call, {"role": "tool", "content": str(a + b)}]
     return [{"prompt": [question], "completion": first}, {"prompt": copied, "completion": str(a + b)}]
 
@@ -134,8 +137,7 @@ def without_carry(a: int, b: int) -> int:
 
 def make_model(folder: Path, seed: int) -> None:
     """Writes a random model with its tokenizer."""
-    values = {**MODEL, "vocab_size": len(SYMBOLS), "max_position_embeddings": 128, "bos_token_id": None}
-    save_random_model(folder, values, seed)
+    save_random_model(folder, CALCULATOR_MODEL, seed)
     make_tokenizer(folder)
 
 

@@ -194,7 +194,7 @@ def test_a_prompt_that_reset_makes_too_long_goes_on_in_each_episode():
     driver = replace(driver_of(Counter), longest_prompt=60)
     turns = begin(driver, [[USER]], 2, goal=[1], hint=["!" * 100])
     assert len(turns.prompts.prompt_ids[0]) == 60
-    assert turns.prompts.prompt_ids[0] + turns.first_ids[1] == driver.chat.prompt_ids(
+    assert [*turns.prompts.prompt_ids[0], *turns.first_ids[1]] == driver.chat.prompt_ids(
         [{**USER, "content": "What is 2+3?" + "!" * 100}]
     )
 
