@@ -117,6 +117,23 @@ class EpisodeSetup:
         arguments: Mapping[str, Any] = {**data.template_arguments, "tools": self.environments.toolbox.schemas}
         return replace(self.config, data=replace(data, template_arguments=dict(arguments)))
 
+    def hidden_tools(self, tokenizer: Tokenizer) -> str | None:
+        """A warning where the chat template leaves the tools out; None where the model sees them, or there are none."""
+        if self.environments is None or self.environments.toolbox is None or not tokenizer.has_chat_template:
+            return None
+        message, schemas = [{"role": "user", "content": "?"}], self.environments.toolbox.schemas
+        arguments = self.config.data.template_arguments
+        without, shown = (
+            tokenizer.render(message, generation=True, template_arguments={**arguments, "tools": tools})
+            for tools in (None, schemas)
+        )
+        if without != shown:
+            return None
+        names = ", ".join(self.environments.toolbox.tools)
+        return (
+            f"the chat template does not show the model its tools ({names}): describe them in data.system_prompt, or in a warm-up"
+        )
+
     def driver(self, tokenizer: Tokenizer, *, several_processes: bool) -> EpisodeDriver | None:
         """The driver of the run's episodes; None where a completion is a single answer.
 

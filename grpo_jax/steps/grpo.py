@@ -128,6 +128,8 @@ class GrpoStep:
         source = PromptSource.build(setup.source_config(tokenizer), tokenizer, dataset, eval_dataset)
         assert tokenizer is not None  # else there is no source
         driver = setup.driver(tokenizer, several_processes=distributed.is_multiprocess())
+        if (line := setup.hidden_tools(tokenizer)) is not None:
+            display.warning(line)
         if driver is not None and setup.adds_to_prompts:
             longest_prompt = setup.longest_prompt(*source.prompt_lengths)
             source, driver = replace(source, longest_prompt=longest_prompt), replace(driver, longest_prompt=longest_prompt)

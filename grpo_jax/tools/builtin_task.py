@@ -4,8 +4,8 @@ Nothing is downloaded. The run folder gets a folder `inputs` with the task's row
 and chat template, and the model after a supervised warm-up.
 
 The task `calculator`: additions of numbers of three digits that carry. The warm-up shows two pupils: one calls the calculator and
-copies its result; the other, seen more often, writes ~ and adds digit by digit without carrying, which is always wrong here. GRPO is
-never shown which of them is right.
+copies its result; the other, seen more often, writes ~ and adds digit by digit without carrying, which is wrong here. GRPO is never
+shown which of them is right.
 """
 
 from __future__ import annotations
@@ -79,12 +79,12 @@ def with_builtin_task(config: Config, configs: Path | None) -> Config:
         make_rows(task, config.train.seed)
         make_model(inputs / "model", config.train.seed)
         print(f"made a random model and {HELD_OUT} held-out additions in {inputs}; now the warm-up", flush=True)
-        warm_up(inputs, recipe)
+        warm_up(inputs, recipe, config.train.seed)
     path = {"path": str(task / "train.jsonl"), "eval_path": str(task / "held_out.jsonl")}
     return replace(config, model=replace(config.model, path=str(warm)), data=replace(config.data, **path))
 
 
-def warm_up(inputs: Path, recipe: Path) -> None:
+def warm_up(inputs: Path, recipe: Path, seed: int) -> None:
     """Trains the random model on the pupils' answers; the folder of the result appears when it is complete."""
     settings = load(
         recipe,
@@ -92,6 +92,7 @@ def warm_up(inputs: Path, recipe: Path) -> None:
             "model.path": str(inputs / "model"),
             "data.path": str(inputs / "task" / "warmup.jsonl"),
             "train.run_dir": str(inputs / "warmup"),
+            "train.seed": seed,
         },
     )
     result = sft(settings.config, sources=settings.sources)

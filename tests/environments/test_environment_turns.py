@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from episode_templates import HERMES, family_tokenizer
+from episode_templates import GEMMA, HERMES, family_tokenizer
 from scripted_sampler import Script, batch_of, play
 
 from grpo_jax.config import Config, ConfigError, EnvironmentConfig, RolloutConfig
@@ -337,6 +337,13 @@ def test_environments_are_closed():
 def test_tools_with_plain_prompts_say_what_to_set():
     with pytest.raises(ConfigError, match=r"data\.chat_template is null: set it to true"):
         driver_of(tools=[add]).begin(batch_of(["2+3"], [[1]]), 1)  # type: ignore[arg-type]
+
+
+def test_a_template_that_does_not_show_tools_is_said():
+    setup = EpisodeSetup.read(Config(), EpisodeInputs(tools=[add]), [])
+    assert setup.hidden_tools(TOKENIZER) is None
+    assert "does not show the model its tools (add)" in str(setup.hidden_tools(family_tokenizer(GEMMA)))
+    assert EpisodeSetup.read(Config(), EpisodeInputs(), []).hidden_tools(family_tokenizer(GEMMA)) is None
 
 
 def test_trls_environments_have_their_methods_as_tools():

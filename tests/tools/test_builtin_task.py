@@ -68,12 +68,13 @@ def test_the_tokenizer_gives_every_text_back_and_reads_words_of_calls_as_one_tok
 
 def test_what_is_there_is_not_made_again(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     recipe = Config.from_yaml(CONFIGS / "tools_quickstart.yaml")
-    config = replace(recipe, train=replace(recipe.train, run_dir=str(tmp_path / "run")))
+    config = replace(recipe, train=replace(recipe.train, run_dir=str(tmp_path / "run"), seed=5))
     made: list[Path] = []
 
-    def warm_up(inputs: Path, recipe: Path) -> None:
+    def warm_up(inputs: Path, recipe: Path, seed: int) -> None:
         assert recipe.name == "tools_quickstart_sft.yaml"
         assert (inputs / "task" / "warmup.jsonl").is_file()
+        assert seed == 5
         made.append(inputs)
         (inputs / "warm").mkdir()
 
