@@ -7,8 +7,10 @@ arguments, a tool that raises.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import json
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -162,7 +164,7 @@ class Toolbox:
             return prepared
         tool, arguments = prepared
         if not tool.is_async:
-            return await asyncio.to_thread(self.call, call)
+            return await in_thread(lambda: self.call(call))
         try:
             return Answered(tool.name, result_text(await tool.function(**arguments)), False)
         except (Exception, SystemExit) as error:
@@ -182,6 +184,24 @@ class Toolbox:
         if isinstance(arguments, str):
             return Answered(tool.name, f"Error: {arguments}", True)
         return tool, arguments
+
+
+async def in_thread(call: Callable[[], Answered]) -> Answered:
+    """Makes a call in a thread that does not keep the process alive, as those of `asyncio.to_thread` do."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[Answered] = loop.create_future()
+
+    def done(answer: Answered) -> None:
+        if not future.done():
+            future.set_result(answer)
+
+    def run() -> None:
+        answer = call()
+        with contextlib.suppress(RuntimeError):  # the loop has been closed, because the call came too late
+            loop.call_soon_threadsafe(done, answer)
+
+    threading.Thread(target=run, daemon=True, name="tool").start()
+    return await future
 
 
 def raised(tool: Tool, error: BaseException) -> Answered:

@@ -76,9 +76,14 @@ class EpisodeSetup:
             fix = "there is no environment: set environment.name or environment.tools, or leave this reward out"
             require(not named, "rewards.functions", ["environment"] if named else [], fix)
             return EpisodeSetup(config, list(entries), None)
-        if named:
-            return EpisodeSetup(config, list(entries), environments)
         rewards = config.rewards
+        if named:
+            weight = 1.0 if rewards.weights is None else rewards.weights[list(entries).index(named[0])]
+            fix = (
+                "use another weight for environment, which also keeps failed episodes out of training; 1.0 where it gives no reward"
+            )
+            require(weight != 0, "rewards.weights", rewards.weights, fix)
+            return EpisodeSetup(config, list(entries), environments)
         weights = None if rewards.weights is None else [*rewards.weights, 1.0]
         functions = [*rewards.functions, "environment"] if rewards.functions else []
         config = replace(config, rewards=replace(rewards, functions=functions, weights=weights))

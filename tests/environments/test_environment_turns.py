@@ -206,6 +206,10 @@ def outcome(delay: Callable[[], float], concurrency: int) -> tuple[Any, ...]:
             return super().step(message)
 
     class LateAsync(Counter):
+        async def reset(self, goal: int) -> Any:  # type: ignore[override]
+            await asyncio.sleep(delay())
+            return Counter.reset(self, goal)
+
         async def step(self, message: dict[str, Any]) -> Step:  # type: ignore[override]
             await asyncio.sleep(delay())
             return Counter.step(self, message)
@@ -388,6 +392,9 @@ def test_the_environments_own_reward_joins_the_others():
         {"environment": {"name": "number_guessing"}, "rewards": {"functions": ["environment"], "weights": [0.5]}}
     )
     assert EpisodeSetup.read(config, EpisodeInputs(), config.rewards.functions).entries == ["environment"]
+    config = replace(config, rewards=replace(config.rewards, weights=[0.0]))
+    with pytest.raises(ConfigError, match="use another weight for environment"):
+        EpisodeSetup.read(config, EpisodeInputs(), config.rewards.functions)
     with pytest.raises(ConfigError, match="there is no environment"):
         EpisodeSetup.read(Config(), EpisodeInputs(), ["environment"])
 
