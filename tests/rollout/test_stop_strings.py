@@ -63,8 +63,8 @@ def scripted(script: Sequence[Sequence[int]], generations: int, decode_text: Dec
     def no_past(*_: Any, **__: Any) -> tuple[Any, ...]:
         return ()
 
-    parts: tuple[Any, ...] = (prepare_weights, prompts, prompts, segment, write, no_past)
-    return Sampler(tiny_policy("qwen3").model.clone(unroll=True), (STOP_ID,), decode_text, *parts, write, write, write)
+    parts: tuple[Any, ...] = (prepare_weights, prompts, prompts, segment, write, no_past, write, write, write)
+    return Sampler(tiny_policy("qwen3").model.clone(unroll=True), (STOP_ID,), decode_text, *parts)
 
 
 def expected_row(ids: Sequence[int], strings: Sequence[str], decode_text: DecodeText) -> tuple[list[int], str]:

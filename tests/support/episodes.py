@@ -63,14 +63,8 @@ class ScriptedTurns:
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.seed)
-
-    @property
-    def first_ids(self) -> list[list[int]]:
-        return [self.script.first_ids(row) for row in range(self.script.rows)]
-
-    @property
-    def max_turn_tokens(self) -> int | None:
-        return self.script.turn_tokens
+        self.first_ids: Sequence[Sequence[int]] = [self.script.first_ids(row) for row in range(self.script.rows)]
+        self.max_turn_tokens: int | None = self.script.turn_tokens
 
     def ended(self, row: int, ids: list[int], reason: FinishReason) -> None:
         own = self.told.setdefault(row, [])
@@ -116,7 +110,7 @@ def replay(task: Task, script: Script) -> Rollout:
             read(row, script.first_ids(row))
     while not all(done):
         logits = next_logits(task, [prompt + own for prompt, own in zip(prompts, ids, strict=True)])
-        for row in np.flatnonzero(~np.array(done)):
+        for row in np.flatnonzero(~np.array(done)).tolist():
             at = len(ids[row])
             own = scaled(task, logits[row], at)
             distribution = log_softmax(own)

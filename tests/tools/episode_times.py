@@ -71,7 +71,7 @@ class FixedTurns:
     come: threading.Condition = field(default_factory=threading.Condition)
 
     def __post_init__(self) -> None:
-        self.first_ids = [[]] * self.rows
+        self.first_ids: Sequence[Sequence[int]] = [[]] * self.rows
         self.turns = [0] * self.rows
         self.rng = np.random.default_rng(0)
 
