@@ -26,6 +26,9 @@ from grpo_jax.trainer import sft
 
 PREFIX = "builtin:"
 NAMES = ("calculator",)
+UNFINISHED = ("task", "model", "warmup", "warm.unfinished")
+"""Folders of a warm-up that did not end; they are made anew."""
+
 RECIPE = "tools_quickstart_sft.yaml"
 """The settings of the warm-up, next to the recipe."""
 
@@ -75,7 +78,8 @@ def with_builtin_task(config: Config, configs: Path | None) -> Config:
     inputs = Path(config.train.run_dir) / "inputs"
     task, warm = inputs / "task", inputs / "warm"
     if not warm.is_dir():
-        shutil.rmtree(inputs, ignore_errors=True)
+        for unfinished in UNFINISHED:
+            shutil.rmtree(inputs / unfinished, ignore_errors=True)
         make_rows(task, config.train.seed)
         make_model(inputs / "model", config.train.seed)
         print(f"made a random model and {HELD_OUT} held-out additions in {inputs}; now the warm-up", flush=True)
