@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.config import Config, ConfigError
+from grpo_jax.config import Config, ConfigError, check_environment
 from grpo_jax.data.source import PromptSource
 from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.environments.protocol import EnvironmentFactory
 from grpo_jax.policy import Policy, config_with_policy, with_template
 from grpo_jax.rewards import (
     NamedFunction,
@@ -27,6 +28,8 @@ from grpo_jax.rewards import (
     warning_lines,
 )
 from grpo_jax.rewards.across_processes import score_across_processes
+from grpo_jax.rollout.environment_turns import EpisodeDriver, reward_rows
+from grpo_jax.rollout.episode_setup import EpisodeInputs, EpisodeSetup
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import RolloutShapes, evaluation_slots
 from grpo_jax.run.display import Display
@@ -65,6 +68,7 @@ def evaluate_held_out(
     shapes: RolloutShapes | None = None,
     runner: RewardRunner | None = None,
     display: Display | None = None,
+    driver: EpisodeDriver | None = None,
 ) -> Evaluation | None:
     """Completes every held-out prompt and scores the completions.
 
@@ -73,6 +77,7 @@ def evaluate_held_out(
         shapes: of the run's evaluations; None chooses them for these prompts.
         runner: calls the functions; None calls them in this process.
         display: shows failures of rewards, and what is waited for; None shows nothing.
+        driver: of episodes; None where a completion is a single answer.
 
     Returns:
         None where nothing is held out.
@@ -85,17 +90,20 @@ def evaluate_held_out(
     slots = sampler.round_up_slots(evaluation_slots(config, problems, k))
     settings = replace(config.rollout, num_generations=k, temperature=temperature, slots=slots)
     (batch,) = source.held_out_batches(problems)
-    rollout = sampler.sample(variables, batch.prompt_ids, settings, seed=config.train.seed, indices=batch.indices, shapes=shapes)
+    turns = None if driver is None else driver.begin(batch, k)
+    ids = batch.prompt_ids if turns is None else turns.prompts.prompt_ids
+    rollout = sampler.sample(variables, ids, settings, seed=config.train.seed, indices=batch.indices, shapes=shapes, turns=turns)
+    rows = reward_rows(batch, rollout, turns, tokenizer.decode)
     display = display or Display(silent=True)
     with display.waiting(list[str] if runner is None else runner.pending):
         scored = score_across_processes(
             distributed if distributed.is_multiprocess() else None,
             functions,
             config.rewards.weights,
-            prompts=batch.prompts,
-            completions=[tokenizer.decode(ids) for ids in rollout.completion_ids],
+            prompts=rows.prompts,
+            completions=rows.completions,
             completion_ids=rollout.completion_ids,
-            columns=batch.columns,
+            columns=rows.columns,
             timeout_seconds=config.rewards.timeout_seconds,
             max_failed_share=config.rewards.max_failed_share,
             runner=runner,
@@ -114,6 +122,8 @@ def evaluate(
     policy: Policy | None = None,
     eval_dataset: Any = None,
     reward_funcs: Callable[..., Any] | Sequence[Callable[..., Any]] | None = None,
+    environment: EnvironmentFactory | EpisodeInputs | None = None,
+    tools: Sequence[Callable[..., Any]] = (),
     run_dir: str | Path | None = None,
     best: bool = False,
     pass_k: int = 8,
@@ -125,6 +135,7 @@ def evaluate(
         policy: evaluated instead of `model.path`.
         eval_dataset: held-out rows, instead of `data.eval_split` and `data.eval_path`.
         reward_funcs: one function or several, instead of `rewards.functions`.
+        environment, tools: as `Trainer` takes them.
         run_dir: a run, evaluated with its own settings.
         best: of this run, the checkpoint with the highest held-out accuracy instead of the newest.
         pass_k: samples per problem for pass@k.
@@ -147,17 +158,30 @@ def evaluate(
         config, policy = config_with_policy(config, policy), with_template(policy, config)
     display = Display(config.train.quiet)
     given = [] if reward_funcs is None else [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
-    entries, longest = given or config.rewards.functions, config.rollout.max_completion_length
+    inputs = environment if isinstance(environment, EpisodeInputs) else EpisodeInputs(environment, tools)
+    check_environment(config.environment, has_environment=inputs.environment is not None, has_tools=inputs.gives_tools)
+    setup = EpisodeSetup.read(config, inputs, given or config.rewards.functions)
+    config, entries, longest = setup.config, setup.entries, config.rollout.max_completion_length
     functions = resolve_functions(entries, max_completion_length=longest)
     tokenizer = policy.need_tokenizer()
-    source = PromptSource.build(config, tokenizer, None, eval_dataset, only_held_out=True)
+    source = PromptSource.build(setup.source_config(tokenizer), tokenizer, None, eval_dataset, only_held_out=True)
     if len(source.held_out) == 0:
         raise ConfigError("data.eval_size: 0; nothing is held out: set it, or data.eval_split or data.eval_path")
-    check_functions(functions, reward_columns(source, config), config.rewards.weights, config.rewards.accuracy)
+    check_functions(functions, [*reward_columns(source, config), *setup.columns], config.rewards.weights, config.rewards.accuracy)
+    driver = setup.driver(tokenizer, several_processes=distributed.is_multiprocess())
     sampler = policy.sampler.announcing(display.compiling)
     with runner_of(config.rewards, entries, functions, longest, display.note) as runner:
         evaluated = functools.partial(
-            evaluate_held_out, sampler, policy.variables, source, functions, tokenizer, config, runner=runner, display=display
+            evaluate_held_out,
+            sampler,
+            policy.variables,
+            source,
+            functions,
+            tokenizer,
+            config,
+            runner=runner,
+            display=display,
+            driver=driver,
         )
         with display.busy(f"greedy completions of {len(source.held_out)} problems"):
             greedy = evaluated()

@@ -17,7 +17,7 @@ writes and shows, and all write checkpoints (`runtime/distributed.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpo_jax.config import Config, check_supervised, check_training
+from grpo_jax.config import Config, EnvironmentConfig, check_supervised, check_training
+from grpo_jax.config.checks import require
 from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.environments.protocol import EnvironmentFactory
 from grpo_jax.learner.custom_loss import LossFunction
 from grpo_jax.policy import Policy, config_with_policy, with_template
+from grpo_jax.rollout.episode_setup import EpisodeInputs
 from grpo_jax.run.best import BestStep
 from grpo_jax.run.callbacks import Callback, StepCompletions, own_callbacks
 from grpo_jax.run.checkpoint import Checkpointer
@@ -69,6 +72,8 @@ class Trainer:
         policy: trained instead of `model` and `lora`. It is not changed; the result holds a new one.
         dataset: rows to train on, a list of dicts or a datasets.Dataset, instead of `data.path`.
         reward_funcs: one function or several, instead of `rewards.functions`.
+        environment: makes the environment of an episode, usually its class, instead of `environment.name`; see `gx.Environment`.
+        tools: functions that the model may call, instead of `environment.tools`.
         eval_dataset: held-out rows, instead of `data.eval_split` and `data.eval_path`.
         optimizer: any Optax transformation, instead of `optim`.
         loss_fn: takes `grpo_loss`'s arguments by name, `weights` included, instead of `grpo_loss`; see `learner/custom_loss.py`.
@@ -102,6 +107,8 @@ class Trainer:
         policy: Policy | None = None,
         dataset: Any = None,
         reward_funcs: Rewards | None = None,
+        environment: EnvironmentFactory | EpisodeInputs | None = None,
+        tools: Sequence[Callable[..., Any]] = (),
         eval_dataset: Any = None,
         optimizer: optax.GradientTransformation | None = None,
         loss_fn: LossFunction | None = None,
@@ -114,12 +121,22 @@ class Trainer:
         self._clock = RunClock(started)
         config = config or Config()
         rewards = [] if reward_funcs is None else [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
-        if supervised and (rewards or loss_fn is not None):
-            raise TypeError("a supervised warm-up has no reward_funcs and no loss_fn: leave them out")
+        given = environment if isinstance(environment, EpisodeInputs) else EpisodeInputs(environment, tools)
+        if supervised and (rewards or loss_fn is not None or given != EpisodeInputs()):
+            raise TypeError("a supervised warm-up has no reward_funcs, environment, tools and loss_fn: leave them out")
         if supervised:
+            fix = "a supervised warm-up has no episodes: leave this section out"
+            require(config.environment == EnvironmentConfig(), "environment", asdict(config.environment), fix)
             check_supervised(config, has_policy=policy is not None, has_dataset=dataset is not None)
         else:
-            check_training(config, has_policy=policy is not None, has_dataset=dataset is not None, has_rewards=bool(rewards))
+            check_training(
+                config,
+                has_policy=policy is not None,
+                has_dataset=dataset is not None,
+                has_rewards=bool(rewards),
+                has_environment=given.environment is not None,
+                has_tools=given.gives_tools,
+            )
         if policy is not None:
             config, policy = config_with_policy(config, policy), with_template(policy, config)
         self.config, self.resume, self.supervised, self._sources = config, resume, supervised, sources
@@ -128,7 +145,7 @@ class Trainer:
             self._step: Step = SupervisedStep.read(config, policy, dataset, eval_dataset, self.display, optimizer=optimizer)
         else:
             self._step = GrpoStep.read(
-                config, policy, dataset, eval_dataset, rewards, self.display, optimizer=optimizer, loss_fn=loss_fn
+                config, policy, dataset, eval_dataset, rewards, self.display, optimizer=optimizer, loss_fn=loss_fn, given=given
             )
         self.config = replace(config, train=replace(config.train, steps=self._step.config.train.steps))  # train.epochs in steps
         self.callbacks: list[Callback] = list(callbacks)
@@ -360,6 +377,8 @@ def train(
     policy: Policy | None = None,
     dataset: Any = None,
     reward_funcs: Rewards | None = None,
+    environment: EnvironmentFactory | None = None,
+    tools: Sequence[Callable[..., Any]] = (),
     eval_dataset: Any = None,
     optimizer: optax.GradientTransformation | None = None,
     loss_fn: LossFunction | None = None,

@@ -42,7 +42,9 @@ class Canned(Sampler):
         indices: Any = None,
         limits: Any = None,
         shapes: Any = None,
+        turns: Any = None,
     ) -> Rollout:
+        assert turns is None
         self.asked.append((rollout, seed, list(indices)))
         assert len(self.texts) == len(prompt_ids) * rollout.num_generations
         ids = [tokenizer().encode_text(text) for text in self.texts]

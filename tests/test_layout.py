@@ -59,7 +59,7 @@ def test_no_file_names_a_place_on_somebodys_machine(repository: Path) -> None:
     assert found == []
 
 
-@pytest.mark.parametrize("module", ["grpo_jax", "grpo_jax.config", "grpo_jax.rewards"])
+@pytest.mark.parametrize("module", ["grpo_jax", "grpo_jax.config", "grpo_jax.rewards", "grpo_jax.environments.resolve"])
 def test_importing_it_does_not_import_jax(repository: Path, module: str) -> None:
     code = f"import sys, {module}; sys.exit(', '.join({HEAVY} & set(sys.modules)) or None)"
     run = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, check=False)

@@ -313,6 +313,7 @@ HONOURED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "loss_type": ({"loss_type": "dr_grpo"}, {"objective.loss": "dr_grpo"}),
     "mask_truncated_completions": ({"mask_truncated_completions": True}, {"objective.mask_truncated": True}),
     "use_bias_correction_kl": ({"beta": 0.1, "use_bias_correction_kl": False}, {"objective.kl": "k3"}),
+    "max_tool_calling_iterations": ({"max_tool_calling_iterations": None}, {}),  # test_episode_runs.py
     "log_completions": ({"log_completions": True}, {"train.show_every": 10}),
     "use_transformers_continuous_batching": ({"use_transformers_continuous_batching": True}, {"rollout.refill": True}),
     "transformers_continuous_batching_config": ({"transformers_continuous_batching_config": {"use_cuda_graph": False}}, {}),

@@ -1,11 +1,12 @@
 """Settings of a run as frozen dataclasses, read from Python, YAML or the command line. Imports neither JAX nor NumPy.
 
-`sections`, `objective`, `training` and `distributed` define the settings, `checks` validates them, `presets` holds the named
-objectives, `load` combines them in `Config` and reads them from outside.
+`sections`, `environment`, `objective`, `training` and `distributed` define the settings, `checks` validates them, `presets` holds
+the named objectives, `load` combines them in `Config` and reads them from outside.
 """
 
 from grpo_jax.config.checks import ConfigError
 from grpo_jax.config.distributed import DistributedConfig
+from grpo_jax.config.environment import EnvironmentConfig, check_environment
 from grpo_jax.config.load import (
     Config,
     Loaded,
@@ -35,6 +36,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DistributedConfig",
+    "EnvironmentConfig",
     "Loaded",
     "LoraConfig",
     "MeshConfig",
@@ -45,6 +47,7 @@ __all__ = [
     "RolloutConfig",
     "Setting",
     "TrainConfig",
+    "check_environment",
     "check_supervised",
     "check_training",
     "config_from_dict",

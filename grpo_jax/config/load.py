@@ -14,6 +14,7 @@ from typing import Any
 
 from grpo_jax.config.checks import ConfigError, MismatchError, check_types, convert, field_types, nearest, require, show, wrong_type
 from grpo_jax.config.distributed import DistributedConfig
+from grpo_jax.config.environment import EnvironmentConfig, check_environment
 from grpo_jax.config.objective import ObjectiveConfig
 from grpo_jax.config.presets import OBJECTIVE_DEFAULTS, PRESETS
 from grpo_jax.config.sections import DataConfig, LoraConfig, ModelConfig, RewardsConfig, RolloutConfig
@@ -32,6 +33,7 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     rewards: RewardsConfig = field(default_factory=RewardsConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -338,7 +340,15 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def check_training(config: Config, *, has_policy: bool = False, has_dataset: bool = False, has_rewards: bool = False) -> None:
+def check_training(
+    config: Config,
+    *,
+    has_policy: bool = False,
+    has_dataset: bool = False,
+    has_rewards: bool = False,
+    has_environment: bool = False,
+    has_tools: bool = False,
+) -> None:
     """Checks what a GRPO run needs in addition to settings that are each in range.
 
     Args:
@@ -346,6 +356,7 @@ def check_training(config: Config, *, has_policy: bool = False, has_dataset: boo
         has_policy: A policy was passed, so `model.path` is not needed.
         has_dataset: Rows were passed, so `data.path` is not needed.
         has_rewards: Functions were passed, so `rewards.functions` is not needed.
+        has_environment, has_tools: They were passed.
 
     Raises:
         ConfigError: A needed setting is missing or does not allow training.
@@ -363,6 +374,8 @@ def check_training(config: Config, *, has_policy: bool = False, has_dataset: boo
         "use 1.0; greedy completions of a prompt are all alike, so nothing is learned",
     )
     functions = config.rewards.functions
+    check_environment(config.environment, has_environment=has_environment, has_tools=has_tools)
+    has_rewards = has_rewards or has_environment or config.environment.name is not None  # which has a reward of its own
     require(has_rewards or bool(functions), "rewards.functions", functions, "name at least one reward, such as [number_match]")
 
 

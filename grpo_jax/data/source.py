@@ -33,6 +33,7 @@ class PromptSource:
         data: The settings of the section `data`.
         prompts_per_step: B.
         seed: Seed of the order.
+        longest_prompt: Tokens of the longest prompt where something adds to prompts later; None = those of the rows.
 
     Example:
         source = PromptSource.build(config, tokenizer); source.batch(0).prompt_ids
@@ -46,6 +47,7 @@ class PromptSource:
     data: DataConfig
     prompts_per_step: int
     seed: int
+    longest_prompt: int | None = None
 
     @staticmethod
     def build(
@@ -84,7 +86,12 @@ class PromptSource:
     @property
     def prompt_lengths(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens of each prompt to train on, and of each held-out one."""
-        return self.train.prompt_lengths, self.held_out.prompt_lengths
+        own = self.train.prompt_lengths, self.held_out.prompt_lengths
+        longest = self.longest_prompt
+        if longest is None:
+            return own
+        train, held_out = (np.append(lengths, longest) if len(lengths) else lengths for lengths in own)
+        return train, held_out
 
     def held_out_batches(self, size: int, step: int = 0) -> Iterator[PromptBatch]:
         """Iterates over the held-out prompts in order, `size` at a time; the last batch may be smaller."""

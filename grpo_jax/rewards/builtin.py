@@ -13,6 +13,7 @@ from typing import Any
 
 from grpo_jax.config.checks import ConfigError, require
 from grpo_jax.rewards.answers import MARKER, final_number, reference_number
+from grpo_jax.rewards.calls import FailedValue
 from grpo_jax.rewards.code import code_execution
 from grpo_jax.rewards.protocol import ColumnReward, RewardFunction, TextReward
 
@@ -203,6 +204,21 @@ def _delimited(reference: str) -> str:
     return bare if any(mark in bare for mark in ("$", "\\boxed", "\\(", "\\[")) else f"\\boxed{{{bare}}}"
 
 
+def environment() -> RewardFunction:
+    """Returns the environment's own reward: the sum over the turns of an episode; None where no turn gave one.
+
+    With an environment or tools it is added to the functions by itself, with weight 1, unless `rewards.functions` names it. A row
+    whose environment raised or took too long fails.
+    """
+
+    def reward(environment_reward: Sequence[float | None], environment_failure: Sequence[str | None]) -> list[Any]:
+        pairs = zip(environment_reward, environment_failure, strict=True)
+        return [value if failure is None else FailedValue(failure) for value, failure in pairs]
+
+    reward.__name__ = "environment"
+    return reward
+
+
 BUILTINS: dict[str, Callable[..., RewardFunction]] = {
     "exact_match": exact_match,
     "number_match": number_match,
@@ -212,5 +228,6 @@ BUILTINS: dict[str, Callable[..., RewardFunction]] = {
     "repetition_penalty": repetition_penalty,
     "math_verify": math_verify,
     "code_execution": code_execution,
+    "environment": environment,
 }
 """The built-in reward functions by the name that rewards.functions gives."""

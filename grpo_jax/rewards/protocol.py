@@ -179,8 +179,10 @@ class AcceptedInputs:
 
 
 def text_of(completion: Completion) -> str:
-    """Returns the text of a plain or conversational completion."""
-    return completion if isinstance(completion, str) else completion[-1]["content"]
+    """Returns the text of a plain or conversational completion: that of the model's last turn."""
+    if isinstance(completion, str):
+        return completion
+    return next((message["content"] for message in reversed(completion) if message["role"] == "assistant"), "")
 
 
 def accepted(function: RewardFunction, name: str) -> AcceptedInputs:

@@ -138,7 +138,7 @@ def _with_arguments(field: str, name: str, function: RewardFunction, arguments: 
 def _imported(field: str, source: str, attribute: str, modules: dict[str, ModuleType]) -> RewardFunction:
     """Imports a file or module, once, and returns its function."""
     if source not in modules:
-        modules[source] = _import_file(field, Path(source)) if source.endswith(".py") else _import_module(field, source, attribute)
+        modules[source] = import_file(field, Path(source)) if source.endswith(".py") else import_module(field, source, attribute)
     found = vars(modules[source])
     if attribute not in found:
         functions = [name for name, value in found.items() if callable(value) and not name.startswith("_")]
@@ -150,7 +150,7 @@ def _imported(field: str, source: str, attribute: str, modules: dict[str, Module
     return function
 
 
-def _import_file(field: str, path: Path) -> ModuleType:
+def import_file(field: str, path: Path) -> ModuleType:
     """Imports a Python file, whose folder is appended to the search path."""
     if not path.is_file():
         near = [found.name for found in path.parent.glob("*.py")] if path.parent.is_dir() else []
@@ -175,7 +175,7 @@ def _import_file(field: str, path: Path) -> ModuleType:
     return module
 
 
-def _import_module(field: str, source: str, attribute: str) -> ModuleType:
+def import_module(field: str, source: str, attribute: str) -> ModuleType:
     """Imports a module by its dotted name."""
     try:
         return importlib.import_module(source)

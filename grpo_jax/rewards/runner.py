@@ -11,6 +11,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from grpo_jax.config import RewardsConfig
@@ -89,7 +90,9 @@ class RewardRunner:
 
     def _task(self, name: str, function: RewardFunction, rows: RewardInputs) -> Task:
         by_row = name in self._row_by_row or scores_by_row(function)
-        return Task(name, self._sources[name], rows.chosen(name, function), by_row, is_async(function))
+        chosen = rows.chosen(name, function)
+        sent = {key: values for key, values in chosen.inputs.items() if key != "environments"}  # objects that stay here
+        return Task(name, self._sources[name], replace(chosen, inputs=sent), by_row, is_async(function))
 
     @contextlib.contextmanager
     def _running(self, tasks: Mapping[str, Task], timeout_seconds: float | None, alone: bool) -> Any:

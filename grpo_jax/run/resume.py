@@ -10,6 +10,8 @@ from grpo_jax.config import Config, ConfigError, config_to_dict, difference
 from grpo_jax.run.lock import LockedError, check_unlocked
 
 FREE_ON_RESUME = (
+    "environment.concurrency",
+    "environment.timeout_seconds",
     "model.remat",
     "optim.max_skipped_steps",
     "optim.offload",

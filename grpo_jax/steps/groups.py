@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.rewards import ScoredBatch
+from grpo_jax.rollout.episode_content import Episode
 from grpo_jax.types import PromptBatch, Rollout
 
 
@@ -21,12 +22,14 @@ class Groups:
         rollout: their B·G completions.
         texts: B·G completions, decoded without special tokens.
         scored: their rewards.
+        episodes: B·G, where completions have several turns; else empty.
     """
 
     prompts: PromptBatch
     rollout: Rollout
     texts: list[str]
     scored: ScoredBatch
+    episodes: Sequence[Episode] = ()
 
     def __len__(self) -> int:
         return len(self.prompts.prompt_ids)
@@ -49,13 +52,17 @@ class Groups:
             columns={name: [values[number] for number in chosen] for name, values in self.prompts.columns.items()},
         )
         rows = (numbers[:, None] * self.generations + every[None, :]).reshape(-1)
-        return Groups(prompts, rollout_rows(self.rollout, rows), [self.texts[row] for row in rows], scored_rows(self.scored, rows))
+        return self.of_rows(prompts, rows)
 
     def take_completions(self, numbers: np.ndarray) -> Groups:
         """Selects completions of every group: [B, m], their numbers within the group."""
         rows = (np.arange(len(self))[:, None] * self.generations + numbers).reshape(-1)
-        texts = [self.texts[row] for row in rows]
-        return Groups(self.prompts, rollout_rows(self.rollout, rows), texts, scored_rows(self.scored, rows))
+        return self.of_rows(self.prompts, rows)
+
+    def of_rows(self, prompts: PromptBatch, rows: np.ndarray) -> Groups:
+        """These completions, as those of `prompts`."""
+        texts, episodes = [self.texts[row] for row in rows], [self.episodes[row] for row in rows] if self.episodes else ()
+        return Groups(prompts, rollout_rows(self.rollout, rows), texts, scored_rows(self.scored, rows), episodes)
 
     @staticmethod
     def joined(parts: Sequence[Groups]) -> Groups:
@@ -79,7 +86,8 @@ class Groups:
             near_ties=sum(each.near_ties for each in rollouts),
             sampled=None if first.rollout.sampled is None else chained(each.sampled or [] for each in rollouts),
         )
-        return Groups(batch, rollout, chained(part.texts for part in parts), joined_scores([part.scored for part in parts]))
+        texts, episodes = chained(part.texts for part in parts), chained(part.episodes for part in parts)
+        return Groups(batch, rollout, texts, joined_scores([part.scored for part in parts]), episodes)
 
 
 def chained(lists: Any) -> list[Any]:

@@ -39,6 +39,9 @@ from grpo_jax.rewards.across_processes import score_across_processes
 from grpo_jax.rewards.normalization import sum_metrics
 from grpo_jax.rewards.scoring import check_failed
 from grpo_jax.rewards.source_digest import source_digest
+from grpo_jax.rollout.environment_turns import EpisodeDriver, reward_rows
+from grpo_jax.rollout.episode_content import episode_metrics
+from grpo_jax.rollout.episode_setup import EpisodeInputs, EpisodeSetup
 from grpo_jax.rollout.future_calls import rollout_calls
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import RolloutShapes, evaluation_shapes, prompt_widths
@@ -93,6 +96,7 @@ class GrpoStep:
         reference: moves the reference; None where it does not change.
         rewarded: when the first completions had been scored; see `first_rewards_at`.
         choice: draws the rows of a step, and keeps the ledger; None where prompts are made up.
+        driver: of episodes; None where a completion is a single answer.
     """
 
     config: Config
@@ -113,6 +117,7 @@ class GrpoStep:
     decided: list[RolloutShapes] = field(default_factory=list)
     rewarded: list[float] = field(default_factory=list)
     choice: PromptChoice | None = None
+    driver: EpisodeDriver | None = None
 
     @staticmethod
     def read(
@@ -125,25 +130,35 @@ class GrpoStep:
         *,
         optimizer: optax.GradientTransformation | None = None,
         loss_fn: LossFunction | None = None,
+        given: EpisodeInputs | None = None,
     ) -> GrpoStep:
         """Reads and checks everything that can be wrong, cheapest first, and the weights last; see `Trainer` for the arguments."""
         longest = config.rollout.max_completion_length
-        entries = rewards or config.rewards.functions
+        setup = EpisodeSetup.read(config, given or EpisodeInputs(), rewards or config.rewards.functions)
+        config, entries = setup.config, setup.entries
         functions = resolve_functions(entries, max_completion_length=longest)
         tokenizer = policy.need_tokenizer() if policy is not None else read_tokenizer(config, display)
-        source = PromptSource.build(config, tokenizer, dataset, eval_dataset)
+        source = PromptSource.build(setup.source_config(tokenizer), tokenizer, dataset, eval_dataset)
+        assert tokenizer is not None  # else there is no source
+        driver = setup.driver(tokenizer, several_processes=distributed.is_multiprocess())
+        if (line := setup.hidden_tools(tokenizer)) is not None:
+            display.warning(line)
+        if driver is not None and setup.adds_to_prompts:
+            longest_prompt = setup.longest_prompt(*source.prompt_lengths)
+            source, driver = replace(source, longest_prompt=longest_prompt), replace(driver, longest_prompt=longest_prompt)
         display.note(prompts_line(source, config.rollout.max_prompt_length))
         check_stop_on(config, len(source.held_out))
         for line in setting_notes(config, own_optimizer=optimizer is not None):
             display.note(line)
         config = with_steps(config, len(source.train), display)
         choice = PromptChoice(source, config)
-        check_functions(functions, reward_columns(source, config), config.rewards.weights, config.rewards.accuracy)
+        columns = [*reward_columns(source, config), *setup.columns]
+        check_functions(functions, columns, config.rewards.weights, config.rewards.accuracy)
         runner = runner_of(config.rewards, entries, functions, longest, display.note)
         runner.start()  # its processes start while the weights are read
         policy = placed_policy(config, policy, display)
         step = GrpoStep.build(config, policy, source, functions, display, optimizer=optimizer, loss_fn=loss_fn)
-        return replace(step, runner=runner, choice=choice)
+        return replace(step, runner=runner, choice=choice, driver=driver)
 
     @staticmethod
     def build(
@@ -207,8 +222,10 @@ class GrpoStep:
         if not isinstance(self.source, PromptSource):
             return {}
         curriculum = None if self.choice is None else self.choice.curriculum
-        inputs = describe_inputs(self.policy, self.source.train, self.source.held_out, self.functions)
-        return inputs | ({} if curriculum is None else {"source of the curriculum": tagged(source_digest(curriculum))})
+        parts = {} if self.driver is None else dict(self.driver.environments.parts)
+        parts |= {} if curriculum is None else {"the curriculum": curriculum}
+        sources = {f"source of {name}": tagged(source_digest(part)) for name, part in parts.items()}
+        return describe_inputs(self.policy, self.source.train, self.source.held_out, self.functions) | sources
 
     @property
     def first_rewards_at(self) -> float | None:
@@ -223,7 +240,10 @@ class GrpoStep:
         if not self.decided:
             prompts = self.config.train.prompts_per_step
             widths = prompt_widths(*self.source.prompt_lengths, prompts)
-            self.decided.append(self.sampler.decide_shapes(self.variables(state), self.config.rollout, prompts, widths))
+            shapes = self.sampler.decide_shapes(
+                self.variables(state), self.config.rollout, prompts, widths, episodes=self.driver is not None
+            )
+            self.decided.append(shapes)
         return self.decided[0]
 
     def evaluation_shapes(self, state: TrainState) -> RolloutShapes:
@@ -277,6 +297,7 @@ class GrpoStep:
         if config.objective.normalize_each_reward or learned is not groups:
             metrics |= sum_metrics(scored)  # the update has seen normalised rewards, or those of some completions
         metrics |= variety_metrics(groups.texts, config.rollout.num_generations)
+        metrics |= episode_metrics(groups.episodes) if groups.episodes else {}
         metrics |= reward_metrics(scored) | length_metrics(rollout) | filled.metrics
         metrics |= clock.metrics(prompts, learned.rollout, filled.drawn.rollout)
         if filled.metrics:  # completions that are not trained can fail too, and are near ties
@@ -327,6 +348,8 @@ class GrpoStep:
             max_failed_share: of these completions; 1 where that of the whole step decides.
         """
         config = self.config
+        turns = None if self.driver is None else self.driver.begin(prompts, config.rollout.num_generations)
+        prompts = prompts if turns is None else turns.prompts
         rollout = self.sampler.sample(
             self.variables(state),
             prompts.prompt_ids,
@@ -336,20 +359,21 @@ class GrpoStep:
             indices=prompts.indices,
             limits=self.limits,
             shapes=self.shapes(state),
+            turns=turns,
         )
         clock.lap("rollout_seconds")
-        texts = [self.policy.text_of(ids) for ids in rollout.completion_ids]
-        if number == 0 and rollout.slots < len(texts):
-            self.display.note(f"slots: {rollout.slots} of {len(texts)} completions are decoded at once")
+        rows = reward_rows(prompts, rollout, turns, self.policy.text_of)
+        if number == 0 and rollout.slots < len(rows.texts):
+            self.display.note(f"slots: {rollout.slots} of {len(rows.texts)} completions are decoded at once")
         with self.display.waiting(self.pending):
             scored = score_across_processes(
                 distributed if distributed.is_multiprocess() else None,
                 self.functions,
                 config.rewards.weights,
-                prompts=prompts.prompts,
-                completions=texts,
+                prompts=rows.prompts,
+                completions=rows.completions,
                 completion_ids=rollout.completion_ids,
-                columns=prompts.columns,
+                columns=rows.columns,
                 timeout_seconds=config.rewards.timeout_seconds,
                 max_failed_share=max_failed_share,
                 runner=self.runner,
@@ -359,7 +383,7 @@ class GrpoStep:
         clock.lap("reward_seconds")
         if not self.rewarded:
             self.rewarded.append(time.perf_counter())
-        return Groups(prompts, rollout, texts, scored)
+        return Groups(prompts, rollout, rows.texts, scored, rows.episodes)
 
     def finish(self, step: int, completions: StepCompletions | None) -> None:
         if self.choice is not None and completions is not None and completions.results is not None:
@@ -387,6 +411,7 @@ class GrpoStep:
             shapes=shapes,
             runner=self.runner,
             display=self.display,
+            driver=self.driver,
         )
         if result is None:
             return None
@@ -398,6 +423,8 @@ class GrpoStep:
         return [] if self.runner is None else self.runner.pending()
 
     def close(self) -> None:
+        if self.driver is not None:
+            self.driver.close()
         if self.runner is not None:
             self.runner.close()
 
@@ -406,9 +433,18 @@ class GrpoStep:
         config, problems = self.config, self.problems
         (batch,) = source.held_out_batches(problems)
         settings, shapes = replace(config.rollout, num_generations=1), self.evaluation_shapes(state)
+        turns = None if self.driver is None else self.driver.begin(batch, 1)
+        batch = batch if turns is None else turns.prompts
         rollout = self.sampler.sample(
-            self.variables(state), batch.prompt_ids, settings, seed=config.train.seed, indices=batch.indices, shapes=shapes
+            self.variables(state),
+            batch.prompt_ids,
+            settings,
+            seed=config.train.seed,
+            indices=batch.indices,
+            shapes=shapes,
+            turns=turns,
         )
+        reward_rows(batch, rollout, turns, self.policy.text_of)  # closes the environments
         lengths, layout = text_lengths(config, source.prompt_lengths[1]), self.policy.layout
         sizes = row_sizes(lengths, problems, 1, self.sizes[0].tokens, 1 if layout is None else layout.rows)
         held_out = text_batch(

@@ -11,6 +11,7 @@ answer: it only learns whether a sampled one is right.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +126,23 @@ def pupil(a: int, b: int, rng: np.random.Generator) -> str:
     return str(a + b - 10 * forgotten)
 
 
-def write_rows(file: Path, rows: list[dict[str, str]]) -> None:
+def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes one JSON object per line."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def make_model(folder: Path, seed: int = 0) -> None:
     """Writes a Hugging Face model folder: random weights, config, and a tokenizer with one token per character."""
+    save_random_model(folder, MODEL, seed)
+    make_tokenizer(folder)
+
+
+def save_random_model(folder: Path, values: dict[str, Any], seed: int) -> None:
+    """Writes a Hugging Face model folder with random weights, without a tokenizer.
+
+    Args:
+        values: of config.json.
+    """
     import jax
     import jax.numpy as jnp
     from safetensors.numpy import save_file
@@ -140,7 +151,7 @@ def make_model(folder: Path, seed: int = 0) -> None:
     from grpo_jax.weights.export import merged_weights
     from grpo_jax.weights.hf import WEIGHTS, tensor_names
 
-    spec = read_spec(MODEL)
+    spec = read_spec(values)
     read = merged_weights(spec, init_params(spec, jax.random.key(seed), jnp.float32), None, None)
     tensors = {
         name: np.ascontiguousarray(values.T if source.transposed else values)
@@ -150,11 +161,9 @@ def make_model(folder: Path, seed: int = 0) -> None:
     }
     folder.mkdir(parents=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(MODEL, indent=2), encoding="utf-8")
-    (folder / "generation_config.json").write_text(
-        json.dumps({"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}), encoding="utf-8"
-    )
-    make_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
+    generation = {name: values[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
 
 
 def make_tokenizer(folder: Path) -> None:

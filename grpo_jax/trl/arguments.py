@@ -72,8 +72,10 @@ TRAINER_ARGUMENTS: dict[str, Honoured | Refused] = {
     "optimizers": Honoured("(an Optax transformation, None) instead of `optim`; PyTorch's optimisers and schedulers are refused"),
     "quantization_config": Honoured("model.quantization: load_in_4bit is nf4, load_in_8bit is int8"),
     "peft_config": Honoured("lora, from a PEFT LoraConfig or a dict of its arguments; None trains every weight"),
-    "tools": Refused("completions are single answers here: leave it out, and train without tools"),
+    "tools": Honoured(
+        "functions that the model may call; environment.tool_format says how it does, by default as its chat template shows"
+    ),
     "rollout_func": Refused("completions are sampled by this package alone: leave it out"),
-    "environment_factory": Refused("there are no environments here: leave it out, and give train_dataset and reward_funcs"),
+    "environment_factory": Honoured("one object an episode: its public methods are tools, and `reset` may add to the prompt"),
 }
 """What becomes of each argument of TRL 1.16's `GRPOTrainer`, in its order."""

@@ -255,7 +255,7 @@ class GRPOConfig:
     entropy_coef_max: float = honoured(1.0, "objective.entropy_coef_max, with use_adaptive_entropy")
     entropy_coef_delta: float = honoured(0.005, "objective.entropy_coef_delta, with use_adaptive_entropy")
     entropy_target: float = honoured(0.2, "objective.entropy_target, with use_adaptive_entropy")
-    max_tool_calling_iterations: int | None = refused(None, "leave it out; completions are single answers here")
+    max_tool_calling_iterations: int | None = honoured(None, "environment.max_turns, which also counts the last turn; None is 1024")
     vllm_importance_sampling_correction: bool = refused(True, NO_VLLM)
     vllm_importance_sampling_mode: str = refused("sequence_mask", NO_VLLM)
     vllm_importance_sampling_clip_max: float | None = refused(3.0, NO_VLLM)

@@ -15,6 +15,9 @@ from grpo_jax.trl.steps import Steps
 UNLIMITED_PROMPT_TOKENS = 1_000_000
 """`rollout.max_prompt_length` where TRL has no limit: what is compiled follows the lengths that there are."""
 
+UNLIMITED_ITERATIONS = 1023
+"""Turns with calls where TRL has no limit: the episode's tokens are the limit."""
+
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla")
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 BY_SEQUENCE = {"grpo": "gspo", "luspo": "luspo"}
@@ -24,7 +27,14 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
 
 def config_of(
-    args: GRPOConfig, steps: Steps, *, model: str | None, evaluates: bool, peft_config: Any = None, quantization_config: Any = None
+    args: GRPOConfig,
+    steps: Steps,
+    *,
+    model: str | None,
+    evaluates: bool,
+    peft_config: Any = None,
+    quantization_config: Any = None,
+    episodes: bool = False,
 ) -> Config:
     """Makes the settings of a run.
 
@@ -34,11 +44,19 @@ def config_of(
         model: folder or hub id; None where a policy is passed, which has its own adapters and number formats.
         evaluates: whether there are held-out rows.
         peft_config, quantization_config: the trainer's arguments of these names.
+        episodes: whether there are tools or environments.
 
     Raises:
         ConfigError: an argument, or its value, has no equivalent here; the message names it.
     """
     args.check()
+    iterations = args.max_tool_calling_iterations
+    allow(
+        episodes or iterations is None,
+        "max_tool_calling_iterations",
+        iterations,
+        "give tools or environment_factory, or leave it out",
+    )
     values = {
         "model": model_settings(args, model, quantization_config),
         "lora": lora_settings(peft_config) if model is not None else {},
@@ -49,6 +67,7 @@ def config_of(
             **({} if evaluates else {"eval_size": 0}),
         },
         "rollout": rollout_settings(args),
+        "environment": environment_settings(args) if episodes else {},
         "rewards": {"weights": args.reward_weights, "timeout_seconds": None},
         "objective": objective_settings(args),
         "optim": optim_settings(args, steps),
@@ -122,6 +141,13 @@ def rollout_settings(args: GRPOConfig) -> dict[str, Any]:
         "max_completion_length": longest,
         "max_prompt_length": args.max_prompt_length or UNLIMITED_PROMPT_TOKENS,
     }
+
+
+def environment_settings(args: GRPOConfig) -> dict[str, Any]:
+    """The section `environment`: TRL has no limit of time, and counts the calls, not the turns."""
+    iterations = args.max_tool_calling_iterations
+    allow(iterations is None or iterations >= 0, "max_tool_calling_iterations", iterations, "use 0 or more, or None")
+    return {"max_turns": (UNLIMITED_ITERATIONS if iterations is None else iterations) + 1, "timeout_seconds": None}
 
 
 def objective_settings(args: GRPOConfig) -> dict[str, Any]:

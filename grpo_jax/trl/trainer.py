@@ -15,6 +15,7 @@ from grpo_jax.config import Config
 from grpo_jax.evaluation import evaluate
 from grpo_jax.policy import Policy
 from grpo_jax.rewards.protocol import ColumnReward, TextReward, accepted
+from grpo_jax.rollout.episode_setup import EpisodeInputs
 from grpo_jax.run.checkpoint import Checkpointer
 from grpo_jax.runtime import distributed
 from grpo_jax.trainer import Trainer
@@ -115,8 +116,15 @@ class GRPOTrainer:
         allow(not self.steps.evaluating or held_out is not None, "eval_dataset", None, "give rows, or use eval_strategy='no'")
         self._held_out = held_out if self.steps.evaluating else None
         evaluates = self._held_out is not None
+        self._episodes = EpisodeInputs(environment_factory, tools or (), methods=environment_factory is not None)
         self.config: Config = config_of(
-            args, self.steps, model=path, evaluates=evaluates, peft_config=peft_config, quantization_config=quantization_config
+            args,
+            self.steps,
+            model=path,
+            evaluates=evaluates,
+            peft_config=peft_config,
+            quantization_config=quantization_config,
+            episodes=bool(tools) or environment_factory is not None,
         )
         self.state = new_state(args, self.steps)
         self.hooks = Hooks(args, self.steps, self.state, lambda: self.processing_class)
@@ -132,6 +140,7 @@ class GRPOTrainer:
             policy=policy,
             dataset=rows,
             reward_funcs=self.reward_funcs,
+            environment=self._episodes,
             eval_dataset=self._held_out,
             optimizer=optimizer,
             callbacks=[self.hooks, self.uploads],
@@ -171,7 +180,9 @@ class GRPOTrainer:
         allow(rows is not None, "eval_dataset", None, "give rows, here or to the constructor")
         table = rows_of(rows, "eval_dataset", bool(self.args.remove_unused_columns))
         config = replace(self.config, data=replace(self.config.data, eval_size=None))
-        result = evaluate(config, policy=self.model, eval_dataset=table, reward_funcs=self.reward_funcs, pass_k=1)
+        result = evaluate(
+            config, policy=self.model, eval_dataset=table, reward_funcs=self.reward_funcs, environment=self._episodes, pass_k=1
+        )
         self.hooks.evaluated({"eval_reward": result["reward_mean"], "eval_accuracy": result["accuracy"]})
         return {**self.hooks.evaluation, "epoch": self.state.epoch}
 
