@@ -27,7 +27,12 @@ def test_values_out_of_range_are_refused(values: dict[str, Any]):
     ("values", "has_environment", "has_tools", "message"),
     [
         ({"max_turns": 3}, False, False, r"environment\.max_turns is 3: it has no effect without an environment or tools"),
-        ({"name": "number_guessing", "tool_format": "llama"}, False, False, r"environment\.tool_format is 'llama': .*without tools"),
+        (
+            {"name": "number_guessing", "tool_format": "llama"},
+            False,
+            False,
+            r"environment\.tool_format is 'llama': .*without tools",
+        ),
         ({"name": "number_guessing"}, True, False, r"environment\.name is 'number_guessing': it was passed in Python too"),
         ({"tools": ["calculator"]}, False, True, r"environment\.tools is \['calculator'\]: it was passed in Python too"),
     ],
