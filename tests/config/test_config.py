@@ -62,9 +62,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(values: dict[str, Any],
 
 
 def test_a_name_that_is_like_no_other_is_answered_with_the_sections():
-    with pytest.raises(
-        ConfigError, match="zzzz is not a setting; the sections are model, lora, data, rollout, env"
-    ):
+    with pytest.raises(ConfigError, match="zzzz is not a setting; the sections are model, lora, data, rollout, env"):
         config_from_dict({"zzzz": 1})
 
 

@@ -20,8 +20,7 @@ from grpo_jax.environments.pool import EnvironmentPool
 from grpo_jax.rewards import RewardError, resolve_functions
 from grpo_jax.rewards.scoring import score
 from grpo_jax.rollout.environment_turns import EnvironmentTurns, EpisodeDriver, reward_rows
-from grpo_jax.rollout.episode_content import episode_metrics
-from grpo_jax.rollout.episode_content import RewardRows
+from grpo_jax.rollout.episode_content import RewardRows, episode_metrics
 from grpo_jax.rollout.episode_setup import EpisodeInputs, EpisodeSetup
 from grpo_jax.types import Rollout
 
