@@ -226,7 +226,7 @@ def test_a_truncated_completion_pays_for_its_kl_where_it_is_masked_out_of_the_lo
     learner, _ = grpo_learner(config, policy, 100)
     # Sums of k1 = logp - ref_logp: 5 nats for the finished completion, 9 for the truncated one.
     scores = iter([jnp.array([[-5.0, 0, 0], [-9.0, 0, 0]]), jnp.zeros((2, 3))])  # the reference, then the policy
-    monkeypatch.setattr(Learner, "fixed_logprobs", lambda *_: (next(scores),) * 2)
+    monkeypatch.setattr(Learner, "fixed_logprobs", lambda *_: (next(scores),) * 3)
     padded = PaddedBatch(
         prompt_ids=np.array([[5, 6]], np.int32),
         prompt_lengths=np.array([2], np.int32),
