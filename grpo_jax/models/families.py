@@ -5,22 +5,30 @@ An attribute that the family does not know raises, naming it: nothing is guessed
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Callable
+from typing import Any
 
 from grpo_jax.config.checks import show
-from grpo_jax.models.config_json import (
-    ConfigReader,
-    Fields,
-    attention_bias,
-    expert_fields,
-    layer_windows,
-    one_rope,
-    read_rope,
-    shared_fields,
-    swiglu_fields,
-)
+from grpo_jax.models.config_json import ConfigReader, Fields, attention_bias, expert_fields, layer_windows, shared_fields
+from grpo_jax.models.config_rope import one_rope, partial_rotation, read_rope, ropes_by_window
+from grpo_jax.models.config_values import checked_number
 from grpo_jax.models.spec import ModelError, ModelSpec, Rope
+
+
+def swiglu_fields(reader: ConfigReader, head_dim: int | None = None, *, theta: float = 10000.0, norm_eps: float = 1e-6) -> Fields:
+    """Reads what Llama, Mistral and Qwen share: `shared_fields`, one rotary embedding, SwiGLU. Given are the family's defaults."""
+    return unrotated_fields(reader, head_dim, norm_eps=norm_eps) | one_rope(reader, theta)
+
+
+def unrotated_fields(reader: ConfigReader, head_dim: int | None = None, *, norm_eps: float = 1e-6, tied: bool = False) -> Fields:
+    """Reads `swiglu_fields` without the rotary embedding."""
+    reader.allow_only("hidden_act", ("silu",), "the feed-forward is SwiGLU")
+    return shared_fields(reader, head_dim) | {
+        "norm_eps": reader.number("rms_norm_eps", norm_eps),
+        "tied": reader.flag("tie_word_embeddings", tied),
+    }
 
 
 def llama(reader: ConfigReader) -> Fields:
@@ -118,15 +126,128 @@ def gemma3(reader: ConfigReader) -> Fields:
     fields = gemma_fields(reader, (None, None))
     pattern = reader.whole("sliding_window_pattern", reader.whole("_sliding_window_pattern", 6))
     windows = layer_windows(reader, fields["layers"], reader.whole("sliding_window", 4096), pattern)
-    both = reader.get("rope_parameters")
-    if isinstance(both, dict) and ("full_attention" in both or "sliding_attention" in both):
-        ropes = (read_rope(reader, both.get("full_attention"), 1e6), read_rope(reader, both.get("sliding_attention"), 1e4))
+    return fields | ropes_by_window(reader, windows, 1e6, local=1e4) | {"windows": windows, "qk_norm": True}
+
+
+def smollm3(reader: ConfigReader) -> Fields:
+    """SmolLM3 (https://huggingface.co/blog/smollm3): Llama in which every fourth layer has no rotary embedding."""
+    fields = unrotated_fields(reader, tied=True) | attention_bias(reader) | one_rope(reader, 2e6)
+    layers, window = fields["layers"], reader.window(None)
+    window = window if reader.flag("use_sliding_window") else None
+    interval, rotated = reader.whole("no_rope_layer_interval", 4), reader.get("no_rope_layers")
+    if rotated is None:
+        rotated = [int((i + 1) % interval != 0) for i in range(layers)]
+    if not isinstance(rotated, list) or len(rotated) < layers or any(flag not in (0, 1) for flag in rotated):
+        raise ModelError(
+            f"{reader.file}: no_rope_layers is {show(rotated)}: use a list with 1 (rotary embedding) or 0 for each layer"
+        )
+    if reader.get("layer_types") is None:
+        windows = tuple(None if flag else window for flag in rotated[:layers])
     else:
-        base = reader.number("rope_theta", 1e6)
-        ropes = (read_rope(reader, both or reader.get("rope_scaling"), base), Rope(reader.number("rope_local_base_freq", 1e4)))
-    reader.known.update(("rope_scaling", "rope_theta", "rope_local_base_freq"))
-    rope_of_layer = tuple(0 if w is None else 1 for w in windows)
-    return fields | {"windows": windows, "ropes": ropes, "rope_of_layer": rope_of_layer, "qk_norm": True}
+        windows = layer_windows(reader, layers, window, None)
+    return fields | {
+        "windows": windows,
+        "ropes": (*fields["ropes"], Rope(1.0, "none")),
+        "rope_of_layer": tuple(0 if flag else 1 for flag in rotated[:layers]),
+        "mlp_bias": reader.flag("mlp_bias"),
+    }
+
+
+def olmo3(reader: ConfigReader) -> Fields:
+    """OLMo 3 (https://arxiv.org/abs/2512.13961): norms after attention and feed-forward alone, joint q/k norms, yarn if global."""
+    fields = unrotated_fields(reader, norm_eps=1e-5) | attention_bias(reader)
+    windows = layer_windows(reader, fields["layers"], reader.window(4096), 4)
+    theta = 500000.0
+    if reader.get("rope_parameters") is None:
+        # transformers gives rope_theta to the global layers only, which no published model was trained with.
+        reader.allow_only("rope_theta", (theta,), "write rope_parameters with one entry for each type of layer")
+    return (
+        fields
+        | ropes_by_window(reader, windows, theta)
+        | {"windows": windows, "qk_norm": True, "joint_qk_norm": True, "pre_norm": False, "sandwich": True}
+    )
+
+
+def granite(reader: ConfigReader) -> Fields:
+    """Granite 3 (https://huggingface.co/ibm-granite): Llama with factors of embeddings, scores, residual branches and logits."""
+    return llama(reader) | {
+        "embed_scale": reader.number("embedding_multiplier", 1.0),
+        "query_scale": reader.number("attention_multiplier", 1.0),
+        "residual_scale": reader.number("residual_multiplier", 1.0),
+        "logit_scale": 1 / reader.number("logits_scaling", 1.0),
+    }
+
+
+def ministral3(reader: ConfigReader) -> Fields:
+    """Ministral 3 (https://arxiv.org/abs/2601.08584): Mistral with yarn, and queries that grow with their position."""
+    fields = unrotated_fields(reader, head_dim=128, norm_eps=1e-5)
+    parameters: Any = reader.get("rope_parameters", MINISTRAL3_ROPE)
+    if not isinstance(parameters, dict) or "llama_4_scaling_beta" not in parameters:
+        raise ModelError(f"{reader.file}: rope_parameters is {show(parameters)}: use an object with llama_4_scaling_beta")
+    growth = checked_number(reader.file, "llama_4_scaling_beta", parameters["llama_4_scaling_beta"])
+    own = ("llama_4_scaling_beta", "max_position_embeddings")
+    rope = read_rope(reader, {name: value for name, value in parameters.items() if name not in own}, 1e6)
+    if rope.kind != "yarn":
+        raise ModelError(f"{reader.file}: rope type {show(parameters.get('rope_type'))} is not supported for ministral3; use yarn")
+    return fields | {
+        "ropes": (dataclasses.replace(rope, query_growth=growth),),
+        "rope_of_layer": (0,) * fields["layers"],
+        "windows": layer_windows(reader, fields["layers"], reader.window(None), None),
+    }
+
+
+MINISTRAL3_ROPE = {
+    "type": "yarn",
+    "rope_theta": 1e6,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+"""Rotary embedding of a Ministral 3 whose config.json has none."""
+
+
+def glm4(reader: ConfigReader) -> Fields:
+    """GLM-4-0414 (https://arxiv.org/abs/2406.12793): half of each head rotated in neighbouring pairs, four norms a layer."""
+    fields = unrotated_fields(reader, head_dim=128, norm_eps=1.5625e-7)
+    rotated = partial_rotation(reader, fields["head_dim"], 0.5)
+    return (
+        fields
+        | one_rope(reader, rotated=rotated)
+        | {
+            "windows": (None,) * fields["layers"],
+            "rotated_dims": rotated,
+            "interleaved_rope": True,
+            "qkv_bias": reader.flag("attention_bias", True),
+            "sandwich": True,
+        }
+    )
+
+
+def phi3(reader: ConfigReader) -> Fields:
+    """Phi-3, Phi-3.5 and Phi-4-mini (https://arxiv.org/abs/2404.14219): Llama with q, k, v and gate, up in one tensor each."""
+    fields = unrotated_fields(reader, norm_eps=1e-5)
+    rotated = partial_rotation(reader, fields["head_dim"], 1.0)
+    reader.config["original_max_position_embeddings"] = reader.whole("original_max_position_embeddings", 4096)
+    for name in ("rope_parameters", "rope_scaling"):
+        settings = reader.config.get(name)
+        if isinstance(settings, dict) and settings.get("rope_type", settings.get("type")) in ("su", "yarn"):  # older names
+            reader.config[name] = {**settings, "rope_type": "longrope"}
+    reader.allow_only("attention_bias", (False,), "Phi-3 has no biases")
+    reader.allow_only("mlp_bias", (False,), "Phi-3 has no biases")
+    reader.allow_only("lm_head_bias", (False,), "the head has no bias")
+    reader.allow_only("full_attn_mod", (1,), "every layer is alike")
+    reader.allow_only("interpolate_factor", (1,), "positions are not interpolated")
+    # Dropout is for pretraining; auto_map names code of the folder, which is not run.
+    reader.known.update(("resid_pdrop", "embd_pdrop", "auto_map"))
+    rope = one_rope(reader, rotated=rotated)
+    if rope["ropes"][0].kind not in ("default", "longrope"):
+        raise ModelError(f"{reader.file}: the rope type of phi3 is {rope['ropes'][0].kind!r}: use default or longrope")
+    windows = layer_windows(reader, fields["layers"], reader.window(None), None)
+    return fields | rope | {"windows": windows, "rotated_dims": rotated}
 
 
 FAMILIES: dict[str, Callable[[ConfigReader], Fields]] = {
@@ -138,6 +259,12 @@ FAMILIES: dict[str, Callable[[ConfigReader], Fields]] = {
     "qwen3_moe": qwen3_moe,
     "gemma2": gemma2,
     "gemma3_text": gemma3,
+    "smollm3": smollm3,
+    "olmo3": olmo3,
+    "granite": granite,
+    "ministral3": ministral3,
+    "glm4": glm4,
+    "phi3": phi3,
 }
 """model_type → the function that reads the arguments of `ModelSpec`."""
 

@@ -20,7 +20,8 @@ from grpo_jax.models.spec import ModelError, ModelSpec, flatten
 from grpo_jax.runtime.digests import DIGESTS, write_digests
 from grpo_jax.runtime.files import replacing
 from grpo_jax.types import Params
-from grpo_jax.weights.hf import INDEX, TensorFiles, read_tensor, tensor_names
+from grpo_jax.weights.hf import INDEX, TensorFiles, read_tensor
+from grpo_jax.weights.names import TensorSource, tensor_names
 from grpo_kernels import QuantizedWeight
 
 # Endings of files that are not copied: weights in any format, files of the hub's page, and digests of the original's files.
@@ -100,11 +101,7 @@ def save_merged(out: Path, original: Path, spec: ModelSpec, read: ReadTensor, wr
     if writes:
         out.mkdir(parents=True, exist_ok=True)
         (out / DIGESTS).unlink(missing_ok=True)  # those of files that are about to be replaced
-    entries = {
-        name: (path, index, source.transposed) for path, source in tensor_names(spec).items() for name, index in source.entries()
-    }
-    if spec.tied:
-        entries["lm_head.weight"] = (("embed", "embedding"), (), False)
+    pieces = tensor_pieces(spec)
     with TensorFiles(original) as files:
         shards = sorted(set(files.files.values()))
         if writes:
@@ -112,20 +109,36 @@ def save_merged(out: Path, original: Path, spec: ModelSpec, read: ReadTensor, wr
         for shard in shards:
             tensors: dict[str, np.ndarray] = {}
             for name in (n for n, file in files.files.items() if file == shard):
-                path, index, transposed = entries.get(name, (None, (), False))
-                values = None if path is None else read(path, index)
-                if not writes:
-                    continue
-                if values is None:
-                    tensors[name] = files.read(name)
-                    continue
-                dtype = files.read(name, tuple(slice(0, 0) for _ in files.shape(name))).dtype
-                tensors[name] = np.ascontiguousarray(values.T if transposed else values).astype(jnp.dtype(dtype))
+                values = [(source, read(path, index)) for source, path, index in pieces.get(name, ())]
+                if writes:
+                    tensors[name] = joined_pieces(files, name, values) if values else files.read(name)
             if writes:
                 with replacing(out / shard) as unfinished:
                     save_file(tensors, unfinished, metadata={"format": "pt"})
     if writes:
         write_digests(out, sorted([*shards, *copy_other_files(original, out)]))
+
+
+def tensor_pieces(spec: ModelSpec) -> dict[str, list[tuple[TensorSource, tuple[str, ...], tuple[int, ...]]]]:
+    """The tensors of the model's files, each with the parameters that are in it: source, path and index in the stack."""
+    pieces: dict[str, list[tuple[TensorSource, tuple[str, ...], tuple[int, ...]]]] = {}
+    for path, source in tensor_names(spec).items():
+        for name, index in source.entries():
+            pieces.setdefault(name, []).append((source, path, index))
+    if spec.tied:
+        pieces["lm_head.weight"] = [(TensorSource(("lm_head.weight",), False, ()), ("embed", "embedding"), ())]
+    return pieces
+
+
+def joined_pieces(files: TensorFiles, name: str, pieces: list[tuple[TensorSource, np.ndarray]]) -> np.ndarray:
+    """One tensor of the files, in their format, from the values of each parameter that is in it, matrices as (in, out)."""
+    shape = files.shape(name)
+    dtype = files.read(name, tuple(slice(0, 0) for _ in shape)).dtype
+    tensor = np.empty(shape, jnp.dtype(dtype))
+    for source, values in pieces:
+        index = source.index_of((slice(None),) * len(shape))
+        tensor[index] = (values.T if source.transposed else values).astype(tensor.dtype)
+    return tensor
 
 
 def copy_other_files(original: Path, out: Path) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,82 +17,18 @@ import numpy as np
 
 from grpo_jax.config.checks import show
 from grpo_jax.models.families import read_spec
-from grpo_jax.models.spec import EXPERT_LINEARS, ModelError, ModelSpec, param_specs
+from grpo_jax.models.spec import ModelError, ModelSpec, param_specs
 from grpo_jax.runtime.untrusted_json import JsonError, located, read_json_file
 from grpo_jax.weights.finite import all_finite
+from grpo_jax.weights.names import TensorSource, tensor_names
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"[\w.+=@ -]{1,200}\.safetensors")
 FLOATING = ("F64", "F32", "F16", "BF16")
 """Number formats of safetensors that weights may have; others are quantised values, whose scales are elsewhere."""
+FUSED_EXPERTS = "experts.gate_up_proj"
 # Names of constants that old checkpoints store next to the weights; they are computed from config.json instead.
 CONSTANTS = ("rotary_emb.inv_freq", "self_attn.masked_bias")
-
-LLAMA_NORMS = {"attn_norm": "input_layernorm", "ffw_norm": "post_attention_layernorm"}
-GEMMA_NORMS = {
-    "attn_norm": "input_layernorm",
-    "post_attn_norm": "post_attention_layernorm",
-    "ffw_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-MIXTRAL_EXPERTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-FUSED_EXPERTS = "experts.gate_up_proj"
-
-
-def module_path(spec: ModelSpec, part: str, expert: int = 0) -> str:
-    """Hugging Face's path of a module inside a layer: `q_proj` → `self_attn.q_proj`.
-
-    Args:
-        expert: index of the expert, where `part` is a linear layer of experts.
-    """
-    norms = GEMMA_NORMS if spec.sandwich else LLAMA_NORMS
-    if part in norms:
-        return norms[part]
-    block, names = ("block_sparse_moe", MIXTRAL_EXPERTS) if spec.family == "mixtral" else ("mlp", {})
-    if part == "router":
-        return f"{block}.gate"
-    if part not in EXPERT_LINEARS:
-        return f"self_attn.{part}"
-    return f"{block}.experts.{expert}.{names.get(part, part)}" if spec.experts else f"{block}.{part}"
-
-
-def module_paths(spec: ModelSpec, part: str) -> list[str]:
-    """Paths from the model's root of all modules of one kind, layer by layer and, within a layer, expert by expert."""
-    experts = spec.experts if part in EXPERT_LINEARS and spec.experts else 1
-    return [f"model.layers.{i}.{module_path(spec, part, expert)}" for i in range(spec.layers) for expert in range(experts)]
-
-
-@dataclass(frozen=True)
-class TensorSource:
-    """The tensors of a checkpoint that make up one parameter.
-
-    Attributes:
-        names: tensor names: one, or one per layer, or one per layer and expert in that order.
-        transposed: True where Hugging Face stores (out, in) and this model (in, out).
-        stack: leading dimensions of the parameter over which its tensors are stacked: (), (L,) or (L, E).
-    """
-
-    names: tuple[str, ...]
-    transposed: bool
-    stack: tuple[int, ...]
-
-    def entries(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Each tensor's name and its index in the stack."""
-        return zip(self.names, np.ndindex(self.stack), strict=True)
-
-
-def tensor_names(spec: ModelSpec) -> dict[tuple[str, ...], TensorSource]:
-    """The table of names: path of a parameter → its tensors."""
-    top = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
-    table: dict[tuple[str, ...], TensorSource] = {}
-    for path in param_specs(spec):
-        if path[0] == "layers":
-            leaf = "bias" if path[2] == "bias" else "weight"
-            names = tuple(f"{module}.{leaf}" for module in module_paths(spec, path[1]))
-            table[path] = TensorSource(names, path[2] == "kernel", spec.stack_dims(path[1])[0])
-        else:
-            table[path] = TensorSource((top[path[0]],), False, ())
-    return table
 
 
 def find_model(path: str, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -270,7 +205,7 @@ class TensorFiles:
 
 def check_tensors(folder: Path, spec: ModelSpec, files: TensorFiles) -> None:
     """Raises ModelError unless the tensors of the files, with their shapes, are exactly those of the model's parameters."""
-    unused = set(files.files)
+    unused, used = set(files.files), set[str]()
     fused = next((name for name in unused if name.endswith(FUSED_EXPERTS)), None)
     if fused is not None:
         raise ModelError(
@@ -279,12 +214,12 @@ def check_tensors(folder: Path, spec: ModelSpec, files: TensorFiles) -> None:
         )
     specs = param_specs(spec)
     for path, source in tensor_names(spec).items():
-        expected = specs[path].shape[len(source.stack) :]
-        expected = expected[::-1] if source.transposed else expected
+        expected = source.shape_of(specs[path].shape)
         for name in source.names:
-            if name not in unused:
+            if name not in unused | used:
                 raise ModelError(f"{folder}: tensor {name} is missing")
             unused.discard(name)
+            used.add(name)
             if files.shape(name) != expected:
                 raise ModelError(f"{folder}: tensor {name} has shape {files.shape(name)}; config.json asks for {expected}")
     if spec.tied:
@@ -304,15 +239,18 @@ def read_slice(files: TensorFiles, source: TensorSource, index: tuple[slice, ...
         dtype: of the result; None is the file's dtype.
     """
     lead = len(source.stack)
-    inner = index[lead:][::-1] if source.transposed else index[lead:]
+
+    def part(name: str) -> np.ndarray:
+        values = files.read(name, source.index_of(index[lead:]))
+        return values.T if source.transposed else values
+
     if not lead:
-        part = np.ascontiguousarray(files.read(source.names[0], inner))
-        return part if dtype is None else part.astype(jnp.dtype(dtype), copy=False)
+        values = np.ascontiguousarray(part(source.names[0]))
+        return values if dtype is None else values.astype(jnp.dtype(dtype), copy=False)
     names = np.array(source.names, object).reshape(source.stack)[index[:lead]]
     stack = None
     for at in np.ndindex(names.shape):
-        tensor = files.read(str(names[at]), inner)
-        tensor = tensor.T if source.transposed else tensor
+        tensor = part(str(names[at]))
         if stack is None:
             stack = np.empty((*names.shape, *tensor.shape), tensor.dtype if dtype is None else jnp.dtype(dtype))
         stack[at] = tensor
@@ -321,6 +259,7 @@ def read_slice(files: TensorFiles, source: TensorSource, index: tuple[slice, ...
 
 
 def read_tensor(files: TensorFiles, source: TensorSource, number: int) -> np.ndarray:
-    """Reads one tensor of a parameter in this model's (in, out) order and the file's dtype; `number` counts `source.names`."""
-    tensor = files.read(source.names[number])
+    """Reads one tensor's part of a parameter in this model's (in, out) order and the file's dtype; `number` counts the names."""
+    name = source.names[number]
+    tensor = files.read(name, source.index_of((slice(None),) * len(files.shape(name))))
     return np.ascontiguousarray(tensor.T if source.transposed else tensor)

@@ -13,7 +13,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from goldens.folders import FAMILIES, build_model_folder, read_golden
+from goldens.folders import FAMILIES, NEWER_FAMILIES, build_model_folder, read_golden
 from grpo_jax.config import Config, LoraConfig
 from grpo_jax.policy import Policy
 from grpo_jax.trainer import train
@@ -23,7 +23,7 @@ PROMPT = 5
 MIXTURES = ("mixtral", "qwen3_moe")
 ADAPTED = {
     "all-linear": LoraConfig(rank=4, alpha=8.0),
-    "rslora": LoraConfig(rank=8, alpha=4.0, targets=["q_proj", "v_proj", "down_proj"], rslora=True),
+    "rslora": LoraConfig(rank=8, alpha=4.0, targets=["q_proj", "k_proj", "v_proj", "down_proj"], rslora=True),
 }
 
 
@@ -58,7 +58,7 @@ def assert_close(got: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("lora", ADAPTED)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + NEWER_FAMILIES)
 def test_what_is_saved_here_computes_the_same_in_torch(tmp_path: Path, family: str, lora: str) -> None:
     folder = build_model_folder(tmp_path, family)
     ids, _ = read_golden(family)
@@ -74,7 +74,7 @@ def test_what_is_saved_here_computes_the_same_in_torch(tmp_path: Path, family: s
     assert_close(torch_logprobs(torch_model(merged), ids), ours)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + NEWER_FAMILIES)
 def test_a_model_and_an_adapter_saved_by_torch_load_here(tmp_path: Path, family: str) -> None:
     torch.manual_seed(3)
     model = torch_model(build_model_folder(tmp_path, family))

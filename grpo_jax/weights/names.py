@@ -1,0 +1,124 @@
+"""The table of names: which tensors of a Hugging Face checkpoint, or which parts of them, make up each parameter.
+
+Loading (`hf.py`) uses the table in one direction, export (`export.py`) and adapters (`lora.py`) in the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from grpo_jax.models.layers import JOINED
+from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec, param_specs
+
+LLAMA_NORMS = {"attn_norm": "input_layernorm", "ffw_norm": "post_attention_layernorm"}
+GEMMA_NORMS = {
+    "attn_norm": "input_layernorm",
+    "post_attn_norm": "post_attention_layernorm",
+    "ffw_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+NORMS: dict[str, dict[str, str]] = {
+    "gemma2": GEMMA_NORMS,
+    "gemma3_text": GEMMA_NORMS,
+    "olmo3": {"post_attn_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"},
+    "glm4": LLAMA_NORMS | {"post_attn_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"},
+}
+"""Names of the norms of families that do not have Llama's."""
+FUSED: dict[str, tuple[str, ...]] = {"phi3": ("qkv_proj", "gate_up_proj"), "glm4": ("gate_up_proj",)}
+"""The joined linear layers (`models.layers.JOINED`) that a family's files have as one tensor."""
+MIXTRAL_EXPERTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+def fused_name(spec: ModelSpec, part: str) -> str | None:
+    """The joined linear layer of whose tensor a linear layer is a part, in this family's files; None where it has its own."""
+    return next((joined for joined in FUSED.get(spec.family, ()) if part in JOINED[joined]), None)
+
+
+def module_path(spec: ModelSpec, part: str, expert: int = 0) -> str:
+    """Hugging Face's path of a module inside a layer: `q_proj` → `self_attn.q_proj`.
+
+    Args:
+        part: a linear layer, also one that is joined in this family's files, a norm or the router.
+        expert: index of the expert, where `part` is a linear layer of experts.
+    """
+    norms = NORMS.get(spec.family, GEMMA_NORMS if spec.sandwich else LLAMA_NORMS)
+    if part in norms:
+        return norms[part]
+    part = fused_name(spec, part) or part
+    block, names = ("block_sparse_moe", MIXTRAL_EXPERTS) if spec.family == "mixtral" else ("mlp", {})
+    if part == "router":
+        return f"{block}.gate"
+    if part not in (*EXPERT_LINEARS, "gate_up_proj"):
+        return f"self_attn.{part}"
+    return f"{block}.experts.{expert}.{names.get(part, part)}" if spec.experts else f"{block}.{part}"
+
+
+def module_paths(spec: ModelSpec, part: str) -> list[str]:
+    """Paths from the model's root of all modules of one kind, layer by layer and, within a layer, expert by expert."""
+    experts = spec.experts if part in EXPERT_LINEARS and spec.experts else 1
+    return [f"model.layers.{i}.{module_path(spec, part, expert)}" for i in range(spec.layers) for expert in range(experts)]
+
+
+def fused_rows(spec: ModelSpec, part: str) -> tuple[int, int, int] | None:
+    """Where a linear layer stands in a tensor of several: its first output, the one after its last, and those of the tensor."""
+    joined = fused_name(spec, part)
+    if joined is None:
+        return None
+    sizes = [spec.linear_shapes()[name][1] for name in JOINED[joined]]
+    at = JOINED[joined].index(part)
+    return sum(sizes[:at]), sum(sizes[: at + 1]), sum(sizes)
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """The tensors of a checkpoint that make up one parameter.
+
+    Attributes:
+        names: tensor names: one, or one per layer, or one per layer and expert in that order.
+        transposed: True where Hugging Face stores (out, in) and this model (in, out).
+        stack: leading dimensions of the parameter over which its tensors are stacked: (), (L,) or (L, E).
+        rows: (first, end, all): each tensor has `all` outputs, of which the parameter is those from first to end; None is each
+            tensor alone.
+    """
+
+    names: tuple[str, ...]
+    transposed: bool
+    stack: tuple[int, ...]
+    rows: tuple[int, int, int] | None = None
+
+    def entries(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Each tensor's name and its index in the stack."""
+        return zip(self.names, np.ndindex(self.stack), strict=True)
+
+    def shape_of(self, parameter: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of each tensor, from that of the parameter."""
+        own = parameter[len(self.stack) :]
+        own = own[::-1] if self.transposed else own
+        return own if self.rows is None else (self.rows[2], *own[1:])
+
+    def index_of(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """The slices of a tensor, from those of the parameter's dimensions behind the stack."""
+        own = index[::-1] if self.transposed else index
+        if self.rows is None:
+            return own
+        first, end, _ = self.rows
+        start, stop, _ = own[0].indices(end - first)
+        return (slice(first + start, first + stop), *own[1:])
+
+
+def tensor_names(spec: ModelSpec) -> dict[tuple[str, ...], TensorSource]:
+    """The table of names: path of a parameter → its tensors."""
+    top = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
+    table: dict[tuple[str, ...], TensorSource] = {}
+    for path in param_specs(spec):
+        if path[0] != "layers":
+            table[path] = TensorSource((top[path[0]],), False, ())
+            continue
+        leaf = "bias" if path[2] == "bias" else "weight"
+        names = tuple(f"{module}.{leaf}" for module in module_paths(spec, path[1]))
+        rows = None if path[2] == "scale" else fused_rows(spec, path[1])
+        table[path] = TensorSource(names, path[2] == "kernel", spec.stack_dims(path[1])[0], rows)
+    return table
