@@ -139,11 +139,6 @@ def read_rope(reader: ConfigReader, parameters: Any, theta: float, rotated: int 
     p.settings.pop("original_max_position_embeddings", None)
     if p.settings:
         raise ModelError(f"{reader.file}: rope settings {sorted(p.settings)} are not known for type {p.kind!r}")
-    if rope.kind == "longrope" and rotated is not None and len(rope.pair_factors) != rotated // 2:
-        raise ModelError(
-            f"{reader.file}: short_factor has {len(rope.pair_factors)} entries: use one for each of the {rotated // 2} pairs that are "
-            "rotated"
-        )
     return rope
 
 

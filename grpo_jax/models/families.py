@@ -132,6 +132,7 @@ def gemma3(reader: ConfigReader) -> Fields:
 def smollm3(reader: ConfigReader) -> Fields:
     """SmolLM3 (https://huggingface.co/blog/smollm3): Llama in which every fourth layer has no rotary embedding."""
     fields = unrotated_fields(reader, tied=True) | attention_bias(reader) | one_rope(reader, 2e6)
+    reader.known.add("max_window_layers")  # of Qwen's models; transformers does not read it here
     layers, window = fields["layers"], reader.window(None)
     window = window if reader.flag("use_sliding_window") else None
     interval, rotated = reader.whole("no_rope_layer_interval", 4), reader.get("no_rope_layers")
@@ -250,6 +251,43 @@ def phi3(reader: ConfigReader) -> Fields:
     return fields | rope | {"windows": windows, "rotated_dims": rotated}
 
 
+def gpt_oss(reader: ConfigReader) -> Fields:
+    """gpt-oss (https://arxiv.org/abs/2508.10925): attention sinks, alternating windows, experts with biases and a clamp."""
+    fields = unrotated_fields(reader, head_dim=64, norm_eps=1e-5) | expert_fields(reader, 128, 4)
+    bias = reader.flag("attention_bias", True)
+    # Other names of num_experts_per_tok and of the rotary embedding's original length, which transformers does not read.
+    reader.known.update(("experts_per_token", "initial_context_length"))
+    if reader.get("rope_parameters", reader.get("rope_scaling")) is None:
+        reader.config["rope_parameters"] = GPT_OSS_ROPE
+    stored = reader.config.get("quantization_config")
+    if isinstance(stored, dict) and stored.get("quant_method") == "mxfp4":
+        del reader.config["quantization_config"]  # the experts' format, which `weights/mxfp4.py` reads
+    return (
+        fields
+        | one_rope(reader, 150000.0)
+        | {
+            "windows": layer_windows(reader, fields["layers"], reader.window(128), 2),
+            "qkv_bias": bias,
+            "output_bias": bias,
+            "mlp_bias": True,
+            "sinks": True,
+            "activation": "swiglu_clamped",
+            "swiglu_alpha": reader.number("swiglu_alpha", 1.702),
+            "swiglu_limit": reader.number("swiglu_limit", 7.0),
+        }
+    )
+
+
+GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+"""Rotary embedding of a gpt-oss whose config.json has none."""
+
 FAMILIES: dict[str, Callable[[ConfigReader], Fields]] = {
     "llama": llama,
     "mistral": mistral,
@@ -265,6 +303,7 @@ FAMILIES: dict[str, Callable[[ConfigReader], Fields]] = {
     "ministral3": ministral3,
     "glm4": glm4,
     "phi3": phi3,
+    "gpt_oss": gpt_oss,
 }
 """model_type → the function that reads the arguments of `ModelSpec`."""
 
@@ -288,4 +327,10 @@ def read_spec(config: Fields, file: str = "config.json") -> ModelSpec:
     reader = ConfigReader(dict(config), file)
     spec = ModelSpec(**FAMILIES[kind](reader))
     reader.refuse_unknown()
+    pairs = spec.rotated // 2
+    for rope in spec.ropes:
+        if rope.kind == "longrope" and len(rope.pair_factors) != pairs:
+            raise ModelError(
+                f"{file}: short_factor has {len(rope.pair_factors)} entries: use one for each of the {pairs} rotated pairs"
+            )
     return spec

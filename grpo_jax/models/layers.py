@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from grpo_jax.models.gating import gated
 from grpo_jax.models.moe import mix_experts
 from grpo_jax.models.rope import Angles, rotate
 from grpo_jax.models.spec import EXPERT_LINEARS, LINEAR_AXES, QK_NORM_AXES, ModelSpec
@@ -38,12 +39,23 @@ class Attend(Protocol):
     """Attention of one layer.
 
     Takes q [B, T, K, R, Dh] (scaled; R = H/K), k and v [B, T, K, Dh], the layer's number and window (int32 scalars), the layer's
-    part of `Transformer`'s `per_layer`, the cache, and `selected`: q has only the selected tokens, as in the last layer.
+    part of `Transformer`'s `per_layer`, the cache, `sinks` [K, R] where the model has them, and `selected`: q has only the selected
+    tokens, as in the last layer.
     Returns the attention's output [B, T, K, R, Dh], the cache, and the layer's output for `Transformer` to stack.
     """
 
     def __call__(
-        self, q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any, selected: bool = False
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        layer: Array,
+        window: Array,
+        per_layer: Any,
+        cache: Any,
+        sinks: Array | None = None,
+        selected: bool = False,
     ) -> tuple[Array, Any, Any]: ...
 
 
@@ -198,6 +210,14 @@ class LinearWeights(nn.Module):
         return variables_of(self)
 
 
+class Sinks(nn.Module):
+    """Returns the attention sinks of a layer, [H]."""
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return jnp.asarray(self.get_variable("params", "logit"))
+
+
 def parts_of(tokens: int, least: int) -> int:
     """Returns the smallest number of equal parts that is at least `least`, and at most twice that; 1 where none divides."""
     return next((parts for parts in range(least, 2 * least + 1) if tokens % parts == 0), 1)
@@ -333,9 +353,17 @@ class Block(nn.Module):
             window=layer["window"],
             per_layer=layer["per_layer"],
             cache=cache,
+            sinks=self.sinks(),
             selected=select is not None,
         )
         return self.linear("o_proj", mixed.reshape(b, t, spec.heads * spec.head_dim)), cache, stacked
+
+    def sinks(self) -> Array | None:
+        """The attention sinks [K, R] of this layer, float32; None where the model has none."""
+        if not self.spec.sinks:
+            return None
+        logit = Sinks(name="sinks")().astype(jnp.float32)
+        return logit.reshape(self.spec.kv_heads, self.spec.heads // self.spec.kv_heads)
 
     @nn.nowrap
     def rotated(self, q: Array, k: Array, angles: Angles, select: SelectTokens | None) -> tuple[Array, Array]:
@@ -381,5 +409,4 @@ class Block(nn.Module):
             gate, up = jnp.split(linear("gate_up_proj", x), [spec.ffw], axis=-1)
         else:
             gate, up = linear("gate_proj", x), linear("up_proj", x)
-        active = jax.nn.silu(gate) if spec.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        return linear("down_proj", active * up)
+        return linear("down_proj", gated(spec, gate, up))

@@ -59,6 +59,8 @@ class ModelSpec:
         residual_scale: factor of what attention and feed-forward add.
         logit_scale: factor of the logits.
         attention_softcap, final_softcap: c·tanh(x / c) of attention scores and of logits; None is off.
+        sinks: attention's softmax has one more score, the same for all queries of a head, whose value is 0.
+        swiglu_alpha, swiglu_limit: of the activation `swiglu_clamped`, see `gating.gated`.
         experts: experts in every layer, of which a router selects `experts_per_token` for each token; 0 is a dense feed-forward.
         norm_topk_prob: the router's weights of the selected experts are divided by their sum.
         dtype: dtype of the weights that config.json names.
@@ -85,7 +87,9 @@ class ModelSpec:
     query_scale: float
     rotated_dims: int | None = None
     interleaved_rope: bool = False
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Literal["silu", "gelu_tanh", "swiglu_clamped"] = "silu"
+    swiglu_alpha: float = 1.702
+    swiglu_limit: float = 7.0
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -99,6 +103,7 @@ class ModelSpec:
     logit_scale: float = 1.0
     attention_softcap: float | None = None
     final_softcap: float | None = None
+    sinks: bool = False
     experts: int = 0
     experts_per_token: int = 0
     norm_topk_prob: bool = True
@@ -220,6 +225,10 @@ def param_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
     if spec.experts:
         router = (spec.layers, spec.width, spec.experts)
         table["layers", "router", "kernel"] = ParamSpec(router, ("layers", "embed", None), spec.init_std)
+        if spec.mlp_bias:
+            table["layers", "router", "bias"] = ParamSpec((spec.layers, spec.experts), ("layers", None))
+    if spec.sinks:
+        table["layers", "sinks", "logit"] = ParamSpec((spec.layers, spec.heads), ("layers", "heads"), spec.init_std)
     norms = (["attn_norm", "ffw_norm"] if spec.pre_norm else []) + (["post_attn_norm", "post_ffw_norm"] if spec.sandwich else [])
     for name in norms:
         table["layers", name, "scale"] = ParamSpec((spec.layers, spec.width), ("layers", "embed"), constant=norm_start)

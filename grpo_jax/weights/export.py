@@ -1,11 +1,12 @@
 """Writes merged models: a folder that transformers and vLLM load, in the layout of the original folder.
 
-Tensor names, dtypes and shards are those of the original, as are config, generation config and tokenizer. `digests.json` has the
-digest of every file, for `grpo-jax verify`. Adapter folders are written by `weights/lora.py`.
+Tensor names, dtypes and shards are those of the original, as are config, generation config and tokenizer. Only MXFP4 becomes
+bfloat16. `digests.json` has the digest of every file, for `grpo-jax verify`. Adapter folders are written by `weights/lora.py`.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,7 @@ from grpo_jax.models.spec import ModelError, ModelSpec, flatten
 from grpo_jax.runtime.digests import DIGESTS, write_digests
 from grpo_jax.runtime.files import replacing
 from grpo_jax.types import Params
-from grpo_jax.weights.hf import INDEX, TensorFiles, read_tensor
+from grpo_jax.weights.hf import INDEX, TensorFiles, read_json, read_tensor
 from grpo_jax.weights.names import TensorSource, tensor_names
 from grpo_kernels import QuantizedWeight
 
@@ -68,7 +69,11 @@ def merged_weights(
     def read_original(path: tuple[str, ...], index: tuple[int, ...]) -> np.ndarray:
         assert original is not None, path
         with TensorFiles(original) as files:
-            return read_tensor(files, sources[path], int(np.ravel_multi_index(index, sources[path].stack)))
+            # Of a tensor with all experts, the index is that of the layer.
+            stack = sources[path].stack
+            rest = np.ndindex(stack[len(index) :])
+            parts = [read_tensor(files, sources[path], int(np.ravel_multi_index((*index, *other), stack))) for other in rest]
+            return np.stack(parts).reshape(*stack[len(index) :], *parts[0].shape)
 
     def read(path: tuple[str, ...], index: tuple[int, ...]) -> np.ndarray:
         quantized = isinstance(leaves[path], QuantizedWeight)
@@ -101,7 +106,7 @@ def save_merged(out: Path, original: Path, spec: ModelSpec, read: ReadTensor, wr
     if writes:
         out.mkdir(parents=True, exist_ok=True)
         (out / DIGESTS).unlink(missing_ok=True)  # those of files that are about to be replaced
-    pieces = tensor_pieces(spec)
+    pieces, sizes = tensor_pieces(spec), dict[str, int]()
     with TensorFiles(original) as files:
         shards = sorted(set(files.files.values()))
         if writes:
@@ -112,11 +117,28 @@ def save_merged(out: Path, original: Path, spec: ModelSpec, read: ReadTensor, wr
                 values = [(source, read(path, index)) for source, path, index in pieces.get(name, ())]
                 if writes:
                     tensors[name] = joined_pieces(files, name, values) if values else files.read(name)
+            sizes |= {name: tensor.nbytes for name, tensor in tensors.items()}
             if writes:
                 with replacing(out / shard) as unfinished:
                     save_file(tensors, unfinished, metadata={"format": "pt"})
     if writes:
-        write_digests(out, sorted([*shards, *copy_other_files(original, out)]))
+        copied = copy_other_files(original, out)
+        if files.packed:
+            describe_dense(out, files.files, sum(sizes.values()))
+        write_digests(out, sorted([*shards, *copied]))
+
+
+def describe_dense(out: Path, files: dict[str, str], total_bytes: int) -> None:
+    """Changes the index and config.json of a folder whose weights were in MXFP4 and are not any more.
+
+    Args:
+        files: tensor name → file name.
+    """
+    if (out / INDEX).is_file():
+        content = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(files.items()))}
+        (out / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    config = {name: value for name, value in read_json(out / "config.json").items() if name != "quantization_config"}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def tensor_pieces(spec: ModelSpec) -> dict[str, list[tuple[TensorSource, tuple[str, ...], tuple[int, ...]]]]:

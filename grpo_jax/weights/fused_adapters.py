@@ -18,13 +18,15 @@ from grpo_jax.config.checks import require
 from grpo_jax.models.layers import JOINED, join_adapters
 from grpo_jax.models.spec import ModelError, ModelSpec
 from grpo_jax.types import Params
-from grpo_jax.weights.names import FUSED, fused_rows
+from grpo_jax.weights.names import FUSED, fused_outputs, held_stack
 
 
 def check_parts(spec: ModelSpec, lora: LoraConfig) -> None:
     """Raises ConfigError where only some parts of one tensor have adapters: PEFT could not load them as one module."""
     for joined in FUSED.get(spec.family, ()):
         parts = JOINED[joined]
+        if held_stack(spec, parts[0]):
+            continue  # experts, which have no adapters
         named = [part for part in parts if part in lora.target_names]
         fix = f"this model's files have {', '.join(parts)} in one tensor, {joined}, which PEFT adapts as one: name all or none"
         require(len(named) in (0, len(parts)), "lora.targets", lora.targets, fix)
@@ -57,11 +59,11 @@ def file_shape(spec: ModelSpec, part: str, leaf: str, shape: tuple[int, ...], *,
         split: the file has one block for each part.
     """
     rows, columns = shape[-1], shape[-2]
-    fused = fused_rows(spec, part)
+    fused = fused_outputs(spec, part)
     if fused is None:
         return rows, columns
     count = next(len(parts) for parts in JOINED.values() if part in parts) if split else 1
-    return (count * rows, columns) if leaf == "a" else (fused[2], count * columns)
+    return (count * rows, columns) if leaf == "a" else (fused.total, count * columns)
 
 
 def part_of(spec: ModelSpec, part: str, leaf: str, matrix: np.ndarray, rank: int, where: Path) -> np.ndarray:
@@ -70,14 +72,13 @@ def part_of(spec: ModelSpec, part: str, leaf: str, matrix: np.ndarray, rank: int
     Raises:
         ModelError: a part's B depends on another part's A, which the adapters here do not.
     """
-    fused = fused_rows(spec, part)
+    fused = fused_outputs(spec, part)
     if fused is None:
         return matrix
-    first, end, _ = fused
     at = next(parts.index(part) for parts in JOINED.values() if part in parts)
     if leaf == "a":
         return matrix if len(matrix) == rank else matrix[at * rank : (at + 1) * rank]
-    own = matrix[first:end]
+    own = matrix[fused.slice_of(slice(None))]
     if own.shape[1] == rank:
         return own
     block = own[:, at * rank : (at + 1) * rank]

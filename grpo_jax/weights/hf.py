@@ -20,6 +20,7 @@ from grpo_jax.models.families import read_spec
 from grpo_jax.models.spec import ModelError, ModelSpec, param_specs
 from grpo_jax.runtime.untrusted_json import JsonError, located, read_json_file
 from grpo_jax.weights.finite import all_finite
+from grpo_jax.weights.mxfp4 import BLOCKS, SCALES, dequantize_mxfp4
 from grpo_jax.weights.names import TensorSource, tensor_names
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -165,7 +166,12 @@ def require_finite(file: Path, name: str, values: np.ndarray) -> None:
 
 
 class TensorFiles:
-    """The open safetensors files of a folder, read by slices.
+    """The open safetensors files of a folder, read by slices. Weights in MXFP4 are read like dense ones.
+
+    Attributes:
+        files: tensor name → file name; an MXFP4 weight has one name.
+        stored: the same with the names that are in the files.
+        packed: names of the MXFP4 weights.
 
     Raises:
         ModelError: a shard is missing or broken, or does not contain a tensor that the index names.
@@ -175,6 +181,7 @@ class TensorFiles:
         from safetensors import safe_open
 
         self.folder, self.files = folder, weight_map(folder)
+        self.stored: dict[str, str] = self.files
         self._stack = contextlib.ExitStack()
         self._shards = {
             name: self._stack.enter_context(open_shard(folder / name, safe_open)) for name in sorted(set(self.files.values()))
@@ -185,6 +192,14 @@ class TensorFiles:
                 self._stack.close()
                 raise ModelError(f"{folder / file} does not hold {name}, though {INDEX} says so; download the folder again")
 
+        self.packed = {name.removesuffix(BLOCKS) for name in self.files if name.endswith(BLOCKS)}
+        for name in self.packed:
+            self.check_packed(name)
+            self.files[name] = self.files[f"{name}{BLOCKS}"]
+        self.stored = self.files
+        hidden = {f"{name}{ending}" for name in self.packed for ending in (BLOCKS, SCALES)}
+        self.files = {name: file for name, file in self.files.items() if name not in hidden}
+
     def __enter__(self) -> TensorFiles:
         return self
 
@@ -193,12 +208,49 @@ class TensorFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape; ModelError where it is no tensor of floating-point numbers."""
+        if name in self.packed:
+            experts, outputs, groups, pairs = self.part(name, BLOCKS).get_shape()
+            return (experts, 2 * groups * pairs, outputs)
         return shape_of(self.folder / self.files[name], self._shards[self.files[name]], name)
+
+    def part(self, name: str, ending: str) -> Any:
+        """The slice of one of the two tensors of an MXFP4 weight."""
+        return self._shards[self.stored[f"{name}{ending}"]].get_slice(f"{name}{ending}")
+
+    def check_packed(self, name: str) -> None:
+        """Raises ModelError unless blocks and scales of an MXFP4 weight are there and fit."""
+        if f"{name}{SCALES}" not in self.stored:
+            raise ModelError(f"{self.folder}: tensor {name}{SCALES} is missing, the scales of {name}{BLOCKS}")
+        blocks, scales = self.part(name, BLOCKS), self.part(name, SCALES)
+        shapes = list(blocks.get_shape()), list(scales.get_shape())
+        if (
+            len(shapes[0]) != 4
+            or shapes[0][:3] != shapes[1]
+            or shapes[0][3] != 16
+            or (blocks.get_dtype(), scales.get_dtype()) != ("U8", "U8")
+        ):
+            raise ModelError(
+                f"{self.folder}: {name}{BLOCKS} {shapes[0]} and {name}{SCALES} {shapes[1]} are not MXFP4: [E, O, I/32, 16] bytes"
+            )
+
+    def read_packed(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads part of an MXFP4 weight [E, I, O], dequantised to bfloat16, one expert after the other."""
+        experts, rows, outputs = (part.indices(size) for part, size in zip(index, self.shape(name), strict=True))
+        first, end, step = outputs
+        parts = []
+        for expert in range(*experts):
+            blocks, scales = (self.part(name, ending)[expert : expert + 1, first:end][0] for ending in (BLOCKS, SCALES))
+            parts.append(dequantize_mxfp4(blocks[::step], scales[::step])[:, slice(*rows)].T)
+        return np.stack(parts)
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """Reads part of a tensor, or all of it; ModelError where it contains NaN or infinity."""
         index = tuple(slice(None) for _ in self.shape(name)) if index is None else index
-        values = self._shards[self.files[name]].get_slice(name)[index]
+        if name in self.packed:
+            return self.read_packed(name, index)
+        # safetensors reads slices without steps.
+        values = self._shards[self.files[name]].get_slice(name)[tuple(slice(part.start, part.stop) for part in index)]
+        values = values[tuple(slice(None, None, part.step) for part in index)]
         require_finite(self.folder / self.files[name], name, values)
         return values
 
@@ -206,7 +258,8 @@ class TensorFiles:
 def check_tensors(folder: Path, spec: ModelSpec, files: TensorFiles) -> None:
     """Raises ModelError unless the tensors of the files, with their shapes, are exactly those of the model's parameters."""
     unused, used = set(files.files), set[str]()
-    fused = next((name for name in unused if name.endswith(FUSED_EXPERTS)), None)
+    known = {name for source in tensor_names(spec).values() for name in source.names}
+    fused = next((name for name in unused - known if name.endswith(FUSED_EXPERTS)), None)
     if fused is not None:
         raise ModelError(
             f"{folder}: tensor {fused} holds all experts in one; only one tensor per expert is supported: load the folder in "
@@ -238,7 +291,7 @@ def read_slice(files: TensorFiles, source: TensorSource, index: tuple[slice, ...
         index: one slice per dimension of the parameter.
         dtype: of the result; None is the file's dtype.
     """
-    lead = len(source.stack)
+    lead = len(source.named)
 
     def part(name: str) -> np.ndarray:
         values = files.read(name, source.index_of(index[lead:]))
@@ -247,7 +300,7 @@ def read_slice(files: TensorFiles, source: TensorSource, index: tuple[slice, ...
     if not lead:
         values = np.ascontiguousarray(part(source.names[0]))
         return values if dtype is None else values.astype(jnp.dtype(dtype), copy=False)
-    names = np.array(source.names, object).reshape(source.stack)[index[:lead]]
+    names = np.array(source.names, object).reshape(source.named)[index[:lead]]
     stack = None
     for at in np.ndindex(names.shape):
         tensor = part(str(names[at]))
@@ -259,7 +312,12 @@ def read_slice(files: TensorFiles, source: TensorSource, index: tuple[slice, ...
 
 
 def read_tensor(files: TensorFiles, source: TensorSource, number: int) -> np.ndarray:
-    """Reads one tensor's part of a parameter in this model's (in, out) order and the file's dtype; `number` counts the names."""
-    name = source.names[number]
-    tensor = files.read(name, source.index_of((slice(None),) * len(files.shape(name))))
+    """Reads one matrix or vector of a parameter, as (in, out) and in the file's dtype; `number` counts over the stack."""
+    index = tuple(slice(i, i + 1) for i in np.unravel_index(number, source.stack)) if source.stack else ()
+    name = source.names[
+        int(np.ravel_multi_index([i.start for i in index[: len(source.named)]], source.named)) if source.named else 0
+    ]
+    held = index[len(source.named) :]
+    tensor = files.read(name, source.index_of((*held, *(slice(None) for _ in files.shape(name)[len(held) :]))))
+    tensor = tensor.reshape(tensor.shape[len(held) :])
     return np.ascontiguousarray(tensor.T if source.transposed else tensor)

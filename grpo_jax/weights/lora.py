@@ -25,13 +25,13 @@ from grpo_jax.config.checks import require, show
 from grpo_jax.config.sections import LINEAR_TARGETS
 from grpo_jax.models.config_values import checked_flag, checked_number, whole_number
 from grpo_jax.models.layers import JOINED
-from grpo_jax.models.spec import ModelError, ModelSpec, ParamSpec, flatten, lora_specs, nest
+from grpo_jax.models.spec import EXPERT_LINEARS, ModelError, ModelSpec, ParamSpec, flatten, lora_specs, nest
 from grpo_jax.runtime.digests import DIGESTS, DamagedError, verify_digests, write_digests
 from grpo_jax.runtime.files import replacing
 from grpo_jax.types import Params
 from grpo_jax.weights.fused_adapters import check_parts, file_shape, joined_pairs, part_of, patterns, stacked
 from grpo_jax.weights.hf import find_folder, open_shard, read_json, require_finite, shape_of
-from grpo_jax.weights.names import fused_name, module_path, module_paths
+from grpo_jax.weights.names import fused_name, held_stack, module_path, module_paths
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Settings of a PEFT config that are not supported, with the values that mean "not used".
@@ -64,15 +64,26 @@ def check_targets(spec: ModelSpec, lora: LoraConfig) -> None:
     PEFT joins the experts' gate_proj and up_proj at twice the rank and alpha, because transformers has them in one tensor.
 
     Raises:
-        ConfigError: one of the two without the other; or both with `rslora`, whose scale would change by √2.
+        ConfigError: one of the two without the other; or both with `rslora`, whose scale would change by √2; or experts that the
+            files have in one tensor.
     """
-    pair = [name for name in ("gate_proj", "up_proj") if name in lora.target_names]
+    experts = [
+        name for name in EXPERT_LINEARS if held_stack(spec, name) and name in lora.target_names and lora.targets != "all-linear"
+    ]
+    fix = "this model's files have all experts of a layer in one tensor, which is not adapted: name others, or use all-linear"
+    require(not experts, "lora.targets", lora.targets, fix)
+    pair = [name for name in ("gate_proj", "up_proj") if name in adapted_linears(spec, lora)]
     if not spec.experts or not pair:
         return
     fix = "PEFT adapts the experts' gate_proj and up_proj together, as transformers keeps them in one tensor: name both or neither"
     require(len(pair) == 2, "lora.targets", lora.targets, fix)
     fix = "PEFT loads the experts' gate_proj and up_proj at twice the rank, where this scale would be another: use false"
     require(not lora.rslora, "lora.rslora", lora.rslora, fix)
+
+
+def adapted_linears(spec: ModelSpec, lora: LoraConfig) -> tuple[str, ...]:
+    """The linear layers with adapters: with `all-linear` all but experts that are one tensor, as in PEFT."""
+    return tuple(name for name in lora.target_names if not held_stack(spec, name))
 
 
 def init_lora(spec: ModelSpec, lora: LoraConfig, key: jax.Array) -> Params:
@@ -84,7 +95,7 @@ def init_lora(spec: ModelSpec, lora: LoraConfig, key: jax.Array) -> Params:
     check_targets(spec, lora)
     check_parts(spec, lora)
     leaves: dict[tuple[str, ...], jax.Array] = {}
-    for number, (path, p) in enumerate(lora_specs(spec, lora.rank, lora.target_names).items()):
+    for number, (path, p) in enumerate(lora_specs(spec, lora.rank, adapted_linears(spec, lora)).items()):
         if path[-1] == "a":
             bound = p.shape[-2] ** -0.5
             leaves[path] = jax.random.uniform(jax.random.fold_in(key, number), p.shape, jnp.float32, -bound, bound)

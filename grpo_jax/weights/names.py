@@ -27,8 +27,14 @@ NORMS: dict[str, dict[str, str]] = {
     "glm4": LLAMA_NORMS | {"post_attn_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"},
 }
 """Names of the norms of families that do not have Llama's."""
-FUSED: dict[str, tuple[str, ...]] = {"phi3": ("qkv_proj", "gate_up_proj"), "glm4": ("gate_up_proj",)}
+FUSED: dict[str, tuple[str, ...]] = {
+    "phi3": ("qkv_proj", "gate_up_proj"),
+    "glm4": ("gate_up_proj",),
+    "gpt_oss": ("gate_up_proj",),
+}
 """The joined linear layers (`models.layers.JOINED`) that a family's files have as one tensor."""
+LEAVES = {"kernel": ".weight", "bias": ".bias", "scale": ".weight", "logit": ""}
+"""Ending of a tensor's name behind its module's path, by the leaf of the parameter."""
 MIXTRAL_EXPERTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
@@ -49,6 +55,8 @@ def module_path(spec: ModelSpec, part: str, expert: int = 0) -> str:
         return norms[part]
     part = fused_name(spec, part) or part
     block, names = ("block_sparse_moe", MIXTRAL_EXPERTS) if spec.family == "mixtral" else ("mlp", {})
+    if spec.family == "gpt_oss" and part in ("router", *EXPERT_LINEARS, "gate_up_proj"):
+        return f"{block}.router" if part == "router" else f"{block}.experts.{part}"
     if part == "router":
         return f"{block}.gate"
     if part not in (*EXPERT_LINEARS, "gate_up_proj"):
@@ -58,18 +66,46 @@ def module_path(spec: ModelSpec, part: str, expert: int = 0) -> str:
 
 def module_paths(spec: ModelSpec, part: str) -> list[str]:
     """Paths from the model's root of all modules of one kind, layer by layer and, within a layer, expert by expert."""
-    experts = spec.experts if part in EXPERT_LINEARS and spec.experts else 1
+    experts = spec.experts if part in EXPERT_LINEARS and spec.experts and not held_stack(spec, part) else 1
     return [f"model.layers.{i}.{module_path(spec, part, expert)}" for i in range(spec.layers) for expert in range(experts)]
 
 
-def fused_rows(spec: ModelSpec, part: str) -> tuple[int, int, int] | None:
-    """Where a linear layer stands in a tensor of several: its first output, the one after its last, and those of the tensor."""
+def held_stack(spec: ModelSpec, part: str) -> int:
+    """How many dimensions of a parameter's stack its tensors have themselves: 1 where one tensor is all experts of a layer."""
+    return int(spec.family == "gpt_oss" and part in EXPERT_LINEARS)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where a linear layer stands in a tensor of several.
+
+    Attributes:
+        first, step: the tensor's outputs first, first + step, ... are the layer's.
+        count: outputs of the layer.
+        total: outputs of the tensor.
+    """
+
+    first: int
+    step: int
+    count: int
+    total: int
+
+    def slice_of(self, own: slice) -> slice:
+        """The tensor's outputs, from the layer's."""
+        start, stop, _ = own.indices(self.count)
+        return slice(self.first + start * self.step, self.first + (stop - 1) * self.step + 1, self.step)
+
+
+def fused_outputs(spec: ModelSpec, part: str) -> Outputs | None:
+    """Where a linear layer stands in its family's tensor of several; None where it has one alone."""
     joined = fused_name(spec, part)
     if joined is None:
         return None
     sizes = [spec.linear_shapes()[name][1] for name in JOINED[joined]]
     at = JOINED[joined].index(part)
-    return sum(sizes[:at]), sum(sizes[: at + 1]), sum(sizes)
+    if spec.family == "gpt_oss":  # gate and up take turns
+        return Outputs(at, len(sizes), sizes[at], sum(sizes))
+    return Outputs(sum(sizes[:at]), 1, sizes[at], sum(sizes))
 
 
 @dataclass(frozen=True)
@@ -77,36 +113,44 @@ class TensorSource:
     """The tensors of a checkpoint that make up one parameter.
 
     Attributes:
-        names: tensor names: one, or one per layer, or one per layer and expert in that order.
+        names: tensor names: one, or one per layer, or one per layer and expert in that order, but see `held`.
         transposed: True where Hugging Face stores (out, in) and this model (in, out).
         stack: leading dimensions of the parameter over which its tensors are stacked: (), (L,) or (L, E).
-        rows: (first, end, all): each tensor has `all` outputs, of which the parameter is those from first to end; None is each
-            tensor alone.
+        outputs: the part of each tensor's outputs that is the parameter's; None is all.
+        held: the last dimensions of the stack that each tensor has itself, in front of its own.
     """
 
     names: tuple[str, ...]
     transposed: bool
     stack: tuple[int, ...]
-    rows: tuple[int, int, int] | None = None
+    outputs: Outputs | None = None
+    held: int = 0
+
+    @property
+    def named(self) -> tuple[int, ...]:
+        """The dimensions of the stack that the names count."""
+        return self.stack[: len(self.stack) - self.held]
 
     def entries(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Each tensor's name and its index in the stack."""
-        return zip(self.names, np.ndindex(self.stack), strict=True)
+        return zip(self.names, np.ndindex(self.named), strict=True)
 
     def shape_of(self, parameter: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of each tensor, from that of the parameter."""
-        own = parameter[len(self.stack) :]
+        held, own = parameter[len(self.named) : len(self.stack)], parameter[len(self.stack) :]
         own = own[::-1] if self.transposed else own
-        return own if self.rows is None else (self.rows[2], *own[1:])
+        if self.outputs is not None:
+            own = (self.outputs.total, *own[1:]) if self.transposed else (*own[:-1], self.outputs.total)
+        return (*held, *own)
 
     def index_of(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
-        """The slices of a tensor, from those of the parameter's dimensions behind the stack."""
-        own = index[::-1] if self.transposed else index
-        if self.rows is None:
-            return own
-        first, end, _ = self.rows
-        start, stop, _ = own[0].indices(end - first)
-        return (slice(first + start, first + stop), *own[1:])
+        """The slices of a tensor, from those of the parameter's dimensions behind the ones that the names count."""
+        held, own = index[: self.held], index[self.held :]
+        own = own[::-1] if self.transposed else own
+        if self.outputs is not None:
+            at = 0 if self.transposed else len(own) - 1
+            own = (*own[:at], self.outputs.slice_of(own[at]), *own[at + 1 :])
+        return (*held, *own)
 
 
 def tensor_names(spec: ModelSpec) -> dict[tuple[str, ...], TensorSource]:
@@ -117,8 +161,10 @@ def tensor_names(spec: ModelSpec) -> dict[tuple[str, ...], TensorSource]:
         if path[0] != "layers":
             table[path] = TensorSource((top[path[0]],), False, ())
             continue
-        leaf = "bias" if path[2] == "bias" else "weight"
-        names = tuple(f"{module}.{leaf}" for module in module_paths(spec, path[1]))
-        rows = None if path[2] == "scale" else fused_rows(spec, path[1])
-        table[path] = TensorSource(names, path[2] == "kernel", spec.stack_dims(path[1])[0], rows)
+        held = held_stack(spec, path[1])
+        leaf = {"kernel": "", "bias": "_bias"}[path[2]] if held else LEAVES[path[2]]
+        names = tuple(f"{module}{leaf}" for module in module_paths(spec, path[1]))
+        outputs = fused_outputs(spec, path[1]) if path[2] in ("kernel", "bias") else None
+        transposed = path[2] == "kernel" and not held
+        table[path] = TensorSource(names, transposed, spec.stack_dims(path[1])[0], outputs, held)
     return table

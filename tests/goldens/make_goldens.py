@@ -306,6 +306,37 @@ NEW["phi3"] = (
         {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0}},
     ],
 )
+GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 200.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 16,
+}
+NEW["gpt_oss"] = (
+    "gpt_oss",
+    {
+        **COMMON,
+        "vocab_size": 107,
+        "head_dim": 16,
+        "intermediate_size": 32,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "sliding_window": 7,
+        "swiglu_limit": 1.5,
+        "rope_parameters": GPT_OSS_ROPE,
+    },
+    [
+        {"sliding_window": 64},
+        {"swiglu_limit": 7.0},
+        {"swiglu_alpha": 1.0},
+        {"num_experts_per_tok": 2},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"rope_parameters": GPT_OSS_ROPE | {"truncate": True}},
+    ],
+)
 
 
 def newer_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -325,6 +356,9 @@ def newer_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
         scaling["type"] = scaling.pop("rope_type")
     if family == "glm4":
         old["partial_rotary_factor"] = scaled["partial_rotary_factor"]
+    if family == "gpt_oss":
+        old |= {"experts_per_token": old["num_experts_per_tok"], "initial_context_length": 16}
+        del old["swiglu_alpha"]
     if family == "phi3":
         old |= {"partial_rotary_factor": scaled["partial_rotary_factor"], "auto_map": {}, "attention_bias": False}
         scaling["type"] = scaling.pop("rope_type")
@@ -332,7 +366,7 @@ def newer_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
     return old
 
 
-NEWER = ("llama_yarn", "smollm3", "olmo3", "granite", "ministral3", "glm4", "phi3")
+NEWER = ("llama_yarn", "smollm3", "olmo3", "granite", "ministral3", "glm4", "phi3", "gpt_oss")
 """The families of `newer_hub_spelling`."""
 
 

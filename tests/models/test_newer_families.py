@@ -1,4 +1,4 @@
-"""The families of `NEWER_FAMILIES`: log-probabilities and greedy tokens of transformers, adapters, exports, quantised bases, meshes."""
+"""The families of `NEWER_FAMILIES`: values and greedy tokens of transformers, adapters, exports, quantised bases, meshes."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from newer_configs import PUBLISHED
 from plain_oracles import LORA, golden_config, quick_compiling, tiny_policy, with_random_adapters
 from safetensors.numpy import load_file, save_file
 
@@ -22,7 +23,7 @@ from goldens.folders import NEWER_FAMILIES, build_model_folder, read_golden, rea
 from grpo_jax.config import Config, ConfigError, LoraConfig
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.rope import Rope, rope_tables, rotate
-from grpo_jax.models.spec import ModelError
+from grpo_jax.models.spec import ModelError, count_parameters
 from grpo_jax.policy import Policy
 from grpo_jax.weights.lora import init_lora, load_adapter
 from grpo_jax.weights.quantize import quantize_params
@@ -49,6 +50,39 @@ def test_log_probabilities_match_transformers(family: str) -> None:
     """`test_families.py` compares the two spellings of config.json."""
     ids, expected = read_golden(family)
     np.testing.assert_allclose(logprobs(tiny_policy(family), ids), expected, rtol=0, atol=TOLERANCE_NATS)
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_published_models_have_their_published_number_of_parameters(model: str) -> None:
+    config, parameters = PUBLISHED[model]
+    assert count_parameters(read_spec(config)) == parameters
+
+
+def test_published_configs_are_read_into_the_right_fields() -> None:
+    smollm3 = read_spec(PUBLISHED["SmolLM3-3B"][0])
+    assert (smollm3.tied, smollm3.rope_of_layer[:4]) == (True, (0, 0, 0, 1))
+    assert smollm3.ropes == (Rope(5e6), Rope(1.0, "none"))
+    olmo3 = read_spec(PUBLISHED["Olmo-3-7B"][0])
+    assert (olmo3.windows[:4], olmo3.rope_of_layer[:4]) == ((4096, 4096, 4096, None), (1, 1, 1, 0))
+    assert [(rope.kind, rope.theta, rope.attention_factor) for rope in olmo3.ropes] == [
+        ("yarn", 5e5, 1.2079441541679836),
+        ("default", 5e5, 1.0),
+    ]
+    granite = read_spec(PUBLISHED["granite-3.0-2b"][0])
+    factors = (granite.embed_scale, granite.query_scale, granite.residual_scale, granite.logit_scale)
+    assert factors == (12.0, 0.015625, 0.22, 0.125)
+    glm4 = read_spec(PUBLISHED["GLM-4-9B-0414"][0])
+    assert (glm4.rotated, glm4.interleaved_rope, glm4.qkv_bias, glm4.output_bias, glm4.sandwich) == (64, True, True, False, True)
+    assert (read_spec(PUBLISHED["Phi-3-mini-4k"][0]).windows[0], read_spec(PUBLISHED["Phi-3-mini-4k"][0]).max_length) == (
+        2047,
+        None,
+    )
+    phi4 = read_spec(PUBLISHED["Phi-4-mini"][0])
+    assert (phi4.rotated, phi4.max_length, phi4.ropes[0].attention_factor) == (
+        96,
+        4096,
+        pytest.approx((1 + np.log(32) / np.log(4096)) ** 0.5),
+    )
 
 
 @pytest.mark.slow
