@@ -241,7 +241,8 @@ class TensorFiles:
         for expert in range(*experts):
             blocks, scales = (self.part(name, ending)[expert : expert + 1, first:end][0] for ending in (BLOCKS, SCALES))
             parts.append(dequantize_mxfp4(blocks[::step], scales[::step])[:, slice(*rows)].T)
-        return np.stack(parts)
+        empty = np.zeros((0, len(range(*rows)), len(range(*outputs))), jnp.bfloat16)
+        return np.stack(parts) if parts else empty
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """Reads part of a tensor, or all of it; ModelError where it contains NaN or infinity."""

@@ -20,7 +20,7 @@ from grpo_jax.trainer import train
 
 TOLERANCE_NATS = 1e-4
 PROMPT = 5
-MIXTURES = ("mixtral", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
 ADAPTED = {
     "all-linear": LoraConfig(rank=4, alpha=8.0),
     "rslora": LoraConfig(rank=8, alpha=4.0, targets=["q_proj", "k_proj", "v_proj", "down_proj"], rslora=True),
@@ -62,6 +62,8 @@ def assert_close(got: np.ndarray, expected: np.ndarray) -> None:
 def test_what_is_saved_here_computes_the_same_in_torch(tmp_path: Path, family: str, lora: str) -> None:
     folder = build_model_folder(tmp_path, family)
     ids, _ = read_golden(family)
+    if (family, lora) == ("gpt_oss", "rslora"):
+        pytest.skip("its experts have no adapters")
     policy = random_adapters(Policy.from_pretrained(folder, lora=ADAPTED[lora], dtype="float32"))
     ours = our_logprobs(policy, ids)
     assert np.abs(ours - torch_logprobs(torch_model(folder), ids)).max() > 0.01  # the adapter does something
