@@ -308,6 +308,50 @@ FAMILIES: dict[str, Callable[[ConfigReader], Fields]] = {
 """model_type → the function that reads the arguments of `ModelSpec`."""
 
 
+GEMMA3_TEXT = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+}
+"""What a text_config of Gemma 3 leaves out where it is transformers' default."""
+
+WITH_VISION: dict[str, dict[str, Fields]] = {
+    "gemma3": {"gemma3_text": GEMMA3_TEXT},
+    "mistral3": {"ministral3": {}, "mistral": {}},
+}
+"""model_type of a checkpoint with a vision tower → the types that its text part may have, with what their files leave out."""
+
+OF_IMAGES = """
+    vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index boi_token_id eoi_token_id image_token_id
+    spatial_merge_size vision_feature_layer projector_hidden_act multimodal_projector_bias processor_class
+""".split()  # noqa: SIM905 - as in config_json.py
+"""Attributes that only matter where there are images, which are not computed here."""
+
+
+def read_text_part(kind: str, config: Fields, file: str) -> ModelSpec:
+    """Reads the text part of a model with a vision tower. The tower is not loaded; exports have it as it was.
+
+    Raises:
+        ModelError: as `read_spec`; or the text part is of an unknown type.
+    """
+    reader = ConfigReader(dict(config), file)
+    reader.known.update(("text_config", "dtype", "torch_dtype", "tie_word_embeddings", *OF_IMAGES))
+    reader.refuse_unknown()
+    text = config.get("text_config")
+    if not isinstance(text, dict) or text.get("model_type") not in WITH_VISION[kind]:
+        allowed = " or ".join(WITH_VISION[kind])
+        raise ModelError(f"{file}: text_config of a {kind} model is {show(text)}: use an object with model_type {allowed}")
+    defaults = WITH_VISION[kind][text["model_type"]] | {"tie_word_embeddings": True}
+    inherited = {name: config[name] for name in ("dtype", "torch_dtype") if name in config}
+    # Whether the head is tied is an attribute of the whole model, whose value goes before that of its text part.
+    tied = {name: config[name] for name in ("tie_word_embeddings",) if config.get(name) is not None}
+    return read_spec(defaults | inherited | text | tied, f"{file}: text_config")
+
+
 def read_spec(config: Fields, file: str = "config.json") -> ModelSpec:
     """Reads the content of a config.json.
 
@@ -319,11 +363,14 @@ def read_spec(config: Fields, file: str = "config.json") -> ModelSpec:
         ModelError: unknown family, unknown attribute, or a value that is not supported.
     """
     kind = config.get("model_type")
+    if isinstance(kind, str) and kind in WITH_VISION:
+        spec = read_text_part(kind, config, file)
+        return dataclasses.replace(spec, family=kind)
     if not isinstance(kind, str) or kind not in FAMILIES:
-        near = difflib.get_close_matches(kind, FAMILIES, n=1) if isinstance(kind, str) else []
+        supported = [*FAMILIES, *WITH_VISION]
+        near = difflib.get_close_matches(kind, supported, n=1) if isinstance(kind, str) else []
         hint = f"; nearest: {near[0]}" if near else ""
-        text = " (its text-only checkpoint is supported)" if kind == "gemma3" else ""
-        raise ModelError(f"{file}: model_type {show(kind)} is not supported{text}; supported: {', '.join(FAMILIES)}{hint}")
+        raise ModelError(f"{file}: model_type {show(kind)} is not supported; supported: {', '.join(supported)}{hint}")
     reader = ConfigReader(dict(config), file)
     spec = ModelSpec(**FAMILIES[kind](reader))
     reader.refuse_unknown()

@@ -116,7 +116,7 @@ def save_merged(out: Path, original: Path, spec: ModelSpec, read: ReadTensor, wr
             for name in (n for n, file in files.files.items() if file == shard):
                 values = [(source, read(path, index)) for source, path, index in pieces.get(name, ())]
                 if writes:
-                    tensors[name] = joined_pieces(files, name, values) if values else files.read(name)
+                    tensors[files.names.get(name, name)] = joined_pieces(files, name, values) if values else files.read(name)
             sizes |= {name: tensor.nbytes for name, tensor in tensors.items()}
             if writes:
                 with replacing(out / shard) as unfinished:

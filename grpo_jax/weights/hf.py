@@ -21,10 +21,12 @@ from grpo_jax.models.spec import ModelError, ModelSpec, param_specs
 from grpo_jax.runtime.untrusted_json import JsonError, located, read_json_file
 from grpo_jax.weights.finite import all_finite
 from grpo_jax.weights.mxfp4 import BLOCKS, SCALES, dequantize_mxfp4
-from grpo_jax.weights.names import TensorSource, tensor_names
+from grpo_jax.weights.names import TensorSource, of_images, present_name, tensor_names
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"[\w.+=@ -]{1,200}\.safetensors")
+TIED_ROWS = 64
+"""Rows that are compared of an embedding and a head that should be the same."""
 FLOATING = ("F64", "F32", "F16", "BF16")
 """Number formats of safetensors that weights may have; others are quantised values, whose scales are elsewhere."""
 FUSED_EXPERTS = "experts.gate_up_proj"
@@ -170,7 +172,8 @@ class TensorFiles:
 
     Attributes:
         files: tensor name → file name; an MXFP4 weight has one name.
-        stored: the same with the names that are in the files.
+        names: the name in the files of each tensor, which may be an older one (`names.present_name`).
+        stored: the files of what MXFP4 weights are stored as.
         packed: names of the MXFP4 weights.
 
     Raises:
@@ -192,6 +195,8 @@ class TensorFiles:
                 self._stack.close()
                 raise ModelError(f"{folder / file} does not hold {name}, though {INDEX} says so; download the folder again")
 
+        self.names = {present_name(name): name for name in self.files}
+        self.files = {present_name(name): file for name, file in self.files.items()}
         self.packed = {name.removesuffix(BLOCKS) for name in self.files if name.endswith(BLOCKS)}
         for name in self.packed:
             self.check_packed(name)
@@ -211,7 +216,7 @@ class TensorFiles:
         if name in self.packed:
             experts, outputs, groups, pairs = self.part(name, BLOCKS).get_shape()
             return (experts, 2 * groups * pairs, outputs)
-        return shape_of(self.folder / self.files[name], self._shards[self.files[name]], name)
+        return shape_of(self.folder / self.files[name], self._shards[self.files[name]], self.names[name])
 
     def part(self, name: str, ending: str) -> Any:
         """The slice of one of the two tensors of an MXFP4 weight."""
@@ -250,7 +255,7 @@ class TensorFiles:
         if name in self.packed:
             return self.read_packed(name, index)
         # safetensors reads slices without steps.
-        values = self._shards[self.files[name]].get_slice(name)[tuple(slice(part.start, part.stop) for part in index)]
+        values = self._shards[self.files[name]].get_slice(self.names[name])[tuple(slice(part.start, part.stop) for part in index)]
         values = values[tuple(slice(None, None, part.step) for part in index)]
         require_finite(self.folder / self.files[name], name, values)
         return values
@@ -276,12 +281,25 @@ def check_tensors(folder: Path, spec: ModelSpec, files: TensorFiles) -> None:
             used.add(name)
             if files.shape(name) != expected:
                 raise ModelError(f"{folder}: tensor {name} has shape {files.shape(name)}; config.json asks for {expected}")
-    if spec.tied:
+    if spec.tied and "lm_head.weight" in unused:
         unused.discard("lm_head.weight")
-    left = sorted(name for name in unused if not name.endswith(CONSTANTS))
+        check_tied(folder, spec, files)
+    left = sorted(name for name in unused if not name.endswith(CONSTANTS) and not of_images(spec, name))
     if left:
         raise ModelError(
             f"{folder}: {len(left)} tensors are not part of the {spec.family} model in config.json: {', '.join(left[:5])}"
+        )
+
+
+def check_tied(folder: Path, spec: ModelSpec, files: TensorFiles) -> None:
+    """Raises ModelError where the files have a head of its own, though config.json says that it is the embedding."""
+    (embedding,), first = tensor_names(spec)["embed", "embedding"].names, (slice(0, TIED_ROWS), slice(None))
+    if files.shape(embedding) != files.shape("lm_head.weight") or not np.array_equal(
+        files.read(embedding, first), files.read("lm_head.weight", first)
+    ):
+        raise ModelError(
+            f"{folder}: by tie_word_embeddings the head is the embedding, but lm_head.weight has other values; if the "
+            "model was trained with a head of its own, write tie_word_embeddings: false into config.json"
         )
 
 

@@ -31,7 +31,7 @@ from grpo_jax.runtime.files import replacing
 from grpo_jax.types import Params
 from grpo_jax.weights.fused_adapters import check_parts, file_shape, joined_pairs, part_of, patterns, stacked
 from grpo_jax.weights.hf import find_folder, open_shard, read_json, require_finite, shape_of
-from grpo_jax.weights.names import fused_name, held_stack, module_path, module_paths
+from grpo_jax.weights.names import fused_name, held_stack, module_path, module_paths, root
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Settings of a PEFT config that are not supported, with the values that mean "not used".
@@ -112,6 +112,12 @@ def adapter_names(spec: ModelSpec, target: str, leaf: str) -> list[str]:
 def peft_target(spec: ModelSpec, target: str) -> str:
     """Name of a linear layer in PEFT's `target_modules`: `gate_proj` is `w1` in Mixtral."""
     return module_path(spec, target).rsplit(".", 1)[-1]
+
+
+def peft_targets(spec: ModelSpec, names: list[str]) -> list[str] | str:
+    """PEFT's `target_modules`: names of modules; where a vision tower has modules of these names too, a pattern of their paths."""
+    targets = sorted({peft_target(spec, name) for name in names})
+    return targets if root(spec) == "model" else rf"{re.escape(root(spec))}\.layers\..*\.({'|'.join(targets)})"
 
 
 def read_adapter_config(folder: Path) -> tuple[LoraConfig, tuple[str, ...]]:
@@ -260,7 +266,7 @@ def save_adapter(folder: Path, spec: ModelSpec, adapters: Params, lora: LoraConf
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "lora_dropout": 0.0,
         "use_rslora": lora.rslora,
-        "target_modules": sorted({peft_target(spec, name) for name in pairs}),
+        "target_modules": peft_targets(spec, list(pairs)),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

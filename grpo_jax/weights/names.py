@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from grpo_jax.models.families import WITH_VISION
 from grpo_jax.models.layers import JOINED
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec, param_specs
 
@@ -23,6 +24,7 @@ GEMMA_NORMS = {
 NORMS: dict[str, dict[str, str]] = {
     "gemma2": GEMMA_NORMS,
     "gemma3_text": GEMMA_NORMS,
+    "gemma3": GEMMA_NORMS,
     "olmo3": {"post_attn_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"},
     "glm4": LLAMA_NORMS | {"post_attn_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"},
 }
@@ -64,10 +66,29 @@ def module_path(spec: ModelSpec, part: str, expert: int = 0) -> str:
     return f"{block}.experts.{expert}.{names.get(part, part)}" if spec.experts else f"{block}.{part}"
 
 
+def root(spec: ModelSpec) -> str:
+    """Path of the decoder; in a model with a vision tower it is one of several parts."""
+    return "model.language_model" if spec.family in WITH_VISION else "model"
+
+
+def present_name(name: str) -> str:
+    """Today's name of a tensor in a model with a vision tower; files on the hub have older ones. Other names are unchanged."""
+    for older, today in (("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head.")):
+        if name.startswith(older):
+            return today + name.removeprefix(older)
+    return name
+
+
+def of_images(spec: ModelSpec, name: str) -> bool:
+    """Whether a tensor is of the vision tower or the projector behind it, which are not loaded."""
+    parts = ("vision_tower.", "multi_modal_projector.")
+    return spec.family in WITH_VISION and name.removeprefix("model.").startswith(parts)
+
+
 def module_paths(spec: ModelSpec, part: str) -> list[str]:
     """Paths from the model's root of all modules of one kind, layer by layer and, within a layer, expert by expert."""
     experts = spec.experts if part in EXPERT_LINEARS and spec.experts and not held_stack(spec, part) else 1
-    return [f"model.layers.{i}.{module_path(spec, part, expert)}" for i in range(spec.layers) for expert in range(experts)]
+    return [f"{root(spec)}.layers.{i}.{module_path(spec, part, expert)}" for i in range(spec.layers) for expert in range(experts)]
 
 
 def held_stack(spec: ModelSpec, part: str) -> int:
@@ -155,7 +176,7 @@ class TensorSource:
 
 def tensor_names(spec: ModelSpec) -> dict[tuple[str, ...], TensorSource]:
     """The table of names: path of a parameter → its tensors."""
-    top = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
+    top = {"embed": f"{root(spec)}.embed_tokens.weight", "final_norm": f"{root(spec)}.norm.weight", "head": "lm_head.weight"}
     table: dict[tuple[str, ...], TensorSource] = {}
     for path in param_specs(spec):
         if path[0] != "layers":

@@ -18,7 +18,18 @@ from goldens.weights import tensor
 
 HERE = Path(__file__).resolve().parent
 FAMILIES = ("llama2", "llama3_scaled", "llama_linear", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gemma2", "gemma3")
-NEWER_FAMILIES = ("llama_yarn", "smollm3", "olmo3", "granite", "ministral3", "glm4", "phi3", "gpt_oss")
+NEWER_FAMILIES = (
+    "llama_yarn",
+    "smollm3",
+    "olmo3",
+    "granite",
+    "ministral3",
+    "glm4",
+    "phi3",
+    "gpt_oss",
+    "gemma3_vision",
+    "mistral3_vision",
+)
 """Families whose sampling, shared prompts and exports are among the slow tests, and whose log-probabilities are not."""
 ADAPTERS = {"llama3_all_linear": "llama3_scaled", "qwen2_all_linear": "qwen2", "gemma3_rslora": "gemma3"}
 """Name of a PEFT adapter → the family of its base model."""

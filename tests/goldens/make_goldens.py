@@ -19,7 +19,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from goldens.folders import ADAPTERS, HERE, model_tensors
@@ -337,6 +337,44 @@ NEW["gpt_oss"] = (
         {"rope_parameters": GPT_OSS_ROPE | {"truncate": True}},
     ],
 )
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+TEXT_OF = {"gemma3_vision": "gemma3", "mistral3_vision": "ministral3"}
+"""Models with a vision tower -> the family of their text part."""
+NEW["gemma3_vision"] = (
+    "gemma3",
+    {
+        "text_config": NEW["gemma3"][1] | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+        "vision_config": VISION | {"model_type": "siglip_vision_model"},
+        "mm_tokens_per_image": 4,
+        "image_token_index": 126,
+    },
+    [{"sliding_window": 64}, {"query_pre_attn_scalar": 16}],
+)
+NEW["mistral3_vision"] = (
+    "mistral3",
+    {
+        "text_config": NEW["ministral3"][1] | {"model_type": "ministral3"},
+        "vision_config": VISION | {"model_type": "pixtral", "head_dim": 8},
+        "image_token_index": 108,
+    },
+    [{"rope_parameters": MINISTRAL3_ROPE | {"llama_4_scaling_beta": 0.0}}],
+)
+
+
+def vision_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
+    """`hub_spelling` of a model with a vision tower: its text part is spelled as that family's files."""
+    text = hub_spelling(TEXT_OF[family], config["text_config"])
+    if family == "gemma3_vision":
+        text["sliding_window_pattern"] = 2
+    del text["torch_dtype"]
+    return {key: value for key, value in config.items() if key != "dtype"} | {"text_config": text, "torch_dtype": "float32"}
 
 
 def newer_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -366,12 +404,14 @@ def newer_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
     return old
 
 
-NEWER = ("llama_yarn", "smollm3", "olmo3", "granite", "ministral3", "glm4", "phi3", "gpt_oss")
+NEWER = ("llama_yarn", "smollm3", "olmo3", "granite", "ministral3", "glm4", "phi3", "gpt_oss", *TEXT_OF)
 """The families of `newer_hub_spelling`."""
 
 
 def hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
     """The same config in the spelling from before transformers 5."""
+    if family in TEXT_OF:
+        return vision_hub_spelling(family, config)
     if family in NEWER:
         return newer_hub_spelling(family, config)
     new_names = ("rope_parameters", "dtype", "layer_types", "_sliding_window_pattern", "use_bidirectional_attention")
@@ -416,9 +456,8 @@ def load_model(config_file: dict[str, Any], family: str) -> torch.nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config_file))
         save_file(model_tensors(family), Path(folder) / "model.safetensors", metadata={"format": "pt"})
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
-        )
+        auto = AutoModelForImageTextToText if family in TEXT_OF else AutoModelForCausalLM
+        model, report = auto.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True)
     wrong = {key: names for key, names in report.items() if names and key != "error_msgs"}
     if wrong or report["error_msgs"]:
         raise RuntimeError(f"{family}: {report}")
@@ -426,9 +465,9 @@ def load_model(config_file: dict[str, Any], family: str) -> torch.nn.Module:
 
 
 def tensor_shapes(model: torch.nn.Module, *, tied: bool) -> dict[str, list[int]]:
-    """Shapes of the tensors in a model's files. In memory all experts are one tensor with another name."""
+    """Shapes of the tensors in a model's files. In memory all experts are one tensor, and a tower's tensors have other names."""
     tensors = model.state_dict()
-    if any(".experts." in name for name in tensors):
+    if any(".experts." in name or "vision_tower" in name for name in tensors):
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             tensors = load_file(f"{folder}/model.safetensors")
@@ -470,19 +509,23 @@ def make_family(family: str) -> None:
     folder = HERE / family
     folder.mkdir(parents=True, exist_ok=True)
     config = AutoConfig.for_model(model_type, **settings, dtype="float32")
-    empty = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    auto = AutoModelForImageTextToText if family in TEXT_OF else AutoModelForCausalLM
+    empty = auto.from_config(config, attn_implementation="eager")
+    text = settings.get("text_config", settings)
     config.architectures = [type(empty).__name__]
     new = json.loads(config.to_json_string())
     hub = hub_spelling(family, new)
     shapes = tensor_shapes(empty, tied=config.tie_word_embeddings)
-    ids = np.random.default_rng(len(shapes)).integers(3, settings["vocab_size"], (2, LENGTH))
+    # The last id of a model with a vision tower stands for an image.
+    ids = np.random.default_rng(len(shapes)).integers(3, text["vocab_size"] - 1 * (family in TEXT_OF), (2, LENGTH))
     write(folder, shapes, ids, np.zeros((2, LENGTH - 1), np.float32))
     model = load_model(new, family)
     logps, greedy = logprobs(model, ids), {"greedy": greedy_tokens(model, ids)} if family in NEWER else {}
     other = logprobs(load_model(hub, family), ids)
     np.testing.assert_array_equal(logps, other)
     for feature in features:
-        changed = np.abs(logprobs(load_model({**new, **feature}, family), ids) - logps).max()
+        other = {**new, "text_config": {**new["text_config"], **feature}} if family in TEXT_OF else {**new, **feature}
+        changed = np.abs(logprobs(load_model(other, family), ids) - logps).max()
         if not changed > 5 * TOLERANCE:
             raise RuntimeError(f"{family}: {feature} changes log-probabilities by only {changed}")
         print(f"  {family} without {feature}: {changed:.1e}")

@@ -200,7 +200,7 @@ def test_null_soft_caps_are_off() -> None:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "qwen4"}, "model_type 'qwen4' is not supported.*nearest: qwen3"),
     ({"model_type": None}, "model_type null is not supported"),
-    ({"model_type": "gemma3"}, "model_type 'gemma3' is not supported.*text-only"),
+    ({"model_type": "gemma3"}, "attribute hidden_size = 64 is not known for model_type 'gemma3'"),
     ({"slidding_window": 8}, r"slidding_window = 8 is not known for model_type 'mistral' \(did you mean sliding_window\?\)"),
     ({"clever_new_norm": True}, "attribute clever_new_norm = true is not known"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),

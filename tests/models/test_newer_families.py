@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from newer_configs import PUBLISHED
 from plain_oracles import LORA, golden_config, quick_compiling, tiny_policy, with_random_adapters
 from safetensors.numpy import load_file, save_file
 
-from goldens.folders import NEWER_FAMILIES, build_model_folder, read_golden, read_greedy
+from goldens.folders import NEWER_FAMILIES, build_model_folder, read_golden, read_greedy, read_shapes
 from grpo_jax.config import Config, ConfigError, LoraConfig
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.rope import Rope, rope_tables, rotate
@@ -30,6 +31,7 @@ from grpo_jax.weights.quantize import quantize_params
 
 TOLERANCE_NATS = 1e-4  # float32 sums in another order
 PROMPT = 9
+WITH_VISION = ("gemma3_vision", "mistral3_vision")
 FUSED = {"phi3": ("qkv_proj", "gate_up_proj"), "glm4": ("gate_up_proj",)}
 """Modules of the files that are several linear layers here, by family."""
 
@@ -115,8 +117,8 @@ def test_adapters_and_merged_folders_load_back(tmp_path: Path, family: str) -> N
     assert {name: (x.shape, x.dtype) for name, x in before.items()} == {name: (x.shape, x.dtype) for name, x in after.items()}
 
 
-@pytest.mark.parametrize("family", FUSED)
-def test_an_untouched_export_of_fused_tensors_is_the_original(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("family", [*FUSED, "gpt_oss", *WITH_VISION])
+def test_an_untouched_export_is_the_original(tmp_path: Path, family: str) -> None:
     folder = build_model_folder(tmp_path, family)
     merged = Policy.from_pretrained(folder, dtype="float32").save_merged(tmp_path / "merged")
     before, after = load_file(folder / "model.safetensors"), load_file(Path(merged) / "model.safetensors")
@@ -170,6 +172,51 @@ def test_an_adapter_of_a_fused_module_starts_all_its_parts(tmp_path: Path) -> No
     np.testing.assert_allclose(
         np.concatenate([np.asarray(p["a"][0] @ p["b"][0]) for p in parts], axis=-1), whole, rtol=0, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("family", WITH_VISION)
+def test_a_vision_tower_is_left_alone(tmp_path: Path, family: str) -> None:
+    """Adapters are for the text part alone: PEFT finds modules by their paths, since the tower has a `q_proj` too."""
+    policy = tiny_policy(family, LORA)
+    config = json.loads((Path(policy.save_adapter(tmp_path / "adapter")) / "adapter_config.json").read_text())
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    paths = {name.removeprefix("base_model.model.").rsplit(".lora_", 1)[0] for name in names}
+    assert all(re.fullmatch(config["target_modules"], path) for path in paths)
+    tower = [name.removesuffix(".weight") for name in read_shapes(family) if "vision_tower" in name]
+    assert any("q_proj" in name for name in tower)
+    assert not any(re.fullmatch(config["target_modules"], path) for name in tower for path in (name, f"model.{name}"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text_config": None}, "text_config of a gemma3 model is null"),
+        ({"text_config": {"model_type": "llama"}}, "use an object with model_type gemma3_text"),
+        ({"new_thing": 1}, "attribute new_thing = 1 is not known"),
+    ],
+)
+def test_what_is_not_known_next_to_the_text_part_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        read_spec(golden_config("gemma3_vision") | change)
+
+
+def test_what_is_not_known_in_the_text_part_is_refused() -> None:
+    config = golden_config("gemma3_vision")
+    config["text_config"] |= {"new_thing": 1}
+    with pytest.raises(ModelError, match=r"config.json: text_config: attribute new_thing = 1 is not known"):
+        read_spec(config)
+
+
+def test_a_head_of_its_own_is_not_taken_for_the_embedding(tmp_path: Path) -> None:
+    folder = build_model_folder(tmp_path, "granite")
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
+    Policy.from_pretrained(folder)
+    head[3, 5] += 1
+    save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"lm_head.weight has other values.*tie_word_embeddings: false"):
+        Policy.from_pretrained(folder)
 
 
 def test_parts_of_a_fused_module_are_adapted_together_or_not_at_all() -> None:

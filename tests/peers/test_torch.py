@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from goldens.folders import FAMILIES, NEWER_FAMILIES, build_model_folder, read_golden
 from grpo_jax.config import Config, LoraConfig
@@ -29,7 +30,10 @@ ADAPTED = {
 
 def torch_model(folder: Path) -> torch.nn.Module:
     """Loads a folder in transformers, float32, plain attention."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    auto = (
+        AutoModelForImageTextToText if "vision_config" in json.loads((folder / "config.json").read_text()) else AutoModelForCausalLM
+    )
+    return auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 @torch.no_grad()
@@ -87,6 +91,7 @@ def test_a_model_and_an_adapter_saved_by_torch_load_here(tmp_path: Path, family:
 
     # PEFT's all-linear of a mixture of experts adapts the router, and gate and up together: that is not read.
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if family in MIXTURES else "all-linear"
+    targets = r".*language_model\..*_proj" if family.endswith("vision") else targets
     config = PeftLoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config).eval()
     adapted.save_pretrained(tmp_path / "adapter")
