@@ -160,6 +160,8 @@ def read_llama3(p: RopeReader, theta: float) -> Rope:
 
 def read_yarn(p: RopeReader, theta: float) -> Rope:
     """Reads the settings of type `yarn`; the attention factor, where it is not given, as in the paper or in DeepSeek's code."""
+    if "factor" not in p.settings:  # it may be null
+        p.need("factor")
     length = p.original_length()
     factor, attention = p.scale(length), p.optional("attention_factor")
     share, share_of_all = p.optional("mscale"), p.optional("mscale_all_dim")

@@ -144,6 +144,6 @@ def rotate(
     parts = [first * c - second * s, second * c + first * s]
     parts = parts if turned == x.shape[-1] else [*parts, wide[..., turned:]]
     rotated = jnp.concatenate(parts, axis=-1)
-    if isinstance(scale, float):
+    if isinstance(scale, int | float):
         return (rotated if scale == 1.0 else rotated * jnp.float32(scale)).astype(x.dtype)
     return (rotated * scale[:, :, None, None]).astype(x.dtype)
