@@ -234,7 +234,7 @@ def test_a_quantised_base_is_the_rounded_dense_one(tmp_path: Path, family: str) 
 
 @pytest.mark.slow
 def test_families_with_something_of_their_own_compute_the_same_on_a_mesh(tmp_path: Path, repository: Path) -> None:
-    """Joint norms of heads that are sharded, and fused tensors: on four devices, fsdp 2 and tensor 2, in a process of its own."""
+    """Joint norms of sharded heads, fused tensors, sinks, biases of experts: on four devices, fsdp 2 and tensor 2."""
     code = """
 import json, sys
 from pathlib import Path
@@ -267,7 +267,7 @@ with quick_compiling():
     paths = os.pathsep.join(str(repository / part) for part in (".", "kernels", "tests", "tests/support"))
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
     run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), "olmo3", "phi3"],
+        [sys.executable, "-c", code, str(tmp_path), "olmo3", "phi3", "gpt_oss"],
         env={**os.environ, **flags},
         capture_output=True,
         text=True,
