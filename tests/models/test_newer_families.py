@@ -22,9 +22,10 @@ from safetensors.numpy import load_file, save_file
 
 from goldens.folders import NEWER_FAMILIES, build_model_folder, read_golden, read_greedy, read_shapes
 from grpo_jax.config import Config, ConfigError, LoraConfig
+from grpo_jax.learner.logprobs import completion_logprobs
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.rope import Rope, rope_tables, rotate
-from grpo_jax.models.spec import ModelError, count_parameters
+from grpo_jax.models.spec import ModelError, count_parameters, flatten, nest
 from grpo_jax.policy import Policy
 from grpo_jax.weights.lora import init_lora, load_adapter
 from grpo_jax.weights.quantize import quantize_params
@@ -115,6 +116,32 @@ def test_adapters_and_merged_folders_load_back(tmp_path: Path, family: str) -> N
     np.testing.assert_allclose(logprobs(Policy.from_pretrained(merged, dtype="float32"), ids), ours, rtol=0, atol=TOLERANCE_NATS)
     before, after = load_file(folder / "model.safetensors"), load_file(Path(merged) / "model.safetensors")
     assert {name: (x.shape, x.dtype) for name, x in before.items()} == {name: (x.shape, x.dtype) for name, x in after.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt_oss", "olmo3", "granite"])
+def test_gradients_of_every_weight_are_the_slopes_of_the_log_probabilities(family: str) -> None:
+    """Full training: along a random direction of each parameter, against central differences of 5e-4 nats."""
+    policy, (ids, _) = tiny_policy(family), read_golden(family)
+    prompts, completions = jnp.asarray(ids[:, :9], jnp.int32), jnp.asarray(ids[:, 9:21], jnp.int32)
+
+    @jax.jit
+    def total(params: Any, temperature: Any) -> jax.Array:
+        rows = (prompts, jnp.array([9, 9], jnp.int32), completions)
+        logps, _ = completion_logprobs(policy.model, {"params": params}, *rows, temperature, head_trainable=True)
+        return jnp.mean(logps)
+
+    gradients = dict(flatten(jax.jit(jax.grad(total))(policy.params, jnp.float32(1))))
+    leaves, rng = dict(flatten(policy.params)), np.random.default_rng(0)
+    assert gradients.keys() == leaves.keys()
+    for path, leaf in leaves.items():
+        direction = jnp.asarray(np.sign(np.asarray(gradients[path])) * rng.uniform(0.5, 1.5, leaf.shape), jnp.float32)
+        slope = float(jnp.sum(gradients[path] * direction))
+        assert slope > 0, path
+        step = jnp.float32(2.5e-4 / slope)
+        moved = [nest(leaves | {path: leaf + sign * step * direction}) for sign in (jnp.float32(1), jnp.float32(-1))]
+        up, down = (total(params, jnp.float32(1)) for params in moved)
+        assert float(up - down) == pytest.approx(5e-4, rel=0.03), path
 
 
 @pytest.mark.parametrize("family", [*FUSED, "gpt_oss", *WITH_VISION])
