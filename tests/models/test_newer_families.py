@@ -251,7 +251,7 @@ def test_parts_of_a_fused_module_are_adapted_together_or_not_at_all() -> None:
         init_lora(tiny_policy("phi3").spec, LoraConfig(rank=4, targets=["q_proj", "v_proj"]), jax.random.key(0))
 
 
-@pytest.mark.parametrize("family", [*FUSED, "olmo3"])
+@pytest.mark.parametrize("family", ["phi3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("glm4", "olmo3"))])
 def test_a_quantised_base_is_the_rounded_dense_one(tmp_path: Path, family: str) -> None:
     folder = build_model_folder(tmp_path, family)
     loaded = Policy.from_pretrained(folder, quantization="int8", dtype="float32").params
