@@ -328,6 +328,8 @@ class Policy:
         Returns:
             One float32 array per completion, in nats, as long as the completion.
         """
+        longest = max((len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=False)), default=0)
+        self.spec.check_length(longest, "prompt_ids and completion_ids")
         if not self._scorer:
             self._scorer.append(Program("logprobs", partial(completion_logprobs, self.model)))
         return score_ids(

@@ -80,8 +80,9 @@ def placement_of(config: Config, spec: ModelSpec, machine: Machine) -> Placement
     """Builds the mesh of the settings on the machine's devices.
 
     Raises:
-        ConfigError: the mesh does not fit the devices, the model or the prompts.
+        ConfigError: the mesh does not fit the devices, the model or the prompts; or sequences are too long for the model.
     """
+    spec.check_rollout(config.rollout)
     layout = make_layout(choose_run_mesh(config, spec, machine.limit_bytes).mesh, machine.devices)
     check_mesh(layout, spec)
     micro = config.train.micro_batch_prompts

@@ -37,6 +37,7 @@ def plans_of(model: Transformer, ranges: KeyRanges, limits: Limits, keys: int) -
             implementation=model.implementation,
             head_dim=spec.head_dim,
             dtype=model.dtype,
+            sinks=spec.sinks,
         )
 
     windows = {NO_WINDOW if window is None else window for window in spec.windows}
@@ -60,17 +61,27 @@ def group_attend(model: Transformer, ranges: KeyRanges, limits: Limits, tokens: 
         own = KeyRanges(*(jnp.take_along_axis(jnp.asarray(x), tokens, axis=1) for x in ranges))
         of_selected = plans_of(model, own, limits, keys)
 
-    def mix(q: Array, k: Array, v: Array, plan: AttentionPlan) -> Array:
-        return group_attention(q, k, v, plan, softcap=spec.attention_softcap)
+    def mix(q: Array, k: Array, v: Array, plan: AttentionPlan, sinks: Array | None) -> Array:
+        return group_attention(q, k, v, plan, softcap=spec.attention_softcap, sinks=sinks)
 
     def attend(
-        q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any, selected: bool = False
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        layer: Array,
+        window: Array,
+        per_layer: Any,
+        cache: Any,
+        sinks: Array | None = None,
+        selected: bool = False,
     ) -> tuple[Array, Any, Any]:
         plan = of_window(of_selected if selected else of_all, window)
         if layout is None:
-            return mix(q, k, v, plan), cache, None
+            return mix(q, k, v, plan, sinks), cache, None
         queries, of_keys = layout.spec("rows", None, "kv_heads", None, None), layout.spec("rows", None, "kv_heads", None)
-        return layout.local(mix, (queries, of_keys, of_keys, layout.spec("rows")), queries)(q, k, v, plan), cache, None
+        inputs = (queries, of_keys, of_keys, layout.spec("rows"), layout.spec("kv_heads"))
+        return layout.local(mix, inputs, queries)(q, k, v, plan, sinks), cache, None
 
     return attend
 
@@ -135,10 +146,8 @@ def prefill_attend(model: Transformer, prompt_lengths: Int[Array, "B"], prompt_w
     last = (prompt_lengths - 1)[:, None]
     prompt_attend = group_attend(model, prompt_ranges(prompt_lengths, prompt_width), limits, last)
 
-    def attend(
-        q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any, selected: bool = False
-    ) -> tuple[Array, Any, Any]:
-        out, cache, _ = prompt_attend(q, k, v, layer=layer, window=window, per_layer=per_layer, cache=cache, selected=selected)
+    def attend(q: Array, k: Array, v: Array, **of_layer: Any) -> tuple[Array, Any, Any]:
+        out, cache, _ = prompt_attend(q, k, v, **of_layer)
         return out, cache, (jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1))
 
     return attend

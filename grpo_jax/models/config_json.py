@@ -1,7 +1,8 @@
-"""Attributes of a Hugging Face config.json that several model families share: sizes, rotary embeddings, sliding windows, experts.
+"""Attributes of a Hugging Face config.json that several model families share: sizes, sliding windows, experts.
 
 Both spellings are read: that of transformers 5 (`rope_parameters`, `dtype`, `layer_types`) and the older one (`rope_theta`,
-`rope_scaling`, `torch_dtype`, `sliding_window_pattern`, `rope_local_base_freq`). What differs by family is in `families.py`.
+`rope_scaling`, `torch_dtype`, `sliding_window_pattern`, `rope_local_base_freq`). Rotary embeddings are in `config_rope.py`, and
+what differs by family in `families.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from grpo_jax.config.checks import show
 from grpo_jax.models.config_values import MOST_EXPERT_MODULES, checked_flag, checked_number, whole_number
-from grpo_jax.models.spec import ModelError, Rope
+from grpo_jax.models.spec import ModelError
 
 Fields = dict[str, Any]
 """Arguments of `ModelSpec` by name, or attributes of config.json."""
@@ -158,16 +159,6 @@ def shared_fields(reader: ConfigReader, head_dim: int | None = None) -> Fields:
     }
 
 
-def swiglu_fields(reader: ConfigReader, head_dim: int | None = None, *, theta: float = 10000.0, norm_eps: float = 1e-6) -> Fields:
-    """Reads what Llama, Mistral and Qwen share: `shared_fields`, one rotary embedding, SwiGLU. Given are the family's defaults."""
-    fields = shared_fields(reader, head_dim) | one_rope(reader, theta)
-    reader.allow_only("hidden_act", ("silu",), "the feed-forward is SwiGLU")
-    return fields | {
-        "norm_eps": reader.number("rms_norm_eps", norm_eps),
-        "tied": reader.flag("tie_word_embeddings"),
-    }
-
-
 def attention_bias(reader: ConfigReader) -> Fields:
     """Reads the one switch for biases of q, k, v and of the output projection."""
     bias = reader.flag("attention_bias")
@@ -185,64 +176,6 @@ def expert_fields(reader: ConfigReader, experts: int, selected: int) -> Fields:
     if not 1 <= selected <= experts:
         raise ModelError(f"{reader.file}: num_experts_per_tok = {selected} is not within 1 to the {experts} experts")
     return {"experts": experts, "experts_per_token": selected}
-
-
-def one_rope(reader: ConfigReader, theta: float = 10000.0) -> Fields:
-    """Reads the rotary embedding of a family that uses the same one in all layers."""
-    base = reader.number("rope_theta", theta)
-    rope = read_rope(reader, reader.get("rope_parameters", reader.get("rope_scaling")), base)
-    return {"ropes": (rope,), "rope_of_layer": (0,) * reader.whole("num_hidden_layers")}
-
-
-def read_rope(reader: ConfigReader, parameters: Any, theta: float) -> Rope:
-    """Reads one rotary embedding in either spelling.
-
-    Args:
-        parameters: `rope_scaling`, or an entry of `rope_parameters`.
-        theta: base where `parameters` has none.
-    """
-    if parameters is not None and not isinstance(parameters, dict):
-        raise ModelError(
-            f'{reader.file}: the rope settings are {show(parameters)}: use an object such as {{"rope_type": "default"}}'
-        )
-    p = dict(parameters or {})
-    kind = p.pop("rope_type", p.pop("type", "default")) or "default"
-    p.pop("type", None)
-    theta = checked_number(reader.file, "rope_theta", p.pop("rope_theta", theta))
-    if checked_number(reader.file, "partial_rotary_factor", p.pop("partial_rotary_factor", 1.0)) != 1.0:
-        raise ModelError(f"{reader.file}: partial_rotary_factor other than 1 is not supported")
-
-    def need(name: str) -> Any:
-        if name not in p:
-            raise ModelError(f"{reader.file}: rope type {kind!r} needs {name}")
-        return p.pop(name)
-
-    def factor(name: str) -> float:
-        return checked_number(reader.file, name, need(name))
-
-    if kind == "default":
-        rope = Rope(theta)
-        # Parameters of other types are not used; a dict would be a separate rotary embedding for some of the layers.
-        p = {name: value for name, value in p.items() if isinstance(value, dict)}
-    elif kind == "linear":
-        rope = Rope(theta, "linear", factor=factor("factor"))
-    elif kind == "llama3":
-        rope = Rope(
-            theta,
-            "llama3",
-            factor=factor("factor"),
-            low_freq_factor=factor("low_freq_factor"),
-            high_freq_factor=factor("high_freq_factor"),
-            original_length=whole_number(reader.file, "original_max_position_embeddings", need("original_max_position_embeddings")),
-        )
-        if rope.low_freq_factor >= rope.high_freq_factor:
-            raise ModelError(f"{reader.file}: low_freq_factor is {rope.low_freq_factor:g}: use less than high_freq_factor")
-    else:
-        raise ModelError(f"{reader.file}: rope type {show(kind)} is not supported; supported: default, linear, llama3")
-    p.pop("original_max_position_embeddings", None)
-    if p:
-        raise ModelError(f"{reader.file}: rope settings {sorted(p)} are not known for type {kind!r}")
-    return rope
 
 
 def layer_windows(reader: ConfigReader, layers: int, window: int | None, pattern: int | None) -> tuple[int | None, ...]:

@@ -17,10 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from grpo_jax.models.gating import gated
 from grpo_jax.models.moe import mix_experts
-from grpo_jax.models.spec import EXPERT_LINEARS, LINEAR_AXES, ModelSpec
+from grpo_jax.models.rope import Angles, rotate
+from grpo_jax.models.spec import EXPERT_LINEARS, LINEAR_AXES, QK_NORM_AXES, ModelSpec
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params
 from grpo_kernels import QuantizedWeight, quantized_matmul
@@ -37,41 +39,39 @@ class Attend(Protocol):
     """Attention of one layer.
 
     Takes q [B, T, K, R, Dh] (scaled; R = H/K), k and v [B, T, K, Dh], the layer's number and window (int32 scalars), the layer's
-    part of `Transformer`'s `per_layer`, the cache, and `selected`: q has only the selected tokens, as in the last layer.
+    part of `Transformer`'s `per_layer`, the cache, `sinks` [K, R] where the model has them, and `selected`: q has only the selected
+    tokens, as in the last layer.
     Returns the attention's output [B, T, K, R, Dh], the cache, and the layer's output for `Transformer` to stack.
     """
 
     def __call__(
-        self, q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any, selected: bool = False
+        self,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        layer: Array,
+        window: Array,
+        per_layer: Any,
+        cache: Any,
+        sinks: Array | None = None,
+        selected: bool = False,
     ) -> tuple[Array, Any, Any]: ...
 
 
-def rope_tables(spec: ModelSpec, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
-    """Cosines and sines of every rotary angle, float32 [ropes, B, T, head_dim / 2]."""
-    frequencies = jnp.array([rope.frequencies(spec.head_dim) for rope in spec.ropes], jnp.float32)
-    angles = positions.astype(jnp.float32)[None, :, :, None] * frequencies[:, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Float[Array, "B T K Dh"], cos: Float[Array, "B T half"], sin: Float[Array, "B T half"], scale: float = 1.0) -> Array:
-    """Applies rotary position embedding to the pairs (i, i + Dh/2), Hugging Face's order of a head's dimensions.
-
-    Args:
-        scale: factor of the result, in float32, so that a scaled query is rounded once.
-    """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    c, s = cos[:, :, None, :], sin[:, :, None, :]
-    rotated = jnp.concatenate([first * c - second * s, second * c + first * s], axis=-1)
-    return (rotated if scale == 1.0 else rotated * jnp.float32(scale)).astype(x.dtype)
-
-
 class RMSNorm(nn.Module):
-    """x / rms(x) · (offset + scale), in float32 (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
+    """x / rms(x) · (offset + scale), in float32 (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467).
+
+    Attributes:
+        axis: logical axis of x's last dimension.
+        factor: the result is multiplied by it, before it is rounded.
+    """
 
     eps: float
     offset: float
     layout: Layout | None = None
     axis: str = "embed"
+    factor: float = 1.0
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -79,6 +79,7 @@ class RMSNorm(nn.Module):
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + jnp.float32(self.eps))
         factor = scale + jnp.float32(self.offset)
+        factor = factor if self.factor == 1.0 else factor * jnp.float32(self.factor)
         return (wide * jnp.expand_dims(factor, tuple(range(x.ndim - 1)))).astype(x.dtype)
 
 
@@ -209,6 +210,14 @@ class LinearWeights(nn.Module):
         return variables_of(self)
 
 
+class Sinks(nn.Module):
+    """Returns the attention sinks of a layer, [H]."""
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return jnp.asarray(self.get_variable("params", "logit"))
+
+
 def parts_of(tokens: int, least: int) -> int:
     """Returns the smallest number of equal parts that is at least `least`, and at most twice that; 1 where none divides."""
     return next((parts for parts in range(least, 2 * least + 1) if tokens % parts == 0), 1)
@@ -286,16 +295,22 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[Array, Any], layer: dict[str, Any], rope: tuple[Array, Array], select: SelectTokens | None = None
+        self, carry: tuple[Array, Any], layer: dict[str, Any], rope: Angles, select: SelectTokens | None = None
     ) -> tuple[Any, Any]:
         x, cache = carry
         x, spec = checkpoint_name(x, LAYER_INPUT), self.spec
-        mixed, cache, stacked = self.attention(self.norm("attn_norm", x), layer, rope, cache, select)
+        before = self.norm("attn_norm", x) if spec.pre_norm else x
+        mixed, cache, stacked = self.attention(before, layer, rope, cache, select)
         x = x if select is None else select(x)
-        x = checkpoint_name(x + (self.norm("post_attn_norm", mixed) if spec.sandwich else mixed), LAYER_MIDDLE)
-        fed = self.feed_forward(self.norm("ffw_norm", x))
-        x = x + (self.norm("post_ffw_norm", fed) if spec.sandwich else fed)
+        x = checkpoint_name(x + self.added("post_attn_norm", mixed), LAYER_MIDDLE)
+        fed = self.feed_forward(self.norm("ffw_norm", x) if spec.pre_norm else x)
+        x = x + self.added("post_ffw_norm", fed)
         return (x, cache), stacked
+
+    def added(self, norm: str, x: Array) -> Array:
+        """What attention or feed-forward adds to the hidden states."""
+        x = self.norm(norm, x) if self.spec.sandwich else x
+        return x if self.spec.residual_scale == 1.0 else x * jnp.asarray(self.spec.residual_scale, x.dtype)
 
     def norm(self, name: str, x: Array, axis: str = "embed") -> Array:
         return RMSNorm(self.spec.norm_eps, self.spec.norm_offset, self.layout, axis, name=name)(x)
@@ -312,7 +327,7 @@ class Block(nn.Module):
         return jnp.split(self.linear(joined, x), ends[:-1], axis=-1)
 
     def attention(
-        self, x: Array, layer: dict[str, Any], rope: tuple[Array, Array], cache: Any, select: SelectTokens | None
+        self, x: Array, layer: dict[str, Any], rope: Angles, cache: Any, select: SelectTokens | None
     ) -> tuple[Array, Any, Any]:
         spec = self.spec
         heads, kv_heads = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
@@ -321,13 +336,13 @@ class Block(nn.Module):
             q = q if select is None else select(q)
         else:
             q, k, v = self.linear("q_proj", select(x)), self.linear("k_proj", x), self.linear("v_proj", x)
+        if spec.joint_qk_norm:
+            q, k = (self.norm(name, y, QK_NORM_AXES[name]) for name, y in (("q_norm", q), ("k_norm", k)))
         q = q.reshape(*q.shape[:2], spec.heads, spec.head_dim)
         k, v = (y.reshape(*y.shape[:2], spec.kv_heads, spec.head_dim) for y in (k, v))
-        if spec.qk_norm:
+        if spec.qk_norm and not spec.joint_qk_norm:
             q, k = self.norm("q_norm", q, "head_dim"), self.norm("k_norm", k, "head_dim")
-        cos, sin = rope[0][layer["rope"]], rope[1][layer["rope"]]
-        q_angles = (cos, sin) if select is None else (select(cos), select(sin))
-        q, k = rotate(q, *q_angles, spec.query_scale), rotate(k, cos, sin)
+        q, k = self.rotated(q, k, jax.tree.map(lambda table: table[layer["rope"]], rope), select)
         b, t = q.shape[:2]
         q = q.reshape(b, t, spec.kv_heads, spec.heads // spec.kv_heads, spec.head_dim)
         mixed, cache, stacked = self.attend(
@@ -338,9 +353,25 @@ class Block(nn.Module):
             window=layer["window"],
             per_layer=layer["per_layer"],
             cache=cache,
+            sinks=self.sinks(),
             selected=select is not None,
         )
         return self.linear("o_proj", mixed.reshape(b, t, spec.heads * spec.head_dim)), cache, stacked
+
+    def sinks(self) -> Array | None:
+        """The attention sinks [K, R] of this layer, float32; None where the model has none."""
+        if not self.spec.sinks:
+            return None
+        logit = Sinks(name="sinks")().astype(jnp.float32)
+        return logit.reshape(self.spec.kv_heads, self.spec.heads // self.spec.kv_heads)
+
+    @nn.nowrap
+    def rotated(self, q: Array, k: Array, angles: Angles, select: SelectTokens | None) -> tuple[Array, Array]:
+        """Rotates queries, which are scaled too, and keys by one rotary embedding; `select` has picked the queries."""
+        spec, of_queries = self.spec, angles if select is None else jax.tree.map(select, angles)
+        scale = spec.query_scale if of_queries.query_scale is None else of_queries.query_scale * jnp.float32(spec.query_scale)
+        q = rotate(q, of_queries.cos, of_queries.sin, scale, interleaved=spec.interleaved_rope)
+        return q, rotate(k, angles.cos, angles.sin, interleaved=spec.interleaved_rope)
 
     def feed_forward(self, x: Array) -> Array:
         names = ("router", *EXPERT_LINEARS) if self.spec.experts else ("gate_proj", "up_proj", "down_proj")
@@ -378,5 +409,4 @@ class Block(nn.Module):
             gate, up = jnp.split(linear("gate_up_proj", x), [spec.ffw], axis=-1)
         else:
             gate, up = linear("gate_proj", x), linear("up_proj", x)
-        active = jax.nn.silu(gate) if spec.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-        return linear("down_proj", active * up)
+        return linear("down_proj", gated(spec, gate, up))

@@ -15,7 +15,6 @@ Expert parallelism: on a mesh each device has E / tensor experts and all tokens 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.expert_products import dense_product, group_by_expert, ragged_product, take_rows, tiled_product
+from grpo_jax.models.gating import gated
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec
 from grpo_jax.runtime.sharding import Layout
 from grpo_kernels import QuantizedWeight
@@ -46,7 +46,12 @@ BLOCK_ELEMENTS = 2**24
 
 
 def route(
-    x: Float[Array, "N D"], router: Float[Array, "D E"], selected: int, *, normalised: bool
+    x: Float[Array, "N D"],
+    router: Float[Array, "D E"],
+    selected: int,
+    *,
+    normalised: bool,
+    bias: Float[Array, "E"] | None = None,
 ) -> tuple[Float[Array, "N k"], Int[Array, "N k"]]:
     """Router weights and indices of each token's experts, the most probable first.
 
@@ -54,6 +59,7 @@ def route(
     https://arxiv.org/abs/2401.04088: the same as softmax over the k largest logits).
     """
     logits = jnp.dot(x, router, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
+    logits = logits if bias is None else logits + bias.astype(jnp.float32)[None, :]
     weights, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), selected)
     if normalised:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
@@ -95,8 +101,8 @@ def mix_experts(
     """Computes the feed-forward of one layer.
 
     Args:
-        weights: `kernel` of router, gate_proj, up_proj and down_proj. Those of the last three may be quantised, and there may be
-            `a` and `b` next to them.
+        weights: `kernel`, and where the model has it `bias`, of router, gate_proj, up_proj and down_proj. Kernels of the last three
+            may be quantised, and there may be `a` and `b` next to them.
         lora_scale: factor of the adapters' product.
         implementation: see `choose_form`.
         layout: on a mesh, B is sharded over rows.
@@ -131,8 +137,10 @@ def mix_experts(
 def leaf_axes(spec: ModelSpec, name: str, leaf: str) -> tuple[str | None, ...]:
     """Logical axes of one layer's slice of a weight."""
     if name == "router":
-        return "embed", None
+        return ("embed", None) if leaf == "kernel" else (None,)
     rows, columns = spec.linear_axes(name)
+    if leaf == "bias":
+        return "experts", columns
     return {"kernel": ("experts", rows, columns), "a": ("experts", rows, "rank"), "b": ("experts", "rank", columns)}[leaf]
 
 
@@ -151,7 +159,8 @@ def mix_local_experts(
     """
     kernel = weights["up_proj"]["kernel"]
     k, experts = spec.experts_per_token, kernel.shape[0]
-    router_weights, selected = route(x, weights["router"]["kernel"], k, normalised=spec.norm_topk_prob)
+    router = weights["router"]
+    router_weights, selected = route(x, router["kernel"], k, normalised=spec.norm_topk_prob, bias=router.get("bias"))
     local = selected - first_expert
     local = jnp.where((local >= 0) & (local < experts), local, experts)
     form = choose_form(spec, x.shape[0], implementation, quantized=isinstance(kernel, QuantizedWeight))
@@ -170,15 +179,17 @@ def mix_local_experts(
 
 
 def feed_forward(spec: ModelSpec, x: Array, weights: dict[str, dict[str, Any]], lora_scale: float, product: Product) -> Array:
-    """down(act(gate(x)) · up(x)) of each row's expert, adapters included."""
+    """down(act(gate(x)) · up(x)) of each row's expert, adapters and biases included."""
 
     def linear(name: str, x: Array) -> Array:
         leaves = weights[name]
         y = product(x, leaves["kernel"])
         if "a" in leaves:
             y = y + product(product(x, leaves["a"]), leaves["b"] * jnp.asarray(lora_scale, x.dtype))
+        if "bias" in leaves:
+            # A product too, with a column of ones, so that its gradient is added in the order of the weights' gradients.
+            y = y + product(jnp.ones((*x.shape[:-1], 1), x.dtype), leaves["bias"][:, None, :])
         return y
 
     gate, up, down = EXPERT_LINEARS
-    act = jax.nn.silu if spec.activation == "silu" else functools.partial(jax.nn.gelu, approximate=True)
-    return linear(down, act(linear(gate, x)) * linear(up, x))
+    return linear(down, gated(spec, linear(gate, x), linear(up, x)))

@@ -14,48 +14,29 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from grpo_jax.config import ConfigError, RolloutConfig
+from grpo_jax.models.rope import Rope
 from grpo_jax.types import Params
+
+__all__ = [
+    "EXPERT_LINEARS",
+    "LINEAR_AXES",
+    "ModelError",
+    "ModelSpec",
+    "ParamSpec",
+    "Rope",
+    "abstract_params",
+    "count_parameters",
+    "flatten",
+    "init_params",
+    "lora_specs",
+    "nest",
+    "param_specs",
+]
 
 
 class ModelError(ValueError):
     """A model folder that cannot be read; the message names the file and the fix."""
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding (Su et al. 2021, https://arxiv.org/abs/2104.09864).
-
-    Attributes:
-        theta: base of the frequencies theta^(-2i / head_dim).
-        kind: `default`; `linear` divides every frequency by factor; `llama3` divides the low frequencies and interpolates between
-            low and high ones (https://github.com/meta-llama/llama-models, `apply_scaling`).
-        original_length: context length before scaling; `llama3` only.
-    """
-
-    theta: float
-    kind: Literal["default", "linear", "llama3"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_length: int = 8192
-
-    def frequencies(self, head_dim: int) -> list[float]:
-        """Radians per position of each of the head_dim / 2 pairs."""
-        unscaled = [self.theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
-        if self.kind == "default":
-            return unscaled
-        if self.kind == "linear":
-            return [f / self.factor for f in unscaled]
-        return [self._llama3(f) for f in unscaled]
-
-    def _llama3(self, frequency: float) -> float:
-        turns = self.original_length * frequency / (2 * math.pi)
-        if turns < self.low_freq_factor:
-            return frequency / self.factor
-        if turns > self.high_freq_factor:
-            return frequency
-        blend = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        return (1 - blend) * frequency / self.factor + blend * frequency
 
 
 @dataclass(frozen=True)
@@ -68,11 +49,18 @@ class ModelSpec:
         windows: per layer, the number of positions that a query sees, its own included; None sees all.
         ropes: the rotary embeddings in use; `rope_of_layer` gives the index of each layer's.
         query_scale: factor of q before q·k.
-        qk_norm: RMSNorm on each head's q and k.
-        sandwich: norms after attention and after the feed-forward too (Gemma 2 and 3).
+        rotated_dims: dimensions of a head that are rotated, its first ones; None is all.
+        interleaved_rope: see `rope.rotate`.
+        qk_norm: RMSNorm on q and k: on each head's, or with `joint_qk_norm` on those of all heads together (OLMo 3).
+        pre_norm: norms before attention and before the feed-forward.
+        sandwich: norms after attention and after the feed-forward (Gemma 2 and 3, GLM-4, and OLMo 3, which has no others).
         norm_offset: RMSNorm multiplies by offset + scale (1 in Gemma).
         embed_scale: factor of the embedded tokens.
+        residual_scale: factor of what attention and feed-forward add.
+        logit_scale: factor of the logits.
         attention_softcap, final_softcap: c·tanh(x / c) of attention scores and of logits; None is off.
+        sinks: attention's softmax has one more score, the same for all queries of a head, whose value is 0.
+        swiglu_alpha, swiglu_limit: of the activation `swiglu_clamped`, see `gating.gated`.
         experts: experts in every layer, of which a router selects `experts_per_token` for each token; 0 is a dense feed-forward.
         norm_topk_prob: the router's weights of the selected experts are divided by their sum.
         dtype: dtype of the weights that config.json names.
@@ -97,21 +85,58 @@ class ModelSpec:
     ropes: tuple[Rope, ...]
     rope_of_layer: tuple[int, ...]
     query_scale: float
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    rotated_dims: int | None = None
+    interleaved_rope: bool = False
+    activation: Literal["silu", "gelu_tanh", "swiglu_clamped"] = "silu"
+    swiglu_alpha: float = 1.702
+    swiglu_limit: float = 7.0
     qkv_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    joint_qk_norm: bool = False
+    pre_norm: bool = True
     sandwich: bool = False
     norm_offset: float = 0.0
     embed_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     attention_softcap: float | None = None
     final_softcap: float | None = None
+    sinks: bool = False
     experts: int = 0
     experts_per_token: int = 0
     norm_topk_prob: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
     init_std: float = 0.02
+
+    @property
+    def rotated(self) -> int:
+        """Dimensions of a head that are rotated."""
+        return self.head_dim if self.rotated_dims is None else self.rotated_dims
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence in tokens that the rotary embeddings are exact for; None is any."""
+        return min((rope.max_length for rope in self.ropes if rope.max_length is not None), default=None)
+
+    def check_length(self, tokens: int, what: str) -> None:
+        """Raises ConfigError where a sequence is longer than the rotary embeddings are exact for.
+
+        Args:
+            what: the settings or arguments that the length comes from, for the message.
+        """
+        if self.max_length is not None and tokens > self.max_length:
+            raise ConfigError(
+                f"{what}: a sequence may have {tokens:,} tokens, and this model's rotary embedding is exact for up to "
+                f"{self.max_length:,}. Its frequencies change for the whole sequence when it grows beyond, so keys and values that "
+                "are stored would be wrong: make it shorter"
+            )
+
+    def check_rollout(self, rollout: RolloutConfig) -> None:
+        """Raises ConfigError where the longest sequence of a run is longer than the rotary embeddings are exact for."""
+        longest = rollout.max_prompt_length + rollout.max_completion_length
+        self.check_length(longest, "rollout.max_prompt_length + rollout.max_completion_length")
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(in, out) of each linear layer of a block; with experts, those of the feed-forward are of one expert."""
@@ -172,6 +197,9 @@ LINEAR_AXES: dict[str, tuple[str, str]] = {
 }
 """Logical axes of each linear layer's (in, out)."""
 
+QK_NORM_AXES = {"q_norm": "heads", "k_norm": "kv_heads"}
+"""Logical axes of the scales of norms over all heads together."""
+
 EXPERT_LINEARS = ("gate_proj", "up_proj", "down_proj")
 """Linear layers that exist once per expert in a mixture of experts."""
 
@@ -197,12 +225,18 @@ def param_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
     if spec.experts:
         router = (spec.layers, spec.width, spec.experts)
         table["layers", "router", "kernel"] = ParamSpec(router, ("layers", "embed", None), spec.init_std)
-    norms = ["attn_norm", "ffw_norm"] + (["post_attn_norm", "post_ffw_norm"] if spec.sandwich else [])
+        if spec.mlp_bias:
+            table["layers", "router", "bias"] = ParamSpec((spec.layers, spec.experts), ("layers", None))
+    if spec.sinks:
+        table["layers", "sinks", "logit"] = ParamSpec((spec.layers, spec.heads), ("layers", "heads"), spec.init_std)
+    norms = (["attn_norm", "ffw_norm"] if spec.pre_norm else []) + (["post_attn_norm", "post_ffw_norm"] if spec.sandwich else [])
     for name in norms:
         table["layers", name, "scale"] = ParamSpec((spec.layers, spec.width), ("layers", "embed"), constant=norm_start)
     if spec.qk_norm:
-        for name in ("q_norm", "k_norm"):
-            table["layers", name, "scale"] = ParamSpec((spec.layers, spec.head_dim), ("layers", "head_dim"), constant=norm_start)
+        for name, heads in (("q_norm", spec.heads), ("k_norm", spec.kv_heads)):
+            axis, size = QK_NORM_AXES[name], heads * spec.head_dim
+            size, axis = (size, axis) if spec.joint_qk_norm else (spec.head_dim, "head_dim")
+            table["layers", name, "scale"] = ParamSpec((spec.layers, size), ("layers", axis), constant=norm_start)
     return table
 
 

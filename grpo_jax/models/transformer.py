@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from grpo_jax.models.layers import LAYER_INPUT, LAYER_MIDDLE, Attend, Block, RMSNorm, SelectTokens, rope_tables
+from grpo_jax.models.layers import LAYER_INPUT, LAYER_MIDDLE, Attend, Block, RMSNorm, SelectTokens
+from grpo_jax.models.rope import rope_tables
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.sharding import GATHERED, Layout
 from grpo_jax.types import Params
@@ -86,8 +87,9 @@ class Transformer(nn.Module):
         """
         x = Embedding(self.layout, name="embed")(ids).astype(self.dtype)
         x = x * jnp.asarray(self.spec.embed_scale, self.dtype)
-        rope = rope_tables(self.spec, positions)
-        norm = RMSNorm(self.spec.norm_eps, self.spec.norm_offset, self.layout, name="final_norm")
+        rope = rope_tables(self.spec.ropes, self.spec.rotated, positions)
+        # Logits are linear in the norm's result, so their factor is the norm's.
+        norm = RMSNorm(self.spec.norm_eps, self.spec.norm_offset, self.layout, factor=self.spec.logit_scale, name="final_norm")
         if self.unrolled:
             x, cache, outputs = self.run_unrolled(x, rope, attend, cache, per_layer, select)
             return norm(x), cache, outputs

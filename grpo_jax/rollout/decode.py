@@ -186,7 +186,7 @@ def layer_inputs(model: Transformer, prompts: PrefilledPrompts, past_blocks: tup
     caches = (prompts.cache, past_blocks)
     # Kernels take all layers together: a slice passed to one would be a copy. So would be a slice of a past block that
     # attention then skips.
-    in_place = chosen(model.implementation, model.spec.head_dim).startswith("mosaic") or platform() != "gpu"
+    in_place = chosen(model.implementation, model.spec.head_dim, sinks=model.spec.sinks).startswith("mosaic") or platform() != "gpu"
     return (None, caches) if in_place else (caches, None)
 
 

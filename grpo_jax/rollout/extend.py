@@ -77,7 +77,7 @@ def extend_attend(model: Transformer, lengths: Int[Array, "N"], new: NewTokens, 
     spec, layout = model.spec, model.layout
     windows = any(window is not None for window in spec.windows)
 
-    def local(qkv: Any, caches: Any, rows: Any, scalars: Any) -> tuple[Array, KVCache]:
+    def local(qkv: Any, caches: Any, rows: Any, scalars: Any, sinks: Array | None) -> tuple[Array, KVCache]:
         (q, k, v), (prefix, past_blocks), (layer, window) = qkv, caches, scalars
         lengths, base, prompt_slots, slots = rows
         form: KVCache = layer_caches(past_blocks[0])[0]
@@ -94,19 +94,30 @@ def extend_attend(model: Transformer, lengths: Int[Array, "N"], new: NewTokens, 
             window=window if windows else NO_WINDOW,
             layer=layer if all_layers is not None else None,
             softcap=spec.attention_softcap,
+            sinks=sinks,
         )
         return mixed, keys
 
     def attend(
-        q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any, selected: bool = False
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        layer: Array,
+        window: Array,
+        per_layer: Any,
+        cache: Any,
+        sinks: Array | None = None,
+        selected: bool = False,
     ) -> tuple[Array, Any, Any]:
         caches = per_layer if all_layers is None else all_layers
-        arguments = ((q, k, v), caches, (lengths, new.base, new.prompt_slots, new.slots), (layer, window))
+        arguments = ((q, k, v), caches, (lengths, new.base, new.prompt_slots, new.slots), (layer, window), sinks)
         if layout is None:
             mixed, keys = local(*arguments)
         else:
             tokens, keys_spec = layout.spec("slots", None, "kv_heads"), cache_spec(layout, stacked=False)
-            inputs = (tokens, cache_spec(layout, stacked=all_layers is not None), layout.spec("slots"), layout.spec())
+            prefix_and_past = cache_spec(layout, stacked=all_layers is not None)
+            inputs = (tokens, prefix_and_past, layout.spec("slots"), layout.spec(), layout.spec("kv_heads"))
             mixed, keys = layout.local(local, inputs, (tokens, keys_spec))(*arguments)
         return mixed, cache, keys
 

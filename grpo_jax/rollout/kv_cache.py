@@ -145,6 +145,7 @@ def write_and_attend(
     segment_cache: KVCache,
     rows: tuple[Array, Array, SlotMap | None],
     scalars: tuple[Array, Array, Array],
+    sinks: Array | None,
     *,
     windows: bool,
     softcap: float | None,
@@ -158,6 +159,7 @@ def write_and_attend(
         segment_cache: of one layer or of all.
         rows: lengths, base and slot_map of `decode_attend`.
         scalars: layer, window and step.
+        sinks: [K, R], or None.
         windows: whether any layer has a window; else the window is not read.
     """
     (lengths, base, slot_map), (layer, window, step) = rows, scalars
@@ -187,6 +189,7 @@ def write_and_attend(
         window=window if windows else NO_WINDOW,
         layer=layer if all_layers else None,
         softcap=softcap,
+        sinks=sinks,
         implementation=implementation,
     )
     return mixed[:, None], segment_cache
@@ -222,20 +225,29 @@ def decode_attend(
     local = functools.partial(write_and_attend, windows=windows, softcap=spec.attention_softcap, implementation=implementation)
 
     def attend(
-        q: Array, k: Array, v: Array, *, layer: Array, window: Array, per_layer: Any, cache: Any, selected: bool = False
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        layer: Array,
+        window: Array,
+        per_layer: Any,
+        cache: Any,
+        sinks: Array | None = None,
+        selected: bool = False,
     ) -> tuple[Array, Any, Any]:
         if all_layers is not None:
             (cache, number), caches = cache, all_layers
-            out, cache = run((q, k, v), caches, cache, (lengths, base, slot_map), (number, window, step))
+            out, cache = run((q, k, v), caches, cache, (lengths, base, slot_map), (number, window, step), sinks)
             return out, (cache, number + 1), None
-        return *run((q, k, v), per_layer, cache, (lengths, base, slot_map), (layer, window, step)), None
+        return *run((q, k, v), per_layer, cache, (lengths, base, slot_map), (layer, window, step), sinks), None
 
-    def run(qkv: Any, caches: Any, cache: Any, rows: Any, scalars: Any) -> tuple[Array, Any]:
-        arguments = (qkv, caches, cache, rows, scalars)
+    def run(*arguments: Any) -> tuple[Array, Any]:
         if layout is None:
             return local(*arguments)
-        tokens, segment_cache = layout.spec("slots", None, "kv_heads"), cache_spec(layout, stacked=cache.v.ndim == 5)
-        inputs = (tokens, cache_spec(layout, stacked=all_layers is not None), segment_cache, layout.spec("slots"), layout.spec())
+        tokens, segment_cache = layout.spec("slots", None, "kv_heads"), cache_spec(layout, stacked=arguments[2].v.ndim == 5)
+        prefix_and_past = cache_spec(layout, stacked=all_layers is not None)
+        inputs = (tokens, prefix_and_past, segment_cache, layout.spec("slots"), layout.spec(), layout.spec("kv_heads"))
         return layout.local(local, inputs, (tokens, segment_cache))(*arguments)
 
     return attend

@@ -166,7 +166,8 @@ class Sampler:
             B·G rows, the completions of a prompt next to each other.
 
         Raises:
-            ConfigError: stop strings without a tokenizer, or `rollout.slots` that the row shards of the mesh do not divide.
+            ConfigError: stop strings without a tokenizer, sequences that are too long for the model (`ModelSpec.check_length`), or
+                `rollout.slots` that the row shards of the mesh do not divide.
             ValueError: `turns` with shapes that are not for episodes, or `turns` that break their promises.
         """
         if turns is not None and shapes is not None and not shapes.sizes.extensions:
@@ -177,6 +178,8 @@ class Sampler:
                 "the tokenizer's files"
             )
         b, g = len(prompt_ids), rollout.num_generations
+        longest_text = max(map(len, prompt_ids)) + rollout.max_completion_length
+        self.model.spec.check_length(longest_text, "prompt and rollout.max_completion_length")
         check_slots(rollout.slots, 1 if self.model.layout is None else self.model.layout.rows)
         weights = self.decoding_weights(variables, rollout)
         if shapes is None:

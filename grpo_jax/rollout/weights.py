@@ -181,11 +181,11 @@ def join_layers(variables: Params, name: str) -> Params:
 
 
 def cast_weight(path: tuple[Any, ...], leaf: Any, dtype: Any, *, dense: bool) -> Any:
-    """Casts a weight once instead of at every token, except the scales of norms, which compute in float32 as in training.
+    """Casts a weight once instead of at every token, except scales of norms and attention sinks, which are float32 as in training.
 
     A quantised weight stays quantised on an accelerator, unless `rollout.dense_base` says otherwise. On a CPU it is cast: a 4-bit
     element takes a byte there, so dense weights are faster, and jax 0.10 refuses int4 results of one compiled program as another's
     arguments.
     """
-    unchanged = not dense if isinstance(leaf, QuantizedWeight) else path[-1].key == "scale" or leaf.dtype == dtype
+    unchanged = not dense if isinstance(leaf, QuantizedWeight) else path[-1].key in ("scale", "logit") or leaf.dtype == dtype
     return leaf if unchanged else leaf.astype(dtype)

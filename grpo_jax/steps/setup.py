@@ -64,11 +64,12 @@ def begin(config: Config, sources: Mapping[str, str] | None, *, resume: bool) ->
 
 
 def read_tokenizer(config: Config, display: Display) -> Tokenizer | None:
-    """The tokenizer of the model that a config names; checks that the mesh fits the model, and downloads no weights."""
+    """The tokenizer of the model that a config names; checks that mesh and lengths fit the model, and downloads no weights."""
     assert config.model.path is not None
     with display.busy(f"looking for {config.model.path}"):
         folder = find_model(config.model.path, config.model.revision, weights=False)
         spec = read_folder_spec(folder)
+        spec.check_rollout(config.rollout)
         check_mesh(make_layout(choose_run_mesh(config, spec, least_limit_bytes()).mesh), spec)
         tokenizer, file = Tokenizer.from_folder(folder), config.data.chat_template_file
         return tokenizer if tokenizer is None or file is None else tokenizer.with_chat_template(read_template_file(file))
@@ -102,6 +103,7 @@ def placed_policy(config: Config, policy: Policy | None, display: Display) -> Po
         choice = choose_run_mesh(config, policy.spec, least_limit_bytes())
         if policy.adapters is None:
             display.note(NO_ADAPTERS_LINE)
+    policy.spec.check_rollout(config.rollout)
     policy.need_tokenizer()
     if not policy.stop_ids and not config.rollout.stop:
         display.warning(NO_STOP_LINE)

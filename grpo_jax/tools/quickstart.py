@@ -149,7 +149,8 @@ def save_random_model(folder: Path, values: dict[str, Any], seed: int) -> None:
 
     from grpo_jax.models.spec import init_params
     from grpo_jax.weights.export import merged_weights
-    from grpo_jax.weights.hf import WEIGHTS, tensor_names
+    from grpo_jax.weights.hf import WEIGHTS
+    from grpo_jax.weights.names import tensor_names
 
     spec = read_spec(values)
     read = merged_weights(spec, init_params(spec, jax.random.key(seed), jnp.float32), None, None)

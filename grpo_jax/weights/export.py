@@ -1,11 +1,12 @@
 """Writes merged models: a folder that transformers and vLLM load, in the layout of the original folder.
 
-Tensor names, dtypes and shards are those of the original, as are config, generation config and tokenizer. `digests.json` has the
-digest of every file, for `grpo-jax verify`. Adapter folders are written by `weights/lora.py`.
+Tensor names, dtypes and shards are those of the original, as are config, generation config and tokenizer. Only MXFP4 becomes
+bfloat16. `digests.json` has the digest of every file, for `grpo-jax verify`. Adapter folders are written by `weights/lora.py`.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -21,7 +22,8 @@ from grpo_jax.models.spec import ModelError, ModelSpec, flatten
 from grpo_jax.runtime.digests import DIGESTS, write_digests
 from grpo_jax.runtime.files import replacing
 from grpo_jax.types import Params
-from grpo_jax.weights.hf import INDEX, TensorFiles, read_tensor, tensor_names
+from grpo_jax.weights.hf import INDEX, TensorFiles, read_json, read_tensor
+from grpo_jax.weights.names import TensorSource, tensor_names
 from grpo_kernels import QuantizedWeight
 
 # Endings of files that are not copied: weights in any format, files of the hub's page, and digests of the original's files.
@@ -68,7 +70,11 @@ def merged_weights(
     def read_original(path: tuple[str, ...], index: tuple[int, ...]) -> np.ndarray:
         assert original is not None, path
         with TensorFiles(original) as files:
-            return read_tensor(files, sources[path], int(np.ravel_multi_index(index, sources[path].stack)))
+            # Of a tensor with all experts, the index is that of the layer.
+            stack = sources[path].stack
+            rest = np.ndindex(stack[len(index) :])
+            parts = [read_tensor(files, sources[path], int(np.ravel_multi_index((*index, *other), stack))) for other in rest]
+            return np.stack(parts).reshape(*stack[len(index) :], *parts[0].shape)
 
     def read(path: tuple[str, ...], index: tuple[int, ...]) -> np.ndarray:
         quantized = isinstance(leaves[path], QuantizedWeight)
@@ -104,11 +110,7 @@ def save_merged(
     if writes:
         out.mkdir(parents=True, exist_ok=True)
         (out / DIGESTS).unlink(missing_ok=True)  # those of files that are about to be replaced
-    entries = {
-        name: (path, index, source.transposed) for path, source in tensor_names(spec).items() for name, index in source.entries()
-    }
-    if spec.tied:
-        entries["lm_head.weight"] = (("embed", "embedding"), (), False)
+    pieces, sizes = tensor_pieces(spec), dict[str, int]()
     with TensorFiles(original) as files:
         shards = sorted(set(files.files.values()))
         if writes:
@@ -116,21 +118,53 @@ def save_merged(
         for shard in shards:
             tensors: dict[str, np.ndarray] = {}
             for name in (n for n, file in files.files.items() if file == shard):
-                path, index, transposed = entries.get(name, (None, (), False))
-                values = None if path is None else read(path, index)
-                if not writes:
-                    continue
-                if values is None:
-                    tensors[name] = files.read(name)
-                    continue
-                dtype = files.read(name, tuple(slice(0, 0) for _ in files.shape(name))).dtype
-                tensors[name] = np.ascontiguousarray(values.T if transposed else values).astype(jnp.dtype(dtype))
+                values = [(source, read(path, index)) for source, path, index in pieces.get(name, ())]
+                if writes:
+                    tensors[files.names.get(name, name)] = joined_pieces(files, name, values) if values else files.read(name)
+            sizes |= {name: tensor.nbytes for name, tensor in tensors.items()}
             if writes:
                 with replacing(out / shard) as unfinished:
                     save_file(tensors, unfinished, metadata={"format": "pt"})
     if writes:
         others = copy_other_files(original, out, without=() if tokenizer is None else (*VOCABULARY_FILES, *OTHER_FILES))
+        if files.packed:
+            describe_dense(out, files.files, sum(sizes.values()))
         write_digests(out, sorted([*shards, *others, *([] if tokenizer is None else tokenizer.save(out))]))
+
+
+def describe_dense(out: Path, files: dict[str, str], total_bytes: int) -> None:
+    """Changes the index and config.json of a folder whose weights were in MXFP4 and are not any more.
+
+    Args:
+        files: tensor name → file name.
+    """
+    if (out / INDEX).is_file():
+        content = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(files.items()))}
+        (out / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    config = {name: value for name, value in read_json(out / "config.json").items() if name != "quantization_config"}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def tensor_pieces(spec: ModelSpec) -> dict[str, list[tuple[TensorSource, tuple[str, ...], tuple[int, ...]]]]:
+    """The tensors of the model's files, each with the parameters that are in it: source, path and index in the stack."""
+    pieces: dict[str, list[tuple[TensorSource, tuple[str, ...], tuple[int, ...]]]] = {}
+    for path, source in tensor_names(spec).items():
+        for name, index in source.entries():
+            pieces.setdefault(name, []).append((source, path, index))
+    if spec.tied:
+        pieces["lm_head.weight"] = [(TensorSource(("lm_head.weight",), False, ()), ("embed", "embedding"), ())]
+    return pieces
+
+
+def joined_pieces(files: TensorFiles, name: str, pieces: list[tuple[TensorSource, np.ndarray]]) -> np.ndarray:
+    """One tensor of the files, in their format, from the values of each parameter that is in it, matrices as (in, out)."""
+    shape = files.shape(name)
+    dtype = files.read(name, tuple(slice(0, 0) for _ in shape)).dtype
+    tensor = np.empty(shape, jnp.dtype(dtype))
+    for source, values in pieces:
+        index = source.index_of((slice(None),) * len(shape))
+        tensor[index] = (values.T if source.transposed else values).astype(tensor.dtype)
+    return tensor
 
 
 def copy_other_files(original: Path, out: Path, without: Collection[str] = ()) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,82 +17,21 @@ import numpy as np
 
 from grpo_jax.config.checks import show
 from grpo_jax.models.families import read_spec
-from grpo_jax.models.spec import EXPERT_LINEARS, ModelError, ModelSpec, param_specs
+from grpo_jax.models.spec import ModelError, ModelSpec, param_specs
 from grpo_jax.runtime.untrusted_json import JsonError, located, read_json_file
 from grpo_jax.weights.finite import all_finite
+from grpo_jax.weights.mxfp4 import BLOCKS, SCALES, dequantize_mxfp4
+from grpo_jax.weights.names import TensorSource, of_images, present_name, tensor_names
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"[\w.+=@ -]{1,200}\.safetensors")
+TIED_ROWS = 64
+"""Rows that are compared of an embedding and a head that should be the same."""
 FLOATING = ("F64", "F32", "F16", "BF16")
 """Number formats of safetensors that weights may have; others are quantised values, whose scales are elsewhere."""
+FUSED_EXPERTS = "experts.gate_up_proj"
 # Names of constants that old checkpoints store next to the weights; they are computed from config.json instead.
 CONSTANTS = ("rotary_emb.inv_freq", "self_attn.masked_bias")
-
-LLAMA_NORMS = {"attn_norm": "input_layernorm", "ffw_norm": "post_attention_layernorm"}
-GEMMA_NORMS = {
-    "attn_norm": "input_layernorm",
-    "post_attn_norm": "post_attention_layernorm",
-    "ffw_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-MIXTRAL_EXPERTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
-FUSED_EXPERTS = "experts.gate_up_proj"
-
-
-def module_path(spec: ModelSpec, part: str, expert: int = 0) -> str:
-    """Hugging Face's path of a module inside a layer: `q_proj` → `self_attn.q_proj`.
-
-    Args:
-        expert: index of the expert, where `part` is a linear layer of experts.
-    """
-    norms = GEMMA_NORMS if spec.sandwich else LLAMA_NORMS
-    if part in norms:
-        return norms[part]
-    block, names = ("block_sparse_moe", MIXTRAL_EXPERTS) if spec.family == "mixtral" else ("mlp", {})
-    if part == "router":
-        return f"{block}.gate"
-    if part not in EXPERT_LINEARS:
-        return f"self_attn.{part}"
-    return f"{block}.experts.{expert}.{names.get(part, part)}" if spec.experts else f"{block}.{part}"
-
-
-def module_paths(spec: ModelSpec, part: str) -> list[str]:
-    """Paths from the model's root of all modules of one kind, layer by layer and, within a layer, expert by expert."""
-    experts = spec.experts if part in EXPERT_LINEARS and spec.experts else 1
-    return [f"model.layers.{i}.{module_path(spec, part, expert)}" for i in range(spec.layers) for expert in range(experts)]
-
-
-@dataclass(frozen=True)
-class TensorSource:
-    """The tensors of a checkpoint that make up one parameter.
-
-    Attributes:
-        names: tensor names: one, or one per layer, or one per layer and expert in that order.
-        transposed: True where Hugging Face stores (out, in) and this model (in, out).
-        stack: leading dimensions of the parameter over which its tensors are stacked: (), (L,) or (L, E).
-    """
-
-    names: tuple[str, ...]
-    transposed: bool
-    stack: tuple[int, ...]
-
-    def entries(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Each tensor's name and its index in the stack."""
-        return zip(self.names, np.ndindex(self.stack), strict=True)
-
-
-def tensor_names(spec: ModelSpec) -> dict[tuple[str, ...], TensorSource]:
-    """The table of names: path of a parameter → its tensors."""
-    top = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "head": "lm_head.weight"}
-    table: dict[tuple[str, ...], TensorSource] = {}
-    for path in param_specs(spec):
-        if path[0] == "layers":
-            leaf = "bias" if path[2] == "bias" else "weight"
-            names = tuple(f"{module}.{leaf}" for module in module_paths(spec, path[1]))
-            table[path] = TensorSource(names, path[2] == "kernel", spec.stack_dims(path[1])[0])
-        else:
-            table[path] = TensorSource((top[path[0]],), False, ())
-    return table
 
 
 def find_model(path: str, revision: str | None = None, *, weights: bool = True) -> Path:
@@ -230,7 +168,13 @@ def require_finite(file: Path, name: str, values: np.ndarray) -> None:
 
 
 class TensorFiles:
-    """The open safetensors files of a folder, read by slices.
+    """The open safetensors files of a folder, read by slices. Weights in MXFP4 are read like dense ones.
+
+    Attributes:
+        files: tensor name → file name; an MXFP4 weight has one name.
+        names: the name in the files of each tensor, which may be an older one (`names.present_name`).
+        stored: the files of what MXFP4 weights are stored as.
+        packed: names of the MXFP4 weights.
 
     Raises:
         ModelError: a shard is missing or broken, or does not contain a tensor that the index names.
@@ -240,6 +184,7 @@ class TensorFiles:
         from safetensors import safe_open
 
         self.folder, self.files = folder, weight_map(folder)
+        self.stored: dict[str, str] = self.files
         self._stack = contextlib.ExitStack()
         self._shards = {
             name: self._stack.enter_context(open_shard(folder / name, safe_open)) for name in sorted(set(self.files.values()))
@@ -250,6 +195,16 @@ class TensorFiles:
                 self._stack.close()
                 raise ModelError(f"{folder / file} does not hold {name}, though {INDEX} says so; download the folder again")
 
+        self.names = {present_name(name): name for name in self.files}
+        self.files = {present_name(name): file for name, file in self.files.items()}
+        self.packed = {name.removesuffix(BLOCKS) for name in self.files if name.endswith(BLOCKS)}
+        for name in self.packed:
+            self.check_packed(name)
+            self.files[name] = self.files[f"{name}{BLOCKS}"]
+        self.stored = self.files
+        hidden = {f"{name}{ending}" for name in self.packed for ending in (BLOCKS, SCALES)}
+        self.files = {name: file for name, file in self.files.items() if name not in hidden}
+
     def __enter__(self) -> TensorFiles:
         return self
 
@@ -258,20 +213,59 @@ class TensorFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape; ModelError where it is no tensor of floating-point numbers."""
-        return shape_of(self.folder / self.files[name], self._shards[self.files[name]], name)
+        if name in self.packed:
+            experts, outputs, groups, pairs = self.part(name, BLOCKS).get_shape()
+            return (experts, 2 * groups * pairs, outputs)
+        return shape_of(self.folder / self.files[name], self._shards[self.files[name]], self.names[name])
+
+    def part(self, name: str, ending: str) -> Any:
+        """The slice of one of the two tensors of an MXFP4 weight."""
+        return self._shards[self.stored[f"{name}{ending}"]].get_slice(f"{name}{ending}")
+
+    def check_packed(self, name: str) -> None:
+        """Raises ModelError unless blocks and scales of an MXFP4 weight are there and fit."""
+        if f"{name}{SCALES}" not in self.stored:
+            raise ModelError(f"{self.folder}: tensor {name}{SCALES} is missing, the scales of {name}{BLOCKS}")
+        blocks, scales = self.part(name, BLOCKS), self.part(name, SCALES)
+        shapes = list(blocks.get_shape()), list(scales.get_shape())
+        if (
+            len(shapes[0]) != 4
+            or shapes[0][:3] != shapes[1]
+            or shapes[0][3] != 16
+            or (blocks.get_dtype(), scales.get_dtype()) != ("U8", "U8")
+        ):
+            raise ModelError(
+                f"{self.folder}: {name}{BLOCKS} {shapes[0]} and {name}{SCALES} {shapes[1]} are not MXFP4: [E, O, I/32, 16] bytes"
+            )
+
+    def read_packed(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads part of an MXFP4 weight [E, I, O], dequantised to bfloat16, one expert after the other."""
+        experts, rows, outputs = (part.indices(size) for part, size in zip(index, self.shape(name), strict=True))
+        first, end, step = outputs
+        parts = []
+        for expert in range(*experts):
+            blocks, scales = (self.part(name, ending)[expert : expert + 1, first:end][0] for ending in (BLOCKS, SCALES))
+            parts.append(dequantize_mxfp4(blocks[::step], scales[::step])[:, slice(*rows)].T)
+        empty = np.zeros((0, len(range(*rows)), len(range(*outputs))), jnp.bfloat16)
+        return np.stack(parts) if parts else empty
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """Reads part of a tensor, or all of it; ModelError where it contains NaN or infinity."""
         index = tuple(slice(None) for _ in self.shape(name)) if index is None else index
-        values = self._shards[self.files[name]].get_slice(name)[index]
+        if name in self.packed:
+            return self.read_packed(name, index)
+        # safetensors reads slices without steps.
+        values = self._shards[self.files[name]].get_slice(self.names[name])[tuple(slice(part.start, part.stop) for part in index)]
+        values = values[tuple(slice(None, None, part.step) for part in index)]
         require_finite(self.folder / self.files[name], name, values)
         return values
 
 
 def check_tensors(folder: Path, spec: ModelSpec, files: TensorFiles) -> None:
     """Raises ModelError unless the tensors of the files, with their shapes, are exactly those of the model's parameters."""
-    unused = set(files.files)
-    fused = next((name for name in unused if name.endswith(FUSED_EXPERTS)), None)
+    unused, used = set(files.files), set[str]()
+    known = {name for source in tensor_names(spec).values() for name in source.names}
+    fused = next((name for name in unused - known if name.endswith(FUSED_EXPERTS)), None)
     if fused is not None:
         raise ModelError(
             f"{folder}: tensor {fused} holds all experts in one; only one tensor per expert is supported: load the folder in "
@@ -279,20 +273,33 @@ def check_tensors(folder: Path, spec: ModelSpec, files: TensorFiles) -> None:
         )
     specs = param_specs(spec)
     for path, source in tensor_names(spec).items():
-        expected = specs[path].shape[len(source.stack) :]
-        expected = expected[::-1] if source.transposed else expected
+        expected = source.shape_of(specs[path].shape)
         for name in source.names:
-            if name not in unused:
+            if name not in unused | used:
                 raise ModelError(f"{folder}: tensor {name} is missing")
             unused.discard(name)
+            used.add(name)
             if files.shape(name) != expected:
                 raise ModelError(f"{folder}: tensor {name} has shape {files.shape(name)}; config.json asks for {expected}")
-    if spec.tied:
+    if spec.tied and "lm_head.weight" in unused:
         unused.discard("lm_head.weight")
-    left = sorted(name for name in unused if not name.endswith(CONSTANTS))
+        check_tied(folder, spec, files)
+    left = sorted(name for name in unused if not name.endswith(CONSTANTS) and not of_images(spec, name))
     if left:
         raise ModelError(
             f"{folder}: {len(left)} tensors are not part of the {spec.family} model in config.json: {', '.join(left[:5])}"
+        )
+
+
+def check_tied(folder: Path, spec: ModelSpec, files: TensorFiles) -> None:
+    """Raises ModelError where the files have a head of its own, though config.json says that it is the embedding."""
+    (embedding,), first = tensor_names(spec)["embed", "embedding"].names, (slice(0, TIED_ROWS), slice(None))
+    if files.shape(embedding) != files.shape("lm_head.weight") or not np.array_equal(
+        files.read(embedding, first), files.read("lm_head.weight", first)
+    ):
+        raise ModelError(
+            f"{folder}: by tie_word_embeddings the head is the embedding, but lm_head.weight has other values; if the "
+            "model was trained with a head of its own, write tie_word_embeddings: false into config.json"
         )
 
 
@@ -303,16 +310,19 @@ def read_slice(files: TensorFiles, source: TensorSource, index: tuple[slice, ...
         index: one slice per dimension of the parameter.
         dtype: of the result; None is the file's dtype.
     """
-    lead = len(source.stack)
-    inner = index[lead:][::-1] if source.transposed else index[lead:]
+    lead = len(source.named)
+
+    def part(name: str) -> np.ndarray:
+        values = files.read(name, source.index_of(index[lead:]))
+        return values.T if source.transposed else values
+
     if not lead:
-        part = np.ascontiguousarray(files.read(source.names[0], inner))
-        return part if dtype is None else part.astype(jnp.dtype(dtype), copy=False)
-    names = np.array(source.names, object).reshape(source.stack)[index[:lead]]
+        values = np.ascontiguousarray(part(source.names[0]))
+        return values if dtype is None else values.astype(jnp.dtype(dtype), copy=False)
+    names = np.array(source.names, object).reshape(source.named)[index[:lead]]
     stack = None
     for at in np.ndindex(names.shape):
-        tensor = files.read(str(names[at]), inner)
-        tensor = tensor.T if source.transposed else tensor
+        tensor = part(str(names[at]))
         if stack is None:
             stack = np.empty((*names.shape, *tensor.shape), tensor.dtype if dtype is None else jnp.dtype(dtype))
         stack[at] = tensor
@@ -321,6 +331,12 @@ def read_slice(files: TensorFiles, source: TensorSource, index: tuple[slice, ...
 
 
 def read_tensor(files: TensorFiles, source: TensorSource, number: int) -> np.ndarray:
-    """Reads one tensor of a parameter in this model's (in, out) order and the file's dtype; `number` counts `source.names`."""
-    tensor = files.read(source.names[number])
+    """Reads one matrix or vector of a parameter, as (in, out) and in the file's dtype; `number` counts over the stack."""
+    index = tuple(slice(i, i + 1) for i in np.unravel_index(number, source.stack)) if source.stack else ()
+    name = source.names[
+        int(np.ravel_multi_index([i.start for i in index[: len(source.named)]], source.named)) if source.named else 0
+    ]
+    held = index[len(source.named) :]
+    tensor = files.read(name, source.index_of((*held, *(slice(None) for _ in files.shape(name)[len(held) :]))))
+    tensor = tensor.reshape(tensor.shape[len(held) :])
     return np.ascontiguousarray(tensor.T if source.transposed else tensor)

@@ -22,7 +22,8 @@ from jaxtyping import Array, Int
 from grpo_jax.models.spec import ModelSpec, ParamSpec, nest, param_specs
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params
-from grpo_jax.weights.hf import TensorFiles, TensorSource, check_tensors, read_slice, read_tensor, tensor_names
+from grpo_jax.weights.hf import TensorFiles, check_tensors, read_slice, read_tensor
+from grpo_jax.weights.names import TensorSource, tensor_names
 from grpo_jax.weights.quantize import quantized_specs
 from grpo_kernels import QuantizedWeight, quantize
 

@@ -25,11 +25,14 @@ from grpo_jax.config.checks import require, show
 from grpo_jax.config.sections import LINEAR_TARGETS
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.models.config_values import checked_flag, checked_number, whole_number
-from grpo_jax.models.spec import ModelError, ModelSpec, ParamSpec, flatten, lora_specs, nest
+from grpo_jax.models.layers import JOINED
+from grpo_jax.models.spec import EXPERT_LINEARS, ModelError, ModelSpec, ParamSpec, flatten, lora_specs, nest
 from grpo_jax.runtime.digests import DIGESTS, DamagedError, verify_digests, write_digests
 from grpo_jax.runtime.files import replacing
 from grpo_jax.types import Params
-from grpo_jax.weights.hf import find_folder, module_path, module_paths, open_shard, read_json, require_finite, shape_of
+from grpo_jax.weights.fused_adapters import check_parts, file_shape, joined_pairs, part_of, patterns, stacked
+from grpo_jax.weights.hf import find_folder, open_shard, read_json, require_finite, shape_of
+from grpo_jax.weights.names import fused_name, held_stack, module_path, module_paths, root
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Settings of a PEFT config that are not supported, with the values that mean "not used".
@@ -62,9 +65,15 @@ def check_targets(spec: ModelSpec, lora: LoraConfig) -> None:
     PEFT joins the experts' gate_proj and up_proj at twice the rank and alpha, because transformers has them in one tensor.
 
     Raises:
-        ConfigError: one of the two without the other; or both with `rslora`, whose scale would change by √2.
+        ConfigError: one of the two without the other; or both with `rslora`, whose scale would change by √2; or experts that the
+            files have in one tensor.
     """
-    pair = [name for name in ("gate_proj", "up_proj") if name in lora.target_names]
+    experts = [
+        name for name in EXPERT_LINEARS if held_stack(spec, name) and name in lora.target_names and lora.targets != "all-linear"
+    ]
+    fix = "this model's files have all experts of a layer in one tensor, which is not adapted: name others, or use all-linear"
+    require(not experts, "lora.targets", lora.targets, fix)
+    pair = [name for name in ("gate_proj", "up_proj") if name in adapted_linears(spec, lora)]
     if not spec.experts or not pair:
         return
     fix = "PEFT adapts the experts' gate_proj and up_proj together, as transformers keeps them in one tensor: name both or neither"
@@ -73,15 +82,21 @@ def check_targets(spec: ModelSpec, lora: LoraConfig) -> None:
     require(not lora.rslora, "lora.rslora", lora.rslora, fix)
 
 
+def adapted_linears(spec: ModelSpec, lora: LoraConfig) -> tuple[str, ...]:
+    """The linear layers with adapters: with `all-linear` all but experts that are one tensor, as in PEFT."""
+    return tuple(name for name in lora.target_names if not held_stack(spec, name))
+
+
 def init_lora(spec: ModelSpec, lora: LoraConfig, key: jax.Array) -> Params:
     """Initial adapters, as PEFT's: A uniform within ±1/√in, B zero, so that the policy starts as the base.
 
     Raises:
-        ConfigError: see `check_targets`.
+        ConfigError: see `check_targets` and `fused_adapters.check_parts`.
     """
     check_targets(spec, lora)
+    check_parts(spec, lora)
     leaves: dict[tuple[str, ...], jax.Array] = {}
-    for number, (path, p) in enumerate(lora_specs(spec, lora.rank, lora.target_names).items()):
+    for number, (path, p) in enumerate(lora_specs(spec, lora.rank, adapted_linears(spec, lora)).items()):
         if path[-1] == "a":
             bound = p.shape[-2] ** -0.5
             leaves[path] = jax.random.uniform(jax.random.fold_in(key, number), p.shape, jnp.float32, -bound, bound)
@@ -100,14 +115,26 @@ def peft_target(spec: ModelSpec, target: str) -> str:
     return module_path(spec, target).rsplit(".", 1)[-1]
 
 
-def read_adapter_config(folder: Path) -> LoraConfig:
-    """Reads the settings of a PEFT folder, without its targets (they follow from its tensors)."""
+def peft_targets(spec: ModelSpec, names: list[str]) -> list[str] | str:
+    """PEFT's `target_modules`: names of modules; where a vision tower has modules of these names too, a pattern of their paths."""
+    targets = sorted({peft_target(spec, name) for name in names})
+    return targets if root(spec) == "model" else rf"{re.escape(root(spec))}\.layers\..*\.({'|'.join(targets)})"
+
+
+def read_adapter_config(folder: Path) -> tuple[LoraConfig, tuple[str, ...]]:
+    """Reads the settings of a PEFT folder.
+
+    Returns:
+        The settings without targets, which follow from the tensors; and the joined linear layers whose pair has a block for each
+        part (`fused_adapters`).
+    """
     config = read_json(folder / ADAPTER_CONFIG)
     where = folder / ADAPTER_CONFIG
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{where}: peft_type {show(config.get('peft_type'))} is not supported; supported: 'LORA'")
+    split = tuple(name for name in JOINED if isinstance(config.get("rank_pattern"), dict) and name in config["rank_pattern"])
     for name, allowed in NOT_USED.items():
-        if config.get(name) not in allowed:
+        if config.get(name) not in allowed and not (split and name.endswith("_pattern")):
             raise ModelError(f"{where}: {name} = {show(config[name])} is not supported; train or merge that adapter with PEFT")
     # These initialisations change the base weights too, so the adapter belongs to a base that is not available.
     start = config.get("init_lora_weights")
@@ -115,12 +142,16 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         raise ModelError(
             f"{where}: init_lora_weights = {show(start)} changed the base too; convert or merge that adapter with PEFT"
         )
-    return LoraConfig(
+    lora = LoraConfig(
         rank=whole_number(where, "r", config.get("r")),
         alpha=checked_number(where, "lora_alpha", config.get("lora_alpha")),
         rslora=checked_flag(where, "use_rslora", config.get("use_rslora") or False),
         adapter=str(folder),
     )
+    for name, expected in patterns(list(split), lora).items():
+        if split and config.get(name) != expected:
+            raise ModelError(f"{where}: {name} = {show(config.get(name))} is not supported; train or merge that adapter with PEFT")
+    return lora, split
 
 
 def load_adapter(source: str | Path, spec: ModelSpec) -> tuple[Params, LoraConfig]:
@@ -141,19 +172,19 @@ def load_adapter(source: str | Path, spec: ModelSpec) -> tuple[Params, LoraConfi
 
     folder = find_folder(str(source), "lora.adapter", [ADAPTER_CONFIG, ADAPTER_WEIGHTS, DIGESTS])
     verify_export(folder)
-    lora = read_adapter_config(folder)
+    lora, split = read_adapter_config(folder)
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise ModelError(f"{folder / ADAPTER_WEIGHTS} is missing; a PEFT folder needs it")
     with open_shard(folder / ADAPTER_WEIGHTS, safe_open) as shard:
         shapes = {name: shape_of(folder / ADAPTER_WEIGHTS, shard, name) for name in shard.keys()}  # noqa: SIM118  (not a dict)
-        specs = check_adapter(folder, shapes, spec, lora)
-        leaves = {path: read_leaf(folder, shard, adapter_names(spec, path[1], path[2]), p.shape) for path, p in specs.items()}
+        specs = check_adapter(folder, shapes, spec, lora, split)
+        leaves = {path: read_leaf(folder, shard, spec, path, p.shape, lora.rank) for path, p in specs.items()}
     targets = list(dict.fromkeys(path[1] for path in specs))
     return nest(leaves), LoraConfig(rank=lora.rank, alpha=lora.alpha, rslora=lora.rslora, targets=targets, adapter=str(source))
 
 
 def check_adapter(
-    folder: Path, shapes: dict[str, tuple[int, ...]], spec: ModelSpec, lora: LoraConfig
+    folder: Path, shapes: dict[str, tuple[int, ...]], spec: ModelSpec, lora: LoraConfig, split: tuple[str, ...]
 ) -> dict[tuple[str, ...], ParamSpec]:
     """Checks the names and shapes in an adapter's header, before any value is read.
 
@@ -168,7 +199,7 @@ def check_adapter(
     ]
     specs, unused = lora_specs(spec, lora.rank, tuple(targets)), set(shapes)
     for path, p in specs.items():
-        expected = (p.shape[-1], p.shape[-2])
+        expected = file_shape(spec, path[1], path[2], p.shape, split=fused_name(spec, path[1]) in split)
         for name in adapter_names(spec, path[1], path[2]):
             if name not in shapes:
                 raise ModelError(
@@ -188,14 +219,14 @@ def check_adapter(
     return specs
 
 
-def read_leaf(folder: Path, shard: Any, names: list[str], shape: tuple[int, ...]) -> jax.Array:
+def read_leaf(folder: Path, shard: Any, spec: ModelSpec, path: tuple[str, ...], shape: tuple[int, ...], rank: int) -> jax.Array:
     """Reads one stack of adapter matrices in this model's (in, out) order, float32; ModelError where a value is not finite."""
-    parts = []
-    for name in names:
+    parts, where = [], folder / ADAPTER_WEIGHTS
+    for name in adapter_names(spec, path[1], path[2]):
         tensor = shard.get_tensor(name)
-        require_finite(folder / ADAPTER_WEIGHTS, name, tensor)
-        parts.append(tensor.T.astype(np.float32))
-    return jnp.asarray(np.stack(parts).reshape(shape))
+        require_finite(where, name, tensor)
+        parts.append(part_of(spec, path[1], path[2], tensor, rank, where))
+    return stacked(parts, shape)
 
 
 def verify_export(folder: Path) -> None:
@@ -222,9 +253,10 @@ def save_adapter(
     from safetensors.numpy import save_file
 
     tensors: dict[str, np.ndarray] = {}
-    for path, leaf in flatten(adapters):
-        stacked = np.asarray(jax.device_get(leaf), np.float32).reshape(-1, *leaf.shape[-2:])
-        for name, matrix in zip(adapter_names(spec, path[1], path[2]), stacked, strict=True):
+    pairs = joined_pairs(spec, adapters)
+    for path, leaf in flatten(pairs):
+        matrices = np.asarray(jax.device_get(leaf), np.float32).reshape(-1, *leaf.shape[-2:])
+        for name, matrix in zip(adapter_names(spec, *path), matrices, strict=True):
             tensors[name] = np.ascontiguousarray(matrix.T)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / DIGESTS).unlink(missing_ok=True)  # those of files that are about to be replaced
@@ -238,12 +270,14 @@ def save_adapter(
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
         "lora_dropout": 0.0,
         "use_rslora": lora.rslora,
-        "target_modules": sorted({peft_target(spec, path[1]) for path, _ in flatten(adapters)}),
+        "target_modules": peft_targets(spec, list(pairs)),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "modules_to_save": None,
     }
+    if any(name in JOINED for name in pairs):
+        config |= patterns(list(pairs), lora)
     with replacing(folder / ADAPTER_CONFIG) as unfinished:
         unfinished.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     write_digests(folder, [ADAPTER_CONFIG, ADAPTER_WEIGHTS, *([] if tokenizer is None else tokenizer.save(folder))])

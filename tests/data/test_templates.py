@@ -22,9 +22,39 @@ RICH = (
     "{{ m.role }}: {{ m.content|trim }} {{ m.reasoning_content }}/{{ m.thinking }}{% generation %}{{ m|tojson }}{% endgeneration %}"
     "{% endfor %}{{ ns.count }}{{ add_generation_prompt }}{{ extra }}{{ missing }}{{ documents }}{{ strftime_now('%Y')|length }}"
 )
+# What the templates of the R1 distils do: system messages come first, answers lose their thoughts, the prompt opens a thought.
+DISTILLED = (
+    "{% set ns = namespace(first=true, system='') %}{% for m in messages if m['role'] == 'system' %}{% set ns.system = ns.system + "
+    "m['content'] %}{% endfor %}{{ bos_token }}{{ ns.system }}{% for m in messages %}{% if m['role'] == 'user' %}"
+    "{{ '<｜User｜>' + m['content'] }}{% elif m['role'] == 'assistant' and m['tool_calls'] is defined %}"
+    "{% for call in m['tool_calls'] %}{{ '<｜tool▁call▁begin｜>' ~ (call['id'] or '-') }}"
+    "{% if not loop.last %}{{ '\\n' }}{% endif %}{% endfor %}"
+    "{% elif m['role'] == 'assistant' %}{% set content = m['content'] %}{% if '</think>' in content %}"
+    "{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{ '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt and messages[-1]['role'] != 'assistant' %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}"
+)
+# What the template of gpt-oss does: macros, channels, an effort with a default, dates, refusals.
+CHANNELS = (
+    "{%- macro kind(spec) -%}{%- if spec.type == 'integer' -%}number{%- elif spec.enum is defined -%}{{ spec.enum|join(' | ') }}"
+    "{%- else -%}any{%- endif -%}{%- endmacro -%}{%- set effort = reasoning_effort|default('medium', true) -%}"
+    "<|start|>system<|message|>Reasoning: {{ effort }}, {{ strftime_now('%Y')|length }}<|end|>{%- if tools -%}namespace functions ("
+    "{%- for tool in tools -%}{%- for name, spec in tool.function.parameters.properties.items() -%}{{ name }}: {{ kind(spec) }}"
+    "{%- endfor -%}{%- endfor -%}){%- endif -%}{%- for m in messages -%}"
+    "{%- if m.role == 'assistant' and '<|channel|>' in (m.content or '') -%}"
+    "{{ raise_exception('channels are not part of a content') }}{%- endif -%}{%- if m.thinking and loop.last -%}"
+    "<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{%- endif -%}<|start|>{{ m.role }}"
+    "{{ '<|channel|>final' if m.role == 'assistant' else '' }}<|message|>{{ m.content }}<|end|>{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|start|>assistant{%- endif -%}"
+)
 CONVERSATIONS: list[list[dict[str, Any]]] = [
     [{"role": "user", "content": " hi\u2028é\x00 "}],
     [{"role": "system", "content": "be brief"}, {"role": "user", "content": "a" * 10**6}],
+    [
+        {"role": "user", "content": "3+3"},
+        {"role": "assistant", "content": "<think>six</think>6", "thinking": "six"},
+        {"role": "system", "content": "be kind"},
+    ],
     [
         {"role": "user", "content": "2+2", "name": None},
         {"role": "assistant", "content": "4", "thinking": "easy", "tool_calls": [{"id": 1, "arguments": {"x": [1.5, True, None]}}]},
@@ -49,8 +79,10 @@ def render(template: str, messages: Any = ({"role": "user", "content": "hi"},), 
     return Tokenizer.wrap(byte_tokenizer(template)).render(list(messages), generation=True, template_arguments=arguments)
 
 
-@pytest.mark.parametrize("messages", CONVERSATIONS, ids=["text", "megabyte", "tools"])
-@pytest.mark.parametrize("template", [CHATML, THINKING, RICH], ids=["chatml", "thinking", "rich"])
+@pytest.mark.parametrize("messages", CONVERSATIONS, ids=["text", "megabyte", "thoughts", "tools"])
+@pytest.mark.parametrize(
+    "template", [CHATML, THINKING, RICH, DISTILLED, CHANNELS], ids=["chatml", "thinking", "rich", "distilled", "channels"]
+)
 def test_the_text_is_that_of_transformers(template: str, messages: list[dict[str, Any]]) -> None:
     hf = byte_tokenizer(template)
     for generation in (True, False):

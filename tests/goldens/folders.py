@@ -18,6 +18,19 @@ from goldens.weights import tensor
 
 HERE = Path(__file__).resolve().parent
 FAMILIES = ("llama2", "llama3_scaled", "llama_linear", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gemma2", "gemma3")
+NEWER_FAMILIES = (
+    "llama_yarn",
+    "smollm3",
+    "olmo3",
+    "granite",
+    "ministral3",
+    "glm4",
+    "phi3",
+    "gpt_oss",
+    "gemma3_vision",
+    "mistral3_vision",
+)
+"""Families whose sampling, shared prompts and exports are among the slow tests, and whose log-probabilities are not."""
 ADAPTERS = {"llama3_all_linear": "llama3_scaled", "qwen2_all_linear": "qwen2", "gemma3_rslora": "gemma3"}
 """Name of a PEFT adapter → the family of its base model."""
 
@@ -94,3 +107,9 @@ def read_golden(name: str) -> tuple[np.ndarray, np.ndarray]:
     """
     with np.load(HERE / name / "logprobs.npz") as stored:
         return stored["ids"], stored["logprobs"]
+
+
+def read_greedy(family: str) -> np.ndarray:
+    """Reads torch's most probable continuations of the first 9 ids of each row, int64 [2, 24], of one of `NEWER_FAMILIES`."""
+    with np.load(HERE / family / "logprobs.npz") as stored:
+        return stored["greedy"]

@@ -19,13 +19,14 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from goldens.folders import ADAPTERS, HERE, model_tensors
 from goldens.weights import tensor
 
 LENGTH = 36
+PROMPT, GREEDY = 9, 24
 TOLERANCE = 1e-4
 COMMON: dict[str, Any] = {
     "hidden_size": 32,
@@ -192,9 +193,227 @@ NEW: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     ),
 }
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 200.0}
+NEW["llama_yarn"] = (
+    "llama",
+    {**COMMON, "vocab_size": 97, "head_dim": 16, "rope_parameters": YARN},
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 200.0}},
+        {"rope_parameters": YARN | {"attention_factor": 1.0}},
+        {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}},
+        {"rope_parameters": YARN | {"truncate": False}},
+        {"rope_parameters": YARN | {"beta_slow": 0.25}},
+        {"rope_parameters": YARN | {"original_max_position_embeddings": 32}},
+    ],
+)
+NEW["smollm3"] = (
+    "smollm3",
+    {
+        **COMMON,
+        "vocab_size": 101,
+        "num_hidden_layers": 3,
+        "no_rope_layers": [1, 0, 1],
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    },
+    [{"no_rope_layers": [1, 1, 1]}, {"no_rope_layers": [0, 0, 1]}, {"layer_types": ["full_attention"] * 3}],
+)
+OLMO3_YARN = YARN | {"rope_theta": 500000.0, "attention_factor": 1.2}
+OLMO3_ROPES = {"full_attention": OLMO3_YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 500000.0}}
+NEW["olmo3"] = (
+    "olmo3",
+    {**COMMON, "vocab_size": 103, "num_hidden_layers": 4, "sliding_window": 5, "rope_parameters": OLMO3_ROPES},
+    [
+        {"sliding_window": 64},
+        {"layer_types": ["sliding_attention"] * 4},
+        {"rope_parameters": OLMO3_ROPES | {"full_attention": OLMO3_YARN | {"attention_factor": 1.0}}},
+        {"rope_parameters": OLMO3_ROPES | {"full_attention": OLMO3_YARN | {"factor": 1.5}}},
+        {"rms_norm_eps": 1e-1},
+    ],
+)
+NEW["granite"] = (
+    "granite",
+    {
+        **COMMON,
+        "vocab_size": 107,
+        "tie_word_embeddings": True,
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 2.5,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
+    [{"embedding_multiplier": 1.0}, {"attention_multiplier": 0.35}, {"residual_multiplier": 1.0}, {"logits_scaling": 1.0}],
+)
+MINISTRAL3_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 100.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "max_position_embeddings": 64,
+    "beta_fast": 1.0,
+    "beta_slow": 0.25,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.3,
+}
+NEW["ministral3"] = (
+    "ministral3",
+    {**COMMON, "vocab_size": 109, "head_dim": 12, "rope_parameters": MINISTRAL3_ROPE},
+    [
+        {"rope_parameters": MINISTRAL3_ROPE | {"llama_4_scaling_beta": 0.0}},
+        {"rope_parameters": MINISTRAL3_ROPE | {"mscale_all_dim": 0.0}},
+        {"rope_parameters": MINISTRAL3_ROPE | {"factor": 2.0}},
+        {"rope_parameters": MINISTRAL3_ROPE | {"beta_slow": 1.0}},
+        {"sliding_window": 7},
+    ],
+)
+NEW["glm4"] = (
+    "glm4",
+    {
+        **COMMON,
+        "vocab_size": 113,
+        "head_dim": 12,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+    },
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0}},
+        {"rms_norm_eps": 1e-1},
+    ],
+)
+PHI3_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "short_factor": [1.0, 1.5, 2.5],
+    "long_factor": [1.0, 4.0, 8.0],
+    "original_max_position_embeddings": 40,
+    "partial_rotary_factor": 0.75,
+}
+NEW["phi3"] = (
+    "phi3",
+    {
+        **COMMON,
+        "vocab_size": 127,
+        "sliding_window": 9,
+        "original_max_position_embeddings": 40,
+        "rope_parameters": PHI3_ROPE,
+    },
+    [
+        {"sliding_window": None},
+        {"rope_parameters": PHI3_ROPE | {"short_factor": [1.0, 1.0, 1.0]}},
+        {"rope_parameters": PHI3_ROPE | {"attention_factor": 1.0}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 1.0}},
+    ],
+)
+GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 200.0,
+    "factor": 4.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 16,
+}
+NEW["gpt_oss"] = (
+    "gpt_oss",
+    {
+        **COMMON,
+        "vocab_size": 107,
+        "head_dim": 16,
+        "intermediate_size": 32,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 3,
+        "sliding_window": 7,
+        "swiglu_limit": 1.5,
+        "rope_parameters": GPT_OSS_ROPE,
+    },
+    [
+        {"sliding_window": 64},
+        {"swiglu_limit": 7.0},
+        {"swiglu_alpha": 1.0},
+        {"num_experts_per_tok": 2},
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"rope_parameters": GPT_OSS_ROPE | {"truncate": True}},
+    ],
+)
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+TEXT_OF = {"gemma3_vision": "gemma3", "mistral3_vision": "ministral3"}
+"""Models with a vision tower -> the family of their text part."""
+NEW["gemma3_vision"] = (
+    "gemma3",
+    {
+        "text_config": NEW["gemma3"][1] | {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]},
+        "vision_config": VISION | {"model_type": "siglip_vision_model"},
+        "mm_tokens_per_image": 4,
+        "image_token_index": 126,
+    },
+    [{"sliding_window": 64}, {"query_pre_attn_scalar": 16}],
+)
+NEW["mistral3_vision"] = (
+    "mistral3",
+    {
+        "text_config": NEW["ministral3"][1] | {"model_type": "ministral3"},
+        "vision_config": VISION | {"model_type": "pixtral", "head_dim": 8},
+        "image_token_index": 108,
+    },
+    [{"rope_parameters": MINISTRAL3_ROPE | {"llama_4_scaling_beta": 0.0}}],
+)
+
+
+def vision_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
+    """`hub_spelling` of a model with a vision tower: its text part is spelled as that family's files."""
+    text = hub_spelling(TEXT_OF[family], config["text_config"])
+    if family == "gemma3_vision":
+        text["sliding_window_pattern"] = 2
+    del text["torch_dtype"]
+    return {key: value for key, value in config.items() if key != "dtype"} | {"text_config": text, "torch_dtype": "float32"}
+
+
+def newer_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
+    """`hub_spelling` of families that were published when most settings had their present names."""
+    new_names = ("rope_parameters", "dtype", "layer_types")
+    old = {key: value for key, value in config.items() if key not in new_names} | {"torch_dtype": "float32"}
+    rope = config["rope_parameters"]
+    if family == "ministral3":  # its files have rope_parameters, with an older name of the type
+        named = {key: value for key, value in rope.items() if key != "rope_type"} | {"type": rope["rope_type"]}
+        return old | {"rope_parameters": named}
+    scaled = rope["full_attention"] if family == "olmo3" else rope
+    old["rope_theta"] = scaled["rope_theta"]
+    outside = ("rope_theta", "partial_rotary_factor")
+    scaling = {key: value for key, value in scaled.items() if key not in outside}
+    old["rope_scaling"] = None if scaled["rope_type"] == "default" else scaling
+    if family == "llama_yarn":
+        scaling["type"] = scaling.pop("rope_type")
+    if family == "glm4":
+        old["partial_rotary_factor"] = scaled["partial_rotary_factor"]
+    if family == "gpt_oss":
+        old |= {"experts_per_token": old["num_experts_per_tok"], "initial_context_length": 16}
+        del old["swiglu_alpha"]
+    if family == "phi3":
+        old |= {"partial_rotary_factor": scaled["partial_rotary_factor"], "auto_map": {}, "attention_bias": False}
+        scaling["type"] = scaling.pop("rope_type")
+        del scaling["original_max_position_embeddings"]
+    return old
+
+
+NEWER = ("llama_yarn", "smollm3", "olmo3", "granite", "ministral3", "glm4", "phi3", "gpt_oss", *TEXT_OF)
+"""The families of `newer_hub_spelling`."""
+
 
 def hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
     """The same config in the spelling from before transformers 5."""
+    if family in TEXT_OF:
+        return vision_hub_spelling(family, config)
+    if family in NEWER:
+        return newer_hub_spelling(family, config)
     new_names = ("rope_parameters", "dtype", "layer_types", "_sliding_window_pattern", "use_bidirectional_attention")
     old = {key: value for key, value in config.items() if key not in new_names}
     if family in ("llama2", "llama3_scaled"):
@@ -237,9 +456,8 @@ def load_model(config_file: dict[str, Any], family: str) -> torch.nn.Module:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config_file))
         save_file(model_tensors(family), Path(folder) / "model.safetensors", metadata={"format": "pt"})
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
-        )
+        auto = AutoModelForImageTextToText if family in TEXT_OF else AutoModelForCausalLM
+        model, report = auto.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True)
     wrong = {key: names for key, names in report.items() if names and key != "error_msgs"}
     if wrong or report["error_msgs"]:
         raise RuntimeError(f"{family}: {report}")
@@ -247,9 +465,9 @@ def load_model(config_file: dict[str, Any], family: str) -> torch.nn.Module:
 
 
 def tensor_shapes(model: torch.nn.Module, *, tied: bool) -> dict[str, list[int]]:
-    """Shapes of the tensors in a model's files. In memory all experts are one tensor with another name."""
+    """Shapes of the tensors in a model's files. In memory all experts are one tensor, and a tower's tensors have other names."""
     tensors = model.state_dict()
-    if any(".experts." in name for name in tensors):
+    if any(".experts." in name or "vision_tower" in name for name in tensors):
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             tensors = load_file(f"{folder}/model.safetensors")
@@ -265,12 +483,24 @@ def logprobs(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
     return picked.numpy()
 
 
-def write(folder: Path, shapes: dict[str, list[int]], ids: np.ndarray, logps: np.ndarray) -> None:
-    """Writes the files that every golden folder has."""
+@torch.no_grad()
+def greedy_tokens(model: torch.nn.Module, ids: np.ndarray) -> np.ndarray:
+    """The most probable continuations [2, GREEDY] of the first PROMPT ids of each row, without a KV cache."""
+    tokens = torch.from_numpy(ids[:, :PROMPT])
+    for _ in range(GREEDY):
+        top = model(input_ids=tokens, use_cache=False).logits[:, -1].float().topk(2)
+        if not (top.values[:, 0] - top.values[:, 1] > 1e-3).all():
+            raise RuntimeError("two tokens nearly tie: take another seed for the ids")
+        tokens = torch.cat([tokens, top.indices[:, :1]], dim=1)
+    return tokens[:, PROMPT:].numpy()
+
+
+def write(folder: Path, shapes: dict[str, list[int]], ids: np.ndarray, logps: np.ndarray, **others: np.ndarray) -> None:
+    """Writes the files that every golden folder has; `others` are further arrays."""
     (folder / "tensors.json").write_text(
         "{\n" + ",\n".join(f"  {json.dumps(name)}: {shape}" for name, shape in shapes.items()) + "\n}\n"
     )
-    np.savez_compressed(folder / "logprobs.npz", ids=ids, logprobs=logps)
+    np.savez_compressed(folder / "logprobs.npz", ids=ids, logprobs=logps, **others)
 
 
 def make_family(family: str) -> None:
@@ -279,22 +509,27 @@ def make_family(family: str) -> None:
     folder = HERE / family
     folder.mkdir(parents=True, exist_ok=True)
     config = AutoConfig.for_model(model_type, **settings, dtype="float32")
-    empty = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    auto = AutoModelForImageTextToText if family in TEXT_OF else AutoModelForCausalLM
+    empty = auto.from_config(config, attn_implementation="eager")
+    text = settings.get("text_config", settings)
     config.architectures = [type(empty).__name__]
     new = json.loads(config.to_json_string())
     hub = hub_spelling(family, new)
     shapes = tensor_shapes(empty, tied=config.tie_word_embeddings)
-    ids = np.random.default_rng(len(shapes)).integers(3, settings["vocab_size"], (2, LENGTH))
+    # The last id of a model with a vision tower stands for an image.
+    ids = np.random.default_rng(len(shapes)).integers(3, text["vocab_size"] - 1 * (family in TEXT_OF), (2, LENGTH))
     write(folder, shapes, ids, np.zeros((2, LENGTH - 1), np.float32))
-    logps = logprobs(load_model(new, family), ids)
+    model = load_model(new, family)
+    logps, greedy = logprobs(model, ids), {"greedy": greedy_tokens(model, ids)} if family in NEWER else {}
     other = logprobs(load_model(hub, family), ids)
     np.testing.assert_array_equal(logps, other)
     for feature in features:
-        changed = np.abs(logprobs(load_model({**new, **feature}, family), ids) - logps).max()
+        other = {**new, "text_config": {**new["text_config"], **feature}} if family in TEXT_OF else {**new, **feature}
+        changed = np.abs(logprobs(load_model(other, family), ids) - logps).max()
         if not changed > 5 * TOLERANCE:
             raise RuntimeError(f"{family}: {feature} changes log-probabilities by only {changed}")
         print(f"  {family} without {feature}: {changed:.1e}")
-    write(folder, shapes, ids, logps)
+    write(folder, shapes, ids, logps, **greedy)
     for file, content in (("config.json", new), ("config_hub.json", hub)):
         (folder / file).write_text(json.dumps(content, indent=2) + "\n")
     weights = sum(int(np.prod(shape)) for shape in shapes.values())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from plain_oracles import golden_config
 
-from goldens.folders import FAMILIES, HERE
+from goldens.folders import FAMILIES, HERE, NEWER_FAMILIES
 from grpo_jax.models.families import FAMILIES as READERS
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.spec import ModelError, Rope, count_parameters
@@ -130,7 +130,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + NEWER_FAMILIES)
 def test_both_spellings_of_config_json_give_the_same_spec(family: str) -> None:
     hub = json.loads((HERE / family / "config_hub.json").read_text())
     assert hub != golden_config(family)
@@ -200,7 +200,7 @@ def test_null_soft_caps_are_off() -> None:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "qwen4"}, "model_type 'qwen4' is not supported.*nearest: qwen3"),
     ({"model_type": None}, "model_type null is not supported"),
-    ({"model_type": "gemma3"}, "model_type 'gemma3' is not supported.*text-only"),
+    ({"model_type": "gemma3"}, "attribute hidden_size = 64 is not known for model_type 'gemma3'"),
     ({"slidding_window": 8}, r"slidding_window = 8 is not known for model_type 'mistral' \(did you mean sliding_window\?\)"),
     ({"clever_new_norm": True}, "attribute clever_new_norm = true is not known"),
     ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -208,8 +208,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"hidden_size": None}, "attribute hidden_size is missing"),
     ({"hidden_size": "wide"}, "hidden_size is 'wide': use a whole number from 1 to 1,048,576"),
     ({"num_key_value_heads": 3}, "num_attention_heads = 8 is not a multiple of num_key_value_heads = 3"),
-    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn' is not supported; supported: default, linear, llama3"),
-    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope type 'dynamic'"),
+    ({"rope_scaling": {"type": "xpos", "factor": 4.0}}, "rope type 'xpos' is not supported; supported: default, linear, dynamic"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "max_position_embeddings is missing"),
+    ({"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 9, "finetuned": True}}, "finetuned"),
+    ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "max_position_embeddings is missing"),
+    ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 9}}, "needs short_factor"),
     ({"rope_scaling": {"rope_type": "linear"}}, "rope type 'linear' needs factor"),
     ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "warp": 1}}, "rope settings.*warp"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "rope settings.*full_attention"),

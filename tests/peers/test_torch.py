@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -11,25 +12,28 @@ import pytest
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-from goldens.folders import FAMILIES, build_model_folder, read_golden
+from goldens.folders import FAMILIES, NEWER_FAMILIES, build_model_folder, read_golden
 from grpo_jax.config import Config, LoraConfig
 from grpo_jax.policy import Policy
 from grpo_jax.trainer import train
 
 TOLERANCE_NATS = 1e-4
 PROMPT = 5
-MIXTURES = ("mixtral", "qwen3_moe")
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
 ADAPTED = {
     "all-linear": LoraConfig(rank=4, alpha=8.0),
-    "rslora": LoraConfig(rank=8, alpha=4.0, targets=["q_proj", "v_proj", "down_proj"], rslora=True),
+    "rslora": LoraConfig(rank=8, alpha=4.0, targets=["q_proj", "k_proj", "v_proj", "down_proj"], rslora=True),
 }
 
 
 def torch_model(folder: Path) -> torch.nn.Module:
     """Loads a folder in transformers, float32, plain attention."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    auto = (
+        AutoModelForImageTextToText if "vision_config" in json.loads((folder / "config.json").read_text()) else AutoModelForCausalLM
+    )
+    return auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 @torch.no_grad()
@@ -58,10 +62,12 @@ def assert_close(got: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("lora", ADAPTED)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + NEWER_FAMILIES)
 def test_what_is_saved_here_computes_the_same_in_torch(tmp_path: Path, family: str, lora: str) -> None:
     folder = build_model_folder(tmp_path, family)
     ids, _ = read_golden(family)
+    if (family, lora) == ("gpt_oss", "rslora"):
+        pytest.skip("its experts have no adapters")
     policy = random_adapters(Policy.from_pretrained(folder, lora=ADAPTED[lora], dtype="float32"))
     ours = our_logprobs(policy, ids)
     assert np.abs(ours - torch_logprobs(torch_model(folder), ids)).max() > 0.01  # the adapter does something
@@ -74,7 +80,7 @@ def test_what_is_saved_here_computes_the_same_in_torch(tmp_path: Path, family: s
     assert_close(torch_logprobs(torch_model(merged), ids), ours)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + NEWER_FAMILIES)
 def test_a_model_and_an_adapter_saved_by_torch_load_here(tmp_path: Path, family: str) -> None:
     torch.manual_seed(3)
     model = torch_model(build_model_folder(tmp_path, family))
@@ -85,6 +91,7 @@ def test_a_model_and_an_adapter_saved_by_torch_load_here(tmp_path: Path, family:
 
     # PEFT's all-linear of a mixture of experts adapts the router, and gate and up together: that is not read.
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if family in MIXTURES else "all-linear"
+    targets = r".*language_model\..*_proj" if family.endswith("vision") else targets
     config = PeftLoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config).eval()
     adapted.save_pretrained(tmp_path / "adapter")

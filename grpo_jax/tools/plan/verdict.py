@@ -132,7 +132,7 @@ class Planner:
                 run, update, remat = fitted
             rollout = self.rollout(run, machine)
             lines = rooflines(run, machine.chip, rollout.slots, remat)
-            attention = default_implementation(self.spec.head_dim, policy.dtype)
+            attention = default_implementation(self.spec.head_dim, policy.dtype, sinks=self.spec.sinks)
         devices = 1 if placement.layout is None else placement.layout.mesh.size
         return Verdict(
             config,

@@ -28,7 +28,8 @@ from grpo_jax.weights.gguf.architecture import (
     rope_factors,
 )
 from grpo_jax.weights.gguf.vocabulary import add_vocabulary
-from grpo_jax.weights.hf import module_paths, tensor_names
+from grpo_jax.weights.hf import tensor_names
+from grpo_jax.weights.names import module_paths
 
 GGUF_TYPES = ("f16", "bf16", "q8_0", "q4_1")
 LARGEST_FLOAT16 = 65504.0

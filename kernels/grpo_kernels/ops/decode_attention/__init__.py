@@ -49,12 +49,14 @@ MOSAIC_GPU_BY_DEFAULT = True
 reference and is faster than "xla" (`kernels/README.md`)."""
 
 
-def chosen(implementation: str | None, width: int) -> str:
-    """The named implementation, or the one that None resolves to for heads of that width.
+def chosen(implementation: str | None, width: int, *, sinks: bool = False) -> str:
+    """The named implementation, or the one that None resolves to for heads of that width; "xla" with sinks.
 
     XLA lays out heads that do not fill whole tiles with X innermost, so the TPU's kernel would get a padded copy of everything.
     """
     default: Implementation = "xla"
+    if sinks:
+        return resolve_implementation("decode_attention", implementation, default, get_args(Implementation))
     if platform() == "tpu" and width % TILE_COLUMNS == 0:
         default = "mosaic_tpu"
     if platform() == "gpu" and compute_capability() == HOPPER and MOSAIC_GPU_BY_DEFAULT:
@@ -75,6 +77,7 @@ def decode_attention(
     window: int | Int[Array, ""] = NO_WINDOW,
     layer: Int[Array, ""] | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, "K R"] | None = None,
     implementation: str | None = None,
     block_sizes: BlockSizes | None = None,
 ) -> Float[Array, "S K R Dh"]:
@@ -97,6 +100,7 @@ def decode_attention(
         layer: index of the layer to read, where all cache arrays have an axis of layers in front. The kernel reads it in place,
             where a slice would be a copy.
         softcap: c in c·tanh(score / c), before the mask; None is off.
+        sinks: one more score of each head's softmax, float32, whose value is 0; only "reference" and "xla" compute it.
         implementation: "reference" (plain, builds [S, K, R, P + X + C]), "xla" (plain JAX, merges parts; runs anywhere),
             "mosaic_tpu" (Pallas), "mosaic_gpu" (Pallas, bfloat16 keys and values, no window and no soft cap), or None: "mosaic_tpu"
             on a TPU where Dh is a multiple of 128, "mosaic_gpu" on a Hopper GPU where `MOSAIC_GPU_BY_DEFAULT` says so and it can,
@@ -107,7 +111,9 @@ def decode_attention(
         ValueError: shapes, formats or dtypes that do not fit, an unknown implementation, or one that cannot compute this.
     """
     check(q, prefix, lengths, past_blocks, segment_cache, base, slot_map, layer)
-    named = chosen(implementation, q.shape[-1])
+    named = chosen(implementation, q.shape[-1], sinks=sinks is not None)
+    if sinks is not None and (sinks.shape != q.shape[1:3] or named.startswith("mosaic")):
+        raise ValueError(f"decode_attention: sinks {sinks.shape} with {named!r}; make them [K, R], and use 'xla'")
     if named == "mosaic_gpu":
         # Imported here: jax has no Mosaic GPU on some systems, and importing it takes time.
         from grpo_kernels.ops.decode_attention.mosaic_gpu import decode_attention_mosaic_gpu, refusal
@@ -132,10 +138,14 @@ def decode_attention(
         )
     prefix, segment_cache = layer_of(prefix, layer), layer_of(segment_cache, layer)
     if named == "xla":
-        return decode_attention_xla(q, prefix, lengths, past_blocks, segment_cache, base, step, slot_map, window, layer, softcap)
+        return decode_attention_xla(
+            q, prefix, lengths, past_blocks, segment_cache, base, step, slot_map, window, layer, softcap, sinks
+        )
     past_blocks = [layer_of(past_block, layer) for past_block in past_blocks]
     prompt_slots = jnp.arange(s, dtype=jnp.int32) // (s // b) if slot_map is None else slot_map.prompt_slots
-    return decode_attention_reference(q, prefix, lengths, past_blocks, segment_cache, base, step, prompt_slots, window, softcap)
+    return decode_attention_reference(
+        q, prefix, lengths, past_blocks, segment_cache, base, step, prompt_slots, window, softcap, sinks
+    )
 
 
 def check(

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from grpo_kernels.numerics import NO_WINDOW, in_window
 from grpo_kernels.ops.decode_attention.kv_cache import KVCache
-from grpo_kernels.ops.decode_attention.xla import divided, partial_softmax, with_past_block
+from grpo_kernels.ops.decode_attention.xla import divided, partial_softmax, with_past_block, with_sinks
 from grpo_kernels.target import platform
 
 
@@ -37,6 +37,7 @@ def extend_attention(
     window: int | Int[Array, ""] = NO_WINDOW,
     layer: Int[Array, ""] | None = None,
     softcap: float | None = None,
+    sinks: Float[Array, "K R"] | None = None,
 ) -> Float[Array, "N T K R Dh"]:
     """Computes attention of T new tokens of each of N texts. Has no gradient.
 
@@ -54,6 +55,7 @@ def extend_attention(
         window: positions that are seen, the token's own included.
         layer: index of the layer to read, where prefix and past blocks have an axis of layers in front.
         softcap: c in c·tanh(score / c), before the mask; None is off.
+        sinks: one more score of each head's softmax, float32, whose value is 0.
     """
     n, t, kv, r, dh = q.shape
     prompts, slots = rows
@@ -85,5 +87,7 @@ def extend_attention(
     seen = partial_softmax(queries, parts, softcap)
     for read, of_past, any_seen in others:
         seen = with_past_block(seen, queries, read, of_past, any_seen, softcap)
+    if sinks is not None:
+        seen = with_sinks(seen, jnp.broadcast_to(sinks[None, :, None, :], (n, kv, t, r)).reshape(n, kv, t * r, 1))
     mixed = divided(seen).reshape(n, kv, t, r, dh)
     return jnp.moveaxis(mixed, 1, 2).astype(q.dtype)

@@ -40,6 +40,7 @@ def decode_attention_reference(
     prompt_slots: Int[Array, "S"],
     window: Int[Array, ""],
     softcap: float | None,
+    sinks: Float[Array, "K R"] | None = None,
 ) -> Float[Array, "S K R Dh"]:
     """Computes `decode_attention`; `prompt_slots` is each slot's prompt."""
     own_prefix = jax.tree.map(lambda x: x[prompt_slots], prefix)
@@ -62,5 +63,9 @@ def decode_attention_reference(
 
     scores = soft_cap(einsum_float32("skrd,skxd->skrx", q.astype(jnp.float32), jnp.concatenate(keys, axis=2)), softcap)
     scores = jnp.where(jnp.concatenate(seen, axis=1)[:, None, None, :], scores, -jnp.inf)
+    if sinks is not None:
+        sink = jnp.broadcast_to(sinks[None, :, :, None], (*scores.shape[:3], 1))
+        scores = jnp.concatenate([scores, sink], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1)
+    weights = weights if sinks is None else weights[..., :-1]
     return einsum_float32("skrx,skxd->skrd", weights, jnp.concatenate(values, axis=2)).astype(q.dtype)

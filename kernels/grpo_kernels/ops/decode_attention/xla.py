@@ -121,6 +121,7 @@ def decode_attention_xla(
     window: Int[Array, ""],
     layer: Int[Array, ""] | None,
     softcap: float | None,
+    sinks: Float[Array, "K R"] | None = None,
 ) -> Float[Array, "S K R Dh"]:
     """Computes `decode_attention` in parts: each slot's prompt, its past, and the segment with what else is in its softmax.
 
@@ -146,7 +147,19 @@ def decode_attention_xla(
         start += size
     index = jnp.arange(segment_cache.v.shape[2], dtype=jnp.int32)
     own.append((segment_cache, in_window(step, index, window)[None, None, None, :]))
-    return divided(joined(seen, partial_softmax(q, own, softcap))).astype(q.dtype)
+    everything = joined(seen, partial_softmax(q, own, softcap))
+    if sinks is not None:
+        everything = with_sinks(everything, jnp.broadcast_to(sinks[None, :, :, None], everything.top.shape))
+    return divided(everything).astype(q.dtype)
+
+
+def with_sinks(before: PartialSoftmax, sinks: Float[Array, "..."]) -> PartialSoftmax:
+    """Adds a score whose value is 0 to each softmax.
+
+    Args:
+        sinks: the scores, of the shape of `before.top`.
+    """
+    return joined(before, PartialSoftmax(jnp.zeros_like(before.mixed), sinks, jnp.ones_like(sinks)))
 
 
 def with_past_block(

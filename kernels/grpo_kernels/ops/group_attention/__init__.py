@@ -83,8 +83,13 @@ class AttentionPlan:
     prompts: bool = True
 
 
-def default_implementation(head_dim: int | None, dtype: Any) -> Implementation:
-    """The implementation of None: Pallas kernels on a TPU, and on a GPU that has them for these shapes, else "xla"."""
+def default_implementation(head_dim: int | None, dtype: Any, *, sinks: bool = False) -> Implementation:
+    """The implementation of None: Pallas kernels on a TPU, and on a GPU that has them for these shapes, else "xla".
+
+    With sinks it is "xla" everywhere.
+    """
+    if sinks:
+        return "xla"
     if platform() == "tpu":
         return "mosaic_tpu"
     known = platform() == "gpu" and head_dim is not None and dtype is not None
@@ -101,6 +106,7 @@ def plan_attention(
     window: int | Int[Array, ""],
     head_dim: int | None = None,
     dtype: Any = None,
+    sinks: bool = False,
     implementation: str | None = None,
     block_sizes: BlockSizes | None = None,
 ) -> AttentionPlan:
@@ -113,6 +119,7 @@ def plan_attention(
         kv_heads, heads_of_key: K, and R query heads for each of them.
         window: positions that a query sees, its own included; 2**30 is no window.
         head_dim, dtype: Dh and the dtype of q, k and v; without them None is not "mosaic_gpu".
+        sinks: `group_attention` is given sinks, which only "reference" and "xla" compute.
         implementation: "reference" (plain, builds [B, K, R, N, T]), "xla" (plain JAX in blocks; runs anywhere), "mosaic_tpu"
             (Pallas), "mosaic_gpu" (tokamax and Pallas, on a Hopper GPU), or None: "mosaic_tpu" on a TPU, "mosaic_gpu" where it
             runs, else "xla".
@@ -128,7 +135,11 @@ def plan_attention(
     if keys < 1:
         raise ValueError(f"plan_attention: keys is {keys}; a row has at least 1 token")
     rows, queries = shape
-    named = resolve_implementation("group_attention", implementation, default_implementation(head_dim, dtype), IMPLEMENTATIONS)
+    named = resolve_implementation(
+        "group_attention", implementation, default_implementation(head_dim, dtype, sinks=sinks), IMPLEMENTATIONS
+    )
+    if sinks and named not in ("reference", "xla"):
+        raise ValueError(f"group_attention: implementation {named!r} has no attention sinks; use 'xla'")
     blocks = block_sizes or choose_block_sizes(queries, keys, kv_heads * heads_of_key, heads_of_key, named, head_dim)
     bounds = within_window(ranges, window)
     if named == "reference":
@@ -171,6 +182,7 @@ def group_attention(
     plan: AttentionPlan,
     *,
     softcap: float | None = None,
+    sinks: Float[Array, "K R"] | None = None,
 ) -> Float[Array, "B N K R Dh"]:
     """Computes softmax attention, in float32, of queries that see the keys of their prompt and of their own sequence.
 
@@ -183,6 +195,7 @@ def group_attention(
         k, v: keys and values, in the format of q.
         plan: of this batch and this layer's window.
         softcap: c in c·tanh(score / c), before the mask; None is off.
+        sinks: one more score of each head's softmax, float32, whose value is 0; the plan was made with `sinks` then.
 
     Raises:
         ValueError: shapes, dtypes or numbers that do not fit.
@@ -192,13 +205,17 @@ def group_attention(
         out = group_attention(q, k, v, plan)
     """
     check(q, k, v, plan, softcap)
+    if sinks is not None and (sinks.shape != q.shape[2:4] or plan.implementation not in ("reference", "xla")):
+        raise ValueError(
+            f"group_attention: sinks {sinks.shape} with {plan.implementation!r}; make them [K, R], and the plan with sinks"
+        )
     if plan.tiles is not None:
         check_runs(q.shape[-1], q.dtype)
         return group_attention_mosaic_gpu(q, k, v, plan.bounds, plan.tiles, softcap, prompts=plan.prompts)
     if plan.implementation == "reference" or plan.by_query is None:
-        return group_attention_reference(q, k, v, plan.bounds, softcap)
+        return group_attention_reference(q, k, v, plan.bounds, softcap, sinks)
     if plan.implementation == "xla" or plan.by_key is None:
-        return group_attention_xla(q, k, v, plan.bounds, (plan.large, plan.by_query), softcap, plan.blocks)
+        return group_attention_xla(q, k, v, plan.bounds, (plan.large, plan.by_query), softcap, plan.blocks, sinks)
     return group_attention_mosaic_tpu(q, k, v, plan.bounds, plan.by_query, plan.by_key, softcap, plan.blocks)
 
 

@@ -128,9 +128,10 @@ def forward(
     v: Float[Array, "B K T Dh"],
     bounds: Int[Array, "B 4 N"],
     lists: Lists,
+    sinks: Float[Array, "K R"] | None,
     static: Static,
 ) -> tuple[Float[Array, "B K R N Dh"], Float[Array, "B K R N 1"]]:
-    """Computes attention and the log-sum-exp."""
+    """Computes attention and the log-sum-exp, the sinks included: each is a key that has been visited, with a value of 0."""
 
     def visit(pair: Pair, blocks: tuple[int, int], state: Any) -> Any:
         c, x = blocks
@@ -144,7 +145,9 @@ def forward(
         return tuple(put_at(array, block, pair.query) for array, block in zip(state, (now, total, mixed), strict=True))
 
     rows = (*q.shape[:4], 1)
-    start = (jnp.full(rows, EMPTY_MAX, jnp.float32), jnp.zeros(rows, jnp.float32), jnp.zeros(q.shape, jnp.float32))
+    none = jnp.float32(EMPTY_MAX) if sinks is None else sinks[None, :, :, None, None]
+    total = jnp.full(rows, 0.0 if sinks is None else 1.0, jnp.float32)
+    start = (jnp.broadcast_to(none, rows), total, jnp.zeros(q.shape, jnp.float32))
     top, total, mixed = visit_all(lists, bounds, k.shape[2], static, visit, start)
     safe = jnp.where(total > 0, total, jnp.float32(1))
     return (mixed / safe).astype(q.dtype), top + jnp.log(safe)
@@ -190,35 +193,42 @@ def heads_first(x: Array) -> Array:
     return jnp.moveaxis(x, 1, -2)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def attention(
     q: Float[Array, "B N K R Dh"],
     k: Float[Array, "B T K Dh"],
     v: Float[Array, "B T K Dh"],
     bounds: Int[Array, "B 4 N"],
     lists: Lists,
+    sinks: Float[Array, "K R"] | None,
     static: Static,
 ) -> Float[Array, "B N K R Dh"]:
     """Computes `group_attention_xla` with its gradient."""
-    return attention_forward(q, k, v, bounds, lists, static)[0]
+    return attention_forward(q, k, v, bounds, lists, sinks, static)[0]
 
 
-def attention_forward(q: Array, k: Array, v: Array, bounds: Array, lists: Lists, static: Static) -> tuple[Array, Any]:
+def attention_forward(
+    q: Array, k: Array, v: Array, bounds: Array, lists: Lists, sinks: Array | None, static: Static
+) -> tuple[Array, Any]:
     """Computes `attention`, and the arrays that its backward pass needs."""
-    out, lse = forward(heads_first(q), heads_first(k), heads_first(v), bounds, lists, static)
+    out, lse = forward(heads_first(q), heads_first(k), heads_first(v), bounds, lists, sinks, static)
     out = jnp.moveaxis(out, -2, 1)
     out, lse = named(out, lse)
-    return out, (q, k, v, bounds, lists, out, lse)
+    return out, (q, k, v, bounds, lists, sinks, out, lse)
 
 
 def attention_backward(static: Static, residuals: Any, d_out: Array) -> tuple[Any, ...]:
-    """Computes gradients of q, k and v."""
-    q, k, v, bounds, lists, out, lse = residuals
+    """Computes gradients of q, k, v and the sinks; a sink's is -Σ weight · Σ (result · its gradient), over all queries."""
+    q, k, v, bounds, lists, sinks, out, lse = residuals
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     arrays = (heads_first(q), heads_first(k), heads_first(v))
     gradients = backward(arrays, bounds, lists, (heads_first(d_out), lse, heads_first(delta)), static)
     dq, dk, dv = (jnp.moveaxis(x, -2, 1).astype(like.dtype) for x, like in zip(gradients, (q, k, v), strict=True))
-    return dq, dk, dv, *jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (bounds, lists))
+    d_sinks = None
+    if sinks is not None:
+        d_sinks = -jnp.sum(jnp.exp(sinks[None, :, :, None, None] - lse) * heads_first(delta), axis=(0, 3, 4))
+    none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (bounds, lists))
+    return dq, dk, dv, *none, d_sinks
 
 
 attention.defvjp(attention_forward, attention_backward)
@@ -232,6 +242,7 @@ def group_attention_xla(
     lists: Lists,
     softcap: float | None,
     blocks: BlockSizes,
+    sinks: Float[Array, "K R"] | None = None,
 ) -> Float[Array, "B N K R Dh"]:
     """Computes `group_attention`; the lists have the pairs of any row."""
-    return attention(q, k, v, bounds, lists, Static(blocks, softcap, fixed_length=platform() == "gpu"))
+    return attention(q, k, v, bounds, lists, sinks, Static(blocks, softcap, fixed_length=platform() == "gpu"))

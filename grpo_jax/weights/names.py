@@ -1,0 +1,191 @@
+"""The table of names: which tensors of a Hugging Face checkpoint, or which parts of them, make up each parameter.
+
+Loading (`hf.py`) uses the table in one direction, export (`export.py`) and adapters (`lora.py`) in the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from grpo_jax.models.families import WITH_VISION
+from grpo_jax.models.layers import JOINED
+from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec, param_specs
+
+LLAMA_NORMS = {"attn_norm": "input_layernorm", "ffw_norm": "post_attention_layernorm"}
+GEMMA_NORMS = {
+    "attn_norm": "input_layernorm",
+    "post_attn_norm": "post_attention_layernorm",
+    "ffw_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+NORMS: dict[str, dict[str, str]] = {
+    "gemma2": GEMMA_NORMS,
+    "gemma3_text": GEMMA_NORMS,
+    "gemma3": GEMMA_NORMS,
+    "olmo3": {"post_attn_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"},
+    "glm4": LLAMA_NORMS | {"post_attn_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"},
+}
+"""Names of the norms of families that do not have Llama's."""
+FUSED: dict[str, tuple[str, ...]] = {
+    "phi3": ("qkv_proj", "gate_up_proj"),
+    "glm4": ("gate_up_proj",),
+    "gpt_oss": ("gate_up_proj",),
+}
+"""The joined linear layers (`models.layers.JOINED`) that a family's files have as one tensor."""
+LEAVES = {"kernel": ".weight", "bias": ".bias", "scale": ".weight", "logit": ""}
+"""Ending of a tensor's name behind its module's path, by the leaf of the parameter."""
+MIXTRAL_EXPERTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+
+
+def fused_name(spec: ModelSpec, part: str) -> str | None:
+    """The joined linear layer of whose tensor a linear layer is a part, in this family's files; None where it has its own."""
+    return next((joined for joined in FUSED.get(spec.family, ()) if part in JOINED[joined]), None)
+
+
+def module_path(spec: ModelSpec, part: str, expert: int = 0) -> str:
+    """Hugging Face's path of a module inside a layer: `q_proj` → `self_attn.q_proj`.
+
+    Args:
+        part: a linear layer, also one that is joined in this family's files, a norm or the router.
+        expert: index of the expert, where `part` is a linear layer of experts.
+    """
+    norms = NORMS.get(spec.family, GEMMA_NORMS if spec.sandwich else LLAMA_NORMS)
+    if part in norms:
+        return norms[part]
+    part = fused_name(spec, part) or part
+    block, names = ("block_sparse_moe", MIXTRAL_EXPERTS) if spec.family == "mixtral" else ("mlp", {})
+    if spec.family == "gpt_oss" and part in ("router", *EXPERT_LINEARS, "gate_up_proj"):
+        return f"{block}.router" if part == "router" else f"{block}.experts.{part}"
+    if part == "router":
+        return f"{block}.gate"
+    if part not in (*EXPERT_LINEARS, "gate_up_proj"):
+        return f"self_attn.{part}"
+    return f"{block}.experts.{expert}.{names.get(part, part)}" if spec.experts else f"{block}.{part}"
+
+
+def root(spec: ModelSpec) -> str:
+    """Path of the decoder; in a model with a vision tower it is one of several parts."""
+    return "model.language_model" if spec.family in WITH_VISION else "model"
+
+
+def present_name(name: str) -> str:
+    """Today's name of a tensor in a model with a vision tower; files on the hub have older ones. Other names are unchanged."""
+    for older, today in (("language_model.model.", "model.language_model."), ("language_model.lm_head.", "lm_head.")):
+        if name.startswith(older):
+            return today + name.removeprefix(older)
+    return name
+
+
+def of_images(spec: ModelSpec, name: str) -> bool:
+    """Whether a tensor is of the vision tower or the projector behind it, which are not loaded."""
+    parts = ("vision_tower.", "multi_modal_projector.")
+    return spec.family in WITH_VISION and name.removeprefix("model.").startswith(parts)
+
+
+def module_paths(spec: ModelSpec, part: str) -> list[str]:
+    """Paths from the model's root of all modules of one kind, layer by layer and, within a layer, expert by expert."""
+    experts = spec.experts if part in EXPERT_LINEARS and spec.experts and not held_stack(spec, part) else 1
+    return [f"{root(spec)}.layers.{i}.{module_path(spec, part, expert)}" for i in range(spec.layers) for expert in range(experts)]
+
+
+def held_stack(spec: ModelSpec, part: str) -> int:
+    """How many dimensions of a parameter's stack its tensors have themselves: 1 where one tensor is all experts of a layer."""
+    return int(spec.family == "gpt_oss" and part in EXPERT_LINEARS)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Where a linear layer stands in a tensor of several.
+
+    Attributes:
+        first, step: the tensor's outputs first, first + step, ... are the layer's.
+        count: outputs of the layer.
+        total: outputs of the tensor.
+    """
+
+    first: int
+    step: int
+    count: int
+    total: int
+
+    def slice_of(self, own: slice) -> slice:
+        """The tensor's outputs, from the layer's."""
+        start, stop, _ = own.indices(self.count)
+        return slice(self.first + start * self.step, self.first + (stop - 1) * self.step + 1, self.step)
+
+
+def fused_outputs(spec: ModelSpec, part: str) -> Outputs | None:
+    """Where a linear layer stands in its family's tensor of several; None where it has one alone."""
+    joined = fused_name(spec, part)
+    if joined is None:
+        return None
+    sizes = [spec.linear_shapes()[name][1] for name in JOINED[joined]]
+    at = JOINED[joined].index(part)
+    if spec.family == "gpt_oss":  # gate and up take turns
+        return Outputs(at, len(sizes), sizes[at], sum(sizes))
+    return Outputs(sum(sizes[:at]), 1, sizes[at], sum(sizes))
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """The tensors of a checkpoint that make up one parameter.
+
+    Attributes:
+        names: tensor names: one, or one per layer, or one per layer and expert in that order, but see `held`.
+        transposed: True where Hugging Face stores (out, in) and this model (in, out).
+        stack: leading dimensions of the parameter over which its tensors are stacked: (), (L,) or (L, E).
+        outputs: the part of each tensor's outputs that is the parameter's; None is all.
+        held: the last dimensions of the stack that each tensor has itself, in front of its own.
+    """
+
+    names: tuple[str, ...]
+    transposed: bool
+    stack: tuple[int, ...]
+    outputs: Outputs | None = None
+    held: int = 0
+
+    @property
+    def named(self) -> tuple[int, ...]:
+        """The dimensions of the stack that the names count."""
+        return self.stack[: len(self.stack) - self.held]
+
+    def entries(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Each tensor's name and its index in the stack."""
+        return zip(self.names, np.ndindex(self.named), strict=True)
+
+    def shape_of(self, parameter: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of each tensor, from that of the parameter."""
+        held, own = parameter[len(self.named) : len(self.stack)], parameter[len(self.stack) :]
+        own = own[::-1] if self.transposed else own
+        if self.outputs is not None:
+            own = (self.outputs.total, *own[1:]) if self.transposed else (*own[:-1], self.outputs.total)
+        return (*held, *own)
+
+    def index_of(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """The slices of a tensor, from those of the parameter's dimensions behind the ones that the names count."""
+        held, own = index[: self.held], index[self.held :]
+        own = own[::-1] if self.transposed else own
+        if self.outputs is not None:
+            at = 0 if self.transposed else len(own) - 1
+            own = (*own[:at], self.outputs.slice_of(own[at]), *own[at + 1 :])
+        return (*held, *own)
+
+
+def tensor_names(spec: ModelSpec) -> dict[tuple[str, ...], TensorSource]:
+    """The table of names: path of a parameter → its tensors."""
+    top = {"embed": f"{root(spec)}.embed_tokens.weight", "final_norm": f"{root(spec)}.norm.weight", "head": "lm_head.weight"}
+    table: dict[tuple[str, ...], TensorSource] = {}
+    for path in param_specs(spec):
+        if path[0] != "layers":
+            table[path] = TensorSource((top[path[0]],), False, ())
+            continue
+        held = held_stack(spec, path[1])
+        leaf = {"kernel": "", "bias": "_bias"}[path[2]] if held else LEAVES[path[2]]
+        names = tuple(f"{module}{leaf}" for module in module_paths(spec, path[1]))
+        outputs = fused_outputs(spec, path[1]) if path[2] in ("kernel", "bias") else None
+        transposed = path[2] == "kernel" and not held
+        table[path] = TensorSource(names, transposed, spec.stack_dims(path[1])[0], outputs, held)
+    return table
