@@ -14,6 +14,7 @@ from typing import Any
 from grpo_jax.config.checks import ConfigError, require
 from grpo_jax.rewards.answers import MARKER, final_number, reference_number
 from grpo_jax.rewards.code import code_execution
+from grpo_jax.rewards.judge.reward import llm_judge
 from grpo_jax.rewards.protocol import ColumnReward, RewardFunction, TextReward
 
 MATH_VERIFY_SECONDS = 5
@@ -212,5 +213,6 @@ BUILTINS: dict[str, Callable[..., RewardFunction]] = {
     "repetition_penalty": repetition_penalty,
     "math_verify": math_verify,
     "code_execution": code_execution,
+    "llm_judge": llm_judge,
 }
 """The built-in reward functions by the name that rewards.functions gives."""
