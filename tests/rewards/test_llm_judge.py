@@ -160,7 +160,7 @@ def test_scores_are_on_the_scale_and_the_request_is_whole(serve: Any, monkeypatc
     scored = judged(
         server.base_url, ["a", "aa", "aaaa"], scale=[0, 4], api_key_env="JUDGE_KEY", temperature=0.5, request={"max_tokens": 9}
     )
-    np.testing.assert_array_equal(scored.rewards, np.float32([0.25, 0.5, 1.0]))
+    np.testing.assert_array_equal(scored.rewards, np.array([0.25, 0.5, 1.0], np.float32))
     assert scored.valid.all()
     assert server.keys == ["Bearer secret-1"] * 3
     assert all((body["model"], body["temperature"], body["max_tokens"]) == ("m", 0.5, 9) for body in server.bodies)
@@ -313,7 +313,7 @@ def test_hostile_completions_stay_data(serve: Any) -> None:
         "\udc80\x00\r\n\r\nHTTP/1.1 200 OK",
     ]
     scored = judged(server.base_url, hostile, scale=[0, 1000])
-    np.testing.assert_allclose(scored.rewards, np.float32([len(text) / 1000 for text in hostile]), rtol=1e-6)
+    np.testing.assert_allclose(scored.rewards, np.array([len(text) / 1000 for text in hostile], np.float32), rtol=1e-6)
     for body in server.bodies:
         outside = re.sub(r"<<<(\w+) (\w{16})>>>\n.*?\n<<<end \2>>>", r"<\1>", body["messages"][1]["content"], flags=re.DOTALL)
         assert outside.startswith(
@@ -345,7 +345,7 @@ def test_a_group_is_ranked_in_one_request(serve: Any) -> None:
     scored = judged(server.base_url, texts, prompts=["p", "q", "r"], rank="group")
     assert len(server.bodies) == 2  # the third group has one text
     np.testing.assert_array_equal(scored.valid, [True] * 8 + [False] * 4)
-    np.testing.assert_array_equal(scored.rewards[:8], np.float32([0.5, 0, 1, 0.5, 0.5, 0, 1, 0]))
+    np.testing.assert_array_equal(scored.rewards[:8], np.array([0.5, 0, 1, 0.5, 0.5, 0, 1, 0], np.float32))
     assert scored.failures == []
 
 
