@@ -6,6 +6,7 @@ objectives, `load` combines them in `Config` and reads them from outside.
 
 from grpo_jax.config.checks import ConfigError
 from grpo_jax.config.distributed import DistributedConfig
+from grpo_jax.config.evaluation import EvalConfig
 from grpo_jax.config.load import (
     Config,
     Loaded,
@@ -35,6 +36,7 @@ __all__ = [
     "ConfigError",
     "DataConfig",
     "DistributedConfig",
+    "EvalConfig",
     "Loaded",
     "LoraConfig",
     "MeshConfig",
