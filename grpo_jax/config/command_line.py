@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument("--resume", action="store_true", help="continue the run in train.run_dir at its last checkpoint")
         add_settings(made)
 
-    made = command("eval", "accuracy on the held-out part and eval.sets: greedy with its 95%% interval, pass@k, majority@k")
+    made = command("eval", "accuracy on the held-out part and eval.sets: greedy with an interval, pass@k, majority@k")
     made.usage = "grpo-jax eval (--config FILE.yaml [--section.field VALUE ...] | --run DIR) [--pass_k 8]"
     which = made.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", metavar="FILE.yaml", help="evaluate the model of these settings; the options below win over it")
