@@ -51,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
     which = made.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", metavar="FILE.yaml", help="evaluate the model of these settings; the options below win over it")
     which.add_argument("--run", metavar="DIR", help="evaluate the last state of a run, with its own settings")
-    made.add_argument("--pass_k", type=positive, default=8, metavar="K", help="samples per problem for pass@k and majority@k (default 8)")
+    made.add_argument(
+        "--pass_k", type=positive, default=8, metavar="K", help="samples per problem for pass@k and majority@k (default 8)"
+    )
     add_settings(made)
 
     made = command("generate", "sample completions; a model with a chat template is talked to through it")
