@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from grpo_jax.rewards import (
         code_execution,
         exact_match,
+        llm_judge,
         math_verify,
         number_match,
         overlong_penalty,
@@ -77,6 +78,7 @@ MODULES = {
     "code_execution": "rewards",
     "evaluate": "evaluation",
     "exact_match": "rewards",
+    "llm_judge": "rewards",
     "group_advantages": "learner.advantages",
     "grpo_loss": "learner.loss",
     "math_verify": "rewards",
@@ -121,6 +123,7 @@ __all__ = [
     "exact_match",
     "group_advantages",
     "grpo_loss",
+    "llm_judge",
     "math_verify",
     "number_match",
     "overlong_penalty",

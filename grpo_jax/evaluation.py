@@ -1,4 +1,4 @@
-"""Accuracy on the held-out part: greedy, and pass@k.
+"""Accuracy on the held-out part and on the sets of `eval.sets`: greedy with its interval, pass@k and majority@k.
 
 A completion is right where `rewards.accuracy` gives `rewards.accuracy_threshold`.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from grpo_jax.config import Config, ConfigError, check_environment
+from grpo_jax.data.evaluation_sets import evaluation_sets
 from grpo_jax.data.source import PromptSource
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.environments.protocol import EnvironmentFactory
@@ -27,6 +28,7 @@ from grpo_jax.rewards import (
     runner_of,
     warning_lines,
 )
+from grpo_jax.rewards.accuracy import majority_at, pass_at, wilson_interval
 from grpo_jax.rewards.across_processes import score_across_processes
 from grpo_jax.rollout.environment_turns import EpisodeDriver, reward_rows
 from grpo_jax.rollout.episode_setup import EpisodeInputs, EpisodeSetup
@@ -48,12 +50,21 @@ class Evaluation:
         problems: number of problems.
         reward_mean: mean weighted reward of the completions that have one.
         pass_at_k: share of problems for which at least one of the k samples is right; None for greedy.
+        pass_at: unbiased estimates of pass@1, 2, 4, ... and of all samples; empty for greedy.
+        majority_at_k: share of problems whose most frequent answer is right; None for greedy.
     """
 
     accuracy: float
     problems: int
     reward_mean: float
     pass_at_k: float | None = None
+    pass_at: dict[int, float] = field(default_factory=dict, compare=False)
+    majority_at_k: float | None = field(default=None, compare=False)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval of a greedy accuracy (Wilson's), from the number of problems."""
+        return wilson_interval(round(self.accuracy * self.problems), self.problems)
 
 
 def evaluate_held_out(
@@ -94,7 +105,7 @@ def evaluate_held_out(
     ids = batch.prompt_ids if turns is None else turns.prompts.prompt_ids
     rollout = sampler.sample(variables, ids, settings, seed=config.train.seed, indices=batch.indices, shapes=shapes, turns=turns)
     rows = reward_rows(batch, rollout, turns, tokenizer.decode)
-    display = display or Display(silent=True)
+    display, texts = display or Display(silent=True), rows.texts
     with display.waiting(list[str] if runner is None else runner.pending):
         scored = score_across_processes(
             distributed if distributed.is_multiprocess() else None,
@@ -112,8 +123,10 @@ def evaluate_held_out(
         display.warning(f"held-out completions: {line}")
     right = correct(scored, config.rewards.accuracy, config.rewards.accuracy_threshold).reshape(problems, k)
     mean = float(np.mean(scored.rewards[scored.valid])) if scored.valid.any() else float("nan")
-    pass_at_k = None if samples is None else float(np.mean(right.any(axis=1)))
-    return Evaluation(float(np.mean(right)), problems, mean, pass_at_k)
+    if samples is None:
+        return Evaluation(float(np.mean(right)), problems, mean)
+    estimates = {size: pass_at(right, size) for size in sorted({*(2**power for power in range(k.bit_length())), k})}
+    return Evaluation(float(np.mean(right)), problems, mean, estimates[k], estimates, majority_at(texts, right))
 
 
 def evaluate(
@@ -138,10 +151,11 @@ def evaluate(
         environment, tools: as `Trainer` takes them.
         run_dir: a run, evaluated with its own settings.
         best: of this run, the checkpoint with the highest held-out accuracy instead of the newest.
-        pass_k: samples per problem for pass@k.
+        pass_k: samples per problem for pass@k and majority@k.
 
     Returns:
-        `accuracy`, `pass_at_k`, `pass_k`, `sampled_accuracy`, `reward_mean` and `held_out_problems`.
+        `accuracy`, `accuracy_low` and `accuracy_high` (its 95% interval), `pass_at_k`, `pass_k`, `pass_at` (estimates for smaller k
+        too), `majority_at_k`, `sampled_accuracy`, `reward_mean` and `held_out_problems`; `sets`, the same for each of `eval.sets`.
 
     Raises:
         ConfigError: nothing is held out, or settings are missing.
@@ -167,41 +181,74 @@ def evaluate(
     source = PromptSource.build(setup.source_config(tokenizer), tokenizer, None, eval_dataset, only_held_out=True)
     if len(source.held_out) == 0:
         raise ConfigError("data.eval_size: 0; nothing is held out: set it, or data.eval_split or data.eval_path")
-    check_functions(functions, [*reward_columns(source, config), *setup.columns], config.rewards.weights, config.rewards.accuracy)
+    sets = {"": source, **evaluation_sets(setup.source_config(tokenizer), tokenizer)}
+    for held_out in sets.values():
+        columns = [*reward_columns(held_out, config), *setup.columns]
+        check_functions(functions, columns, config.rewards.weights, config.rewards.accuracy)
     driver = setup.driver(tokenizer, several_processes=distributed.is_multiprocess())
     sampler = policy.sampler.announcing(display.compiling)
+    results: dict[str, dict[str, Any]] = {}
     with runner_of(config.rewards, entries, functions, longest, display.note) as runner:
-        evaluated = functools.partial(
-            evaluate_held_out,
-            sampler,
-            policy.variables,
-            source,
-            functions,
-            tokenizer,
-            config,
-            runner=runner,
-            display=display,
-            driver=driver,
-        )
-        with display.busy(f"greedy completions of {len(source.held_out)} problems"):
-            greedy = evaluated()
-        with display.busy(f"{pass_k} samples of each"):
-            sampled = evaluated(samples=pass_k)
-    assert greedy is not None
-    assert sampled is not None
-    result = {
+        for name, held_out in sets.items():
+            evaluated = functools.partial(
+                evaluate_held_out,
+                sampler,
+                policy.variables,
+                held_out,
+                functions,
+                tokenizer,
+                config,
+                runner=runner,
+                display=display,
+                driver=driver,
+            )
+            title = f"{name}: " if name else ""
+            with display.busy(f"{title}greedy completions of {len(held_out.held_out)} problems"):
+                greedy = evaluated()
+            with display.busy(f"{title}{pass_k} samples of each"):
+                sampled = evaluated(samples=pass_k)
+            assert greedy is not None
+            assert sampled is not None
+            results[name] = result_of(greedy, sampled, pass_k)
+            display.note(title + result_line(results[name]))
+    main = results.pop("")
+    return main | ({"sets": results} if results else {})
+
+
+def result_of(greedy: Evaluation, sampled: Evaluation, pass_k: int) -> dict[str, Any]:
+    """What `evaluate` returns for one set."""
+    low, high = greedy.interval
+    return {
         "accuracy": greedy.accuracy,
+        "accuracy_low": low,
+        "accuracy_high": high,
         "pass_at_k": sampled.pass_at_k,
         "pass_k": pass_k,
+        "pass_at": sampled.pass_at,
+        "majority_at_k": sampled.majority_at_k,
         "sampled_accuracy": sampled.accuracy,
         "reward_mean": greedy.reward_mean,
         "held_out_problems": greedy.problems,
     }
-    display.note(
-        f"greedy accuracy {greedy.accuracy:.1%}, pass@{pass_k} {sampled.pass_at_k:.1%}, mean of samples {sampled.accuracy:.1%}, "
-        f"greedy reward {greedy.reward_mean:.3f}, {greedy.problems} held-out problems"
+
+
+def result_line(result: dict[str, Any]) -> str:
+    """One line that shows a result."""
+    k, passes = result["pass_k"], result["pass_at"]
+    more = "".join(f", pass@{size} {value:.1%}" for size, value in passes.items() if 1 < size < k)
+    return (
+        f"greedy accuracy {result['accuracy']:.1%} (95% interval {result['accuracy_low']:.1%} to {result['accuracy_high']:.1%})"
+        f"{more}, pass@{k} {result['pass_at_k']:.1%}, majority@{k} {result['majority_at_k']:.1%}, "
+        f"mean of samples {result['sampled_accuracy']:.1%}, greedy reward {result['reward_mean']:.3f}, "
+        f"{result['held_out_problems']} held-out problems"
     )
-    return result
+
+
+def set_metrics(name: str, result: Evaluation) -> dict[str, float]:
+    """Metrics of a greedy evaluation on one of `eval.sets`, whose names begin with the set's."""
+    low, high = result.interval
+    values = {"accuracy": result.accuracy, "accuracy_low": low, "accuracy_high": high, "reward/mean": result.reward_mean}
+    return {f"{name}/{key}": value for key, value in values.items()}
 
 
 def reward_columns(source: PromptSource, config: Config) -> list[str]:

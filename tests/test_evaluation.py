@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from tiny_runs import G, additions, config_of, tiny_model
+from tiny_runs import G, additions, config_of, records, tiny_model
 
 import grpo_jax as gx
 from grpo_jax import cli
-from grpo_jax.config import Config, RolloutConfig
+from grpo_jax.config import Config, ConfigError, EvalConfig, RolloutConfig
 from grpo_jax.data import PromptSource
+from grpo_jax.data.evaluation_sets import evaluation_sets
+from grpo_jax.data.table import DataError
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.evaluation import Evaluation, evaluate, evaluate_held_out, reward_columns
 from grpo_jax.rewards import RewardError, resolve_functions
@@ -151,3 +154,63 @@ def test_an_evaluation_without_held_out_rows_is_refused(tmp_path: Path, capsys: 
     (tmp_path / "eval.yaml").write_text("rewards: {functions: [exact_match]}\n")
     assert cli.main(["eval", "--config", str(tmp_path / "eval.yaml")]) == 2
     assert "model.path: null; give a model folder or a hub id, or a run" in capsys.readouterr().err
+
+
+def test_greedy_accuracy_has_an_interval_and_samples_have_estimates(tmp_path: Path):
+    greedy, _ = evaluate_texts(["1", "2", "7", "4"], config_of(tmp_path))
+    # Wilson's by hand: p = 3/4, n = 4, z² = 3.8415; (0.75 + 0.4802 ± 1.96·sqrt(0.1875/4 + 3.8415/64)) / 1.9604
+    assert greedy.interval == pytest.approx((0.3006, 0.9544), abs=1e-4)
+    texts = ["1", "x", "1", "x", "x", "x", "x", "x", "3", "x", "4", "4"]  # right: 2 of 3, 0 of 3, 1 of 3, 2 of 3
+    found, _ = evaluate_texts(texts, config_of(tmp_path, rollout={"temperature": 0.7}), samples=3)
+    assert found.pass_at == pytest.approx({1: 5 / 12, 2: (1 + 0 + 2 / 3 + 1) / 4, 3: 3 / 4})
+    assert found.majority_at_k == pytest.approx(2 / 4)
+
+
+def test_a_set_has_its_own_rows_and_size(tmp_path: Path):
+    rows = [json.dumps({"prompt": f"{i}+1=", "answer": str(i + 1)}) for i in range(4)]
+    (tmp_path / "easy.jsonl").write_text("\n".join(rows))
+    path = str(tmp_path / "easy.jsonl")
+    config = replace(config_of(tmp_path), eval=EvalConfig({"all": {"path": path}, "two": {"path": path, "size": 2}}))
+    found = {name: source.held_out_batches(9) for name, source in evaluation_sets(config, tokenizer()).items()}
+    answers = {name: [batch.columns["answer"] for batch in batches] for name, batches in found.items()}
+    assert answers == {"all": [["1", "2", "3", "4"]], "two": [["1", "2"]]}
+
+
+@pytest.mark.slow  # samples three sets greedily, three times, and once in a run: many shapes are compiled
+def test_further_sets_are_evaluated_with_the_main_one(tmp_path: Path):
+    for name, first in (("main", 0), ("easy", 0), ("hard", 5)):
+        rows = [json.dumps({"prompt": f"{i}+1=", "answer": str(i + 1)}) for i in range(first, first + 4)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    sets = {"easy": {"path": str(tmp_path / "easy.jsonl"), "size": 2}, "hard": {"path": str(tmp_path / "hard.jsonl")}}
+    config = config_of(tmp_path, data={"eval_path": str(tmp_path / "main.jsonl")}, train={"steps": 1, "prompts_per_step": 2})
+    config = replace(config, eval=EvalConfig(sets), rewards=replace(config.rewards, functions=["exact_match"]))
+    found = evaluate(config, pass_k=2)
+    assert {name: result["held_out_problems"] for name, result in found["sets"].items()} == {"easy": 2, "hard": 4}
+    for result in (found, *found["sets"].values()):
+        assert 0 <= result["accuracy_low"] <= result["accuracy"] <= result["accuracy_high"] <= 1
+    gx.train(config, dataset=additions())
+    step = records(Path(config.train.run_dir) / "evaluations.jsonl")[0]
+    for name, result in found["sets"].items():
+        assert step[f"{name}/accuracy"] == result["accuracy"]
+        assert step[f"{name}/reward/mean"] == pytest.approx(result["reward_mean"])
+    assert (step["accuracy_low"], step["accuracy_high"]) == (found["accuracy_low"], found["accuracy_high"])
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [
+        ({"math": {"size": 3}}, r"eval\.sets\.math is .*give a path, or another split of data\.path"),
+        ({"math": {"path": "x", "rows": 3}}, r"eval\.sets\.math is 'rows': .*path, split, size"),
+        ({"math": {"path": "x", "size": 0}}, r"eval\.sets\.math\.size is 0: use a number of rows"),
+        ({"a/b": {"path": "x"}}, r"eval\.sets is 'a/b': name a set with letters"),
+    ],
+)
+def test_a_wrong_set_is_named(sets: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        Config.from_dict({"eval": {"sets": sets}})
+
+
+def test_a_set_that_cannot_be_read_is_named(tmp_path: Path):
+    config = replace(config_of(tmp_path), eval=EvalConfig({"math": {"path": str(tmp_path / "none.jsonl")}}))
+    with pytest.raises((ConfigError, DataError), match=r"eval\.sets\.math: "):
+        evaluation_sets(config, tokenizer())

@@ -203,7 +203,7 @@ def test_what_the_trainer_cannot_use_is_named_before_the_model_is_looked_for(giv
         ({"eval_strategy": "sometimes"}, r"eval_strategy is 'sometimes': use 'no', 'steps' or 'epoch'"),
         ({"save_strategy": "best"}, r"save_strategy is 'best': use 'no', 'steps' or 'epoch'"),
         ({"logging_steps": 0}, r"logging_steps is 0: use a positive number of steps"),
-        ({"report_to": ["wandb", "trackio"]}, r"report_to is 'trackio': use 'wandb'"),
+        ({"report_to": ["wandb", "comet_ml"]}, r"report_to is 'comet_ml': use 'none', 'tensorboard', 'wandb', 'trackio', 'mlflow'"),
         ({"generation_kwargs": {"num_beams": 4}}, r"generation_kwargs\['num_beams'\] is 4: leave it out"),
         (
             {"model_init_kwargs": {"attn_implementation": "sdpa"}},
@@ -246,7 +246,7 @@ HONOURED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "logging_steps": ({"logging_steps": 5, "num_iterations": 2, "log_completions": True}, {"train.show_every": 3}),
     "logging_first_step": ({"logging_first_step": True}, {}),
     "disable_tqdm": ({"disable_tqdm": True}, {"train.quiet": True}),
-    "report_to": ({"report_to": ["wandb", "tensorboard"]}, {"train.track": "wandb"}),
+    "report_to": ({"report_to": ["wandb", "tensorboard", "mlflow"]}, {"train.track": ["wandb", "mlflow"]}),
     "eval_strategy": ({"eval_strategy": "epoch", **BATCH}, {"train.eval_every": 12}),
     "eval_steps": ({**EVALUATES, "eval_steps": 0.25}, {"train.eval_every": 18}),
     "per_device_eval_batch_size": ({"per_device_eval_batch_size": 3}, {"train.eval_slots": 3}),

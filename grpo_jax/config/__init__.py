@@ -7,6 +7,7 @@ the named objectives, `load` combines them in `Config` and reads them from outsi
 from grpo_jax.config.checks import ConfigError
 from grpo_jax.config.distributed import DistributedConfig
 from grpo_jax.config.environment import EnvironmentConfig, check_environment
+from grpo_jax.config.evaluation import EvalConfig
 from grpo_jax.config.load import (
     Config,
     Loaded,
@@ -37,6 +38,7 @@ __all__ = [
     "DataConfig",
     "DistributedConfig",
     "EnvironmentConfig",
+    "EvalConfig",
     "Loaded",
     "LoraConfig",
     "MeshConfig",

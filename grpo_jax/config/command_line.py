@@ -49,13 +49,15 @@ def parser() -> argparse.ArgumentParser:
         made.add_argument("--resume", action="store_true", help="continue the run in train.run_dir at its last checkpoint")
         add_settings(made)
 
-    made = command("eval", "accuracy on the held-out part, greedy and pass@k")
+    made = command("eval", "accuracy on the held-out part and eval.sets: greedy with an interval, pass@k, majority@k")
     made.usage = "grpo-jax eval (--config FILE.yaml [--section.field VALUE ...] | --run DIR) [--pass_k 8]"
     which = made.add_mutually_exclusive_group(required=True)
     which.add_argument("--config", metavar="FILE.yaml", help="evaluate the model of these settings; the options below win over it")
     which.add_argument("--run", metavar="DIR", help="evaluate the last state of a run, with its own settings")
     made.add_argument("--best", action="store_true", help=BEST)
-    made.add_argument("--pass_k", type=positive, default=8, metavar="K", help="samples per problem for pass@k (default 8)")
+    made.add_argument(
+        "--pass_k", type=positive, default=8, metavar="K", help="samples per problem for pass@k and majority@k (default 8)"
+    )
     add_settings(made)
 
     made = command("generate", "sample completions; a model with a chat template is talked to through it")

@@ -15,6 +15,7 @@ from typing import Any
 from grpo_jax.config.checks import ConfigError, MismatchError, check_types, convert, field_types, nearest, require, show, wrong_type
 from grpo_jax.config.distributed import DistributedConfig
 from grpo_jax.config.environment import EnvironmentConfig, check_environment
+from grpo_jax.config.evaluation import EvalConfig
 from grpo_jax.config.objective import ObjectiveConfig
 from grpo_jax.config.presets import OBJECTIVE_DEFAULTS, PRESETS
 from grpo_jax.config.sections import DataConfig, LoraConfig, ModelConfig, RewardsConfig, RolloutConfig
@@ -40,6 +41,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
         check_types(self, "")

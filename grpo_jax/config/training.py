@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from grpo_jax.config.checks import check_types, require
+
+TrackerName: TypeAlias = Literal["none", "wandb", "trackio", "mlflow", "tensorboard"]
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ class TrainConfig:
         record_tokens: Prompts of each step whose completions are recorded with the text and the log-probability of every token, for
             the report; each of these completions then takes about three times its space in completions.jsonl. 0 records none.
         quiet: Print plain lines instead of a live progress bar and tables, for logs.
-        track: Where metrics are sent in addition to the run folder: `none`, or `wandb` (needs the extra `track`).
+        track: Where metrics are sent in addition to the run folder, one or a list: `wandb` (extra `track`), `trackio`, `mlflow`
+            (extras of their names); `none` is nothing, and `tensorboard` is always written.
         grace_seconds: Longest time that a step may go on after SIGTERM, SIGHUP or the first Ctrl-C. The run then saves its state,
             writes its summary and ends; a step that lasts longer is abandoned.
         accept_changed_inputs: Resume although the files of the model, the data or the source of a reward function have changed
@@ -159,7 +162,7 @@ class TrainConfig:
     show_every: int = 10
     record_tokens: int = 1
     quiet: bool = False
-    track: Literal["none", "wandb"] = "none"
+    track: TrackerName | list[TrackerName] = "none"
     grace_seconds: float = 20.0
     accept_changed_inputs: bool = False
     debug: bool = False
@@ -191,6 +194,9 @@ class TrainConfig:
         require(self.eval_every >= 0, "train.eval_every", self.eval_every, "use 0 (before and after only) or a number of steps")
         require(self.eval_slots is None or self.eval_slots >= 1, "train.eval_slots", self.eval_slots, "use at least 1, or null")
         require(self.grace_seconds >= 0, "train.grace_seconds", self.grace_seconds, "use 0 (abandon the step at once) or more")
+        names = self.trackers
+        alone = len(set(names)) == len(names) and ("none" not in names or len(names) == 1)
+        require(alone, "train.track", self.track, "name each tracker once, and none alone")
         require(self.show_every >= 0, "train.show_every", self.show_every, "use 0 (never) or a number of steps")
         require(self.record_tokens >= 0, "train.record_tokens", self.record_tokens, "use 0 (none) or a number of prompts")
         require(
@@ -213,6 +219,11 @@ class TrainConfig:
     def prompts_per_update(self) -> int:
         """Prompts that one optimiser update learns from."""
         return self.prompts_per_step // self.updates_per_rollout
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `track`."""
+        return [self.track] if isinstance(self.track, str) else list(self.track)
 
     @property
     def extra_groups(self) -> int:

@@ -2,13 +2,15 @@
 
 `protocol` defines the interface, `builtin` the ready-made functions, `resolve` finds functions by name, `scoring` adds values.
 `runner` decides where a function runs: in this process (`calling`) or in one of its own (`pool`, `worker_process`, `worker`).
-`answers` reads the final number of a text. `code` runs a completion's code, confined by `sandbox`.
+`answers` reads the final number of a text. `code` runs a completion's code, confined by `sandbox`. `judge` asks a language
+model.
 """
 
 from grpo_jax.rewards.builtin import (
     BUILTINS,
     code_execution,
     exact_match,
+    llm_judge,
     math_verify,
     number_match,
     overlong_penalty,
@@ -35,6 +37,7 @@ __all__ = [
     "correct",
     "exact_match",
     "failure_lines",
+    "llm_judge",
     "math_verify",
     "number_match",
     "overlong_penalty",

@@ -15,6 +15,7 @@ from grpo_jax.config.checks import ConfigError, require
 from grpo_jax.rewards.answers import MARKER, final_number, reference_number
 from grpo_jax.rewards.calls import FailedValue
 from grpo_jax.rewards.code import code_execution
+from grpo_jax.rewards.judge.reward import llm_judge
 from grpo_jax.rewards.protocol import ColumnReward, RewardFunction, TextReward
 
 MATH_VERIFY_SECONDS = 5
@@ -229,5 +230,6 @@ BUILTINS: dict[str, Callable[..., RewardFunction]] = {
     "math_verify": math_verify,
     "code_execution": code_execution,
     "environment": environment,
+    "llm_judge": llm_judge,
 }
 """The built-in reward functions by the name that rewards.functions gives."""

@@ -44,8 +44,8 @@ FREE_ON_RESUME = (
 """Settings that may change on resume: memory, speed, logging and limits of reward failures. A step's result is the same up to
 rounding, so a run that was out of memory can continue with less."""
 
-FREE_SECTIONS = ("mesh", "distributed")
-"""Sections that may change on resume: a run can continue on other devices."""
+FREE_SECTIONS = ("mesh", "distributed", "eval")
+"""Sections that may change on resume: a run can continue on other devices, and be evaluated on other sets."""
 
 
 class RunFolderError(FileExistsError, ValueError):

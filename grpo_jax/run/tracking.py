@@ -1,7 +1,7 @@
-"""Sends metrics to Weights & Biases, where `train.track` asks for it.
+"""Sends metrics to the trackers that `train.track` names: Weights & Biases, trackio, MLflow.
 
-W&B's own environment variables (WANDB_PROJECT, WANDB_MODE, ...) choose the project. Other services can read the TensorBoard events
-in the run folder. A tracker that fails or does not answer is dropped with a warning, and the run goes on.
+Each runs in a thread of its own. One that fails or does not answer is dropped with a warning, and the run and the other trackers go
+on. TensorBoard's events are written by the run folder itself. `trackers` knows how each service is called.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grpo_jax.config import Config, ConfigError, config_to_dict
+from grpo_jax.config import Config, ConfigError
 from grpo_jax.run.callbacks import Callback, StepCompletions
 from grpo_jax.run.records import plain
+from grpo_jax.run.trackers import TRACKERS, Tracker, completion_table
 
 if TYPE_CHECKING:
     from grpo_jax.trainer import Trainer
@@ -70,48 +71,62 @@ class TrackerThread:
             self._warn(f"the tracker {self._name} {why}. It gets no more metrics; the run goes on, and metrics.jsonl has them")
 
 
-class WandbCallback(Callback):
-    """Sends every step's metrics and every evaluation to one W&B run.
+class TrackerCallback(Callback):
+    """Sends every step's metrics and every evaluation to one tracker, and tables of completions to those that show them.
 
-    Raises:
-        ConfigError: wandb is not installed, or does not start.
+    Args:
+        tracker: Has started.
+        warn: Called with a line, when the tracker is dropped.
     """
 
-    def __init__(self, config: Config, folder: Path, warn: Callable[[str], None]) -> None:
-        try:
-            import wandb  # pyright: ignore[reportMissingImports] - an extra
-        except ImportError as error:
-            raise ConfigError("train.track: 'wandb' is not installed; run pip install 'grpo-jax[track]', or use none") from error
-        # The same id for the same folder: a resumed run continues the same W&B run.
-        identity = str(folder.resolve()).strip("/").replace("/", "-")[-120:]
-        try:
-            self._run = wandb.init(id=identity, name=folder.name, dir=str(folder), config=config_to_dict(config), resume="allow")
-        except Exception as error:  # not logged in, no connection: wandb has many kinds
-            raise ConfigError(
-                f"train.track: 'wandb' does not start ({type(error).__name__}: {error}); run wandb login, or set "
-                "WANDB_MODE=offline, or use none"
-            ) from error
-        self._thread = TrackerThread("wandb", warn)
+    def __init__(self, tracker: Tracker, warn: Callable[[str], None]) -> None:
+        self._tracker = tracker
+        self._thread = TrackerThread(tracker.name, warn)
 
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any], completions: StepCompletions | None) -> None:
-        self._log(trainer.steps_done, metrics)
+        step = trainer.steps_done
+        if completions is not None and self._tracker.log_table is not None:
+            train, log_table = trainer.config.train, self._tracker.log_table
+            if train.show_every and (step in (1, train.steps) or step % train.show_every == 0):
+                table = completion_table(completions)
+                self._thread.call(lambda: log_table(step, table))
+        self._log(step, metrics)
 
     def on_evaluate(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         self._log(trainer.steps_done, {f"eval/{name}": value for name, value in metrics.items()})
 
     def on_train_end(self, trainer: Trainer) -> None:
-        self._thread.call(self._run.finish)
+        self._thread.call(self._tracker.finish)
         self._thread.close()
 
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
         values = {name: value for name, value in plain(metrics).items() if value is not None}
-        self._thread.call(lambda: self._run.log(values, step=step))
+        self._thread.call(lambda: self._tracker.log(step, values))
 
 
 def tracker_callbacks(config: Config, folder: Path, *, writes: bool, warn: Callable[[str], None]) -> list[Callback]:
-    """The trackers that the settings ask for; none in a process that does not write.
+    """Starts the trackers that the settings ask for; none in a process that does not write.
 
     Args:
         warn: Called with a line where a tracker is dropped.
+
+    Raises:
+        ConfigError: A tracker is not installed, or does not start.
     """
-    return [WandbCallback(config, folder, warn)] if writes and config.train.track == "wandb" else []
+    names = [name for name in config.train.trackers if name in TRACKERS] if writes else []
+    started: list[Callback] = []
+    for name in names:
+        start, extra, fix = TRACKERS[name]
+        try:
+            tracker = start(config, folder)
+        except ImportError as error:
+            raise ConfigError(
+                f"train.track: '{name}' is not installed ({error}); run pip install 'grpo-jax[{extra}]', or use none"
+            ) from error
+        except Exception as error:  # not logged in, no connection: trackers have many kinds
+            line = " ".join(str(error).split())
+            raise ConfigError(
+                f"train.track: '{name}' does not start ({type(error).__name__}: {line}); {fix}, or use none"
+            ) from error
+        started.append(TrackerCallback(tracker, warn))
+    return started

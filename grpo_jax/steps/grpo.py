@@ -12,9 +12,10 @@ import jax
 import numpy as np
 import optax
 
-from grpo_jax.config import Config
+from grpo_jax.config import Config, ConfigError
+from grpo_jax.data.evaluation_sets import evaluation_sets
 from grpo_jax.data.source import PromptSource
-from grpo_jax.evaluation import evaluate_held_out, reward_columns
+from grpo_jax.evaluation import Evaluation, evaluate_held_out, reward_columns, set_metrics
 from grpo_jax.fit.abstract import Placement, abstract_batch, shapes_of
 from grpo_jax.fit.auto import fit_run
 from grpo_jax.fit.learners import grpo_learner
@@ -97,6 +98,7 @@ class GrpoStep:
         rewarded: when the first completions had been scored; see `first_rewards_at`.
         choice: draws the rows of a step, and keeps the ledger; None where prompts are made up.
         driver: of episodes; None where a completion is a single answer.
+        sets: the further held-out rows of `eval.sets`, by name.
     """
 
     config: Config
@@ -118,6 +120,7 @@ class GrpoStep:
     rewarded: list[float] = field(default_factory=list)
     choice: PromptChoice | None = None
     driver: EpisodeDriver | None = None
+    sets: Mapping[str, PromptSource] = field(default_factory=dict)
 
     @staticmethod
     def read(
@@ -152,13 +155,19 @@ class GrpoStep:
             display.note(line)
         config = with_steps(config, len(source.train), display)
         choice = PromptChoice(source, config)
-        columns = [*reward_columns(source, config), *setup.columns]
-        check_functions(functions, columns, config.rewards.weights, config.rewards.accuracy)
+        sets = evaluation_sets(setup.source_config(tokenizer), tokenizer)
+        if sets and not len(source.held_out):
+            raise ConfigError(
+                "eval.sets has an effect where main rows are held out: set data.eval_path, eval_split or eval_size too"
+            )
+        for held_out in (source, *sets.values()):
+            columns = [*reward_columns(held_out, config), *setup.columns]
+            check_functions(functions, columns, config.rewards.weights, config.rewards.accuracy)
         runner = runner_of(config.rewards, entries, functions, longest, display.note)
         runner.start()  # its processes start while the weights are read
         policy = placed_policy(config, policy, display)
         step = GrpoStep.build(config, policy, source, functions, display, optimizer=optimizer, loss_fn=loss_fn)
-        return replace(step, runner=runner, choice=choice, driver=driver)
+        return replace(step, runner=runner, choice=choice, driver=driver, sets=sets)
 
     @staticmethod
     def build(
@@ -401,21 +410,30 @@ class GrpoStep:
         if not isinstance(self.source, PromptSource):
             return None
         tokenizer, shapes = self.policy.need_tokenizer(), self.evaluation_shapes(state) if self.problems else None
-        result = evaluate_held_out(
-            self.sampler,
-            self.variables(state),
-            self.source,
-            self.functions,
-            tokenizer,
-            self.config,
-            shapes=shapes,
-            runner=self.runner,
-            display=self.display,
-            driver=self.driver,
-        )
+
+        def evaluated(source: PromptSource, shapes: RolloutShapes | None) -> Evaluation | None:
+            return evaluate_held_out(
+                self.sampler,
+                self.variables(state),
+                source,
+                self.functions,
+                tokenizer,
+                self.config,
+                shapes=shapes,
+                runner=self.runner,
+                display=self.display,
+                driver=self.driver,
+            )
+
+        result = evaluated(self.source, shapes)
         if result is None:
             return None
+        low, high = result.interval
         metrics = {"accuracy": result.accuracy, "problems": result.problems, "reward/mean": result.reward_mean}
+        metrics |= {"accuracy_low": low, "accuracy_high": high}
+        for name, held_out in self.sets.items():
+            further = evaluated(held_out, None)
+            metrics |= {} if further is None else set_metrics(name, further)
         return metrics | ({"kl_divergence": self.held_out_kl(state, self.source)} if self.config.train.eval_kl else {})
 
     def pending(self) -> list[str]:

@@ -18,7 +18,7 @@ MESH = "leave it out; devices are used as settings={'mesh': {...}} says"
 NO_TORCH = "leave it out; it concerns PyTorch, which this package does not use"
 NO_LOADER = "leave it out; there is no data loader, all rows are in memory"
 NO_VLLM = "leave it out; this package samples completions itself, and a free slot goes to the next completion at once"
-NO_TRACKIO = "leave it out; report_to takes tensorboard and wandb"
+NO_TRACKIO = "leave it out; the environment variables of trackio choose its space (TRACKIO_SPACE_ID) and bucket"
 NO_BEST = "leave it out; the newest checkpoints are kept"
 NO_FLOAT16 = "use bf16=True, or False for float32"
 
@@ -101,7 +101,7 @@ class GRPOConfig:
     log_level_replica: str = refused("warning", "leave it out; process 0 alone shows anything")
     disable_tqdm: bool | None = honoured(None, "train.quiet: True prints plain lines instead of a live bar")
     report_to: list[str] | str | None = honoured(
-        "none", "train.track: wandb; tensorboard is always written; none and [] are neither"
+        "none", "train.track: wandb, trackio, mlflow or several; tensorboard is always written; none and [] are neither"
     )
     run_name: str | None = refused(None, "leave it out; a tracker's run has the name of output_dir")
     project: str = refused("huggingface", "leave it out; the environment variable WANDB_PROJECT names W&B's project")

@@ -264,13 +264,18 @@ def train_settings(args: GRPOConfig, steps: Steps) -> dict[str, Any]:
     }
 
 
+TRACKERS = ("wandb", "trackio", "mlflow")
+"""The names of report_to that `train.track` has, TensorBoard apart."""
+
 KEEP_ALL = 1_000_000
 """`train.keep_checkpoints` that no run reaches."""
 
 
-def tracker(report_to: Any) -> str:
+def tracker(report_to: Any) -> str | list[str]:
     """`train.track` for TRL's report_to. TensorBoard's events are always written."""
     names = [report_to] if isinstance(report_to, str) else list(report_to or [])
+    known = ("none", "tensorboard", *TRACKERS)
     for name in names:
-        allow(name in ("none", "tensorboard", "wandb"), "report_to", name, "use 'wandb', 'tensorboard' or 'none'")
-    return "wandb" if "wandb" in names else "none"
+        allow(name in known, "report_to", name, "use " + ", ".join(repr(name) for name in known))
+    found = [name for name in dict.fromkeys(names) if name in TRACKERS]
+    return found if len(found) > 1 else found[0] if found else "none"

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from episodes import Script, ScriptedTurns, replayed
@@ -109,8 +110,8 @@ def test_families_that_the_replay_does_not_know_equal_the_trainers_forward_pass(
     policy, prompts = task.policy, [np.array(ids, np.int32) for ids in task.prompts]
     table = pad_rows(got.completion_ids, C)
     lengths = np.array([len(ids) for ids in prompts], np.int32)
-    arguments = (policy.model, policy.variables, pad_rows(task.prompts, int(lengths.max())), lengths, table)
-    expected = np.asarray(completion_logprobs(*arguments, task.settings.temperature)[0])
+    arrays = map(jnp.asarray, (pad_rows(task.prompts, int(lengths.max())), lengths, table))
+    expected = np.asarray(completion_logprobs(policy.model, policy.variables, *arrays, task.settings.temperature)[0])
     for row, (logps, own) in enumerate(zip(got.logprobs, got.sampled, strict=True)):
         np.testing.assert_allclose(logps[own], expected[row, : len(own)][own], atol=1e-4)
 
