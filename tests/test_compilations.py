@@ -43,7 +43,7 @@ class Compilations(gx.Callback):
 @pytest.mark.parametrize(
     ("slots", "problems", "most", "decoding"),
     [
-        (None, 5, 5, 1),  # weights, prompts, segments, writing, empty past
+        pytest.param(None, 5, 5, 1, marks=pytest.mark.slow),  # weights, prompts, segments, writing, empty past
         (3, 5, 7, 1),  # and one prompt, inserted
         (None, 20, 7, 2),  # an evaluation in shapes of its own: other prompts and segments
     ],

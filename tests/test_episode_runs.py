@@ -73,6 +73,7 @@ def test_a_run_with_an_environment(tmp_path: Path):
     assert result.summary["accuracy_before"] is not None
 
 
+@pytest.mark.slow
 def test_episodes_are_the_same_at_every_concurrency(tmp_path: Path):
     texts = []
     for concurrency in (1, 16):

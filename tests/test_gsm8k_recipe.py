@@ -29,6 +29,7 @@ def model_that_likes_digits(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["gsm8k_qwen2.5_0.5b.yaml"])
 def test_a_recipe_runs_two_steps_on_the_real_problems(recipe: str, repository: Path, shared_data: Path, tmp_path: Path):
     rows = {row["question"]: row["answer"] for row in records(shared_data / "gsm8k" / "train.jsonl")}

@@ -11,6 +11,7 @@ from tiny_runs import B, G, config_of, expected_advantages, records, run
 from grpo_jax.config import ConfigError, config_from_dict
 
 
+@pytest.mark.slow
 def test_a_run_with_two_updates_a_step_clips_and_reports_the_whole_step(tmp_path: Path) -> None:
     done = run(config_of(tmp_path, objective={"preset": "gspo"}, train={"prompts_per_step": 2 * B, "updates_per_rollout": 2}))
     steps = records(tmp_path / "metrics.jsonl")

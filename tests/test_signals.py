@@ -68,6 +68,7 @@ def _not_ignored():
         signal.signal(number, handler)
 
 
+@pytest.mark.slow
 def test_signals_that_are_ignored_stay_ignored(tmp_path: Path):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     words = command_of(tmp_path, 1, f"os.kill(os.getpid(), {signal.SIGHUP:d})")
@@ -194,6 +195,7 @@ def test_a_second_signal_ends_the_process_at_once_and_harms_no_checkpoint(number
         assert checkpoints.latest_step() == 2
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_nobody_reads_its_output(tmp_path: Path):
     process = start(command_of(tmp_path, -1, "pass"), stdout=subprocess.PIPE)
     assert process.stdout is not None

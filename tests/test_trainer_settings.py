@@ -242,7 +242,10 @@ def test_a_truncated_completion_pays_for_its_kl_where_it_is_masked_out_of_the_lo
     np.testing.assert_allclose(packed.to_host()[1], [0.08 / 0.11323708, -0.08 / 0.11323708], rtol=1e-4)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+USUAL = ("dapo", "gspo", "cispo")
+
+
+@pytest.mark.parametrize("preset", [name if name in USUAL else pytest.param(name, marks=pytest.mark.slow) for name in PRESETS])
 def test_every_preset_trains(preset: str, tmp_path: Path):
     done = run(config_of(tmp_path, objective={"preset": preset}, train={"steps": 1}))
     (metrics,) = done.result.history

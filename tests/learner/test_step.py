@@ -190,8 +190,8 @@ CUTS = [
     pytest.param("top entropy", (1, 2), False, marks=pytest.mark.slow),
     pytest.param("entropy bonus", (1, 2), False, marks=pytest.mark.slow),
     pytest.param("entropy bonus", (2, G), True, marks=pytest.mark.slow),
-    ("clip_cov", (1, 2), False),
-    ("cispo, KL in the reward", (2, 2), False),
+    pytest.param("clip_cov", (1, 2), False, marks=pytest.mark.slow),
+    pytest.param("cispo, KL in the reward", (2, 2), False, marks=pytest.mark.slow),
 ]
 
 
@@ -514,7 +514,7 @@ def test_the_second_update_finds_the_sets_of_the_policy_as_it_is_then() -> None:
     assert np.all(np.isfinite(np.asarray(logps - old)[mask]))
 
 
-TRUNCATED_CUTS = [("truncated, ban", True), ("ban", False)]
+TRUNCATED_CUTS = [pytest.param("truncated, ban", True, marks=pytest.mark.slow), ("ban", False)]
 
 
 @pytest.mark.parametrize(("name", "full"), TRUNCATED_CUTS)
@@ -620,7 +620,9 @@ def test_equal_rewards_and_no_kl_change_nothing_and_are_counted() -> None:
     assert jax.tree.map(lambda leaf: np.asarray(leaf).tobytes(), state) == jax.tree.map(lambda leaf: leaf.tobytes(), before)
 
 
-@pytest.mark.parametrize(("name", "cut", "updates"), [("dapo", (1, 1), 1), ("gspo, two updates", (B, 2), 2)])
+@pytest.mark.parametrize(
+    ("name", "cut", "updates"), [("dapo", (1, 1), 1), pytest.param("gspo, two updates", (B, 2), 2, marks=pytest.mark.slow)]
+)
 def test_a_step_with_one_poisoned_micro_batch_changes_nothing_and_is_counted(name: str, cut: tuple[int, int], updates: int) -> None:
     """The ids of one prompt have no embedding, so that the loss and the gradient of its completions are NaN."""
     poisoned = np.array(batch().prompt_ids)
@@ -639,7 +641,9 @@ def test_a_step_with_one_poisoned_micro_batch_changes_nothing_and_is_counted(nam
     assert update(OBJECTIVES[name], cut)[2]["update/skipped"] == 0
 
 
-@pytest.mark.parametrize(("name", "cut"), [("dr_grpo, two updates", (1, 2)), ("gspo, two updates", (1, G))])
+@pytest.mark.parametrize(
+    ("name", "cut"), [("dr_grpo, two updates", (1, 2)), pytest.param("gspo, two updates", (1, G), marks=pytest.mark.slow)]
+)
 def test_groups_without_advantage_are_not_computed_where_there_is_no_kl_term(name: str, cut: tuple[int, int]) -> None:
     """Three of four groups have equal rewards. Their prompts are ids that no embedding has: computed, they would make all NaN."""
     objective = dataclasses.replace(OBJECTIVES[name], beta=0.0)

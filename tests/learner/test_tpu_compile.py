@@ -72,7 +72,8 @@ def test_the_update_compiles_for_a_tpu(chips: Any, model: Transformer):
 
 
 @pytest.mark.parametrize(
-    ("refilled", "past_blocks", "kv_dtype"), [(False, 1, "auto"), (True, 2, "auto"), (True, 1, "int8"), (True, 1, "int4")]
+    ("refilled", "past_blocks", "kv_dtype"),
+    [(False, 1, "auto"), (True, 2, "auto"), *(pytest.param(True, 1, few, marks=pytest.mark.slow) for few in ("int8", "int4"))],
 )
 def test_the_rollout_compiles_for_a_tpu(chips: Any, model: Transformer, refilled: bool, past_blocks: int, kv_dtype: str):
     """With stacked layers and the TPU's kernels."""

@@ -45,7 +45,12 @@ def sampled(sampler: Sampler, task: Task, shapes: RolloutShapes | None) -> Rollo
 
 @pytest.mark.parametrize(
     ("stacked", "slots", "kv_dtype", "skips"),
-    [(False, None, "auto", True), (False, 4, "int8", False), (True, None, "int8", False), (True, 4, "int4", True)],
+    [
+        (False, None, "auto", True),
+        (False, 4, "int8", False),
+        pytest.param(True, None, "int8", False, marks=pytest.mark.slow),
+        (True, 4, "int4", True),
+    ],
 )
 def test_all_that_a_rollout_and_an_evaluation_run_is_compiled_ahead_and_nothing_else(
     stacked: bool, slots: int | None, kv_dtype: str, skips: bool, monkeypatch: pytest.MonkeyPatch
@@ -78,8 +83,8 @@ def test_all_that_a_rollout_and_an_evaluation_run_is_compiled_ahead_and_nothing_
     assert len(ran) == len(calls), "none was compiled for nothing"
 
 
-@pytest.mark.parametrize("slots", [None, 4])
-@pytest.mark.parametrize("generations", [1, 2])
+@pytest.mark.parametrize("slots", [None, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("generations", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_in_the_shapes_of_another_rollout_completions_are_the_same(slots: int | None, generations: int) -> None:
     """Seven prompts, of which three are continued at once, in the slots of three completions each."""
     for temperature in (0.7, 0.0):

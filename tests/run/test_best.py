@@ -32,6 +32,7 @@ def steps_on_disk(folder: Path) -> list[int]:
     return sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_stays_and_can_be_exported_and_the_newest_is_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

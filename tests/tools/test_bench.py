@@ -121,6 +121,7 @@ def test_one_line_of_json_is_the_last_that_is_written(capsys: pytest.CaptureFixt
     assert (result["kernels"] is None) == (result["kernels_not_measured"] is not None)
 
 
+@pytest.mark.slow
 def test_steps_have_the_lengths_of_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The measured steps begin with the first lengths; after the last ones the first follow."""
     completions, prompts = [3, 7, 1, 5, 2, 4, 6, 6, 1, 7], [5, 2, 4]
@@ -139,6 +140,7 @@ def test_steps_have_the_lengths_of_the_files(tmp_path: Path, capsys: pytest.Capt
         np.testing.assert_allclose(step["update_tokens_per_second"] * step["update_seconds"], tokens, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_default_output_is_a_table_and_missing_weights_are_random(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     assert main(["bench", "--model", str(tmp_path), *WORDS, "--ragged", "--slots", "2"]) == 0

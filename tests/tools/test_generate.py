@@ -59,6 +59,7 @@ def test_a_chat_model_is_talked_to_through_its_template_unless_raw(tmp_path: Pat
             as_prompt("1+1=", chosen, DataConfig(), policy_)
 
 
+@pytest.mark.slow
 def test_a_run_is_talked_to_as_it_was_trained(tmp_path: Path) -> None:
     """The tiny run's prompts are plain texts. Where they are not recorded, a chat model is talked to through its template."""
     done = run(config_of(tmp_path / "run", train={"steps": 1}))

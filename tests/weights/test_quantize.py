@@ -198,6 +198,7 @@ def test_split_and_joined_layers_have_the_same_weights() -> None:
     np.testing.assert_array_equal(np.asarray(dequantize(joined)), np.concatenate(parts, axis=1))
 
 
+@pytest.mark.slow
 def test_a_saved_run_loads_with_the_same_weights(tmp_path: Path) -> None:
     """In bfloat16, where the sampler does not merge adapters; and a policy without adapters is refused."""
     model = {"quantization": "nf4", "dtype": "bfloat16"}
@@ -267,6 +268,7 @@ red ball. She wanted to play with it, but it was too high. Lily's mom said, "Lil
 know what to do. She said, "I want to play with your ball, but I can't find it." Lily was sad."""
 
 
+@pytest.mark.slow
 def test_the_effect_on_a_story_models_log_probabilities(shared_data: Path) -> None:
     """Mean |difference| in nats per token of the 260K-parameter Llama; its widths of 64 and 172 give groups of 64, 86 and 43."""
     folder = shared_data / "stories260k"
