@@ -270,6 +270,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_ledger_included(
         assert (resumed.run_dir / name).read_bytes() == (whole.run_dir / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_ledger_that_lost_a_step_is_named(
     uninterrupted: Callable[[str], gx.TrainResult], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -366,6 +366,7 @@ def test_the_second_update_on_a_batch_keeps_the_first_ones_old_log_probabilities
     assert metrics["learning_rate"] == pytest.approx(1.01)  # the second update's
 
 
+@pytest.mark.slow
 def test_updates_on_parts_take_ratio_and_advantages_from_the_whole_step() -> None:
     """Two prompts each. The second update's ratio is to the policy that sampled; the batch's deviation is of all four prompts."""
     made = learner(ObjectiveConfig(loss="dapo", beta=0.1, scale_rewards="batch"))

@@ -350,6 +350,7 @@ def test_a_run_reports_that_sampler_and_trainer_agree(sampling: dict[str, Any], 
     assert done.result.history[0]["kl_divergence"] < 1e-9
 
 
+@pytest.mark.slow
 def test_a_run_with_the_setting_off_uses_untruncated_distributions_and_prints_nothing(tmp_path: Path) -> None:
     done = run(config_of(tmp_path, objective={"match_sampling": False}, rollout=TRUNCATED, train={"steps": 1}))
     assert "truncated as sampling is" not in done.printed

@@ -49,7 +49,7 @@ def sampled(sampler: Sampler, task: Task, shapes: RolloutShapes | None) -> Rollo
         (False, None, "auto", True),
         (False, 4, "int8", False),
         pytest.param(True, None, "int8", False, marks=pytest.mark.slow),
-        (True, 4, "int4", True),
+        pytest.param(True, 4, "int4", True, marks=pytest.mark.slow),
     ],
 )
 def test_all_that_a_rollout_and_an_evaluation_run_is_compiled_ahead_and_nothing_else(

@@ -124,6 +124,7 @@ def test_an_optimiser_and_a_loss_of_the_users_own_train_and_their_run_is_read_ba
     assert_same_arrays(load_run(tmp_path)[1].adapters, result.policy.adapters)
 
 
+@pytest.mark.slow
 def test_many_compilations_and_arrays_that_are_not_finite_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(callbacks, "MAX_COMPILATIONS", 0)
     done = run(config_of(tmp_path / "warned"))

@@ -296,7 +296,8 @@ def test_a_run_is_evaluated_with_its_own_settings(tmp_path: Path, capsys: pytest
     capsys.readouterr()
     assert cli.main(["eval", "--run", str(tmp_path / "run"), "--pass_k", "4"]) == 0
     printed = capsys.readouterr().out
-    assert f"greedy accuracy {summary['accuracy_after']:.1%}, pass@4 " in printed
+    assert f"greedy accuracy {summary['accuracy_after']:.1%} (" in printed
+    assert "pass@4 " in printed
     assert "6 held-out problems" in printed
     assert cli.main(["eval", "--config", str(tmp_path / "run" / "config.yaml"), "--pass_k", "4"]) == 0
     assert f"greedy accuracy {summary['accuracy_before']:.1%}, pass@4 " in capsys.readouterr().out

@@ -245,6 +245,7 @@ def trained(form: str) -> tiny_runs.Finished:
     return tiny_runs.run(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", TRAINED)
 def test_training_changes_only_the_adapters(form: str) -> None:
     """The base stays at the rounded weights; the reference is that base, so the divergence starts at zero."""
@@ -317,6 +318,7 @@ WIDE = ModelSpec(
 """As wide as the blocks of the kernels; everything else is small."""
 
 
+@pytest.mark.slow
 def test_an_update_stores_no_dense_weight(chips: dict[str, SingleDeviceSharding]) -> None:
     """Compiled for a v6e with eight layers: all temporaries together are below two layers' matrices in bfloat16."""
 
