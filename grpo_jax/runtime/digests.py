@@ -66,7 +66,7 @@ class EarlyDigests:
 
     def _run(self) -> None:
         while not self._over.wait(POLL_SECONDS):
-            with contextlib.suppress(OSError):  # of a folder that is renamed meanwhile, or a file that is removed
+            with contextlib.suppress(OSError, DamagedError):  # a folder is renamed meanwhile, or a file removed: not known early
                 for path in self._complete():
                     key = identity(path.stat())
                     if key not in self._known and not self._over.is_set():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,31 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
         unfinished.write_text("new")
         assert path.read_text() == "old"
     assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("summary.json", "new")]
+
+
+def test_a_file_that_vanishes_while_it_is_hashed_early_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stays, tried = tmp_path / "stays", threading.Event()
+    stays.write_bytes(b"here")
+
+    def listed() -> list[Path]:
+        if tried.is_set():
+            return [stays]
+        tried.set()
+        gone = tmp_path / "gone"
+        gone.write_bytes(b"x")
+        return [gone]
+
+    hashed = digests.file_digest
+
+    def removed_before(path: Path) -> str:
+        if path.name == "gone":
+            path.unlink()
+        return hashed(path)
+
+    monkeypatch.setattr(digests, "file_digest", removed_before)
+    early = digests.EarlyDigests(listed)
+    end = time.monotonic() + 60
+    while early._thread.is_alive() and not early._known and time.monotonic() < end:
+        time.sleep(0.01)
+    assert early._known, "the thread has ended with the file that vanished"
+    early.close()
