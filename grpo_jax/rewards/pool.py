@@ -210,8 +210,9 @@ class _Batch:
         for worker in self.pool.workers:
             call = worker.call
             if call in stalled and call.task.by_row and not call.task.concurrent and not call.dropped and len(call.rows) > 1:
-                self.waiting.append((call.task, call.rows[1:]))
-                call.rows, call.dropped = call.rows[:1], True
+                current, others = _divided(worker, call)
+                self.waiting.append((call.task, others))
+                call.rows, call.dropped = current, True
                 worker.send("drop")
         if self.waiting and len(stalled) == len(self.pool.workers):
             room = self.pool.count + MOST_EXTRA_WORKERS - len(self.pool.workers)
@@ -269,11 +270,11 @@ class _Batch:
     def _lost(self, worker: WorkerProcess) -> None:
         """Deals with a worker that ended by itself."""
         call, how = worker.call, worker.ending()
-        self.pool.remove(worker)
         if call is None:
+            self.pool.remove(worker)
             return
         call.task.deaths += 1
-        self._fail(call, f"ended its process ({how})")
+        self._fail(worker, call, f"ended its process ({how})")
         if call.task.deaths >= MOST_DEATHS:
             rows = self._waiting_rows(call.task)
             call.task.fail(rows, f"ended its process in {call.task.deaths} calls, and was not called on the other rows")
@@ -287,11 +288,9 @@ class _Batch:
                 continue
             if call.since is None:
                 if now - call.sent > START_SECONDS:
-                    self.pool.remove(worker)
-                    self._fail(call, f"could not be imported in a worker within {START_SECONDS:g} s")
+                    self._fail(worker, call, f"could not be imported in a worker within {START_SECONDS:g} s")
             elif self._is_over(min(call.since, call.task.progress or now), GRACE_SECONDS if call.task.concurrent else 0.0):
-                self.pool.remove(worker)
-                self._fail(call, timeout_reason(self.limit))
+                self._fail(worker, call, timeout_reason(self.limit))
         for task in self.tasks:
             if task.progress is not None and self._is_over(task.progress):
                 reason = f"was not called on this row: none was answered for rewards.timeout_seconds = {self.limit:g}"
@@ -301,15 +300,23 @@ class _Batch:
         """Whether the limit has passed since a time."""
         return self.limit is not None and time.monotonic() - since >= self.limit + grace_seconds
 
-    def _fail(self, call: Call, reason: str) -> None:
-        """Fails the row that a call was at, or all where they are called together; the rest waits for another worker."""
-        lost = len(call.rows) if call.task.concurrent or not call.task.by_row else 1
-        call.task.fail(call.rows[:lost], reason)
-        if call.rows[lost:]:
-            self.waiting.append((call.task, call.rows[lost:]))
+    def _fail(self, worker: WorkerProcess, call: Call, reason: str) -> None:
+        """Ends a worker and fails the row it was at, or all where they are called together; the rest waits for another worker."""
+        lost, others = (call.rows, []) if call.task.concurrent or not call.task.by_row else _divided(worker, call)
+        self.pool.remove(worker)
+        call.task.fail(lost, reason)
+        if others:
+            self.waiting.append((call.task, others))
 
     def _waiting_rows(self, task: Task) -> list[int]:
         return [row for waits, rows in self.waiting if waits is task for row in rows]
+
+
+def _divided(worker: WorkerProcess, call: Call) -> tuple[list[int], list[int]]:
+    """Divides the rows of a call row by row into the one that the worker is at and the others."""
+    row = worker.current_row()
+    current = row if row in call.rows else call.rows[0]
+    return [current], [other for other in call.rows if other != current]
 
 
 def _pieces(task: Task, workers: int) -> list[list[int]]:

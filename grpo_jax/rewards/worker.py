@@ -2,7 +2,8 @@
 
 It reads pickled requests from one pipe and writes JSON to another, so that nothing which a reward function prints or does there is
 unpickled by the trainer. A third pipe carries nothing: the trainer holds its other end, and when that closes, however the trainer
-ended, the kernel kills this process and its children. The user's `__main__` is never imported, so scripts need no main guard.
+ended, the kernel kills this process and its children. A few bytes of shared memory tell which row it is at. The user's `__main__`
+is never imported, so scripts need no main guard.
 
 Requests: `("call", number, key, source, by_row, timeout_seconds, rows, inputs)` and `("drop",)`, which ends a call after its
 current row. Replies are described at `reply`.
@@ -20,6 +21,7 @@ import select
 import signal
 import sys
 import threading
+import time
 import traceback
 from typing import Any
 
@@ -34,11 +36,14 @@ from grpo_jax.rewards.calls import (
     is_async,
     parts_of,
 )
-from grpo_jax.rewards.messages import HEADER, framed
+from grpo_jax.rewards.messages import HEADER, Position, framed
 from grpo_jax.rewards.protocol import RewardFunction
 from grpo_jax.rewards.scoring import finite_number
 from grpo_jax.rewards.sources import Source
 from grpo_jax.runtime.output import drop_what_nobody_reads
+
+REPORT_SECONDS = 0.001
+"""Answers wait for others at most as long, and until the row after them is answered."""
 
 
 class Worker:
@@ -47,10 +52,11 @@ class Worker:
     Args:
         requests: file descriptor to read from.
         replies: file descriptor to write to.
+        position: where it says which row it is at.
     """
 
-    def __init__(self, requests: int, replies: int) -> None:
-        self._requests, self._replies = requests, replies
+    def __init__(self, requests: int, replies: int, position: Position) -> None:
+        self._requests, self._replies, self._position = requests, replies, position
         self._functions: dict[str, RewardFunction] = {}
         self._loop = asyncio.Runner()  # one event loop, so that clients of async functions can reuse open connections
 
@@ -94,9 +100,7 @@ class Worker:
         function = self._functions[key]
 
         def report(part: slice, outcome: Outcome) -> None:
-            values = [finite_number(value) for value in outcome.values]
-            answered = [_row(*pair) for pair in zip(rows[part], values, strict=True)]
-            self.reply(rows=answered, remarks=outcome.remarks, of=number)
+            self.reply(rows=_answered(rows[part], outcome), remarks=outcome.remarks, of=number)
 
         self.reply(began=number)
         parts = parts_of(len(rows), by_row)
@@ -104,16 +108,27 @@ class Worker:
             if is_async(function):
                 self._loop.run(answer_parts(function, inputs, parts, timeout_seconds, report))
             else:
-                for part in parts:
-                    report(part, answer(function, inputs.part(part), lambda result: self._loop.run(awaited(result))))
-                    if part is not parts[-1] and self._dropped():
-                        break
+                self._call_parts(number, function, inputs, parts, rows)
         except KeyboardInterrupt:
             self.reply(interrupt=True)
         except BaseException as error:  # such as a cancellation that the function caused itself
             failed = FailedValue(exception_reason(error), traceback="".join(traceback.format_exception(error)))
             self.reply(rows=[_row(row, failed) for row in rows], remarks=[], of=number)
         self.reply(done=number)
+
+    def _call_parts(self, number: int, function: RewardFunction, inputs: RewardInputs, parts: list[slice], rows: list[int]) -> None:
+        """Calls a function on one part after the other; reports quick answers together, because a message takes longer."""
+        answered, remarks, reported = list[list[Any]](), list[str](), time.monotonic()
+        for part in parts:
+            self._position.write(number, rows[part.start])
+            outcome = answer(function, inputs.part(part), lambda result: self._loop.run(awaited(result)))
+            answered += _answered(rows[part], outcome)
+            remarks += outcome.remarks
+            if part is parts[-1] or time.monotonic() - reported > REPORT_SECONDS:
+                self.reply(rows=answered, remarks=remarks, of=number)
+                answered, remarks, reported = [], [], time.monotonic()
+                if part is not parts[-1] and self._dropped():
+                    break
 
     def _dropped(self) -> bool:
         """Whether the trainer gave the rest of the call to another worker."""
@@ -132,6 +147,11 @@ class Worker:
                 os._exit(0)
             found += piece
         return bytes(found)
+
+
+def _answered(rows: list[int], outcome: Outcome) -> list[list[Any]]:
+    """The rows of a reply."""
+    return [_row(row, finite_number(value)) for row, value in zip(rows, outcome.values, strict=True)]
 
 
 def _row(row: int, value: float | FailedValue | None) -> list[Any]:
@@ -157,14 +177,14 @@ def end_with_the_trainer(lifeline: int) -> None:
 
 
 def main() -> None:
-    """Runs a worker on the three file descriptors of the command line."""
-    requests, replies, lifeline = (int(word) for word in sys.argv[1:])
-    for descriptor in (requests, replies, lifeline):
+    """Runs a worker on the four file descriptors of the command line."""
+    requests, replies, lifeline, position = (int(word) for word in sys.argv[1:])
+    for descriptor in (requests, replies, lifeline, position):
         os.set_inheritable(descriptor, False)
     del sys.argv[1:]
     drop_what_nobody_reads()  # where the trainer's output is a pipe that nobody reads, a reward that prints would fail
     end_with_the_trainer(lifeline)
-    Worker(requests, replies).serve()
+    Worker(requests, replies, Position(position)).serve()
 
 
 if __name__ == "__main__":

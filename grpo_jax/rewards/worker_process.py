@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_jax.rewards.messages import HEADER, framed
+from grpo_jax.rewards.messages import HEADER, Position, framed
 
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu"}
 """Set for workers: a reward function that uses JAX must not take the trainer's accelerator."""
@@ -70,7 +70,8 @@ class WorkerProcess:
         request_end, self.requests = os.pipe()
         self.replies, reply_end = os.pipe()
         lifeline_end, self._lifeline = os.pipe()
-        ends = (request_end, reply_end, lifeline_end)
+        position = Position.shared_file()
+        ends = (request_end, reply_end, lifeline_end, position)
         # The worker imports what the trainer can import, from the same places. -P: not from its current folder as well.
         paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
         command = [sys.executable, "-P", "-m", "grpo_jax.rewards.worker", *map(str, ends)]
@@ -83,6 +84,7 @@ class WorkerProcess:
                 pass_fds=ends,
                 start_new_session=True,  # Ctrl-C in a terminal is for the trainer; a kill takes the worker's children too
             )
+            self._position = Position(position)
         finally:
             for end in ends:
                 os.close(end)
@@ -95,6 +97,10 @@ class WorkerProcess:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def current_row(self) -> int | None:
+        """The row that the current call is at, or None before it began. Replies of rows before it may not have been sent yet."""
+        return self._position.read(self.call.number) if self.call is not None else None
 
     @property
     def wants_to_write(self) -> bool:
