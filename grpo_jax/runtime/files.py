@@ -1,10 +1,23 @@
-"""Writes files so that a reader never sees half of one."""
+"""Writes files so that a reader never sees half of one, and says what is wrong where they cannot be written."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
+
+from safetensors import SafetensorError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class WriteError(OSError):
+    """A file cannot be written. The message names it, the reason and what to do."""
 
 
 @contextlib.contextmanager
@@ -25,3 +38,22 @@ def replacing(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise
+
+
+def explains_write_errors(function: Callable[Concatenate[Path, P], R]) -> Callable[Concatenate[Path, P], R]:
+    """Wraps a function that writes a folder, its first argument: where that fails it raises a `WriteError` in one line."""
+
+    @functools.wraps(function)
+    def wrapped(folder: Path, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(folder, *args, **kwargs)
+        except (OSError, SafetensorError) as error:
+            code = re.search(r"(?:code:|os error) (\d+)", str(error)) if isinstance(error, SafetensorError) else None
+            if isinstance(error, WriteError) or (isinstance(error, SafetensorError) and code is None):
+                raise
+            reason = os.strerror(int(code[1])) if code else str(error)
+            raise WriteError(
+                f"{folder} cannot be written: {reason}; make room, make it writable or name another folder, then export again"
+            ) from error
+
+    return wrapped

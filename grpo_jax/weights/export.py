@@ -20,7 +20,7 @@ from grpo_jax.config import LoraConfig
 from grpo_jax.data.tokenizer import OTHER_FILES, VOCABULARY_FILES, Tokenizer
 from grpo_jax.models.spec import ModelError, ModelSpec, flatten
 from grpo_jax.runtime.digests import DIGESTS, write_digests
-from grpo_jax.runtime.files import replacing
+from grpo_jax.runtime.files import explains_write_errors, replacing
 from grpo_jax.types import Params
 from grpo_jax.weights.hf import INDEX, TensorFiles, read_json, read_tensor
 from grpo_jax.weights.names import TensorSource, tensor_names
@@ -88,6 +88,7 @@ def merged_weights(
     return read
 
 
+@explains_write_errors
 def save_merged(
     out: Path, original: Path, spec: ModelSpec, read: ReadTensor, writes: bool = True, tokenizer: Tokenizer | None = None
 ) -> None:

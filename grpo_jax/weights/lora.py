@@ -28,7 +28,7 @@ from grpo_jax.models.config_values import checked_flag, checked_number, whole_nu
 from grpo_jax.models.layers import JOINED
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelError, ModelSpec, ParamSpec, flatten, lora_specs, nest
 from grpo_jax.runtime.digests import DIGESTS, DamagedError, verify_digests, write_digests
-from grpo_jax.runtime.files import replacing
+from grpo_jax.runtime.files import explains_write_errors, replacing
 from grpo_jax.types import Params
 from grpo_jax.weights.fused_adapters import check_parts, file_shape, joined_pairs, part_of, patterns, stacked
 from grpo_jax.weights.hf import find_folder, open_shard, read_json, require_finite, shape_of
@@ -239,6 +239,7 @@ def verify_export(folder: Path) -> None:
         raise ModelError(f"{error}; export it again, or remove {folder / DIGESTS} where the change was intended") from error
 
 
+@explains_write_errors
 def save_adapter(
     folder: Path, spec: ModelSpec, adapters: Params, lora: LoraConfig, base_name: str, tokenizer: Tokenizer | None = None
 ) -> None:

@@ -19,11 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plain_oracles import quick_compiling
+from plain_oracles import quick_compiling, tiny_policy
 from shared_programs import shared_programs
 from tiny_runs import B, G, additions, assert_same_arrays, config_of, letters, records, saved_weights, settings, words_of
 
 import grpo_jax as gx
+from goldens.folders import build_model_folder
 from grpo_jax import cli
 from grpo_jax.run import checkpoint
 from grpo_jax.run.board import Board
@@ -31,6 +32,8 @@ from grpo_jax.run.checkpoint import Checkpointer
 from grpo_jax.run.checkpoint_errors import CheckpointError
 from grpo_jax.run.records import RecordFile
 from grpo_jax.run.resume import RunFolderError, check_run_folder
+from grpo_jax.runtime.digests import verify_digests
+from grpo_jax.runtime.files import WriteError
 
 ROWS = additions()
 
@@ -306,3 +309,22 @@ def test_a_read_only_disk_is_refused_before_the_model_is_read(tmp_path: Path, no
         with pytest.raises(RunFolderError, match="disk is read-only"):
             gx.train(config_of(mounted / "run"), dataset=ROWS, reward_funcs=letters)
         remount(mounted, "rw")
+
+
+@pytest.mark.parametrize("limit", [0, 300])
+def test_an_export_that_does_not_fit_says_so_and_leaves_no_half_file(limit: int, tmp_path: Path, disk: FullDisk) -> None:
+    policy = gx.Policy.from_pretrained(build_model_folder(tmp_path / "model", "llama2"), lora=gx.LoraConfig(rank=2))
+    disk.fill(limit)
+    for save in (policy.save_adapter, policy.save_merged):
+        with pytest.raises(WriteError, match=r"out cannot be written: .*too large.*; make room"):
+            save(tmp_path / "out")
+    disk.free()
+    assert not [file for file in (tmp_path / "out").iterdir() if file.name.endswith((".tmp", ".safetensors"))]
+    policy.save_adapter(tmp_path / "out")
+    verify_digests(tmp_path / "out")
+
+
+def test_an_export_into_a_file_s_place_says_so(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(WriteError, match=r"out cannot be written: .*File exists"):
+        tiny_policy("llama2", gx.LoraConfig(rank=2)).save_adapter(tmp_path / "out")

@@ -11,7 +11,7 @@ from grpo_jax.config.checks import require_choice
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.digests import DIGESTS, write_digests
-from grpo_jax.runtime.files import replacing
+from grpo_jax.runtime.files import explains_write_errors, replacing
 from grpo_jax.types import Params
 from grpo_jax.weights.export import ReadTensor, refuse_other_weights
 from grpo_jax.weights.gguf.architecture import architecture_of, import_gguf
@@ -26,6 +26,7 @@ def model_file(gguf_type: str) -> str:
     return f"model-{gguf_type}.gguf"
 
 
+@explains_write_errors
 def save_gguf(
     out: Path,
     spec: ModelSpec,
@@ -72,6 +73,7 @@ def save_gguf(
     return notes
 
 
+@explains_write_errors
 def save_gguf_adapter(out: Path, spec: ModelSpec, adapters: Params, lora: LoraConfig, name: str = "adapter") -> None:
     """Writes adapters as a GGUF LoRA; arguments and errors as of `write_adapter` and `save_gguf`."""
     import_gguf()
