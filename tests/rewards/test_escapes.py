@@ -136,6 +136,8 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
 
 def isolated(isolation: str, **settings: Any) -> RewardFunction:
     """The reward with an isolation, or the test is skipped where that is not installed."""
+    if isolation in ("docker", "podman"):
+        settings["image"] = os.environ["GRPO_TEST_IMAGE"]
     if isolation == "bubblewrap" and shutil.which("bwrap") is None:
         pytest.skip("bubblewrap is not installed (apt-get install bubblewrap)")
     if isolation == "monty":
@@ -216,6 +218,15 @@ def test_no_escape_is_rewarded_by_monty(host: Host) -> None:
     isolated("monty")
     for path in ESCAPES:
         check_escape(host, "monty", path, [KINDS[1 + ESCAPES.index(path) % 2]])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("GRPO_TEST_IMAGE" not in os.environ, reason="GRPO_TEST_IMAGE names no image with python3, in podman or docker")
+@pytest.mark.parametrize("path", ESCAPES, ids=lambda path: path.stem)
+def test_no_escape_is_rewarded_in_a_container(host: Host, path: Path) -> None:
+    runtime = next((name for name in ("podman", "docker") if shutil.which(name)), None)
+    assert runtime is not None, "GRPO_TEST_IMAGE is set, and neither podman nor docker is installed"
+    check_escape(host, runtime, path, [first_kind(path)])
 
 
 def test_the_corpus_covers_every_way_out() -> None:
