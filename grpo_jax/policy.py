@@ -17,7 +17,8 @@ import numpy as np
 
 from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig, RolloutConfig
 from grpo_jax.config.checks import require, require_choice
-from grpo_jax.data.tokenizer import Tokenizer, read_stop_ids, read_template_file
+from grpo_jax.data.tokenizer import Tokenizer, read_stop_ids
+from grpo_jax.data.tokenizer_files import read_template_file
 from grpo_jax.learner.logprobs import completion_logprobs
 from grpo_jax.learner.scoring import check_rows, score_ids
 from grpo_jax.models.spec import ModelError, ModelSpec

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import copy
 import importlib.metadata
 import json
 import math
@@ -14,33 +13,28 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import jupytext
-import nbformat
 import numpy as np
 import pytest
-from nbclient import NotebookClient
 from safetensors.numpy import save_file
 from tiny_runs import quick_environment
 from tiny_tokenizers import CHATML, byte_tokenizer, save_folder
 
 from goldens.folders import HERE, read_shapes
 from goldens.weights import tensor
+from notebooks import check_stored, execute, install_cell, read_source
 
+NAME = "grpo_quickstart"
 STEPS, PROMPTS, GENERATIONS, HELD_OUT = 2, 2, 2, 2
 
 
 @pytest.fixture(scope="module")
 def source(repository: Path) -> Any:
     """The notebook as its source makes it."""
-    return jupytext.read(repository / "notebooks" / "grpo_quickstart.py")
+    return read_source(repository, NAME)
 
 
-def test_the_notebook_is_what_its_source_makes_without_outputs(repository: Path, source: Any) -> None:
-    # After a change of the source: jupytext --update --to ipynb notebooks/grpo_quickstart.py
-    stored = nbformat.read(repository / "notebooks" / "grpo_quickstart.ipynb", as_version=4)
-    nbformat.validate(stored)
-    assert [(cell.cell_type, cell.source) for cell in stored.cells] == [(cell.cell_type, cell.source) for cell in source.cells]
-    assert all(cell.outputs == [] and cell.execution_count is None for cell in stored.cells if cell.cell_type == "code")
+def test_the_notebook_is_what_its_source_makes_without_outputs(repository: Path) -> None:
+    stored = check_stored(repository, NAME)
     assert (stored.metadata.accelerator, stored.metadata.colab.gpuType) == ("TPU", "V5E1")
 
 
@@ -75,10 +69,6 @@ class Machine:
             return SimpleNamespace(returncode=0, stderr="")
         self.versions |= {"numpy": "2.4.6", "jax": "0.12.0", "some-tool": "2.0", "grpo-jax": "0.1.0"}
         return SimpleNamespace(returncode=0, stderr="")
-
-
-def install_cell(source: Any) -> str:
-    return next(cell.source for cell in source.cells if "REPOSITORY =" in cell.source)
 
 
 def test_the_install_cell_asks_for_one_restart_and_then_does_nothing(
@@ -151,7 +141,6 @@ def executed(source: Any, repository: Path, tmp_path_factory: pytest.TempPathFac
     """The notebook after a run on a tiny model, and the folder that it ran in."""
     place = tmp_path_factory.mktemp("notebook")
     settings = {
-        "NO_INSTALL": "1",
         "MODEL": str(tiny_model(place / "model")),
         "DATASET": str(problems(place / "data")),
         "DATASET_NAME": "",
@@ -161,21 +150,8 @@ def executed(source: Any, repository: Path, tmp_path_factory: pytest.TempPathFac
         "TOKENS": "12",
         "HELD_OUT": str(HELD_OUT),
     }
-    with pytest.MonkeyPatch.context() as environment:
-        for name, value in settings.items():
-            environment.setenv(f"GRPO_NOTEBOOK_{name}", value)
-        for name, value in quick_environment().items():
-            environment.setenv(name, value)
-        # The kernel finds the package as these tests do, installed or not.
-        environment.setenv("PYTHONPATH", f"{repository}:{repository / 'kernels'}")
-        environment.setenv("HF_HOME", str(place / "cache"))
-        environment.setenv("IPYTHONDIR", str(place / "ipython"))
-        environment.setenv("JUPYTER_PLATFORM_DIRS", "1")
-        # So that nothing but trouble is left on the error stream: bars of other packages are off, and so is their wish for widgets.
-        environment.setenv("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        environment.setenv("PYTHONWARNINGS", "ignore:IProgress not found")
-        notebook: Any = copy.deepcopy(source)
-        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(place)}}).execute()
+    variables = {f"GRPO_NOTEBOOK_{name}": value for name, value in settings.items()} | quick_environment()
+    notebook = execute(source, repository, place, variables)
     return notebook, place
 
 

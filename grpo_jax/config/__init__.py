@@ -1,27 +1,18 @@
 """Settings of a run as frozen dataclasses, read from Python, YAML or the command line. Imports neither JAX nor NumPy.
 
 `sections`, `environment`, `objective`, `training` and `distributed` define the settings, `checks` validates them, `presets` holds
-the named objectives, `load` combines them in `Config` and reads them from outside.
+the named objectives, `load` combines them in `Config` and reads them from outside, `ready` checks what a run needs, `listing` shows
+them.
 """
 
 from grpo_jax.config.checks import ConfigError
 from grpo_jax.config.distributed import DistributedConfig
 from grpo_jax.config.environment import EnvironmentConfig, check_environment
 from grpo_jax.config.evaluation import EvalConfig
-from grpo_jax.config.load import (
-    Config,
-    Loaded,
-    Setting,
-    check_supervised,
-    check_training,
-    config_from_dict,
-    config_to_dict,
-    difference,
-    load,
-    resolved_settings,
-    write_yaml,
-)
+from grpo_jax.config.listing import Setting, config_to_dict, difference, resolved_settings, write_yaml
+from grpo_jax.config.load import Config, Loaded, config_from_dict, load
 from grpo_jax.config.objective import ObjectiveConfig
+from grpo_jax.config.ready import check_supervised, check_training
 from grpo_jax.config.sections import (
     DataConfig,
     LoraConfig,

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from grpo_jax.config.checks import ConfigError, MismatchError, check_types, convert, field_types, nearest, require, show, wrong_type
 from grpo_jax.config.distributed import DistributedConfig
-from grpo_jax.config.environment import EnvironmentConfig, check_environment
+from grpo_jax.config.environment import EnvironmentConfig
 from grpo_jax.config.evaluation import EvalConfig
 from grpo_jax.config.objective import ObjectiveConfig
-from grpo_jax.config.presets import OBJECTIVE_DEFAULTS, PRESETS
+from grpo_jax.config.presets import OBJECTIVE_DEFAULTS
 from grpo_jax.config.sections import DataConfig, LoraConfig, ModelConfig, RewardsConfig, RolloutConfig
 from grpo_jax.config.training import MeshConfig, OptimConfig, TrainConfig
-from grpo_jax.config.yaml_files import dump_yaml, parse_yaml, read_yaml
+from grpo_jax.config.yaml_files import parse_yaml, read_yaml
 
 COMMAND_LINE = "command line"
-IN_PYTHON = "set in Python"
 
 
 @dataclass(frozen=True)
@@ -119,24 +118,6 @@ class Config:
     def from_yaml(path: str | Path) -> Config:
         """Builds a config from a YAML file; see `from_dict`."""
         return Config.from_dict(read_yaml(path))
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One setting of a run with its value and its source.
-
-    Attributes:
-        name: `section.field`.
-        value: The value in use.
-        source: "default", "preset NAME", the YAML file's name, "command line" or "set in Python".
-
-    Example:
-        Setting(name="objective.epsilon_high", value=0.28, source="preset dapo")
-    """
-
-    name: str
-    value: Any
-    source: str
 
 
 @dataclass(frozen=True)
@@ -278,124 +259,3 @@ def nearest_setting(name: str) -> str | None:
     ]
     found = ((choices, nearest(word, choices)) for word, choices in searches)
     return next((choices[match] for choices, match in found if match is not None), None)
-
-
-def resolved_settings(config: Config, sources: Mapping[str, str] | None = None) -> list[Setting]:
-    """Lists every setting with its value and source, in the order of the sections.
-
-    Args:
-        config: The settings in use.
-        sources: `Loaded.sources`. A value that it does not name is the preset's or the default, or else was set in Python.
-    """
-    known = sources or {}
-    default = asdict(Config())
-    preset = config.objective.preset
-    chosen = PRESETS[preset] if preset is not None else {}
-    listed = []
-    for name in setting_types():
-        section, _, key = name.partition(".")
-        value = config.__dict__[section].__dict__[key]
-        if name in known:
-            source = known[name]
-        elif section == "objective" and key in chosen:
-            source = f"preset {preset}" if value == chosen[key] else IN_PYTHON
-        elif name == "train.steps" and config.train.epochs is not None:
-            source = "train.epochs"
-        elif name == "objective.epsilon_high":
-            source = "default" if value == config.objective.epsilon else IN_PYTHON
-        else:
-            source = "default" if value == default[section][key] else IN_PYTHON
-        listed.append(Setting(name, value, source))
-    return listed
-
-
-def config_to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """Returns every setting as {section: {field: value}}; `config_from_dict` makes the same config from it."""
-    return asdict(config)
-
-
-def write_yaml(config: Config, path: str | Path) -> None:
-    """Writes every setting as YAML; `Config.from_yaml` reads the same config back.
-
-    Raises:
-        ConfigError: A setting is not plain data.
-    """
-    Path(path).write_text(dump_yaml(config_to_dict(config)), encoding="utf-8")
-
-
-def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lists the settings that differ between two configs as `config_to_dict` gives them.
-
-    Returns:
-        One line per setting, such as "optim.learning_rate: 1e-05 -> 2e-05"; "(none)" where one side lacks the setting.
-    """
-    before, after = (
-        {f"{section}.{key}": item for section, inner in side.items() for key, item in inner.items()} for side in (old, new)
-    )
-    missing = object()
-    lines = []
-    for name in before | after:
-        left, right = before.get(name, missing), after.get(name, missing)
-        if left != right:
-            shown = ("(none)" if value is missing else show(value) for value in (left, right))
-            lines.append(f"{name}: {' -> '.join(shown)}")
-    return lines
-
-
-def check_training(
-    config: Config,
-    *,
-    has_policy: bool = False,
-    has_dataset: bool = False,
-    has_rewards: bool = False,
-    has_environment: bool = False,
-    has_tools: bool = False,
-) -> None:
-    """Checks what a GRPO run needs in addition to settings that are each in range.
-
-    Args:
-        config: The settings.
-        has_policy: A policy was passed, so `model.path` is not needed.
-        has_dataset: Rows were passed, so `data.path` is not needed.
-        has_rewards: Functions were passed, so `rewards.functions` is not needed.
-        has_environment, has_tools: They were passed.
-
-    Raises:
-        ConfigError: A needed setting is missing or does not allow training.
-    """
-    check_any_training(config, has_policy=has_policy, has_dataset=has_dataset)
-    group = config.rollout.num_generations
-    require(
-        group >= 2, "rollout.num_generations", group, "use 4 to 16; completions are compared within a group, which takes at least 2"
-    )
-    temperature = config.rollout.temperature
-    require(
-        temperature > 0,
-        "rollout.temperature",
-        temperature,
-        "use 1.0; greedy completions of a prompt are all alike, so nothing is learned",
-    )
-    functions = config.rewards.functions
-    check_environment(config.environment, has_environment=has_environment, has_tools=has_tools)
-    has_rewards = has_rewards or has_environment or config.environment.name is not None  # which has a reward of its own
-    require(has_rewards or bool(functions), "rewards.functions", functions, "name at least one reward, such as [number_match]")
-
-
-def check_supervised(config: Config, *, has_policy: bool = False, has_dataset: bool = False) -> None:
-    """Checks what a supervised warm-up needs in addition to settings that are each in range; see `check_training`."""
-    check_any_training(config, has_policy=has_policy, has_dataset=has_dataset)
-    stops = config.train.stop_on
-    require(not stops, "train.stop_on", stops, "use []: a supervised warm-up has no rewards, and the doctor diagnoses GRPO runs")
-
-
-def check_any_training(config: Config, *, has_policy: bool, has_dataset: bool) -> None:
-    """Checks what any training run needs in addition to settings that are each in range; see `check_training`."""
-    require(has_policy or bool(config.model.path), "model.path", config.model.path, "give a model folder or a hub id")
-    require(has_dataset or bool(config.data.path), "data.path", config.data.path, "give a file of prompts or a dataset on the hub")
-    warmup, steps = config.optim.warmup_steps, config.train.steps
-    require(
-        warmup < steps or steps == 0,  # 0: the rows are not known yet, by which train.epochs says how many
-        "optim.warmup_steps",
-        warmup,
-        f"use fewer than train.steps ({steps}), or the rate never reaches its peak",
-    )

@@ -26,7 +26,8 @@ from grpo_jax.data.prompts import (
     read_prompt,
 )
 from grpo_jax.data.table import DataError, Table
-from grpo_jax.data.tokenizer import Tokenizer, TokenizerError
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.data.tokenizer_files import TokenizerError
 from grpo_jax.types import Prompt
 
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from grpo_jax.config import Config, ConfigError, DataConfig
 from grpo_jax.config.checks import nearest, require, show
 from grpo_jax.data.table import DataError, Table
-from grpo_jax.data.tokenizer import Tokenizer, TokenizerError
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.data.tokenizer_files import TokenizerError
 from grpo_jax.types import Prompt
 
 RESERVED_ARGUMENTS = frozenset(

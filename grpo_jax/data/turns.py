@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from grpo_jax.data.tokenizer import Tokenizer, TokenizerError
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.data.tokenizer_files import TokenizerError
 
 MARKS = ("Xq0system0qX", "Xq1user1qX", "Xq2answer2qX", "Xq3more3qX")
 TRIED = ("You are brief.", "How are you?\nTell me.", "Fine.\n\n1. yes", "Why, für 2 < 3?", "So.", "And now?")

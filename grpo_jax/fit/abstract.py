@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from grpo_jax.config import Config
-from grpo_jax.data.tokenizer import read_model_stop_ids
+from grpo_jax.data.tokenizer_files import read_model_stop_ids
 from grpo_jax.fit.targets import Machine
 from grpo_jax.learner.batches import batch_shapes
 from grpo_jax.learner.packing import RowSize

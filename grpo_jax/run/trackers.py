@@ -100,7 +100,7 @@ def start_trackio(config: Config, folder: Path) -> Tracker:
 def start_mlflow(config: Config, folder: Path) -> Tracker:
     """Starts a run of MLflow, in the experiment MLFLOW_EXPERIMENT_NAME at MLFLOW_TRACKING_URI."""
     import mlflow  # pyright: ignore[reportMissingImports] - an extra
-    from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports]
+    from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports] - an extra
 
     client = mlflow.MlflowClient()
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT

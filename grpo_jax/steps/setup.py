@@ -12,7 +12,8 @@ import jax
 
 from grpo_jax.config import Config, resolved_settings
 from grpo_jax.config.checks import require
-from grpo_jax.data.tokenizer import Tokenizer, read_template_file
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.data.tokenizer_files import read_template_file
 from grpo_jax.policy import Policy
 from grpo_jax.run.display import Display
 from grpo_jax.run.folder import RunFolder

@@ -11,7 +11,8 @@ from typing import Any
 import optax
 
 from grpo_jax.data.table import Table, given_rows
-from grpo_jax.data.tokenizer import Tokenizer, read_vocabulary
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.data.tokenizer_files import read_vocabulary
 from grpo_jax.policy import Policy
 from grpo_jax.runtime import distributed
 from grpo_jax.trl.arguments import allow, refusal

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import LoraConfig
-from grpo_jax.data.tokenizer import OTHER_FILES, VOCABULARY_FILES, Tokenizer
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.data.tokenizer_files import OTHER_FILES, VOCABULARY_FILES
 from grpo_jax.models.spec import ModelError, ModelSpec, flatten
 from grpo_jax.runtime.digests import DIGESTS, write_digests
 from grpo_jax.runtime.files import explains_write_errors, replacing

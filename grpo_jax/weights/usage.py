@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from grpo_jax.config import LoraConfig
-from grpo_jax.data.tokenizer import TEMPLATE_FILE
+from grpo_jax.data.tokenizer_files import TEMPLATE_FILE
 from grpo_jax.weights.gguf.export import ADAPTER_FILE, model_file
 from grpo_jax.weights.ollama import MODELFILE
 

@@ -12,7 +12,8 @@ import pytest
 from tiny_tokenizers import CHATML, NO_SYSTEM, THINKING, byte_tokenizer
 
 from grpo_jax.data import templates
-from grpo_jax.data.tokenizer import Tokenizer, TokenizerError
+from grpo_jax.data.tokenizer import Tokenizer
+from grpo_jax.data.tokenizer_files import TokenizerError
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {"a": {"type": "integer"}}}}}
 RICH = (

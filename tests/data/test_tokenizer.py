@@ -13,7 +13,8 @@ import pytest
 from tiny_tokenizers import CHATML, NO_SYSTEM, byte_tokenizer, save_folder, word_tokenizer
 from transformers import AutoTokenizer
 
-from grpo_jax.data.tokenizer import Tokenizer, TokenizerError, read_stop_ids
+from grpo_jax.data.tokenizer import Tokenizer, read_stop_ids
+from grpo_jax.data.tokenizer_files import TokenizerError
 
 WORDS = "one two three"  # ids 5 6 7
 

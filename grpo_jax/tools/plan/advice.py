@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from grpo_jax.config import Config, ConfigError
-from grpo_jax.config.load import config_from_dict, config_to_dict
+from grpo_jax.config.listing import config_to_dict
+from grpo_jax.config.load import config_from_dict
 from grpo_jax.fit.memory_use import MemoryUse
 from grpo_jax.fit.micro_batch import longest_lengths, rows_to_try, smaller_rows
 from grpo_jax.fit.targets import GIB, GPU_COUNTS, TPUS, Machine, machine_of
