@@ -18,7 +18,7 @@ from grpo_jax.data.evaluation_sets import evaluation_sets
 from grpo_jax.data.source import PromptSource
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.environments.protocol import EnvironmentFactory
-from grpo_jax.policy import Policy, config_with_policy, with_template
+from grpo_jax.policy import Policy, with_template
 from grpo_jax.rewards import (
     NamedFunction,
     RewardRunner,
@@ -35,6 +35,7 @@ from grpo_jax.rollout.episode_setup import EpisodeInputs, EpisodeSetup
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import RolloutShapes, evaluation_slots
 from grpo_jax.run.display import Display
+from grpo_jax.run.given_policy import config_with_policy
 from grpo_jax.run.saved import load_run
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.compilation_cache import use_compilation_cache

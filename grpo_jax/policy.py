@@ -16,50 +16,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig, RolloutConfig
-from grpo_jax.config.checks import require, require_choice
+from grpo_jax.config.checks import require
 from grpo_jax.data.tokenizer import Tokenizer, read_stop_ids
 from grpo_jax.data.tokenizer_files import read_template_file
 from grpo_jax.learner.logprobs import completion_logprobs
 from grpo_jax.learner.scoring import check_rows, score_ids
 from grpo_jax.models.spec import ModelError, ModelSpec
 from grpo_jax.models.transformer import UNROLLED_LAYERS, Transformer
+from grpo_jax.rollout.completions import Completion, completions_of
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.stop_strings import PartialCompletion
 from grpo_jax.runtime.distributed import is_main
-from grpo_jax.runtime.memory import in_device_memory, least_limit_bytes
-from grpo_jax.runtime.mesh import make_layout
+from grpo_jax.runtime.memory import in_device_memory
 from grpo_jax.runtime.programs import Program
 from grpo_jax.runtime.sharding import Layout
-from grpo_jax.types import FinishReason, Params, Prompt
+from grpo_jax.types import Params, Prompt
 from grpo_jax.weights.axes import check_mesh, model_axes
-from grpo_jax.weights.export import merged_weights, save_merged
+from grpo_jax.weights.export import ReadTensor, merged_weights, save_merged
 from grpo_jax.weights.gguf.export import save_gguf, save_gguf_adapter
-from grpo_jax.weights.hf import find_model, read_folder_spec
-from grpo_jax.weights.loading import load_params
-from grpo_jax.weights.lora import init_lora, load_adapter, save_adapter
-from grpo_jax.weights.mesh_choice import choose_mesh
-from grpo_jax.weights.model_card import RunFacts
+from grpo_jax.weights.lora import save_adapter
+from grpo_jax.weights.pretrained import read_pretrained
 from grpo_jax.weights.publish import push_policy
 from grpo_jax.weights.quantize import quantization_of
 from grpo_jax.weights.usage import Kind
 from grpo_kernels.target import platform
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One sampled completion.
-
-    Attributes:
-        text: decoded without special tokens; "" where the model folder has no tokenizer.
-        ids: token ids, the stop token included where there is one.
-        logprobs: float32 nats per token, of the distribution that it was drawn from (greedy: of the model's own).
-        finish_reason: "stop" or "length".
-    """
-
-    text: str
-    ids: list[int]
-    logprobs: np.ndarray
-    finish_reason: FinishReason
 
 
 @dataclass(frozen=True)
@@ -125,41 +105,20 @@ class Policy:
             ConfigError: the mesh does not fit the devices or the model.
             ModelError: the folder or the adapter cannot be read as it is.
         """
-        if dtype not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(f"dtype: {dtype!r} is not supported; use 'auto', 'float32' or 'bfloat16'")
-        require_choice("quantization", quantization, ("none", "int8", "int4", "nf4"))
-        if mesh is not None:
-            make_layout(mesh)  # is wrong before anything is downloaded
-        folder = find_model(str(path), revision)
-        spec = read_folder_spec(folder)
         start = adapter if adapter is not None else (lora.adapter if lora is not None else None)
-        layout = None
-        if mesh is not None:
-            trains_adapters = start is not None or (lora is not None and lora.rank > 0)
-            options: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "adapters": trains_adapters}
-            layout = make_layout(choose_mesh(mesh, spec, limit_bytes=least_limit_bytes(), **options).mesh)
-        check_mesh(layout, spec, quantization)
-        chosen = jnp.dtype(spec.dtype if dtype == "auto" else dtype)
-        adapters: Params | None = None
-        if start is not None:
-            adapters, lora = load_adapter(start, spec)
-        elif lora is not None and lora.rank > 0:
-            adapters = init_lora(spec, lora, jax.random.key(seed))
-        else:
-            lora = None
-        if layout is not None and adapters is not None:
-            adapters = layout.put_tree(adapters, model_axes(spec))
+        options: dict[str, Any] = {"dtype": dtype, "quantization": quantization, "revision": revision, "seed": seed}
+        read = read_pretrained(path, lora=lora, adapter=start, mesh=mesh, **options)
         return Policy(
-            spec=spec,
-            dtype=chosen,
-            params=load_params(folder, spec, chosen, quantization=quantization, layout=layout),
-            adapters=adapters,
-            lora=lora,
-            tokenizer=Tokenizer.from_folder(folder),
-            stop_ids=read_stop_ids(folder),
-            folder=folder,
+            spec=read.spec,
+            dtype=read.dtype,
+            params=read.params,
+            adapters=read.adapters,
+            lora=read.lora,
+            tokenizer=Tokenizer.from_folder(read.folder),
+            stop_ids=read_stop_ids(read.folder),
+            folder=read.folder,
             name=str(path),
-            layout=layout,
+            layout=read.layout,
         )
 
     @staticmethod
@@ -304,11 +263,7 @@ class Policy:
                 on_text([self.text_of(row.ids) for row in rows], [row.ended for row in rows])
 
         rollout = self.sampler.sample(self.variables, ids, settings, seed=seed, on_segment=stream if on_text else None)
-        texts = [self.text_of(row) for row in rollout.completion_ids]
-        rows = [
-            Completion(*row) for row in zip(texts, rollout.completion_ids, rollout.logprobs, rollout.finish_reasons, strict=True)
-        ]
-        return [rows[i * num_generations : (i + 1) * num_generations] for i in range(len(ids))]
+        return completions_of(rollout, self.text_of, num_generations)
 
     def _prompt_ids(self, prompt: Any, template_arguments: dict[str, Any]) -> list[int]:
         if not isinstance(prompt, str) and all(isinstance(token, (int, np.integer)) for token in prompt):
@@ -357,8 +312,7 @@ class Policy:
         of a quantised model are added to the original's weights, which are read again: the merged model is not rounded, so its
         log-probabilities differ a little. All processes of a run make this call, and the first one writes.
         """
-        read = merged_weights(self.spec, self.params, self.adapters, self.lora, self.folder, self.on_host)
-        save_merged(Path(folder), self.folder, self.spec, read, writes=is_main(), tokenizer=self.tokenizer)
+        save_merged(Path(folder), self.folder, self.spec, self._merged(), writes=is_main(), tokenizer=self.tokenizer)
         return Path(folder)
 
     def save_gguf(
@@ -381,47 +335,26 @@ class Policy:
         Raises:
             ModelError: the package gguf is missing, or llama.cpp cannot compute this model.
         """
-        read = merged_weights(self.spec, self.params, self.adapters, self.lora, self.folder, self.on_host)
         settings: dict[str, Any] = {"temperature": temperature, "template_arguments": template_arguments, "writes": is_main()}
         name = Path(self.name).name
-        notes = save_gguf(Path(folder), self.spec, read, self.folder, self.tokenizer, gguf_type, name=name, **settings)
+        notes = save_gguf(Path(folder), self.spec, self._merged(), self.folder, self.tokenizer, gguf_type, name=name, **settings)
         for line in notes if note is not None else ():
             note(line)  # type: ignore[misc] - there is one
         return Path(folder)
 
-    def push_to_hub(
-        self,
-        repo: str,
-        format: Kind | None = None,
-        *,
-        facts: RunFacts | None = None,
-        gguf_type: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        revision: str | None = None,
-        message: str | None = None,
-    ) -> str:
-        """Uploads the policy to the Hugging Face hub, with a model card.
+    def _merged(self) -> ReadTensor:
+        return merged_weights(self.spec, self.params, self.adapters, self.lora, self.folder, self.on_host)
+
+    def push_to_hub(self, repo: str, format: Kind | None = None, **options: Any) -> str:
+        """Uploads the policy to the Hugging Face hub, with a model card; returns the address of the commit.
 
         Args:
             repo: `owner/name`; made where it does not exist.
             format: `adapter`, `merged`, `gguf` or `gguf-lora`; None is the adapter, or the whole model where there is none.
-            facts: of its run, for the card; `TrainResult.push_to_hub` gives them.
-            gguf_type: as of `save_gguf`.
-            private: of a new repository; None is the account's own default.
-            token: None takes the one of `hf auth login` or HF_TOKEN.
-            revision: branch, made where it does not exist.
-            message: of the commit.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            HubError: no token, one that may not write, or a hub that does not answer.
-            ModelError: it cannot be exported in this format.
+            options: `private`, `token`, `revision`, `message`, `gguf_type` and `facts`, as of `weights.publish.push_policy`, which
+                says what is raised.
         """
-        options: dict[str, Any] = {"private": private, "token": token, "revision": revision, "message": message}
-        return push_policy(self, repo, format, facts=facts, gguf_type=gguf_type, **options)
+        return push_policy(self, repo, format, **options)
 
     def save_gguf_adapter(self, folder: str | Path) -> Path:
         """Writes the adapters as `adapter.gguf`, a LoRA for llama.cpp, float32.
@@ -454,22 +387,3 @@ def with_template(policy: Policy, config: Config) -> Policy:
     if file is None:
         return policy
     return replace(policy, tokenizer=policy.need_tokenizer().with_chat_template(read_template_file(file)), _sampler=[], _scorer=[])
-
-
-def config_with_policy(config: Config, policy: Policy) -> Config:
-    """The settings with the model, adapters and mesh of a policy that was passed in: what is shown and saved is what is used.
-
-    A policy on one device moves to the settings' mesh.
-
-    Raises:
-        ConfigError: the settings ask for other adapters, or for another mesh than the policy's.
-    """
-    own = policy.lora or LoraConfig(rank=0)
-    if config.lora not in (LoraConfig(), own):
-        raise ConfigError(f"lora: {config.lora} differs from the handed-over policy's {own}; leave one of them out")
-    quantization: Any = quantization_of(policy.params)
-    model = replace(config.model, path=policy.name, dtype=str(policy.dtype), quantization=quantization)
-    mesh = config.mesh if policy.layout is None else policy.layout.config
-    if config.mesh not in (MeshConfig(), mesh):
-        raise ConfigError(f"mesh: {config.mesh} differs from the handed-over policy's {mesh}; leave one of them out")
-    return replace(config, model=model, lora=own, mesh=mesh)

@@ -30,7 +30,7 @@ from grpo_jax.config.checks import require
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.environments.protocol import EnvironmentFactory
 from grpo_jax.learner.custom_loss import LossFunction
-from grpo_jax.policy import Policy, config_with_policy, with_template
+from grpo_jax.policy import Policy, with_template
 from grpo_jax.rollout.episode_setup import EpisodeInputs
 from grpo_jax.run.best import BestStep
 from grpo_jax.run.callbacks import Callback, StepCompletions, own_callbacks
@@ -39,6 +39,7 @@ from grpo_jax.run.clock import RunClock
 from grpo_jax.run.doctor.callback import DoctorCallback
 from grpo_jax.run.due import evaluates_after, saves_after
 from grpo_jax.run.folder import RunFolder
+from grpo_jax.run.given_policy import config_with_policy
 from grpo_jax.run.inputs import check_inputs
 from grpo_jax.run.last_state import save_last_state
 from grpo_jax.run.result import TrainResult, write_result

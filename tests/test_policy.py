@@ -20,7 +20,8 @@ from goldens.folders import build_adapter_folder, build_model_folder
 from grpo_jax.config import ConfigError, LoraConfig
 from grpo_jax.learner import scoring
 from grpo_jax.models.spec import ModelError
-from grpo_jax.policy import Completion, Policy
+from grpo_jax.policy import Policy
+from grpo_jax.rollout.completions import Completion
 
 LILY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball."

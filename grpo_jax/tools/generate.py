@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from grpo_jax.config import ConfigError, DataConfig, RolloutConfig
-from grpo_jax.policy import Completion, Policy
+from grpo_jax.policy import Policy
+from grpo_jax.rollout.completions import Completion
 from grpo_jax.run.saved import load_run
 from grpo_jax.runtime.safe_text import safe_text
 from grpo_jax.types import Prompt

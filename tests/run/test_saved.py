@@ -34,9 +34,10 @@ from tiny_tokenizers import CHATML
 import grpo_jax as gx
 from grpo_jax import cli
 from grpo_jax.models.spec import ModelError
-from grpo_jax.policy import Policy, config_with_policy, with_template
+from grpo_jax.policy import Policy, with_template
 from grpo_jax.run.checkpoint import Checkpointer, CheckpointError
 from grpo_jax.run.due import evaluates_after, saves_after
+from grpo_jax.run.given_policy import config_with_policy
 from grpo_jax.run.result import ending_lines
 from grpo_jax.run.saved import export_run, load_run
 

@@ -15,7 +15,7 @@ from tiny_runs import build_model, config_of, run, tiny_model
 
 import grpo_jax as gx
 from grpo_jax.config import ConfigError, DataConfig, RolloutConfig
-from grpo_jax.policy import Completion
+from grpo_jax.rollout.completions import Completion
 from grpo_jax.runtime.safe_text import safe_text
 from grpo_jax.tools.generate import GenerateOptions, Printer, as_prompt, generate
 

@@ -27,7 +27,8 @@ from grpo_jax.learner.step import Learner
 from grpo_jax.models.layers import join_linears
 from grpo_jax.models.spec import ModelError, ModelSpec, Rope, abstract_params, flatten, nest, param_specs
 from grpo_jax.models.transformer import Transformer, split_layers
-from grpo_jax.policy import Policy, config_with_policy
+from grpo_jax.policy import Policy
+from grpo_jax.run.given_policy import config_with_policy
 from grpo_jax.run.saved import load_run
 from grpo_jax.types import Frozen, Params
 from grpo_jax.weights.hf import read_folder_spec
