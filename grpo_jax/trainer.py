@@ -53,7 +53,7 @@ from grpo_jax.runtime.memory import in_device_memory, in_host_memory
 from grpo_jax.runtime.programs import Program
 from grpo_jax.runtime.stop_signals import StepAbandonedError
 from grpo_jax.steps import Step
-from grpo_jax.steps.grpo import GrpoStep
+from grpo_jax.steps.grpo_setup import read_grpo_step
 from grpo_jax.steps.setup import begin
 from grpo_jax.steps.supervised import SupervisedStep
 from grpo_jax.types import TrainState
@@ -145,7 +145,7 @@ class Trainer:
         if supervised:
             self._step: Step = SupervisedStep.read(config, policy, dataset, eval_dataset, self.display, optimizer=optimizer)
         else:
-            self._step = GrpoStep.read(
+            self._step = read_grpo_step(
                 config, policy, dataset, eval_dataset, rewards, self.display, optimizer=optimizer, loss_fn=loss_fn, given=given
             )
         self.config = replace(config, train=replace(config.train, steps=self._step.config.train.steps))  # train.epochs in steps

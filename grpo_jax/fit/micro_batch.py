@@ -6,6 +6,8 @@ it.
 
 from __future__ import annotations
 
+import numpy as np
+
 from grpo_jax.config import Config
 from grpo_jax.learner.packing import Lengths, RowSize, row_sizes
 from grpo_jax.policy import Policy
@@ -26,6 +28,11 @@ def longest_lengths(config: Config) -> Lengths:
     """The longest texts that the settings allow."""
     rollout = config.rollout
     return Lengths(rollout.max_prompt_length, rollout.max_prompt_length, rollout.max_completion_length)
+
+
+def text_lengths(config: Config, prompt_lengths: np.ndarray) -> Lengths:
+    """The lengths of a run's texts, from those of its prompts."""
+    return Lengths(int(prompt_lengths.min()), int(prompt_lengths.max()), config.rollout.max_completion_length)
 
 
 def is_auto(config: Config) -> bool:

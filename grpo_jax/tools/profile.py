@@ -18,7 +18,7 @@ from grpo_jax.config import Config, ConfigError, check_training
 from grpo_jax.run.resume import holds_run
 from grpo_jax.runtime.compile_ahead import CompileAhead
 from grpo_jax.runtime.compile_counts import compile_counts
-from grpo_jax.steps.grpo import GrpoStep
+from grpo_jax.steps.grpo_setup import read_grpo_step
 from grpo_jax.steps.setup import begin
 
 PERFETTO_TRACE = "perfetto_trace.json.gz"
@@ -57,7 +57,7 @@ def profile(
     check_training(config, has_policy=False, has_dataset=False, has_rewards=False)
     config = replace(config, train=replace(config.train, run_dir=str(out)))
     display = begin(config, sources, resume=False)
-    step = GrpoStep.read(config, None, None, None, [], display)
+    step = read_grpo_step(config, None, None, None, [], display)
     state: Any = step.learner.init(step.policy.trainable())
     with display.busy("compiling the programs of a run"):
         ahead = CompileAhead()

@@ -24,6 +24,7 @@ from grpo_jax.runtime.compile_counts import CompileCounts, compile_counts
 from grpo_jax.runtime.memory import peak_bytes
 from grpo_jax.runtime.programs import compile_seconds
 from grpo_jax.steps.grpo import GrpoStep
+from grpo_jax.steps.grpo_setup import build_grpo_step
 from grpo_jax.tools.bench.ceilings import matmul_ceiling, memory_ceiling
 from grpo_jax.tools.bench.host_gaps import CallTimes, busy_seconds
 from grpo_jax.tools.bench.inputs import RandomPrompts, bench_policy, made_up_reward
@@ -70,7 +71,7 @@ def bench(options: BenchOptions, display: Display) -> dict[str, Any]:
         display.note("weights: random (the folder has only a config.json)")
     functions: list[NamedFunction] = resolve_functions([made_up_reward], max_completion_length=options.completion_length)
     source = RandomPrompts(policy.spec, lengths)
-    step = GrpoStep.build(config, policy, source, functions, display)
+    step = build_grpo_step(config, policy, source, functions, display)
     measured = measure_steps(step, options, policy, display)
     with display.busy("measuring the ceilings"):
         flops, transfer = matmul_ceiling(policy.dtype), memory_ceiling()

@@ -1,0 +1,79 @@
+"""Evaluates a run's policy on its held-out prompts: accuracy of greedy completions, and the KL divergence from the reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from grpo_jax.data.source import PromptSource
+from grpo_jax.evaluation import Evaluation, evaluate_held_out, set_metrics
+from grpo_jax.fit.micro_batch import text_lengths
+from grpo_jax.learner.batches import text_batch
+from grpo_jax.learner.packing import row_sizes
+from grpo_jax.learner.reference import with_reference
+from grpo_jax.rollout.environment_turns import reward_rows
+from grpo_jax.rollout.shapes import RolloutShapes
+from grpo_jax.runtime.memory import in_device_memory
+from grpo_jax.types import TrainState
+
+if TYPE_CHECKING:
+    from grpo_jax.steps.grpo import GrpoStep
+
+
+def evaluate_step(step: GrpoStep, state: TrainState) -> dict[str, Any] | None:
+    """Evaluates the held-out prompts, greedily; None where nothing is held out."""
+    if not isinstance(step.source, PromptSource):
+        return None
+    tokenizer, shapes = step.policy.need_tokenizer(), step.evaluation_shapes(state) if step.problems else None
+
+    def evaluated(source: PromptSource, shapes: RolloutShapes | None) -> Evaluation | None:
+        return evaluate_held_out(
+            step.sampler,
+            step.variables(state),
+            source,
+            step.functions,
+            tokenizer,
+            step.config,
+            shapes=shapes,
+            runner=step.runner,
+            display=step.display,
+            driver=step.driver,
+        )
+
+    result = evaluated(step.source, shapes)
+    if result is None:
+        return None
+    low, high = result.interval
+    metrics = {"accuracy": result.accuracy, "problems": result.problems, "reward/mean": result.reward_mean}
+    metrics |= {"accuracy_low": low, "accuracy_high": high}
+    for name, held_out in step.sets.items():
+        further = evaluated(held_out, None)
+        metrics |= {} if further is None else set_metrics(name, further)
+    return metrics | ({"kl_divergence": held_out_kl(step, state, step.source)} if step.config.train.eval_kl else {})
+
+
+def held_out_kl(step: GrpoStep, state: TrainState, source: PromptSource) -> float:
+    """Mean k3 from the reference, nats a token, on one completion sampled of each held-out prompt."""
+    config, problems = step.config, step.problems
+    (batch,) = source.held_out_batches(problems)
+    settings, shapes = replace(config.rollout, num_generations=1), step.evaluation_shapes(state)
+    turns = None if step.driver is None else step.driver.begin(batch, 1)
+    batch = batch if turns is None else turns.prompts
+    rollout = step.sampler.sample(
+        step.variables(state),
+        batch.prompt_ids,
+        settings,
+        seed=config.train.seed,
+        indices=batch.indices,
+        shapes=shapes,
+        turns=turns,
+    )
+    reward_rows(batch, rollout, turns, step.policy.text_of)  # closes the environments
+    lengths, layout = text_lengths(config, source.prompt_lengths[1]), step.policy.layout
+    sizes = row_sizes(lengths, problems, 1, step.sizes[0].tokens, 1 if layout is None else layout.rows)
+    held_out = text_batch(
+        batch.prompt_ids, rollout.completion_ids, sizes, config.rollout.max_completion_length, layout, rollout.sampled
+    )
+    state = in_device_memory(replace(state, opt_state=()))
+    sums = step.policy.on_host(step.kl(state.trainable, held_out, with_reference(step.frozen, state)))
+    return float(sums[0] / sums[1])
