@@ -7,12 +7,13 @@ appended, whatever the tokenizer's own template says: a prompt that has ended ca
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,15 +82,9 @@ class Tokenizer:
             return None
         model_stop_ids = read_model_stop_ids(folder)
         auto_tokenizer = import_auto_tokenizer()
-        try:
+        with own_errors(f"the tokenizer in {folder} cannot be read"):
             hf = auto_tokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
             return replace(Tokenizer.wrap(hf, model_stop_ids, folder, read_vocabulary(folder)), read_template=hf.chat_template)
-        except TokenizerError:
-            raise
-        except BaseException as error:  # the Rust parser raises bare Exception, and PanicException, which is none
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise TokenizerError(f"the tokenizer in {folder} cannot be read: {type(error).__name__}: {error}") from error
 
     @staticmethod
     def wrap(hf: Any, model_stop_ids: Sequence[int] = (), folder: Path | None = None, vocabulary: int | None = None) -> Tokenizer:
@@ -211,13 +206,16 @@ class Tokenizer:
         """Returns the token ids of a text, without adding special tokens; a special token spelled in the text becomes its id.
 
         Raises:
-            TokenizerError: the text has half a surrogate pair, which is no character; or an id is beyond the model's.
+            TokenizerError: the text has half a surrogate pair, which is no character; an id is beyond the model's; or the tokenizer
+                fails, such as by a pattern in tokenizer.json that needs too many attempts.
         """
         if (found := SURROGATE.search(text)) is not None:
             raise TokenizerError(
                 f"the text has {found[0]!a} at character {found.start()}, half of a surrogate pair and no character; remove it"
             )
-        return self.check_ids(list(self.hf.encode(text, add_special_tokens=False, verbose=False)))
+        with own_errors(f"the tokenizer in {self.folder or 'memory'} fails on a text of {len(text)} characters"):
+            ids = list(self.hf.encode(text, add_special_tokens=False, verbose=False))
+        return self.check_ids(ids)
 
     def check_ids(self, ids: list[int]) -> list[int]:
         """Returns the ids; raises TokenizerError where the model has no such id."""
@@ -288,6 +286,19 @@ def read_stop_ids(folder: str | os.PathLike[str]) -> tuple[int, ...]:
     """
     tokenizer = Tokenizer.from_folder(folder)
     return read_model_stop_ids(Path(folder).expanduser()) if tokenizer is None else tokenizer.stop_ids
+
+
+@contextlib.contextmanager
+def own_errors(what: str) -> Iterator[None]:
+    """Turns whatever transformers and tokenizers raise into a TokenizerError that begins with `what`."""
+    try:
+        yield
+    except TokenizerError:
+        raise
+    except BaseException as error:  # the Rust code raises bare Exception, and PanicException, which is none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def special_tokens_around(hf: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:

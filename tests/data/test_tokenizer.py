@@ -43,6 +43,18 @@ def test_ids_are_those_of_transformers(shared_data: Path) -> None:
         assert ours.encode_prompt(text, chat=False) == theirs(text).input_ids
 
 
+def test_a_pattern_that_backtracks_without_end_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
+    save_folder(word_tokenizer("a b"), tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["pre_tokenizer"] = {"type": "Split", "pattern": {"Regex": "(a|aa)+$"}, "behavior": "Isolated", "invert": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load(tmp_path)
+    with pytest.raises(
+        TokenizerError, match=rf"tokenizer in {tmp_path} fails on a text of 61 characters: PanicException: .*retry-limit"
+    ):
+        tokenizer.encode_text("a" * 60 + "b")
+
+
 def test_a_folder_without_tokenizer_is_none_and_still_has_stop_ids(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
     assert Tokenizer.from_folder(tmp_path) is None
