@@ -14,6 +14,7 @@ from grpo_jax.config.checks import show
 from grpo_jax.models.config_json import ConfigReader, Fields, attention_bias, expert_fields, layer_windows, shared_fields
 from grpo_jax.models.config_rope import one_rope, partial_rotation, read_rope, ropes_by_window
 from grpo_jax.models.config_values import checked_number
+from grpo_jax.models.recurrent_families import RECURRENT_FAMILIES
 from grpo_jax.models.spec import ModelError, ModelSpec, Rope
 
 
@@ -304,6 +305,7 @@ FAMILIES: dict[str, Callable[[ConfigReader], Fields]] = {
     "glm4": glm4,
     "phi3": phi3,
     "gpt_oss": gpt_oss,
+    **RECURRENT_FAMILIES,
 }
 """model_type → the function that reads the arguments of `ModelSpec`."""
 

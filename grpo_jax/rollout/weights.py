@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.models.layers import JOINED, join_linears
+from grpo_jax.models.linear import JOINED, join_linears
 from grpo_jax.models.spec import ModelSpec, flatten, nest
 from grpo_jax.models.transformer import Transformer, split_layers
 from grpo_jax.runtime.sharding import Layout
@@ -63,7 +63,7 @@ def prepare_weights(
     if layout is not None:
         axes = decoding_axes(model.spec)
         variables = {name: layout.decoding.constrain_tree(tree, axes) for name, tree in variables.items()}
-    variables = split_layers(variables)
+    variables = split_layers(model.spec, variables)
     if joins:
         for number in range(model.spec.layers):
             variables = join_layers(variables, f"layers_{number}")

@@ -166,6 +166,8 @@ class GrpoStep:
         runner = runner_of(config.rewards, entries, functions, longest, display.note)
         runner.start()  # its processes start while the weights are read
         policy = placed_policy(config, policy, display)
+        if driver is not None:
+            policy.spec.check_episodes()
         step = GrpoStep.build(config, policy, source, functions, display, optimizer=optimizer, loss_fn=loss_fn)
         return replace(step, runner=runner, choice=choice, driver=driver, sets=sets)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from grpo_jax.models.families import WITH_VISION
-from grpo_jax.models.layers import JOINED
+from grpo_jax.models.linear import JOINED
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec, param_specs
 
 LLAMA_NORMS = {"attn_norm": "input_layernorm", "ffw_norm": "post_attention_layernorm"}
@@ -26,6 +26,7 @@ NORMS: dict[str, dict[str, str]] = {
     "gemma3_text": GEMMA_NORMS,
     "gemma3": GEMMA_NORMS,
     "olmo3": {"post_attn_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"},
+    "lfm2": {"attn_norm": "operator_norm", "ffw_norm": "ffn_norm"},
     "glm4": LLAMA_NORMS | {"post_attn_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"},
 }
 """Names of the norms of families that do not have Llama's."""
@@ -34,8 +35,22 @@ FUSED: dict[str, tuple[str, ...]] = {
     "glm4": ("gate_up_proj",),
     "gpt_oss": ("gate_up_proj",),
 }
-"""The joined linear layers (`models.layers.JOINED`) that a family's files have as one tensor."""
-LEAVES = {"kernel": ".weight", "bias": ".bias", "scale": ".weight", "logit": ""}
+"""The joined linear layers (`models.linear.JOINED`) that a family's files have as one tensor."""
+MODULES: dict[str, dict[str, str]] = {
+    "lfm2": {
+        "o_proj": "self_attn.out_proj",
+        "q_norm": "self_attn.q_layernorm",
+        "k_norm": "self_attn.k_layernorm",
+        "in_proj": "conv.in_proj",
+        "out_proj": "conv.out_proj",
+        "short_conv": "conv.conv",
+        "gate_proj": "feed_forward.w1",
+        "up_proj": "feed_forward.w3",
+        "down_proj": "feed_forward.w2",
+    }
+}
+"""Paths of modules inside a layer, of families that do not have Llama's."""
+LEAVES = {"kernel": ".weight", "bias": ".bias", "scale": ".weight", "logit": "", "taps": ".weight"}
 """Ending of a tensor's name behind its module's path, by the leaf of the parameter."""
 MIXTRAL_EXPERTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
@@ -55,6 +70,8 @@ def module_path(spec: ModelSpec, part: str, expert: int = 0) -> str:
     norms = NORMS.get(spec.family, GEMMA_NORMS if spec.sandwich else LLAMA_NORMS)
     if part in norms:
         return norms[part]
+    if part in (own := MODULES.get(spec.family, {})):
+        return own[part]
     part = fused_name(spec, part) or part
     block, names = ("block_sparse_moe", MIXTRAL_EXPERTS) if spec.family == "mixtral" else ("mlp", {})
     if spec.family == "gpt_oss" and part in ("router", *EXPERT_LINEARS, "gate_up_proj"):
@@ -88,7 +105,9 @@ def of_images(spec: ModelSpec, name: str) -> bool:
 def module_paths(spec: ModelSpec, part: str) -> list[str]:
     """Paths from the model's root of all modules of one kind, layer by layer and, within a layer, expert by expert."""
     experts = spec.experts if part in EXPERT_LINEARS and spec.experts and not held_stack(spec, part) else 1
-    return [f"{root(spec)}.layers.{i}.{module_path(spec, part, expert)}" for i in range(spec.layers) for expert in range(experts)]
+    return [
+        f"{root(spec)}.layers.{i}.{module_path(spec, part, expert)}" for i in spec.layers_with(part) for expert in range(experts)
+    ]
 
 
 def held_stack(spec: ModelSpec, part: str) -> int:
@@ -176,7 +195,8 @@ class TensorSource:
 
 def tensor_names(spec: ModelSpec) -> dict[tuple[str, ...], TensorSource]:
     """The table of names: path of a parameter → its tensors."""
-    top = {"embed": f"{root(spec)}.embed_tokens.weight", "final_norm": f"{root(spec)}.norm.weight", "head": "lm_head.weight"}
+    norm = "embedding_norm" if spec.family == "lfm2" else "norm"
+    top = {"embed": f"{root(spec)}.embed_tokens.weight", "final_norm": f"{root(spec)}.{norm}.weight", "head": "lm_head.weight"}
     table: dict[tuple[str, ...], TensorSource] = {}
     for path in param_specs(spec):
         if path[0] != "layers":

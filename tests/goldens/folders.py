@@ -27,6 +27,7 @@ NEWER_FAMILIES = (
     "glm4",
     "phi3",
     "gpt_oss",
+    "lfm2",
     "gemma3_vision",
     "mistral3_vision",
 )

@@ -337,6 +337,22 @@ NEW["gpt_oss"] = (
         {"rope_parameters": GPT_OSS_ROPE | {"truncate": True}},
     ],
 )
+NEW["lfm2"] = (
+    "lfm2",
+    {
+        **COMMON,
+        "vocab_size": 101,
+        "num_hidden_layers": 5,
+        "layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"],
+        "intermediate_size": 72,
+        "block_multiple_of": 8,
+        "block_ffn_dim_multiplier": 1.3,
+        "conv_L_cache": 4,
+        "conv_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    },
+    [{"norm_eps": 1e-1}, {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}],
+)
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -394,6 +410,11 @@ def newer_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
         scaling["type"] = scaling.pop("rope_type")
     if family == "glm4":
         old["partial_rotary_factor"] = scaled["partial_rotary_factor"]
+    if family == "lfm2":
+        kinds = config["layer_types"]
+        old |= {"block_ff_dim": old.pop("intermediate_size"), "tie_embedding": old.pop("tie_word_embeddings"), "block_dim": 32}
+        old |= {"full_attn_idxs": [number for number, kind in enumerate(kinds) if kind == "full_attention"], "conv_dim": 32}
+        old |= {"block_use_swiglu": True, "use_pos_enc": True, "num_heads": 4, "conv_dim_out": 32, "block_norm_eps": 1e-5}
     if family == "gpt_oss":
         old |= {"experts_per_token": old["num_experts_per_tok"], "initial_context_length": 16}
         del old["swiglu_alpha"]
@@ -404,7 +425,7 @@ def newer_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
     return old
 
 
-NEWER = ("llama_yarn", "smollm3", "olmo3", "granite", "ministral3", "glm4", "phi3", "gpt_oss", *TEXT_OF)
+NEWER = ("llama_yarn", "smollm3", "olmo3", "granite", "ministral3", "glm4", "phi3", "gpt_oss", "lfm2", *TEXT_OF)
 """The families of `newer_hub_spelling`."""
 
 
