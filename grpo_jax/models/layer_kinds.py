@@ -10,19 +10,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["attention", "conv"]
-"""Attention over keys and values; or a gated short convolution, whose state is its last inputs."""
+Kind = Literal["attention", "conv", "delta"]
+"""Attention over keys and values; a gated short convolution, whose state is its last inputs; or linear attention by the gated delta
+rule behind a short convolution, whose state is a matrix for each head too."""
+
+DELTA_LINEARS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+"""Linear layers of the input of linear attention: of queries, keys and values, of the result's gate, of β and of the decay."""
+
+FUSED_DELTA_LINEARS = ("in_proj_qkvz", "in_proj_ba")
+"""The same as Qwen3-Next has them: the outputs of each head of keys stand together."""
 
 PARTS: dict[Kind, frozenset[str]] = {
     "attention": frozenset(("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm", "sinks")),
     "conv": frozenset(("in_proj", "short_conv", "out_proj")),
+    "delta": frozenset((*DELTA_LINEARS, *FUSED_DELTA_LINEARS, "short_conv", "decay", "delta_norm", "out_proj")),
 }
-"""The linear layers, norms and other parts that only layers of one kind have."""
+"""The linear layers, norms and other parts that only layers of some kinds have."""
 
 
-def kind_of_part(part: str) -> Kind | None:
-    """The kind of layers that have a part; None where all have it."""
-    return next((kind for kind, parts in PARTS.items() if part in parts), None)
+def layers_with(kinds: Sequence[Kind], part: str) -> tuple[int, ...]:
+    """Numbers of the layers that have a part."""
+    having = {kind for kind, parts in PARTS.items() if part in parts}
+    return tuple(number for number, kind in enumerate(kinds) if not having or kind in having)
 
 
 @dataclass(frozen=True)

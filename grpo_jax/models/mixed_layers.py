@@ -151,5 +151,6 @@ def layer_of(spec: ModelSpec, run: Run, place: int, iteration: Array, parts: Par
         if whole:
             found[part] = at(leaves, jnp.int32(first + own.index(place)) + iteration * jnp.int32(len(own)))
         else:
-            found[part] = jax.tree.map(lambda x, i=own.index(place): x[i], leaves)
+            number = own.index(place)
+            found[part] = jax.tree.map(lambda x, number=number: x[number], leaves)
     return found

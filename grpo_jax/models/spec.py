@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from grpo_jax.config import ConfigError, RolloutConfig
-from grpo_jax.models.layer_kinds import Kind, kind_of_part
+from grpo_jax.models.layer_kinds import DELTA_LINEARS, FUSED_DELTA_LINEARS, Kind, layers_with
 from grpo_jax.models.rope import Rope
 from grpo_jax.types import Params
 
@@ -64,6 +64,10 @@ class ModelSpec:
         sinks: attention's softmax has one more score, the same for all queries of a head, whose value is 0.
         conv_kernel: tokens that a short convolution sees, its own included.
         conv_bias: biases of gated short convolutions and of their projections.
+        delta_key_heads, delta_heads: of linear attention: heads of queries and keys, and of values, a multiple of them.
+        delta_key_dim, delta_value_dim: elements of a head of these.
+        delta_fused: its inputs are `FUSED_DELTA_LINEARS`.
+        gated_attention: attention's result is multiplied by a sigmoid, whose argument q_proj computes behind each head's query.
         swiglu_alpha, swiglu_limit: of the activation `swiglu_clamped`, see `gating.gated`.
         experts: experts in every layer, of which a router selects `experts_per_token` for each token; 0 is a dense feed-forward.
         norm_topk_prob: the router's weights of the selected experts are divided by their sum.
@@ -111,6 +115,12 @@ class ModelSpec:
     sinks: bool = False
     conv_kernel: int = 0
     conv_bias: bool = False
+    delta_key_heads: int = 0
+    delta_heads: int = 0
+    delta_key_dim: int = 0
+    delta_value_dim: int = 0
+    delta_fused: bool = False
+    gated_attention: bool = False
     experts: int = 0
     experts_per_token: int = 0
     norm_topk_prob: bool = True
@@ -139,8 +149,22 @@ class ModelSpec:
 
     def layers_with(self, part: str) -> tuple[int, ...]:
         """The layers that have a linear layer, a norm or another part of this name."""
-        kind = kind_of_part(part)
-        return tuple(number for number, own in enumerate(self.layer_kinds) if kind in (None, own))
+        return layers_with(self.layer_kinds, part)
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of a layer's short convolution."""
+        return 2 * self.delta_keys + self.delta_values if self.delta_heads else self.width
+
+    @property
+    def delta_keys(self) -> int:
+        """Elements of all queries, or of all keys, of a token in linear attention."""
+        return self.delta_key_heads * self.delta_key_dim
+
+    @property
+    def delta_values(self) -> int:
+        """Elements of all values of a token in linear attention."""
+        return self.delta_heads * self.delta_value_dim
 
     @property
     def max_length(self) -> int | None:
@@ -180,23 +204,32 @@ class ModelSpec:
         Args:
             itemsize: bytes of an element of the hidden states.
         """
-        return len(self.layers_with("short_conv")) * (self.conv_kernel - 1) * self.width * itemsize if self.conv_kernel else 0
+        inputs = max(0, self.conv_kernel - 1) * self.conv_channels * itemsize
+        return self.recurrent_layers * (inputs + 4 * self.delta_heads * self.delta_key_dim * self.delta_value_dim)
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(in, out) of each linear layer of a block; with experts, those of the feed-forward are of one expert."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        linear_attention = "delta" in self.layer_kinds
         shapes = {
-            "q_proj": (self.width, q),
+            "q_proj": (self.width, 2 * q if self.gated_attention else q),
             "k_proj": (self.width, kv),
             "v_proj": (self.width, kv),
             "o_proj": (q, self.width),
             "in_proj": (self.width, 3 * self.width),
-            "out_proj": (self.width, self.width),
+            "out_proj": (self.delta_values if linear_attention else self.width, self.width),
+            "in_proj_qkv": (self.width, self.conv_channels),
+            "in_proj_z": (self.width, self.delta_values),
+            "in_proj_b": (self.width, self.delta_heads),
+            "in_proj_a": (self.width, self.delta_heads),
+            "in_proj_qkvz": (self.width, self.conv_channels + self.delta_values),
+            "in_proj_ba": (self.width, 2 * self.delta_heads),
             "gate_proj": (self.width, self.ffw),
             "up_proj": (self.width, self.ffw),
             "down_proj": (self.ffw, self.width),
         }
-        return {name: shape for name, shape in shapes.items() if self.layers_with(name)}
+        absent = DELTA_LINEARS if self.delta_fused else FUSED_DELTA_LINEARS
+        return {name: shape for name, shape in shapes.items() if self.layers_with(name) and name not in absent}
 
     def linear_axes(self, linear: str) -> tuple[str | None, str | None]:
         """Logical axes of a linear layer's (in, out). With experts `ffw` is not sharded, because the experts are."""
@@ -243,6 +276,7 @@ LINEAR_AXES: dict[str, tuple[str | None, str | None]] = {
     "o_proj": ("heads", "embed"),
     "in_proj": ("embed", None),
     "out_proj": (None, "embed"),
+    **{name: ("embed", None) for name in (*DELTA_LINEARS, *FUSED_DELTA_LINEARS)},
     "gate_proj": ("embed", "ffw"),
     "up_proj": ("embed", "ffw"),
     "down_proj": ("ffw", "embed"),
@@ -298,10 +332,15 @@ def recurrent_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
     """Describes what recurrent layers have besides linear layers. Taps have the shape that files have, [L, C, 1, K]."""
     table: dict[tuple[str, ...], ParamSpec] = {}
     if convolutions := len(spec.layers_with("short_conv")):
-        taps = (convolutions, spec.width, 1, spec.conv_kernel)
+        taps = (convolutions, spec.conv_channels, 1, spec.conv_kernel)
         table["layers", "short_conv", "taps"] = ParamSpec(taps, ("layers", None, None, None), spec.init_std)
         if spec.conv_bias:
-            table["layers", "short_conv", "bias"] = ParamSpec((convolutions, spec.width), ("layers", None))
+            table["layers", "short_conv", "bias"] = ParamSpec((convolutions, spec.conv_channels), ("layers", None))
+    if spec.delta_heads:
+        heads = (convolutions, spec.delta_heads)
+        table["layers", "decay", "rate"] = ParamSpec(heads, ("layers", None))
+        table["layers", "decay", "offset"] = ParamSpec(heads, ("layers", None), constant=1.0)
+        table["layers", "delta_norm", "scale"] = ParamSpec((convolutions, spec.delta_value_dim), ("layers", None), constant=1.0)
     return table
 
 
