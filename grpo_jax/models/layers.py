@@ -22,7 +22,7 @@ from grpo_jax.models.gating import gated
 from grpo_jax.models.layer_kinds import Kind
 from grpo_jax.models.linear import JOINED, Linear, LinearWeights, gather, linear_product
 from grpo_jax.models.moe import mix_experts
-from grpo_jax.models.recurrent import Recurrence, short_conv
+from grpo_jax.models.recurrent import Recurrence, linear_attention, short_conv
 from grpo_jax.models.rope import Angles, rotate
 from grpo_jax.models.spec import EXPERT_LINEARS, LINEAR_AXES, QK_NORM_AXES, ModelSpec
 from grpo_jax.runtime.sharding import Layout
@@ -90,13 +90,14 @@ class Sinks(nn.Module):
         return jnp.asarray(self.get_variable("params", "logit"))
 
 
-class ConvWeights(nn.Module):
-    """Returns the variables of a short convolution: `taps` [C, 1, K], and `bias` [C] where it has one."""
+class Weights(nn.Module):
+    """Returns those of the named variables that a module has."""
+
+    names: tuple[str, ...]
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:
-        names = [name for name in ("taps", "bias") if self.has_variable("params", name)]
-        return {name: self.get_variable("params", name) for name in names}
+        return {name: self.get_variable("params", name) for name in self.names if self.has_variable("params", name)}
 
 
 def parts_of(tokens: int, least: int) -> int:
@@ -134,7 +135,7 @@ class Block(nn.Module):
         if self.kind == "attention":
             mixed, cache, stacked = self.attention(before, layer, rope, cache, select)
         else:
-            mixed, cache, stacked = self.convolution(before, cache, select)
+            mixed, cache, stacked = self.recurrent(before, cache, select)
         x = x if select is None else select(x)
         x = checkpoint_name(x + self.added("post_attn_norm", mixed), LAYER_MIDDLE)
         fed = self.feed_forward(self.norm("ffw_norm", x) if spec.pre_norm else x)
@@ -164,7 +165,7 @@ class Block(nn.Module):
         self, x: Array, layer: dict[str, Any], rope: Angles, cache: Any, select: SelectTokens | None
     ) -> tuple[Array, Any, Any]:
         spec = self.spec
-        heads, kv_heads = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        heads, kv_heads = spec.linear_shapes()["q_proj"][1], spec.kv_heads * spec.head_dim
         if select is None or self.has_variable("params", "qkv_proj"):
             q, k, v = self.linears("qkv_proj", {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}, x)
             q = q if select is None else select(q)
@@ -172,7 +173,7 @@ class Block(nn.Module):
             q, k, v = self.linear("q_proj", select(x)), self.linear("k_proj", x), self.linear("v_proj", x)
         if spec.joint_qk_norm:
             q, k = (self.norm(name, y, QK_NORM_AXES[name]) for name, y in (("q_norm", q), ("k_norm", k)))
-        q = q.reshape(*q.shape[:2], spec.heads, spec.head_dim)
+        q, gate = self.gate(q)
         k, v = (y.reshape(*y.shape[:2], spec.kv_heads, spec.head_dim) for y in (k, v))
         if spec.qk_norm and not spec.joint_qk_norm:
             q, k = self.norm("q_norm", q, "head_dim"), self.norm("k_norm", k, "head_dim")
@@ -190,12 +191,29 @@ class Block(nn.Module):
             sinks=self.sinks(),
             selected=select is not None,
         )
-        return self.linear("o_proj", mixed.reshape(b, t, spec.heads * spec.head_dim)), cache, stacked
+        mixed = mixed.reshape(b, t, spec.heads * spec.head_dim)
+        mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate)
+        return self.linear("o_proj", mixed), cache, stacked
 
-    def convolution(self, x: Array, state: Any, select: SelectTokens | None) -> tuple[Array, Any, Any]:
-        """A gated short convolution. In prefill the state behind the prompt is the layer's output, in decoding the new cache."""
+    @nn.nowrap
+    def gate(self, q: Array) -> tuple[Array, Array | None]:
+        """Queries [B, T, H, Dh] from q_proj's result, and what gates attention's result, [B, T, H·Dh]; None where nothing does."""
+        spec = self.spec
+        if not spec.gated_attention:
+            return q.reshape(*q.shape[:2], spec.heads, spec.head_dim), None
+        both = q.reshape(*q.shape[:2], spec.heads, 2, spec.head_dim)
+        return both[:, :, :, 0], both[:, :, :, 1].reshape(*q.shape[:2], spec.heads * spec.head_dim)
+
+    def recurrent(self, x: Array, state: Any, select: SelectTokens | None) -> tuple[Array, Any, Any]:
+        """A recurrent layer. In prefill the state behind the prompt is the layer's output, in decoding the new cache."""
         assert self.recurrence is not None
-        mixed, new = short_conv(self.recurrence, self.linear, ConvWeights(name="short_conv")(), x, state, select)
+        weights = Weights(("taps", "bias"), name="short_conv")()
+        if self.kind == "conv":
+            mixed, new = short_conv(self.recurrence, self.linear, weights, x, state, select)
+        else:
+            weights |= Weights(("rate", "offset"), name="decay")()
+            norm = RMSNorm(self.spec.norm_eps, 0.0, self.layout, "head_dim", name="delta_norm")
+            mixed, new = linear_attention(self.spec, self.recurrence, self.linear, norm, weights, x, state, select)
         return (mixed, None, new) if state is None else (mixed, new, None)
 
     def sinks(self) -> Array | None:

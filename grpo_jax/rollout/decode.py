@@ -230,7 +230,7 @@ def decode_segment(
         attend = decode_attend(model.spec, prompts.lengths, slots.base, state.step, slot_map, **options)
         cache = state.segment_cache if all_layers is None else (state.segment_cache, zero)
         caches = join_caches(model.spec, cache, state.states, unroll=unroll)
-        more: Any = {} if states is None else {"recurrence": TokenRecurrence()}
+        more: Any = {} if states is None else {"recurrence": TokenRecurrence(layout)}
         hidden, caches, _ = forward(model, variables, ids, positions[:, None], attend, caches, per_layer, **more)
         cache, new_states = split_caches(model.spec, caches, unroll=unroll)
         segment_cache = cache if all_layers is None else cache[0]

@@ -57,7 +57,14 @@ def prefill(
     b, p = prompts.shape
     positions = jnp.broadcast_to(jnp.arange(p, dtype=jnp.int32)[None, :], (b, p))
     attend = prefill_attend(model, lengths, p)
-    recurrence = packed_recurrence(model.spec.conv_kernel, prompt_ranges(lengths, p), layout, lengths)
+    recurrence = packed_recurrence(
+        model.spec,
+        prompt_ranges(lengths, p),
+        prompts=False,
+        layout=layout,
+        implementation=model.implementation,
+        lengths=lengths,
+    )
     hidden, _, outputs = forward(model, variables, prompts, positions, attend, select=select_last(lengths), recurrence=recurrence)
     stacked, states = split_caches(model.spec, outputs, unroll=model.unrolled)
     last = hidden[:, 0] if layout is None else layout.constrain(hidden[:, 0], "rows", None)
