@@ -35,6 +35,7 @@ def forward_kernel(*refs: Any, static: Static, keeps: bool) -> None:
     """
     scalars, q, k, v, log_decay, beta, table, initial, out, final, *kept, states = refs
     block = pl.program_id(2)
+    first_chunk = (pl.program_id(0) * pl.num_programs(2) + block) * static.chunks
 
     @pl.when(block == 0)
     def _() -> None:
@@ -45,7 +46,7 @@ def forward_kernel(*refs: Any, static: Static, keeps: bool) -> None:
         kept[0][0, 0] = states[...]
 
     def one(number: Array, _: Any) -> None:
-        flags = flags_at(scalars, static, block, number)
+        flags = flags_at(scalars, first_chunk + number)
         own = chunk_rows(static, number)
         first = (block * static.chunks + number) * static.chunk
 

@@ -174,6 +174,7 @@ def backward_kernel(*refs: Any, static: Static) -> None:
     scalars, q, k, v, log_decay, beta, table, kept, d_out, d_final = refs[:10]
     dq, dk, dv, d_log_decay, d_beta, d_initial, d_states, starts, inverses, added = refs[10:]
     block = pl.num_programs(2) - 1 - pl.program_id(2)
+    first_chunk = (pl.program_id(0) * pl.num_programs(2) + block) * static.chunks
 
     @pl.when(pl.program_id(2) == 0)
     def _() -> None:
@@ -187,7 +188,7 @@ def backward_kernel(*refs: Any, static: Static) -> None:
     starts[0] = kept[0, 0]
 
     def again(number: Array, _: Any) -> None:
-        flags, own = flags_at(scalars, static, block, number), chunk_rows(static, number)
+        flags, own = flags_at(scalars, first_chunk + number), chunk_rows(static, number)
         following = jnp.minimum(number + 1, static.chunks - 1)
 
         @pl.when(number + 1 < static.chunks)
@@ -210,7 +211,7 @@ def backward_kernel(*refs: Any, static: Static) -> None:
 
     def one(turn: Array, _: Any) -> None:
         number = static.chunks - 1 - turn
-        flags, own = flags_at(scalars, static, block, number), chunk_rows(static, number)
+        flags, own = flags_at(scalars, first_chunk + number), chunk_rows(static, number)
 
         @pl.when(flags[0] < 0)
         def _() -> None:

@@ -178,9 +178,8 @@ def follow(chunk: Chunk, before: list[Array], added: Array, states: Any, head: i
             states[number, head] = value
 
 
-def flags_at(scalars: Any, static: Static, block: Array, number: Array) -> tuple[Array, ...]:
-    """The numbers of a chunk of this grid step's row."""
-    chunk = (pl.program_id(0) * pl.num_programs(2) + block) * static.chunks + number
+def flags_at(scalars: Any, chunk: Array) -> tuple[Array, ...]:
+    """The numbers of a chunk, counted through all rows."""
     return tuple(scalars[chunk * FLAGS + flag] for flag in range(FLAGS))
 
 
