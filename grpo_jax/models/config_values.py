@@ -32,6 +32,12 @@ WHOLE: dict[str, tuple[int, int]] = {
     "original_max_position_embeddings": (1, 2**31 - 1),
     "block_multiple_of": (1, 2**20),
     "conv_L_cache": (2, 64),
+    "full_attention_interval": (1, 4096),
+    "linear_conv_kernel_dim": (2, 64),
+    "linear_num_key_heads": (1, 2**14),
+    "linear_num_value_heads": (1, 2**14),
+    "linear_key_head_dim": (1, 2**13),
+    "linear_value_head_dim": (1, 2**13),
     "r": (1, 2**16),
 }
 """Least and largest value of attributes that are whole numbers."""

@@ -24,7 +24,15 @@ from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.sharding import Layout
 from grpo_kernels import DeltaPlan, KeyRanges, gated_delta_rule, gated_delta_step, plan_delta_rule
 
-__all__ = ["PackedRecurrence", "Recurrence", "RecurrentState", "TokenRecurrence", "linear_attention", "packed_recurrence", "short_conv"]
+__all__ = [
+    "PackedRecurrence",
+    "Recurrence",
+    "RecurrentState",
+    "TokenRecurrence",
+    "linear_attention",
+    "packed_recurrence",
+    "short_conv",
+]
 
 NORM_EPS = 1e-6
 """Added to the squared norm of queries and keys of linear attention."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from grpo_jax.models.families import WITH_VISION
+from grpo_jax.models.layer_kinds import DELTA_LINEARS, FUSED_DELTA_LINEARS
 from grpo_jax.models.linear import JOINED
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec, param_specs
 
@@ -36,6 +37,11 @@ FUSED: dict[str, tuple[str, ...]] = {
     "gpt_oss": ("gate_up_proj",),
 }
 """The joined linear layers (`models.linear.JOINED`) that a family's files have as one tensor."""
+LINEAR_ATTENTION = {name: f"linear_attn.{name}" for name in (*DELTA_LINEARS, *FUSED_DELTA_LINEARS, "out_proj")} | {
+    "short_conv": "linear_attn.conv1d",
+    "decay": "linear_attn",
+    "delta_norm": "linear_attn.norm",
+}
 MODULES: dict[str, dict[str, str]] = {
     "lfm2": {
         "o_proj": "self_attn.out_proj",
@@ -47,10 +53,19 @@ MODULES: dict[str, dict[str, str]] = {
         "gate_proj": "feed_forward.w1",
         "up_proj": "feed_forward.w3",
         "down_proj": "feed_forward.w2",
-    }
+    },
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5", "qwen3_next"), LINEAR_ATTENTION),
 }
 """Paths of modules inside a layer, of families that do not have Llama's."""
-LEAVES = {"kernel": ".weight", "bias": ".bias", "scale": ".weight", "logit": "", "taps": ".weight"}
+LEAVES = {
+    "kernel": ".weight",
+    "bias": ".bias",
+    "scale": ".weight",
+    "logit": "",
+    "taps": ".weight",
+    "rate": ".A_log",
+    "offset": ".dt_bias",
+}
 """Ending of a tensor's name behind its module's path, by the leaf of the parameter."""
 MIXTRAL_EXPERTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
@@ -96,9 +111,11 @@ def present_name(name: str) -> str:
     return name
 
 
-def of_images(spec: ModelSpec, name: str) -> bool:
-    """Whether a tensor is of the vision tower or the projector behind it, which are not loaded."""
-    parts = ("vision_tower.", "multi_modal_projector.")
+def not_loaded(spec: ModelSpec, name: str) -> bool:
+    """Whether a tensor is of the vision tower, or of layers that predict further ahead (`mtp`), which are not loaded."""
+    if spec.family.startswith("qwen3_") and name.startswith("mtp."):
+        return spec.delta_heads > 0
+    parts = ("vision_tower.", "multi_modal_projector.", "visual.")
     return spec.family in WITH_VISION and name.removeprefix("model.").startswith(parts)
 
 
