@@ -276,7 +276,7 @@ LINEAR_AXES: dict[str, tuple[str | None, str | None]] = {
     "o_proj": ("heads", "embed"),
     "in_proj": ("embed", None),
     "out_proj": (None, "embed"),
-    **{name: ("embed", None) for name in (*DELTA_LINEARS, *FUSED_DELTA_LINEARS)},
+    **dict.fromkeys((*DELTA_LINEARS, *FUSED_DELTA_LINEARS), ("embed", None)),
     "gate_proj": ("embed", "ffw"),
     "up_proj": ("embed", "ffw"),
     "down_proj": ("ffw", "embed"),
