@@ -88,7 +88,8 @@ def run_mixed_layers(
                 }
                 held = cache.attention if attention else at(cache.states, index)
                 (x, held), output = apply(kind, chosen, (x, held), layer)
-                cache = cache.replace(attention=held) if attention else cache.replace(states=put(cache.states, index, held))
+                states = cache.states if attention else put(cache.states, index, held)
+                cache = LayerCaches(held if attention else cache.attention, states)
                 new[attention].append(output)
             return (x, cache), {kind: jax.tree.map(lambda *each: jnp.stack(each), *found) for kind, found in new.items() if found}
 
