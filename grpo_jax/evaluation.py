@@ -187,6 +187,8 @@ def evaluate(
         columns = [*reward_columns(held_out, config), *setup.columns]
         check_functions(functions, columns, config.rewards.weights, config.rewards.accuracy)
     driver = setup.driver(tokenizer, several_processes=distributed.is_multiprocess())
+    if driver is not None:
+        policy.spec.check_episodes()
     sampler = policy.sampler.announcing(display.compiling)
     results: dict[str, dict[str, Any]] = {}
     with runner_of(config.rewards, entries, functions, longest, display.note) as runner:

@@ -25,10 +25,11 @@ from grpo_jax.models.spec import ModelSpec
 from grpo_jax.policy import Policy
 from grpo_jax.rollout.decode import SlotState
 from grpo_jax.rollout.kv_cache import empty_past_block
-from grpo_jax.rollout.prefill import prefill
+from grpo_jax.rollout.prefill import PrefilledPrompts, prefill
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.sampling import controls_of
 from grpo_jax.rollout.shapes import Sizes, choose_slots, round_up, sizes_of
+from grpo_jax.rollout.states import begin_states
 from grpo_jax.rollout.weights import prepared_shapes, sharded_over_fsdp
 from grpo_jax.runtime.programs import Announce, Program, no_announcement
 from grpo_jax.types import Frozen, TrainState
@@ -184,7 +185,9 @@ def rollout_memory(run: RunShapes, limit_bytes: int | None, sampler: Sampler | N
     if prompts is None:
         prompts = prefilled_shapes(run, sampler, weights, token_ids)
     past_blocks = past_block_shapes(run, sampler, shards * sizes.slots, sizes)
-    live |= {"prefix_kv": device_bytes(prompts), "suffix_kv": device_bytes(past_blocks)}
+    schedule = schedule_shapes(run, sizes)
+    states = state_shapes(run, prompts, schedule[0])
+    live |= {"prefix_kv": device_bytes(prompts), "suffix_kv": device_bytes((past_blocks, states))}
     if not sizes.fixed:
         # A refill prefills one prompt while everything else exists. Its memory is estimated as its share of the prefill of all
         # prompts, instead of compiling that program too.
@@ -193,7 +196,7 @@ def rollout_memory(run: RunShapes, limit_bytes: int | None, sampler: Sampler | N
             "temporaries": compiled.scratch_bytes // sizes.prompt_slots,
         }
         compiled.record(live | later)
-    arguments = (weights, prompts, past_blocks, *schedule_shapes(run, sizes))
+    arguments = (weights, prompts, past_blocks, *schedule, states)
     decoded = compiled.compile(sampler.decode_segment, arguments, {"length": sizes.segment}, live)
     if decoded is not None and past_blocks:
         segment_cache = decoded[1]
@@ -276,8 +279,16 @@ def prefilled_shapes(run: RunShapes, sampler: Sampler, weights: Any, token_ids: 
     """Returns shapes of what prefill computes, for when it could not be compiled."""
     plain, placement = sampler.model.clone(layout=None), run.placement
     made: Any = jax.eval_shape(lambda *x: prefill(plain, *x, kv_dtype=run.config.rollout.kv_dtype), weights, *token_ids)
-    cache = placement.put(made.cache, "layers", "slots", "kv_heads")
-    return made.replace(cache=cache, lengths=placement.put(made.lengths, "prompts"), hidden=placement.put(made.hidden, "prompts"))
+    cache, states = placement.put(made.cache, "layers", "slots", "kv_heads"), placement.put(made.states, "layers", "slots")
+    return made.replace(
+        cache=cache, states=states, lengths=placement.put(made.lengths, "prompts"), hidden=placement.put(made.hidden, "prompts")
+    )
+
+
+def state_shapes(run: RunShapes, prompts: PrefilledPrompts, slots: SlotState) -> Any:
+    """Returns shapes of the recurrent states of all slots; None where the model has none."""
+    made = jax.eval_shape(begin_states, None, prompts.states, slots.prompt_slots, slots.begins)
+    return run.placement.put(made, "layers", "slots")
 
 
 def past_block_shapes(run: RunShapes, sampler: Sampler, slots: int, sizes: Sizes) -> tuple[Any, ...]:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from grpo_jax.learner.truncated import Outputs, Truncation, truncated_logprobs
 from grpo_jax.models.attention import group_attend, select_tokens
 from grpo_jax.models.head import head_logprobs
+from grpo_jax.models.recurrent import packed_recurrence
 from grpo_jax.models.transformer import Transformer, forward, head_matrix
 from grpo_jax.types import PackedRows, Params
 from grpo_kernels import KeyRanges, Limits
@@ -32,7 +33,9 @@ def row_hidden(model: Transformer, variables: Params, rows: PackedRows) -> Float
     """Computes the hidden state that predicts each entry."""
     selected = jnp.asarray(rows.selected)
     attend = group_attend(model, rows.ranges, rows.limits, selected)
-    hidden = forward(model, variables, jnp.asarray(rows.ids), jnp.asarray(rows.positions), attend, select=select_tokens(rows))[0]
+    how: Any = {"prompts": rows.limits.prompts > 0, "layout": model.layout, "implementation": model.implementation}
+    options = {"select": select_tokens(rows), "recurrence": packed_recurrence(model.spec, rows.ranges, **how)}
+    hidden = forward(model, variables, jnp.asarray(rows.ids), jnp.asarray(rows.positions), attend, **options)[0]
     return hidden if model.layout is None else model.layout.constrain(hidden, "rows", None, None)
 
 

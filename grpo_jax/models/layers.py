@@ -1,8 +1,8 @@
-"""One transformer layer, for every family: attention, feed-forward, norms, linear layers with adapters.
+"""One transformer layer, for every family: attention or a recurrent mixing of tokens, feed-forward, norms.
 
 Training, prefill and decoding are the same layer. They differ in `attend`, which decides which keys a query sees and where keys
-and values
-are stored: `attention.py`, `rollout/kv_cache.py`.
+and values are stored: `attention.py`, `rollout/kv_cache.py`; and in `recurrence`, the same for recurrent layers: `recurrent.py`.
+Linear layers are in `linear.py`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from grpo_jax.models.gating import gated
+from grpo_jax.models.layer_kinds import Kind
+from grpo_jax.models.linear import JOINED, Linear, LinearWeights, gather, linear_product
 from grpo_jax.models.moe import mix_experts
+from grpo_jax.models.recurrent import Recurrence, linear_attention, short_conv
 from grpo_jax.models.rope import Angles, rotate
-from grpo_jax.models.spec import EXPERT_LINEARS, LINEAR_AXES, QK_NORM_AXES, ModelSpec
+from grpo_jax.models.spec import EXPERT_LINEARS, LINEAR_AXES, QK_NORM_AXES, SHARED_LINEARS, ModelSpec
 from grpo_jax.runtime.sharding import Layout
-from grpo_jax.types import Params
-from grpo_kernels import QuantizedWeight, quantized_matmul
-from grpo_kernels.numerics import precision_of
 
 LAYER_INPUT, LAYER_MIDDLE = "layer_input", "layer_middle"
 """Names by which `jax.checkpoint` policies find a layer's input, and its hidden states between attention and feed-forward."""
@@ -83,133 +82,6 @@ class RMSNorm(nn.Module):
         return (wide * jnp.expand_dims(factor, tuple(range(x.ndim - 1)))).astype(x.dtype)
 
 
-@jax.custom_vjp
-def merged_product(x: Float[Array, "N I"], w: Float[Array, "I O"], a: Float[Array, "I r"], b: Float[Array, "r O"]) -> Array:
-    """x (W + A B) with W frozen: one large product forward and one for dx, where x W + (x A) B takes two more products of width r.
-
-    Only for float32: in bfloat16 the sum would lose small adapters to rounding. W gets no gradient.
-    """
-    return merged_forward(x, w, a, b)[0]
-
-
-def merged_forward(x: Array, w: Array, a: Array, b: Array) -> tuple[Array, Any]:
-    """`merged_product`, and the arrays that its backward pass needs."""
-    precision = precision_of(x.dtype)
-    merged = w + jnp.dot(a, b, precision=precision)
-    return jnp.dot(x, merged, precision=precision), (x, merged, a, b)
-
-
-def merged_backward(residuals: Any, dy: Array) -> tuple[Array, ...]:
-    """dx, dA and dB."""
-    x, merged, a, b = residuals
-    precision = precision_of(x.dtype)
-    dx = jnp.dot(dy, merged.T, precision=precision)
-    da = jnp.dot(x.T, jnp.dot(dy, b.T, precision=precision), precision=precision)
-    db = jnp.dot(jnp.dot(x, a, precision=precision).T, dy, precision=precision)
-    return dx, jnp.zeros_like(merged), da, db
-
-
-merged_product.defvjp(merged_forward, merged_backward)
-
-
-def gather(layout: Layout | None, x: Array, *axes: str | None) -> Array:
-    """A weight ready for a product; on a mesh it is gathered over fsdp."""
-    return x if layout is None else layout.gather(x, *axes)
-
-
-def frozen_product(
-    rows: Float[Array, "N I"], weight: QuantizedWeight, axes: tuple[str, str], implementation: str | None, layout: Layout | None
-) -> Float[Array, "N O"]:
-    """`quantized_matmul`; on a mesh, each device multiplies its rows with its part of the weight, gathered over fsdp."""
-    if layout is None:
-        return quantized_matmul(rows, weight, implementation=implementation)
-    whole = layout.decoding
-    within, rows_axes = whole.spec(axes[0])[0], whole.spec("rows")[0]
-
-    def local(rows: Array, weight: QuantizedWeight) -> Array:
-        y = quantized_matmul(rows, weight, implementation=implementation)
-        return y if within is None else y[None]
-
-    parts = jax.tree.map(lambda sharding: sharding.spec, whole.quantized(weight, axes))
-    inputs = (whole.spec("rows", axes[0]), parts)
-    if within is None:
-        return layout.local(local, inputs, whole.spec("rows", axes[1]))(rows, weight)
-    # The devices' partial sums are added outside of shard_map: a psum inside would add another one to the backward pass.
-    return jnp.sum(layout.local(local, inputs, PartitionSpec(within, rows_axes, None))(rows, weight), axis=0)
-
-
-def variables_of(layer: nn.Module) -> dict[str, Any]:
-    """Returns the variables of a linear layer: `kernel`, and where it has them `bias`, and `a` and `b` of its adapters."""
-    found = {"kernel": layer.get_variable("params", "kernel")}
-    for collection, names in (("params", ("bias",)), ("lora", ("a", "b"))):
-        found |= {name: layer.get_variable(collection, name) for name in names if layer.has_variable(collection, name)}
-    return found
-
-
-def linear_product(
-    x: Float[Array, "B T I"],
-    weights: dict[str, Any],
-    axes: tuple[str, str],
-    lora_scale: float,
-    implementation: str | None,
-    layout: Layout | None,
-) -> Float[Array, "B T O"]:
-    """Computes x W + bias, plus scale · (x A) B where there are adapters. A quantised W is frozen.
-
-    Args:
-        weights: of `variables_of`.
-        axes: logical axes of W.
-    """
-    dtype, precision = x.dtype, precision_of(x.dtype)
-    # One row per token: XLA's CPU compiler makes slow loops of a contraction over two dimensions, as in the weights' gradients.
-    rows = x.reshape(-1, x.shape[-1])
-    kernel: Any = weights["kernel"]
-    quantized = isinstance(kernel, QuantizedWeight)
-    kernel = kernel if quantized else gather(layout, kernel.astype(dtype), *axes)
-
-    def product() -> Array:
-        if quantized:
-            return frozen_product(rows, kernel, axes, implementation, layout)
-        return jnp.dot(rows, kernel, precision=precision)
-
-    if "a" not in weights:
-        y = product()
-    else:
-        a, b = weights["a"].astype(dtype), weights["b"].astype(dtype)
-        a, b = gather(layout, a, axes[0], "rank"), gather(layout, b, "rank", axes[1])
-        b = b * jnp.asarray(lora_scale, dtype)
-        if dtype == jnp.float32 and not quantized:
-            y = merged_product(rows, kernel, a, b)
-        else:
-            low = jnp.dot(rows, a, precision=precision)
-            y = product() + jnp.dot(low, b, precision=precision)
-    if "bias" in weights:
-        y = y + gather(layout, weights["bias"].astype(dtype), axes[1])[None, :]
-    y = y if layout is None else layout.decoding.constrain(y, "rows", axes[1])
-    return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-class Linear(nn.Module):
-    """`linear_product` with the variables of this module."""
-
-    lora_scale: float
-    implementation: str | None = None
-    layout: Layout | None = None
-    axes: tuple[str, str] = ("embed", "ffw")
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return linear_product(x, variables_of(self), self.axes, self.lora_scale, self.implementation, self.layout)
-
-
-class LinearWeights(nn.Module):
-    """Returns the variables of a linear layer that is computed elsewhere."""
-
-    @nn.compact
-    def __call__(self) -> dict[str, Any]:
-        return variables_of(self)
-
-
 class Sinks(nn.Module):
     """Returns the attention sinks of a layer, [H]."""
 
@@ -218,70 +90,28 @@ class Sinks(nn.Module):
         return jnp.asarray(self.get_variable("params", "logit"))
 
 
+class Weights(nn.Module):
+    """Returns those of the named variables that a module has."""
+
+    names: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self) -> dict[str, Any]:
+        return {name: self.get_variable("params", name) for name in self.names if self.has_variable("params", name)}
+
+
 def parts_of(tokens: int, least: int) -> int:
     """Returns the smallest number of equal parts that is at least `least`, and at most twice that; 1 where none divides."""
     return next((parts for parts in range(least, 2 * least + 1) if tokens % parts == 0), 1)
-
-
-JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-
-
-def join_linears(layer: Params, adapters: Params | None = None) -> tuple[Params, Params | None]:
-    """Joins the weights that have the same input into one matrix: one product of few rows is quicker than three.
-
-    Quantised weights of one input have the same groups, so values and scales are joined alike. Of adapters, A is joined along the
-    rank; B becomes block-diagonal, so that x A B is one pair of products too.
-
-    Args:
-        layer: the weights of one layer, or of all layers stacked.
-        adapters: the adapters of the same layers; None has none.
-
-    Returns:
-        Both trees with `qkv_proj` and `gate_up_proj` in place of their parts. Not joined are experts' weights, and dense ones with
-        quantised ones.
-    """
-
-    def fits(joined: str, names: tuple[str, ...]) -> bool:
-        experts = "router" in layer and joined == "gate_up_proj"
-        return not experts and len({jax.tree.structure(layer[name]) for name in names}) == 1
-
-    groups = {joined: names for joined, names in JOINED.items() if fits(joined, names)}
-    parts = {name for names in groups.values() for name in names}
-
-    def join(*leaves: Array) -> Array:
-        return jnp.concatenate(leaves, axis=-1)
-
-    made = {joined: jax.tree.map(join, *(layer[name] for name in names)) for joined, names in groups.items()}
-    joined_layer = {name: leaves for name, leaves in layer.items() if name not in parts} | made
-    if adapters is None:
-        return joined_layer, None
-    pairs = {name: pair for name, pair in adapters.items() if name not in parts}
-    for joined, names in groups.items():
-        if any(name in adapters for name in names):
-            pairs[joined] = join_adapters({name: layer[name]["kernel"].shape[-1] for name in names}, adapters)
-    return joined_layer, pairs
-
-
-def join_adapters(columns: dict[str, int], adapters: Params) -> Params:
-    """Joins adapters of one input: A [..., I, n·r] and block-diagonal B [..., n·r, O] of the n linear layers that have adapters.
-
-    Args:
-        columns: outputs of each linear layer, in the order of the joined weight.
-    """
-    a, b, start, total = [], [], 0, sum(columns.values())
-    for name, size in columns.items():
-        if name in adapters:
-            own = adapters[name]["b"]
-            a.append(adapters[name]["a"])
-            b.append(jnp.pad(own, [(0, 0)] * (own.ndim - 1) + [(start, total - start - size)]))
-        start += size
-    return {"a": jnp.concatenate(a, axis=-1), "b": jnp.concatenate(b, axis=-2)}
 
 
 class Block(nn.Module):
     """One layer, with the signature that `nn.scan` needs: carry = (hidden states, cache).
 
     Attributes:
+        attend: attention, in a layer of that kind.
+        recurrence: the mixing of tokens in a layer of another kind; None where the model has none.
+        kind: what mixes the layer's tokens.
         feed_tokens: tokens that the feed-forward computes at once, over all rows; its wide arrays of one part exist at a time, in
             the backward pass too. None is all.
     """
@@ -292,6 +122,8 @@ class Block(nn.Module):
     implementation: str | None = None
     layout: Layout | None = None
     feed_tokens: int | None = None
+    kind: Kind = "attention"
+    recurrence: Recurrence | None = None
 
     @nn.compact
     def __call__(
@@ -300,7 +132,10 @@ class Block(nn.Module):
         x, cache = carry
         x, spec = checkpoint_name(x, LAYER_INPUT), self.spec
         before = self.norm("attn_norm", x) if spec.pre_norm else x
-        mixed, cache, stacked = self.attention(before, layer, rope, cache, select)
+        if self.kind == "attention":
+            mixed, cache, stacked = self.attention(before, layer, rope, cache, select)
+        else:
+            mixed, cache, stacked = self.recurrent(before, cache, select)
         x = x if select is None else select(x)
         x = checkpoint_name(x + self.added("post_attn_norm", mixed), LAYER_MIDDLE)
         fed = self.feed_forward(self.norm("ffw_norm", x) if spec.pre_norm else x)
@@ -330,7 +165,7 @@ class Block(nn.Module):
         self, x: Array, layer: dict[str, Any], rope: Angles, cache: Any, select: SelectTokens | None
     ) -> tuple[Array, Any, Any]:
         spec = self.spec
-        heads, kv_heads = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
+        heads, kv_heads = spec.linear_shapes()["q_proj"][1], spec.kv_heads * spec.head_dim
         if select is None or self.has_variable("params", "qkv_proj"):
             q, k, v = self.linears("qkv_proj", {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}, x)
             q = q if select is None else select(q)
@@ -338,7 +173,7 @@ class Block(nn.Module):
             q, k, v = self.linear("q_proj", select(x)), self.linear("k_proj", x), self.linear("v_proj", x)
         if spec.joint_qk_norm:
             q, k = (self.norm(name, y, QK_NORM_AXES[name]) for name, y in (("q_norm", q), ("k_norm", k)))
-        q = q.reshape(*q.shape[:2], spec.heads, spec.head_dim)
+        q, gate = self.gate(q)
         k, v = (y.reshape(*y.shape[:2], spec.kv_heads, spec.head_dim) for y in (k, v))
         if spec.qk_norm and not spec.joint_qk_norm:
             q, k = self.norm("q_norm", q, "head_dim"), self.norm("k_norm", k, "head_dim")
@@ -356,7 +191,30 @@ class Block(nn.Module):
             sinks=self.sinks(),
             selected=select is not None,
         )
-        return self.linear("o_proj", mixed.reshape(b, t, spec.heads * spec.head_dim)), cache, stacked
+        mixed = mixed.reshape(b, t, spec.heads * spec.head_dim)
+        mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate)
+        return self.linear("o_proj", mixed), cache, stacked
+
+    @nn.nowrap
+    def gate(self, q: Array) -> tuple[Array, Array | None]:
+        """Queries [B, T, H, Dh] from q_proj's result, and what gates attention's result, [B, T, H·Dh]; None where nothing does."""
+        spec = self.spec
+        if not spec.gated_attention:
+            return q.reshape(*q.shape[:2], spec.heads, spec.head_dim), None
+        both = q.reshape(*q.shape[:2], spec.heads, 2, spec.head_dim)
+        return both[:, :, :, 0], both[:, :, :, 1].reshape(*q.shape[:2], spec.heads * spec.head_dim)
+
+    def recurrent(self, x: Array, state: Any, select: SelectTokens | None) -> tuple[Array, Any, Any]:
+        """A recurrent layer. In prefill the state behind the prompt is the layer's output, in decoding the new cache."""
+        assert self.recurrence is not None
+        weights = Weights(("taps", "bias"), name="short_conv")()
+        if self.kind == "conv":
+            mixed, new = short_conv(self.recurrence, self.linear, weights, x, state, select)
+        else:
+            weights |= Weights(("rate", "offset"), name="decay")()
+            norm = RMSNorm(self.spec.norm_eps, 0.0, self.layout, "head_dim", name="delta_norm")
+            mixed, new = linear_attention(self.spec, self.recurrence, self.linear, norm, weights, x, state, select)
+        return (mixed, None, new) if state is None else (mixed, new, None)
 
     def sinks(self) -> Array | None:
         """The attention sinks [K, R] of this layer, float32; None where the model has none."""
@@ -375,6 +233,7 @@ class Block(nn.Module):
 
     def feed_forward(self, x: Array) -> Array:
         names = ("router", *EXPERT_LINEARS) if self.spec.experts else ("gate_proj", "up_proj", "down_proj")
+        names += ("shared_router", *SHARED_LINEARS) if self.spec.shared_ffw else ()
         if not self.spec.experts and self.has_variable("params", "gate_up_proj"):
             names = ("gate_up_proj", "down_proj")
         weights = {name: LinearWeights(name=name)() for name in names}
@@ -400,7 +259,8 @@ class Block(nn.Module):
         """The feed-forward from its weights, with gate and up joined or not."""
         spec, options = self.spec, (self.lora_scale, self.implementation, self.layout)
         if spec.experts:
-            return mix_experts(spec, x, weights, *options)
+            mixed = mix_experts(spec, x, {name: weights[name] for name in ("router", *EXPERT_LINEARS)}, *options)
+            return mixed if not spec.shared_ffw else mixed + self.shared(weights, x)
 
         def linear(name: str, x: Array) -> Array:
             return linear_product(x, weights[name], LINEAR_AXES[JOINED[name][0] if name in JOINED else name], *options)
@@ -410,3 +270,15 @@ class Block(nn.Module):
         else:
             gate, up = linear("gate_proj", x), linear("up_proj", x)
         return linear("down_proj", gated(spec, gate, up))
+
+    @nn.nowrap
+    def shared(self, weights: dict[str, Any], x: Array) -> Array:
+        """The feed-forward that every token has next to its experts, times a sigmoid of its own."""
+        options = (self.lora_scale, self.implementation, self.layout)
+
+        def linear(name: str, x: Array) -> Array:
+            axes = ("embed", None) if name == "shared_router" else LINEAR_AXES[name]
+            return linear_product(x, weights[name], axes, *options)
+
+        gate, up, down = SHARED_LINEARS
+        return jax.nn.sigmoid(linear("shared_router", x)) * linear(down, gated(self.spec, linear(gate, x), linear(up, x)))

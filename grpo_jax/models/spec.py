@@ -15,12 +15,15 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from grpo_jax.config import ConfigError, RolloutConfig
+from grpo_jax.models.layer_kinds import DELTA_LINEARS, FUSED_DELTA_LINEARS, Kind, layers_with
 from grpo_jax.models.rope import Rope
 from grpo_jax.types import Params
 
 __all__ = [
     "EXPERT_LINEARS",
     "LINEAR_AXES",
+    "ROUTERS",
+    "SHARED_LINEARS",
     "ModelError",
     "ModelSpec",
     "ParamSpec",
@@ -46,6 +49,7 @@ class ModelSpec:
     Attributes:
         ffw: width of the feed-forward; with experts, of one expert.
         tied: the embedding matrix is the output head too.
+        kinds: per layer, what mixes its tokens (`layer_kinds.Kind`); () is attention in every layer.
         windows: per layer, the number of positions that a query sees, its own included; None sees all.
         ropes: the rotary embeddings in use; `rope_of_layer` gives the index of each layer's.
         query_scale: factor of q before q·k.
@@ -60,9 +64,16 @@ class ModelSpec:
         logit_scale: factor of the logits.
         attention_softcap, final_softcap: c·tanh(x / c) of attention scores and of logits; None is off.
         sinks: attention's softmax has one more score, the same for all queries of a head, whose value is 0.
+        conv_kernel: tokens that a short convolution sees, its own included.
+        conv_bias: biases of gated short convolutions and of their projections.
+        delta_key_heads, delta_heads: of linear attention: heads of queries and keys, and of values, a multiple of them.
+        delta_key_dim, delta_value_dim: elements of a head of these.
+        delta_fused: its inputs are `FUSED_DELTA_LINEARS`.
+        gated_attention: attention's result is multiplied by a sigmoid, whose argument q_proj computes behind each head's query.
         swiglu_alpha, swiglu_limit: of the activation `swiglu_clamped`, see `gating.gated`.
         experts: experts in every layer, of which a router selects `experts_per_token` for each token; 0 is a dense feed-forward.
         norm_topk_prob: the router's weights of the selected experts are divided by their sum.
+        shared_ffw: width of a feed-forward that every token has next to its experts, times a sigmoid; 0 is none.
         dtype: dtype of the weights that config.json names.
         init_std: standard deviation of random initial weights.
 
@@ -85,6 +96,7 @@ class ModelSpec:
     ropes: tuple[Rope, ...]
     rope_of_layer: tuple[int, ...]
     query_scale: float
+    kinds: tuple[Kind, ...] = ()
     rotated_dims: int | None = None
     interleaved_rope: bool = False
     activation: Literal["silu", "gelu_tanh", "swiglu_clamped"] = "silu"
@@ -104,9 +116,18 @@ class ModelSpec:
     attention_softcap: float | None = None
     final_softcap: float | None = None
     sinks: bool = False
+    conv_kernel: int = 0
+    conv_bias: bool = False
+    delta_key_heads: int = 0
+    delta_heads: int = 0
+    delta_key_dim: int = 0
+    delta_value_dim: int = 0
+    delta_fused: bool = False
+    gated_attention: bool = False
     experts: int = 0
     experts_per_token: int = 0
     norm_topk_prob: bool = True
+    shared_ffw: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     init_std: float = 0.02
 
@@ -114,6 +135,40 @@ class ModelSpec:
     def rotated(self) -> int:
         """Dimensions of a head that are rotated."""
         return self.head_dim if self.rotated_dims is None else self.rotated_dims
+
+    @property
+    def layer_kinds(self) -> tuple[Kind, ...]:
+        """What mixes the tokens of each layer."""
+        return self.kinds or ("attention",) * self.layers
+
+    @property
+    def attention_layers(self) -> int:
+        """Layers with keys and values."""
+        return self.layer_kinds.count("attention")
+
+    @property
+    def recurrent_layers(self) -> int:
+        """Layers with a recurrent state."""
+        return self.layers - self.attention_layers
+
+    def layers_with(self, part: str) -> tuple[int, ...]:
+        """The layers that have a linear layer, a norm or another part of this name."""
+        return layers_with(self.layer_kinds, part)
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels of a layer's short convolution."""
+        return 2 * self.delta_keys + self.delta_values if self.delta_heads else self.width
+
+    @property
+    def delta_keys(self) -> int:
+        """Elements of all queries, or of all keys, of a token in linear attention."""
+        return self.delta_key_heads * self.delta_key_dim
+
+    @property
+    def delta_values(self) -> int:
+        """Elements of all values of a token in linear attention."""
+        return self.delta_heads * self.delta_value_dim
 
     @property
     def max_length(self) -> int | None:
@@ -138,36 +193,71 @@ class ModelSpec:
         longest = rollout.max_prompt_length + rollout.max_completion_length
         self.check_length(longest, "rollout.max_prompt_length + rollout.max_completion_length")
 
+    def check_episodes(self) -> None:
+        """Raises ConfigError where the model cannot read tokens in the middle of a completion, as episodes of several turns do."""
+        if self.recurrent_layers:
+            raise ConfigError(
+                f"environment: {self.family} has {self.recurrent_layers} recurrent layers, whose state in the middle of a "
+                "completion is not stored, so there are no episodes of several turns: leave out environment and tools, or take "
+                "another model"
+            )
+
+    def state_bytes(self, itemsize: int) -> int:
+        """Bytes of the recurrent states of one sequence; 0 without recurrent layers.
+
+        Args:
+            itemsize: bytes of an element of the hidden states.
+        """
+        inputs = max(0, self.conv_kernel - 1) * self.conv_channels * itemsize
+        return self.recurrent_layers * (inputs + 4 * self.delta_heads * self.delta_key_dim * self.delta_value_dim)
+
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(in, out) of each linear layer of a block; with experts, those of the feed-forward are of one expert."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "q_proj": (self.width, q),
+        linear_attention = "delta" in self.layer_kinds
+        shapes = {
+            "q_proj": (self.width, 2 * q if self.gated_attention else q),
             "k_proj": (self.width, kv),
             "v_proj": (self.width, kv),
             "o_proj": (q, self.width),
+            "in_proj": (self.width, 3 * self.width),
+            "out_proj": (self.delta_values if linear_attention else self.width, self.width),
+            "in_proj_qkv": (self.width, self.conv_channels),
+            "in_proj_z": (self.width, self.delta_values),
+            "in_proj_b": (self.width, self.delta_heads),
+            "in_proj_a": (self.width, self.delta_heads),
+            "in_proj_qkvz": (self.width, self.conv_channels + self.delta_values),
+            "in_proj_ba": (self.width, 2 * self.delta_heads),
             "gate_proj": (self.width, self.ffw),
             "up_proj": (self.width, self.ffw),
             "down_proj": (self.ffw, self.width),
+            "shared_gate_proj": (self.width, self.shared_ffw),
+            "shared_up_proj": (self.width, self.shared_ffw),
+            "shared_down_proj": (self.shared_ffw, self.width),
         }
+        absent = (DELTA_LINEARS if self.delta_fused else FUSED_DELTA_LINEARS) + (() if self.shared_ffw else SHARED_LINEARS)
+        return {name: shape for name, shape in shapes.items() if self.layers_with(name) and name not in absent}
 
     def linear_axes(self, linear: str) -> tuple[str | None, str | None]:
         """Logical axes of a linear layer's (in, out). With experts `ffw` is not sharded, because the experts are."""
         rows, columns = LINEAR_AXES[linear]
-        if not self.experts:
+        if not self.experts or linear not in EXPERT_LINEARS:
             return rows, columns
         return None if rows == "ffw" else rows, None if columns == "ffw" else columns
 
     def stack_dims(self, linear: str) -> tuple[tuple[int, ...], tuple[str, ...]]:
         """Sizes and logical axes of the dimensions in front of a linear layer's (in, out): [L], or [L, E] for experts."""
+        layers = len(self.layers_with(linear))
         if self.experts and linear in EXPERT_LINEARS:
-            return (self.layers, self.experts), ("layers", "experts")
-        return (self.layers,), ("layers",)
+            return (layers, self.experts), ("layers", "experts")
+        return (layers,), ("layers",)
 
     def has_bias(self, linear: str) -> bool:
         """Whether a linear layer adds a bias."""
         if linear in ("q_proj", "k_proj", "v_proj"):
             return self.qkv_bias
+        if linear in ("in_proj", "out_proj"):
+            return self.conv_bias
         return self.output_bias if linear == "o_proj" else self.mlp_bias
 
 
@@ -186,16 +276,22 @@ class ParamSpec:
     constant: float = 0.0
 
 
-LINEAR_AXES: dict[str, tuple[str, str]] = {
+LINEAR_AXES: dict[str, tuple[str | None, str | None]] = {
     "q_proj": ("embed", "heads"),
     "k_proj": ("embed", "kv_heads"),
     "v_proj": ("embed", "kv_heads"),
     "o_proj": ("heads", "embed"),
+    "in_proj": ("embed", None),
+    "out_proj": (None, "embed"),
+    **dict.fromkeys((*DELTA_LINEARS, *FUSED_DELTA_LINEARS), ("embed", None)),
     "gate_proj": ("embed", "ffw"),
     "up_proj": ("embed", "ffw"),
     "down_proj": ("ffw", "embed"),
+    "shared_gate_proj": ("embed", "ffw"),
+    "shared_up_proj": ("embed", "ffw"),
+    "shared_down_proj": ("ffw", "embed"),
 }
-"""Logical axes of each linear layer's (in, out)."""
+"""Logical axes of each linear layer's (in, out). Recurrent layers are not sharded over heads: each device computes them whole."""
 
 QK_NORM_AXES = {"q_norm": "heads", "k_norm": "kv_heads"}
 """Logical axes of the scales of norms over all heads together."""
@@ -203,12 +299,18 @@ QK_NORM_AXES = {"q_norm": "heads", "k_norm": "kv_heads"}
 EXPERT_LINEARS = ("gate_proj", "up_proj", "down_proj")
 """Linear layers that exist once per expert in a mixture of experts."""
 
+SHARED_LINEARS = ("shared_gate_proj", "shared_up_proj", "shared_down_proj")
+"""Linear layers of the expert that every token has."""
+
+ROUTERS = ("router", "shared_router")
+"""What selects and weights experts: without adapters, never quantised."""
+
 
 def param_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
     """Describes every parameter of a model, by its path in the tree.
 
     This table is the only description of the parameters: initial values, abstract trees, shardings, tensor names and parameter
-    counts follow from it. Parameters of layers are stacked: their dimension 0 is L.
+    counts follow from it. Parameters of layers are stacked: their dimension 0 is L, the layers that have them.
     """
     norm_start = 1.0 - spec.norm_offset
     table: dict[tuple[str, ...], ParamSpec] = {
@@ -227,8 +329,14 @@ def param_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
         table["layers", "router", "kernel"] = ParamSpec(router, ("layers", "embed", None), spec.init_std)
         if spec.mlp_bias:
             table["layers", "router", "bias"] = ParamSpec((spec.layers, spec.experts), ("layers", None))
+    if spec.shared_ffw:
+        table["layers", "shared_router", "kernel"] = ParamSpec(
+            (spec.layers, spec.width, 1), ("layers", "embed", None), spec.init_std
+        )
+    attention = spec.attention_layers
     if spec.sinks:
-        table["layers", "sinks", "logit"] = ParamSpec((spec.layers, spec.heads), ("layers", "heads"), spec.init_std)
+        table["layers", "sinks", "logit"] = ParamSpec((attention, spec.heads), ("layers", "heads"), spec.init_std)
+    table |= recurrent_specs(spec)
     norms = (["attn_norm", "ffw_norm"] if spec.pre_norm else []) + (["post_attn_norm", "post_ffw_norm"] if spec.sandwich else [])
     for name in norms:
         table["layers", name, "scale"] = ParamSpec((spec.layers, spec.width), ("layers", "embed"), constant=norm_start)
@@ -236,7 +344,23 @@ def param_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
         for name, heads in (("q_norm", spec.heads), ("k_norm", spec.kv_heads)):
             axis, size = QK_NORM_AXES[name], heads * spec.head_dim
             size, axis = (size, axis) if spec.joint_qk_norm else (spec.head_dim, "head_dim")
-            table["layers", name, "scale"] = ParamSpec((spec.layers, size), ("layers", axis), constant=norm_start)
+            table["layers", name, "scale"] = ParamSpec((attention, size), ("layers", axis), constant=norm_start)
+    return table
+
+
+def recurrent_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
+    """Describes what recurrent layers have besides linear layers. Taps have the shape that files have, [L, C, 1, K]."""
+    table: dict[tuple[str, ...], ParamSpec] = {}
+    if convolutions := len(spec.layers_with("short_conv")):
+        taps = (convolutions, spec.conv_channels, 1, spec.conv_kernel)
+        table["layers", "short_conv", "taps"] = ParamSpec(taps, ("layers", None, None, None), spec.init_std)
+        if spec.conv_bias:
+            table["layers", "short_conv", "bias"] = ParamSpec((convolutions, spec.conv_channels), ("layers", None))
+    if spec.delta_heads:
+        heads = (convolutions, spec.delta_heads)
+        table["layers", "decay", "rate"] = ParamSpec(heads, ("layers", None))
+        table["layers", "decay", "offset"] = ParamSpec(heads, ("layers", None), constant=1.0)
+        table["layers", "delta_norm", "scale"] = ParamSpec((convolutions, spec.delta_value_dim), ("layers", None), constant=1.0)
     return table
 
 
@@ -244,11 +368,12 @@ def lora_specs(spec: ModelSpec, rank: int, targets: tuple[str, ...]) -> dict[tup
     """Describes every LoRA matrix, by its path: `a` is [L, in, r] and `b` is [L, r, out], for experts [L, E, ...].
 
     This table is the only description of their shapes and axes; `weights.lora.init_lora` gives the initial values. The router has
-    no adapter.
+    no adapter. Targets that the model has no layer of are left out.
     """
     table: dict[tuple[str, ...], ParamSpec] = {}
-    for name in targets:
-        rows, columns = spec.linear_shapes()[name]
+    shapes = spec.linear_shapes()
+    for name in (name for name in targets if name in shapes):
+        rows, columns = shapes[name]
         (stack, stack_axes), axes = spec.stack_dims(name), spec.linear_axes(name)
         table["layers", name, "a"] = ParamSpec((*stack, rows, rank), (*stack_axes, axes[0], None))
         table["layers", name, "b"] = ParamSpec((*stack, rank, columns), (*stack_axes, None, axes[1]))

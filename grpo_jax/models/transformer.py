@@ -17,7 +17,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from grpo_jax.models.layer_kinds import Kind, Run
 from grpo_jax.models.layers import LAYER_INPUT, LAYER_MIDDLE, Attend, Block, RMSNorm, SelectTokens
+from grpo_jax.models.mixed_layers import ApplyLayer, LayerCaches, run_mixed_layers
+from grpo_jax.models.recurrent import Recurrence
 from grpo_jax.models.rope import rope_tables
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.sharding import GATHERED, Layout
@@ -71,6 +74,7 @@ class Transformer(nn.Module):
         cache: Any = None,
         per_layer: Any = None,
         select: SelectTokens | None = None,
+        recurrence: Recurrence | None = None,
     ) -> tuple[Float[Array, "B W D"], Any, Any]:
         """Runs the decoder.
 
@@ -78,12 +82,16 @@ class Transformer(nn.Module):
             ids: token ids.
             positions: position of each token in its own sequence, from 0.
             attend: attention of one layer, which decides what a query sees; see `layers.Attend`.
-            cache: carried from layer to layer; where unrolled, a tuple with each layer's own.
-            per_layer: passed to each layer's `attend`: a pytree with a leading L axis, or a tuple of L where unrolled.
+            cache: carried from layer to layer; where unrolled, a tuple with each layer's own. With recurrent layers that are not
+                unrolled, `LayerCaches`.
+            per_layer: passed to each layer's `attend`: a pytree with a leading axis of the layers with attention, or a tuple of L
+                where unrolled.
             select: picks the W tokens whose hidden states are returned; None returns all T.
+            recurrence: the mixing of tokens in recurrent layers; None where the model has none.
 
         Returns:
-            Hidden states after the final norm, the cache, and the layers' outputs, stacked or as tuples where unrolled.
+            Hidden states after the final norm, the cache, and the layers' outputs, stacked or as tuples where unrolled. With
+            recurrent layers the stacks are those of `LayerCaches`.
         """
         x = Embedding(self.layout, name="embed")(ids).astype(self.dtype)
         x = x * jnp.asarray(self.spec.embed_scale, self.dtype)
@@ -91,24 +99,31 @@ class Transformer(nn.Module):
         # Logits are linear in the norm's result, so their factor is the norm's.
         norm = RMSNorm(self.spec.norm_eps, self.spec.norm_offset, self.layout, factor=self.spec.logit_scale, name="final_norm")
         if self.unrolled:
-            x, cache, outputs = self.run_unrolled(x, rope, attend, cache, per_layer, select)
+            x, cache, outputs = self.run_unrolled(x, rope, (attend, recurrence), cache, per_layer, select)
             return norm(x), cache, outputs
-        x, cache, outputs = self.run_scanned(x, rope, attend, cache, per_layer)
+        if self.spec.recurrent_layers:
+            x, cache, outputs = self.run_mixed(x, rope, (attend, recurrence), cache, per_layer)
+        else:
+            x, cache, outputs = self.run_scanned(x, rope, attend, cache, per_layer)
         x = norm(x)
         return x if select is None else select(x), cache, outputs
 
-    def block(self, kind: Any, attend: Attend, name: str) -> Any:
+    @nn.nowrap
+    def block(self, module: Any, attend: Attend, **others: Any) -> Any:
         """Instantiates `Block`, or `Block` under scan or remat."""
         rows = 1 if self.layout is None else self.layout.rows
         feed_tokens = None if self.remat == "none" else FEED_TOKENS * rows
-        return kind(self.spec, attend, self.lora_scale, self.implementation, self.layout, feed_tokens, name=name)
+        return module(self.spec, attend, self.lora_scale, self.implementation, self.layout, feed_tokens, **others)
+
+    @property
+    def saves_all(self) -> bool:
+        """Whether the backward pass recomputes nothing: with fsdp it gathers weights again."""
+        return self.remat == "none" and not (self.layout is not None and self.layout.mesh.shape["fsdp"] > 1)
 
     def run_scanned(self, x: Array, rope: Any, attend: Attend, cache: Any, per_layer: Any) -> tuple[Array, Any, Any]:
         """All layers as one scan over stacked variables: compile time does not grow with depth."""
         spec = self.spec
-        gathers = self.layout is not None and self.layout.mesh.shape["fsdp"] > 1
-        saves_all = self.remat == "none" and not gathers
-        block = Block if saves_all else nn.remat(Block, prevent_cse=False, policy=remat_policy(self.remat))
+        block = Block if self.saves_all else nn.remat(Block, prevent_cse=False, policy=remat_policy(self.remat))
         per_layer_then_all: Any = (0, nn.broadcast)
         scanned = nn.scan(
             block,
@@ -119,21 +134,58 @@ class Transformer(nn.Module):
         )
         layer = {
             "number": jnp.arange(spec.layers, dtype=jnp.int32),
-            "window": jnp.array([NO_WINDOW if w is None else w for w in spec.windows], jnp.int32),
+            "window": self.windows,
             "rope": jnp.array(spec.rope_of_layer, jnp.int32),
             "per_layer": per_layer,
         }
-        (x, cache), outputs = self.block(scanned, attend, "layers")((x, cache), layer, rope)
+        (x, cache), outputs = self.block(scanned, attend, name="layers")((x, cache), layer, rope)
         return x, cache, outputs
 
+    @property
+    def windows(self) -> Int[Array, "L"]:
+        """The window of each layer."""
+        return jnp.array([NO_WINDOW if window is None else window for window in self.spec.windows], jnp.int32)
+
+    def run_mixed(
+        self, x: Array, rope: Any, mixers: tuple[Attend, Recurrence | None], cache: LayerCaches | None, per_layer: Any
+    ) -> tuple[Array, LayerCaches, LayerCaches]:
+        """All layers of a model with several kinds of them, as a few loops; see `run_mixed_layers`."""
+        names = [name for name in ("params", "lora") if self.has_variable(name, "layers")]
+        variables = {name: dict(self.get_variable(name, "layers")) for name in names}
+        attend, recurrence = mixers
+
+        def apply_layer(run: Run) -> ApplyLayer:
+            def apply(kind: Kind, own: Params, carry: tuple[Array, Any], layer: dict[str, Any]) -> Any:
+                block = self.block(Block, attend, kind=kind, recurrence=recurrence, parent=None)
+
+                def of_layer(own: Params, carry: tuple[Array, Any], layer: dict[str, Any], rope: Any) -> Any:
+                    return block.apply(own, carry, layer, rope)
+
+                if not self.saves_all:
+                    # A loop of one iteration may become none, in which recomputing needs a barrier.
+                    of_layer = jax.checkpoint(of_layer, prevent_cse=run.count == 1, policy=remat_policy(self.remat))
+                return of_layer(own, carry, layer, rope)
+
+            return apply
+
+        caches = LayerCaches() if cache is None else cache
+        frozen = "lora" in variables or (recurrence is not None and recurrence.inference)
+        return run_mixed_layers(self.spec, variables, apply_layer, x, caches, per_layer, self.windows, frozen=frozen)
+
     def run_unrolled(
-        self, x: Array, rope: Any, attend: Attend, cache: Any, per_layer: Any, select: SelectTokens | None
+        self,
+        x: Array,
+        rope: Any,
+        mixers: tuple[Attend, Recurrence | None],
+        cache: Any,
+        per_layer: Any,
+        select: SelectTokens | None,
     ) -> tuple[Array, tuple[Any, ...], tuple[Any, ...]]:
         """Runs the layers in a Python loop. In the last layer, tokens that are not in `select` give only keys and values.
 
         For CPUs, where a scan copies each layer's weights and, in training, its saved activations.
         """
-        spec = self.spec
+        spec, (attend, recurrence) = self.spec, mixers
         caches, outputs = [], []
         for number in range(spec.layers):
             window = spec.windows[number]
@@ -145,7 +197,8 @@ class Transformer(nn.Module):
             }
             carry = (x, None if cache is None else cache[number])
             last = number == spec.layers - 1
-            (x, own), output = self.block(Block, attend, f"layers_{number}")(carry, layer, rope, select if last else None)
+            block = self.block(Block, attend, kind=spec.layer_kinds[number], recurrence=recurrence, name=f"layers_{number}")
+            (x, own), output = block(carry, layer, rope, select if last else None)
             caches.append(own)
             outputs.append(output)
         return x, tuple(caches), tuple(outputs)
@@ -154,19 +207,23 @@ class Transformer(nn.Module):
 def forward(model: Transformer, variables: Params, *args: Any, **kwargs: Any) -> tuple[Float[Array, "B W D"], Any, Any]:
     """`model.apply` to variables in either form: stacked layers are split first where the model runs unrolled."""
     if model.unrolled and "layers" in variables["params"]:
-        variables = split_layers(variables)
+        variables = split_layers(model.spec, variables)
     out: Any = model.apply(variables, *args, **kwargs)
     return out
 
 
-def split_layers(variables: Params) -> Params:
+def split_layers(spec: ModelSpec, variables: Params) -> Params:
     """Stacked `layers` as one entry a layer: `layers_0`, `layers_1`, ..., which is how an unrolled model names its layers."""
 
     def split(layers: Params) -> list[Params]:
-        leaves, tree = jax.tree.flatten(layers)
-        # Split, not indexed: the gradient of a split is one concatenation, that of indexing a sum of L padded arrays.
-        parts = [[jnp.squeeze(part, 0) for part in jnp.split(leaf, leaf.shape[0])] for leaf in leaves]
-        return [jax.tree.unflatten(tree, own) for own in zip(*parts, strict=True)]
+        entries: list[Params] = [{} for _ in range(spec.layers)]
+        for part, own in layers.items():
+            leaves, tree = jax.tree.flatten(own)
+            # Split, not indexed: the gradient of a split is one concatenation, that of indexing a sum of L padded arrays.
+            parts = [[jnp.squeeze(piece, 0) for piece in jnp.split(leaf, leaf.shape[0])] for leaf in leaves]
+            for number, pieces in zip(spec.layers_with(part), zip(*parts, strict=True), strict=True):
+                entries[number][part] = jax.tree.unflatten(tree, pieces)
+        return entries
 
     return {
         name: {key: value for key, value in tree.items() if key != "layers"}

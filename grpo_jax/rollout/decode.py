@@ -18,10 +18,12 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from grpo_jax.models.recurrent import TokenRecurrence
 from grpo_jax.models.transformer import Transformer, forward, head_matrix
 from grpo_jax.rollout.kv_cache import SlotMap, constrain_cache, decode_attend, empty_past_block
 from grpo_jax.rollout.prefill import PrefilledPrompts, gather_by_prompt_slot
 from grpo_jax.rollout.sampling import Drawn, SamplingControls, sample_token
+from grpo_jax.rollout.states import constrain_states, join_caches, split_caches
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params
 from grpo_kernels.ops.decode_attention import chosen
@@ -98,10 +100,12 @@ class DecodeState:
 
     Attributes:
         step: tokens of this segment whose keys and values are in `segment_cache`.
+        states: recurrent states of the slots; None where the model has none.
     """
 
     step: Int[Array, ""]
     segment_cache: Any
+    states: Any
     tokens: SegmentTokens
 
 
@@ -181,8 +185,9 @@ def layer_inputs(model: Transformer, prompts: PrefilledPrompts, past_blocks: tup
     """Returns prefix and past blocks as `per_layer` of the model and `all_layers` of `decode_attend`; one of them is None."""
     if model.unrolled:
         first = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
-        layers = range(model.spec.layers)
-        return [(first(prompts.cache[i]), tuple(first(past_block[i]) for past_block in past_blocks)) for i in layers], None
+        layers = range(model.spec.attention_layers)
+        each = iter([(first(prompts.cache[i]), tuple(first(past_block[i]) for past_block in past_blocks)) for i in layers])
+        return [next(each) if kind == "attention" else None for kind in model.spec.layer_kinds], None
     caches = (prompts.cache, past_blocks)
     # Kernels take all layers together: a slice passed to one would be a copy. So would be a slice of a past block that
     # attention then skips.
@@ -199,17 +204,19 @@ def decode_segment(
     slots: SlotState,
     table: Int[Array, "B M"] | None,
     controls: SamplingControls,
+    states: Any = None,
     *,
     length: int,
-) -> tuple[SegmentTokens, Any]:
+) -> tuple[SegmentTokens, Any, Any]:
     """Decodes up to `length` tokens of every slot; slots that begin also draw their first token. Ends early when all are done.
 
     Args:
         past_blocks: the slots' past, one block after the other; blocks behind the longest past may be left out.
         table: each prompt slot's slots; None where slot = prompt slot · M + slot index, and all slots begin together.
+        states: recurrent states of all slots (`states.py`); None where the model has none.
 
     Returns:
-        The tokens, and their keys and values in the structure of a past block, for `write_segment`.
+        The tokens, their keys and values in the structure of a past block, for `write_segment`, and the states behind them.
     """
     s, layout, unroll = slots.base.shape[0], model.layout, model.unrolled
     slot_map = None if table is None else SlotMap(slots.prompt_slots, table, slots.slot_indices)
@@ -222,11 +229,15 @@ def decode_segment(
         options: Any = {"all_layers": all_layers, "implementation": model.implementation, "layout": layout}
         attend = decode_attend(model.spec, prompts.lengths, slots.base, state.step, slot_map, **options)
         cache = state.segment_cache if all_layers is None else (state.segment_cache, zero)
-        hidden, cache, _ = forward(model, variables, ids, positions[:, None], attend, cache, per_layer)
+        caches = join_caches(model.spec, cache, state.states, unroll=unroll)
+        more: Any = {} if states is None else {"recurrence": TokenRecurrence(layout)}
+        hidden, caches, _ = forward(model, variables, ids, positions[:, None], attend, caches, per_layer, **more)
+        cache, new_states = split_caches(model.spec, caches, unroll=unroll)
         segment_cache = cache if all_layers is None else cache[0]
         column = state.step + 1
         drawn = sample(hidden[:, 0], column)
-        return DecodeState(column, segment_cache, record_tokens(state.tokens, drawn, column, ~state.tokens.done, slots, stop_ids))
+        recorded = record_tokens(state.tokens, drawn, column, ~state.tokens.done, slots, stop_ids)
+        return DecodeState(column, segment_cache, new_states, recorded)
 
     zero, tokens = jnp.int32(0), empty_tokens(slots, length)
 
@@ -239,9 +250,9 @@ def decode_segment(
     segment_cache = empty_past_block(model.spec, model.dtype, s, length, kv_dtype=kv_dtype, unroll=unroll, layout=layout)
     # When unrolled (CPU) the layer axis is dropped: a reshape between the write in place and the matrix product would copy.
     segment_cache = jax.tree.map(lambda x: x[0], segment_cache) if unroll else segment_cache
-    state = DecodeState(zero, segment_cache, first_tokens)
+    state = DecodeState(zero, segment_cache, states, first_tokens)
     state = jax.lax.while_loop(lambda x: (x.step < length) & ~jnp.all(x.tokens.done), body, state)
     segment_cache = jax.tree.map(lambda x: x[None], state.segment_cache) if unroll else state.segment_cache
     # Every process needs all tokens, because each runs the same schedule.
     all_tokens = state.tokens if layout is None else jax.tree.map(layout.constrain, state.tokens)
-    return all_tokens, constrain_cache(layout, segment_cache)
+    return all_tokens, constrain_cache(layout, segment_cache), constrain_states(layout, state.states)

@@ -20,6 +20,7 @@ from grpo_jax.rollout.prefill import prefill
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.sampling import controls_of
 from grpo_jax.rollout.shapes import RolloutShapes
+from grpo_jax.rollout.states import begin_states
 from grpo_jax.rollout.weights import prepared_shapes
 from grpo_jax.runtime.compile_ahead import FutureCall
 from grpo_jax.runtime.memory import least_free_bytes
@@ -66,8 +67,12 @@ def rollout_calls(sampler: Sampler, variables: Params, rollout: RolloutConfig, s
     static = {"kv_dtype": kv_dtype}
     for width in shapes.widths:
         prompts = prefilled(*token_ids(sizes.prompt_slots, width))
+        states = placed(jax.eval_shape(begin_states, None, prompts.states, number, flag))
+        if states is not None:
+            for before in (None, states):
+                calls.append(FutureCall(sampler.begin_states, (before, prompts.states, number, flag)))
         for level in levels:
-            arguments = (weights, prompts, past_blocks[:level], slots, table, controls)
+            arguments = (weights, prompts, past_blocks[:level], slots, table, controls, states)
             calls.append(FutureCall(sampler.decode_segment, arguments, {"length": sizes.segment}))
         calls.append(FutureCall(sampler.prefill, (weights, *token_ids(sizes.prompt_slots, width)), static))
         if not sizes.fixed:  # prompts that come later, one at a time

@@ -110,9 +110,14 @@ def empty_cache(shape: tuple[int, ...], dtype: Any, *, kv_dtype: str, transposed
 def empty_past_block(
     spec: ModelSpec, dtype: Any, slots: int, tokens: int, *, kv_dtype: str, unroll: bool, layout: Layout | None = None
 ) -> Any:
-    """Makes a past block of zeros: one `KVCache` [L, S, K, X, Dh], or where unrolled a tuple of L, each [1, S, K, X, Dh]."""
-    shape = (1 if unroll else spec.layers, slots, spec.kv_heads, tokens, spec.head_dim)
-    blocks = tuple(empty_cache(shape, dtype, kv_dtype=kv_dtype, transposed=unroll) for _ in range(spec.layers if unroll else 1))
+    """Makes a past block of zeros of the L layers with attention.
+
+    Returns:
+        One `KVCache` [L, S, K, X, Dh], or where unrolled a tuple of L, each [1, S, K, X, Dh].
+    """
+    layers = spec.attention_layers
+    shape = (1 if unroll else layers, slots, spec.kv_heads, tokens, spec.head_dim)
+    blocks = tuple(empty_cache(shape, dtype, kv_dtype=kv_dtype, transposed=unroll) for _ in range(layers if unroll else 1))
     return constrain_cache(layout, blocks if unroll else blocks[0])
 
 

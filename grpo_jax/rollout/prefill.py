@@ -14,10 +14,13 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from grpo_jax.models.attention import prefill_attend, select_last
+from grpo_jax.models.recurrent import packed_recurrence
 from grpo_jax.models.transformer import Transformer, forward
 from grpo_jax.rollout.kv_cache import cache_spec, constrain_cache, to_cache
+from grpo_jax.rollout.states import constrain_states, split_caches
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params
+from grpo_kernels import prompt_ranges
 
 __all__ = ["PrefilledPrompts", "gather_by_prompt_slot", "insert_prompts", "prefill"]
 
@@ -27,20 +30,22 @@ class PrefilledPrompts:
     """Prompts that have been computed, one per prompt slot; on a mesh the prompt slots of every row shard.
 
     Attributes:
-        cache: keys and values of all layers, [L, B, K, P, Dh]; where unrolled a tuple of L, each [1, B, K, P, Dh].
+        cache: keys and values of all layers with attention, [L, B, K, P, Dh]; where unrolled a tuple of L, each [1, B, K, P, Dh].
         lengths: tokens of each prompt.
         hidden: hidden state at each prompt's last token.
+        states: recurrent states behind each prompt (`states.py`); None where the model has none.
     """
 
     cache: Any
     lengths: Int[Array, "B"]
     hidden: Float[Array, "B D"]
+    states: Any = None
 
 
 def prefill(
     model: Transformer, variables: Params, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], *, kv_dtype: str
 ) -> PrefilledPrompts:
-    """Runs the model on prompts; returns their KV cache and the hidden state of each last token.
+    """Runs the model on prompts; returns their KV cache, recurrent states and the hidden state of each last token.
 
     Args:
         variables: the decoding weights; see `weights.prepare_weights`.
@@ -52,13 +57,22 @@ def prefill(
     b, p = prompts.shape
     positions = jnp.broadcast_to(jnp.arange(p, dtype=jnp.int32)[None, :], (b, p))
     attend = prefill_attend(model, lengths, p)
-    hidden, _, stacked = forward(model, variables, prompts, positions, attend, select=select_last(lengths))
+    recurrence = packed_recurrence(
+        model.spec,
+        prompt_ranges(lengths, p),
+        prompts=False,
+        layout=layout,
+        implementation=model.implementation,
+        lengths=lengths,
+    )
+    hidden, _, outputs = forward(model, variables, prompts, positions, attend, select=select_last(lengths), recurrence=recurrence)
+    stacked, states = split_caches(model.spec, outputs, unroll=model.unrolled)
     last = hidden[:, 0] if layout is None else layout.constrain(hidden[:, 0], "rows", None)
     if not model.unrolled:
         cache: Any = to_cache(*stacked, kv_dtype=kv_dtype)
     else:
         cache = tuple(to_cache(k[None], v[None], kv_dtype=kv_dtype, transposed=True) for k, v in stacked)
-    return PrefilledPrompts(constrain_cache(layout, cache), lengths, last)
+    return PrefilledPrompts(constrain_cache(layout, cache), lengths, last, constrain_states(layout, states))
 
 
 def insert_prompts(
@@ -73,16 +87,16 @@ def insert_prompts(
     if layout is not None:
         each = prefilled_spec(layout)
         return layout.local(insert_prompts, (each, each, layout.spec("prompts")), each)(prompts, new, prompt_slots)
-    cache = jax.tree.map(lambda old, x: old.at[:, prompt_slots].set(x), prompts.cache, new.cache)
-    return PrefilledPrompts(
-        cache, prompts.lengths.at[prompt_slots].set(new.lengths), prompts.hidden.at[prompt_slots].set(new.hidden)
-    )
+    by_layer = (prompts.cache, prompts.states), (new.cache, new.states)
+    cache, states = jax.tree.map(lambda old, x: old.at[:, prompt_slots].set(x), *by_layer)
+    lengths = prompts.lengths.at[prompt_slots].set(new.lengths)
+    return PrefilledPrompts(cache, lengths, prompts.hidden.at[prompt_slots].set(new.hidden), states)
 
 
 def prefilled_spec(layout: Layout) -> PrefilledPrompts:
     """Returns the sharding of `PrefilledPrompts`."""
-    rows = layout.spec("prompts")
-    return PrefilledPrompts(cache_spec(layout, stacked=True), rows, rows)  # type: ignore[arg-type] - specs instead of arrays
+    rows, by_layer = layout.spec("prompts"), layout.spec("layers", "prompts")
+    return PrefilledPrompts(cache_spec(layout, stacked=True), rows, rows, by_layer)  # type: ignore[arg-type] - specs instead of arrays
 
 
 def gather_by_prompt_slot(x: Array, prompt_slots: Int[Array, "S"], layout: Layout | None) -> Array:

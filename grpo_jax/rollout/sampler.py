@@ -33,6 +33,7 @@ from grpo_jax.rollout.prefill import PrefilledPrompts, insert_prompts, prefill
 from grpo_jax.rollout.sampling import SamplingControls, controls_of
 from grpo_jax.rollout.schedule import ShardedSchedule
 from grpo_jax.rollout.shapes import RolloutShapes, Sizes, check_slots, choose_slots, pad_rows, round_up, shapes_of
+from grpo_jax.rollout.states import begin_states
 from grpo_jax.rollout.stop_strings import DecodeText, PartialCompletion
 from grpo_jax.rollout.turns import Turns
 from grpo_jax.rollout.weights import can_join, decoding_model, gather_weights, new_weights, prepared_shapes, with_unchanged
@@ -53,9 +54,9 @@ class Sampler:
         model: the decoder.
         stop_ids: every id that ends a completion.
         decode_text: turns ids into text to search for stop strings; None without a tokenizer.
-        prepare_weights, prefill, insert_prompts, decode_segment, write_segment, empty_past_blocks, append_segment, extend_past,
-            exchange_past: the compiled functions of those names (`prepare_weights` is `new_weights`). The last three are for
-            episodes, whose segments `append_segment` writes.
+        prepare_weights, prefill, insert_prompts, begin_states, decode_segment, write_segment, empty_past_blocks, append_segment,
+            extend_past, exchange_past: the compiled functions of those names (`prepare_weights` is `new_weights`). The last three
+            are for episodes, whose segments `append_segment` writes.
         joins: whether weights are joined, once the first rollout has decided it by the free memory.
     """
 
@@ -65,6 +66,7 @@ class Sampler:
     prepare_weights: Program
     prefill: Program
     insert_prompts: Program
+    begin_states: Program
     decode_segment: Program
     write_segment: Program
     empty_past_blocks: Program
@@ -92,6 +94,7 @@ class Sampler:
             quantization: of the model's weights.
         """
         options, layout, decoder = gpu_options(quantization) if platform() == "gpu" else {}, model.layout, decoding_model(model)
+        states = (6,) if model.spec.recurrent_layers else ()  # the argument of `decode_segment` that its result replaces
         return Sampler(
             model,
             stop_ids,
@@ -99,7 +102,8 @@ class Sampler:
             Program("rollout: weights", partial(new_weights, model), announce=announce),
             Program("rollout: prompts", partial(prefill, decoder), announce=announce),
             Program("rollout: prompts", partial(insert_prompts, layout=layout), donate=(0,), announce=announce),
-            Program("rollout", partial(decode_segment, decoder, stop_ids), announce=announce, options=options),
+            Program("rollout: prompts", partial(begin_states, layout=layout), donate=(0,), announce=announce),
+            Program("rollout", partial(decode_segment, decoder, stop_ids), donate=states, announce=announce, options=options),
             Program("rollout: past", partial(write_segment, layout=layout), donate=(0,), announce=announce),
             Program("rollout", partial(empty_past_blocks, model.spec, model.dtype, layout=layout), announce=announce),
             Program("rollout: past", partial(append_segment, layout=layout), donate=(0,), announce=announce),
@@ -114,6 +118,7 @@ class Sampler:
             self.prepare_weights,
             self.prefill,
             self.insert_prompts,
+            self.begin_states,
             self.decode_segment,
             self.write_segment,
             self.empty_past_blocks,
@@ -170,6 +175,8 @@ class Sampler:
                 `rollout.slots` that the row shards of the mesh do not divide.
             ValueError: `turns` with shapes that are not for episodes, or `turns` that break their promises.
         """
+        if turns is not None:
+            self.model.spec.check_episodes()
         if turns is not None and shapes is not None and not shapes.sizes.extensions:
             raise ValueError("shapes are not for episodes: choose them with decide_shapes(..., episodes=True)")
         if rollout.stop and self.decode_text is None:
@@ -228,10 +235,13 @@ class Sampler:
             episodes: whether completions have several turns.
 
         Raises:
-            ConfigError: `rollout.slots` that the row shards of the mesh do not divide.
+            ConfigError: `rollout.slots` that the row shards of the mesh do not divide, or episodes of a model that cannot continue
+                them (`ModelSpec.check_episodes`).
         """
         layout, spec, itemsize = self.model.layout, self.model.spec, jnp.dtype(self.model.dtype).itemsize
         shards, tensor = (1, 1) if layout is None else (layout.rows, layout.tensor)
+        if episodes:
+            spec.check_episodes()
         split = {"shards": shards, "tensor": tensor, "episodes": episodes}
         slots = choose_slots(spec, rollout, prompts, max(widths), itemsize, free_bytes, **split)
         return shapes_of(rollout, prompts, widths, slots, shards, episodes=episodes)
@@ -313,7 +323,7 @@ class RolloutLoop:
         sampler, sizes, generations = self.sampler, self.sizes, self.rollout.num_generations
         schedule = ShardedSchedule.of(sizes, len(self.prompt_ids), generations, shards=self.shards, refill=self.rollout.refill)
         prompts = self.prefill(weights, schedule.prompts_in_slots)
-        past_blocks = self.empty_past_blocks()
+        past_blocks, states = self.empty_past_blocks(), None
         episodes = None if self.turns is None else self.episodes(self.turns)
         near_ties = 0
         while not schedule.finished:
@@ -331,8 +341,11 @@ class RolloutLoop:
                     continue
             slots, past, later_past = self.slot_state(schedule, begun)
             read = past_blocks[: sizes.past_blocks_for(past)]
+            if prompts.states is not None and (states is None or begun):
+                states = sampler.begin_states(states, prompts.states, slots.prompt_slots, slots.begins)
             table = None if sizes.fixed else self.put(schedule.slot_map()[1], "prompts")
-            out, segment_cache = sampler.decode_segment(weights, prompts, read, slots, table, self.controls, length=sizes.segment)
+            arguments = (weights, prompts, read, slots, table, self.controls, states)
+            out, segment_cache, states = sampler.decode_segment(*arguments, length=sizes.segment)
             if episodes is not None and past_blocks:
                 past_blocks = sampler.append_segment(past_blocks, segment_cache, slots.base, slots.live)
             elif episodes is None and later_past:

@@ -243,7 +243,7 @@ def key_value_bytes(width: int, kv_dtype: str, itemsize: int) -> int:
 
 
 def slot_bytes(spec: ModelSpec, rollout: RolloutConfig, width: int, itemsize: int, tensor: int = 1) -> int:
-    """Estimates the bytes of one slot: its keys and values at full length, its part of the prompt's, and a few rows of logits.
+    """Estimates the bytes of one slot: keys and values at full length, its part of the prompt's, recurrent states, some logits.
 
     Args:
         spec: the model.
@@ -252,10 +252,12 @@ def slot_bytes(spec: ModelSpec, rollout: RolloutConfig, width: int, itemsize: in
         itemsize: bytes of an element of keys and values.
         tensor: devices that heads and vocabulary are sharded over; the estimate is per device.
     """
-    token = spec.layers * spec.kv_heads * key_value_bytes(spec.head_dim, rollout.kv_dtype, itemsize)
+    token = spec.attention_layers * spec.kv_heads * key_value_bytes(spec.head_dim, rollout.kv_dtype, itemsize)
     shared = round_up(width) / min(rollout.num_generations, 4)
     vocabulary = spec.vocab if truncates(rollout) else spec.vocab // tensor
-    return int(token / tensor * (rollout.max_completion_length + segment_length(rollout, True) + shared)) + 24 * vocabulary
+    states = spec.state_bytes(itemsize) * (1 + 1 / min(rollout.num_generations, 4))
+    tokens = rollout.max_completion_length + segment_length(rollout, True) + shared
+    return int(token / tensor * tokens + states) + 24 * vocabulary
 
 
 def check_slots(slots: int | None, shards: int) -> None:

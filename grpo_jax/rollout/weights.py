@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.models.layers import JOINED, join_linears
+from grpo_jax.models.linear import JOINED, join_linears
 from grpo_jax.models.spec import ModelSpec, flatten, nest
 from grpo_jax.models.transformer import Transformer, split_layers
 from grpo_jax.runtime.sharding import Layout
@@ -21,6 +21,9 @@ from grpo_jax.weights.axes import decoding_axes
 from grpo_kernels import QuantizedWeight, weight_bytes
 from grpo_kernels.numerics import precision_of
 from grpo_kernels.target import platform
+
+FLOAT32_LEAVES = ("scale", "logit", "rate", "offset")
+"""Leaves that are computed in float32: scales of norms, attention sinks, decays of linear attention."""
 
 JOIN_SHARE = 0.25
 """Fraction of the free memory that the joined weights of a rollout may use."""
@@ -63,7 +66,7 @@ def prepare_weights(
     if layout is not None:
         axes = decoding_axes(model.spec)
         variables = {name: layout.decoding.constrain_tree(tree, axes) for name, tree in variables.items()}
-    variables = split_layers(variables)
+    variables = split_layers(model.spec, variables)
     if joins:
         for number in range(model.spec.layers):
             variables = join_layers(variables, f"layers_{number}")
@@ -181,11 +184,11 @@ def join_layers(variables: Params, name: str) -> Params:
 
 
 def cast_weight(path: tuple[Any, ...], leaf: Any, dtype: Any, *, dense: bool) -> Any:
-    """Casts a weight once instead of at every token, except scales of norms and attention sinks, which are float32 as in training.
+    """Casts a weight once instead of at every token, except `FLOAT32_LEAVES`, which are float32 as in training.
 
     A quantised weight stays quantised on an accelerator, unless `rollout.dense_base` says otherwise. On a CPU it is cast: a 4-bit
     element takes a byte there, so dense weights are faster, and jax 0.10 refuses int4 results of one compiled program as another's
     arguments.
     """
-    unchanged = not dense if isinstance(leaf, QuantizedWeight) else path[-1].key in ("scale", "logit") or leaf.dtype == dtype
+    unchanged = not dense if isinstance(leaf, QuantizedWeight) else path[-1].key in FLOAT32_LEAVES or leaf.dtype == dtype
     return leaf if unchanged else leaf.astype(dtype)

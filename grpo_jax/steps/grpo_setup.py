@@ -77,6 +77,8 @@ def read_grpo_step(
     runner = runner_of(config.rewards, entries, functions, longest, display.note)
     runner.start()  # its processes start while the weights are read
     policy = placed_policy(config, policy, display)
+    if driver is not None:
+        policy.spec.check_episodes()
     step = build_grpo_step(config, policy, source, functions, display, optimizer=optimizer, loss_fn=loss_fn)
     return replace(step, runner=runner, choice=choice, driver=driver, sets=sets)
 

@@ -91,7 +91,7 @@ class StepCost:
                 None is each matrix once.
             copied_keys: whether a step writes the KV cache in the model's format, and reads that.
         """
-        parts = {name: spec.layers * rows * columns for name, (rows, columns) in spec.linear_shapes().items()}
+        parts = {name: len(spec.layers_with(name)) * rows * columns for name, (rows, columns) in spec.linear_shapes().items()}
         experts = {name: spec.experts if spec.experts and name in EXPERT_LINEARS else 1 for name in parts}
         layers = sum(size * experts[name] for name, size in parts.items())
         active = sum(size * min(experts[name], max(1, spec.experts_per_token)) for name, size in parts.items())
@@ -99,14 +99,14 @@ class StepCost:
         own = np.full(shapes.prompts, shapes.prompt_length) if prompt_lengths is None else prompt_lengths
         completions, prompts = float(lengths.sum()), float(own.sum())
         seen = float((own**2 / 2).sum() + (lengths * np.repeat(own, shapes.num_generations) + lengths**2 / 2).sum())
-        attention = 4 * spec.layers * spec.heads * spec.head_dim * seen
+        attention = 4 * spec.attention_layers * spec.heads * spec.head_dim * seen
         forward = 2 * active * (prompts + completions) + 2 * head * completions + attention
         # dx of the linear layers and the head; dq, dk, dv of attention cost twice its forward.
         backward = forward + attention + (2 * active * (prompts + completions) + 2 * head * completions) * (shapes.lora_rank == 0)
         slots = min(shapes.slots or len(lengths), len(lengths))
         steps = float(max(lengths.max(), completions / slots))
         each = key_value_bytes(spec.head_dim, shapes.kv_dtype, itemsize) + 4 * spec.head_dim * itemsize * copied_keys
-        token = spec.layers * spec.kv_heads * each
+        token = spec.attention_layers * spec.kv_heads * each
         groups = slots / shapes.num_generations
         past = float((lengths**2 / 2).sum()) + steps * groups * float(own.mean())
         return StepCost(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from grpo_jax.config.checks import require
-from grpo_jax.models.layers import JOINED
+from grpo_jax.models.linear import JOINED
 from grpo_jax.models.spec import ModelSpec, lora_specs, param_specs
 from grpo_jax.runtime.sharding import AxesTable, Layout
 from grpo_jax.weights.quantize import quantized_specs
@@ -22,7 +22,7 @@ def model_axes(spec: ModelSpec) -> AxesTable:
 
 
 def decoding_axes(spec: ModelSpec) -> AxesTable:
-    """`model_axes` and the axes of joined linear layers (`models.layers.JOINED`), which exist where `tensor` is 1."""
+    """`model_axes` and the axes of joined linear layers (`models.linear.JOINED`), which exist where `tensor` is 1."""
     table = model_axes(spec)
     joined_axes = {
         ("layers", joined, leaf): table["layers", names[0], leaf]

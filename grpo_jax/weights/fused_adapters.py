@@ -15,7 +15,7 @@ import numpy as np
 
 from grpo_jax.config import LoraConfig
 from grpo_jax.config.checks import require
-from grpo_jax.models.layers import JOINED, join_adapters
+from grpo_jax.models.linear import JOINED, join_adapters
 from grpo_jax.models.spec import ModelError, ModelSpec
 from grpo_jax.types import Params
 from grpo_jax.weights.names import FUSED, fused_outputs, held_stack

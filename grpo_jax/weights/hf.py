@@ -21,7 +21,7 @@ from grpo_jax.models.spec import ModelError, ModelSpec, param_specs
 from grpo_jax.runtime.untrusted_json import JsonError, located, read_json_file
 from grpo_jax.weights.finite import all_finite
 from grpo_jax.weights.mxfp4 import BLOCKS, SCALES, dequantize_mxfp4
-from grpo_jax.weights.names import TensorSource, of_images, present_name, tensor_names
+from grpo_jax.weights.names import TensorSource, not_loaded, present_name, tensor_names
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"[\w.+=@ -]{1,200}\.safetensors")
@@ -284,7 +284,7 @@ def check_tensors(folder: Path, spec: ModelSpec, files: TensorFiles) -> None:
     if spec.tied and "lm_head.weight" in unused:
         unused.discard("lm_head.weight")
         check_tied(folder, spec, files)
-    left = sorted(name for name in unused if not name.endswith(CONSTANTS) and not of_images(spec, name))
+    left = sorted(name for name in unused if not name.endswith(CONSTANTS) and not not_loaded(spec, name))
     if left:
         raise ModelError(
             f"{folder}: {len(left)} tensors are not part of the {spec.family} model in config.json: {', '.join(left[:5])}"
@@ -314,7 +314,7 @@ def read_slice(files: TensorFiles, source: TensorSource, index: tuple[slice, ...
 
     def part(name: str) -> np.ndarray:
         values = files.read(name, source.index_of(index[lead:]))
-        return values.T if source.transposed else values
+        return np.swapaxes(values, -1, -2) if source.transposed else values
 
     if not lead:
         values = np.ascontiguousarray(part(source.names[0]))

@@ -25,7 +25,7 @@ from grpo_jax.config.checks import require, show
 from grpo_jax.config.sections import LINEAR_TARGETS
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.models.config_values import checked_flag, checked_number, whole_number
-from grpo_jax.models.layers import JOINED
+from grpo_jax.models.linear import JOINED
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelError, ModelSpec, ParamSpec, flatten, lora_specs, nest
 from grpo_jax.runtime.digests import DIGESTS, DamagedError, verify_digests, write_digests
 from grpo_jax.runtime.files import explains_write_errors, replacing
@@ -65,9 +65,12 @@ def check_targets(spec: ModelSpec, lora: LoraConfig) -> None:
     PEFT joins the experts' gate_proj and up_proj at twice the rank and alpha, because transformers has them in one tensor.
 
     Raises:
-        ConfigError: one of the two without the other; or both with `rslora`, whose scale would change by √2; or experts that the
-            files have in one tensor.
+        ConfigError: a linear layer that the model does not have; one of the two without the other; or both with `rslora`, whose
+            scale would change by √2; or experts that the files have in one tensor.
     """
+    missing = [] if isinstance(lora.targets, str) else [name for name in lora.targets if name not in spec.linear_shapes()]
+    fix = f"a {spec.family} model has no {', '.join(missing)}: choose from {', '.join(spec.linear_shapes())}"
+    require(not missing, "lora.targets", lora.targets, fix)
     experts = [
         name for name in EXPERT_LINEARS if held_stack(spec, name) and name in lora.target_names and lora.targets != "all-linear"
     ]
@@ -84,7 +87,7 @@ def check_targets(spec: ModelSpec, lora: LoraConfig) -> None:
 
 def adapted_linears(spec: ModelSpec, lora: LoraConfig) -> tuple[str, ...]:
     """The linear layers with adapters: with `all-linear` all but experts that are one tensor, as in PEFT."""
-    return tuple(name for name in lora.target_names if not held_stack(spec, name))
+    return tuple(name for name in lora.target_names if name in spec.linear_shapes() and not held_stack(spec, name))
 
 
 def init_lora(spec: ModelSpec, lora: LoraConfig, key: jax.Array) -> Params:
@@ -116,9 +119,16 @@ def peft_target(spec: ModelSpec, target: str) -> str:
 
 
 def peft_targets(spec: ModelSpec, names: list[str]) -> list[str] | str:
-    """PEFT's `target_modules`: names of modules; where a vision tower has modules of these names too, a pattern of their paths."""
+    """PEFT's `target_modules`: names of modules; where others have these names too, a pattern of their paths.
+
+    Others are modules of a vision tower, and linear layers without adapters: LFM2 has two `out_proj`.
+    """
     targets = sorted({peft_target(spec, name) for name in names})
-    return targets if root(spec) == "model" else rf"{re.escape(root(spec))}\.layers\..*\.({'|'.join(targets)})"
+    others = {peft_target(spec, name) for name in spec.linear_shapes() if name not in names and not fused_name(spec, name)}
+    if root(spec) == "model" and not others.intersection(targets):
+        return targets
+    paths = sorted({re.escape(module_path(spec, name)) for name in names} if root(spec) == "model" else targets)
+    return rf"{re.escape(root(spec))}\.layers\..*\.({'|'.join(paths)})"
 
 
 def read_adapter_config(folder: Path) -> tuple[LoraConfig, tuple[str, ...]]:
@@ -194,9 +204,9 @@ def check_adapter(
     Raises:
         ModelError: a tensor is missing, too many, or has another shape.
     """
-    targets = [
-        t for t in LINEAR_TARGETS if any(re.search(rf"\.{peft_target(spec, t)}\.lora_[AB]\.weight$", name) for name in shapes)
-    ]
+    found = {name.removesuffix(f".lora_{leaf}.weight") for name in shapes for leaf in "AB"}
+    own = {t: {f"base_model.model.{path}" for path in module_paths(spec, t)} for t in LINEAR_TARGETS if t in spec.linear_shapes()}
+    targets = [t for t, modules in own.items() if not modules.isdisjoint(found)]
     specs, unused = lora_specs(spec, lora.rank, tuple(targets)), set(shapes)
     for path, p in specs.items():
         expected = file_shape(spec, path[1], path[2], p.shape, split=fused_name(spec, path[1]) in split)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from grpo_jax.models.families import WITH_VISION
-from grpo_jax.models.layers import JOINED
+from grpo_jax.models.layer_kinds import DELTA_LINEARS, FUSED_DELTA_LINEARS
+from grpo_jax.models.linear import JOINED
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec, param_specs
 
 LLAMA_NORMS = {"attn_norm": "input_layernorm", "ffw_norm": "post_attention_layernorm"}
@@ -26,6 +27,7 @@ NORMS: dict[str, dict[str, str]] = {
     "gemma3_text": GEMMA_NORMS,
     "gemma3": GEMMA_NORMS,
     "olmo3": {"post_attn_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"},
+    "lfm2": {"attn_norm": "operator_norm", "ffw_norm": "ffn_norm"},
     "glm4": LLAMA_NORMS | {"post_attn_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"},
 }
 """Names of the norms of families that do not have Llama's."""
@@ -33,9 +35,42 @@ FUSED: dict[str, tuple[str, ...]] = {
     "phi3": ("qkv_proj", "gate_up_proj"),
     "glm4": ("gate_up_proj",),
     "gpt_oss": ("gate_up_proj",),
+    "qwen3_5_moe": ("gate_up_proj",),
 }
-"""The joined linear layers (`models.layers.JOINED`) that a family's files have as one tensor."""
-LEAVES = {"kernel": ".weight", "bias": ".bias", "scale": ".weight", "logit": ""}
+"""The joined linear layers (`models.linear.JOINED`) that a family's files have as one tensor."""
+LINEAR_ATTENTION: dict[str, str] = {name: f"linear_attn.{name}" for name in (*DELTA_LINEARS, *FUSED_DELTA_LINEARS, "out_proj")} | {
+    "short_conv": "linear_attn.conv1d",
+    "decay": "linear_attn",
+    "delta_norm": "linear_attn.norm",
+    "shared_router": "mlp.shared_expert_gate",
+    **{f"shared_{name}": f"mlp.shared_expert.{name}" for name in EXPERT_LINEARS},
+}
+MODULES: dict[str, dict[str, str]] = {
+    "lfm2": {
+        "o_proj": "self_attn.out_proj",
+        "q_norm": "self_attn.q_layernorm",
+        "k_norm": "self_attn.k_layernorm",
+        "in_proj": "conv.in_proj",
+        "out_proj": "conv.out_proj",
+        "short_conv": "conv.conv",
+        "gate_proj": "feed_forward.w1",
+        "up_proj": "feed_forward.w3",
+        "down_proj": "feed_forward.w2",
+    },
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5", "qwen3_5_moe_text", "qwen3_5_moe", "qwen3_next"), LINEAR_ATTENTION),
+}
+"""Paths of modules inside a layer, of families that do not have Llama's."""
+FUSED_EXPERTS = ("gpt_oss", "qwen3_5_moe")
+"""Families whose files have all experts of a layer in one tensor; gpt-oss's are stored (in, out)."""
+LEAVES = {
+    "kernel": ".weight",
+    "bias": ".bias",
+    "scale": ".weight",
+    "logit": "",
+    "taps": ".weight",
+    "rate": ".A_log",
+    "offset": ".dt_bias",
+}
 """Ending of a tensor's name behind its module's path, by the leaf of the parameter."""
 MIXTRAL_EXPERTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
@@ -55,12 +90,14 @@ def module_path(spec: ModelSpec, part: str, expert: int = 0) -> str:
     norms = NORMS.get(spec.family, GEMMA_NORMS if spec.sandwich else LLAMA_NORMS)
     if part in norms:
         return norms[part]
+    if part in (own := MODULES.get(spec.family, {})):
+        return own[part]
     part = fused_name(spec, part) or part
     block, names = ("block_sparse_moe", MIXTRAL_EXPERTS) if spec.family == "mixtral" else ("mlp", {})
-    if spec.family == "gpt_oss" and part in ("router", *EXPERT_LINEARS, "gate_up_proj"):
-        return f"{block}.router" if part == "router" else f"{block}.experts.{part}"
     if part == "router":
-        return f"{block}.gate"
+        return f"{block}.router" if spec.family == "gpt_oss" else f"{block}.gate"
+    if spec.family in FUSED_EXPERTS and part in (*EXPERT_LINEARS, "gate_up_proj"):
+        return f"{block}.experts.{part}"
     if part not in (*EXPERT_LINEARS, "gate_up_proj"):
         return f"self_attn.{part}"
     return f"{block}.experts.{expert}.{names.get(part, part)}" if spec.experts else f"{block}.{part}"
@@ -79,21 +116,25 @@ def present_name(name: str) -> str:
     return name
 
 
-def of_images(spec: ModelSpec, name: str) -> bool:
-    """Whether a tensor is of the vision tower or the projector behind it, which are not loaded."""
-    parts = ("vision_tower.", "multi_modal_projector.")
+def not_loaded(spec: ModelSpec, name: str) -> bool:
+    """Whether a tensor is of the vision tower, or of layers that predict further ahead (`mtp`), which are not loaded."""
+    if spec.family.startswith("qwen3_") and name.startswith("mtp."):
+        return spec.delta_heads > 0
+    parts = ("vision_tower.", "multi_modal_projector.", "visual.")
     return spec.family in WITH_VISION and name.removeprefix("model.").startswith(parts)
 
 
 def module_paths(spec: ModelSpec, part: str) -> list[str]:
     """Paths from the model's root of all modules of one kind, layer by layer and, within a layer, expert by expert."""
     experts = spec.experts if part in EXPERT_LINEARS and spec.experts and not held_stack(spec, part) else 1
-    return [f"{root(spec)}.layers.{i}.{module_path(spec, part, expert)}" for i in range(spec.layers) for expert in range(experts)]
+    return [
+        f"{root(spec)}.layers.{i}.{module_path(spec, part, expert)}" for i in spec.layers_with(part) for expert in range(experts)
+    ]
 
 
 def held_stack(spec: ModelSpec, part: str) -> int:
     """How many dimensions of a parameter's stack its tensors have themselves: 1 where one tensor is all experts of a layer."""
-    return int(spec.family == "gpt_oss" and part in EXPERT_LINEARS)
+    return int(spec.family in FUSED_EXPERTS and part in EXPERT_LINEARS)
 
 
 @dataclass(frozen=True)
@@ -176,7 +217,8 @@ class TensorSource:
 
 def tensor_names(spec: ModelSpec) -> dict[tuple[str, ...], TensorSource]:
     """The table of names: path of a parameter → its tensors."""
-    top = {"embed": f"{root(spec)}.embed_tokens.weight", "final_norm": f"{root(spec)}.norm.weight", "head": "lm_head.weight"}
+    norm = "embedding_norm" if spec.family == "lfm2" else "norm"
+    top = {"embed": f"{root(spec)}.embed_tokens.weight", "final_norm": f"{root(spec)}.{norm}.weight", "head": "lm_head.weight"}
     table: dict[tuple[str, ...], TensorSource] = {}
     for path in param_specs(spec):
         if path[0] != "layers":
@@ -186,6 +228,6 @@ def tensor_names(spec: ModelSpec) -> dict[tuple[str, ...], TensorSource]:
         leaf = {"kernel": "", "bias": "_bias"}[path[2]] if held else LEAVES[path[2]]
         names = tuple(f"{module}{leaf}" for module in module_paths(spec, path[1]))
         outputs = fused_outputs(spec, path[1]) if path[2] in ("kernel", "bias") else None
-        transposed = path[2] == "kernel" and not held
+        transposed = path[2] == "kernel" and not (held and spec.family == "gpt_oss")
         table[path] = TensorSource(names, transposed, spec.stack_dims(path[1])[0], outputs, held)
     return table

@@ -27,6 +27,10 @@ NEWER_FAMILIES = (
     "glm4",
     "phi3",
     "gpt_oss",
+    "lfm2",
+    "qwen3_5_text",
+    "qwen3_next",
+    "qwen3_5_moe_text",
     "gemma3_vision",
     "mistral3_vision",
 )
@@ -44,7 +48,7 @@ def read_shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 def model_tensors(family: str) -> dict[str, np.ndarray]:
     """The weights of a family's tiny model, by their Hugging Face names, float32."""
-    center = 0.0 if family.startswith("gemma") else 1.0
+    center = 0.0 if family.startswith(("gemma", "qwen3_5", "qwen3_next")) else 1.0
     return {name: tensor(name, shape, norm_center=center) for name, shape in read_shapes(family).items()}
 
 

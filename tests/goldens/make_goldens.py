@@ -337,6 +337,68 @@ NEW["gpt_oss"] = (
         {"rope_parameters": GPT_OSS_ROPE | {"truncate": True}},
     ],
 )
+NEW["lfm2"] = (
+    "lfm2",
+    {
+        **COMMON,
+        "vocab_size": 101,
+        "num_hidden_layers": 5,
+        "layer_types": ["conv", "full_attention", "conv", "full_attention", "conv"],
+        "intermediate_size": 72,
+        "block_multiple_of": 8,
+        "block_ffn_dim_multiplier": 1.3,
+        "conv_L_cache": 4,
+        "conv_bias": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+    },
+    [{"norm_eps": 1e-1}, {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}],
+)
+QWEN3_5_ROPE = {
+    "rope_type": "default",
+    "rope_theta": 100.0,
+    "partial_rotary_factor": 0.5,
+    "mrope_section": [2, 1, 1],
+    "mrope_interleaved": True,
+}
+NEW["qwen3_5_text"] = (
+    "qwen3_5_text",
+    {
+        **COMMON,
+        "vocab_size": 103,
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "rope_parameters": QWEN3_5_ROPE,
+    },
+    [{"rope_parameters": QWEN3_5_ROPE | {"partial_rotary_factor": 1.0}}, {"rms_norm_eps": 1e-1}],
+)
+QWEN_EXPERTS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 24,
+}
+NEW["qwen3_next"] = (
+    "qwen3_next",
+    {
+        **NEW["qwen3_5_text"][1],
+        "vocab_size": 107,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+        **QWEN_EXPERTS,
+    },
+    [{"norm_topk_prob": False}, {"num_experts_per_tok": 2}],
+)
+NEW["qwen3_5_moe_text"] = (
+    "qwen3_5_moe_text",
+    {name: value for name, value in NEW["qwen3_5_text"][1].items() if name != "intermediate_size"}
+    | {"vocab_size": 109}
+    | QWEN_EXPERTS,
+    [{"num_experts_per_tok": 2}],
+)
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -394,6 +456,17 @@ def newer_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
         scaling["type"] = scaling.pop("rope_type")
     if family == "glm4":
         old["partial_rotary_factor"] = scaled["partial_rotary_factor"]
+    if family == "qwen3_next":
+        old |= {"full_attention_interval": 4, "partial_rotary_factor": rope["partial_rotary_factor"]}
+        old |= {"layer_types": config["layer_types"], "mlp_only_layers": []}
+    if family in ("qwen3_5_text", "qwen3_5_moe_text"):
+        del old["rope_theta"], old["rope_scaling"]  # its files have rope_parameters
+        return old | {"rope_parameters": rope, "layer_types": config["layer_types"], "attn_output_gate": True}
+    if family == "lfm2":
+        kinds = config["layer_types"]
+        old |= {"block_ff_dim": old.pop("intermediate_size"), "tie_embedding": old.pop("tie_word_embeddings"), "block_dim": 32}
+        old |= {"full_attn_idxs": [number for number, kind in enumerate(kinds) if kind == "full_attention"], "conv_dim": 32}
+        old |= {"block_use_swiglu": True, "use_pos_enc": True, "num_heads": 4, "conv_dim_out": 32, "block_norm_eps": 1e-5}
     if family == "gpt_oss":
         old |= {"experts_per_token": old["num_experts_per_tok"], "initial_context_length": 16}
         del old["swiglu_alpha"]
@@ -404,7 +477,21 @@ def newer_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
     return old
 
 
-NEWER = ("llama_yarn", "smollm3", "olmo3", "granite", "ministral3", "glm4", "phi3", "gpt_oss", *TEXT_OF)
+NEWER = (
+    "llama_yarn",
+    "smollm3",
+    "olmo3",
+    "granite",
+    "ministral3",
+    "glm4",
+    "phi3",
+    "gpt_oss",
+    "lfm2",
+    "qwen3_5_text",
+    "qwen3_next",
+    "qwen3_5_moe_text",
+    *TEXT_OF,
+)
 """The families of `newer_hub_spelling`."""
 
 

@@ -110,7 +110,7 @@ def test_the_rollout_compiles_for_a_tpu(chips: Any, model: Transformer, refilled
     table = shape(B, G) if refilled else None
     controls = on(chips["v5e"], controls_of(RolloutConfig(num_generations=G, max_completion_length=C, top_p=0.9), seed=0, step=0))
     program = jax.jit(functools.partial(decode_segment, model, STOPS, length=length))
-    tokens, segment_cache = compiled_for(program, weights, prompts, tuple(past), state, table, controls).out_info
+    tokens, segment_cache, _ = compiled_for(program, weights, prompts, tuple(past), state, table, controls).out_info
     assert (tokens.ids.shape, tokens.logps.shape, tokens.ends.shape) == ((slots, length + 1), (slots, length + 1), (slots,))
     writing = jax.jit(functools.partial(write_segment, together=not refilled), donate_argnums=0)
     compiled = compiled_for(writing, tuple(past), on(chips["v5e"], segment_cache), shape(slots))

@@ -15,7 +15,7 @@ from plain_oracles import LORA, quick_compiling, tiny_policy
 from rollouts import PROMPTS, SETTINGS
 
 from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig
-from grpo_jax.models.layers import join_linears
+from grpo_jax.models.linear import join_linears
 from grpo_jax.models.spec import flatten
 from grpo_jax.policy import Policy
 from grpo_jax.rollout import weights

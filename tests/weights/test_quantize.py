@@ -24,7 +24,7 @@ from safetensors.numpy import load_file
 from grpo_jax.config import Config, ConfigError, LoraConfig, ObjectiveConfig, OptimConfig
 from grpo_jax.learner.optim import learning_rate_at, make_optimizer
 from grpo_jax.learner.step import Learner
-from grpo_jax.models.layers import join_linears
+from grpo_jax.models.linear import join_linears
 from grpo_jax.models.spec import ModelError, ModelSpec, Rope, abstract_params, flatten, nest, param_specs
 from grpo_jax.models.transformer import Transformer, split_layers
 from grpo_jax.policy import Policy
@@ -193,7 +193,7 @@ def test_log_probabilities_match_a_dense_model_of_the_rounded_weights(form: str)
 
 def test_split_and_joined_layers_have_the_same_weights() -> None:
     """As in decoding on a CPU: the joined weight is the concatenation of the single ones."""
-    layer = split_layers({"params": policy_of("nf4").params})["params"]["layers_1"]
+    layer = split_layers(policy_of("nf4").spec, {"params": policy_of("nf4").params})["params"]["layers_1"]
     joined = join_linears(layer)[0]["qkv_proj"]["kernel"]
     parts = [np.asarray(dequantize(layer[name]["kernel"])) for name in ("q_proj", "k_proj", "v_proj")]
     np.testing.assert_array_equal(np.asarray(dequantize(joined)), np.concatenate(parts, axis=1))

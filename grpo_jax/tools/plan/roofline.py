@@ -108,7 +108,8 @@ def layer_bytes(run: RunShapes, format: str, rows: int) -> int | None:
     spec, itemsize = run.spec, jnp.dtype(run.policy.dtype).itemsize
     counts = {name: max(1, spec.experts) if name in EXPERT_LINEARS else 1 for name in spec.linear_shapes()}
     shapes = {name: quantized_shapes(format, shape) for name, shape in spec.linear_shapes().items()}
-    return spec.layers * sum(counts[name] * moved_bytes(w, rows, itemsize) for name, w in shapes.items())
+    layers = {name: len(spec.layers_with(name)) for name in shapes}
+    return sum(layers[name] * counts[name] * moved_bytes(w, rows, itemsize) for name, w in shapes.items())
 
 
 def step_cost(run: RunShapes, slots: int, decoding_layers: int | None, update_layers: int | None) -> StepCost:
