@@ -21,10 +21,10 @@ from grpo_jax.config.load import (
     resolved_settings,
     write_yaml,
 )
+from grpo_jax.config.lora import LoraConfig
 from grpo_jax.config.objective import ObjectiveConfig
 from grpo_jax.config.sections import (
     DataConfig,
-    LoraConfig,
     ModelConfig,
     RewardsConfig,
     RolloutConfig,

@@ -32,7 +32,8 @@ def row_hidden(model: Transformer, variables: Params, rows: PackedRows) -> Float
     """Computes the hidden state that predicts each entry."""
     selected = jnp.asarray(rows.selected)
     attend = group_attend(model, rows.ranges, rows.limits, selected)
-    hidden = forward(model, variables, jnp.asarray(rows.ids), jnp.asarray(rows.positions), attend, select=select_tokens(rows))[0]
+    options = {"select": select_tokens(rows), "dropout_keys": rows.dropout_keys}
+    hidden = forward(model, variables, jnp.asarray(rows.ids), jnp.asarray(rows.positions), attend, **options)[0]
     return hidden if model.layout is None else model.layout.constrain(hidden, "rows", None, None)
 
 

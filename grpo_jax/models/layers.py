@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from grpo_jax.models.dropout import dropped
 from grpo_jax.models.gating import gated
 from grpo_jax.models.moe import mix_experts
 from grpo_jax.models.rope import Angles, rotate
@@ -139,9 +140,9 @@ def frozen_product(
 
 
 def variables_of(layer: nn.Module) -> dict[str, Any]:
-    """Returns the variables of a linear layer: `kernel`, and where it has them `bias`, and `a` and `b` of its adapters."""
+    """Returns the variables of a linear layer: `kernel`, where it has one `bias`, and `a`, `b` and `factor` of its adapters."""
     found = {"kernel": layer.get_variable("params", "kernel")}
-    for collection, names in (("params", ("bias",)), ("lora", ("a", "b"))):
+    for collection, names in (("params", ("bias",)), ("lora", ("a", "b", "factor"))):
         found |= {name: layer.get_variable(collection, name) for name in names if layer.has_variable(collection, name)}
     return found
 
@@ -153,12 +154,17 @@ def linear_product(
     lora_scale: float,
     implementation: str | None,
     layout: Layout | None,
+    seen: Float[Array, "B T I"] | None = None,
 ) -> Float[Array, "B T O"]:
     """Computes x W + bias, plus scale · (x A) B where there are adapters. A quantised W is frozen.
+
+    With DoRA's factor f this is f · (x W + scale · (x A) B) + bias. With dropout, z is what adapters see of x: as in PEFT the
+    result is then x W + scale · (z A) B + bias, with DoRA x W − z W + f · (z W + scale · (z A) B) + bias.
 
     Args:
         weights: of `variables_of`.
         axes: logical axes of W.
+        seen: z; None is x.
     """
     dtype, precision = x.dtype, precision_of(x.dtype)
     # One row per token: XLA's CPU compiler makes slow loops of a contraction over two dimensions, as in the weights' gradients.
@@ -167,22 +173,27 @@ def linear_product(
     quantized = isinstance(kernel, QuantizedWeight)
     kernel = kernel if quantized else gather(layout, kernel.astype(dtype), *axes)
 
-    def product() -> Array:
+    def product(rows: Array) -> Array:
         if quantized:
             return frozen_product(rows, kernel, axes, implementation, layout)
         return jnp.dot(rows, kernel, precision=precision)
 
     if "a" not in weights:
-        y = product()
+        y = product(rows)
     else:
         a, b = weights["a"].astype(dtype), weights["b"].astype(dtype)
         a, b = gather(layout, a, axes[0], "rank"), gather(layout, b, "rank", axes[1])
         b = b * jnp.asarray(lora_scale, dtype)
-        if dtype == jnp.float32 and not quantized:
+        behind = rows if seen is None else seen.reshape(rows.shape)
+        if dtype == jnp.float32 and not quantized and seen is None:
             y = merged_product(rows, kernel, a, b)
         else:
-            low = jnp.dot(rows, a, precision=precision)
-            y = product() + jnp.dot(low, b, precision=precision)
+            low = jnp.dot(behind, a, precision=precision)
+            y = product(behind if "factor" in weights else rows) + jnp.dot(low, b, precision=precision)
+        if "factor" in weights:
+            factor = gather(layout, weights["factor"].astype(jnp.float32), axes[1])
+            y = (y.astype(jnp.float32) * factor[None, :]).astype(dtype)
+            y = y if seen is None else y + product(rows - behind)
     if "bias" in weights:
         y = y + gather(layout, weights["bias"].astype(dtype), axes[1])[None, :]
     y = y if layout is None else layout.decoding.constrain(y, "rows", axes[1])
@@ -198,8 +209,8 @@ class Linear(nn.Module):
     axes: tuple[str, str] = ("embed", "ffw")
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return linear_product(x, variables_of(self), self.axes, self.lora_scale, self.implementation, self.layout)
+    def __call__(self, x: Array, seen: Array | None = None) -> Array:
+        return linear_product(x, variables_of(self), self.axes, self.lora_scale, self.implementation, self.layout, seen)
 
 
 class LinearWeights(nn.Module):
@@ -234,7 +245,7 @@ def join_linears(layer: Params, adapters: Params | None = None) -> tuple[Params,
 
     Args:
         layer: the weights of one layer, or of all layers stacked.
-        adapters: the adapters of the same layers; None has none.
+        adapters: the adapters of the same layers, as `adapters.computed_adapters` gives them; None has none.
 
     Returns:
         Both trees with `qkv_proj` and `gate_up_proj` in place of their parts. Not joined are experts' weights, and dense ones with
@@ -265,6 +276,8 @@ def join_linears(layer: Params, adapters: Params | None = None) -> tuple[Params,
 def join_adapters(columns: dict[str, int], adapters: Params) -> Params:
     """Joins adapters of one input: A [..., I, n·r] and block-diagonal B [..., n·r, O] of the n linear layers that have adapters.
 
+    DoRA's factors, or magnitudes, are joined with ones for linear layers that have none.
+
     Args:
         columns: outputs of each linear layer, in the order of the joined weight.
     """
@@ -275,7 +288,13 @@ def join_adapters(columns: dict[str, int], adapters: Params) -> Params:
             a.append(adapters[name]["a"])
             b.append(jnp.pad(own, [(0, 0)] * (own.ndim - 1) + [(start, total - start - size)]))
         start += size
-    return {"a": jnp.concatenate(a, axis=-1), "b": jnp.concatenate(b, axis=-2)}
+    joined = {"a": jnp.concatenate(a, axis=-1), "b": jnp.concatenate(b, axis=-2)}
+    for leaf in ("factor", "magnitude"):
+        if any(leaf in adapters.get(name, {}) for name in columns):
+            stack = joined["a"].shape[:-2]
+            ones = {name: jnp.ones((*stack, size), jnp.float32) for name, size in columns.items()}
+            joined[leaf] = jnp.concatenate([adapters.get(name, {}).get(leaf, ones[name]) for name in columns], axis=-1)
+    return joined
 
 
 class Block(nn.Module):
@@ -284,6 +303,7 @@ class Block(nn.Module):
     Attributes:
         feed_tokens: tokens that the feed-forward computes at once, over all rows; its wide arrays of one part exist at a time, in
             the backward pass too. None is all.
+        lora_dropout: see `dropout.dropped`; it acts where `layer` has keys, which only updates give it.
     """
 
     spec: ModelSpec
@@ -292,6 +312,7 @@ class Block(nn.Module):
     implementation: str | None = None
     layout: Layout | None = None
     feed_tokens: int | None = None
+    lora_dropout: float = 0.0
 
     @nn.compact
     def __call__(
@@ -300,10 +321,11 @@ class Block(nn.Module):
         x, cache = carry
         x, spec = checkpoint_name(x, LAYER_INPUT), self.spec
         before = self.norm("attn_norm", x) if spec.pre_norm else x
-        mixed, cache, stacked = self.attention(before, layer, rope, cache, select)
+        keys = layer.get("dropout")
+        mixed, cache, stacked = self.attention(before, layer, rope, cache, select, keys)
         x = x if select is None else select(x)
         x = checkpoint_name(x + self.added("post_attn_norm", mixed), LAYER_MIDDLE)
-        fed = self.feed_forward(self.norm("ffw_norm", x) if spec.pre_norm else x)
+        fed = self.feed_forward(self.norm("ffw_norm", x) if spec.pre_norm else x, keys)
         x = x + self.added("post_ffw_norm", fed)
         return (x, cache), stacked
 
@@ -315,24 +337,30 @@ class Block(nn.Module):
     def norm(self, name: str, x: Array, axis: str = "embed") -> Array:
         return RMSNorm(self.spec.norm_eps, self.spec.norm_offset, self.layout, axis, name=name)(x)
 
-    def linear(self, name: str, x: Array) -> Array:
+    def linear(self, name: str, x: Array, keys: Array | None = None) -> Array:
         axes = LINEAR_AXES[JOINED[name][0] if name in JOINED else name]
-        return Linear(self.lora_scale, self.implementation, self.layout, axes, name=name)(x)
+        seen = self.seen(name, x, keys) if self.has_variable("lora", name) else None
+        return Linear(self.lora_scale, self.implementation, self.layout, axes, name=name)(x, seen)
 
-    def linears(self, joined: str, parts: dict[str, int], x: Array) -> list[Array]:
+    @nn.nowrap
+    def seen(self, name: str, x: Array, keys: Array | None) -> Array | None:
+        """What the adapter of a linear layer sees of x, where there is dropout; None is x."""
+        return None if keys is None else dropped(x, keys, self.lora_dropout, name)
+
+    def linears(self, joined: str, parts: dict[str, int], x: Array, keys: Array | None) -> list[Array]:
         """Several linear layers of one input; one product where `join_linears` has joined their weights."""
         if not self.has_variable("params", joined):
-            return [self.linear(name, x) for name in parts]
+            return [self.linear(name, x, keys) for name in parts]
         ends = list(itertools.accumulate(parts.values()))
         return jnp.split(self.linear(joined, x), ends[:-1], axis=-1)
 
     def attention(
-        self, x: Array, layer: dict[str, Any], rope: Angles, cache: Any, select: SelectTokens | None
+        self, x: Array, layer: dict[str, Any], rope: Angles, cache: Any, select: SelectTokens | None, keys: Array | None
     ) -> tuple[Array, Any, Any]:
         spec = self.spec
         heads, kv_heads = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
         if select is None or self.has_variable("params", "qkv_proj"):
-            q, k, v = self.linears("qkv_proj", {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}, x)
+            q, k, v = self.linears("qkv_proj", {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}, x, keys)
             q = q if select is None else select(q)
         else:
             q, k, v = self.linear("q_proj", select(x)), self.linear("k_proj", x), self.linear("v_proj", x)
@@ -356,7 +384,7 @@ class Block(nn.Module):
             sinks=self.sinks(),
             selected=select is not None,
         )
-        return self.linear("o_proj", mixed.reshape(b, t, spec.heads * spec.head_dim)), cache, stacked
+        return self.linear("o_proj", mixed.reshape(b, t, spec.heads * spec.head_dim), keys), cache, stacked
 
     def sinks(self) -> Array | None:
         """The attention sinks [K, R] of this layer, float32; None where the model has none."""
@@ -373,37 +401,40 @@ class Block(nn.Module):
         q = rotate(q, of_queries.cos, of_queries.sin, scale, interleaved=spec.interleaved_rope)
         return q, rotate(k, angles.cos, angles.sin, interleaved=spec.interleaved_rope)
 
-    def feed_forward(self, x: Array) -> Array:
+    def feed_forward(self, x: Array, keys: Array | None) -> Array:
         names = ("router", *EXPERT_LINEARS) if self.spec.experts else ("gate_proj", "up_proj", "down_proj")
         if not self.spec.experts and self.has_variable("params", "gate_up_proj"):
             names = ("gate_up_proj", "down_proj")
         weights = {name: LinearWeights(name=name)() for name in names}
-        return self.in_parts(functools.partial(self.fed, weights), x)
+        return self.in_parts(functools.partial(self.fed, weights), x, *([] if keys is None else [keys]))
 
     @nn.nowrap
-    def in_parts(self, function: Callable[[Array], Array], x: Array) -> Array:
+    def in_parts(self, function: Callable[..., Array], x: Array, *others: Array) -> Array:
         """Applies a function of single tokens to one part of the tokens after the other (https://arxiv.org/abs/2506.13996, 3.1).
 
         A layer that is recomputed in the backward pass computes each part once there, as it would all parts: what the recomputed
         layer returns is not needed.
         """
-        rows, tokens, width = x.shape
+        rows, tokens, _ = x.shape
         parts = 1 if self.feed_tokens is None else parts_of(tokens, -(-rows * tokens // self.feed_tokens))
         if parts == 1:
-            return function(x)
-        each = jnp.swapaxes(x.reshape(rows, parts, tokens // parts, width), 0, 1)
-        y = jax.lax.map(jax.checkpoint(function, prevent_cse=False), each)
+            return function(x, *others)
+        arrays = (x, *others)
+        each = tuple(jnp.swapaxes(array.reshape(rows, parts, tokens // parts, *array.shape[2:]), 0, 1) for array in arrays)
+        checkpointed = jax.checkpoint(function, prevent_cse=False)
+        y = jax.lax.map(lambda part: checkpointed(*part), each)
         return jnp.swapaxes(y, 0, 1).reshape(x.shape)
 
     @nn.nowrap
-    def fed(self, weights: dict[str, Any], x: Array) -> Array:
+    def fed(self, weights: dict[str, Any], x: Array, keys: Array | None = None) -> Array:
         """The feed-forward from its weights, with gate and up joined or not."""
         spec, options = self.spec, (self.lora_scale, self.implementation, self.layout)
         if spec.experts:
             return mix_experts(spec, x, weights, *options)
 
         def linear(name: str, x: Array) -> Array:
-            return linear_product(x, weights[name], LINEAR_AXES[JOINED[name][0] if name in JOINED else name], *options)
+            axes = LINEAR_AXES[JOINED[name][0] if name in JOINED else name]
+            return linear_product(x, weights[name], axes, *options, self.seen(name, x, keys) if "a" in weights[name] else None)
 
         if "gate_up_proj" in weights:
             gate, up = jnp.split(linear("gate_up_proj", x), [spec.ffw], axis=-1)

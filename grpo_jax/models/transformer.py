@@ -15,8 +15,10 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
+from grpo_jax.models.adapters import Ratios, computed_adapters
+from grpo_jax.models.dropout import layer_keys
 from grpo_jax.models.layers import LAYER_INPUT, LAYER_MIDDLE, Attend, Block, RMSNorm, SelectTokens
 from grpo_jax.models.rope import rope_tables
 from grpo_jax.models.spec import ModelSpec
@@ -41,6 +43,8 @@ class Transformer(nn.Module):
         spec: sizes and switches of the model.
         dtype: dtype of the computation; weights are cast to it where they are used.
         lora_scale: factor of the adapters' product.
+        lora_ratios: what the scale of some layers is multiplied by; see `adapters.computed_adapters`, which `forward` calls.
+        lora_dropout: share of their input that adapters do not see, where `dropout_keys` are given.
         remat: `layer` saves only each layer's input for the backward pass and recomputes the rest; `selective` also saves
             attention's result and the hidden states behind it, so that neither attention nor its output's product runs again;
             `offload` is `layer` with the input in the host's memory.
@@ -56,6 +60,8 @@ class Transformer(nn.Module):
     unroll: bool = False
     implementation: str | None = None
     layout: Layout | None = None
+    lora_ratios: Ratios = ()
+    lora_dropout: float = 0.0
 
     @property
     def unrolled(self) -> bool:
@@ -71,6 +77,7 @@ class Transformer(nn.Module):
         cache: Any = None,
         per_layer: Any = None,
         select: SelectTokens | None = None,
+        dropout_keys: Key[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B W D"], Any, Any]:
         """Runs the decoder.
 
@@ -81,6 +88,7 @@ class Transformer(nn.Module):
             cache: carried from layer to layer; where unrolled, a tuple with each layer's own.
             per_layer: passed to each layer's `attend`: a pytree with a leading L axis, or a tuple of L where unrolled.
             select: picks the W tokens whose hidden states are returned; None returns all T.
+            dropout_keys: of the adapters' dropout, one a token; None is no dropout.
 
         Returns:
             Hidden states after the final norm, the cache, and the layers' outputs, stacked or as tuples where unrolled.
@@ -90,10 +98,14 @@ class Transformer(nn.Module):
         rope = rope_tables(self.spec.ropes, self.spec.rotated, positions)
         # Logits are linear in the norm's result, so their factor is the norm's.
         norm = RMSNorm(self.spec.norm_eps, self.spec.norm_offset, self.layout, factor=self.spec.logit_scale, name="final_norm")
-        if self.unrolled:
+        keys = layer_keys(dropout_keys, self.spec.layers)
+        if self.unrolled and keys is None:
             x, cache, outputs = self.run_unrolled(x, rope, attend, cache, per_layer, select)
             return norm(x), cache, outputs
-        x, cache, outputs = self.run_scanned(x, rope, attend, cache, per_layer)
+        if self.unrolled:
+            x, cache, outputs = self.run_unrolled(x, rope, attend, cache, per_layer, None, keys)
+        else:
+            x, cache, outputs = self.run_scanned(x, rope, attend, cache, per_layer, keys)
         x = norm(x)
         return x if select is None else select(x), cache, outputs
 
@@ -101,9 +113,11 @@ class Transformer(nn.Module):
         """Instantiates `Block`, or `Block` under scan or remat."""
         rows = 1 if self.layout is None else self.layout.rows
         feed_tokens = None if self.remat == "none" else FEED_TOKENS * rows
-        return kind(self.spec, attend, self.lora_scale, self.implementation, self.layout, feed_tokens, name=name)
+        return kind(self.spec, attend, self.lora_scale, self.implementation, self.layout, feed_tokens, self.lora_dropout, name=name)
 
-    def run_scanned(self, x: Array, rope: Any, attend: Attend, cache: Any, per_layer: Any) -> tuple[Array, Any, Any]:
+    def run_scanned(
+        self, x: Array, rope: Any, attend: Attend, cache: Any, per_layer: Any, dropout_keys: Array | None = None
+    ) -> tuple[Array, Any, Any]:
         """All layers as one scan over stacked variables: compile time does not grow with depth."""
         spec = self.spec
         gathers = self.layout is not None and self.layout.mesh.shape["fsdp"] > 1
@@ -122,12 +136,20 @@ class Transformer(nn.Module):
             "window": jnp.array([NO_WINDOW if w is None else w for w in spec.windows], jnp.int32),
             "rope": jnp.array(spec.rope_of_layer, jnp.int32),
             "per_layer": per_layer,
+            "dropout": dropout_keys,
         }
         (x, cache), outputs = self.block(scanned, attend, "layers")((x, cache), layer, rope)
         return x, cache, outputs
 
     def run_unrolled(
-        self, x: Array, rope: Any, attend: Attend, cache: Any, per_layer: Any, select: SelectTokens | None
+        self,
+        x: Array,
+        rope: Any,
+        attend: Attend,
+        cache: Any,
+        per_layer: Any,
+        select: SelectTokens | None,
+        dropout_keys: Array | None = None,
     ) -> tuple[Array, tuple[Any, ...], tuple[Any, ...]]:
         """Runs the layers in a Python loop. In the last layer, tokens that are not in `select` give only keys and values.
 
@@ -142,6 +164,7 @@ class Transformer(nn.Module):
                 "window": jnp.int32(NO_WINDOW if window is None else window),
                 "rope": spec.rope_of_layer[number],
                 "per_layer": None if per_layer is None else per_layer[number],
+                "dropout": None if dropout_keys is None else dropout_keys[number],
             }
             carry = (x, None if cache is None else cache[number])
             last = number == spec.layers - 1
@@ -152,11 +175,23 @@ class Transformer(nn.Module):
 
 
 def forward(model: Transformer, variables: Params, *args: Any, **kwargs: Any) -> tuple[Float[Array, "B W D"], Any, Any]:
-    """`model.apply` to variables in either form: stacked layers are split first where the model runs unrolled."""
+    """`model.apply` to variables in either form: stacked layers are split first where the model runs unrolled.
+
+    Adapters are those that are trained, or already computed (`adapters.computed_adapters`).
+    """
+    variables = with_computed_adapters(model, variables)
     if model.unrolled and "layers" in variables["params"]:
         variables = split_layers(variables)
     out: Any = model.apply(variables, *args, **kwargs)
     return out
+
+
+def with_computed_adapters(model: Transformer, variables: Params) -> Params:
+    """The variables with the adapters as linear layers read them; variables of split layers have them already."""
+    if "layers" not in variables.get("lora", {}):
+        return variables
+    adapters = computed_adapters(variables["params"], variables["lora"], model.lora_scale, model.lora_ratios)
+    return {**variables, "lora": adapters}
 
 
 def split_layers(variables: Params) -> Params:
