@@ -31,6 +31,7 @@ from grpo_jax.runtime.memory import in_device_memory
 from grpo_jax.runtime.programs import Program
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params, Prompt
+from grpo_jax.weights.adapter_modules import ratios_of
 from grpo_jax.weights.axes import check_mesh, model_axes
 from grpo_jax.weights.export import ReadTensor, merged_weights, save_merged
 from grpo_jax.weights.gguf.export import save_gguf, save_gguf_adapter
@@ -177,8 +178,11 @@ class Policy:
     def model(self) -> Transformer:
         """The decoder as a Flax module, without weights."""
         unroll = platform() == "cpu" and self.spec.layers <= UNROLLED_LAYERS
-        scale = 1.0 if self.lora is None else self.lora.scale
-        return Transformer(self.spec, self.dtype, scale, unroll=unroll, layout=self.layout)
+        model = Transformer(self.spec, self.dtype, unroll=unroll, layout=self.layout)
+        if self.lora is None:
+            return model
+        ratios = ratios_of(self.spec, self.lora)
+        return model.clone(lora_scale=self.lora.scale, lora_ratios=ratios, lora_dropout=self.lora.dropout)
 
     @property
     def variables(self) -> Params:

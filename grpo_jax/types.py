@@ -99,6 +99,7 @@ class PackedRows:
         columns: [R, E], index of the predicted token in its completion.
         firsts: F.
         limits: what every row keeps to.
+        dropout_keys: [R, T] keys of the adapters' dropout, where an update is computed with it; None is no dropout.
 
     Example:
         A prompt [7, 8] with completions [3, 4] and [5]: ids [7, 8, 3], selected [1, 1, 2], targets [3, 5, 4], firsts 2.
@@ -113,6 +114,7 @@ class PackedRows:
     columns: Int[AnyArray, "R E"]
     firsts: int = struct.field(pytree_node=False)
     limits: Limits = struct.field(pytree_node=False)
+    dropout_keys: Any = None
 
 
 @struct.dataclass

@@ -11,11 +11,11 @@ from grpo_jax.config.environment import EnvironmentConfig, check_environment
 from grpo_jax.config.evaluation import EvalConfig
 from grpo_jax.config.listing import Setting, config_to_dict, difference, resolved_settings, write_yaml
 from grpo_jax.config.load import Config, Loaded, config_from_dict, load
+from grpo_jax.config.lora import LoraConfig
 from grpo_jax.config.objective import ObjectiveConfig
 from grpo_jax.config.ready import check_supervised, check_training
 from grpo_jax.config.sections import (
     DataConfig,
-    LoraConfig,
     ModelConfig,
     RewardsConfig,
     RolloutConfig,

@@ -16,9 +16,10 @@ from grpo_jax.config.checks import ConfigError, MismatchError, check_types, conv
 from grpo_jax.config.distributed import DistributedConfig
 from grpo_jax.config.environment import EnvironmentConfig
 from grpo_jax.config.evaluation import EvalConfig
+from grpo_jax.config.lora import LoraConfig
 from grpo_jax.config.objective import ObjectiveConfig
 from grpo_jax.config.presets import OBJECTIVE_DEFAULTS
-from grpo_jax.config.sections import DataConfig, LoraConfig, ModelConfig, RewardsConfig, RolloutConfig
+from grpo_jax.config.sections import DataConfig, ModelConfig, RewardsConfig, RolloutConfig
 from grpo_jax.config.training import MeshConfig, OptimConfig, TrainConfig
 from grpo_jax.config.yaml_files import parse_yaml, read_yaml
 

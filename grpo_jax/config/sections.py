@@ -45,52 +45,6 @@ class ModelConfig:
         check_types(self, "model")
 
 
-@dataclass(frozen=True)
-class LoraConfig:
-    """Low-rank adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685): W x + scale · B A x, with W frozen.
-
-    Args:
-        rank: Rank r of the adapters; 0 trains every weight of the model instead (full fine-tuning).
-        alpha: The scale is alpha / rank, or alpha / sqrt(rank) with rslora.
-        targets: Names of the linear layers that get adapters, or `all-linear`. In a mixture of experts gate_proj, up_proj and
-            down_proj are those of every expert; the attention layers alone are far fewer. The router never gets an adapter.
-            Recurrent layers have in_proj or in_proj_qkv, in_proj_z, ..., and out_proj; an expert that all tokens share has
-            shared_gate_proj, shared_up_proj and shared_down_proj.
-        rslora: Rank-stabilised scale (https://arxiv.org/abs/2312.03732).
-        adapter: Folder or hub id of a PEFT adapter to start from; a frozen copy of it is the reference. rank, alpha, targets
-            and rslora are then read from the adapter.
-    """
-
-    rank: int = 16
-    alpha: float = 32.0
-    targets: str | list[str] = "all-linear"
-    rslora: bool = False
-    adapter: str | None = None
-
-    def __post_init__(self) -> None:
-        check_types(self, "lora")
-        require(0 <= self.rank <= 2**16, "lora.rank", self.rank, "use 8, 16, 32, ..., or 0 to train every weight; at most 65,536")
-        require(0 < self.alpha <= 1e6, "lora.alpha", self.alpha, "use a positive number, often twice the rank; at most 1,000,000")
-        names = [] if isinstance(self.targets, str) else self.targets
-        for name in names:
-            require(name in LINEAR_TARGETS, "lora.targets", name, f"choose from {', '.join(LINEAR_TARGETS)}")
-        if isinstance(self.targets, str):
-            fix = f"use all-linear, or a list of names from {', '.join(LINEAR_TARGETS)}"
-            require(self.targets == "all-linear", "lora.targets", self.targets, fix)
-        else:
-            require(bool(self.targets), "lora.targets", self.targets, "name at least one linear layer, or use all-linear")
-
-    @property
-    def scale(self) -> float:
-        """The factor that B A x is multiplied by."""
-        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
-
-    @property
-    def target_names(self) -> tuple[str, ...]:
-        """The names of the target layers, `all-linear` resolved."""
-        return LINEAR_TARGETS if isinstance(self.targets, str) else tuple(self.targets)
-
-
 CURRICULUM_NAMES = ("uniform", "learnable", "hardest_unsolved")
 
 

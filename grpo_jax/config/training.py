@@ -10,40 +10,75 @@ from grpo_jax.config.checks import check_types, require
 TrackerName: TypeAlias = Literal["none", "wandb", "trackio", "mlflow", "tensorboard"]
 
 
+OF_OPTIMIZER: Any = None
+"""Default of settings that `OptimConfig` fills in by the optimiser's name."""
+
+OPTIMIZERS: dict[str, dict[str, float | None]] = {
+    "adamw": {"b1": 0.9, "b2": 0.999, "eps": 1e-8},
+    "muon": {"b1": 0.95, "b2": 0.999, "eps": 1e-8},
+    "adafactor": {"b1": 0.0, "b2": None, "eps": 1e-30},
+    "lion": {"b1": 0.9, "b2": 0.99, "eps": None},
+    "sgd": {"b1": 0.0, "b2": None, "eps": None},
+}
+"""The optimisers, each with the usual values of its own settings; None where it has no such setting."""
+
+
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimiser: AdamW (https://arxiv.org/abs/1711.05101) with clipping by global norm, from Optax.
+    """The optimiser, of Optax, after clipping by global norm.
 
     Args:
-        learning_rate: Peak learning rate; 1e-6 to 5e-6 is usual for full fine-tuning, 5e-6 to 5e-5 for LoRA.
+        name: `adamw` (https://arxiv.org/abs/1711.05101); `muon` (https://arxiv.org/abs/2502.16982) for matrices, whose updates have
+            the size of AdamW's, with Adam for embedding, head and vectors; `adafactor` (https://arxiv.org/abs/1804.04235) with
+            absolute steps, for each layer's matrix by itself; `lion` (https://arxiv.org/abs/2302.06675); or `sgd`.
+        moments: What is kept of earlier gradients: `float32`; `bfloat16` for the first moment (momentum), at half its memory; or,
+            with adamw, `factored`: the second moment as means of rows and columns, as in Adafactor, where both are at least 128.
+        learning_rate: Peak learning rate; 1e-6 to 5e-6 is usual for full fine-tuning, 5e-6 to 5e-5 for LoRA; with lion a tenth to
+            a third of that.
         schedule: Learning rate after the warm-up: constant, or linear or cosine decay to 0 at the last step.
         warmup_steps: Steps in which the learning rate rises from 0 to its peak.
         warmup_ratio: The same as a share of all updates of the run, rounded up; null leaves it to warmup_steps.
         max_grad_norm: Gradients with a larger global norm are scaled down to this one; null clips nothing.
         weight_decay: Decoupled weight decay, applied to matrices only.
-        b1: Decay of the first moment.
-        b2: Decay of the second moment.
-        eps: Added to the square root of the second moment.
+        b1: Decay of the first moment, or of the momentum; 0 is none. Default 0.9; muon 0.95, adafactor and sgd 0.
+        b2: Decay of the second moment; with lion of the momentum, of which b1 is then the share in an update. Default 0.999, lion
+            0.99; null where there is none (adafactor, sgd).
+        eps: Added to the square root of the second moment, in adafactor to the square. Default 1e-8, adafactor 1e-30; null where
+            there is none (lion, sgd).
         max_skipped_steps: The run saves its state and stops after this many steps in a row whose loss or gradient was not finite.
             The update of such a step is left out.
         offload: Keep what training changes (float32 adapters or weights, and the optimiser's state) in the host's memory while
             completions are sampled; each update copies it to the device and back.
     """
 
+    name: Literal["adamw", "muon", "adafactor", "lion", "sgd"] = "adamw"
+    moments: Literal["float32", "bfloat16", "factored"] = "float32"
     learning_rate: float = 1e-5
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
     warmup_ratio: float | None = None
     max_grad_norm: float | None = 1.0
     weight_decay: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
+    b1: float = OF_OPTIMIZER
+    b2: float | None = OF_OPTIMIZER
+    eps: float | None = OF_OPTIMIZER
     max_skipped_steps: int = 5
     offload: bool = False
 
     def __post_init__(self) -> None:
+        usual = OPTIMIZERS.get(self.name, {}) if isinstance(self.name, str) else {}
+        for field_name, default in usual.items():
+            if getattr(self, field_name) is None:
+                object.__setattr__(self, field_name, default)
         check_types(self, "optim")
+        for field_name, default in usual.items():
+            value = getattr(self, field_name)
+            fix = f"{self.name} has none: leave it out"
+            require(default is not None or value is None, f"optim.{field_name}", value, fix)
+        fix = "only adamw's second moment is kept whole else: use float32, or optim.name adamw"
+        require(self.moments != "factored" or self.name == "adamw", "optim.moments", self.moments, fix)
+        fix = f"{self.name} has no momentum with optim.b1 0: use float32, or an optim.b1 such as 0.9"
+        require(self.moments == "float32" or self.b1 > 0 or self.moments == "factored", "optim.moments", self.moments, fix)
         require(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "use a positive rate such as 1e-5")
         require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "use 0 or more steps")
         if self.warmup_ratio is not None:
@@ -54,8 +89,8 @@ class OptimConfig:
             require(self.max_grad_norm > 0, "optim.max_grad_norm", self.max_grad_norm, "use a positive norm such as 1.0, or null")
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "use 0 or more")
         require(0 <= self.b1 < 1, "optim.b1", self.b1, "use a number from 0 up to 1")
-        require(0 <= self.b2 < 1, "optim.b2", self.b2, "use a number from 0 up to 1")
-        require(self.eps > 0, "optim.eps", self.eps, "use a small positive number such as 1e-8")
+        require(self.b2 is None or 0 <= self.b2 < 1, "optim.b2", self.b2, "use a number from 0 up to 1")
+        require(self.eps is None or self.eps > 0, "optim.eps", self.eps, "use a small positive number such as 1e-8")
         require(self.max_skipped_steps >= 1, "optim.max_skipped_steps", self.max_skipped_steps, "use at least 1")
 
 

@@ -20,13 +20,14 @@ from grpo_jax.data.tokenizer_files import read_model_stop_ids
 from grpo_jax.fit.targets import Machine
 from grpo_jax.learner.batches import batch_shapes
 from grpo_jax.learner.packing import RowSize
+from grpo_jax.learner.sharded import state_shardings
 from grpo_jax.learner.step import Learner
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.policy import Policy
 from grpo_jax.runtime.mesh import check_prompts, make_layout
 from grpo_jax.runtime.sharding import BATCH_AXES, Axes, Layout
 from grpo_jax.types import Frozen, Params, TrainBatch, TrainState
-from grpo_jax.weights.axes import check_mesh, decoding_axes
+from grpo_jax.weights.axes import check_mesh, decoding_axes, model_axes
 from grpo_jax.weights.lora import init_lora, load_adapter
 from grpo_jax.weights.mesh_choice import choose_run_mesh
 from grpo_jax.weights.quantize import abstract_weights
@@ -99,7 +100,8 @@ def abstract_policy(config: Config, folder: Path, spec: ModelSpec, placement: Pl
     adapters: Params | None = None
     lora = config.lora if config.lora.rank or config.lora.adapter else None
     if lora is not None and lora.adapter is not None:
-        loaded, lora = load_adapter(lora.adapter, spec)
+        loaded, read = load_adapter(lora.adapter, spec)
+        lora = replace(read, dropout=lora.dropout, plus_ratio=lora.plus_ratio)
         adapters = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), loaded)
     elif lora is not None:
         chosen = lora
@@ -123,7 +125,10 @@ def abstract_state(learner: Learner, policy: Policy, placement: Placement) -> Tr
     source = policy.params if policy.adapters is None else policy.adapters
     trainable = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), source)
     plain = replace(learner, model=learner.model.clone(layout=None))
-    return placement.put_model(policy.spec, jax.eval_shape(plain.init, trainable))
+    state = jax.eval_shape(plain.init, trainable)
+    if placement.layout is None:
+        return placement.put(state)
+    return jax.tree.map(with_sharding, state, state_shardings(state, placement.layout, model_axes(policy.spec)))
 
 
 def abstract_frozen(config: Config, policy: Policy) -> Frozen:

@@ -1,6 +1,6 @@
-"""The optimiser: one Optax chain and its learning-rate schedule, and the update that leaves out what is not finite or zero.
+"""The optimiser of a run and its learning-rate schedule, and the update that leaves out what is not finite or zero.
 
-The state is float32. Accumulating gradients is left to `step`.
+`optimizers.py` has the optimisers by name. Accumulating gradients is left to `step`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from grpo_jax.config import Config, OptimConfig
 from grpo_jax.config.checks import require
+from grpo_jax.learner.optimizers import times_in_b, transformation_of
 from grpo_jax.types import Params, TrainState
 
 SKIPPED = "update/skipped"
@@ -27,9 +28,6 @@ ZERO_GRADIENT = "update/zero_gradient"
 
 UNKNOWN_STEPS = 1_000_000
 """Replaces `train.steps` where that is not known; a plan compiles the same programs for any number."""
-
-NOT_DECAYED = ("scale", "bias")
-"""Endings of the names of vectors (of a norm, of a linear layer), which may have more axes because layers are stacked."""
 
 
 def updates_of(config: Config, supervised: bool) -> int:
@@ -42,16 +40,26 @@ def updates_per_step(config: Config) -> int:
     return config.train.updates_per_rollout * config.objective.num_iterations
 
 
-def make_optimizer(optim: OptimConfig, steps: int, updates_per_step: int = 1) -> optax.GradientTransformation:
-    """Makes AdamW (https://arxiv.org/abs/1711.05101, algorithm 2) after clipping by global norm.
+def check_plus_ratio(config: Config, optimizer: optax.GradientTransformation | None) -> None:
+    """Raises ConfigError where `lora.plus_ratio` is set next to an optimiser of the user's, on which it has no effect."""
+    ratio = config.lora.plus_ratio
+    fix = "the run has an optimiser of its own, which has the learning rates: leave it out"
+    require(optimizer is None or ratio == 1, "lora.plus_ratio", ratio, fix)
+
+
+def make_optimizer(
+    optim: OptimConfig, steps: int, updates_per_step: int = 1, *, plus_ratio: float = 1.0
+) -> optax.GradientTransformation:
+    """Makes the optimiser of the settings (`optimizers.transformation_of`) after clipping by global norm.
 
     Weight decay is decoupled and scaled by the learning rate, as in Optax and PyTorch, and acts on matrices only; see `decay_mask`.
-    Gradients and parameters may have any float dtype; both moments and the updates are float32.
+    Gradients and parameters may have any float dtype; the state, but for `optim.moments`, and the updates are float32.
 
     Args:
         optim: the settings.
         steps: optimiser updates in the run (training steps times updates on each batch).
         updates_per_step: optimiser updates of a training step, in which `warmup_steps` is counted.
+        plus_ratio: learning rate of the adapters' B as a multiple of the others' (`lora.plus_ratio`).
 
     Returns:
         A transformation whose `update` needs the parameters, as weight decay does.
@@ -60,16 +68,8 @@ def make_optimizer(optim: OptimConfig, steps: int, updates_per_step: int = 1) ->
         ConfigError: no steps, or a warm-up that does not end before them.
     """
     parts = [] if optim.max_grad_norm is None else [optax.clip_by_global_norm(optim.max_grad_norm)]
-    adamw = optax.adamw(
-        make_schedule(optim, steps, updates_per_step),
-        b1=optim.b1,
-        b2=optim.b2,
-        eps=optim.eps,
-        weight_decay=optim.weight_decay,
-        mask=decay_mask,
-        mu_dtype=jnp.float32,
-    )
-    chain = optax.chain(*parts, adamw)
+    named = transformation_of(optim, make_schedule(optim, steps, updates_per_step))
+    chain = optax.chain(*parts, named, *([] if plus_ratio == 1 else [times_in_b(plus_ratio)]))
 
     # Optax gives the second moment the parameters' dtype, so it gets float32 only.
     def init(params: optax.Params) -> optax.OptState:
@@ -153,25 +153,6 @@ def learning_rate_at(optim: OptimConfig, steps: int, step: ArrayLike, updates_pe
     schedule = make_schedule(optim, steps, updates_per_step)
     with jax.numpy_dtype_promotion("standard"):  # as in make_optimizer
         return jnp.asarray(schedule(jnp.asarray(step, jnp.int32)), jnp.float32)
-
-
-def decay_mask(params: optax.Params) -> Any:
-    """Returns True for every leaf of a nested dict that is a matrix, which weight decay acts on.
-
-    The name decides, because layers are stacked: a norm's scale is [L, D] there, a matrix [L, in, out]. A leaf with fewer than two
-        axes
-    is not a matrix either.
-    """
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: is_decayed(_leaf_name(path), jnp.ndim(leaf)), params)
-
-
-def is_decayed(name: str, dims: int) -> bool:
-    """Tells whether weight decay acts on a parameter: not if its name ends in "scale" or "bias", nor with fewer than two axes."""
-    return dims >= 2 and not name.endswith(NOT_DECAYED)
-
-
-def _leaf_name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path[-1:], simple=True) if path else ""
 
 
 def _float32(tree: Any) -> Any:

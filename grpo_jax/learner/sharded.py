@@ -27,16 +27,24 @@ RowsLoss = Callable[[dict[str, Any]], tuple[Array, Stats]]
 def state_shardings(tree: Any, layout: Layout, table: AxesTable) -> Any:
     """Where weights, adapters, or a state of them live on the mesh.
 
-    An optimiser's array whose shape is no parameter's (a factored moment) is replicated on every device.
+    An optimiser's array is sharded as the parameter that its path ends with, if it has that parameter's shape. Others (counts,
+    factored moments) are replicated on every device.
     """
     if not isinstance(tree, TrainState):
         return layout.tree(tree, table)
-    shapes = {leaf.shape for leaf in jax.tree.leaves(tree.trainable)}
+    shapes = {names_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree.trainable)}
 
-    def sharded_shape(leaf: Any) -> Any:
-        return leaf if leaf.shape in shapes else jax.ShapeDtypeStruct((), leaf.dtype)
+    def sharded_shape(path: tuple[Any, ...], leaf: Any) -> Any:
+        names = names_of(path)
+        own = next((shape for key, shape in shapes.items() if names[-len(key) :] == key), None)
+        return leaf if leaf.shape == own else jax.ShapeDtypeStruct((), leaf.dtype)
 
-    return layout.tree(replace(tree, opt_state=jax.tree.map(sharded_shape, tree.opt_state)), table)
+    return layout.tree(replace(tree, opt_state=jax.tree_util.tree_map_with_path(sharded_shape, tree.opt_state)), table)
+
+
+def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """The names on the way to a leaf of a tree."""
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
 def batch_advantages(

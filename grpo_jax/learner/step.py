@@ -10,6 +10,8 @@ them every denominator, come from the whole batch, so the result does not depend
 - A step may make several updates, each on its own part of the prompts (`steps/mini_batches.py`); each is a batch here.
 - With one update a batch the old log-probabilities are the new ones without gradient and cost no forward pass. With several
   updates those of the first update are the old log-probabilities of all.
+- Dropout of adapters acts on the log-probabilities that have a gradient alone. The old ones are then computed without it, in a
+  forward pass of their own: they are those of the policy that sampled.
 - An update whose loss or gradient is not finite, or whose gradient is zero, changes nothing (`optim.apply_gradient`).
 - Sampling that truncates the distribution or bans tokens: the policy's log-probabilities are those of the truncated distribution.
   The KL term and the reference use the untruncated one (`loss.py` says why).
@@ -31,11 +33,20 @@ from jaxtyping import Array, Bool, Float
 from grpo_jax.config import Config, ObjectiveConfig
 from grpo_jax.learner.batch_logprobs import fixed_logprobs, micro_batch_logprobs
 from grpo_jax.learner.custom_loss import LossFunction, custom_loss, finish_custom_stats
+from grpo_jax.learner.dropout import with_dropout_keys
 from grpo_jax.learner.entropy_bonus import adapted_weight, entropy_weights, sampled_entropy
 from grpo_jax.learner.loss import Stats, finish_stats, kl_per_token, kl_reward_penalty, token_weights, total_stats, weighted_loss
 from grpo_jax.learner.metrics import PackedMetrics, batch_metrics, pack
 from grpo_jax.learner.micro_batches import MicroBatch, any_token, scan_micro_batches
-from grpo_jax.learner.optim import SKIPPED, ZERO_GRADIENT, apply_gradient, learning_rate_at, make_optimizer, updates_per_step
+from grpo_jax.learner.optim import (
+    SKIPPED,
+    ZERO_GRADIENT,
+    apply_gradient,
+    check_plus_ratio,
+    learning_rate_at,
+    make_optimizer,
+    updates_per_step,
+)
 from grpo_jax.learner.reference import with_reference
 from grpo_jax.learner.sharded import batch_advantages, state_shardings, summed_over_rows
 from grpo_jax.learner.token_choice import chosen_tokens
@@ -63,6 +74,7 @@ class Learner:
         truncation: what sampling does to the distribution; None where it does nothing.
         loss_fn: a user's loss; None is `grpo_loss`.
         moves_reference: the reference changes in the run, and is a part of the state.
+        seed: of the adapters' dropout, whose rate is the model's.
     """
 
     model: Transformer
@@ -75,6 +87,7 @@ class Learner:
     truncation: Truncation | None = None
     loss_fn: LossFunction | None = None
     moves_reference: bool = False
+    seed: int = 0
 
     @staticmethod
     def of(
@@ -96,10 +109,11 @@ class Learner:
             loss_fn: used instead of `grpo_loss`.
         """
         each = updates_per_step(config)
+        check_plus_ratio(config, optimizer)
         return Learner(
             model=model,
             objective=config.objective,
-            optimizer=optimizer or make_optimizer(config.optim, updates, each),
+            optimizer=optimizer or make_optimizer(config.optim, updates, each, plus_ratio=config.lora.plus_ratio),
             learning_rate=None if optimizer else functools.partial(learning_rate_at, config.optim, updates, updates_per_step=each),
             full=full,
             temperature=config.rollout.temperature,
@@ -107,6 +121,7 @@ class Learner:
             truncation=Truncation.of(config.rollout, stop_ids) if config.objective.match_sampling else None,
             loss_fn=loss_fn,
             moves_reference=config.train.reference_every is not None,
+            seed=config.train.seed,
         )
 
     def policy_variables(self, trainable: Params, frozen: Frozen) -> Params:
@@ -171,6 +186,8 @@ class Learner:
         """Makes `objective.num_iterations` updates on one batch. Jit it with the state donated."""
         objective, rewards, old_logps = self.objective, batch.rewards, batch.old_logprobs
         frozen = with_reference(frozen, state)
+        if self.model.lora_dropout and old_logps is None:
+            old_logps = self.old_logprobs(state.trainable, batch, frozen)
         coefficient, state, adapting = self.entropy_weight(state, batch)
         ref_logps = None
         if objective.needs_reference:
@@ -271,6 +288,12 @@ class Learner:
         """Log-probabilities and entropies of a batch without gradient; see `batch_logprobs.fixed_logprobs`."""
         return fixed_logprobs(self.model, self.temperature, variables, batch, truncation)
 
+    def with_dropout(self, part: MicroBatch, state: TrainState, batch: TrainBatch) -> MicroBatch:
+        """A micro-batch as an update computes it: with keys for the adapters' dropout, where there is one."""
+        if not self.model.lora_dropout:
+            return part
+        return with_dropout_keys(part, self.seed, state.step, batch.rewards.shape[1])
+
     def old_logprobs(self, trainable: Params, batch: TrainBatch, frozen: Frozen) -> Float[Array, "N C"]:
         """Log-probabilities of the policy as it is now, which a later update on this batch takes its ratio from."""
         logps = self.fixed_logprobs(self.policy_variables(trainable, frozen), batch, self.truncation)[0]
@@ -303,6 +326,7 @@ class Learner:
         """
 
         def loss_of(trainable: Params, part: MicroBatch) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+            part = self.with_dropout(part, state, batch)
             logps, untruncated, entropy = self.logprobs(
                 self.policy_variables(trainable, frozen), part, self.truncation, self.full, "entropy_weights" in known
             )

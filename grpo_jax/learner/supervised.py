@@ -18,7 +18,7 @@ def supervised_step(learner: Learner, state: TrainState, batch: TrainBatch, froz
     tokens = jnp.maximum(jnp.sum(batch.completion_mask), 1).astype(jnp.float32)
 
     def loss_of(trainable: Params, part: MicroBatch) -> tuple[jax.Array, jax.Array]:
-        variables = learner.policy_variables(trainable, frozen)
+        part, variables = learner.with_dropout(part, state, batch), learner.policy_variables(trainable, frozen)
         logps, _, entropy = row_logprobs(learner.model, variables, part.rows, used=part.used, head_trainable=learner.full)
         zero = jnp.float32(0)
         loss = -jnp.sum(jnp.where(part.used, logps, zero)) / tokens

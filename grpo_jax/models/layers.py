@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
+from grpo_jax.models.dropout import dropped
 from grpo_jax.models.gating import gated
 from grpo_jax.models.layer_kinds import Kind
 from grpo_jax.models.linear import JOINED, Linear, LinearWeights, gather, linear_product
@@ -114,6 +115,7 @@ class Block(nn.Module):
         kind: what mixes the layer's tokens.
         feed_tokens: tokens that the feed-forward computes at once, over all rows; its wide arrays of one part exist at a time, in
             the backward pass too. None is all.
+        lora_dropout: see `dropout.dropped`; it acts where `layer` has keys, which only updates give it.
     """
 
     spec: ModelSpec
@@ -122,6 +124,7 @@ class Block(nn.Module):
     implementation: str | None = None
     layout: Layout | None = None
     feed_tokens: int | None = None
+    lora_dropout: float = 0.0
     kind: Kind = "attention"
     recurrence: Recurrence | None = None
 
@@ -132,13 +135,14 @@ class Block(nn.Module):
         x, cache = carry
         x, spec = checkpoint_name(x, LAYER_INPUT), self.spec
         before = self.norm("attn_norm", x) if spec.pre_norm else x
+        keys = layer.get("dropout")
         if self.kind == "attention":
-            mixed, cache, stacked = self.attention(before, layer, rope, cache, select)
+            mixed, cache, stacked = self.attention(before, layer, rope, cache, select, keys)
         else:
-            mixed, cache, stacked = self.recurrent(before, cache, select)
+            mixed, cache, stacked = self.recurrent(before, cache, select, keys)
         x = x if select is None else select(x)
         x = checkpoint_name(x + self.added("post_attn_norm", mixed), LAYER_MIDDLE)
-        fed = self.feed_forward(self.norm("ffw_norm", x) if spec.pre_norm else x)
+        fed = self.feed_forward(self.norm("ffw_norm", x) if spec.pre_norm else x, keys)
         x = x + self.added("post_ffw_norm", fed)
         return (x, cache), stacked
 
@@ -150,24 +154,30 @@ class Block(nn.Module):
     def norm(self, name: str, x: Array, axis: str = "embed") -> Array:
         return RMSNorm(self.spec.norm_eps, self.spec.norm_offset, self.layout, axis, name=name)(x)
 
-    def linear(self, name: str, x: Array) -> Array:
+    def linear(self, name: str, x: Array, keys: Array | None = None) -> Array:
         axes = LINEAR_AXES[JOINED[name][0] if name in JOINED else name]
-        return Linear(self.lora_scale, self.implementation, self.layout, axes, name=name)(x)
+        seen = self.seen(name, x, keys) if self.has_variable("lora", name) else None
+        return Linear(self.lora_scale, self.implementation, self.layout, axes, name=name)(x, seen)
 
-    def linears(self, joined: str, parts: dict[str, int], x: Array) -> list[Array]:
+    @nn.nowrap
+    def seen(self, name: str, x: Array, keys: Array | None) -> Array | None:
+        """What the adapter of a linear layer sees of x, where there is dropout; None is x."""
+        return None if keys is None else dropped(x, keys, self.lora_dropout, name)
+
+    def linears(self, joined: str, parts: dict[str, int], x: Array, keys: Array | None) -> list[Array]:
         """Several linear layers of one input; one product where `join_linears` has joined their weights."""
         if not self.has_variable("params", joined):
-            return [self.linear(name, x) for name in parts]
+            return [self.linear(name, x, keys) for name in parts]
         ends = list(itertools.accumulate(parts.values()))
         return jnp.split(self.linear(joined, x), ends[:-1], axis=-1)
 
     def attention(
-        self, x: Array, layer: dict[str, Any], rope: Angles, cache: Any, select: SelectTokens | None
+        self, x: Array, layer: dict[str, Any], rope: Angles, cache: Any, select: SelectTokens | None, keys: Array | None
     ) -> tuple[Array, Any, Any]:
         spec = self.spec
         heads, kv_heads = spec.linear_shapes()["q_proj"][1], spec.kv_heads * spec.head_dim
         if select is None or self.has_variable("params", "qkv_proj"):
-            q, k, v = self.linears("qkv_proj", {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}, x)
+            q, k, v = self.linears("qkv_proj", {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}, x, keys)
             q = q if select is None else select(q)
         else:
             q, k, v = self.linear("q_proj", select(x)), self.linear("k_proj", x), self.linear("v_proj", x)
@@ -193,7 +203,7 @@ class Block(nn.Module):
         )
         mixed = mixed.reshape(b, t, spec.heads * spec.head_dim)
         mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate)
-        return self.linear("o_proj", mixed), cache, stacked
+        return self.linear("o_proj", mixed, keys), cache, stacked
 
     @nn.nowrap
     def gate(self, q: Array) -> tuple[Array, Array | None]:
@@ -204,16 +214,17 @@ class Block(nn.Module):
         both = q.reshape(*q.shape[:2], spec.heads, 2, spec.head_dim)
         return both[:, :, :, 0], both[:, :, :, 1].reshape(*q.shape[:2], spec.heads * spec.head_dim)
 
-    def recurrent(self, x: Array, state: Any, select: SelectTokens | None) -> tuple[Array, Any, Any]:
+    def recurrent(self, x: Array, state: Any, select: SelectTokens | None, keys: Array | None) -> tuple[Array, Any, Any]:
         """A recurrent layer. In prefill the state behind the prompt is the layer's output, in decoding the new cache."""
         assert self.recurrence is not None
+        linear = functools.partial(self.linear, keys=keys)
         weights = Weights(("taps", "bias"), name="short_conv")()
         if self.kind == "conv":
-            mixed, new = short_conv(self.recurrence, self.linear, weights, x, state, select)
+            mixed, new = short_conv(self.recurrence, linear, weights, x, state, select)
         else:
             weights |= Weights(("rate", "offset"), name="decay")()
             norm = RMSNorm(self.spec.norm_eps, 0.0, self.layout, "head_dim", name="delta_norm")
-            mixed, new = linear_attention(self.spec, self.recurrence, self.linear, norm, weights, x, state, select)
+            mixed, new = linear_attention(self.spec, self.recurrence, linear, norm, weights, x, state, select)
         return (mixed, None, new) if state is None else (mixed, new, None)
 
     def sinks(self) -> Array | None:
@@ -231,39 +242,42 @@ class Block(nn.Module):
         q = rotate(q, of_queries.cos, of_queries.sin, scale, interleaved=spec.interleaved_rope)
         return q, rotate(k, angles.cos, angles.sin, interleaved=spec.interleaved_rope)
 
-    def feed_forward(self, x: Array) -> Array:
+    def feed_forward(self, x: Array, keys: Array | None) -> Array:
         names = ("router", *EXPERT_LINEARS) if self.spec.experts else ("gate_proj", "up_proj", "down_proj")
         names += ("shared_router", *SHARED_LINEARS) if self.spec.shared_ffw else ()
         if not self.spec.experts and self.has_variable("params", "gate_up_proj"):
             names = ("gate_up_proj", "down_proj")
         weights = {name: LinearWeights(name=name)() for name in names}
-        return self.in_parts(functools.partial(self.fed, weights), x)
+        return self.in_parts(functools.partial(self.fed, weights), x, *([] if keys is None else [keys]))
 
     @nn.nowrap
-    def in_parts(self, function: Callable[[Array], Array], x: Array) -> Array:
+    def in_parts(self, function: Callable[..., Array], x: Array, *others: Array) -> Array:
         """Applies a function of single tokens to one part of the tokens after the other (https://arxiv.org/abs/2506.13996, 3.1).
 
         A layer that is recomputed in the backward pass computes each part once there, as it would all parts: what the recomputed
         layer returns is not needed.
         """
-        rows, tokens, width = x.shape
+        rows, tokens, _ = x.shape
         parts = 1 if self.feed_tokens is None else parts_of(tokens, -(-rows * tokens // self.feed_tokens))
         if parts == 1:
-            return function(x)
-        each = jnp.swapaxes(x.reshape(rows, parts, tokens // parts, width), 0, 1)
-        y = jax.lax.map(jax.checkpoint(function, prevent_cse=False), each)
+            return function(x, *others)
+        arrays = (x, *others)
+        each = tuple(jnp.swapaxes(array.reshape(rows, parts, tokens // parts, *array.shape[2:]), 0, 1) for array in arrays)
+        checkpointed = jax.checkpoint(function, prevent_cse=False)
+        y = jax.lax.map(lambda part: checkpointed(*part), each)
         return jnp.swapaxes(y, 0, 1).reshape(x.shape)
 
     @nn.nowrap
-    def fed(self, weights: dict[str, Any], x: Array) -> Array:
+    def fed(self, weights: dict[str, Any], x: Array, keys: Array | None = None) -> Array:
         """The feed-forward from its weights, with gate and up joined or not."""
         spec, options = self.spec, (self.lora_scale, self.implementation, self.layout)
         if spec.experts:
             mixed = mix_experts(spec, x, {name: weights[name] for name in ("router", *EXPERT_LINEARS)}, *options)
-            return mixed if not spec.shared_ffw else mixed + self.shared(weights, x)
+            return mixed if not spec.shared_ffw else mixed + self.shared(weights, x, keys)
 
         def linear(name: str, x: Array) -> Array:
-            return linear_product(x, weights[name], LINEAR_AXES[JOINED[name][0] if name in JOINED else name], *options)
+            axes = LINEAR_AXES[JOINED[name][0] if name in JOINED else name]
+            return linear_product(x, weights[name], axes, *options, self.seen(name, x, keys) if "a" in weights[name] else None)
 
         if "gate_up_proj" in weights:
             gate, up = jnp.split(linear("gate_up_proj", x), [spec.ffw], axis=-1)
@@ -272,13 +286,13 @@ class Block(nn.Module):
         return linear("down_proj", gated(spec, gate, up))
 
     @nn.nowrap
-    def shared(self, weights: dict[str, Any], x: Array) -> Array:
+    def shared(self, weights: dict[str, Any], x: Array, keys: Array | None) -> Array:
         """The feed-forward that every token has next to its experts, times a sigmoid of its own."""
         options = (self.lora_scale, self.implementation, self.layout)
 
         def linear(name: str, x: Array) -> Array:
             axes = ("embed", None) if name == "shared_router" else LINEAR_AXES[name]
-            return linear_product(x, weights[name], axes, *options)
+            return linear_product(x, weights[name], axes, *options, self.seen(name, x, keys) if "a" in weights[name] else None)
 
         gate, up, down = SHARED_LINEARS
         return jax.nn.sigmoid(linear("shared_router", x)) * linear(down, gated(self.spec, linear(gate, x), linear(up, x)))

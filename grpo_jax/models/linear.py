@@ -76,9 +76,9 @@ def frozen_product(
 
 
 def variables_of(layer: nn.Module) -> dict[str, Any]:
-    """Returns the variables of a linear layer: `kernel`, and where it has them `bias`, and `a` and `b` of its adapters."""
+    """Returns the variables of a linear layer: `kernel`, where it has one `bias`, and `a`, `b` and `factor` of its adapters."""
     found = {"kernel": layer.get_variable("params", "kernel")}
-    for collection, names in (("params", ("bias",)), ("lora", ("a", "b"))):
+    for collection, names in (("params", ("bias",)), ("lora", ("a", "b", "factor"))):
         found |= {name: layer.get_variable(collection, name) for name in names if layer.has_variable(collection, name)}
     return found
 
@@ -90,12 +90,17 @@ def linear_product(
     lora_scale: float,
     implementation: str | None,
     layout: Layout | None,
+    seen: Float[Array, "B T I"] | None = None,
 ) -> Float[Array, "B T O"]:
     """Computes x W + bias, plus scale · (x A) B where there are adapters. A quantised W is frozen.
+
+    With DoRA's factor f this is f · (x W + scale · (x A) B) + bias. With dropout, z is what adapters see of x: as in PEFT the
+    result is then x W + scale · (z A) B + bias, with DoRA x W − z W + f · (z W + scale · (z A) B) + bias.
 
     Args:
         weights: of `variables_of`.
         axes: logical axes of W.
+        seen: z; None is x.
     """
     dtype, precision = x.dtype, precision_of(x.dtype)
     # One row per token: XLA's CPU compiler makes slow loops of a contraction over two dimensions, as in the weights' gradients.
@@ -104,22 +109,27 @@ def linear_product(
     quantized = isinstance(kernel, QuantizedWeight)
     kernel = kernel if quantized else gather(layout, kernel.astype(dtype), *axes)
 
-    def product() -> Array:
+    def product(rows: Array) -> Array:
         if quantized:
             return frozen_product(rows, kernel, axes, implementation, layout)
         return jnp.dot(rows, kernel, precision=precision)
 
     if "a" not in weights:
-        y = product()
+        y = product(rows)
     else:
         a, b = weights["a"].astype(dtype), weights["b"].astype(dtype)
         a, b = gather(layout, a, axes[0], "rank"), gather(layout, b, "rank", axes[1])
         b = b * jnp.asarray(lora_scale, dtype)
-        if dtype == jnp.float32 and not quantized:
+        behind = rows if seen is None else seen.reshape(rows.shape)
+        if dtype == jnp.float32 and not quantized and seen is None:
             y = merged_product(rows, kernel, a, b)
         else:
-            low = jnp.dot(rows, a, precision=precision)
-            y = product() + jnp.dot(low, b, precision=precision)
+            low = jnp.dot(behind, a, precision=precision)
+            y = product(behind if "factor" in weights else rows) + jnp.dot(low, b, precision=precision)
+        if "factor" in weights:
+            factor = gather(layout, weights["factor"].astype(jnp.float32), axes[1])
+            y = (y.astype(jnp.float32) * factor[None, :]).astype(dtype)
+            y = y if seen is None else y + product(rows - behind)
     if "bias" in weights:
         y = y + gather(layout, weights["bias"].astype(dtype), axes[1])[None, :]
     y = y if layout is None else layout.decoding.constrain(y, "rows", axes[1])
@@ -135,8 +145,8 @@ class Linear(nn.Module):
     axes: tuple[str | None, str | None] = ("embed", "ffw")
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return linear_product(x, variables_of(self), self.axes, self.lora_scale, self.implementation, self.layout)
+    def __call__(self, x: Array, seen: Array | None = None) -> Array:
+        return linear_product(x, variables_of(self), self.axes, self.lora_scale, self.implementation, self.layout, seen)
 
 
 class LinearWeights(nn.Module):
@@ -158,7 +168,7 @@ def join_linears(layer: Params, adapters: Params | None = None) -> tuple[Params,
 
     Args:
         layer: the weights of one layer, or of all layers stacked.
-        adapters: the adapters of the same layers; None has none.
+        adapters: the adapters of the same layers, as `adapters.computed_adapters` gives them; None has none.
 
     Returns:
         Both trees with `qkv_proj` and `gate_up_proj` in place of their parts. Not joined are experts' weights, and dense ones with
@@ -189,6 +199,8 @@ def join_linears(layer: Params, adapters: Params | None = None) -> tuple[Params,
 def join_adapters(columns: dict[str, int], adapters: Params) -> Params:
     """Joins adapters of one input: A [..., I, n·r] and block-diagonal B [..., n·r, O] of the n linear layers that have adapters.
 
+    DoRA's factors, or magnitudes, are joined with ones for linear layers that have none.
+
     Args:
         columns: outputs of each linear layer, in the order of the joined weight.
     """
@@ -199,4 +211,10 @@ def join_adapters(columns: dict[str, int], adapters: Params) -> Params:
             a.append(adapters[name]["a"])
             b.append(jnp.pad(own, [(0, 0)] * (own.ndim - 1) + [(start, total - start - size)]))
         start += size
-    return {"a": jnp.concatenate(a, axis=-1), "b": jnp.concatenate(b, axis=-2)}
+    joined = {"a": jnp.concatenate(a, axis=-1), "b": jnp.concatenate(b, axis=-2)}
+    for leaf in ("factor", "magnitude"):
+        if any(leaf in adapters.get(name, {}) for name in columns):
+            stack = joined["a"].shape[:-2]
+            ones = {name: jnp.ones((*stack, size), jnp.float32) for name, size in columns.items()}
+            joined[leaf] = jnp.concatenate([adapters.get(name, {}).get(leaf, ones[name]) for name in columns], axis=-1)
+    return joined

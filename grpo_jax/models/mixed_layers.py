@@ -44,6 +44,7 @@ def run_mixed_layers(
     cache: LayerCaches,
     per_layer: Any,
     windows: Array,
+    dropout_keys: Array | None = None,
     *,
     frozen: bool,
 ) -> tuple[Array, LayerCaches, LayerCaches]:
@@ -55,6 +56,7 @@ def run_mixed_layers(
         cache: carried from layer to layer.
         per_layer: passed to each layer with attention: a pytree with a leading axis of these layers.
         windows: [L], of each layer.
+        dropout_keys: [L, B, T], of the adapters' dropout; None is no dropout.
         frozen: whether `params` have no gradient. They are read where they are then; of others a loop gets its part, whose gradient
             is as small.
 
@@ -81,6 +83,7 @@ def run_mixed_layers(
                     "window": windows[number],
                     "rope": jnp.array(spec.rope_of_layer, jnp.int32)[number],
                     "per_layer": at(per_layer, index) if attention else None,
+                    "dropout": at(dropout_keys, number),
                 }
                 chosen = {
                     name: layer_of(spec, run, place, iteration, tree if name in fixed else own[name], whole=name in fixed)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -364,19 +364,34 @@ def recurrent_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
     return table
 
 
-def lora_specs(spec: ModelSpec, rank: int, targets: tuple[str, ...]) -> dict[tuple[str, ...], ParamSpec]:
+def lora_specs(
+    spec: ModelSpec, rank: int | Mapping[str, int], targets: tuple[str, ...], *, dora: bool = False, pissa: bool = False
+) -> dict[tuple[str, ...], ParamSpec]:
     """Describes every LoRA matrix, by its path: `a` is [L, in, r] and `b` is [L, r, out], for experts [L, E, ...].
 
-    This table is the only description of their shapes and axes; `weights.lora.init_lora` gives the initial values. The router has
+    This table is the only description of their shapes and axes; `weights.lora_start` gives the initial values. The router has
     no adapter. Targets that the model has no layer of are left out.
+
+    Args:
+        rank: of all targets, or of each.
+        dora: with the `magnitude` [L, out] of DoRA.
+        pissa: with the start `a0` and `b0`, which have the shapes of `a` and `b`.
     """
     table: dict[tuple[str, ...], ParamSpec] = {}
     shapes = spec.linear_shapes()
     for name in (name for name in targets if name in shapes):
         rows, columns = shapes[name]
         (stack, stack_axes), axes = spec.stack_dims(name), spec.linear_axes(name)
-        table["layers", name, "a"] = ParamSpec((*stack, rows, rank), (*stack_axes, axes[0], None))
-        table["layers", name, "b"] = ParamSpec((*stack, rank, columns), (*stack_axes, None, axes[1]))
+        r = rank if isinstance(rank, int) else rank[name]
+        a, b = (
+            ParamSpec((*stack, rows, r), (*stack_axes, axes[0], None)),
+            ParamSpec((*stack, r, columns), (*stack_axes, None, axes[1])),
+        )
+        table["layers", name, "a"], table["layers", name, "b"] = a, b
+        if pissa:
+            table["layers", name, "a0"], table["layers", name, "b0"] = a, b
+        if dora:
+            table["layers", name, "magnitude"] = ParamSpec((*stack, columns), (*stack_axes, axes[1]))
     return table
 
 

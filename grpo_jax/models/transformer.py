@@ -15,8 +15,10 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
+from grpo_jax.models.adapters import Ratios, computed_adapters
+from grpo_jax.models.dropout import layer_keys
 from grpo_jax.models.layer_kinds import Kind, Run
 from grpo_jax.models.layers import LAYER_INPUT, LAYER_MIDDLE, Attend, Block, RMSNorm, SelectTokens
 from grpo_jax.models.mixed_layers import ApplyLayer, LayerCaches, run_mixed_layers
@@ -44,6 +46,8 @@ class Transformer(nn.Module):
         spec: sizes and switches of the model.
         dtype: dtype of the computation; weights are cast to it where they are used.
         lora_scale: factor of the adapters' product.
+        lora_ratios: what the scale of some layers is multiplied by; see `adapters.computed_adapters`, which `forward` calls.
+        lora_dropout: share of their input that adapters do not see, where `dropout_keys` are given.
         remat: `layer` saves only each layer's input for the backward pass and recomputes the rest; `selective` also saves
             attention's result and the hidden states behind it, so that neither attention nor its output's product runs again;
             `offload` is `layer` with the input in the host's memory.
@@ -59,6 +63,8 @@ class Transformer(nn.Module):
     unroll: bool = False
     implementation: str | None = None
     layout: Layout | None = None
+    lora_ratios: Ratios = ()
+    lora_dropout: float = 0.0
 
     @property
     def unrolled(self) -> bool:
@@ -75,6 +81,7 @@ class Transformer(nn.Module):
         per_layer: Any = None,
         select: SelectTokens | None = None,
         recurrence: Recurrence | None = None,
+        dropout_keys: Key[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B W D"], Any, Any]:
         """Runs the decoder.
 
@@ -88,6 +95,7 @@ class Transformer(nn.Module):
                 where unrolled.
             select: picks the W tokens whose hidden states are returned; None returns all T.
             recurrence: the mixing of tokens in recurrent layers; None where the model has none.
+            dropout_keys: of the adapters' dropout, one a token; None is no dropout.
 
         Returns:
             Hidden states after the final norm, the cache, and the layers' outputs, stacked or as tuples where unrolled. With
@@ -98,13 +106,16 @@ class Transformer(nn.Module):
         rope = rope_tables(self.spec.ropes, self.spec.rotated, positions)
         # Logits are linear in the norm's result, so their factor is the norm's.
         norm = RMSNorm(self.spec.norm_eps, self.spec.norm_offset, self.layout, factor=self.spec.logit_scale, name="final_norm")
-        if self.unrolled:
+        keys = layer_keys(dropout_keys, self.spec.layers)
+        if self.unrolled and keys is None:
             x, cache, outputs = self.run_unrolled(x, rope, (attend, recurrence), cache, per_layer, select)
             return norm(x), cache, outputs
-        if self.spec.recurrent_layers:
-            x, cache, outputs = self.run_mixed(x, rope, (attend, recurrence), cache, per_layer)
+        if self.unrolled:
+            x, cache, outputs = self.run_unrolled(x, rope, (attend, recurrence), cache, per_layer, None, keys)
+        elif self.spec.recurrent_layers:
+            x, cache, outputs = self.run_mixed(x, rope, (attend, recurrence), cache, per_layer, keys)
         else:
-            x, cache, outputs = self.run_scanned(x, rope, attend, cache, per_layer)
+            x, cache, outputs = self.run_scanned(x, rope, attend, cache, per_layer, keys)
         x = norm(x)
         return x if select is None else select(x), cache, outputs
 
@@ -113,14 +124,17 @@ class Transformer(nn.Module):
         """Instantiates `Block`, or `Block` under scan or remat."""
         rows = 1 if self.layout is None else self.layout.rows
         feed_tokens = None if self.remat == "none" else FEED_TOKENS * rows
-        return module(self.spec, attend, self.lora_scale, self.implementation, self.layout, feed_tokens, **others)
+        sizes = (self.implementation, self.layout, feed_tokens, self.lora_dropout)
+        return module(self.spec, attend, self.lora_scale, *sizes, **others)
 
     @property
     def saves_all(self) -> bool:
         """Whether the backward pass recomputes nothing: with fsdp it gathers weights again."""
         return self.remat == "none" and not (self.layout is not None and self.layout.mesh.shape["fsdp"] > 1)
 
-    def run_scanned(self, x: Array, rope: Any, attend: Attend, cache: Any, per_layer: Any) -> tuple[Array, Any, Any]:
+    def run_scanned(
+        self, x: Array, rope: Any, attend: Attend, cache: Any, per_layer: Any, dropout_keys: Array | None = None
+    ) -> tuple[Array, Any, Any]:
         """All layers as one scan over stacked variables: compile time does not grow with depth."""
         spec = self.spec
         block = Block if self.saves_all else nn.remat(Block, prevent_cse=False, policy=remat_policy(self.remat))
@@ -137,6 +151,7 @@ class Transformer(nn.Module):
             "window": self.windows,
             "rope": jnp.array(spec.rope_of_layer, jnp.int32),
             "per_layer": per_layer,
+            "dropout": dropout_keys,
         }
         (x, cache), outputs = self.block(scanned, attend, name="layers")((x, cache), layer, rope)
         return x, cache, outputs
@@ -147,7 +162,13 @@ class Transformer(nn.Module):
         return jnp.array([NO_WINDOW if window is None else window for window in self.spec.windows], jnp.int32)
 
     def run_mixed(
-        self, x: Array, rope: Any, mixers: tuple[Attend, Recurrence | None], cache: LayerCaches | None, per_layer: Any
+        self,
+        x: Array,
+        rope: Any,
+        mixers: tuple[Attend, Recurrence | None],
+        cache: LayerCaches | None,
+        per_layer: Any,
+        dropout_keys: Array | None = None,
     ) -> tuple[Array, LayerCaches, LayerCaches]:
         """All layers of a model with several kinds of them, as a few loops; see `run_mixed_layers`."""
         names = [name for name in ("params", "lora") if self.has_variable(name, "layers")]
@@ -170,7 +191,8 @@ class Transformer(nn.Module):
 
         caches = LayerCaches() if cache is None else cache
         frozen = "lora" in variables or (recurrence is not None and recurrence.inference)
-        return run_mixed_layers(self.spec, variables, apply_layer, x, caches, per_layer, self.windows, frozen=frozen)
+        each = (per_layer, self.windows, dropout_keys)
+        return run_mixed_layers(self.spec, variables, apply_layer, x, caches, *each, frozen=frozen)
 
     def run_unrolled(
         self,
@@ -180,6 +202,7 @@ class Transformer(nn.Module):
         cache: Any,
         per_layer: Any,
         select: SelectTokens | None,
+        dropout_keys: Array | None = None,
     ) -> tuple[Array, tuple[Any, ...], tuple[Any, ...]]:
         """Runs the layers in a Python loop. In the last layer, tokens that are not in `select` give only keys and values.
 
@@ -194,6 +217,7 @@ class Transformer(nn.Module):
                 "window": jnp.int32(NO_WINDOW if window is None else window),
                 "rope": spec.rope_of_layer[number],
                 "per_layer": None if per_layer is None else per_layer[number],
+                "dropout": None if dropout_keys is None else dropout_keys[number],
             }
             carry = (x, None if cache is None else cache[number])
             last = number == spec.layers - 1
@@ -205,11 +229,23 @@ class Transformer(nn.Module):
 
 
 def forward(model: Transformer, variables: Params, *args: Any, **kwargs: Any) -> tuple[Float[Array, "B W D"], Any, Any]:
-    """`model.apply` to variables in either form: stacked layers are split first where the model runs unrolled."""
+    """`model.apply` to variables in either form: stacked layers are split first where the model runs unrolled.
+
+    Adapters are those that are trained, or already computed (`adapters.computed_adapters`).
+    """
+    variables = with_computed_adapters(model, variables)
     if model.unrolled and "layers" in variables["params"]:
         variables = split_layers(model.spec, variables)
     out: Any = model.apply(variables, *args, **kwargs)
     return out
+
+
+def with_computed_adapters(model: Transformer, variables: Params) -> Params:
+    """The variables with the adapters as linear layers read them; variables of split layers have them already."""
+    if "layers" not in variables.get("lora", {}):
+        return variables
+    adapters = computed_adapters(variables["params"], variables["lora"], model.lora_scale, model.lora_ratios)
+    return {**variables, "lora": adapters}
 
 
 def split_layers(spec: ModelSpec, variables: Params) -> Params:

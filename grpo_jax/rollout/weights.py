@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from grpo_jax.models.linear import JOINED, join_linears
 from grpo_jax.models.spec import ModelSpec, flatten, nest
-from grpo_jax.models.transformer import Transformer, split_layers
+from grpo_jax.models.transformer import Transformer, split_layers, with_computed_adapters
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params
 from grpo_jax.weights.axes import decoding_axes
@@ -22,7 +22,7 @@ from grpo_kernels import QuantizedWeight, weight_bytes
 from grpo_kernels.numerics import precision_of
 from grpo_kernels.target import platform
 
-FLOAT32_LEAVES = ("scale", "logit", "rate", "offset")
+FLOAT32_LEAVES = ("scale", "logit", "rate", "offset", "factor")
 """Leaves that are computed in float32: scales of norms, attention sinks, decays of linear attention."""
 
 JOIN_SHARE = 0.25
@@ -31,7 +31,7 @@ JOIN_SHARE = 0.25
 
 def decoding_model(model: Transformer) -> Transformer:
     """Returns the model that computes with prepared weights: their B has the adapters' scale already."""
-    return model.clone(lora_scale=1.0)
+    return model.clone(lora_scale=1.0, lora_ratios=())
 
 
 def prepare_weights(
@@ -48,7 +48,7 @@ def prepare_weights(
         merge: adds adapters to their weights in every dtype. In float32 they are always added: nothing is lost there.
         dense: writes a quantised base out in the decoding dtype; it always is where the model runs unrolled.
     """
-    layout = model.layout
+    layout, variables = model.layout, with_computed_adapters(model, variables)
     if "lora" in variables:
         if merge or model.dtype == jnp.float32:
             merged = add_adapters(variables["params"], variables["lora"], model.lora_scale, model.dtype, by_layer=not unroll)
@@ -146,6 +146,8 @@ def sharded_over_fsdp(layout: Layout | None) -> bool:
 def add_adapters(params: Params, adapters: Params, scale: float, dtype: Any, *, by_layer: bool) -> Params:
     """Computes W + scale · A B of every adapted layer in float32, once per rollout instead of x A B at every token.
 
+    With DoRA each output is multiplied by its factor.
+
     In bfloat16 the sum rounds: an adapter's change that is smaller than half a step of W is lost, and sampler and trainer disagree
     by that.
 
@@ -154,14 +156,15 @@ def add_adapters(params: Params, adapters: Params, scale: float, dtype: Any, *, 
         by_layer: one layer after the other, so that float32 arrays are those of one layer.
     """
 
-    def add(weights: tuple[Any, Any, Any]) -> Any:
-        w, a, b = weights
+    def add(weights: tuple[Any, Any, Any, Any]) -> Any:
+        w, a, b, factor = weights
         low = jnp.einsum("...ir,...ro->...io", a, b, precision=precision_of(jnp.float32))
-        return (w.astype(jnp.float32) + jnp.float32(scale) * low).astype(dtype)
+        merged = w.astype(jnp.float32) + jnp.float32(scale) * low
+        return (merged if factor is None else merged * factor[..., None, :]).astype(dtype)
 
     layers = dict(params["layers"])
     for name, pair in adapters["layers"].items():
-        parts = (layers[name]["kernel"], pair["a"].astype(jnp.float32), pair["b"].astype(jnp.float32))
+        parts = (layers[name]["kernel"], pair["a"].astype(jnp.float32), pair["b"].astype(jnp.float32), pair.get("factor"))
         layers[name] = layers[name] | {"kernel": jax.lax.map(add, parts) if by_layer else add(parts)}
     return params | {"layers": layers}
 
@@ -169,7 +172,7 @@ def add_adapters(params: Params, adapters: Params, scale: float, dtype: Any, *, 
 def scale_adapters(adapters: Params, scale: float, dtype: Any) -> Params:
     """Casts adapters and multiplies B by their scale, as `Linear` does at every product: the values are the same."""
     layers = {
-        name: {"a": pair["a"].astype(dtype), "b": pair["b"].astype(dtype) * jnp.asarray(scale, dtype)}
+        name: pair | {"a": pair["a"].astype(dtype), "b": pair["b"].astype(dtype) * jnp.asarray(scale, dtype)}
         for name, pair in adapters["layers"].items()
     }
     return {"layers": layers}

@@ -6,7 +6,6 @@ import functools
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import optax
 
 from grpo_jax.config import Config, ConfigError
@@ -29,6 +28,7 @@ from grpo_jax.steps.grpo import GrpoStep, Prompts
 from grpo_jax.steps.prompt_choice import PromptChoice
 from grpo_jax.steps.setup import placed_policy, read_tokenizer, with_steps
 from grpo_jax.types import Frozen, Params
+from grpo_jax.weights.lora_start import starts_as_base
 
 TRUNCATED_LINE = (
     "log-probabilities use the truncated distribution that tokens are sampled from (top_p, top_k, min_p); the backward pass of the "
@@ -131,15 +131,14 @@ def with_widest_prompts(config: Config, source: Prompts) -> Config:
 def reference_of(policy: Policy, config: Config) -> Params | None:
     """Returns the reference's own parameters.
 
-    {} is the base alone (a new adapter, whose B is 0), None no reference: no KL is computed, or the reference is in the train state
-    because it changes. Otherwise they are the adapter that training starts from or, in full training, the weights before it. They
-    are the policy's arrays and not copied: only the train state is donated, and it begins as a copy.
+    {} is the base alone (a new adapter, which changes nothing), None no reference: no KL is computed, or the reference is in the
+    train state because it changes. Otherwise they are the adapter that training starts from or, in full training, the weights
+    before it. They are the policy's arrays and not copied: only the train state is donated, and it begins as a copy.
     """
     if policy.adapters is None:
         used = config.objective.needs_reference or config.train.eval_kl
         return policy.params if used and config.train.reference_every is None else None
-    started = any(bool(np.any(policy.on_host(pair["b"]))) for pair in policy.adapters["layers"].values())
-    return in_device_memory(policy.adapters) if started else {}
+    return {} if starts_as_base(policy.adapters, policy.on_host) else in_device_memory(policy.adapters)
 
 
 def prompts_line(source: PromptSource, limit_tokens: int) -> str:

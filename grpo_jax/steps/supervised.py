@@ -18,7 +18,7 @@ from grpo_jax.fit.abstract import Placement, shapes_of
 from grpo_jax.fit.learners import trained_model
 from grpo_jax.fit.micro_batch import row_tokens
 from grpo_jax.learner.batches import batch_shapes, text_batch
-from grpo_jax.learner.optim import learning_rate_at, make_optimizer, updates_of
+from grpo_jax.learner.optim import check_plus_ratio, learning_rate_at, make_optimizer, updates_of
 from grpo_jax.learner.packing import Lengths, RowSize, row_sizes
 from grpo_jax.learner.step import Learner
 from grpo_jax.learner.supervised import supervised_step
@@ -93,14 +93,16 @@ class SupervisedStep:
         lengths = Lengths(int(prompts.min()), int(prompts.max()), config.rollout.max_completion_length)
         shards = 1 if policy.layout is None else policy.layout.rows
         sizes = row_sizes(lengths, train.prompts_per_step, 1, row_tokens(config, policy, lengths, 1), shards)
+        check_plus_ratio(config, optimizer)
         learner = Learner(
             model=trained_model(policy, config.model.remat, sizes[0].tokens)[0],
             objective=config.objective,
-            optimizer=optimizer or make_optimizer(config.optim, updates),
+            optimizer=optimizer or make_optimizer(config.optim, updates, plus_ratio=config.lora.plus_ratio),
             learning_rate=None if optimizer else functools.partial(learning_rate_at, config.optim, updates),
             full=full,
             temperature=1.0,
             max_completion_length=config.rollout.max_completion_length,
+            seed=config.train.seed,
         )
         sampler = sampler_of(policy).announcing(display.compiling)
         update = Program("update", functools.partial(supervised_step, learner), donate=(0,), announce=display.compiling)

@@ -18,16 +18,21 @@ from grpo_jax.weights.quantize import quantized_specs
 def model_axes(spec: ModelSpec) -> AxesTable:
     """Logical axes of every weight and of every adapter that the model may have, by path."""
     table = {path: p.axes for path, p in param_specs(spec).items()}
-    return table | {path: p.axes for path, p in lora_specs(spec, 1, tuple(spec.linear_shapes())).items()}
+    return table | {path: p.axes for path, p in lora_specs(spec, 1, tuple(spec.linear_shapes()), dora=True, pissa=True).items()}
 
 
 def decoding_axes(spec: ModelSpec) -> AxesTable:
-    """`model_axes` and the axes of joined linear layers (`models.linear.JOINED`), which exist where `tensor` is 1."""
+    """`model_axes`, and the axes of what only decoding has: DoRA's factors (`models.adapters`) and joined linear layers.
+
+    Linear layers are joined (`models.linear.JOINED`) where `tensor` is 1.
+    """
     table = model_axes(spec)
+    factors = {(*path[:-1], "factor"): axes for path, axes in table.items() if path[-1] == "magnitude"}
+    table = {**table, **factors}
     joined_axes = {
         ("layers", joined, leaf): table["layers", names[0], leaf]
         for joined, names in JOINED.items()
-        for leaf in ("kernel", "bias", "a", "b")
+        for leaf in ("kernel", "bias", "a", "b", "factor")
         if ("layers", names[0], leaf) in table
     }
     return {**table, **joined_axes}

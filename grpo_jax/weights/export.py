@@ -23,6 +23,7 @@ from grpo_jax.models.spec import ModelError, ModelSpec, flatten
 from grpo_jax.runtime.digests import DIGESTS, write_digests
 from grpo_jax.runtime.files import explains_write_errors, replacing
 from grpo_jax.types import Params
+from grpo_jax.weights.adapter_modules import ratios_of
 from grpo_jax.weights.hf import INDEX, TensorFiles, read_json, read_tensor
 from grpo_jax.weights.names import TensorSource, tensor_names
 from grpo_kernels import QuantizedWeight
@@ -55,7 +56,7 @@ def merged_weights(
     original: Path | None = None,
     fetch: Callable[[Any], Any] = jax.device_get,
 ) -> ReadTensor:
-    """Makes a function that reads one tensor with its adapter merged, W + scale · A B, in float32.
+    """Makes a function that reads one tensor with its adapter merged (`with_adapter`), in float32.
 
     Args:
         original: folder that the model was read from. Where `params` are quantised, W comes from there, unrounded.
@@ -65,7 +66,8 @@ def merged_weights(
         The function. It raises ModelError where the original is needed and gone.
     """
     leaves, sources = dict(flatten(params)), tensor_names(spec)
-    low_rank = {} if adapters is None else dict(flatten(adapters))
+    pairs = {} if adapters is None else adapters["layers"]
+    ratios = {} if lora is None else dict(ratios_of(spec, lora))
     scale = 0.0 if lora is None else lora.scale
 
     def read_original(path: tuple[str, ...], index: tuple[int, ...]) -> np.ndarray:
@@ -81,12 +83,24 @@ def merged_weights(
         quantized = isinstance(leaves[path], QuantizedWeight)
         values = read_original(path, index) if quantized else np.asarray(fetch(leaves[path][index]))
         values = values.astype(np.float32)
-        if (*path[:2], "a") in low_rank and path[-1] == "kernel":
-            a, b = (np.asarray(fetch(low_rank[(*path[:2], leaf)][index]), np.float32) for leaf in ("a", "b"))
-            values = values + np.float32(scale) * (a @ b)
-        return values
+        if path[-1] != "kernel" or path[1] not in pairs:
+            return values
+        pair = {leaf: np.asarray(fetch(stack[index]), np.float32) for leaf, stack in pairs[path[1]].items()}
+        return with_adapter(values, pair, scale * (ratios[path[1]][index[0]] if path[1] in ratios else 1.0))
 
     return read
+
+
+def with_adapter(w: np.ndarray, pair: dict[str, np.ndarray], scale: float) -> np.ndarray:
+    """W + scale · A B of one matrix (in, out), with PiSSA's start subtracted and DoRA's magnitudes; see `models.adapters`."""
+    low = pair["a"] @ pair["b"]
+    if "a0" in pair:
+        low = low - pair["a0"] @ pair["b0"]
+    merged = w + np.float32(scale) * low
+    if "magnitude" not in pair or not np.any(pair["magnitude"]):
+        return merged
+    norms = np.linalg.norm(merged, axis=0)
+    return merged * (pair["magnitude"] / np.where(norms == 0, np.float32(1), norms))
 
 
 @explains_write_errors

@@ -10,7 +10,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import LoraConfig
@@ -51,15 +50,17 @@ def patterns(names: list[str], lora: LoraConfig) -> dict[str, Any]:
     return {"rank_pattern": ranks, "alpha_pattern": alphas}
 
 
-def file_shape(spec: ModelSpec, part: str, leaf: str, shape: tuple[int, ...], *, split: bool) -> tuple[int, int]:
-    """The shape of an adapter matrix in the files, (r, in) or (out, r).
+def file_shape(spec: ModelSpec, part: str, leaf: str, shape: tuple[int, ...], *, split: bool) -> tuple[int, ...]:
+    """The shape of an adapter matrix in the files, (r, in) or (out, r), or of a vector of magnitudes, (out,).
 
     Args:
-        shape: of the part's stack, [..., in, r] or [..., r, out].
+        shape: of the part's own, (in, r) or (r, out), or (out,).
         split: the file has one block for each part.
     """
-    rows, columns = shape[-1], shape[-2]
     fused = fused_outputs(spec, part)
+    if leaf == "magnitude":
+        return shape if fused is None else (fused.total,)
+    rows, columns = shape[-1], shape[-2]
     if fused is None:
         return rows, columns
     count = next(len(parts) for parts in JOINED.values() if part in parts) if split else 1
@@ -67,7 +68,7 @@ def file_shape(spec: ModelSpec, part: str, leaf: str, shape: tuple[int, ...], *,
 
 
 def part_of(spec: ModelSpec, part: str, leaf: str, matrix: np.ndarray, rank: int, where: Path) -> np.ndarray:
-    """One part of an adapter matrix of the files, (r, in) or (out, r).
+    """One part of an adapter matrix of the files, (r, in) or (out, r), or of a vector of magnitudes.
 
     Raises:
         ModelError: a part's B depends on another part's A, which the adapters here do not.
@@ -79,14 +80,9 @@ def part_of(spec: ModelSpec, part: str, leaf: str, matrix: np.ndarray, rank: int
     if leaf == "a":
         return matrix if len(matrix) == rank else matrix[at * rank : (at + 1) * rank]
     own = matrix[fused.slice_of(slice(None))]
-    if own.shape[1] == rank:
+    if leaf == "magnitude" or own.shape[1] == rank:
         return own
     block = own[:, at * rank : (at + 1) * rank]
     if np.count_nonzero(own) != np.count_nonzero(block):
         raise ModelError(f"{where}: the adapter of {part} has a rank of its own and is not block-diagonal; merge it with PEFT")
     return block
-
-
-def stacked(matrices: list[np.ndarray], shape: tuple[int, ...]) -> Any:
-    """Adapter matrices of the files as a stack in this model's (in, out) order, float32."""
-    return jnp.asarray(np.stack([matrix.T.astype(np.float32) for matrix in matrices]).reshape(shape))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,12 @@ from grpo_jax.runtime.memory import least_limit_bytes
 from grpo_jax.runtime.mesh import make_layout
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params
+from grpo_jax.weights.adapter_modules import check_experts
 from grpo_jax.weights.axes import check_mesh, model_axes
 from grpo_jax.weights.hf import find_model, read_folder_spec
 from grpo_jax.weights.loading import load_params
 from grpo_jax.weights.lora import init_lora, load_adapter
+from grpo_jax.weights.lora_start import with_start
 from grpo_jax.weights.mesh_choice import choose_mesh
 
 
@@ -74,12 +76,16 @@ def read_pretrained(
     chosen = jnp.dtype(spec.dtype if dtype == "auto" else dtype)
     adapters: Params | None = None
     if adapter is not None:
-        adapters, lora = load_adapter(adapter, spec)
+        adapters, read = load_adapter(adapter, spec)
+        lora = read if lora is None else replace(read, dropout=lora.dropout, plus_ratio=lora.plus_ratio)
+        check_experts(spec, lora)
     elif lora is not None and lora.rank > 0:
         adapters = init_lora(spec, lora, jax.random.key(seed))
     else:
         lora = None
+    params = load_params(folder, spec, chosen, quantization=quantization, layout=layout)
+    if adapter is None and lora is not None and adapters is not None:
+        adapters = with_start(spec, lora, params, adapters, jax.device_get if layout is None else layout.get, seed)
     if layout is not None and adapters is not None:
         adapters = layout.put_tree(adapters, model_axes(spec))
-    params = load_params(folder, spec, chosen, quantization=quantization, layout=layout)
     return Pretrained(folder, spec, chosen, params, adapters, lora, layout)

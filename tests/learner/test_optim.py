@@ -12,7 +12,8 @@ import optax
 import pytest
 
 from grpo_jax.config import Config, ConfigError, OptimConfig
-from grpo_jax.learner.optim import SKIPPED, ZERO_GRADIENT, apply_gradient, decay_mask, learning_rate_at, make_optimizer, updates_of
+from grpo_jax.learner.optim import SKIPPED, ZERO_GRADIENT, apply_gradient, learning_rate_at, make_optimizer, updates_of
+from grpo_jax.learner.optimizers import decay_mask
 from grpo_jax.types import TrainState
 
 

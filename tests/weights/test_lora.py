@@ -139,10 +139,16 @@ def drop(folder: Path, name: str) -> None:
 
 
 REFUSED: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
-    "DoRA": (lambda f: edit(f, use_dora=True), {}, "use_dora = true is not supported"),
+    "DoRA": (lambda f: edit(f, use_dora=True), {}, "lora_magnitude_vector is missing"),
     "trained biases": (lambda f: edit(f, bias="all"), {}, "bias = 'all' is not supported"),
-    "ranks by layer": (lambda f: edit(f, rank_pattern={"q_proj": 8}), {}, "rank_pattern"),
-    "whole modules": (lambda f: edit(f, modules_to_save=["lm_head"]), {}, r"modules_to_save = \['lm_head'\]"),
+    "ranks by layer": (lambda f: edit(f, rank_pattern={"q_proj": 8}), {}, r"q_proj\.lora_A\.weight has shape \(4, 32\).* rank 8"),
+    "a pattern that takes long": (lambda f: edit(f, rank_pattern={"(a+)+$": 8}), {}, r"lora\.rank_pattern is '\(a\+\)\+\$'"),
+    "a layer's list of another name": (lambda f: edit(f, layers_pattern="h"), {}, "layers_pattern = 'h' is not supported"),
+    "whole modules": (
+        lambda f: edit(f, modules_to_save=["lm_head"]),
+        {},
+        r"modules_to_save = \['lm_head'\]: whole modules are not trained",
+    ),
     "another method": (lambda f: edit(f, peft_type="IA3"), {}, "peft_type 'IA3' is not supported; supported: 'LORA'"),
     "an initialisation that changed the base": (
         lambda f: edit(f, init_lora_weights="pissa_niter_4"),

@@ -7,6 +7,9 @@ from grpo_jax.config.checks import require
 
 GROUP, BETA, LENGTH = (4, 16), (0.01, 0.1), (128, 512)
 RATE_FULL, RATE_LORA = (1e-6, 5e-6), (5e-6, 5e-5)
+OF_ADAMW = {"lion": (0.1, 1 / 3)}
+"""What the ends of AdamW's range are multiplied by (https://arxiv.org/abs/2302.06675, section 5). Muon and Adafactor have its
+range: their updates have the size of AdamW's. SGD's rates follow the size of the gradient, so there is no range."""
 
 
 def setting_notes(config: Config, *, own_optimizer: bool = False) -> list[str]:
@@ -16,13 +19,15 @@ def setting_notes(config: Config, *, own_optimizer: bool = False) -> list[str]:
         own_optimizer: the run has an optimiser of the user's, so that `optim.learning_rate` has no effect.
     """
     full = config.lora.rank == 0 and config.lora.adapter is None
-    rate, low, high = config.optim.learning_rate, *(RATE_FULL if full else RATE_LORA)
-    kind = "full training" if full else "LoRA"
+    rate, (low, high), name = config.optim.learning_rate, RATE_FULL if full else RATE_LORA, config.optim.name
+    least, most = OF_ADAMW.get(name, (1, 1))
+    low, high = least * low, most * high
+    kind = ("full training" if full else "LoRA") + (f" with {name}" if name in OF_ADAMW else "")
     checked = [
         ("rollout.num_generations", config.rollout.num_generations, *GROUP, "completions of a prompt"),
         ("objective.beta", config.objective.beta, *BETA, "weights of the KL term"),
         ("rollout.max_completion_length", config.rollout.max_completion_length, *LENGTH, "tokens"),
-        *([] if own_optimizer else [("optim.learning_rate", rate, low, high, f"rates for {kind}")]),
+        *([] if own_optimizer or name == "sgd" else [("optim.learning_rate", rate, low, high, f"rates for {kind}")]),
     ]
     return [
         f"note: {name} is {value:g}; usual {what} are {least:g} to {most:g}"

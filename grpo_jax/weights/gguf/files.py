@@ -15,9 +15,10 @@ import numpy as np
 
 from grpo_jax.config import LoraConfig
 from grpo_jax.data.tokenizer import Tokenizer
-from grpo_jax.models.spec import ModelError, ModelSpec, flatten, param_specs
+from grpo_jax.models.spec import ModelError, ModelSpec, param_specs
 from grpo_jax.runtime.files import replacing
 from grpo_jax.types import Params
+from grpo_jax.weights.adapter_modules import ratios_of
 from grpo_jax.weights.export import ReadTensor
 from grpo_jax.weights.gguf.architecture import (
     Architecture,
@@ -29,6 +30,7 @@ from grpo_jax.weights.gguf.architecture import (
 )
 from grpo_jax.weights.gguf.vocabulary import add_vocabulary
 from grpo_jax.weights.hf import tensor_names
+from grpo_jax.weights.lora import plain_adapters
 from grpo_jax.weights.names import module_paths
 
 GGUF_TYPES = ("f16", "bf16", "q8_0", "q4_1")
@@ -122,11 +124,13 @@ def write_adapter(file: Path, spec: ModelSpec, adapters: Params, lora: LoraConfi
         adapters: the `lora` collection, on the host.
 
     Raises:
-        ModelError: as `write_model`.
+        ModelError: as `write_model`; or the adapters are DoRA's, which llama.cpp's LoRA does not have.
     """
-    gguf, architecture = import_gguf(), architecture_of(spec)
+    if lora.use_dora:
+        raise ModelError("GGUF: llama.cpp's LoRA has no DoRA (lora.use_dora): use --format gguf, with the adapters multiplied in")
+    gguf, architecture, ratios = import_gguf(), architecture_of(spec), dict(ratios_of(spec, lora))
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.name.upper()], spec.layers)
-    pairs = {part: pair for (_, part, leaf), _ in flatten(adapters) if leaf == "a" for pair in [adapters["layers"][part]]}
+    pairs = plain_adapters(adapters)["layers"]
     with replacing(file) as unfinished:
         writer = gguf.GGUFWriter(unfinished, architecture.name)
         try:
@@ -136,9 +140,13 @@ def write_adapter(file: Path, spec: ModelSpec, adapters: Params, lora: LoraConfi
             writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, lora.scale * lora.rank)  # of rslora too: it is divided by r
             matrices: list[tuple[str, np.ndarray]] = []
             for part, pair in pairs.items():
+                # llama.cpp divides alpha by the rank of each matrix; a scale of its own goes into B.
+                more = np.array(ratios.get(part, (1.0,) * spec.layers)) * (pair["a"].shape[-1] / lora.rank)
                 for layer, module in enumerate(module_paths(spec, part)):
-                    a = np.asarray(pair["a"][layer], np.float32).T
-                    b = np.asarray(pair["b"][layer], np.float32).T
+                    a, b = pair["a"][layer].T, pair["b"][layer].T
+                    if not np.any(a):
+                        continue  # no adapter
+                    b = b if more[layer] == 1 else b * np.float32(more[layer])
                     matrices.append((f"{names.get_name(module)}.weight.lora_a", np.ascontiguousarray(a)))
                     rows = converted(spec, architecture, part, b)
                     matrices.append((f"{names.get_name(module)}.weight.lora_b", np.ascontiguousarray(rows)))
