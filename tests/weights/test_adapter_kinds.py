@@ -158,7 +158,7 @@ def test_pissa_of_a_quantised_base_starts_as_that_base() -> None:
 def test_files_and_merged_weights_of_each_kind_are_pefts_sums(
     weights: tuple[ModelSpec, Params], tmp_path: Path, kind: dict[str, Any]
 ) -> None:
-    """PEFT's W + alpha / r · B A (with DoRA m / ‖·‖ of it), from the files, is what merging here gives; with patterns and layers."""
+    """PEFT's W + alpha / r · B A (with DoRA m / ‖·‖ of it) of the files is what merging here gives; with patterns, layers."""
     spec, params = weights
     lora = LoraConfig(**PATTERNS | kind, layers_to_transform=None if kind else [1])
     adapters = nudged(spec, lora, started(spec, lora, params))
