@@ -23,6 +23,7 @@ from grpo_jax.policy import Policy
 from grpo_jax.rewards import RewardError
 from grpo_jax.run.checkpoint import Checkpointer, CheckpointError
 from grpo_jax.run.resume import RunFolderError
+from grpo_jax.run.saved import load_run
 from grpo_jax.trainer import TrainResult
 
 ROWS = additions()
@@ -47,6 +48,19 @@ SECTIONS: dict[str, Any] = {
         },
     },
     "bare": {"train": {"steps": 3, "save_every": 1}},
+    "dropout": {
+        "lora": {"dropout": 0.2, "use_dora": True, "plus_ratio": 4.0, "rank_pattern": {"v_proj": 2}, "layers_to_transform": [1]},
+        "optim": {"name": "lion", "moments": "bfloat16", "learning_rate": 1e-2, "offload": True},
+        "train": {"steps": 3, "save_every": 1},
+    },
+    "pissa": {
+        "lora": {"init": "pissa", "rank": 4},
+        "optim": {"name": "muon", "learning_rate": 1e-2},
+        "objective": {"beta": 0.1},
+        "train": {"steps": 3, "save_every": 1},
+    },
+    "adafactor": {"lora": {"rank": 0}, "optim": {"name": "adafactor", "b1": 0.9}, "train": {"steps": 3, "save_every": 1}},
+    "factored": {"lora": {"rank": 0}, "optim": {"moments": "factored"}, "train": {"steps": 3, "save_every": 1}},
 }
 
 
@@ -168,6 +182,25 @@ def test_a_reference_that_changes_and_an_adapted_weight_are_resumed(
     resumed = train(config_of(tmp_path, **sections), resume=True)
     assert_same_run(resumed, uninterrupted("moving"))
     assert [step["entropy_coef"] for step in resumed.history] == pytest.approx([0.0125, 0.0225, 0.0325], abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dropout", "pissa", "adafactor", "factored"])
+def test_every_kind_of_adapter_and_optimiser_is_resumed(
+    uninterrupted: Callable[[str], TrainResult], tmp_path: Path, kind: str
+) -> None:
+    """Bit for bit, dropout included; the policy of the first checkpoint is what the run had then."""
+    sections = SECTIONS[kind]
+    whole = uninterrupted(kind)
+    first = train(config_of(tmp_path, **sections | {"train": sections["train"] | {"steps": 1}}))
+    if kind == "pissa":
+        assert whole.history[0]["kl_divergence"] == pytest.approx(0, abs=1e-6)  # the reference is the base, as the start is
+        assert whole.history[2]["kl_divergence"] > 1e-5
+    _, read = load_run(tmp_path)
+    ids = [[5, 6, 7], [8, 9]]
+    for ours, theirs in zip(read.logprobs(ids, ids), first.policy.logprobs(ids, ids), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
+    assert_same_run(train(config_of(tmp_path, **sections), resume=True), whole)
 
 
 def test_a_finished_run_is_continued_with_more_steps_where_the_rate_is_constant(

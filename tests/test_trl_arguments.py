@@ -168,7 +168,7 @@ def test_what_the_trainer_cannot_use_is_named_before_the_model_is_looked_for(giv
             r"use_bias_correction_kl is true: use False with importance_sampling_level='sequence'",
         ),
         ({"scale_rewards": "mean"}, r"scale_rewards is 'mean': use one of group, batch, none"),
-        ({"optim": "adamw_8bit"}, r"optim is 'adamw_8bit': use 'adamw_torch'"),
+        ({"optim": "adamw_8bit"}, r"optim is 'adamw_8bit': use one of 'adamw_torch', .*'adafactor', 'sgd'\. No library for JAX"),
         ({"lr_scheduler_type": "polynomial"}, r"lr_scheduler_type is 'polynomial': use one of linear"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 2}, r"lr_scheduler_type is 'constant': use 'constant_with_warmup'"),
         ({"warmup_steps": 2, "warmup_ratio": 0.1}, r"warmup_ratio is 0.1: leave out this or warmup_steps \(2\)"),
@@ -475,6 +475,10 @@ class PeftLora:
     init_lora_weights: Any = True
     modules_to_save: Any = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    layers_to_transform: Any = None
+    layers_pattern: Any = None
+    loftq_config: Any = field(default_factory=dict)
     megatron_core: str = "megatron.core"
     qalora_group_size: int = 16
     use_dora: bool = False
@@ -495,17 +499,37 @@ def test_a_lora_config_is_read_from_an_object_or_a_dict(kind: Any) -> None:
     given = kind(r=4, lora_alpha=16, target_modules={"v_proj", "k_proj"}, use_rslora=True)
     assert LoraConfig(**lora_settings(given)) == LoraConfig(rank=4, alpha=16.0, targets=["k_proj", "v_proj"], rslora=True)
     assert lora_settings(kind(target_modules="all-linear"))["targets"] == "all-linear"
+    given = kind(lora_dropout=0.05, use_dora=True, layers_to_transform=1, layers_pattern="layers", rank_pattern={"v_proj": 2})
+    expected = {"dropout": 0.05, "use_dora": True, "layers_to_transform": [1], "rank_pattern": {"v_proj": 2}}
+    assert LoraConfig(**lora_settings(given)) == LoraConfig(rank=8, alpha=8.0, targets=["q_proj", "v_proj"], **expected)
+    given = kind(init_lora_weights="pissa_niter_16", alpha_pattern={"v_proj": 4})
+    assert LoraConfig(**lora_settings(given)).init == "pissa_niter_16"
+    assert LoraConfig(**lora_settings(given)).alpha_pattern == {"v_proj": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("adamw_torch", ("adamw", 0.9, 0.999, 1e-8)),
+        ("paged_adamw_32bit", ("adamw", 0.9, 0.999, 1e-8)),
+        ("lion_32bit", ("lion", 0.9, 0.999, None)),  # transformers passes its betas to Lion
+        ("adafactor", ("adafactor", 0.0, None, 1e-30)),
+        ("sgd", ("sgd", 0.0, None, None)),
+    ],
+)
+def test_optimisers_by_transformers_names(name: str, expected: tuple[Any, ...]) -> None:
+    found = settings_of(optim=name)
+    assert tuple(found[f"optim.{field}"] for field in ("name", "b1", "b2", "eps")) == expected
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"lora_dropout": 0.05}, r"peft_config\.lora_dropout is 0\.05: use 0\.0"),
-        ({"use_dora": True}, r"peft_config\.use_dora is true: use False"),
+        ({"layers_pattern": "h"}, r"peft_config\.layers_pattern is 'h': leave it out, or use 'layers'"),
+        ({"loftq_config": {"loftq_bits": 4}}, r"peft_config\.loftq_config is .*: leave it out"),
         ({"bias": "all"}, r"peft_config\.bias is 'all': use 'none'"),
-        ({"init_lora_weights": "pissa"}, r"peft_config\.init_lora_weights is 'pissa': use True"),
-        ({"modules_to_save": ["lm_head"]}, r"peft_config\.modules_to_save is \['lm_head'\]: leave it out"),
-        ({"rank_pattern": {"q_proj": 4}}, r"peft_config\.rank_pattern is .*: leave it out"),
+        ({"init_lora_weights": "olora"}, r"peft_config\.init_lora_weights is 'olora': use True .*, 'pissa' or 'pissa_niter_16'"),
+        ({"modules_to_save": ["lm_head"]}, r"peft_config\.modules_to_save is \['lm_head'\]: leave it out; only adapters are"),
         ({"target_modules": r".*q_proj"}, r"peft_config\.target_modules is '\.\*q_proj': use 'all-linear'"),
         ({"target_modules": ["lm_head"]}, r"peft_config\.target_modules is 'lm_head': use 'all-linear' or a list"),
         ({"r": 0}, r"peft_config\.r is 0: use 8"),

@@ -54,12 +54,17 @@ class GRPOConfig:
     lr_scheduler_type: str = honoured("linear", "optim.schedule: linear, cosine, constant or constant_with_warmup")
     lr_scheduler_kwargs: dict | str | None = refused(None, "leave it out; the schedules that are offered take no arguments")
     warmup_steps: float = honoured(0, "optim.warmup_steps; below 1 it is a share of all updates, optim.warmup_ratio")
-    optim: str = honoured("adamw_torch_fused", "AdamW with a float32 state: adamw_torch, adamw_torch_fused or adamw_torch_xla")
-    optim_args: str | None = refused(None, "leave it out; AdamW's settings have arguments of their own")
+    optim: str = honoured(
+        "adamw_torch_fused",
+        "optim.name: adamw_torch, adamw_torch_fused, adamw_torch_xla, adafactor, lion_32bit, sgd; not in 8 bits",
+    )
+    optim_args: str | None = refused(
+        None, "leave it out; the settings have arguments of their own, others are settings={'optim': ...}"
+    )
     weight_decay: float = honoured(0.0, "optim.weight_decay")
-    adam_beta1: float = honoured(0.9, "optim.b1")
-    adam_beta2: float = honoured(0.999, "optim.b2")
-    adam_epsilon: float = honoured(1e-8, "optim.eps")
+    adam_beta1: float = honoured(0.9, "optim.b1, with adamw and lion")
+    adam_beta2: float = honoured(0.999, "optim.b2, with adamw and lion")
+    adam_epsilon: float = honoured(1e-8, "optim.eps, with adamw")
     optim_target_modules: str | None = refused(None, "leave it out; it belongs to optimisers that are not offered")
     gradient_accumulation_steps: int = honoured(1, "train.prompts_per_step; what is computed at once is found by itself")
     average_tokens_across_devices: bool = refused(True, "leave it out; the losses always count the tokens of the whole batch")

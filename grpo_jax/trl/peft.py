@@ -19,8 +19,6 @@ LORA_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "task_type": ("CAUSAL_LM",),
     "bias": ("none",),
-    "init_lora_weights": (True,),
-    "lora_dropout": (0,),
     "megatron_core": ("megatron.core",),
     "qalora_group_size": (16,),
     "runtime_config": ({"ephemeral_gpu_offload": False},),
@@ -28,19 +26,29 @@ LORA_DEFAULTS: dict[str, tuple[Any, ...]] = {
 """Values other than None, False and empty ones that an argument without an equivalent may have."""
 
 LORA_NOTES = {
-    "lora_dropout": "use 0.0; adapters are trained without dropout",
     "bias": "use 'none'; biases are not trained",
-    "use_dora": "use False; DoRA is not offered, use_rslora is",
-    "init_lora_weights": "use True: A is random and B is 0",
-    "modules_to_save": "leave it out; only adapters are trained. Without peft_config every weight is",
+    "modules_to_save": "leave it out; only adapters are trained, because the base is frozen and the reference computes with it. "
+    "Without peft_config every weight is",
     "task_type": "use 'CAUSAL_LM'",
     "peft_type": "use a LoraConfig; other kinds of adapters are not offered",
-    "layers_to_transform": "leave it out; every layer gets adapters",
 }
 """What to do instead of some arguments."""
 
 READ_ELSEWHERE = frozenset(
-    {"r", "lora_alpha", "target_modules", "use_rslora", "base_model_name_or_path", "revision", "peft_version", "inference_mode"}
+    {
+        *(
+            "r",
+            "lora_alpha",
+            "target_modules",
+            "use_rslora",
+            "lora_dropout",
+            "use_dora",
+            "init_lora_weights",
+            "layers_to_transform",
+        ),
+        *("layers_pattern", "rank_pattern", "alpha_pattern"),
+        *("base_model_name_or_path", "revision", "peft_version", "inference_mode"),
+    }
 )
 """Arguments that are honoured, and those that PEFT writes for its own use."""
 
@@ -83,12 +91,30 @@ def lora_settings(peft_config: Any) -> dict[str, Any]:
         allow(plain(value) in usual, f"peft_config.{name}", plain(value), LORA_NOTES.get(name, "leave it out; it is not offered"))
     rank = given.get("r", 8)
     allow(isinstance(rank, int) and rank >= 1, "peft_config.r", rank, "use 8, 16, 32, ...")
+    layers, pattern = given.get("layers_to_transform"), given.get("layers_pattern")
+    allow(not pattern or pattern in ("layers", ["layers"]), "peft_config.layers_pattern", pattern, "leave it out, or use 'layers'")
     return {
         "rank": rank,
         "alpha": given.get("lora_alpha", 8),
         "targets": targets_of(given.get("target_modules")),
         "rslora": bool(given.get("use_rslora", False)),
+        "dropout": given.get("lora_dropout") or 0.0,
+        "use_dora": bool(given.get("use_dora", False)),
+        "init": start_of(given.get("init_lora_weights", True)),
+        "layers_to_transform": [layers] if isinstance(layers, int) else layers or None,
+        "rank_pattern": given.get("rank_pattern") or None,
+        "alpha_pattern": given.get("alpha_pattern") or None,
     }
+
+
+def start_of(init_lora_weights: Any) -> str:
+    """`lora.init` for PEFT's init_lora_weights; the number of iterations of PiSSA is part of the name in both."""
+    if init_lora_weights is True:
+        return "default"
+    fix = "use True (A is random and B is 0), 'pissa' or 'pissa_niter_16'"
+    known = isinstance(init_lora_weights, str) and init_lora_weights.startswith("pissa")
+    allow(known, "peft_config.init_lora_weights", init_lora_weights, fix)
+    return init_lora_weights
 
 
 def targets_of(modules: Any) -> str | list[str]:

@@ -36,7 +36,7 @@ class ScriptArguments:
 
 @dataclass
 class ModelConfig:
-    """The arguments of a script that concern its model. `lora_dropout` is 0 by default, not TRL's 0.05; there is no dropout."""
+    """The arguments of a script that concern its model. `lora_dropout` is 0 by default, not TRL's 0.05."""
 
     model_name_or_path: str | None = said(None, "folder or hub id of the model")
     model_revision: str = said("main", "branch, tag or commit on the hub")
@@ -45,13 +45,13 @@ class ModelConfig:
     use_peft: bool = said(False, "train LoRA adapters instead of every weight")
     lora_r: int = said(16, "rank of the adapters")
     lora_alpha: int = said(32, "the scale is lora_alpha / lora_r")
-    lora_dropout: float = said(0.0, "must stay 0: adapters are trained without dropout")
+    lora_dropout: float = said(0.0, "share of their input that adapters do not see, in updates alone")
     lora_target_modules: list[str] | None = said(None, "layers that get adapters, or all-linear")
     lora_target_parameters: list[str] | None = said(None, "must stay None")
     lora_modules_to_save: list[str] | None = said(None, "must stay None: only adapters are trained")
     lora_task_type: str = said("CAUSAL_LM", "must stay CAUSAL_LM")
     use_rslora: bool = said(False, "the scale is lora_alpha / sqrt(lora_r)")
-    use_dora: bool = said(False, "must stay False")
+    use_dora: bool = said(False, "train magnitudes too (DoRA)")
     load_in_8bit: bool = said(False, "freeze the base in int8")
     load_in_4bit: bool = said(False, "freeze the base in nf4")
     bnb_4bit_quant_type: str = said("nf4", "must stay nf4")

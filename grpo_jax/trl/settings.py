@@ -18,7 +18,19 @@ UNLIMITED_PROMPT_TOKENS = 1_000_000
 UNLIMITED_ITERATIONS = 1023
 """Turns with calls where TRL has no limit: the episode's tokens are the limit."""
 
-ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla")
+OPTIMIZERS = {
+    **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "paged_adamw_32bit"), "adamw"),
+    **dict.fromkeys(("lion_32bit", "paged_lion_32bit"), "lion"),
+    "adafactor": "adafactor",
+    "sgd": "sgd",
+}
+"""`optim.name` for the names of transformers. Paged ones differ in where their state is, which `optim.offload` says here."""
+
+NO_EIGHT_BITS = (
+    f"use one of {', '.join(map(repr, OPTIMIZERS))}. No library for JAX has moments in 8 bits: 'adafactor' has a small state, "
+    "settings={'optim': {'moments': 'bfloat16'}} half of a first moment, settings={'optim': {'offload': True}} keeps it on the host"
+)
+"""What to do instead of other optimisers."""
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 BY_SEQUENCE = {"grpo": "gspo", "luspo": "luspo"}
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
@@ -216,12 +228,7 @@ def reference_settings(args: GRPOConfig, steps: Steps) -> dict[str, Any]:
 def optim_settings(args: GRPOConfig, steps: Steps) -> dict[str, Any]:
     """The section `optim`."""
     name, schedule, warmup, ratio = plain(args.optim), plain(args.lr_scheduler_type), args.warmup_steps, args.warmup_ratio
-    allow(
-        name in ADAMW,
-        "optim",
-        name,
-        "use 'adamw_torch', whose state is float32; settings={'optim': {'offload': True}} saves memory",
-    )
+    allow(name in OPTIMIZERS, "optim", name, NO_EIGHT_BITS)
     allow(schedule in SCHEDULES, "lr_scheduler_type", schedule, f"use one of {', '.join(SCHEDULES)}")
     allow(not (warmup and ratio), "warmup_ratio", ratio, f"leave out this or warmup_steps ({warmup})")
     if 0 < warmup < 1:
@@ -230,16 +237,17 @@ def optim_settings(args: GRPOConfig, steps: Steps) -> dict[str, Any]:
     allow(schedule != "constant" or not (warmup or ratio), "lr_scheduler_type", schedule, fix)
     fix = f"use a multiple of {steps.updates}, the updates on one generation batch"
     allow(warmup % steps.updates == 0, "warmup_steps", warmup, fix)
+    moments = {"b1": args.adam_beta1, "b2": args.adam_beta2, "eps": args.adam_epsilon}
+    own = {"adamw": ("b1", "b2", "eps"), "lion": ("b1", "b2")}.get(OPTIMIZERS[name], ())  # as transformers passes them on
     return {
+        "name": OPTIMIZERS[name],
         "learning_rate": args.learning_rate,
         "schedule": SCHEDULES[schedule],
         "warmup_steps": int(warmup) // steps.updates,
         "warmup_ratio": ratio or None,
         "max_grad_norm": args.max_grad_norm or None,
         "weight_decay": args.weight_decay,
-        "b1": args.adam_beta1,
-        "b2": args.adam_beta2,
-        "eps": args.adam_epsilon,
+        **{field: moments[field] for field in own},
     }
 
 

@@ -35,7 +35,13 @@ NEWER_FAMILIES = (
     "mistral3_vision",
 )
 """Families whose sampling, shared prompts and exports are among the slow tests, and whose log-probabilities are not."""
-ADAPTERS = {"llama3_all_linear": "llama3_scaled", "qwen2_all_linear": "qwen2", "gemma3_rslora": "gemma3"}
+ADAPTERS = {
+    "llama3_all_linear": "llama3_scaled",
+    "qwen2_all_linear": "qwen2",
+    "gemma3_rslora": "gemma3",
+    "qwen2_dora_patterns": "qwen2",
+    "phi3_dora_layer": "phi3",
+}
 """Name of a PEFT adapter → the family of its base model."""
 
 GENERATION_CONFIG = {"bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": 0, "do_sample": True, "temperature": 0.7}

@@ -47,6 +47,18 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 
+PEFT_SETTINGS: dict[str, dict[str, Any]] = {
+    "gemma3_rslora": {"target_modules": ["q_proj", "v_proj", "down_proj"], "use_rslora": True},
+    "qwen2_dora_patterns": {
+        "target_modules": ["q_proj", "v_proj", "down_proj"],
+        "use_dora": True,
+        "rank_pattern": {"v_proj": 2, "layers.1.mlp.down_proj": 6},
+        "alpha_pattern": {r".*\.layers\.0\..*": 16},
+    },
+    "phi3_dora_layer": {"target_modules": ["qkv_proj", "o_proj"], "use_dora": True, "layers_to_transform": [1]},
+}
+"""Settings of adapters that are not all-linear."""
+
 # Family -> (model type, settings, features to switch off one at a time).
 NEW: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]]]] = {
     "llama2": (
@@ -629,12 +641,8 @@ def make_adapter(adapter: str) -> None:
     ids = np.load(HERE / family / "logprobs.npz")["ids"]
     model = load_model(json.loads((HERE / family / "config.json").read_text()), family)
     before = logprobs(model, ids)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    if adapter == "gemma3_rslora":
-        config = LoraConfig(
-            r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], use_rslora=True, task_type="CAUSAL_LM"
-        )
-    adapted = get_peft_model(model, config)
+    settings = {"target_modules": "all-linear"} | PEFT_SETTINGS.get(adapter, {})
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings))
     folder = HERE / "adapters" / adapter
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as saved:
@@ -644,7 +652,7 @@ def make_adapter(adapter: str) -> None:
     settings["base_model_name_or_path"] = ""
     settings["target_modules"] = sorted(settings["target_modules"])
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    own_names = {name: name.replace(".weight", ".default.weight") for name in shapes}
+    own_names = {name: f"{name.removesuffix('.weight')}.default.weight" for name in shapes}
     values = {own_names[name]: torch.from_numpy(tensor(name, tuple(shape))) for name, shape in shapes.items()}
     _, unexpected = adapted.load_state_dict(values, strict=False)
     if unexpected:

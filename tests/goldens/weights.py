@@ -28,6 +28,8 @@ def tensor(name: str, shape: tuple[int, ...], *, norm_center: float = 1.0) -> np
         values = values - 2
     elif "embed_tokens" in name:
         values = 0.35 * values
+    elif "lora_magnitude_vector" in name:
+        values = 1.5 + 0.3 * values
     elif "lora_B" in name:
         values = 0.1 * values
     elif "lora_A" in name:

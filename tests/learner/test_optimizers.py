@@ -167,7 +167,7 @@ def test_first_moments_in_bfloat16(name: str) -> None:
     assert jnp.dtype(jnp.bfloat16) not in {leaf.dtype for leaf in jax.tree.leaves(whole.init(params))}
     one, other = (trained(optimizer, params, gradients_like(params, 2)) for optimizer in (small, whole))
     for ours, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        # Two updates of at most 2 · RATE each, whose momentum has 8 bits; Muon's iteration enlarges small singular values by up to 3.4^5.
+        # Two updates of about RATE each, whose momentum has 8 bits; Muon enlarges what is rounded in small singular values.
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=RATE * (0.5 if name == "muon" else 0.05))
 
 
