@@ -253,5 +253,7 @@ def set_metrics(name: str, result: Evaluation) -> dict[str, float]:
 
 def reward_columns(source: PromptSource, config: Config) -> list[str]:
     """Names of the columns that reach the rewards."""
-    table = source.train.table if len(source.train) else source.held_out.table
-    return [name for name in table.columns if name != config.data.prompt_column]
+    columns = source.train.table.columns if len(source.train) else source.held_out.table.columns
+    if source.stream is not None:
+        columns = source.stream.columns
+    return [name for name in columns if name != config.data.prompt_column]

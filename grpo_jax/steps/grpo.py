@@ -63,6 +63,7 @@ from grpo_jax.steps.groups import Groups
 from grpo_jax.steps.mini_batches import MiniBatches, parts_of
 from grpo_jax.steps.prompt_choice import PromptChoice
 from grpo_jax.steps.setup import placed_policy, read_tokenizer, with_steps
+from grpo_jax.steps.stream_choice import StreamChoice
 from grpo_jax.types import Frozen, Params, PromptBatch, TrainState
 
 TRUNCATED_LINE = (
@@ -118,7 +119,7 @@ class GrpoStep:
     reference: Program | None = None
     decided: list[RolloutShapes] = field(default_factory=list)
     rewarded: list[float] = field(default_factory=list)
-    choice: PromptChoice | None = None
+    choice: PromptChoice | StreamChoice | None = None
     driver: EpisodeDriver | None = None
     sets: Mapping[str, PromptSource] = field(default_factory=dict)
 
@@ -154,7 +155,7 @@ class GrpoStep:
         for line in setting_notes(config, own_optimizer=optimizer is not None):
             display.note(line)
         config = with_steps(config, len(source.train), display)
-        choice = PromptChoice(source, config)
+        choice = PromptChoice(source, config) if source.stream is None else StreamChoice(source, config)
         sets = evaluation_sets(setup.source_config(tokenizer), tokenizer)
         if sets and not len(source.held_out):
             raise ConfigError(
@@ -234,6 +235,7 @@ class GrpoStep:
         parts = {} if self.driver is None else dict(self.driver.environments.parts)
         parts |= {} if curriculum is None else {"the curriculum": curriculum}
         sources = {f"source of {name}": tagged(source_digest(part)) for name, part in parts.items()}
+        sources |= {} if self.source.stream is None else {"training rows": self.source.stream.inputs}
         return describe_inputs(self.policy, self.source.train, self.source.held_out, self.functions) | sources
 
     @property
@@ -518,4 +520,5 @@ def prompts_line(source: PromptSource, limit_tokens: int) -> str:
     counts = {"dropped": source.dropped, "held-out ones dropped": source.held_out_dropped, "shortened": source.shortened}
     overlong = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     said = f"; longer than {limit_tokens} tokens: {overlong}" if overlong else ""
-    return f"prompts: {len(source.train)} to train on, {len(source.held_out)} held out{said}"
+    count = len(source.train) if source.stream is None else f"a stream of {source.stream.origin}"
+    return f"prompts: {count} to train on, {len(source.held_out)} held out{said}"

@@ -64,7 +64,10 @@ TRAINER_ARGUMENTS: dict[str, Honoured | Refused] = {
     "model": Honoured("model.path, a folder or a hub id; a grpo_jax.Policy is trained as it is"),
     "reward_funcs": Honoured("the functions of the run, called in this process as TRL does; names of reward models are refused"),
     "args": Honoured("every section; see GRPOConfig"),
-    "train_dataset": Honoured("the rows: a datasets.Dataset or a list of dicts, with `prompt` as a text or as messages"),
+    "train_dataset": Honoured(
+        "the rows: a datasets.Dataset or a list of dicts, with `prompt` as a text or as messages; an IterableDataset streams "
+        "(data.streaming) and needs max_steps and max_prompt_length"
+    ),
     "eval_dataset": Honoured("the held-out rows; several sets in a dict are refused"),
     "processing_class": Honoured("the tokenizer, instead of the one in the model's folder"),
     "reward_processing_classes": Refused("reward models are not called here: leave it out, and score texts in a reward function"),

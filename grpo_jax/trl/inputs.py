@@ -10,6 +10,7 @@ from typing import Any
 
 import optax
 
+from grpo_jax.data.row_streams import is_iterable_dataset
 from grpo_jax.data.table import Table, given_rows
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.data.tokenizer_files import read_vocabulary
@@ -21,6 +22,7 @@ from grpo_jax.trl.state import TrainerState
 from grpo_jax.trl.steps import Steps
 
 IMAGE_COLUMNS = ("image", "images")
+PROMPT_COLUMNS = ("prompt", "messages")
 
 
 def described(value: Any) -> str:
@@ -41,6 +43,20 @@ def model_path(model: Any) -> str | None:
     return str(model)
 
 
+def training_rows(dataset: Any, prompts_only: bool) -> Any:
+    """The rows to train on: a table, or the `datasets.IterableDataset` that was given; see `rows_of`."""
+    if not is_iterable_dataset(dataset):
+        return rows_of(dataset, "train_dataset", prompts_only)
+    for column in (first := next(iter(dataset), {})):
+        allow(
+            column not in IMAGE_COLUMNS,
+            f"train_dataset[{column!r}]",
+            "a column of images",
+            "remove it; models here read text alone",
+        )
+    return dataset.select_columns([c for c in first if c in PROMPT_COLUMNS]) if prompts_only else dataset
+
+
 def rows_of(dataset: Any, name: str, prompts_only: bool) -> Table:
     """The rows of a dataset, without the columns that are not used where `prompts_only`.
 
@@ -49,14 +65,18 @@ def rows_of(dataset: Any, name: str, prompts_only: bool) -> Table:
         DataError: they are no rows.
     """
     kind = type(dataset).__name__
-    allow(not kind.startswith("Iterable"), name, kind, "load it without streaming=True; all rows are held in memory")
+    allow(not kind.startswith("Iterable"), name, kind, "load it without streaming=True: all of its rows are evaluated")
     several = "give one set of rows, such as dataset['test']"
     allow(not isinstance(dataset, Mapping), name, f"a {kind} of {', '.join(map(str, dataset))}" if dataset else kind, several)
     table = given_rows(dataset, name)
+    check_no_images(table.columns, name)
+    return replace(table, columns=tuple(c for c in table.columns if c in PROMPT_COLUMNS)) if prompts_only else table
+
+
+def check_no_images(columns: Sequence[str], name: str) -> None:
+    """Raises a ConfigError where a dataset has images."""
     for column in IMAGE_COLUMNS:
-        allow(column not in table.columns, f"{name}[{column!r}]", "a column of images", "remove it; models here read text alone")
-    kept = ("prompt", "messages")
-    return replace(table, columns=tuple(c for c in table.columns if c in kept)) if prompts_only else table
+        allow(column not in columns, f"{name}[{column!r}]", "a column of images", "remove it; models here read text alone")
 
 
 def reward_functions(reward_funcs: Any) -> list[Callable[..., Any]]:

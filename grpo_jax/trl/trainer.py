@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from grpo_jax.config import Config
+from grpo_jax.data.row_streams import is_iterable_dataset
 from grpo_jax.evaluation import evaluate
 from grpo_jax.policy import Policy
 from grpo_jax.rewards.protocol import ColumnReward, TextReward, accepted
@@ -30,6 +31,7 @@ from grpo_jax.trl.inputs import (
     optimizer_of,
     reward_functions,
     rows_of,
+    training_rows,
     with_tokenizer,
 )
 from grpo_jax.trl.settings import config_of
@@ -110,9 +112,10 @@ class GRPOTrainer:
         allow(path is not None or peft_config is None, "peft_config", described(peft_config), "the policy has its adapters already")
         allow(train_dataset is not None, "train_dataset", None, "give rows with a prompt")
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        rows = rows_of(train_dataset, "train_dataset", bool(args.remove_unused_columns))
+        rows = training_rows(train_dataset, bool(args.remove_unused_columns))
+        streaming = is_iterable_dataset(rows)
         held_out = None if eval_dataset is None else rows_of(eval_dataset, "eval_dataset", bool(args.remove_unused_columns))
-        self.steps: Steps = steps_of(args, len(rows))
+        self.steps: Steps = steps_of(args, None if streaming else len(rows))
         allow(not self.steps.evaluating or held_out is not None, "eval_dataset", None, "give rows, or use eval_strategy='no'")
         self._held_out = held_out if self.steps.evaluating else None
         evaluates = self._held_out is not None
@@ -125,6 +128,7 @@ class GRPOTrainer:
             peft_config=peft_config,
             quantization_config=quantization_config,
             episodes=bool(tools) or environment_factory is not None,
+            streaming=streaming,
         )
         self.state = new_state(args, self.steps)
         self.hooks = Hooks(args, self.steps, self.state, lambda: self.processing_class)
