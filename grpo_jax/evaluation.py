@@ -175,7 +175,7 @@ def evaluate(
     inputs = environment if isinstance(environment, EpisodeInputs) else EpisodeInputs(environment, tools)
     check_environment(config.environment, has_environment=inputs.environment is not None, has_tools=inputs.gives_tools)
     setup = EpisodeSetup.read(config, inputs, given or config.rewards.functions)
-    config, entries, longest = setup.config, setup.entries, config.rollout.max_completion_length
+    config, entries, longest = setup.config, with_reward_models(setup.entries), config.rollout.max_completion_length
     functions = resolve_functions(entries, max_completion_length=longest)
     tokenizer = policy.need_tokenizer()
     source = PromptSource.build(setup.source_config(tokenizer), tokenizer, None, eval_dataset, only_held_out=True)
@@ -185,6 +185,7 @@ def evaluate(
     for held_out in sets.values():
         columns = [*reward_columns(held_out, config), *setup.columns]
         check_functions(functions, columns, config.rewards.weights, config.rewards.accuracy)
+    load_reward_models(functions, policy.layout, display.compiling)
     driver = setup.driver(tokenizer, several_processes=distributed.is_multiprocess())
     sampler = policy.sampler.announcing(display.compiling)
     results: dict[str, dict[str, Any]] = {}

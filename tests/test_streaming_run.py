@@ -28,6 +28,7 @@ def ledger(folder: Path) -> list[list[int]]:
     return [json.loads(line)["rows"] for line in (folder / "ledger.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_the_same_prompts_and_other_rows_are_noticed(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "rows.jsonl", additions())
 

@@ -25,6 +25,7 @@ from grpo_jax.learner.custom_loss import LossFunction
 from grpo_jax.learner.down_sampling import down_sampled_rows
 from grpo_jax.learner.packing import Lengths, RowSize, row_sizes
 from grpo_jax.learner.reference import moved_reference, with_reference
+from grpo_jax.learner.reward_models import load_reward_models, reward_model_files, with_reward_models
 from grpo_jax.learner.step import Learner
 from grpo_jax.policy import Policy, sampler_of
 from grpo_jax.rewards import (
@@ -139,7 +140,7 @@ class GrpoStep:
         """Reads and checks everything that can be wrong, cheapest first, and the weights last; see `Trainer` for the arguments."""
         longest = config.rollout.max_completion_length
         setup = EpisodeSetup.read(config, given or EpisodeInputs(), rewards or config.rewards.functions)
-        config, entries = setup.config, setup.entries
+        config, entries = setup.config, with_reward_models(setup.entries)
         functions = resolve_functions(entries, max_completion_length=longest)
         tokenizer = policy.need_tokenizer() if policy is not None else read_tokenizer(config, display)
         source = PromptSource.build(setup.source_config(tokenizer), tokenizer, dataset, eval_dataset)
@@ -167,6 +168,7 @@ class GrpoStep:
         runner = runner_of(config.rewards, entries, functions, longest, display.note)
         runner.start()  # its processes start while the weights are read
         policy = placed_policy(config, policy, display)
+        load_reward_models(functions, policy.layout, display.compiling)
         step = GrpoStep.build(config, policy, source, functions, display, optimizer=optimizer, loss_fn=loss_fn)
         return replace(step, runner=runner, choice=choice, driver=driver, sets=sets)
 
@@ -235,6 +237,7 @@ class GrpoStep:
         parts = {} if self.driver is None else dict(self.driver.environments.parts)
         parts |= {} if curriculum is None else {"the curriculum": curriculum}
         sources = {f"source of {name}": tagged(source_digest(part)) for name, part in parts.items()}
+        sources |= reward_model_files(self.functions)
         sources |= {} if self.source.stream is None else {"training rows": self.source.stream.inputs}
         return describe_inputs(self.policy, self.source.train, self.source.held_out, self.functions) | sources
 

@@ -14,6 +14,7 @@ from grpo_jax.data.row_streams import is_iterable_dataset
 from grpo_jax.data.table import Table, given_rows
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.data.tokenizer_files import read_vocabulary
+from grpo_jax.learner.reward_models import open_reward_model
 from grpo_jax.policy import Policy
 from grpo_jax.runtime import distributed
 from grpo_jax.trl.arguments import allow, refusal
@@ -79,23 +80,64 @@ def check_no_images(columns: Sequence[str], name: str) -> None:
         allow(column not in columns, f"{name}[{column!r}]", "a column of images", "remove it; models here read text alone")
 
 
-def reward_functions(reward_funcs: Any) -> list[Callable[..., Any]]:
-    """The reward functions of a run, one or several.
+def reward_functions(
+    reward_funcs: Any, processing_classes: Any = None, template_arguments: Mapping[str, Any] | None = None
+) -> list[Callable[..., Any]]:
+    """The reward functions of a run, one or several; a path or hub id is a reward model's.
+
+    Args:
+        reward_funcs: functions, and paths or hub ids of sequence-classification models of one label.
+        processing_classes: tokenizers of reward models instead of their own, as many as there are rewards; None takes their own.
+        template_arguments: of the reward models' chat templates.
 
     Raises:
-        ConfigError: there are none, or one is a reward model.
+        ConfigError: there are none, or one is a model of another library.
+        ModelError: a path is no reward model's.
     """
     if reward_funcs is None:
         raise refusal("reward_funcs", None, "give a function, or a list of them")
-    listed: list[Any] = (
-        list(reward_funcs) if isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str) else [reward_funcs]
-    )
+    listed = as_list(reward_funcs)
     allow(bool(listed), "reward_funcs", listed, "give a function, or a list of them")
-    fix = "reward models are not called here; give a function that scores the texts with it"
-    for index, entry in enumerate(listed):
+    given = as_list(processing_classes) if processing_classes is not None else [None] * len(listed)
+    fix = f"give as many as there are rewards ({len(listed)}), None for functions"
+    allow(len(given) == len(listed), "reward_processing_classes", len(given), fix)
+    fix = "give the model's folder or hub id, or a function that scores the texts with it"
+    functions: list[Callable[..., Any]] = []
+    for index, (entry, processing_class) in enumerate(zip(listed, given, strict=True)):
+        if isinstance(entry, str | Path):
+            tokenizer = None if processing_class is None else reward_tokenizer(processing_class, index)
+            functions.append(
+                open_reward_model(
+                    str(entry),
+                    name=Path(entry).name,
+                    tokenizer=tokenizer,
+                    dtype="auto",
+                    quantization="none",
+                    chat_template=False,
+                    template_arguments=dict(template_arguments or {}),
+                    max_length=None,
+                )
+            )
+            continue
         network = any(base.__module__.startswith("torch.nn") for base in type(entry).__mro__)
         allow(callable(entry) and not network, f"reward_funcs[{index}]", described(entry), fix)
-    return listed
+        name, only = f"reward_processing_classes[{index}]", "use None: a function gets texts"
+        allow(processing_class is None, name, described(processing_class), only)
+        functions.append(entry)
+    return functions
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list of one or several values; a text is one."""
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def reward_tokenizer(processing_class: Any, index: int) -> Tokenizer:
+    """A tokenizer of transformers for a reward model."""
+    fix = "give a tokenizer of transformers, or None for the model's own"
+    name = f"reward_processing_classes[{index}]"
+    allow(hasattr(processing_class, "get_added_vocab"), name, described(processing_class), fix)
+    return Tokenizer.wrap(processing_class)
 
 
 def with_tokenizer(policy: Policy, processing_class: Any) -> Policy:
