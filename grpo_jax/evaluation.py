@@ -18,6 +18,7 @@ from grpo_jax.data.evaluation_sets import evaluation_sets
 from grpo_jax.data.source import PromptSource
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.environments.protocol import EnvironmentFactory
+from grpo_jax.learner.reward_models import load_reward_models, with_reward_models
 from grpo_jax.policy import Policy, config_with_policy, with_template
 from grpo_jax.rewards import (
     NamedFunction,

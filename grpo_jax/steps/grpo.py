@@ -300,7 +300,9 @@ class GrpoStep:
         if self.mini_batches is None:
             state, packed = self.update(in_device_memory(state), on_devices(batches[0], layout), self.frozen)
             metrics, advantages = packed.to_host()
+            token_values = packed.tokens_to_host()
         else:
+            token_values = {}
             state, metrics, advantages = self.mini_batches.run(in_device_memory(state), batches, self.frozen, scored)
         if self.reference is not None and (number + 1) % (config.train.reference_every or 1) == 0:
             state = replace(state, reference=self.reference(state.reference, state.trainable))
@@ -329,6 +331,7 @@ class GrpoStep:
             advantages if numbers is None else spread_out(advantages, numbers, groups.generations),
             list(rollout.finish_reasons),
             logprobs=sampled_logprobs(rollout),
+            token_values=token_values,
             columns=prompts.columns,
             results=None if self.choice is None else self.choice.results(filled.drawn, filled.used),
         )

@@ -76,6 +76,7 @@ from tiny_tokenizers import byte_tokenizer
 from grpo_jax.config import MeshConfig
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.learner.reward_models import RewardModel
+from grpo_jax.runtime.mesh import make_layout
 
 ids, expected = read_reward_values("qwen2")
 model = RewardModel(Path(sys.argv[1]), Tokenizer.wrap(byte_tokenizer()), name="r", dtype="auto", quantization="none",
