@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from grpo_jax.evaluation import evaluate
     from grpo_jax.learner.advantages import group_advantages
     from grpo_jax.learner.loss import grpo_loss
+    from grpo_jax.learner.reward_models import reward_model
     from grpo_jax.policy import Policy
     from grpo_jax.rewards import (
         code_execution,
@@ -87,6 +88,7 @@ MODULES = {
     "overlong_penalty": "rewards",
     "regex_format": "rewards",
     "repetition_penalty": "rewards",
+    "reward_model": "learner.reward_models",
     "sft": "trainer",
     "tag_format": "rewards",
     "train": "trainer",
@@ -130,6 +132,7 @@ __all__ = [
     "python_tool",
     "regex_format",
     "repetition_penalty",
+    "reward_model",
     "sft",
     "tag_format",
     "train",

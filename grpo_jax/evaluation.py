@@ -18,6 +18,7 @@ from grpo_jax.data.evaluation_sets import evaluation_sets
 from grpo_jax.data.source import PromptSource
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.environments.protocol import EnvironmentFactory
+from grpo_jax.learner.reward_models import load_reward_models, with_reward_models
 from grpo_jax.policy import Policy, with_template
 from grpo_jax.rewards import (
     NamedFunction,
@@ -176,7 +177,7 @@ def evaluate(
     inputs = environment if isinstance(environment, EpisodeInputs) else EpisodeInputs(environment, tools)
     check_environment(config.environment, has_environment=inputs.environment is not None, has_tools=inputs.gives_tools)
     setup = EpisodeSetup.read(config, inputs, given or config.rewards.functions)
-    config, entries, longest = setup.config, setup.entries, config.rollout.max_completion_length
+    config, entries, longest = setup.config, with_reward_models(setup.entries), config.rollout.max_completion_length
     functions = resolve_functions(entries, max_completion_length=longest)
     tokenizer = policy.need_tokenizer()
     source = PromptSource.build(setup.source_config(tokenizer), tokenizer, None, eval_dataset, only_held_out=True)
@@ -186,6 +187,7 @@ def evaluate(
     for held_out in sets.values():
         columns = [*reward_columns(held_out, config), *setup.columns]
         check_functions(functions, columns, config.rewards.weights, config.rewards.accuracy)
+    load_reward_models(functions, policy.layout, display.compiling)
     driver = setup.driver(tokenizer, several_processes=distributed.is_multiprocess())
     if driver is not None:
         policy.spec.check_episodes()
@@ -256,5 +258,7 @@ def set_metrics(name: str, result: Evaluation) -> dict[str, float]:
 
 def reward_columns(source: PromptSource, config: Config) -> list[str]:
     """Names of the columns that reach the rewards."""
-    table = source.train.table if len(source.train) else source.held_out.table
-    return [name for name in table.columns if name != config.data.prompt_column]
+    columns = source.train.table.columns if len(source.train) else source.held_out.table.columns
+    if source.stream is not None:
+        columns = source.stream.columns
+    return [name for name in columns if name != config.data.prompt_column]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,17 @@ import optax
 import pytest
 from fake_hub import fake_hub
 from plain_oracles import quick_compiling
+from safetensors.numpy import save_file
 from shared_programs import shared_programs
-from tiny_runs import C, G, additions, assert_same_arrays, letters, records, saved_weights, tiny_model
-from tiny_tokenizers import CHATML
+from tiny_runs import CONFIG, C, G, additions, assert_same_arrays, letters, records, saved_weights, tensors, tiny_model
+from tiny_tokenizers import CHATML, byte_tokenizer, save_folder
 from transformers import EarlyStoppingCallback
 
 import grpo_jax as gx
+from grpo_jax.models.spec import ModelError
 from grpo_jax.run.resume import RunFolderError
 from grpo_jax.trl import GRPOConfig, GRPOTrainer, TrainerCallback
+from grpo_jax.trl.inputs import reward_functions
 from grpo_jax.weights.lora import load_adapter
 
 ROWS, HELD_OUT = additions(), additions(4)
@@ -257,7 +261,7 @@ def test_every_save_is_uploaded_and_a_failed_upload_ends_nothing(tmp_path: Path,
     monkeypatch.setattr(trainer._trainer.display, "warning", warned.append)
     trainer.train()
     assert [(upload["repo_id"], upload["private"]) for upload in uploads] == [("me/mine", True)] * 3
-    assert [upload["commit_message"] for upload in uploads] == [f"Training in progress, step {step}" for step in (1, 2, 3)]
+    assert [upload["commit_message"] for upload in uploads] == [f"Training in progress, step {step}" for step in (2, 4, 6)]
     assert warned == ["push_to_hub: me/mine: the upload failed: no route; try again"]
     trainer.save_model(str(tmp_path / "model"))
     assert uploads[-1]["commit_message"] == "Model save"
@@ -300,6 +304,68 @@ def test_a_run_that_a_callback_ended_is_resumed_and_equals_the_whole_one(done: D
     assert records(tmp_path / "extras.jsonl") == records(done.folder / "extras.jsonl")
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert (state["global_step"], state["num_input_tokens_seen"]) == (6, done.trainer.state.num_input_tokens_seen)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_on_the_hub_continues_the_run(done: Done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads: list[tuple[str | None, set[str]]] = []
+
+    def keep(folder: Path, repo: str, *, subfolder: str | None = None, **_: Any) -> str:
+        uploads.append((subfolder, {path.name for path in Path(folder).iterdir()}))
+        if subfolder is not None:
+            shutil.copytree(folder, tmp_path / "cloned" / subfolder, dirs_exist_ok=True)
+        return "https://hub/commit"
+
+    monkeypatch.setattr("grpo_jax.trl.hub.push_folder", keep)
+    hub: dict[str, Any] = {"push_to_hub": True, "hub_strategy": "checkpoint", "logging_first_step": True}
+    trainer_of(arguments(tmp_path / "first", **hub), watched, callbacks=[StopAfter(2)]).train()
+    assert [subfolder for subfolder, _ in uploads] == [None, "last-checkpoint"]
+    assert uploads[1][1] == {"checkpoints", "config.yaml", "metrics.jsonl", "ledger.jsonl"}
+    resumed = trainer_of(arguments(tmp_path / "cloned", logging_first_step=True), watched)
+    resumed.train(resume_from_checkpoint="last-checkpoint")
+    assert_same_arrays(saved_weights(tmp_path / "cloned"), saved_weights(done.folder))
+    every: dict[str, Any] = {"push_to_hub": True, "hub_strategy": "all_checkpoints", "save_steps": 2, "hub_always_push": True}
+    uploads.clear()
+    trainer_of(arguments(tmp_path / "every", **every)).train()
+    assert [subfolder for subfolder, _ in uploads] == [None, "checkpoint-2", None, "checkpoint-4", None, "checkpoint-6"]
+
+
+@pytest.mark.slow
+def test_a_path_among_the_rewards_is_a_reward_models(tmp_path: Path) -> None:
+    weights = {**tensors(), "score.weight": np.linspace(-1, 1, 32, dtype=np.float32)[None]}
+    config = CONFIG | {"architectures": ["LlamaForSequenceClassification"], "tie_word_embeddings": False}
+    save_folder(byte_tokenizer(CHATML), tmp_path / "judge", config=config)
+    save_file(weights, tmp_path / "judge" / "model.safetensors", metadata={"format": "pt"})
+    given: dict[str, Any] = {"max_steps": 2, "logging_steps": 1, "reward_weights": [1.0, 0.5]}
+    rewards = [str(tmp_path / "judge"), letters]
+    trainer = trainer_of(arguments(tmp_path / "run", **given), rewards, reward_processing_classes=[None, None])
+    trainer.train()
+    rows = records(tmp_path / "run" / "completions.jsonl")
+    expected = gx.reward_model(str(tmp_path / "judge"))([row["prompt"] for row in rows], [row["completion"] for row in rows])
+    np.testing.assert_allclose([row["rewards"]["judge"] for row in rows], expected, rtol=0, atol=1e-5)
+    logged = trainer.state.log_history[0]
+    assert logged["rewards/judge/mean"] == pytest.approx(np.mean(expected), abs=1e-5)
+
+
+def test_what_is_no_reward_model_is_named() -> None:
+    with pytest.raises(ModelError, match=r"reward_model\.path: '\./none' is not a folder"):
+        reward_functions("./none")
+    with pytest.raises(gx.ConfigError, match=r"reward_processing_classes is 1: give as many as there are rewards \(2\)"):
+        reward_functions([letters, letters], [None])
+    with pytest.raises(gx.ConfigError, match=r"reward_processing_classes\[0\] is 'a object': use None: a function gets texts"):
+        reward_functions([letters], [object()])
+
+
+@pytest.mark.slow
+def test_an_iterable_dataset_streams(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_list(ROWS).to_iterable_dataset()
+    trainer = trainer_of(arguments(tmp_path / "run", max_steps=2), train_dataset=rows)
+    assert trainer.config.data.streaming
+    assert trainer.train().global_step == 2
+    with pytest.raises(gx.ConfigError, match=r"max_steps is -1: give the number of steps: a dataset that streams has no length"):
+        trainer_of(arguments(tmp_path / "b", max_steps=-1), train_dataset=rows)
+    with pytest.raises(gx.ConfigError, match=r"max_prompt_length is null: give the length of the longest prompt"):
+        trainer_of(arguments(tmp_path / "c", max_prompt_length=None), train_dataset=rows)
 
 
 def test_evaluations_are_logged_under_trls_names_and_a_run_that_does_not_improve_stops_early(tmp_path: Path) -> None:

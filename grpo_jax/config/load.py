@@ -87,6 +87,9 @@ class Config:
         k, completions = self.objective.pass_k, self.generations_per_update
         fix = f"use 2 to {group} ({completions}): the best of k is estimated from sets within a group"
         require(self.objective.advantage != "pass_at_k" or k <= completions, "objective.pass_k", k, fix)
+        epochs = self.train.epochs
+        fix = "use train.steps with data.streaming, which does not know the number of rows"
+        require(epochs is None or not self.data.streaming, "train.epochs", epochs, fix)
         tokens, least = self.train.micro_batch_tokens, self.rollout.max_prompt_length + self.rollout.max_completion_length
         if isinstance(tokens, int):
             require(

@@ -49,6 +49,8 @@ def check_training(
 def check_supervised(config: Config, *, has_policy: bool = False, has_dataset: bool = False) -> None:
     """Checks what a supervised warm-up needs in addition to settings that are each in range; see `check_training`."""
     check_any_training(config, has_policy=has_policy, has_dataset=has_dataset)
+    streams = config.data.streaming
+    require(not streams, "data.streaming", streams, "use false: a supervised warm-up tokenises all rows before it begins")
     stops = config.train.stop_on
     require(not stops, "train.stop_on", stops, "use []: a supervised warm-up has no rewards, and the doctor diagnoses GRPO runs")
 

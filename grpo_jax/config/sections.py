@@ -71,6 +71,9 @@ class DataConfig:
             or loses the start of its last user message, template tokens unchanged (`shorten`).
         overlong_quantile: Drop the training rows whose prompt has more tokens than this quantile of all of them, such as 0.9; null
             drops none.
+        streaming: Read rows while the run goes on, and hold shuffle_buffer of them: for datasets that do not fit into memory, from
+            .jsonl or .parquet files or the hub. train.steps says when the run ends. Held-out rows are of eval_split or eval_path.
+        shuffle_buffer: With streaming, the rows that are read and shuffled together; null is 1,000.
         shuffle: Visit the rows in an order drawn from train.seed, a new one each epoch.
         curriculum: Which rows a step draws: `uniform` visits them in order; `learnable` draws those most often that are solved half
             of the time, `hardest_unsolved` those that are solved least; `file.py:function` and `package.module:function` get the
@@ -91,6 +94,8 @@ class DataConfig:
     template_arguments: dict[str, Any] = field(default_factory=dict)
     overlong: Literal["drop", "error", "shorten"] = "drop"
     overlong_quantile: float | None = None
+    streaming: bool = False
+    shuffle_buffer: int | None = None
     shuffle: bool = True
     curriculum: str = "uniform"
 
@@ -109,7 +114,22 @@ class DataConfig:
         if self.overlong_quantile is not None:
             share = self.overlong_quantile
             require(0 < share <= 1, "data.overlong_quantile", share, "use a share above 0, at most 1, such as 0.9, or null")
+        self._check_streaming()
         require(bool(self.prompt_column), "data.prompt_column", self.prompt_column, "name the column that holds the prompt")
+
+    def _check_streaming(self) -> None:
+        """Checks the settings that go with rows that stream, and those that need all rows."""
+        buffer = self.shuffle_buffer
+        if not self.streaming:
+            require(
+                buffer is None, "data.shuffle_buffer", buffer, "use null, or data.streaming true: all rows are shuffled otherwise"
+            )
+            return
+        require(buffer is None or buffer >= 1, "data.shuffle_buffer", buffer, "use a number of rows, or null")
+        fix = "use uniform with data.streaming: a curriculum chooses among all rows"
+        require(self.curriculum == "uniform", "data.curriculum", self.curriculum, fix)
+        fix = "use null with data.streaming, which does not know all lengths; rollout.max_prompt_length is the limit"
+        require(self.overlong_quantile is None, "data.overlong_quantile", self.overlong_quantile, fix)
 
     @property
     def renders_texts(self) -> bool:

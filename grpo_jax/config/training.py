@@ -159,7 +159,9 @@ class TrainConfig:
             as many as a step has.
         show_every: Steps between tables of sampled completions on the terminal; 0 shows none.
         record_tokens: Prompts of each step whose completions are recorded with the text and the log-probability of every token, for
-            the report; each of these completions then takes about three times its space in completions.jsonl. 0 records none.
+            the report; each of these completions then takes about five times its space in completions.jsonl. 0 records none.
+            Entropy and KL of each token are recorded too where a step makes one update on all of its completions. What the update
+            did not compute (no reference, a group without spread) is left out.
         quiet: Print plain lines instead of a live progress bar and tables, for logs.
         track: Where metrics are sent in addition to the run folder, one or a list: `wandb` (extra `track`), `trackio`, `mlflow`
             (extras of their names); `none` is nothing, and `tensorboard` is always written.

@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from grpo_jax.config import Config, ConfigError, DataConfig
+from grpo_jax.config.checks import require
 from grpo_jax.data.conversations import with_prompts
 from grpo_jax.data.order import held_out_positions
 from grpo_jax.data.prompts import Encoded
 from grpo_jax.data.row_digest import DigestedRows
-from grpo_jax.data.rows import load_rows, read_rows
+from grpo_jax.data.row_streams import HubStream, first_rows
+from grpo_jax.data.rows import is_hub_id, load_rows, read_rows
 from grpo_jax.data.table import DataError, Table, given_rows
 
 PATIENCE_SECONDS = 2.0
@@ -89,11 +91,17 @@ class Examples:
         return self.completion_ids[int(self.list_numbers[position])]
 
 
+def no_examples() -> Examples:
+    """Makes the examples of a table without rows."""
+    nothing, no_lists = np.zeros(0, np.int64), PackedIds(np.zeros(0, np.int32), np.zeros(1, np.int64))
+    return Examples(Table([], (), ""), nothing, nothing, no_lists, no_lists, digest="")
+
+
 class DataSplits(NamedTuple):
     """Training rows, held-out rows, and how many rows were dropped or shortened.
 
     Attributes:
-        train: Rows to train on.
+        train: Rows to train on; none where they stream.
         held_out: Rows to evaluate on; training never visits one, nor another row with the same prompt.
         dropped: Rows of the training split that were too long.
         shortened: Rows of the training split whose prompt was cut.
@@ -127,6 +135,11 @@ def read_splits(
             return DataSplits(held_out.take(np.arange(0)), held_out, 0, 0, held_out_dropped)
     else:
         held_out, held_out_dropped = None, 0
+    if data.streaming:
+        fix = "use 0 or null with data.streaming, or set data.eval_path or eval_split: rows are not held out of a stream"
+        require(separate is not None or not data.eval_size, "data.eval_size", data.eval_size, fix)
+        none = no_examples()
+        return DataSplits(none, held_out or none, 0, 0, held_out_dropped)
     table = with_prompts(load_rows(data, data.split) if dataset is None else given_rows(dataset), data)
     check_table(table, data)
     examples, dropped, shortened = encode_rows(table, encode, "rows", quiet)
@@ -163,7 +176,10 @@ def held_out_table(config: Config, dataset: Any, eval_dataset: Any) -> Table | N
     split = data.eval_split or ("train" if one_file else data.split)
     if dataset is None and path == data.path and (split == data.split or one_file):
         raise ConfigError(f"data.eval_split is {data.eval_split!r}: it is trained on; leave it out to hold out data.eval_size rows")
-    return read_rows(path, data.name if path == data.path else None, split, field, "data.eval_split")
+    name = data.name if path == data.path else None
+    if data.streaming and is_hub_id(path):  # what is not evaluated is not downloaded
+        return first_rows(HubStream(path, name, split, field, "data.eval_split"), data.eval_size)
+    return read_rows(path, name, split, field, "data.eval_split")
 
 
 def hold_out(examples: Examples, config: Config) -> tuple[Examples, Examples]:

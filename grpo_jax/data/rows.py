@@ -1,7 +1,7 @@
 """Loads dataset rows from a file, a folder of files named by split, or the Hugging Face hub.
 
 Local files are read in `files.py`, so that an error can name the line; `datasets` reads the hub. Pickles are never read and code
-of a dataset never runs. Streaming is left out on purpose: an order drawn from a seed needs the number of rows.
+of a dataset never runs. `row_streams.py` reads rows without holding all of them.
 """
 
 from __future__ import annotations
@@ -32,27 +32,45 @@ def load_rows(data: DataConfig, split: str) -> Table:
 
 def read_rows(path: str, name: str | None, split: str, path_field: str, split_field: str) -> Table:
     """Loads rows of a local file or folder, or else of a dataset on the hub; `*_field` name the settings in messages."""
-    local = Path(path).expanduser()
-    if local.is_dir():
-        table = read_folder(local, name, split, path_field, split_field)
-    elif local.is_file():
-        if split not in ("train", *re.split(r"[-_.]", local.stem)):
-            raise ConfigError(f"{split_field} is {show(split)}: {path} is one file, which has no splits; leave {split_field} out")
-        table = read_file(local, path_field)
-    elif local.suffix.lower() in READERS or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        neighbours = sorted(item.name for item in local.parent.iterdir()) if local.parent.is_dir() else []
-        guess = nearest(local.name, neighbours)
-        hint = f"; did you mean {local.parent / guess}?" if guess else f" (looked in {local.parent.resolve()})"
-        raise ConfigError(f"{path_field} is {show(path)}: there is no such file or folder{hint}")
-    else:
+    if is_hub_id(path):
         table = read_hub(path, name, split, path_field, split_field)
+    else:
+        tables = [read_file(file, path_field) for file in split_files(path, name, split, path_field, split_field)]
+        columns = tuple(dict.fromkeys(column for table in tables for column in table.columns))
+        table = tables[0] if len(tables) == 1 else Table(JoinedRows(tables), columns, f"{Path(path).expanduser()} ({split})")
     if not len(table):
         raise DataError(f"{table.origin} has no rows")
     return table
 
 
-def read_folder(folder: Path, name: str | None, split: str, path_field: str, split_field: str) -> Table:
-    """Loads `SPLIT.suffix` or `SPLIT-00000-of-00004.suffix` of a folder, or of its subfolder `data` or `name`."""
+def is_hub_id(path: str) -> bool:
+    """Whether a path names a dataset on the hub, and no file or folder, be it a missing one."""
+    local = Path(path).expanduser()
+    is_local = local.suffix.lower() in READERS or path.startswith((".", "/", "~")) or path.count("/") > 1
+    return not (local.exists() or is_local)
+
+
+def split_files(path: str, name: str | None, split: str, path_field: str, split_field: str) -> list[Path]:
+    """Finds the files of a split: the file itself, or those of a folder.
+
+    Raises:
+        ConfigError: There is no such file, folder or split.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        return folder_files(local, name, split, path_field, split_field)
+    if local.is_file():
+        if split not in ("train", *re.split(r"[-_.]", local.stem)):
+            raise ConfigError(f"{split_field} is {show(split)}: {path} is one file, which has no splits; leave {split_field} out")
+        return [local]
+    neighbours = sorted(item.name for item in local.parent.iterdir()) if local.parent.is_dir() else []
+    guess = nearest(local.name, neighbours)
+    hint = f"; did you mean {local.parent / guess}?" if guess else f" (looked in {local.parent.resolve()})"
+    raise ConfigError(f"{path_field} is {show(path)}: there is no such file or folder{hint}")
+
+
+def folder_files(folder: Path, name: str | None, split: str, path_field: str, split_field: str) -> list[Path]:
+    """Finds `SPLIT.suffix` or `SPLIT-00000-of-00004.suffix` in a folder, or in its subfolder `data` or `name`."""
     folders = (folder / name,) if name is not None else (folder, folder / "data")
     found: dict[str, list[Path]] = {}
     for inner in folders:
@@ -66,11 +84,7 @@ def read_folder(folder: Path, name: str | None, split: str, path_field: str, spl
     files = found[split]
     if len(files) > 1 and not all(re.search(r"-\d+-of-\d+$", path.stem) for path in files):
         raise ConfigError(f"{split_field} is {show(split)}: several files have this name ({', '.join(map(str, files))}); keep one")
-    tables = [read_file(path, path_field) for path in files]
-    if len(tables) == 1:
-        return tables[0]
-    columns = tuple(dict.fromkeys(column for table in tables for column in table.columns))
-    return Table(JoinedRows(tables), columns, f"{folder} ({split})")
+    return files
 
 
 def unknown_split(split: str, splits: Sequence[str], split_field: str) -> ConfigError:

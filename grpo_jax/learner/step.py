@@ -75,6 +75,7 @@ class Learner:
         loss_fn: a user's loss; None is `grpo_loss`.
         moves_reference: the reference changes in the run, and is a part of the state.
         seed: of the adapters' dropout, whose rate is the model's.
+        recorded: `train_step` returns entropy and KL of each token of that many completions, the first ones.
     """
 
     model: Transformer
@@ -88,6 +89,7 @@ class Learner:
     loss_fn: LossFunction | None = None
     moves_reference: bool = False
     seed: int = 0
+    recorded: int = 0
 
     @staticmethod
     def of(
@@ -122,6 +124,7 @@ class Learner:
             loss_fn=loss_fn,
             moves_reference=config.train.reference_every is not None,
             seed=config.train.seed,
+            recorded=recorded_completions(config),
         )
 
     def policy_variables(self, trainable: Params, frozen: Frozen) -> Params:
@@ -210,11 +213,13 @@ class Learner:
         chosen = self.chosen_tokens(state, batch, per_row, frozen)
         known |= {} if chosen is None else {"chosen": chosen}
         known |= {} if coefficient is None else {"entropy_weights": entropy_weights(batch.completion_mask, coefficient)}
+        tokens: dict[str, Array] = {}
         if objective.num_iterations == 1:
-            state, _, metrics = self.update(state, batch, known | {"old_logps": old_logps}, frozen)
+            state, _, tokens, metrics = self.update(state, batch, known | {"old_logps": old_logps}, frozen)
         else:
             state, metrics = self.iterate(state, batch, known, old_logps, frozen)
-        return self.placed(state), pack(batch_metrics(batch, advantages) | metrics | adapting, advantages, self.model.layout)
+        metrics = batch_metrics(batch, advantages) | metrics | adapting
+        return self.placed(state), pack(metrics, advantages, self.model.layout, tokens)
 
     def entropy_weight(
         self, state: TrainState, batch: TrainBatch
@@ -264,7 +269,7 @@ class Learner:
         def body(carry: tuple[TrainState, Array], number: Array) -> tuple[tuple[TrainState, Array], dict[str, Array]]:
             state, old = carry
             first = (number == 0) & (old_logps is None)
-            state, logps, metrics = self.update(state, batch, known | {"old_logps": old, "first": first}, frozen)
+            state, logps, _, metrics = self.update(state, batch, known | {"old_logps": old, "first": first}, frozen)
             return (state, jnp.where(first, logps, old)), metrics
 
         numbers = jnp.arange(self.objective.num_iterations, dtype=jnp.int32)
@@ -317,15 +322,16 @@ class Learner:
 
     def update(
         self, state: TrainState, batch: TrainBatch, known: dict[str, Any], frozen: Frozen
-    ) -> tuple[TrainState, Float[Array, "N C"], dict[str, Array]]:
-        """Makes one optimiser update; also returns the log-probabilities that it was computed from.
+    ) -> tuple[TrainState, Float[Array, "N C"], dict[str, Array], dict[str, Array]]:
+        """Makes one optimiser update; also returns the log-probabilities that it was computed from, and `PackedMetrics.tokens`.
 
         Args:
             known: `weighted_loss`'s arrays by argument name, of the whole batch; and `first`, whether this is the first of several
                 updates.
         """
+        recorded = self.recorded if self.objective.num_iterations == 1 else 0
 
-        def loss_of(trainable: Params, part: MicroBatch) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+        def loss_of(trainable: Params, part: MicroBatch) -> tuple[Array, tuple[dict[str, Array], dict[str, Array]]]:
             part = self.with_dropout(part, state, batch)
             logps, untruncated, entropy = self.logprobs(
                 self.policy_variables(trainable, frozen), part, self.truncation, self.full, "entropy_weights" in known
@@ -339,22 +345,47 @@ class Learner:
             loss, stats = self.loss(tokens)
             stats["entropy"] = jnp.sum(jnp.where(mask, jax.lax.stop_gradient(entropy), jnp.float32(0)))
             stats["loss"] = jax.lax.stop_gradient(loss)
-            return loss, (logps, stats)
+            tables = {"logps": logps}
+            if recorded:
+                tables["entropy"] = jnp.where(mask, entropy, jnp.float32(0))
+            if recorded and known["ref_logps"] is not None:
+                kl = kl_per_token(logps if untruncated is None else untruncated, known["ref_logps"], "k3")
+                tables["kl"] = jnp.where(mask, kl, jnp.float32(0))
+            return loss, (tables, stats)
 
-        def accumulate(carry: tuple[Params, Array], part: MicroBatch) -> tuple[tuple[Params, Array], dict[str, Array]]:
-            new, (logps, stats) = jax.grad(loss_of, has_aux=True)(state.trainable, part)
-            gradient, table = carry
-            return (self.placed(jax.tree.map(jnp.add, gradient, new)), table + jax.lax.stop_gradient(logps)), stats
+        def accumulate(carry: tuple[Params, Params], part: MicroBatch) -> tuple[tuple[Params, Params], dict[str, Array]]:
+            new, (found, stats) = jax.grad(loss_of, has_aux=True)(state.trainable, part)
+            gradient, tables = carry
+            tables = jax.tree.map(lambda table, own: table + jax.lax.stop_gradient(own), tables, found)
+            return (self.placed(jax.tree.map(jnp.add, gradient, new)), tables), stats
 
         def used(part: MicroBatch) -> Array:
             return jnp.any(known["completion_mask"] & part.here) if self.skips else any_token(part)
 
-        zero = jax.tree.map(jnp.zeros_like, state.trainable), jnp.zeros(batch.completion_mask.shape, jnp.float32)
-        (gradient, logps), stacked, computed = scan_micro_batches(batch.micro_batches, accumulate, zero, used, self.model.layout)
+        names = ["logps", *(["entropy"] if recorded else []), *(["kl"] if recorded and known["ref_logps"] is not None else [])]
+        tables = {name: jnp.zeros(batch.completion_mask.shape, jnp.float32) for name in names}
+        zero = jax.tree.map(jnp.zeros_like, state.trainable), tables
+        (gradient, tables), stacked, computed = scan_micro_batches(batch.micro_batches, accumulate, zero, used, self.model.layout)
         sums = total_stats(stacked, computed)
         made, counts = apply_gradient(self.optimizer, state, gradient, sums["loss"])
         metrics = (finish_stats(sums) if self.loss_fn is None else finish_custom_stats(sums)) | {
             "loss": sums["loss"],
             "entropy": sums["entropy"] / jnp.maximum(sums["tokens"], jnp.float32(1)),
         }
-        return made, logps, metrics | counts | self.rate_metrics(state)
+        logps = tables.pop("logps")
+        tokens = {
+            name: jnp.where(known["completion_mask"][:recorded], table[:recorded], jnp.float32(jnp.nan))
+            for name, table in tables.items()
+        }
+        return made, logps, tokens, metrics | counts | self.rate_metrics(state)
+
+
+def recorded_completions(config: Config) -> int:
+    """How many completions, the first of a step, have values of tokens (`train.record_tokens`); 0 with more than one update.
+
+    With `train.update_generations` it is 0 too: the update has not seen all completions of a group.
+    """
+    train, single = config.train, config.objective.num_iterations == 1 and config.train.updates_per_rollout == 1
+    if not single or train.update_generations is not None:
+        return 0
+    return min(train.record_tokens, train.prompts_per_step) * config.rollout.num_generations

@@ -35,7 +35,7 @@ from grpo_jax.rewards.calls import (
     scores_by_row,
     timeout_reason,
 )
-from grpo_jax.rewards.protocol import NamedFunction, RewardFunction
+from grpo_jax.rewards.protocol import DeviceReward, NamedFunction, RewardFunction
 
 Value = TypeVar("Value")
 
@@ -139,7 +139,7 @@ def _sync_values(name: str, function: RewardFunction, rows: RewardInputs, timeou
             remarks.extend(outcome.remarks)
 
     with contextlib.suppress(CallTimeoutError):
-        _call_with_limit(timeout_seconds, call_parts)
+        _call_with_limit(None if isinstance(function, DeviceReward) else timeout_seconds, call_parts)
     # Copies, because a thread over its limit still writes.
     return Outcome(list(found), list(remarks))
 

@@ -157,6 +157,21 @@ class ColumnReward:
         return [None if reference is None else self.compare(text_of(completion), reference) for completion, reference in pairs]
 
 
+class DeviceReward:
+    """A reward function that computes on the devices: it is called in the trainer's process, and without a time limit.
+
+    Attributes:
+        name: Name in metrics and errors.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[Completion], **_: Any) -> list[Any]:
+        """Returns one value per completion."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class AcceptedInputs:
     """The inputs that a reward function takes.

@@ -18,7 +18,15 @@ from typing import Any
 
 from grpo_jax.config.checks import ConfigError, MismatchError, convert, nearest, wrong_type
 from grpo_jax.rewards.builtin import BUILTINS
-from grpo_jax.rewards.protocol import SAMPLED_INPUTS, ColumnReward, NamedFunction, RewardFunction, TextReward, accepted
+from grpo_jax.rewards.protocol import (
+    SAMPLED_INPUTS,
+    ColumnReward,
+    DeviceReward,
+    NamedFunction,
+    RewardFunction,
+    TextReward,
+    accepted,
+)
 
 ALLOWED_ENTRIES = "give a built-in name, package.module:function, file.py:function, or {name: ..., argument: value}"
 
@@ -104,8 +112,23 @@ def _resolved(field: str, entry: Any, max_completion_length: int | None, modules
 
 
 def _built_in(field: str, name: str, arguments: Mapping[str, Any], max_completion_length: int | None) -> RewardFunction:
-    """Makes a built-in with the arguments of its entry, each checked against its annotation."""
-    factory = BUILTINS[name]
+    """Makes a built-in with the arguments of its entry."""
+    factory, given = BUILTINS[name], dict(arguments)
+    if "max_completion_length" in inspect.signature(factory).parameters and max_completion_length is not None:
+        given.setdefault("max_completion_length", max_completion_length)
+    return made_by(factory, field, name, given)
+
+
+def made_by(factory: Callable[..., RewardFunction], field: str, name: str, arguments: Mapping[str, Any]) -> RewardFunction:
+    """Makes a reward with the arguments of its entry, each checked against its annotation.
+
+    Args:
+        field: Name of the entry in errors.
+        name: Name of the reward.
+
+    Raises:
+        ConfigError: An argument is unknown, missing, or of another type.
+    """
     parameters = inspect.signature(factory).parameters
     kinds = typing.get_type_hints(factory)
     values: dict[str, Any] = {}
@@ -116,8 +139,6 @@ def _built_in(field: str, name: str, arguments: Mapping[str, Any], max_completio
             values[key] = convert(value, kinds[key])
         except MismatchError:
             raise wrong_type(f"{field}.{key}", value, kinds[key]) from None
-    if "max_completion_length" in parameters and max_completion_length is not None:
-        values.setdefault("max_completion_length", max_completion_length)
     missing = [key for key, item in parameters.items() if item.default is item.empty and key not in values]
     if missing:
         example = "{" + f"name: {name}, {missing[0]}: ..." + "}"
@@ -189,7 +210,7 @@ def _own_name(function: Callable[..., Any]) -> str:
     """Returns a function's name; that of the inner function for a partial."""
     if isinstance(function, functools.partial):
         return _own_name(function.func)
-    if isinstance(function, TextReward | ColumnReward):
+    if isinstance(function, TextReward | ColumnReward | DeviceReward):
         return function.name
     return function.__name__.strip("<>") if inspect.isroutine(function) else type(function).__name__
 
@@ -200,7 +221,8 @@ def _not_built_in(name: str) -> str:
         return f"say which function in it, such as {name}:reward"
     module, _, last = name.rpartition(".")
     dotted = f"for a function of your own write {module}:{last}; " if module else ""
-    return f"no such built-in; {dotted}{_choices(name, list(BUILTINS))}; for your own, package.module:function or file.py:function"
+    known = _choices(name, [*BUILTINS, "reward_model"])  # the latter is made before, in `learner/reward_models.py`
+    return f"no such built-in; {dotted}{known}; for your own, package.module:function or file.py:function"
 
 
 def _choices(name: str, choices: Sequence[str]) -> str:

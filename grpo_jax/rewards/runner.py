@@ -19,7 +19,7 @@ from grpo_jax.config.checks import require_choice
 from grpo_jax.rewards.calling import call_here
 from grpo_jax.rewards.calls import FailedValue, Outcome, RewardInputs, is_async, scores_by_row
 from grpo_jax.rewards.pool import Pool, Task
-from grpo_jax.rewards.protocol import ColumnReward, NamedFunction, RewardFunction
+from grpo_jax.rewards.protocol import ColumnReward, DeviceReward, NamedFunction, RewardFunction
 from grpo_jax.rewards.sources import Source, pickled_source
 
 ALWAYS_IN_A_WORKER = "math_verify"
@@ -158,7 +158,7 @@ def runner_of(
     for entry, (name, function) in zip(entries, functions, strict=True):
         if isinstance(function, ColumnReward) and function.name == ALWAYS_IN_A_WORKER:
             sources[name] = Source({"name": ALWAYS_IN_A_WORKER, "column": function.column})
-        elif settings.workers == 0:
+        elif settings.workers == 0 or isinstance(function, DeviceReward):
             continue
         elif isinstance(entry, str | Mapping):
             sources[name] = Source(entry, max_completion_length)

@@ -37,6 +37,8 @@ class StepCompletions:
         columns: the dataset's other columns, as rewards get them: B values each.
         logprobs: N arrays of nats per token, under the distribution that the token was drawn from; NaN where the model has not
             sampled the token. None where they are not known.
+        token_values: of the first completions, what the update computed of each token: [n, C] by name (`entropy`, `kl`), nats, NaN
+            where it computed none. {} where the step computes none of it.
     """
 
     prompts: list[Any]
@@ -48,6 +50,7 @@ class StepCompletions:
     results: PromptResults | None = None
     columns: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     logprobs: list[np.ndarray] | None = None
+    token_values: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 MAX_COMPILATIONS = 6
@@ -93,7 +96,8 @@ class RecordsCallback(Callback):
         if completions is not None:
             lengths = [len(ids) for ids in completions.ids]
             rows = trainer.config.train.record_tokens * (len(lengths) // len(completions.prompts))
-            tokens = recorded_tokens(completions.ids, completions.logprobs, rows, trainer.tokenizer.decode) if rows else []
+            known = completions.ids, completions.logprobs, rows, trainer.tokenizer.decode, completions.token_values
+            tokens = recorded_tokens(*known) if rows else []
             records = completion_columns(completions)
             self.folder.write_completions(trainer.steps_done, *records, lengths=lengths, columns=completions.columns, tokens=tokens)
             if completions.results is not None:

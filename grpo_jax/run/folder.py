@@ -6,7 +6,7 @@
     evaluations.jsonl   one object an evaluation: {"step": 0, "accuracy": 0.41, "problems": 256}
     completions.jsonl   one object a completion: step, prompt, completion, rewards by function, advantage, finish_reason,
                         completion_tokens, columns (of the dataset, as rewards get them; long values are shortened); of the
-                        step's first prompts also tokens and logprobs
+                        step's first prompts also tokens, logprobs, entropy and kl
     ledger.jsonl        one object a step: rows that were drawn, and of each the number of completions with a reward, the sum of
                         their rewards, and how many are right
     tensorboard/        the same metrics for TensorBoard

@@ -1,9 +1,9 @@
-"""The tokens of a completion as the records have them: the text of each, and its log-probability."""
+"""The tokens of a completion as the records have them: the text of each, its log-probability, and what else is known of it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,11 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
 def recorded_tokens(
-    ids: Sequence[Sequence[int]], logprobs: Sequence[np.ndarray] | None, rows: int, decode: Callable[[list[int]], str]
+    ids: Sequence[Sequence[int]],
+    logprobs: Sequence[np.ndarray] | None,
+    rows: int,
+    decode: Callable[[list[int]], str],
+    values: Mapping[str, np.ndarray] | None = None,
 ) -> list[dict[str, Any]]:
     """Describes the tokens of the first completions of a step.
 
@@ -25,10 +29,12 @@ def recorded_tokens(
         logprobs: N arrays of nats per token, NaN where the model has not sampled the token; None where they are not known.
         rows: how many completions are described.
         decode: the text of token ids, without special tokens.
+        values: more values of each token, [n, C] by name; of fewer completions, perhaps.
 
     Returns:
-        For each, `tokens`, texts that together are the completion's, and `logprobs`, rounded to 2 decimals with None for NaN; {}
-        where the texts of the tokens do not make up the text of the completion.
+        For each, `tokens`, texts that together are the completion's, and `logprobs`, rounded to 2 decimals with None for NaN; and
+        `values` by their names, to 3 decimals, where a completion has any. {} where the texts of the tokens do not make up the text
+        of the completion.
 
     Example:
         [{"tokens": ["98", ""], "logprobs": [-0.02, -0.01]}]  # the second is a stop token
@@ -36,11 +42,17 @@ def recorded_tokens(
     if logprobs is None:
         return []
     described = []
-    for own_ids, values in zip(ids[:rows], logprobs[:rows], strict=True):
+    for row, (own_ids, own) in enumerate(zip(ids[:rows], logprobs[:rows], strict=True)):
         texts = token_texts(list(own_ids), decode)
-        rounded = [None if math.isnan(value) else round(value, 2) + 0.0 for value in np.asarray(values, np.float64).tolist()]
-        described.append({} if texts is None else {"tokens": texts, "logprobs": rounded})
+        more = {name: rounded(table[row, : len(own_ids)], 3) for name, table in (values or {}).items() if row < len(table)}
+        known = {name: numbers for name, numbers in more.items() if any(number is not None for number in numbers)}
+        described.append({} if texts is None else {"tokens": texts, "logprobs": rounded(own, 2), **known})
     return described
+
+
+def rounded(values: np.ndarray, decimals: int) -> list[float | None]:
+    """Numbers for a record, None for NaN and infinity."""
+    return [round(value, decimals) + 0.0 if math.isfinite(value) else None for value in np.asarray(values, np.float64).tolist()]
 
 
 def token_texts(ids: list[int], decode: Callable[[list[int]], str]) -> list[str] | None:

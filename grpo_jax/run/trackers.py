@@ -30,6 +30,10 @@ MLFLOW_PARAMS, MLFLOW_CHARACTERS = 100, 500
 """Parameters of one request to MLflow, and characters of one value: its limits."""
 
 
+TABLE_FILE = "completions.json"
+"""The artifact of MLflow that tables are appended to, each row with its step."""
+
+
 @dataclass(frozen=True)
 class Table:
     """Completions of a step.
@@ -94,7 +98,11 @@ def start_trackio(config: Config, folder: Path) -> Tracker:
 
     project = os.environ.get("TRACKIO_PROJECT") or PROJECT
     run = trackio.init(project=project, name=identity(folder), config=flat_settings(config), resume="allow", embed=False)
-    return Tracker("trackio", lambda step, values: run.log(numbers(values), step=step), run.finish)
+
+    def log_table(step: int, table: Table) -> None:
+        run.log({"completions": trackio.Table(columns=table.columns, data=table.rows)}, step=step)
+
+    return Tracker("trackio", lambda step, values: run.log(numbers(values), step=step), run.finish, log_table)
 
 
 def start_mlflow(config: Config, folder: Path) -> Tracker:
@@ -123,7 +131,11 @@ def start_mlflow(config: Config, folder: Path) -> Tracker:
         metrics = [Metric(re.sub(r"[^\w\-. :/]", "_", key), value, now, step) for key, value in numbers(values).items()]
         client.log_batch(run_id, metrics=metrics)
 
-    return Tracker("mlflow", log, lambda: client.set_terminated(run_id))
+    def log_table(step: int, table: Table) -> None:
+        columns = {name: [row[index] for row in table.rows] for index, name in enumerate(table.columns)}
+        client.log_table(run_id, {"step": [step] * len(table.rows), **columns}, TABLE_FILE)
+
+    return Tracker("mlflow", log, lambda: client.set_terminated(run_id), log_table)
 
 
 TRACKERS: dict[str, tuple[Callable[[Config, Path], Tracker], str, str]] = {

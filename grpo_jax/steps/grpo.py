@@ -16,6 +16,7 @@ from grpo_jax.fit.abstract import Placement, abstract_batch, shapes_of
 from grpo_jax.learner.batches import differing, on_devices, padding_share, reward_table, train_batch
 from grpo_jax.learner.packing import RowSize
 from grpo_jax.learner.reference import moved_reference
+from grpo_jax.learner.reward_models import reward_model_files
 from grpo_jax.learner.step import Learner
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import NamedFunction, RewardRunner
@@ -41,6 +42,7 @@ from grpo_jax.steps.mini_batches import MiniBatches, parts_of
 from grpo_jax.steps.prompt_choice import PromptChoice
 from grpo_jax.steps.results import StepParts, learned_completions, step_completions, step_metrics
 from grpo_jax.steps.sampling import sampled_groups
+from grpo_jax.steps.stream_choice import StreamChoice
 from grpo_jax.types import Frozen, Params, PromptBatch, TrainState
 
 
@@ -91,7 +93,7 @@ class GrpoStep:
     reference: Program | None = None
     decided: list[RolloutShapes] = field(default_factory=list)
     rewarded: list[float] = field(default_factory=list)
-    choice: PromptChoice | None = None
+    choice: PromptChoice | StreamChoice | None = None
     driver: EpisodeDriver | None = None
     sets: Mapping[str, PromptSource] = field(default_factory=dict)
 
@@ -123,6 +125,8 @@ class GrpoStep:
         parts = {} if self.driver is None else dict(self.driver.environments.parts)
         parts |= {} if curriculum is None else {"the curriculum": curriculum}
         sources = {f"source of {name}": tagged(source_digest(part)) for name, part in parts.items()}
+        sources |= reward_model_files(self.functions)
+        sources |= {} if self.source.stream is None else {"training rows": self.source.stream.inputs}
         return describe_inputs(self.policy, self.source.train, self.source.held_out, self.functions) | sources
 
     @property
@@ -183,7 +187,9 @@ class GrpoStep:
         if self.mini_batches is None:
             state, packed = self.update(in_device_memory(state), on_devices(batches[0], layout), self.frozen)
             metrics, advantages = packed.to_host()
+            token_values = packed.tokens_to_host()
         else:
+            token_values = {}
             state, metrics, advantages = self.mini_batches.run(in_device_memory(state), batches, self.frozen, groups.scored)
         if self.reference is not None and (number + 1) % (config.train.reference_every or 1) == 0:
             state = replace(state, reference=self.reference(state.reference, state.trainable))
@@ -192,7 +198,7 @@ class GrpoStep:
         made = StepParts(filled, groups, learned, numbers, padding_share(batches))
         metrics = step_metrics(metrics, made, config, clock)
         results = None if self.choice is None else self.choice.results(filled.drawn, filled.used)
-        return state, metrics, step_completions(made, advantages, results)
+        return state, metrics, step_completions(made, advantages, results, token_values)
 
     def collect(self, state: TrainState, number: int, clock: Clock) -> FilledStep:
         """Samples and scores the groups of step `number`, and others in their place with `train.dynamic_sampling`."""

@@ -16,6 +16,7 @@ from grpo_jax.fit.auto import fit_run
 from grpo_jax.fit.learners import grpo_learner
 from grpo_jax.fit.micro_batch import is_auto, row_tokens, sizes_of_rows, text_lengths
 from grpo_jax.learner.custom_loss import LossFunction
+from grpo_jax.learner.reward_models import load_reward_models, with_reward_models
 from grpo_jax.policy import Policy, sampler_of
 from grpo_jax.rewards import NamedFunction, check_functions, resolve_functions, runner_of
 from grpo_jax.rollout.episode_setup import EpisodeInputs, EpisodeSetup
@@ -27,6 +28,7 @@ from grpo_jax.runtime.programs import Program
 from grpo_jax.steps.grpo import GrpoStep, Prompts
 from grpo_jax.steps.prompt_choice import PromptChoice
 from grpo_jax.steps.setup import placed_policy, read_tokenizer, with_steps
+from grpo_jax.steps.stream_choice import StreamChoice
 from grpo_jax.types import Frozen, Params
 from grpo_jax.weights.lora_start import starts_as_base
 
@@ -51,7 +53,7 @@ def read_grpo_step(
     """Reads and checks everything that can be wrong, cheapest first, and the weights last; see `Trainer` for the arguments."""
     longest = config.rollout.max_completion_length
     setup = EpisodeSetup.read(config, given or EpisodeInputs(), rewards or config.rewards.functions)
-    config, entries = setup.config, setup.entries
+    config, entries = setup.config, with_reward_models(setup.entries)
     functions = resolve_functions(entries, max_completion_length=longest)
     tokenizer = policy.need_tokenizer() if policy is not None else read_tokenizer(config, display)
     source = PromptSource.build(setup.source_config(tokenizer), tokenizer, dataset, eval_dataset)
@@ -67,7 +69,7 @@ def read_grpo_step(
     for line in setting_notes(config, own_optimizer=optimizer is not None):
         display.note(line)
     config = with_steps(config, len(source.train), display)
-    choice = PromptChoice(source, config)
+    choice = PromptChoice(source, config) if source.stream is None else StreamChoice(source, config)
     sets = evaluation_sets(setup.source_config(tokenizer), tokenizer)
     if sets and not len(source.held_out):
         raise ConfigError("eval.sets has an effect where main rows are held out: set data.eval_path, eval_split or eval_size too")
@@ -79,6 +81,7 @@ def read_grpo_step(
     policy = placed_policy(config, policy, display)
     if driver is not None:
         policy.spec.check_episodes()
+    load_reward_models(functions, policy.layout, display.compiling)
     step = build_grpo_step(config, policy, source, functions, display, optimizer=optimizer, loss_fn=loss_fn)
     return replace(step, runner=runner, choice=choice, driver=driver, sets=sets)
 
@@ -146,4 +149,5 @@ def prompts_line(source: PromptSource, limit_tokens: int) -> str:
     counts = {"dropped": source.dropped, "held-out ones dropped": source.held_out_dropped, "shortened": source.shortened}
     overlong = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
     said = f"; longer than {limit_tokens} tokens: {overlong}" if overlong else ""
-    return f"prompts: {len(source.train)} to train on, {len(source.held_out)} held out{said}"
+    count = len(source.train) if source.stream is None else f"a stream of {source.stream.origin}"
+    return f"prompts: {count} to train on, {len(source.held_out)} held out{said}"

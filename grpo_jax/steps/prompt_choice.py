@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.config import Config
+from grpo_jax.config import Config, RewardsConfig
 from grpo_jax.data.curriculum import CURRICULA, Weights, draw_rows, weights_of
 from grpo_jax.data.ledger import Ledger, PromptResults
 from grpo_jax.data.order import rows_from, rows_of_step
@@ -76,19 +76,7 @@ class PromptChoice:
             drawn: all groups that it sampled.
             used: how many of them the order of the data leaves behind.
         """
-        scored, rewards = drawn.scored, self.config.rewards
-        right = correct(scored, rewards.accuracy, rewards.accuracy_threshold) & scored.valid
-
-        def sums(values: np.ndarray) -> np.ndarray:
-            return values.reshape(len(drawn), -1).sum(axis=1)
-
-        return PromptResults(
-            position=self.position + used if self.curriculum is None else 0,
-            rows=drawn.prompts.indices,
-            completions=sums(scored.valid.astype(np.int64)),
-            reward_sums=sums(np.where(scored.valid, scored.rewards, 0).astype(np.float64)),
-            solved=sums(right.astype(np.int64)),
-        )
+        return results_of(drawn, self.config.rewards, self.position + used if self.curriculum is None else 0)
 
     def finish(self, step: int, results: PromptResults) -> None:
         """Takes in what step `step`, counted from 1, found out."""
@@ -116,6 +104,23 @@ class PromptChoice:
             return []
         effect = "" if self.curriculum is None else ", and the curriculum draws other prompts than it would have"
         return [f"ledger.jsonl is not the one of the checkpoint: what was found out in some steps is missing{effect}"]
+
+
+def results_of(drawn: Groups, rewards: RewardsConfig, position: int) -> PromptResults:
+    """Returns what a step found out about its groups, and where the next one begins."""
+    scored = drawn.scored
+    right = correct(scored, rewards.accuracy, rewards.accuracy_threshold) & scored.valid
+
+    def sums(values: np.ndarray) -> np.ndarray:
+        return values.reshape(len(drawn), -1).sum(axis=1)
+
+    return PromptResults(
+        position=position,
+        rows=drawn.prompts.indices,
+        completions=sums(scored.valid.astype(np.int64)),
+        reward_sums=sums(np.where(scored.valid, scored.rewards, 0).astype(np.float64)),
+        solved=sums(right.astype(np.int64)),
+    )
 
 
 def curriculum_of(setting: str) -> Weights | None:

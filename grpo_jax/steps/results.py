@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,12 +69,15 @@ def step_metrics(update: dict[str, Any], made: StepParts, config: Config, clock:
     return metrics
 
 
-def step_completions(made: StepParts, advantages: np.ndarray, results: PromptResults | None) -> StepCompletions:
+def step_completions(
+    made: StepParts, advantages: np.ndarray, results: PromptResults | None, token_values: Mapping[str, Any]
+) -> StepCompletions:
     """Returns the completions of a step.
 
     Args:
         advantages: of the completions that the update has seen.
         results: what the step found out about its prompts.
+        token_values: entropy and KL of the tokens of the first completions; {} where the update does not give them.
     """
     groups, prompts, rollout = made.groups, made.groups.prompts, made.groups.rollout
     return StepCompletions(
@@ -84,6 +88,7 @@ def step_completions(made: StepParts, advantages: np.ndarray, results: PromptRes
         advantages if made.numbers is None else spread_out(advantages, made.numbers, groups.generations),
         list(rollout.finish_reasons),
         logprobs=sampled_logprobs(rollout),
+        token_values=token_values,
         columns=prompts.columns,
         results=results,
     )

@@ -62,12 +62,18 @@ def allow(ok: bool, name: str, value: Any, instead: str) -> None:
 
 TRAINER_ARGUMENTS: dict[str, Honoured | Refused] = {
     "model": Honoured("model.path, a folder or a hub id; a grpo_jax.Policy is trained as it is"),
-    "reward_funcs": Honoured("the functions of the run, called in this process as TRL does; names of reward models are refused"),
+    "reward_funcs": Honoured(
+        "the rewards of the run: functions, called in this process as TRL does, and folders or hub ids of reward models (see "
+        "gx.reward_model), which compute on the devices; a module of PyTorch is refused"
+    ),
     "args": Honoured("every section; see GRPOConfig"),
-    "train_dataset": Honoured("the rows: a datasets.Dataset or a list of dicts, with `prompt` as a text or as messages"),
+    "train_dataset": Honoured(
+        "the rows: a datasets.Dataset or a list of dicts, with `prompt` as a text or as messages; an IterableDataset streams "
+        "(data.streaming) and needs max_steps and max_prompt_length"
+    ),
     "eval_dataset": Honoured("the held-out rows; several sets in a dict are refused"),
     "processing_class": Honoured("the tokenizer, instead of the one in the model's folder"),
-    "reward_processing_classes": Refused("reward models are not called here: leave it out, and score texts in a reward function"),
+    "reward_processing_classes": Honoured("the tokenizers of reward models, instead of those in their folders"),
     "callbacks": Honoured("called at the same moments; see grpo_jax.trl.TrainerCallback for those that cannot be"),
     "optimizers": Honoured("(an Optax transformation, None) instead of `optim`; PyTorch's optimisers and schedulers are refused"),
     "quantization_config": Honoured("model.quantization: load_in_4bit is nf4, load_in_8bit is int8"),

@@ -16,10 +16,13 @@ from grpo_jax.trl.arguments import Refused, allow, honoured, refusal, refused
 
 MESH = "leave it out; devices are used as settings={'mesh': {...}} says"
 NO_TORCH = "leave it out; it concerns PyTorch, which this package does not use"
-NO_LOADER = "leave it out; there is no data loader, all rows are in memory"
+NO_LOADER = "leave it out; there is no data loader, the trainer reads the rows itself"
 NO_VLLM = "leave it out; this package samples completions itself, and a free slot goes to the next completion at once"
 NO_TRACKIO = "leave it out; the environment variables of trackio choose its space (TRACKIO_SPACE_ID) and bucket"
-NO_BEST = "leave it out; the newest checkpoints are kept"
+NO_BEST = (
+    "leave it out; settings={'train': {'keep_best': 'held_out'}} keeps the checkpoint with the best held-out accuracy, which "
+    "`grpo-jax export --best` takes"
+)
 NO_FLOAT16 = "use bf16=True, or False for float32"
 
 DICTS = (
@@ -140,7 +143,11 @@ class GRPOConfig:
     hub_token: str | None = honoured(None, "the token of uploads; None takes that of `hf auth login` or HF_TOKEN")
     hub_private_repo: bool | None = honoured(None, "whether a new repository is private; None is the account's default")
     hub_model_id: str | None = honoured(None, "the repository of uploads; None is the last part of output_dir")
-    hub_strategy: str = honoured("every_save", "when push_to_hub uploads: every_save (in the background, too) or end")
+    hub_strategy: str = honoured(
+        "every_save",
+        "when push_to_hub uploads: end, or every_save (in the background); checkpoint and all_checkpoints also upload what "
+        "resuming needs, without completions, as the folder last-checkpoint or checkpoint-STEP",
+    )
     hub_always_push: bool = honoured(False, "True uploads at a save although the upload before goes on, after it")
     hub_revision: str | None = honoured(None, "the branch of uploads, made where it does not exist")
     load_best_model_at_end: bool = refused(False, NO_BEST)
@@ -308,9 +315,9 @@ class GRPOConfig:
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith("loss")
         self.check()
-        strategies = ("every_save", "end")
-        fix = f"use one of {', '.join(strategies)}; checkpoints stay in output_dir"
-        allow(str(self.hub_strategy) in strategies, "hub_strategy", str(self.hub_strategy), fix)
+        self.hub_strategy = getattr(self.hub_strategy, "value", self.hub_strategy)  # transformers' HubStrategy or a text
+        strategies = ("end", "every_save", "checkpoint", "all_checkpoints")
+        allow(self.hub_strategy in strategies, "hub_strategy", self.hub_strategy, f"use one of {', '.join(strategies)}")
         self._set_generation_batch()
 
     def check(self) -> None:

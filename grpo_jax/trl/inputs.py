@@ -10,9 +10,11 @@ from typing import Any
 
 import optax
 
+from grpo_jax.data.row_streams import is_iterable_dataset
 from grpo_jax.data.table import Table, given_rows
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.data.tokenizer_files import read_vocabulary
+from grpo_jax.learner.reward_models import open_reward_model
 from grpo_jax.policy import Policy
 from grpo_jax.runtime import distributed
 from grpo_jax.trl.arguments import allow, refusal
@@ -21,6 +23,7 @@ from grpo_jax.trl.state import TrainerState
 from grpo_jax.trl.steps import Steps
 
 IMAGE_COLUMNS = ("image", "images")
+PROMPT_COLUMNS = ("prompt", "messages")
 
 
 def described(value: Any) -> str:
@@ -41,6 +44,20 @@ def model_path(model: Any) -> str | None:
     return str(model)
 
 
+def training_rows(dataset: Any, prompts_only: bool) -> Any:
+    """The rows to train on: a table, or the `datasets.IterableDataset` that was given; see `rows_of`."""
+    if not is_iterable_dataset(dataset):
+        return rows_of(dataset, "train_dataset", prompts_only)
+    for column in (first := next(iter(dataset), {})):
+        allow(
+            column not in IMAGE_COLUMNS,
+            f"train_dataset[{column!r}]",
+            "a column of images",
+            "remove it; models here read text alone",
+        )
+    return dataset.select_columns([c for c in first if c in PROMPT_COLUMNS]) if prompts_only else dataset
+
+
 def rows_of(dataset: Any, name: str, prompts_only: bool) -> Table:
     """The rows of a dataset, without the columns that are not used where `prompts_only`.
 
@@ -49,33 +66,78 @@ def rows_of(dataset: Any, name: str, prompts_only: bool) -> Table:
         DataError: they are no rows.
     """
     kind = type(dataset).__name__
-    allow(not kind.startswith("Iterable"), name, kind, "load it without streaming=True; all rows are held in memory")
+    allow(not kind.startswith("Iterable"), name, kind, "load it without streaming=True: all of its rows are evaluated")
     several = "give one set of rows, such as dataset['test']"
     allow(not isinstance(dataset, Mapping), name, f"a {kind} of {', '.join(map(str, dataset))}" if dataset else kind, several)
     table = given_rows(dataset, name)
+    check_no_images(table.columns, name)
+    return replace(table, columns=tuple(c for c in table.columns if c in PROMPT_COLUMNS)) if prompts_only else table
+
+
+def check_no_images(columns: Sequence[str], name: str) -> None:
+    """Raises a ConfigError where a dataset has images."""
     for column in IMAGE_COLUMNS:
-        allow(column not in table.columns, f"{name}[{column!r}]", "a column of images", "remove it; models here read text alone")
-    kept = ("prompt", "messages")
-    return replace(table, columns=tuple(c for c in table.columns if c in kept)) if prompts_only else table
+        allow(column not in columns, f"{name}[{column!r}]", "a column of images", "remove it; models here read text alone")
 
 
-def reward_functions(reward_funcs: Any) -> list[Callable[..., Any]]:
-    """The reward functions of a run, one or several.
+def reward_functions(
+    reward_funcs: Any, processing_classes: Any = None, template_arguments: Mapping[str, Any] | None = None
+) -> list[Callable[..., Any]]:
+    """The reward functions of a run, one or several; a path or hub id is a reward model's.
+
+    Args:
+        reward_funcs: functions, and paths or hub ids of sequence-classification models of one label.
+        processing_classes: tokenizers of reward models instead of their own, as many as there are rewards; None takes their own.
+        template_arguments: of the reward models' chat templates.
 
     Raises:
-        ConfigError: there are none, or one is a reward model.
+        ConfigError: there are none, or one is a model of another library.
+        ModelError: a path is no reward model's.
     """
     if reward_funcs is None:
         raise refusal("reward_funcs", None, "give a function, or a list of them")
-    listed: list[Any] = (
-        list(reward_funcs) if isinstance(reward_funcs, Sequence) and not isinstance(reward_funcs, str) else [reward_funcs]
-    )
+    listed = as_list(reward_funcs)
     allow(bool(listed), "reward_funcs", listed, "give a function, or a list of them")
-    fix = "reward models are not called here; give a function that scores the texts with it"
-    for index, entry in enumerate(listed):
+    given = as_list(processing_classes) if processing_classes is not None else [None] * len(listed)
+    fix = f"give as many as there are rewards ({len(listed)}), None for functions"
+    allow(len(given) == len(listed), "reward_processing_classes", len(given), fix)
+    fix = "give the model's folder or hub id, or a function that scores the texts with it"
+    functions: list[Callable[..., Any]] = []
+    for index, (entry, processing_class) in enumerate(zip(listed, given, strict=True)):
+        if isinstance(entry, str | Path):
+            tokenizer = None if processing_class is None else reward_tokenizer(processing_class, index)
+            functions.append(
+                open_reward_model(
+                    str(entry),
+                    name=Path(entry).name,
+                    tokenizer=tokenizer,
+                    dtype="auto",
+                    quantization="none",
+                    chat_template=False,
+                    template_arguments=dict(template_arguments or {}),
+                    max_length=None,
+                )
+            )
+            continue
         network = any(base.__module__.startswith("torch.nn") for base in type(entry).__mro__)
         allow(callable(entry) and not network, f"reward_funcs[{index}]", described(entry), fix)
-    return listed
+        name, only = f"reward_processing_classes[{index}]", "use None: a function gets texts"
+        allow(processing_class is None, name, described(processing_class), only)
+        functions.append(entry)
+    return functions
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list of one or several values; a text is one."""
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+
+
+def reward_tokenizer(processing_class: Any, index: int) -> Tokenizer:
+    """A tokenizer of transformers for a reward model."""
+    fix = "give a tokenizer of transformers, or None for the model's own"
+    name = f"reward_processing_classes[{index}]"
+    allow(hasattr(processing_class, "get_added_vocab"), name, described(processing_class), fix)
+    return Tokenizer.wrap(processing_class)
 
 
 def with_tokenizer(policy: Policy, processing_class: Any) -> Policy:

@@ -47,6 +47,7 @@ def config_of(
     peft_config: Any = None,
     quantization_config: Any = None,
     episodes: bool = False,
+    streaming: bool = False,
 ) -> Config:
     """Makes the settings of a run.
 
@@ -57,6 +58,7 @@ def config_of(
         evaluates: whether there are held-out rows.
         peft_config, quantization_config: the trainer's arguments of these names.
         episodes: whether there are tools or environments.
+        streaming: whether the rows to train on stream.
 
     Raises:
         ConfigError: an argument, or its value, has no equivalent here; the message names it.
@@ -69,6 +71,8 @@ def config_of(
         iterations,
         "give tools or environment_factory, or leave it out",
     )
+    fix = "give the length of the longest prompt in tokens: a dataset that streams does not show it"
+    allow(not streaming or args.max_prompt_length is not None, "max_prompt_length", args.max_prompt_length, fix)
     values = {
         "model": model_settings(args, model, quantization_config),
         "lora": lora_settings(peft_config) if model is not None else {},
@@ -76,6 +80,7 @@ def config_of(
             "shuffle": bool(args.shuffle_dataset),
             "template_arguments": given_dict(args.chat_template_kwargs),
             "overlong": "shorten",
+            "streaming": streaming,
             **({} if evaluates else {"eval_size": 0}),
         },
         "rollout": rollout_settings(args),

@@ -12,17 +12,19 @@ from typing import Any, NamedTuple
 import jax
 
 from grpo_jax.config import Config
+from grpo_jax.data.row_streams import is_iterable_dataset
 from grpo_jax.evaluation import evaluate
 from grpo_jax.policy import Policy
-from grpo_jax.rewards.protocol import ColumnReward, TextReward, accepted
+from grpo_jax.rewards.protocol import ColumnReward, DeviceReward, TextReward, accepted
 from grpo_jax.rollout.episode_setup import EpisodeInputs
 from grpo_jax.run.checkpoint import Checkpointer
+from grpo_jax.run.resume import holds_run
 from grpo_jax.runtime import distributed
 from grpo_jax.trainer import Trainer
 from grpo_jax.trl.arguments import TRAINER_ARGUMENTS, Refused, allow, refusal
 from grpo_jax.trl.grpo_config import GRPOConfig
 from grpo_jax.trl.hooks import Hooks
-from grpo_jax.trl.hub import HubUploads
+from grpo_jax.trl.hub import HubUploads, adopt_checkpoint
 from grpo_jax.trl.inputs import (
     described,
     model_path,
@@ -30,6 +32,7 @@ from grpo_jax.trl.inputs import (
     optimizer_of,
     reward_functions,
     rows_of,
+    training_rows,
     with_tokenizer,
 )
 from grpo_jax.trl.settings import config_of
@@ -110,9 +113,10 @@ class GRPOTrainer:
         allow(path is not None or peft_config is None, "peft_config", described(peft_config), "the policy has its adapters already")
         allow(train_dataset is not None, "train_dataset", None, "give rows with a prompt")
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
-        rows = rows_of(train_dataset, "train_dataset", bool(args.remove_unused_columns))
+        rows = training_rows(train_dataset, bool(args.remove_unused_columns))
+        streaming = is_iterable_dataset(rows)
         held_out = None if eval_dataset is None else rows_of(eval_dataset, "eval_dataset", bool(args.remove_unused_columns))
-        self.steps: Steps = steps_of(args, len(rows))
+        self.steps: Steps = steps_of(args, None if streaming else len(rows))
         allow(not self.steps.evaluating or held_out is not None, "eval_dataset", None, "give rows, or use eval_strategy='no'")
         self._held_out = held_out if self.steps.evaluating else None
         evaluates = self._held_out is not None
@@ -125,13 +129,17 @@ class GRPOTrainer:
             peft_config=peft_config,
             quantization_config=quantization_config,
             episodes=bool(tools) or environment_factory is not None,
+            streaming=streaming,
         )
         self.state = new_state(args, self.steps)
         self.hooks = Hooks(args, self.steps, self.state, lambda: self.processing_class)
-        self.uploads = HubUploads(args)
+        self.uploads = HubUploads(args, self.steps.updates)
         for callback in callbacks or []:
             self.hooks.add(callback)
-        self.reward_funcs = [self._with_extras(function) for function in reward_functions(reward_funcs)]
+        self.reward_funcs = [
+            self._with_extras(function)
+            for function in reward_functions(reward_funcs, reward_processing_classes, self.config.data.template_arguments)
+        ]
         policy = model if isinstance(model, Policy) else None
         if processing_class is not None:
             policy = with_tokenizer(Policy.from_config(self.config) if policy is None else policy, processing_class)
@@ -154,7 +162,8 @@ class GRPOTrainer:
 
         Args:
             resume_from_checkpoint: True continues the run in `output_dir` at its newest checkpoint; so does that folder's path, or
-                the path of its newest checkpoint. None is `args.resume_from_checkpoint`.
+                the path of its newest checkpoint. Where `output_dir` holds no run, a folder that `hub_strategy` checkpoint or
+                all_checkpoints has uploaded continues that run. None is `args.resume_from_checkpoint`.
 
         Raises:
             RunFolderError: `output_dir` holds a run, and it is not continued.
@@ -288,7 +297,7 @@ class GRPOTrainer:
 
     def _with_extras(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """A reward function with what it asks for of `EXTRA_INPUTS`; the others get what is in the columns alone."""
-        if isinstance(function, TextReward | ColumnReward):
+        if isinstance(function, TextReward | ColumnReward | DeviceReward):
             return function
         extras = {"trainer_state": self.state, "log_metric": self.hooks.log_metric, "log_extra": self.hooks.log_extra}
         takes = accepted(function, "reward_funcs")
@@ -302,6 +311,12 @@ class GRPOTrainer:
         folder, path = Path(self.config.train.run_dir), Path(given)
         if path.resolve() == folder.resolve():
             return True
+        for uploaded in (path, folder / path):
+            if not holds_run(folder) and (uploaded / "config.yaml").is_file() and (uploaded / "checkpoints").is_dir():
+                if distributed.is_main():
+                    adopt_checkpoint(uploaded, folder)
+                distributed.barrier("resume_from_checkpoint")
+                return True
         number = path.name.removeprefix("checkpoint-")
         inside = path.parent.resolve() in (folder.resolve(), (folder / "checkpoints").resolve())
         with Checkpointer(folder / "checkpoints", keep=None) as checkpoints:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -261,9 +261,13 @@ class TensorFiles:
         return values
 
 
-def check_tensors(folder: Path, spec: ModelSpec, files: TensorFiles) -> None:
-    """Raises ModelError unless the tensors of the files, with their shapes, are exactly those of the model's parameters."""
-    unused, used = set(files.files), set[str]()
+def check_tensors(folder: Path, spec: ModelSpec, files: TensorFiles, others: Collection[str] = ()) -> None:
+    """Raises ModelError unless the tensors of the files, with their shapes, are exactly those of the model's parameters.
+
+    Args:
+        others: names of tensors that are allowed in addition.
+    """
+    unused, used = set(files.files) - set(others), set[str]()
     known = {name for source in tensor_names(spec).values() for name in source.names}
     fused = next((name for name in unused - known if name.endswith(FUSED_EXPERTS)), None)
     if fused is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ def load_params(
     on_tensor: Callable[[int, int], None] | None = None,
     quantization: str = "none",
     layout: Layout | None = None,
+    others: Collection[str] = (),
 ) -> Params:
     """Loads the weights of a model folder onto their devices.
 
@@ -50,6 +51,7 @@ def load_params(
         on_tensor: called with (parameters read, parameters in all), for a progress bar.
         quantization: `none`, or the format of the layers' matrices: `int8`, `int4` or `nf4`, rounded from the files' values.
         layout: sharding of each parameter; None loads onto the default device.
+        others: names of tensors in the files that are not loaded.
 
     Raises:
         ModelError: a shard is missing or broken, the tensors do not fit the config, or a matrix does not fit the format.
@@ -59,7 +61,7 @@ def load_params(
     quantized = quantized_specs(specs, quantization)
     device = SingleDeviceSharding(jax.local_devices()[0])
     with TensorFiles(folder) as files:
-        check_tensors(folder, spec, files)
+        check_tensors(folder, spec, files, others)
         for number, (path, source) in enumerate(tensor_names(spec).items()):
             p = specs[path]
             if path in quantized and layout is not None:

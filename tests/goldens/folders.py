@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -43,6 +43,11 @@ ADAPTERS = {
     "phi3_dora_layer": "phi3",
 }
 """Name of a PEFT adapter → the family of its base model."""
+
+REWARD_MODELS = ("llama3_scaled", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
+"""Families that have values of a sequence-classification model, in `reward.npz`."""
+REWARD_LENGTHS = (36, 23, 7, 1)
+"""Tokens of the texts there."""
 
 GENERATION_CONFIG = {"bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": 0, "do_sample": True, "temperature": 0.7}
 
@@ -123,3 +128,34 @@ def read_greedy(family: str) -> np.ndarray:
     """Reads torch's most probable continuations of the first 9 ids of each row, int64 [2, 24], of one of `NEWER_FAMILIES`."""
     with np.load(HERE / family / "logprobs.npz") as stored:
         return stored["greedy"]
+
+
+def reward_config(family: str) -> dict[str, Any]:
+    """The config.json of a family's sequence-classification model with one label."""
+    config = json.loads((HERE / family / "config.json").read_text())
+    kind = config["architectures"][0].replace("ForCausalLM", "ForSequenceClassification")
+    kind = "Gemma3TextForSequenceClassification" if family == "gemma3" else kind
+    labels = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+    return config | labels | {"architectures": [kind], "tie_word_embeddings": False}
+
+
+def build_reward_folder(folder: Path, family: str) -> Path:
+    """Writes the folder of a family's sequence-classification model; no tokenizer."""
+    target = folder / f"{family}_reward"
+    target.mkdir(parents=True)
+    (target / "config.json").write_text(json.dumps(reward_config(family)))
+    save_file(reward_tensors(family), target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def reward_tensors(family: str) -> dict[str, np.ndarray]:
+    """Its weights: the decoder's, and the score's row instead of a head."""
+    tensors = {name: value for name, value in model_tensors(family).items() if name != "lm_head.weight"}
+    width = tensors["model.norm.weight"].shape[0]
+    return tensors | {"score.weight": tensor("score.weight", (1, width))}
+
+
+def read_reward_values(family: str) -> tuple[np.ndarray, np.ndarray]:
+    """Reads torch's values: token ids [4, 36], padded with 0 on the right, and float32 [4]."""
+    with np.load(HERE / family / "reward.npz") as stored:
+        return stored["ids"], stored["values"]

@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from goldens.folders import ADAPTERS, HERE, model_tensors
+from goldens.folders import ADAPTERS, HERE, REWARD_LENGTHS, REWARD_MODELS, model_tensors, reward_config, reward_tensors
 from goldens.weights import tensor
 
 LENGTH = 36
@@ -637,6 +636,8 @@ def make_family(family: str) -> None:
 
 def make_adapter(adapter: str) -> None:
     """Makes one PEFT adapter's golden folder."""
+    from peft import LoraConfig, get_peft_model
+
     family = ADAPTERS[adapter]
     ids = np.load(HERE / family / "logprobs.npz")["ids"]
     model = load_model(json.loads((HERE / family / "config.json").read_text()), family)
@@ -662,8 +663,34 @@ def make_adapter(adapter: str) -> None:
     print(f"{adapter}: {len(shapes)} tensors, largest change {np.abs(logps - before).max():.3f}")
 
 
+@torch.no_grad()
+def make_reward_model(family: str) -> None:
+    """Makes the values that a family's tiny model of sequence classification gives to texts of `REWARD_LENGTHS` tokens."""
+    ids = np.load(HERE / family / "logprobs.npz")["ids"].copy()
+    texts = np.zeros((len(REWARD_LENGTHS), LENGTH), ids.dtype)  # padded on the right with id 0
+    for row, length in enumerate(REWARD_LENGTHS):
+        texts[row, :length] = ids[row % 2, :length]
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(reward_config(family)))
+        save_file(reward_tensors(family), Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+        )
+    if any(names for names in report.values()):
+        raise RuntimeError(f"{family}: {report}")
+    tokens = torch.from_numpy(texts)
+    mask = (torch.arange(LENGTH)[None, :] < torch.tensor(REWARD_LENGTHS)[:, None]).long()
+    values = model.eval()(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, 0].float().numpy()
+    np.savez_compressed(HERE / family / "reward.npz", ids=texts, values=values)
+    print(f"{family}: {type(model).__name__} gives {values}")
+
+
 if __name__ == "__main__":
     print("transformers", transformers.__version__, "torch", torch.__version__)
-    asked = sys.argv[1:] or [*NEW, *ADAPTERS]
+    asked = sys.argv[1:] or [*NEW, *ADAPTERS, "rewards"]
     for name in asked:
-        make_family(name) if name in NEW else make_adapter(name)
+        if name == "rewards":
+            for family in REWARD_MODELS:
+                make_reward_model(family)
+        else:
+            make_family(name) if name in NEW else make_adapter(name)

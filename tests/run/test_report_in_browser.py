@@ -127,7 +127,15 @@ def test_completions_are_shown_and_filtered(browser: Browser, report: str) -> No
     assert browser.problems == []
 
 
-def test_tokens_are_shaded_by_their_probability(browser: Browser, report: str) -> None:
+def choose(browser: Browser, shade: str) -> None:
+    """Chooses what tokens are shaded by."""
+    browser.value(
+        "(() => { const box = document.querySelector('select[name=shade]'); "
+        f"box.value = '{shade}'; box.dispatchEvent(new Event('change')); }})()"
+    )
+
+
+def test_tokens_are_shaded_by_probability_kl_or_entropy(browser: Browser, report: str) -> None:
     browser.open(f"{report}#step=3&prompt=1")
     browser.wait(READY)
     tokens = browser.value(
@@ -145,7 +153,19 @@ def test_tokens_are_shaded_by_their_probability(browser: Browser, report: str) -
         "tx",
     ]  # -0.1 nats a token more, 5 are 8 levels
     assert tokens[1][2] == "probability 90.5 %, log \u22120.1"
-    browser.value("document.querySelector('input[name=shade]').click()")
+    for shade, levels, title in (("kl", (0, 2, 4, 6, 8, 8, 8), "KL 0.125 nats"), ("entropy", range(7), "entropy 0.375 nats")):
+        choose(browser, shade)
+        tokens = browser.value(f"[...{CARDS}[0].querySelectorAll('.text > span')].map((one) => [one.className, one.title])")
+        assert [kind for kind, _ in tokens] == [*(f"t{level}" for level in levels), "tx"]
+        assert tokens[1][1] == title
+        assert tokens[-1][1] == "not computed: the update did not learn from it"
+        assert browser.value("document.querySelector('.scale').textContent").endswith("and more")
+    browser.open(f"{report}#step=3&prompt=2")  # whose tokens are not recorded
+    browser.wait(READY)
+    assert browser.value(TEXTS)[0] == made_text(3, 4)
+    browser.open(f"{report}#step=3&prompt=1")
+    browser.wait(READY)
+    choose(browser, "")
     assert browser.value(f"{CARDS}[0].querySelectorAll('.text > span').length") == 0
     assert browser.value(TEXTS)[0] == made_text(3, 0)
 

@@ -144,14 +144,16 @@ class Trackio(types.SimpleNamespace):
     def __init__(self) -> None:
         self.calls, self.started = list[tuple[int, dict[str, Any]]](), list[dict[str, Any]]()
         run = types.SimpleNamespace(log=lambda values, step: self.calls.append((step, values)), finish=lambda: None)
-        super().__init__(init=lambda **settings: self.started.append(settings) or run)
+        super().__init__(
+            init=lambda **settings: self.started.append(settings) or run, Table=lambda columns, data: ("table", columns, data)
+        )
 
 
 class Mlflow(types.SimpleNamespace):
     """MLflow with its limits, as far as it is used; it keeps experiments and runs as a server does."""
 
     def __init__(self) -> None:
-        super().__init__(MlflowClient=lambda: self, runs={}, metrics=[], params={}, ended=[], experiments={})
+        super().__init__(MlflowClient=lambda: self, runs={}, metrics=[], params={}, ended=[], experiments={}, tables=[])
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         entities = types.SimpleNamespace(Metric=lambda *values: values, Param=lambda key, value: (key, value))
@@ -184,6 +186,10 @@ class Mlflow(types.SimpleNamespace):
         taken.update(params)
         self.metrics.extend((run_id, key, value, step) for key, value, _, step in metrics)
 
+    def log_table(self, run_id: str, data: dict[str, list[Any]], artifact_file: str) -> None:
+        assert len({len(values) for values in data.values()}) == 1
+        self.tables.append((run_id, data, artifact_file))
+
     def set_terminated(self, run_id: str) -> None:
         self.ended.append(run_id)
 
@@ -215,7 +221,7 @@ def test_several_trackers_get_the_same_and_one_that_fails_costs_only_itself(
     train(tmp_path, ["wandb", "trackio", "mlflow", "tensorboard"], range(1, 3), said)
     assert [line.split(" raised")[0] for line in said] == ["the tracker wandb"]
     numbers = [(1, {"loss": 0.125, "odd@name": 1.0}), (2, {"loss": 0.25, "odd@name": 1.0}), (2, {"eval/accuracy": 0.5})]
-    assert trackio.calls == numbers
+    assert [(step, values) for step, values in trackio.calls if "completions" not in values] == numbers
     assert (trackio.started[0]["project"], trackio.started[0]["resume"]) == ("grpo_jax", "allow")
     run = f"of mine, {tmp_path.name}"
     assert mlflow.metrics == [
@@ -247,6 +253,23 @@ def test_wandb_gets_tables_of_completions_as_plain_values(tmp_path: Path, monkey
     shown = HOSTILE.replace("\x1b", "\\x1b").replace("\x07", "\\x07")
     assert rows == [["user: <b>hi</b>", shown, 1.0, 0.5, "stop"], ["user: <b>hi</b>", "fine", None, -0.5, "length"]]
     assert all(type(cell) in (str, float, type(None)) for row in rows for cell in row)
+
+
+def test_trackio_and_mlflow_get_tables_at_the_same_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trackio, mlflow, said = Trackio(), Mlflow(), list[str]()
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    mlflow.install(monkeypatch)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME", raising=False)
+    train(tmp_path, ["trackio", "mlflow"], range(1, 6), said)
+    assert said == []
+    expected = completion_table(completions())
+    tables = [(step, values["completions"]) for step, values in trackio.calls if "completions" in values]
+    assert tables == [(step, ("table", expected.columns, expected.rows)) for step in (1, 2, 4, 5)]
+    assert [data["step"] for _, data, _ in mlflow.tables] == [[step] * 2 for step in (1, 2, 4, 5)]
+    run, data, file = mlflow.tables[0]
+    assert (run, file) == (f"of grpo_jax, {tmp_path.name}", "completions.json")
+    assert list(data) == ["step", *expected.columns]
+    assert list(zip(*list(data.values())[1:], strict=True)) == [tuple(row) for row in expected.rows]
 
 
 def test_a_table_finds_each_completions_prompt() -> None:

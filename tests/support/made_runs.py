@@ -46,7 +46,7 @@ def made_text(step: int, row: int) -> str:
 
 
 def completion_of(step: int, row: int, group: int, text: str, tokens: bool) -> dict[str, Any]:
-    """The record of a completion: its reward `right` is 1 where the row is even, `form` is missing in every fifth row."""
+    """The record of a completion: the reward `right` is 1 where the row is even, `form` is missing in every fifth row."""
     record = {
         "step": step,
         "prompt": [{"role": "user", "content": f"prompt {row // group} of step {step}"}],
@@ -59,6 +59,8 @@ def completion_of(step: int, row: int, group: int, text: str, tokens: bool) -> d
     if tokens:
         words = [word if index == 0 else f" {word}" for index, word in enumerate(text.split(" "))]
         record |= {"tokens": [*words, ""], "logprobs": [-0.1 * index for index in range(len(words))] + [None]}
+        record |= {"kl": [0.125 * index for index in range(len(words))] + [None]}  # 0.5 are 8 levels
+        record |= {"entropy": [0.375 * index for index in range(len(words))] + [None]}  # 3 are 8 levels
     return record
 
 

@@ -183,7 +183,7 @@ def completion(record: Mapping[str, Any], functions: Sequence[str], weights: Any
     """A completion as the page shows it.
 
     Returns:
-        `text`, or `tokens` with `logprobs` where they were recorded and the text is not too long; `rewards` by function; `total`,
+        `text`, or `tokens` with `logprobs`, `entropy` and `kl` where they were recorded and the text is not too long; `rewards` by function; `total`,
         their weighted sum; `advantage`, `reason` and `length`.
     """
     rewards = rewards_of(record)
@@ -200,7 +200,9 @@ def completion(record: Mapping[str, Any], functions: Sequence[str], weights: Any
     text, tokens, logprobs = text_of(record.get("completion")), record.get("tokens"), record.get("logprobs")
     shown = shortened(text)
     if shown == text and isinstance(tokens, list) and isinstance(logprobs, list) and "".join(map(str, tokens)) == text:
-        return made | {"tokens": [str(token) for token in tokens], "logprobs": [number(value) for value in logprobs]}
+        values = {name: record[name] for name in ("logprobs", "entropy", "kl") if isinstance(record.get(name), list)}
+        shades = {name: [number(value) for value in own] for name, own in values.items() if len(own) == len(tokens)}
+        return made | {"tokens": [str(token) for token in tokens], **shades}
     return made | {"text": shown}
 
 

@@ -3,7 +3,12 @@
 // The completions of a run: one group at a time, side by side, or all that a filter finds.
 
 const SHOWN_AT_ONCE = 24;
-const LOWEST_LOGPROB = -5;
+/** What tokens can be shaded by: the value that gives the strongest background, its label there, and the title of a token. */
+const SHADES = {
+  logprobs: { name: "log-probability", strongest: -5, ends: ["certain", "e\u22125 and less"], title: (value) => `probability ${number(100 * Math.exp(value), 3)} %, log ${number(value, 3)}` },
+  kl: { name: "KL to the reference", strongest: 0.5, ends: ["0", "0.5 and more"], title: (value) => `KL ${number(value, 3)} nats` },
+  entropy: { name: "entropy", strongest: 3, ends: ["0", "3 nats and more"], title: (value) => `entropy ${number(value, 3)} nats` },
+};
 
 const groupKey = (step, index) => `${step}/${index}`;
 
@@ -11,7 +16,7 @@ const groupKey = (step, index) => `${step}/${index}`;
 class Completions {
   constructor(live) {
     this.steps = new Map();
-    this.state = { step: null, group: 0, search: "", reward: "total", least: "", most: "", reason: "", shade: true, order: "recorded" };
+    this.state = { step: null, group: 0, search: "", reward: "total", least: "", most: "", reason: "", shade: "logprobs", order: "recorded" };
     this.follow = live;
     this.shown = SHOWN_AT_ONCE;
     this.body = h("div.found");
@@ -21,7 +26,7 @@ class Completions {
   }
 
   controls() {
-    const set = (name) => (event) => this.change({ [name]: event.target.type === "checkbox" ? event.target.checked : event.target.value });
+    const set = (name) => (event) => this.change({ [name]: event.target.value });
     const field = (label, control) => h("label.field", {}, h("span", {}, label), control);
     const input = (name, kind, more) => (this[`${name}Input`] = h("input", { type: kind, name, oninput: set(name), ...more }));
     const select = (name, ...choices) => (this[`${name}Input`] = h("select", { name, onchange: set(name) }, choices.map(([value, label]) => h("option", { value }, label))));
@@ -48,8 +53,8 @@ class Completions {
       field("to", input("most", "number", { step: "any" })),
       field("Ended by", select("reason", ["", "anything"])),
       field("Order", select("order", ["recorded", "as sampled"], ["best", "best first"], ["worst", "worst first"])),
-      h("label.check", {}, (this.shadeInput = h("input", { type: "checkbox", name: "shade", checked: true, onchange: set("shade") })), "shade by probability"),
-      h("span.scale", {}, "certain", [0, 2, 4, 6, 8].map((level) => h(`i.t${level}`)), `e${minus(String(LOWEST_LOGPROB))} and less`),
+      field("Shade by", select("shade", ...Object.entries(SHADES).map(([key, shade]) => [key, shade.name]), ["", "nothing"])),
+      (this.scale = h("span.scale")),
       this.clear,
     );
     return h("div.controls", {}, this.where, filter);
@@ -71,8 +76,7 @@ class Completions {
     this.options(this.rewardInput, ["total", "weighted sum"], [...new Set(parted.flatMap((part) => part.functions))].map((name) => [name, name]), "reward");
     const reasons = new Set(parted.flatMap((part) => part.groups.flatMap((group) => group.rows.map((row) => row.reason))));
     this.options(this.reasonInput, ["", "anything"], [...reasons].map((reason) => [reason, reason]), "reason");
-    for (const name of ["search", "least", "most", "order"]) this[`${name}Input`].value = this.state[name];
-    this.shadeInput.checked = this.state.shade;
+    for (const name of ["search", "least", "most", "order", "shade"]) this[`${name}Input`].value = this.state[name];
     const step = this.follow || this.state.step === null ? this.numbers[this.numbers.length - 1] : this.state.step;
     this.go(step, this.state.group, false);
   }
@@ -119,6 +123,8 @@ class Completions {
     const filtering = this.filtering();
     this.where.classList.toggle("off", filtering);
     this.clear.hidden = !filtering;
+    const shade = SHADES[this.state.shade];
+    replace(this.scale, shade ? [shade.ends[0], ...[0, 2, 4, 6, 8].map((level) => h(`i.t${level}`)), shade.ends[1]] : []);
     if (filtering) return this.showFound();
     this.said.textContent = "";
     const part = this.steps.get(this.state.step);
@@ -188,7 +194,7 @@ class Completions {
     const rewards = part.functions.map((name, index) => h("div", {}, h("span", {}, ...visible(name)), h("b", {}, number(row.rewards[index]))));
     const word = this.filtering() ? this.state.search.toLowerCase() : "";
     const shaded = row.tokens && this.state.shade && !word;
-    const text = h("div.text", { dir: "auto" }, ...(shaded ? tokens(row) : marked(textOf(row), word)));
+    const text = h("div.text", { dir: "auto" }, ...(shaded ? tokens(row, this.state.shade) : marked(textOf(row), word)));
     const context = apart ? h("div.context", { dir: "auto" }, ...marked(group.prompt[group.prompt.length - 1]?.text ?? "", word)) : null;
     return h("article.card", {}, top, advantage(row.advantage, most), h("div.rewards", {}, rewards), context, textOf(row) ? text : h("div.text.empty", {}, "no text"));
   }
@@ -234,12 +240,13 @@ function advantage(value, most) {
   return h(`div.advantage.${value < 0 ? "worse" : "better"}`, { title: "advantage" }, h("span", {}, "advantage"), picture, h("b", {}, text));
 }
 
-/** Tokens with a background that is the stronger the less probable a token was. */
-function tokens(row) {
+/** Tokens with a background that is the stronger the less probable a token was, or the larger its KL or entropy. */
+function tokens(row, by) {
+  const shade = SHADES[by];
   return row.tokens.map((text, index) => {
-    const value = row.logprobs[index];
-    const level = value === null ? "x" : Math.round(Math.min(1, value / LOWEST_LOGPROB) * 8);
-    const said = value === null ? "not sampled: it came from outside" : `probability ${number(100 * Math.exp(value), 3)} %, log ${number(value, 3)}`;
-    return h(`span.t${level}`, { title: said }, ...(text ? visible(text) : [h("span.unseen", {}, "∎")]));
+    const value = row[by]?.[index] ?? null;
+    const level = value === null ? "x" : Math.round(Math.max(0, Math.min(1, value / shade.strongest)) * 8);
+    const missing = by === "logprobs" ? "not sampled: it came from outside" : "not computed: the update did not learn from it";
+    return h(`span.t${level}`, { title: value === null ? missing : shade.title(value) }, ...(text ? visible(text) : [h("span.unseen", {}, "∎")]));
   });
 }
