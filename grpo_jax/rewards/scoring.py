@@ -74,7 +74,7 @@ def score(
         ValueError: The inputs have different lengths.
     """
     weight = checked_weights(functions, weights)
-    rows = _rows(prompts, completions, completion_ids, columns or {})
+    rows = reward_inputs(prompts, completions, completion_ids, columns or {})
     found = (call_here if runner is None else runner.call_all)(functions, rows, timeout_seconds)
     values = np.full((len(functions), rows.count), np.nan)
     failed = np.zeros((len(functions), rows.count), bool)
@@ -190,7 +190,7 @@ def _remarks(found: Mapping[str, Outcome]) -> list[str]:
     return [f"{name} {remark}" for name, outcome in found.items() for remark in dict.fromkeys(outcome.remarks)]
 
 
-def _rows(
+def reward_inputs(
     prompts: Sequence[Any],
     completions: Sequence[Completion],
     completion_ids: Sequence[Sequence[int]],
@@ -213,7 +213,7 @@ def _rows(
     inputs["prompts"] = repeated
     inputs["completions"] = [_as_messages(prompt, completion) for prompt, completion in pairs]
     inputs["completion_ids"] = [list(ids) for ids in completion_ids]
-    return RewardInputs(inputs, count)
+    return RewardInputs(inputs, count, max(group, 1))
 
 
 def _repeated(values: Sequence[Any], group: int) -> list[Any]:

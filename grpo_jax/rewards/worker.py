@@ -4,7 +4,7 @@ It reads pickled requests from one pipe and writes JSON to another, so that noth
 unpickled by the trainer. A third pipe carries nothing: the trainer holds its other end, and when that closes, however the trainer
 ended, the kernel kills this process and its children. The user's `__main__` is never imported, so scripts need no main guard.
 
-Requests: `("call", number, key, source, by_row, timeout_seconds, rows, inputs)` and `("drop",)`, which ends a call after its
+Requests: `("call", number, key, source, size, timeout_seconds, rows, inputs)` and `("drop",)`, which ends a call after its
 current row. Replies are described at `reply`.
 """
 
@@ -78,7 +78,7 @@ class Worker:
         number: int,
         key: str,
         source: Source,
-        by_row: bool,
+        size: int,
         timeout_seconds: float | None,
         rows: list[int],
         pickled_inputs: bytes,
@@ -99,7 +99,7 @@ class Worker:
             self.reply(rows=answered, remarks=outcome.remarks, of=number)
 
         self.reply(began=number)
-        parts = parts_of(len(rows), by_row)
+        parts = parts_of(len(rows), size)
         try:
             if is_async(function):
                 self._loop.run(answer_parts(function, inputs, parts, timeout_seconds, report))

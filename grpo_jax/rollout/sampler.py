@@ -44,6 +44,9 @@ from grpo_kernels.target import platform
 
 __all__ = ["Sampler"]
 
+OnEnded = Callable[[int, list[PartialCompletion]], None]
+"""Is told the number of a prompt whose completions have all ended, and gets them."""
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -140,6 +143,7 @@ class Sampler:
         limits: Sequence[int] | np.ndarray | None = None,
         shapes: RolloutShapes | None = None,
         on_segment: Callable[[list[PartialCompletion]], None] | None = None,
+        on_ended: OnEnded | None = None,
         turns: Turns | None = None,
     ) -> Rollout:
         """Draws `rollout.num_generations` completions of every prompt.
@@ -160,6 +164,7 @@ class Sampler:
                 are filled in rounds. None chooses them for these prompts, and `rollout.slots` is followed. With `turns` they
                 must be made for episodes.
             on_segment: called with all completions after each segment.
+            on_ended: called once for each prompt, when the last of its completions has ended.
             turns: answers the turns of episodes; with several processes only process 0's is asked.
 
         Returns:
@@ -203,6 +208,7 @@ class Sampler:
                 controls=controls_of(rollout, seed, step, self.model.layout),
                 shards=shapes.shards,
                 on_segment=None if on_segment is None else lambda _: on_segment(completions),
+                on_ended=None if on_ended is None else lambda number, own, first=first: on_ended(first + number, own),
                 turns=turns,
             )
             near_ties += loop.run(weights)
@@ -301,6 +307,7 @@ class RolloutLoop:
     controls: SamplingControls
     shards: int
     on_segment: Callable[[list[PartialCompletion]], None] | None = None
+    on_ended: OnEnded | None = None
     turns: Turns | None = None
 
     @property
@@ -346,6 +353,9 @@ class RolloutLoop:
                 episodes.end_turns(schedule, ended)
             if self.on_segment is not None:
                 self.on_segment(self.completions)
+            if self.on_ended is not None:
+                for number in schedule.ended_prompts():
+                    self.on_ended(number, self.completions[number * generations : (number + 1) * generations])
         return near_ties
 
     def put(self, tree: Any, axis: str) -> Any:
