@@ -19,6 +19,7 @@ from grpo_jax.config.evaluation import EvalConfig
 from grpo_jax.config.objective import ObjectiveConfig
 from grpo_jax.config.presets import OBJECTIVE_DEFAULTS, PRESETS
 from grpo_jax.config.sections import DataConfig, LoraConfig, ModelConfig, RewardsConfig, RolloutConfig
+from grpo_jax.config.staleness import check_staleness
 from grpo_jax.config.training import MeshConfig, OptimConfig, TrainConfig
 from grpo_jax.config.yaml_files import dump_yaml, parse_yaml, read_yaml
 
@@ -81,6 +82,7 @@ class Config:
         parts = self.train.updates_per_rollout
         fix = "use 1 with objective.kl_in_reward, whose KL would be taken from weights that updates on other prompts have changed"
         require(parts == 1 or not self.objective.kl_in_reward, "train.updates_per_rollout", parts, fix)
+        check_staleness(self.train, self.objective)
         every, used = self.train.reference_every, self.objective.needs_reference
         fix = "leave it out, or use objective.beta above 0: without a KL term nothing is compared with the reference"
         require(every is None or used, "train.reference_every", every, fix)

@@ -192,8 +192,6 @@ class TrainConfig:
         require(extra is None or self.dynamic_sampling, "train.max_extra_groups", extra, fix)
         stale = self.max_staleness
         require(stale in (0, 1), "train.max_staleness", stale, "use 0 (completions of the newest policy) or 1")
-        fix = "use 0: train.dynamic_sampling decides by this step's rewards what the next one samples"
-        require(not (stale and self.dynamic_sampling), "train.max_staleness", stale, fix)
         every, mix = self.reference_every, self.reference_mix
         require(every is None or every >= 1, "train.reference_every", every, "use a number of steps, or null (a fixed reference)")
         require(0 < mix <= 1, "train.reference_mix", mix, "use a share above 0, at most 1 (the reference becomes the policy)")

@@ -36,6 +36,9 @@ class BatchCalls:
         timeout_seconds: limit of a call; see `call_here`.
         early: call functions that see one row or one group at a time as soon as a group is added.
 
+    Attributes:
+        abandoned: the calls were ended from outside, and there will be no outcome.
+
     Example:
         calls = runner.begin(functions, 2, 8, 60.0, early=True)
         calls.add(1, rows_of_group_1); calls.add(0, rows_of_group_0)
@@ -64,7 +67,7 @@ class BatchCalls:
         self._early_here: Future[None] | None = None
         self._whole_here: Future[dict[str, Outcome]] | None = None
         self._added: set[int] = set()
-        self._started = False
+        self._started, self.abandoned = False, False
 
     def _task(self, name: str, function: RewardFunction) -> Task:
         size = self.runner.sizes.of(name, function, self.size)
@@ -100,6 +103,7 @@ class BatchCalls:
 
     def start(self, rows: RewardInputs) -> None:
         """Takes in that all rows are there, and starts all other calls, in threads; returns at once."""
+        rows = replace(rows, group=self.size)
         self._start_away(rows)
         whole = self._whole()
         if whole:
@@ -108,20 +112,13 @@ class BatchCalls:
     def call_all(self, functions: Sequence[NamedFunction], rows: RewardInputs, timeout_seconds: float | None) -> dict[str, Outcome]:
         """Returns the outcome of every function, by name; makes the calls that `add` and `start` have not started."""
         try:
-            found = self._all_outcomes(rows)
+            found = self._all_outcomes(replace(rows, group=self.size))
         except BaseException:
-            self.abandon()
+            self.runner.abandon()
             raise
         self.runner.ended(self)
         self.runner.show_tracebacks(found)
         return {name: found[name] for name, _ in functions}
-
-    def abandon(self) -> None:
-        """Ends all calls in workers; nobody waits for those in this process any more."""
-        self.runner.ended(self)
-        self._groups.put(None)
-        if self.runner.pool is not None:
-            self.runner.pool.interrupt()
 
     def _all_outcomes(self, rows: RewardInputs) -> dict[str, Outcome]:
         self._start_away(rows)

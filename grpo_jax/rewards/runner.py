@@ -80,6 +80,14 @@ class RewardRunner:
         if batch in self._batches:
             self._batches.remove(batch)
 
+    def abandon(self) -> None:
+        """Ends all calls in workers, of all batches; nobody waits for those in this process any more."""
+        for batch in self._batches:
+            batch.abandoned = True
+        self._batches.clear()
+        if self.pool is not None:
+            self.pool.interrupt()
+
     def call_all(self, functions: Sequence[NamedFunction], rows: RewardInputs, timeout_seconds: float | None) -> dict[str, Outcome]:
         """Calls every function on all rows; see `call_here`."""
         batch = self.begin(functions, rows.count // rows.group, rows.group, timeout_seconds, early=False)
@@ -100,8 +108,8 @@ class RewardRunner:
             self._say(f"reward {name} cannot run in a worker ({why}), so it runs in the trainer's process")
 
     def close(self) -> None:
-        """Ends the workers."""
-        self._batches.clear()
+        """Ends the workers, and all calls."""
+        self.abandon()
         if self.pool is not None:
             self.pool.close()
 

@@ -353,10 +353,16 @@ class RolloutLoop:
                 episodes.end_turns(schedule, ended)
             if self.on_segment is not None:
                 self.on_segment(self.completions)
-            if self.on_ended is not None:
-                for number in schedule.ended_prompts():
-                    self.on_ended(number, self.completions[number * generations : (number + 1) * generations])
+            self.report_ended(schedule)
+        self.report_ended(schedule)  # where the last one was an episode that waited for its answer
         return near_ties
+
+    def report_ended(self, schedule: ShardedSchedule) -> None:
+        """Says which prompts have no completion any more that goes on."""
+        if self.on_ended is not None:
+            for number in schedule.ended_prompts():
+                each = self.rollout.num_generations
+                self.on_ended(number, self.completions[number * each : (number + 1) * each])
 
     def put(self, tree: Any, axis: str) -> Any:
         """Copies host arrays to the devices.

@@ -57,6 +57,8 @@ def read_grpo_step(
     source = PromptSource.build(setup.source_config(tokenizer), tokenizer, dataset, eval_dataset)
     assert tokenizer is not None  # else there is no source
     driver = setup.driver(tokenizer, several_processes=distributed.is_multiprocess())
+    if driver is not None and config.train.max_staleness:
+        raise ConfigError("train.max_staleness is 1: use 0 with environments and tools: a checkpoint cannot hold an environment")
     if (line := setup.hidden_tools(tokenizer)) is not None:
         display.warning(line)
     if driver is not None and setup.adds_to_prompts:
