@@ -1,4 +1,4 @@
-"""Runs whose rewards are computed while others are decoded: of the same step (`train.overlap`) or of the next (`train.max_staleness`).
+"""Rewards that are computed while others are decoded: of the same step (`train.overlap`) or of the next (`max_staleness`).
 
 Order is proved by events: what must come first sets one, and what comes later waits for it. What a step learned from is compared
 with the policies as they were before and after each update.

@@ -190,7 +190,7 @@ class Dispatch:
                 if now - call.sent > START_SECONDS:
                     self.pool.remove(worker)
                     self._fail(call, f"could not be imported in a worker within {START_SECONDS:g} s")
-            elif _is_over(call.task, min(call.since, call.task.progress or now), GRACE_SECONDS if call.task.concurrent else 0.0):
+            elif _is_over(call.task, _began(call, now), GRACE_SECONDS if call.task.concurrent else 0.0):
                 self.pool.remove(worker)
                 self._fail(call, timeout_reason(call.task.limit))
         for task in self.tasks:
@@ -218,6 +218,12 @@ def _pieces(task: Task, rows: Sequence[int], workers: int) -> list[list[int]]:
 def _stall_seconds(task: Task) -> float:
     """How long a row may take until it counts as stalled."""
     return STALL_SECONDS if task.limit is None else min(STALL_SECONDS, task.limit * STALL_SHARE)
+
+
+def _began(call: Call, now: float) -> float:
+    """The time that a call's limit counts from: of a group its own beginning, of rows no later than the last answer."""
+    assert call.since is not None
+    return call.since if call.task.size > 1 else min(call.since, call.task.progress or now)
 
 
 def _is_over(task: Task, since: float, grace_seconds: float = 0.0) -> bool:
