@@ -264,14 +264,15 @@ def unknown_setting(name: str) -> ConfigError:
 def nearest_setting(name: str) -> str | None:
     """Returns the setting or section that `name` is probably a misspelling of; None where nothing is similar.
 
-    Searches, in this order: a similar name in the same section, the same name in another section, a similar section, a similar
-    full name, a similar name in any section.
+    Searches, in this order: a name in the same section that an unknown one ends with (max_steps: steps), a similar name in the
+    same section, the same name in another section, a similar section, a similar full name, a similar name in any section.
     """
     sections, settings = field_types(Config), list(setting_types())
     by_key = {known.partition(".")[2]: known for known in reversed(settings)}
     section, _, key = name.rpartition(".")
     siblings = {known.partition(".")[2]: known for known in settings if known.startswith(f"{section}.")}
     searches: list[tuple[str, dict[str, str]]] = [
+        (key, {known: full for known, full in siblings.items() if key.endswith(f"_{known}") and key not in by_key}),
         (key, siblings),
         (key, {key: by_key[key]} if key in by_key else {}),
         (name, {known: known for known in sections}),
