@@ -117,6 +117,7 @@ def evaluate_held_out(
             completions=rows.completions,
             completion_ids=rollout.completion_ids,
             columns=rows.columns,
+            group=k,
             timeout_seconds=config.rewards.timeout_seconds,
             max_failed_share=config.rewards.max_failed_share,
             runner=runner,

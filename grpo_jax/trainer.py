@@ -3,7 +3,8 @@
     for every step:
         prompts   = choice.batch(step)                        in the order of the seed, or as a curriculum draws them
         rollout   = sampler.sample(policy, prompts)           G completions of each prompt, prompt computed once
-        scored    = score(functions, completions)             on the host; a failure costs a row, not the run
+        scored    = score(functions, completions)             on the host; a failure costs a row, not the run; groups that have
+                                                              ended are scored while others are sampled (`train.overlap`)
         state     = train_step(state, batch)                  one pure, jitted update; the old state's memory is reused
         callbacks                                             write metrics and completions, update display and trackers, the user's
         every eval_every steps: evaluate; every save_every steps, and where the evaluation is the best so far: save a checkpoint

@@ -147,7 +147,8 @@ class TrainBatch:
             trained.
         advantages: [B, G], already computed, where the batch is a part of a step's prompts; None = from the rewards.
         old_logprobs: [N, C] log-probabilities in nats of the policy before the step's first update, where updates on other parts
-            come before this batch's; None = those of the policy as the update finds it.
+            come before this batch's, or of an older policy that has sampled the completions; None = those of the policy as the
+            update finds it.
     """
 
     micro_batches: tuple[MicroBatches, ...]

@@ -20,6 +20,7 @@ from grpo_jax.config.lora import LoraConfig
 from grpo_jax.config.objective import ObjectiveConfig
 from grpo_jax.config.presets import OBJECTIVE_DEFAULTS
 from grpo_jax.config.sections import DataConfig, ModelConfig, RewardsConfig, RolloutConfig
+from grpo_jax.config.staleness import check_staleness
 from grpo_jax.config.training import MeshConfig, OptimConfig, TrainConfig
 from grpo_jax.config.yaml_files import parse_yaml, read_yaml
 
@@ -81,6 +82,7 @@ class Config:
         parts = self.train.updates_per_rollout
         fix = "use 1 with objective.kl_in_reward, whose KL would be taken from weights that updates on other prompts have changed"
         require(parts == 1 or not self.objective.kl_in_reward, "train.updates_per_rollout", parts, fix)
+        check_staleness(self.train, self.objective)
         every, used = self.train.reference_every, self.objective.needs_reference
         fix = "leave it out, or use objective.beta above 0: without a KL term nothing is compared with the reference"
         require(every is None or used, "train.reference_every", every, fix)
@@ -247,14 +249,15 @@ def unknown_setting(name: str) -> ConfigError:
 def nearest_setting(name: str) -> str | None:
     """Returns the setting or section that `name` is probably a misspelling of; None where nothing is similar.
 
-    Searches, in this order: a similar name in the same section, the same name in another section, a similar section, a similar
-    full name, a similar name in any section.
+    Searches, in this order: a name in the same section that an unknown one ends with (max_steps: steps), a similar name in the
+    same section, the same name in another section, a similar section, a similar full name, a similar name in any section.
     """
     sections, settings = field_types(Config), list(setting_types())
     by_key = {known.partition(".")[2]: known for known in reversed(settings)}
     section, _, key = name.rpartition(".")
     siblings = {known.partition(".")[2]: known for known in settings if known.startswith(f"{section}.")}
     searches: list[tuple[str, dict[str, str]]] = [
+        (key, {known: full for known, full in siblings.items() if key.endswith(f"_{known}") and key not in by_key}),
         (key, siblings),
         (key, {key: by_key[key]} if key in by_key else {}),
         (name, {known: known for known in sections}),

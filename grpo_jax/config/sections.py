@@ -208,6 +208,8 @@ class RewardsConfig:
         timeout_seconds: Limit of a call; one that takes longer is ended and has failed on its rows. null sets no limit.
         workers: Processes that call the functions; null takes one per core (not for Python objects), 0 the trainer's own process.
         row_by_row: Names of functions that are called with one row at a time, so that a failure or a hang costs one row.
+        by_group: Names of functions that are called with the completions of one prompt at a time, num_generations rows. Several
+            groups are then scored at the same time, and with train.overlap while others are decoded.
     """
 
     functions: list[str | dict[str, Any]] = field(default_factory=list)
@@ -218,6 +220,7 @@ class RewardsConfig:
     timeout_seconds: float | None = 60.0
     workers: int | None = None
     row_by_row: list[str] = field(default_factory=list)
+    by_group: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_types(self, "rewards")
@@ -234,4 +237,6 @@ class RewardsConfig:
                 "use a positive number of seconds, or null",
             )
         require(self.workers is None or self.workers >= 0, "rewards.workers", self.workers, "use a number of processes, 0 or null")
+        both = [name for name in self.by_group if name in self.row_by_row]
+        require(not both, "rewards.by_group", both, "leave these out: rewards.row_by_row names them too")
         require(0 <= self.max_failed_share <= 1, "rewards.max_failed_share", self.max_failed_share, "use a fraction from 0 to 1")

@@ -134,6 +134,11 @@ class TrainConfig:
             are prompts_per_step prompts to learn from (DAPO) or max_extra_groups is spent.
         max_extra_groups: The most prompts that a step samples beyond prompts_per_step; null is three times as many. A step that is
             not full by then also trains groups without a spread of rewards.
+        overlap: Score a group as soon as its completions have ended, while others are decoded: by functions that see one row or one
+            group at a time (built-ins, rewards.row_by_row, rewards.by_group). Changes no result.
+        max_staleness: 1 samples the completions of the next step before the update of this one, so that this step's rewards are
+            computed meanwhile. They are then one update old; the loss compares with the policy that sampled them. 0 samples with
+            the newest weights.
         update_generations: m, the completions of each prompt that the update learns from: of the num_generations that are sampled
             those whose rewards vary most (PODS). Advantages are computed among them alone. null takes all.
         reference_every: Steps between two changes of the reference, which the KL term compares with: it becomes reference_mix times
@@ -181,6 +186,8 @@ class TrainConfig:
     updates_per_rollout: int = 1
     dynamic_sampling: bool = False
     max_extra_groups: int | None = None
+    overlap: bool = True
+    max_staleness: int = 0
     update_generations: int | None = None
     reference_every: int | None = None
     reference_mix: float = 1.0
@@ -220,6 +227,8 @@ class TrainConfig:
         require(extra is None or extra >= 1, "train.max_extra_groups", extra, "use at least 1, or null")
         fix = "it has an effect only with train.dynamic_sampling true: set that, or leave this out"
         require(extra is None or self.dynamic_sampling, "train.max_extra_groups", extra, fix)
+        stale = self.max_staleness
+        require(stale in (0, 1), "train.max_staleness", stale, "use 0 (completions of the newest policy) or 1")
         every, mix = self.reference_every, self.reference_mix
         require(every is None or every >= 1, "train.reference_every", every, "use a number of steps, or null (a fixed reference)")
         require(0 < mix <= 1, "train.reference_mix", mix, "use a share above 0, at most 1 (the reference becomes the policy)")

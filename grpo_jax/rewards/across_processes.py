@@ -42,6 +42,7 @@ def score_across_processes(
     completions: Sequence[Any],
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Sequence[Any]],
+    group: int | None = None,
     timeout_seconds: float | None,
     max_failed_share: float,
     runner: Runner | None = None,
@@ -55,8 +56,8 @@ def score_across_processes(
         sizes, mine = [len(prompts)], slice(0, len(prompts))
     else:
         sizes, mine = processes.own_block(len(prompts))
-    group = len(completions) // len(prompts)
-    rows = slice(mine.start * group, mine.stop * group)
+    each = len(completions) // len(prompts)
+    rows = slice(mine.start * each, mine.stop * each)
     started = time.perf_counter()
     if mine.start == mine.stop:
         empty = np.zeros(0, np.float32)
@@ -69,6 +70,7 @@ def score_across_processes(
             completions=completions[rows],
             completion_ids=completion_ids[rows],
             columns={name: values[mine] for name, values in columns.items()},
+            group=group,
             timeout_seconds=timeout_seconds,
             max_failed_share=max_failed_share,
             runner=runner,
@@ -81,7 +83,7 @@ def score_across_processes(
     parts = processes.gather_values({"failures": failures, "remarks": own.remarks, "seconds": seconds})
     found = [Failure(**failure) for part in parts for failure in part["failures"]]
     table = np.stack([own.rewards, own.valid.astype(np.float32), *own.per_function.values()], axis=1)
-    table = processes.gather_rows(table, [size * group for size in sizes])
+    table = processes.gather_rows(table, [size * each for size in sizes])
     order = list(own.per_function)
     scored = ScoredBatch(
         rewards=table[:, 0],

@@ -19,11 +19,13 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any, NoReturn, TypeVar
 
 from grpo_jax.rewards.calls import (
+    ALL_ROWS,
     FAULTS,
+    CallSizes,
     FailedValue,
     Outcome,
     RewardInputs,
@@ -53,7 +55,7 @@ def call_here(
     functions: Sequence[NamedFunction],
     rows: RewardInputs,
     timeout_seconds: float | None,
-    row_by_row: Collection[str] = (),
+    sizes: CallSizes = ALL_ROWS,
     answered: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Outcome]:
     """Calls every function on all rows.
@@ -61,9 +63,9 @@ def call_here(
     Args:
         functions: Names and functions.
         rows: The arguments.
-        timeout_seconds: Limit of one function for all rows, of each row where an async function is called row by row; None sets no
-            limit.
-        row_by_row: Names of functions that are called with one row at a time, in addition to built-ins that score so.
+        timeout_seconds: Limit of one function for all rows, of each group where it is called by group, of each row where an async
+            function is called row by row; None sets no limit.
+        sizes: Which functions are called with one row or one group at a time.
         answered: Called with the name of each function that has been called.
 
     Returns:
@@ -72,14 +74,14 @@ def call_here(
     if not functions:
         return {}
     with _exit_raises():
-        return _call_all(functions, rows, timeout_seconds, row_by_row, answered)
+        return _call_all(functions, rows, timeout_seconds, sizes, answered)
 
 
 def _call_all(
     functions: Sequence[NamedFunction],
     rows: RewardInputs,
     timeout_seconds: float | None,
-    row_by_row: Collection[str],
+    sizes: CallSizes,
     answered: Callable[[str], None],
 ) -> dict[str, Outcome]:
     """Calls the async functions in their event loop, and meanwhile the others one after the other; see `call_here`."""
@@ -87,14 +89,13 @@ def _call_all(
     pending: dict[str, concurrent.futures.Future[Outcome]] = {}
     started = time.monotonic()
     for name, function in functions:
-        by_row = name in row_by_row or scores_by_row(function)
         if is_async(function):
-            pending[name] = _submit(_async_values(name, function, rows, timeout_seconds, by_row))
+            size = sizes.of(name, function, rows.group)
+            pending[name] = _submit(_async_values(name, function, rows, timeout_seconds, size))
     try:
         for name, function in functions:
             if name not in pending:
-                by_row = name in row_by_row or scores_by_row(function)
-                results[name] = _sync_values(name, function, rows, timeout_seconds, by_row)
+                results[name] = _sync_values(name, function, rows, timeout_seconds, sizes.of(name, function, rows.group))
                 answered(name)
         for name, future in pending.items():
             results[name] = _collected(future, rows.count, timeout_seconds, started)
@@ -105,56 +106,69 @@ def _call_all(
     return results
 
 
+_exits = threading.Lock()
+_refusing: list[Callable[[int], NoReturn]] = []
+"""The real `os._exit`, once for each thread that is in `_exit_raises`."""
+
+
 @contextlib.contextmanager
 def _exit_raises() -> Iterator[None]:
     """Lets `os._exit` raise SystemExit in this process while the block runs; a child that was forked meanwhile can end itself."""
-    leave, own = os._exit, os.getpid()
+    with _exits:
+        leave, own = _refusing[0] if _refusing else os._exit, os.getpid()
 
-    def refused(status: int) -> NoReturn:
-        if os.getpid() != own:
-            leave(status)
-        raise SystemExit(f"called os._exit({status}), which would have ended the run")
+        def refused(status: int) -> NoReturn:
+            if os.getpid() != own:
+                leave(status)
+            raise SystemExit(f"called os._exit({status}), which would have ended the run")
 
-    os._exit = refused
+        _refusing.append(leave)
+        os._exit = refused
     try:
         yield
     finally:
-        os._exit = leave
+        with _exits:
+            _refusing.pop()
+            if not _refusing:
+                os._exit = leave
 
 
-def _sync_values(name: str, function: RewardFunction, rows: RewardInputs, timeout_seconds: float | None, by_row: bool) -> Outcome:
-    """Calls a sync function on all rows, or on one after the other until the limit."""
+def _sync_values(name: str, function: RewardFunction, rows: RewardInputs, timeout_seconds: float | None, size: int) -> Outcome:
+    """Calls a sync function on all rows, on one after the other until the limit, or on each group with a limit of its own."""
     inputs = rows.chosen(name, function)
     found: list[Any] = [FailedValue(timeout_reason(timeout_seconds) + NOT_STOPPED)] * rows.count
     remarks: list[str] = []
 
-    def call_parts() -> None:
+    def call_parts(parts: Sequence[slice]) -> None:
         if scores_by_row(function):
             with contextlib.suppress(*FAULTS):  # faster, and the same; where a row raises, each is called
                 found[:] = function(**inputs.inputs)
                 return
-        for part in parts_of(rows.count, by_row):
+        for part in parts:
             outcome = answer(function, inputs.part(part), lambda result: _submit(awaited(result)).result())
             found[part] = outcome.values
             remarks.extend(outcome.remarks)
 
-    with contextlib.suppress(CallTimeoutError):
-        _call_with_limit(None if isinstance(function, DeviceReward) else timeout_seconds, call_parts)
+    parts = parts_of(rows.count, size)
+    limit = None if isinstance(function, DeviceReward) else timeout_seconds
+    for together in [[part] for part in parts] if size > 1 else [parts]:
+        with contextlib.suppress(CallTimeoutError):
+            _call_with_limit(limit, functools.partial(call_parts, together))
     # Copies, because a thread over its limit still writes.
     return Outcome(list(found), list(remarks))
 
 
 async def _async_values(
-    name: str, function: RewardFunction, rows: RewardInputs, timeout_seconds: float | None, by_row: bool
+    name: str, function: RewardFunction, rows: RewardInputs, timeout_seconds: float | None, size: int
 ) -> Outcome:
-    """Calls an async function on all rows, or on each of them at the same time."""
+    """Calls an async function on all rows, or on each of them, or each group, at the same time."""
     total = Outcome([FailedValue("did not finish")] * rows.count)
 
     def report(part: slice, outcome: Outcome) -> None:
         total.values[part] = outcome.values
         total.remarks.extend(outcome.remarks)
 
-    await answer_parts(function, rows.chosen(name, function), parts_of(rows.count, by_row), timeout_seconds, report)
+    await answer_parts(function, rows.chosen(name, function), parts_of(rows.count, size), timeout_seconds, report)
     return total
 
 

@@ -44,19 +44,27 @@ class RewardInputs:
     Attributes:
         inputs: N values for each argument's name.
         count: N.
+        group: G; the rows of a prompt stand together.
     """
 
     inputs: Mapping[str, Sequence[Any]]
     count: int
+    group: int = 1
 
     def chosen(self, name: str, function: RewardFunction) -> RewardInputs:
         """Returns the inputs that a function takes."""
-        return RewardInputs(inputs_for(function, name, self.inputs), self.count)
+        return RewardInputs(inputs_for(function, name, self.inputs), self.count, self.group)
 
     def part(self, rows: slice) -> RewardInputs:
         """Returns some of the rows, as new lists because the function may change them."""
         inputs = {key: [_copied(value) for value in values[rows]] for key, values in self.inputs.items()}
-        return RewardInputs(inputs, len(range(self.count)[rows]))
+        return RewardInputs(inputs, len(range(self.count)[rows]), self.group)
+
+    @staticmethod
+    def joined(parts: Sequence[RewardInputs]) -> RewardInputs:
+        """Joins rows with the same arguments."""
+        inputs = {key: [value for part in parts for value in part.inputs[key]] for key in parts[0].inputs}
+        return RewardInputs(inputs, sum(part.count for part in parts), parts[0].group)
 
 
 @dataclass
@@ -77,9 +85,32 @@ def scores_by_row(function: RewardFunction) -> bool:
     return isinstance(function, TextReward | ColumnReward)
 
 
-def parts_of(count: int, by_row: bool) -> list[slice]:
-    """The calls that N rows need: one for all of them, or one for each."""
-    return [slice(row, row + 1) for row in range(count)] if by_row else [slice(0, count)]
+@dataclass(frozen=True)
+class CallSizes:
+    """Which functions are called with some rows at a time instead of all.
+
+    Attributes:
+        row_by_row: names of those that are called with one row, in addition to built-ins that score so.
+        by_group: names of those that are called with the completions of one prompt.
+    """
+
+    row_by_row: frozenset[str] = frozenset()
+    by_group: frozenset[str] = frozenset()
+
+    def of(self, name: str, function: RewardFunction, group: int) -> int:
+        """Returns the rows of a call; 0 for all. `group` is G."""
+        if name in self.row_by_row or scores_by_row(function):
+            return 1
+        return group if name in self.by_group else 0
+
+
+ALL_ROWS = CallSizes()
+"""Only built-ins that score so are called row by row."""
+
+
+def parts_of(count: int, size: int) -> list[slice]:
+    """The calls that N rows need: of `size` rows each, or for 0 one with all of them."""
+    return [slice(row, row + size) for row in range(0, count, size)] if size else [slice(0, count)]
 
 
 def answer(function: Callable[..., Any], inputs: RewardInputs, finish: Callable[[Any], Any]) -> Outcome:

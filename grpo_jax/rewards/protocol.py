@@ -26,7 +26,8 @@ Completion: TypeAlias = str | list[dict[str, Any]]
 class RewardFunction(Protocol):
     """A sync or async function that returns one number per row.
 
-    It is called once per step, with keyword arguments of N rows: row b·G + g is completion g of prompt b.
+    It is called once per step, or with one row or group at a time where `rewards.row_by_row` or `by_group` names it, with keyword
+    arguments of N rows: row b·G + g is completion g of prompt b.
 
         def reward(prompts, completions, completion_ids, **columns) -> list[float | None]
 

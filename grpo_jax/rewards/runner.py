@@ -11,15 +11,15 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from grpo_jax.config import RewardsConfig
 from grpo_jax.config.checks import require_choice
+from grpo_jax.rewards.batch_calls import BatchCalls
 from grpo_jax.rewards.calling import call_here
-from grpo_jax.rewards.calls import FailedValue, Outcome, RewardInputs, is_async, scores_by_row
-from grpo_jax.rewards.pool import Pool, Task
-from grpo_jax.rewards.protocol import ColumnReward, DeviceReward, NamedFunction, RewardFunction
+from grpo_jax.rewards.calls import ALL_ROWS, CallSizes, FailedValue, Outcome, RewardInputs
+from grpo_jax.rewards.pool import Pool
+from grpo_jax.rewards.protocol import ColumnReward, DeviceReward, NamedFunction
 from grpo_jax.rewards.sources import Source, pickled_source
 
 ALWAYS_IN_A_WORKER = "math_verify"
@@ -31,8 +31,11 @@ class RewardRunner:
     Args:
         sources: of the functions that run in workers, by name; see `runner_of`.
         workers: number of workers.
-        row_by_row: names of the functions that are called with one row at a time, in addition to built-ins that score so.
+        sizes: which functions are called with one row or one group at a time.
         say: shows one line.
+
+    Attributes:
+        pool: the workers; None where no function runs in one.
 
     Example:
         with runner_of(config.rewards, entries, functions, 512, print) as runner:
@@ -40,47 +43,75 @@ class RewardRunner:
     """
 
     def __init__(
-        self, sources: Mapping[str, Source], workers: int, row_by_row: Sequence[str] = (), say: Callable[[str], None] = print
+        self, sources: Mapping[str, Source], workers: int, sizes: CallSizes = ALL_ROWS, say: Callable[[str], None] = print
     ) -> None:
-        self._sources, self._row_by_row, self._say = dict(sources), frozenset(row_by_row), say
+        self.sources, self.sizes = dict(sources), sizes
+        self._locks: dict[str, threading.Lock] = {}  # by function: none runs in two threads of this process at the same time
         built_in = {name: source for name, source in sources.items() if source.is_built_in}
-        self._pool = Pool(workers, built_in) if sources else None
-        self._pending: set[str] = set()
-        self._traced: set[str] = set()
+        self.pool = Pool(workers, built_in) if sources else None
+        self._say, self._traced = say, set[str]()
+        self._batches: list[BatchCalls] = []
 
     def start(self) -> None:
         """Starts the workers, so that they are there when the first completions are."""
-        if self._pool is not None:
-            self._pool.start()
+        if self.pool is not None:
+            self.pool.start()
 
     def pending(self) -> list[str]:
         """Names of the functions that have not answered yet; any thread may ask."""
-        return sorted(self._pending)
+        return sorted({name for batch in list(self._batches) for name in batch.pending()})
+
+    def begin(
+        self, functions: Sequence[NamedFunction], groups: int, size: int, timeout_seconds: float | None, *, early: bool
+    ) -> BatchCalls:
+        """Begins the calls on a batch of groups that are not there yet.
+
+        Args:
+            groups: B.
+            size: G.
+            early: call functions that see one row or one group at a time as soon as a group is there.
+        """
+        batch = BatchCalls(self, functions, groups, size, timeout_seconds, early=early)
+        self._batches.append(batch)
+        return batch
+
+    def ended(self, batch: BatchCalls) -> None:
+        """Takes in that a batch is over."""
+        if batch in self._batches:
+            self._batches.remove(batch)
+
+    def abandon(self) -> None:
+        """Ends all calls in workers, of all batches; nobody waits for those in this process any more."""
+        for batch in self._batches:
+            batch.abandoned = True
+        self._batches.clear()
+        if self.pool is not None:
+            self.pool.interrupt()
 
     def call_all(self, functions: Sequence[NamedFunction], rows: RewardInputs, timeout_seconds: float | None) -> dict[str, Outcome]:
         """Calls every function on all rows; see `call_here`."""
-        away = [(name, function) for name, function in functions if name in self._sources]
-        here = [(name, function) for name, function in functions if name not in self._sources]
-        tasks = {name: self._task(name, function, rows) for name, function in away}
-        self._pending = {name for name, _ in functions}
-        try:
-            with self._running(tasks, timeout_seconds, alone=not here):
-                found = call_here(here, rows, timeout_seconds, self._row_by_row, self._pending.discard)
-            unusable = [(name, function) for name, function in away if tasks[name].unusable]
-            for name, _ in unusable:
-                self._say(f"reward {name} cannot run in a worker ({tasks[name].unusable}), so it runs in the trainer's process")
-                del self._sources[name]
-            found |= {name: task.outcome for name, task in tasks.items() if not task.unusable}
-            found |= call_here(unusable, rows, timeout_seconds, self._row_by_row, self._pending.discard)
-        finally:
-            self._pending = set()
-        self._show_tracebacks(found)
-        return {name: found[name] for name, _ in functions}
+        batch = self.begin(functions, rows.count // rows.group, rows.group, timeout_seconds, early=False)
+        return batch.call_all(functions, rows, timeout_seconds)
+
+    def call_here(
+        self, functions: Sequence[NamedFunction], rows: RewardInputs, timeout_seconds: float | None, answered: Callable[[str], None]
+    ) -> dict[str, Outcome]:
+        """Calls functions in this process, each in one thread at a time."""
+        with contextlib.ExitStack() as held:
+            for name in sorted(name for name, _ in functions):
+                held.enter_context(self._locks.setdefault(name, threading.Lock()))
+            return call_here(functions, rows, timeout_seconds, self.sizes, answered)
+
+    def stays_here(self, name: str, why: str) -> None:
+        """Takes in that a function cannot run in a worker."""
+        if self.sources.pop(name, None) is not None:
+            self._say(f"reward {name} cannot run in a worker ({why}), so it runs in the trainer's process")
 
     def close(self) -> None:
-        """Ends the workers."""
-        if self._pool is not None:
-            self._pool.close()
+        """Ends the workers, and all calls."""
+        self.abandon()
+        if self.pool is not None:
+            self.pool.close()
 
     def __enter__(self) -> RewardRunner:
         return self
@@ -88,46 +119,7 @@ class RewardRunner:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _task(self, name: str, function: RewardFunction, rows: RewardInputs) -> Task:
-        by_row = name in self._row_by_row or scores_by_row(function)
-        chosen = rows.chosen(name, function)
-        sent = {key: values for key, values in chosen.inputs.items() if key != "environments"}  # objects that stay here
-        return Task(name, self._sources[name], replace(chosen, inputs=sent), by_row, is_async(function))
-
-    @contextlib.contextmanager
-    def _running(self, tasks: Mapping[str, Task], timeout_seconds: float | None, alone: bool) -> Any:
-        """Runs tasks in workers while the block runs; in a thread, unless the block has nothing to do."""
-        if not tasks or self._pool is None:
-            yield
-            return
-        pool, raised = self._pool, list[BaseException]()
-
-        def work() -> None:
-            pool.run(list(tasks.values()), timeout_seconds, lambda task: self._pending.discard(task.key))
-
-        def run() -> None:
-            try:
-                work()
-            except BaseException as error:
-                raised.append(error)
-
-        if alone:
-            work()
-            yield
-            return
-        thread = threading.Thread(target=run, name="reward workers", daemon=True)
-        thread.start()
-        try:
-            yield
-        except BaseException:
-            pool.interrupt()
-            raise
-        finally:
-            thread.join()
-        if raised:
-            raise raised[0]
-
-    def _show_tracebacks(self, found: Mapping[str, Outcome]) -> None:
+    def show_tracebacks(self, found: Mapping[str, Outcome]) -> None:
         """Shows the first traceback of each function, once a run."""
         for name, outcome in found.items():
             texts = [value.traceback for value in outcome.values if isinstance(value, FailedValue) and value.traceback]
@@ -152,8 +144,9 @@ def runner_of(
         max_completion_length: as `resolve_functions` was given it.
         say: shows one line.
     """
-    for name in settings.row_by_row:
-        require_choice("rewards.row_by_row", name, [name for name, _ in functions])
+    for setting, names in (("rewards.row_by_row", settings.row_by_row), ("rewards.by_group", settings.by_group)):
+        for name in names:
+            require_choice(setting, name, [name for name, _ in functions])
     sources: dict[str, Source] = {}
     for entry, (name, function) in zip(entries, functions, strict=True):
         if isinstance(function, ColumnReward) and function.name == ALWAYS_IN_A_WORKER:
@@ -167,7 +160,8 @@ def runner_of(
                 sources[name] = pickled_source(function)
             except Exception as error:
                 say(f"reward {name} cannot be sent to a worker ({error!r}), so it runs in the trainer's process")
-    return RewardRunner(sources, settings.workers or _default_workers(len(sources)), settings.row_by_row, say)
+    sizes = CallSizes(frozenset(settings.row_by_row), frozenset(settings.by_group))
+    return RewardRunner(sources, settings.workers or _default_workers(len(sources)), sizes, say)
 
 
 def _default_workers(functions: int) -> int:

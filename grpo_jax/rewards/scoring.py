@@ -39,6 +39,7 @@ def score(
     completions: Sequence[Completion],
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Sequence[Any]] | None = None,
+    group: int | None = None,
     timeout_seconds: float | None = None,
     max_failed_share: float = 0.25,
     runner: Runner | None = None,
@@ -60,6 +61,7 @@ def score(
         completions: N texts; where the prompt is a conversation, a text becomes `[{"role": "assistant", "content": text}]`.
         completion_ids: N lists of token ids.
         columns: The dataset's other columns, with as many values each as there are prompts.
+        group: G, where there are N prompts; None is N over the number of prompts.
         timeout_seconds: Limit of each call; one that takes longer has failed on its rows. None sets no limit.
         max_failed_share: Fraction of rows without a reward because of failures, 0 to 1, above which RewardError is raised.
         runner: Calls the functions; None calls all of them in this process, with all rows at once.
@@ -74,7 +76,7 @@ def score(
         ValueError: The inputs have different lengths.
     """
     weight = checked_weights(functions, weights)
-    rows = _rows(prompts, completions, completion_ids, columns or {})
+    rows = reward_inputs(prompts, completions, completion_ids, columns or {}, group)
     found = (call_here if runner is None else runner.call_all)(functions, rows, timeout_seconds)
     values = np.full((len(functions), rows.count), np.nan)
     failed = np.zeros((len(functions), rows.count), bool)
@@ -190,13 +192,18 @@ def _remarks(found: Mapping[str, Outcome]) -> list[str]:
     return [f"{name} {remark}" for name, outcome in found.items() for remark in dict.fromkeys(outcome.remarks)]
 
 
-def _rows(
+def reward_inputs(
     prompts: Sequence[Any],
     completions: Sequence[Completion],
     completion_ids: Sequence[Sequence[int]],
     columns: Mapping[str, Sequence[Any]],
+    generations: int | None = None,
 ) -> RewardInputs:
-    """Checks the lengths, repeats prompts and columns G times, and puts completions into the format of their prompts."""
+    """Checks the lengths, repeats prompts and columns G times, and puts completions into the format of their prompts.
+
+    Args:
+        generations: G, where every row has a prompt of its own; see `score`.
+    """
     count = len(completions)
     if len(completion_ids) != count:
         raise ValueError(f"{count} completions, but {len(completion_ids)} completion_ids")
@@ -213,7 +220,7 @@ def _rows(
     inputs["prompts"] = repeated
     inputs["completions"] = [_as_messages(prompt, completion) for prompt, completion in pairs]
     inputs["completion_ids"] = [list(ids) for ids in completion_ids]
-    return RewardInputs(inputs, count)
+    return RewardInputs(inputs, count, generations or max(group, 1))
 
 
 def _repeated(values: Sequence[Any], group: int) -> list[Any]:

@@ -5,7 +5,7 @@ unpickled by the trainer. A third pipe carries nothing: the trainer holds its ot
 ended, the kernel kills this process and its children. A few bytes of shared memory tell which row it is at. The user's `__main__`
 is never imported, so scripts need no main guard.
 
-Requests: `("call", number, key, source, by_row, timeout_seconds, rows, inputs)` and `("drop",)`, which ends a call after its
+Requests: `("call", number, key, source, size, timeout_seconds, rows, inputs)` and `("drop",)`, which ends a call after its
 current row. Replies are described at `reply`.
 """
 
@@ -84,7 +84,7 @@ class Worker:
         number: int,
         key: str,
         source: Source,
-        by_row: bool,
+        size: int,
         timeout_seconds: float | None,
         rows: list[int],
         pickled_inputs: bytes,
@@ -103,7 +103,7 @@ class Worker:
             self.reply(rows=_answered(rows[part], outcome), remarks=outcome.remarks, of=number)
 
         self.reply(began=number)
-        parts = parts_of(len(rows), by_row)
+        parts = parts_of(len(rows), size)
         try:
             if is_async(function):
                 self._loop.run(answer_parts(function, inputs, parts, timeout_seconds, report))

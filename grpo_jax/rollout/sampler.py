@@ -45,6 +45,9 @@ from grpo_kernels.target import platform
 
 __all__ = ["Sampler"]
 
+OnEnded = Callable[[int, list[PartialCompletion]], None]
+"""Is told the number of a prompt whose completions have all ended, and gets them."""
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -145,6 +148,7 @@ class Sampler:
         limits: Sequence[int] | np.ndarray | None = None,
         shapes: RolloutShapes | None = None,
         on_segment: Callable[[list[PartialCompletion]], None] | None = None,
+        on_ended: OnEnded | None = None,
         turns: Turns | None = None,
     ) -> Rollout:
         """Draws `rollout.num_generations` completions of every prompt.
@@ -165,6 +169,7 @@ class Sampler:
                 are filled in rounds. None chooses them for these prompts, and `rollout.slots` is followed. With `turns` they
                 must be made for episodes.
             on_segment: called with all completions after each segment.
+            on_ended: called once for each prompt, when the last of its completions has ended.
             turns: answers the turns of episodes; with several processes only process 0's is asked.
 
         Returns:
@@ -210,6 +215,7 @@ class Sampler:
                 controls=controls_of(rollout, seed, step, self.model.layout),
                 shards=shapes.shards,
                 on_segment=None if on_segment is None else lambda _: on_segment(completions),
+                on_ended=None if on_ended is None else lambda number, own, first=first: on_ended(first + number, own),
                 turns=turns,
             )
             near_ties += loop.run(weights)
@@ -311,6 +317,7 @@ class RolloutLoop:
     controls: SamplingControls
     shards: int
     on_segment: Callable[[list[PartialCompletion]], None] | None = None
+    on_ended: OnEnded | None = None
     turns: Turns | None = None
 
     @property
@@ -359,7 +366,16 @@ class RolloutLoop:
                 episodes.end_turns(schedule, ended)
             if self.on_segment is not None:
                 self.on_segment(self.completions)
+            self.report_ended(schedule)
+        self.report_ended(schedule)  # where the last one was an episode that waited for its answer
         return near_ties
+
+    def report_ended(self, schedule: ShardedSchedule) -> None:
+        """Says which prompts have no completion any more that goes on."""
+        if self.on_ended is not None:
+            for number in schedule.ended_prompts():
+                each = self.rollout.num_generations
+                self.on_ended(number, self.completions[number * each : (number + 1) * each])
 
     def put(self, tree: Any, axis: str) -> Any:
         """Copies host arrays to the devices.

@@ -37,6 +37,7 @@ class Schedule:
         paused: whether a slot's episode waits for an answer.
         parked: the episode in each entry for parked ones; -1 where it is free.
         answered: parked episodes that can go on, in the order of their answers.
+        ended: prompts whose last completion has ended since `ended_prompts` was asked.
     """
 
     sizes: Sizes
@@ -50,6 +51,7 @@ class Schedule:
     paused: np.ndarray = field(init=False)
     parked: np.ndarray = field(init=False)
     answered: deque[int] = field(init=False)
+    ended: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.slot_indices = np.zeros(self.sizes.slots, np.int32)
@@ -174,6 +176,7 @@ class Schedule:
         self.unfinished[prompt] -= 1
         if self.unfinished[prompt] == 0:
             self.prompt_slots[self.prompt_slot_of(prompt)] = -1
+            self.ended.append(prompt)
 
     @property
     def finished(self) -> bool:
@@ -274,6 +277,13 @@ class ShardedSchedule:
         each = self.schedules[0].sizes.slots
         for slot in slots:
             self.schedules[slot // each].end([slot % each])
+
+    def ended_prompts(self) -> list[int]:
+        """Returns the prompts whose last completion has ended since the last call, in order."""
+        found = [first + prompt for own, first in zip(self.schedules, self.firsts, strict=True) for prompt in own.ended]
+        for own in self.schedules:
+            own.ended.clear()
+        return sorted(found)
 
     def pause(self, slots: Iterable[int]) -> None:
         """Pauses episodes that wait for an answer."""

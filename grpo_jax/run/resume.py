@@ -33,6 +33,7 @@ FREE_ON_RESUME = (
     "train.micro_batch_completions",
     "train.micro_batch_prompts",
     "train.micro_batch_tokens",
+    "train.overlap",
     "train.quiet",
     "train.record_tokens",
     "train.run_dir",

@@ -94,18 +94,21 @@ class Clock:
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._mark - (compiled - self._mark_compiled)
         self._mark, self._mark_compiled = now, compiled
 
-    def metrics(self, prompts: PromptBatch, rollout: Rollout, sampled: Rollout | None = None) -> dict[str, float]:
+    def metrics(
+        self, prompts: PromptBatch, rollout: Rollout, sampled: Rollout | None = None, sampling_seconds: float | None = None
+    ) -> dict[str, float]:
         """Seconds and speeds. Rollout speed counts sampled tokens; update speed counts all of completions, and each prompt once.
 
         Args:
             prompts, rollout: what the update learned from.
             sampled: all that was sampled; None is the same.
+            sampling_seconds: how long that took; None is the time of this step.
         """
         tokens = int(sampled_tokens(sampled or rollout).sum())
         shared = sum(len(ids) for ids in (*rollout.completion_ids, *prompts.prompt_ids))
         return self.seconds | {
             "step_seconds": sum(self.seconds.values()),
             "compile_seconds": self.compile_seconds,
-            "rollout_tokens_per_second": tokens / self.seconds["rollout_seconds"],
+            "rollout_tokens_per_second": tokens / (sampling_seconds or self.seconds["rollout_seconds"]),
             "update_tokens_per_second": shared / self.seconds["update_seconds"],
         }

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from grpo_jax.steps.groups import Groups
+from grpo_jax.steps.sampling import SampledGroups
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class FilledStep:
         chosen: [B] rising numbers of those that are trained.
         used: prompts that are done with; the next step may begin with the one behind them.
         metrics: `dynamic_sampling/...`.
+        sampled: where they come from, with `train.max_staleness` above 0; else None.
     """
 
     drawn: Groups
     chosen: np.ndarray
     used: int
     metrics: dict[str, float]
+    sampled: SampledGroups | None = None
 
 
 def fill_step(

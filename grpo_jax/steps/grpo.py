@@ -35,13 +35,14 @@ from grpo_jax.runtime.memory import in_device_memory, in_host_memory
 from grpo_jax.runtime.out_of_memory import explaining_memory
 from grpo_jax.runtime.programs import Program
 from grpo_jax.steps import StepResult
+from grpo_jax.steps.ahead import Ahead
 from grpo_jax.steps.dynamic_sampling import FilledStep, fill_step
 from grpo_jax.steps.groups import Groups
 from grpo_jax.steps.held_out import evaluate_step
 from grpo_jax.steps.mini_batches import MiniBatches, parts_of
 from grpo_jax.steps.prompt_choice import PromptChoice
 from grpo_jax.steps.results import StepParts, learned_completions, step_completions, step_metrics
-from grpo_jax.steps.sampling import sampled_groups
+from grpo_jax.steps.sampling import SampledGroups, sample_groups, score_groups, start_rewards
 from grpo_jax.steps.stream_choice import StreamChoice
 from grpo_jax.types import Frozen, Params, PromptBatch, TrainState
 
@@ -74,6 +75,7 @@ class GrpoStep:
         choice: draws the rows of a step, and keeps the ledger; None where prompts are made up.
         driver: of episodes; None where a completion is a single answer.
         sets: the further held-out rows of `eval.sets`, by name.
+        ahead: completions that are sampled before their step; None with `train.max_staleness: 0`.
     """
 
     config: Config
@@ -96,15 +98,18 @@ class GrpoStep:
     choice: PromptChoice | StreamChoice | None = None
     driver: EpisodeDriver | None = None
     sets: Mapping[str, PromptSource] = field(default_factory=dict)
+    ahead: Ahead | None = None
 
     def with_programs(self) -> GrpoStep:
-        """The step with the programs that `train.updates_per_rollout` above 1 and `train.reference_every` need."""
+        """The step with what `train.updates_per_rollout` above 1, `train.reference_every` and `train.max_staleness` need."""
         train, announce, step = self.config.train, self.display.compiling, self
         if train.updates_per_rollout > 1:
             step = replace(step, mini_batches=MiniBatches.of(self.learner, self.update, announce))
         if train.reference_every is not None:
             move = functools.partial(moved_reference, mix=train.reference_mix)
             step = replace(step, reference=Program("reference", move, donate=(0,), announce=announce))
+        if train.max_staleness:
+            step = replace(step, ahead=Ahead())
         return step
 
     @property
@@ -184,6 +189,8 @@ class GrpoStep:
         layout, skips = self.policy.layout, self.learner.skips
         metrics: dict[str, Any]
         batches = [train_batch(*part, config, self.sizes, layout, skips=skips) for part in parts]
+        if self.ahead is not None:  # the old policy is the one that has sampled
+            batches = [replace(batch, old_logprobs=batch.sampler_logprobs) for batch in batches]
         if self.mini_batches is None:
             state, packed = self.update(in_device_memory(state), on_devices(batches[0], layout), self.frozen)
             metrics, advantages = packed.to_host()
@@ -198,6 +205,8 @@ class GrpoStep:
         made = StepParts(filled, groups, learned, numbers, padding_share(batches))
         metrics = step_metrics(metrics, made, config, clock)
         results = None if self.choice is None else self.choice.results(filled.drawn, filled.used)
+        if self.ahead is not None:
+            self.ahead.finish(number)
         return state, metrics, step_completions(made, advantages, results, token_values)
 
     def collect(self, state: TrainState, number: int, clock: Clock) -> FilledStep:
@@ -205,13 +214,14 @@ class GrpoStep:
         config, choice = self.config, self.choice
         size, shapes = config.train.prompts_per_step, self.shapes(state)
         if choice is None or not config.train.dynamic_sampling:
-            prompts = self.source.batch(number) if choice is None else choice.batch(choice.rows(number), number)
-            drawn = sampled_groups(self, state, number, prompts, clock, config.rewards.max_failed_share)
-            return FilledStep(drawn, np.arange(len(drawn)), len(drawn), {})
+            sampled = self.completions(state, number, clock)
+            drawn = score_groups(self, sampled, clock, config.rewards.max_failed_share)
+            return FilledStep(drawn, np.arange(len(drawn)), len(drawn), {}, None if self.ahead is None else sampled)
         rows = choice.rows(number)
 
         def sample(start: int, stop: int) -> Groups:
-            return sampled_groups(self, state, number, choice.batch(rows[start:stop], number), clock, 1.0)
+            sampled = sample_groups(self, state, choice.batch(rows[start:stop], number), number, clock)
+            return score_groups(self, sampled, clock, 1.0)
 
         def spread_of(groups: Groups) -> np.ndarray:
             return differing(*reward_table(groups.scored, config, len(groups)))
@@ -221,15 +231,38 @@ class GrpoStep:
         check_failed(filled.drawn.scored, config.rewards.max_failed_share)
         return filled
 
+    def completions(self, state: TrainState, number: int, clock: Clock) -> SampledGroups:
+        """The completions of step `number`; with `train.max_staleness: 1` those of the next step are sampled too (`ahead.py`)."""
+
+        def sample(step: int) -> SampledGroups:
+            prompts = self.source.batch(step) if self.choice is None else self.choice.batch(self.choice.rows(step), step)
+            return sample_groups(self, state, prompts, number, clock)
+
+        if self.ahead is None:
+            return sample(number)
+        sampled = self.ahead.of(number, lambda: sample(number))
+        start_rewards(self, sampled)
+        if number + 1 < self.config.train.steps:
+            self.ahead.of(number + 1, lambda: sample(number + 1))
+        clock.lap("rollout_seconds")
+        return sampled
+
     def finish(self, step: int, completions: StepCompletions | None) -> None:
         if self.choice is not None and completions is not None and completions.results is not None:
             self.choice.finish(step, completions.results)
 
     def progress(self) -> dict[str, Any]:
-        return {} if self.choice is None else self.choice.progress()
+        ahead = None if self.ahead is None else self.ahead.progress()
+        own = {} if self.choice is None else self.choice.progress()
+        return own if ahead is None else own | {"ahead": ahead}
 
     def resume(self, progress: Mapping[str, Any], records: Iterable[Mapping[str, Any]], steps: int) -> list[str]:
-        return [] if self.choice is None else self.choice.resume(progress, records, steps)
+        if self.choice is None:
+            return []
+        if self.ahead is not None and "ahead" in progress:
+            assert isinstance(self.choice, PromptChoice)  # streams are refused
+            self.ahead.resume(progress["ahead"], self.choice.batch_of_numbers, self.policy.text_of)
+        return self.choice.resume(progress, records, steps)
 
     @explaining_memory("an evaluation")
     def evaluate(self, state: TrainState) -> dict[str, Any] | None:

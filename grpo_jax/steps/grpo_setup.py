@@ -9,6 +9,7 @@ from typing import Any
 import optax
 
 from grpo_jax.config import Config, ConfigError
+from grpo_jax.config.checks import require
 from grpo_jax.data.evaluation_sets import evaluation_sets
 from grpo_jax.data.source import PromptSource
 from grpo_jax.evaluation import reward_columns
@@ -59,6 +60,8 @@ def read_grpo_step(
     source = PromptSource.build(setup.source_config(tokenizer), tokenizer, dataset, eval_dataset)
     assert tokenizer is not None  # else there is no source
     driver = setup.driver(tokenizer, several_processes=distributed.is_multiprocess())
+    if driver is not None and config.train.max_staleness:
+        raise ConfigError("train.max_staleness is 1: use 0 with environments and tools: a checkpoint cannot hold an environment")
     if (line := setup.hidden_tools(tokenizer)) is not None:
         display.warning(line)
     if driver is not None and setup.adds_to_prompts:
@@ -69,6 +72,8 @@ def read_grpo_step(
     for line in setting_notes(config, own_optimizer=optimizer is not None):
         display.note(line)
     config = with_steps(config, len(source.train), display)
+    fix = "use 0 with data.streaming: a resumed run reads the prompts of the next step again, which a stream cannot"
+    require(source.stream is None or not config.train.max_staleness, "train.max_staleness", config.train.max_staleness, fix)
     choice = PromptChoice(source, config) if source.stream is None else StreamChoice(source, config)
     sets = evaluation_sets(setup.source_config(tokenizer), tokenizer)
     if sets and not len(source.held_out):

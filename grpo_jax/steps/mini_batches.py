@@ -64,7 +64,7 @@ class MiniBatches:
         """Makes the updates of a step; the memory of `state` is reused.
 
         Args:
-            batches: the parts, on the host.
+            batches: the parts, on the host. Their old log-probabilities are computed where they are None.
             scored: the whole step.
 
         Returns:
@@ -75,7 +75,8 @@ class MiniBatches:
         parts = []
         for batch, own in zip(batches, np.split(advantages, len(batches)), strict=True):
             part = on_devices(replace(batch, advantages=own), self.layout)
-            parts.append(replace(part, old_logprobs=self.old(state.trainable, part, frozen)))
+            given = part.old_logprobs is not None
+            parts.append(part if given else replace(part, old_logprobs=self.old(state.trainable, part, frozen)))
         metrics = []
         for part in parts:
             state, packed = self.update(state, part, frozen)

@@ -69,6 +69,12 @@ class PromptChoice:
         """Returns the prompts of these rows for step `number`."""
         return self.source.make_batch(self.source.train, rows, number)
 
+    def batch_of_numbers(self, numbers: np.ndarray, step: int) -> PromptBatch:
+        """Returns the prompts of the rows that have these numbers in the dataset, for a step."""
+        known = self.source.train.row_numbers
+        order = np.argsort(known)
+        return self.batch(order[np.searchsorted(known, numbers, sorter=order)], step)
+
     def results(self, drawn: Groups, used: int) -> PromptResults:
         """Returns what a step found out.
 

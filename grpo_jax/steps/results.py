@@ -58,7 +58,10 @@ def step_metrics(update: dict[str, Any], made: StepParts, config: Config, clock:
     metrics |= variety_metrics(groups.texts, config.rollout.num_generations)
     metrics |= episode_metrics(groups.episodes) if groups.episodes else {}
     metrics |= reward_metrics(scored) | length_metrics(rollout) | made.filled.metrics
-    metrics |= clock.metrics(groups.prompts, made.learned.rollout, drawn.rollout)
+    sampled = made.filled.sampled
+    metrics |= {} if sampled is None else {"sampling/staleness": float(sampled.staleness)}
+    seconds = None if sampled is None else sampled.seconds
+    metrics |= clock.metrics(groups.prompts, made.learned.rollout, drawn.rollout, seconds)
     if made.filled.metrics:  # completions that are not trained can fail too, and are near ties
         tokens = sum(len(ids) for ids in drawn.rollout.completion_ids)
         metrics["rewards/failed"] = float(drawn.scored.failed_rows)

@@ -1,48 +1,156 @@
-"""Samples completions of a step's prompts, and scores them."""
+"""Samples completions of a step's prompts, and scores them: group by group while others are decoded, or all of them afterwards."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from grpo_jax.rewards import warning_lines
 from grpo_jax.rewards.across_processes import score_across_processes
+from grpo_jax.rewards.batch_calls import BatchCalls
+from grpo_jax.rewards.scoring import reward_inputs
 from grpo_jax.rollout.environment_turns import reward_rows
+from grpo_jax.rollout.episode_content import RewardRows
+from grpo_jax.rollout.stop_strings import PartialCompletion
 from grpo_jax.run.step_metrics import Clock
 from grpo_jax.runtime import distributed
 from grpo_jax.steps.groups import Groups
-from grpo_jax.types import PromptBatch, TrainState
+from grpo_jax.types import PromptBatch, Rollout, TrainState
 
 if TYPE_CHECKING:
     from grpo_jax.steps.grpo import GrpoStep
 
 
-def sampled_groups(
-    step: GrpoStep, state: TrainState, number: int, prompts: PromptBatch, clock: Clock, max_failed_share: float
-) -> Groups:
-    """Samples completions of these prompts, and scores them.
+@dataclass
+class SampledGroups:
+    """Prompts with their completions, whose rewards may be under way.
+
+    Attributes:
+        number: of the step that learns from them, from 0.
+        sampled_in: the step before whose update they were sampled.
+        prompts: B prompts.
+        rollout: their B·G completions.
+        rows: what rewards get.
+        seconds: of sampling.
+        calls: of the reward functions; None where none has begun.
+    """
+
+    number: int
+    sampled_in: int
+    prompts: PromptBatch
+    rollout: Rollout
+    rows: RewardRows
+    seconds: float = 0.0
+    calls: BatchCalls | None = None
+
+    @property
+    def staleness(self) -> int:
+        """Updates between the weights that sampled the completions and those that they are to update."""
+        return self.number - self.sampled_in
+
+
+class EarlyScoring:
+    """Decodes each group to text as it ends, and has its rewards computed while others are decoded (`train.overlap`).
+
+    Attributes:
+        calls: of the reward functions.
+    """
+
+    def __init__(self, step: GrpoStep, prompts: PromptBatch) -> None:
+        assert step.runner is not None
+        self._prompts, self._text_of = prompts, step.policy.text_of
+        self._texts: dict[int, list[str]] = {}
+        self._own = own_groups(len(prompts.prompt_ids))
+        self.calls = begin_calls(step, len(prompts.prompt_ids), early=True)
+
+    def ended(self, number: int, completions: Sequence[PartialCompletion]) -> None:
+        """Takes in that the completions of a prompt have ended."""
+        ids = [own.ids for own in completions]
+        texts = self._texts[number] = [self._text_of(own) for own in ids]
+        if self._own.start <= number < self._own.stop:
+            columns = {name: [values[number]] for name, values in self._prompts.columns.items()}
+            self.calls.add(number - self._own.start, reward_inputs([self._prompts.prompts[number]], texts, ids, columns))
+
+    def rows(self) -> RewardRows:
+        """What rewards get, after the rollout."""
+        texts = [text for number in range(len(self._texts)) for text in self._texts[number]]
+        return RewardRows(self._prompts.prompts, texts, self._prompts.columns, texts)
+
+
+def own_groups(count: int) -> slice:
+    """The groups that this process scores."""
+    return distributed.own_block(count)[1]
+
+
+def begin_calls(step: GrpoStep, groups: int, *, early: bool) -> BatchCalls:
+    """Begins the reward calls of this process on a batch of so many groups."""
+    assert step.runner is not None
+    own, rewards = own_groups(groups), step.config.rewards
+    size = step.config.rollout.num_generations
+    return step.runner.begin(step.functions, own.stop - own.start, size, rewards.timeout_seconds, early=early)
+
+
+def sample_groups(step: GrpoStep, state: TrainState, prompts: PromptBatch, now: int, clock: Clock) -> SampledGroups:
+    """Samples completions of these prompts; with `train.overlap` the first rewards are under way when it returns.
+
+    Args:
+        now: the number of the step, from 0, before whose update this is.
+    """
+    config, number, before = step.config, prompts.step, clock.seconds.get("rollout_seconds", 0.0)
+    turns = None if step.driver is None else step.driver.begin(prompts, config.rollout.num_generations)
+    prompts = prompts if turns is None else turns.prompts
+    early = EarlyScoring(step, prompts) if config.train.overlap and turns is None and step.runner is not None else None
+    try:
+        rollout = step.sampler.sample(
+            step.variables(state),
+            prompts.prompt_ids,
+            config.rollout,
+            seed=config.train.seed,
+            step=number,
+            indices=prompts.indices,
+            limits=step.limits,
+            shapes=step.shapes(state),
+            on_ended=None if early is None else early.ended,
+            turns=turns,
+        )
+    except BaseException:
+        if step.runner is not None:
+            step.runner.abandon()
+        raise
+    clock.lap("rollout_seconds")
+    rows = reward_rows(prompts, rollout, turns, step.policy.text_of) if early is None else early.rows()
+    if number == 0 and rollout.slots < len(rows.texts):
+        step.display.note(f"slots: {rollout.slots} of {len(rows.texts)} completions are decoded at once")
+    seconds = clock.seconds["rollout_seconds"] - before
+    return SampledGroups(number, now, prompts, rollout, rows, seconds, None if early is None else early.calls)
+
+
+def start_rewards(step: GrpoStep, sampled: SampledGroups) -> None:
+    """Starts all reward calls on these groups, in workers and threads, and returns at once."""
+    if step.runner is None:
+        return
+    count = len(sampled.prompts.prompt_ids)
+    own = own_groups(count)
+    if own.start == own.stop:
+        return
+    if sampled.calls is None or sampled.calls.abandoned:
+        sampled.calls = begin_calls(step, count, early=False)
+    rows, each = sampled.rows, step.config.rollout.num_generations
+    part = slice(own.start * each, own.stop * each)
+    columns = {name: values[own] for name, values in rows.columns.items()}
+    ids = sampled.rollout.completion_ids[part]
+    sampled.calls.start(reward_inputs(rows.prompts[own], rows.completions[part], ids, columns))
+
+
+def score_groups(step: GrpoStep, sampled: SampledGroups, clock: Clock, max_failed_share: float) -> Groups:
+    """Waits for the rewards of these groups, and computes those that are not under way.
 
     Args:
         max_failed_share: of these completions; 1 where that of the whole step decides.
     """
-    config = step.config
-    turns = None if step.driver is None else step.driver.begin(prompts, config.rollout.num_generations)
-    prompts = prompts if turns is None else turns.prompts
-    rollout = step.sampler.sample(
-        step.variables(state),
-        prompts.prompt_ids,
-        config.rollout,
-        seed=config.train.seed,
-        step=number,
-        indices=prompts.indices,
-        limits=step.limits,
-        shapes=step.shapes(state),
-        turns=turns,
-    )
-    clock.lap("rollout_seconds")
-    rows = reward_rows(prompts, rollout, turns, step.policy.text_of)
-    if number == 0 and rollout.slots < len(rows.texts):
-        step.display.note(f"slots: {rollout.slots} of {len(rows.texts)} completions are decoded at once")
+    config, rows, calls = step.config, sampled.rows, sampled.calls
     with step.display.waiting(step.pending):
         scored = score_across_processes(
             distributed if distributed.is_multiprocess() else None,
@@ -50,15 +158,16 @@ def sampled_groups(
             config.rewards.weights,
             prompts=rows.prompts,
             completions=rows.completions,
-            completion_ids=rollout.completion_ids,
+            completion_ids=sampled.rollout.completion_ids,
             columns=rows.columns,
+            group=config.rollout.num_generations,
             timeout_seconds=config.rewards.timeout_seconds,
             max_failed_share=max_failed_share,
-            runner=step.runner,
+            runner=step.runner if calls is None or calls.abandoned else calls,
         )
     for line in warning_lines(scored):
         step.display.warning(line)
     clock.lap("reward_seconds")
     if not step.rewarded:
         step.rewarded.append(time.perf_counter())
-    return Groups(prompts, rollout, rows.texts, scored, rows.episodes)
+    return Groups(sampled.prompts, sampled.rollout, rows.texts, scored, rows.episodes)

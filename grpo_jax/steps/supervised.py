@@ -83,6 +83,8 @@ class SupervisedStep:
         parts = train.updates_per_rollout
         require(parts == 1, "train.updates_per_rollout", parts, "use 1: supervised warm-up makes one update a step")
         require(not train.dynamic_sampling, "train.dynamic_sampling", True, "use false: a supervised warm-up has no rewards")
+        stale = train.max_staleness
+        require(stale == 0, "train.max_staleness", stale, "use 0: a supervised warm-up samples no completions to train on")
         chosen = train.update_generations
         require(chosen is None, "train.update_generations", chosen, "use null: a supervised warm-up has one completion a row")
         curriculum = config.data.curriculum

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from grpo_jax.rewards import RewardFunction, RewardRunner, ScoredBatch, score, warning_lines
+from grpo_jax.rewards.calls import CallSizes
 
 PATIENCE_SECONDS = 20.0
 """Long after anything that ends at all has ended, on a busy machine too."""
@@ -29,7 +30,7 @@ def scored(
         completion_ids=[[1]] * len(texts),
         timeout_seconds=timeout_seconds,
         max_failed_share=1.0,
-        runner=RewardRunner({}, 1, [name for name, _ in functions] if row_by_row else [], say=lambda line: None),
+        runner=RewardRunner({}, 1, CallSizes(frozenset(name for name, _ in functions if row_by_row)), say=lambda line: None),
     )
 
 

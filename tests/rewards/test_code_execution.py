@@ -309,8 +309,8 @@ def test_rows_run_in_workers_where_the_function_was_given_as_an_object() -> None
         before = threading.active_count()
         batch = score(functions, prompts=["p"] * 3, completions=[ADD, "x = 1", ADD], max_failed_share=1.0, runner=runner, **rows)
         assert threading.active_count() == before
-        assert runner._pool is not None
-        assert len(runner._pool.workers) >= 1
+        assert runner.pool is not None
+        assert len(runner.pool.workers) >= 1
     assert batch.rewards.tolist() == [1.0, 0.0, 0.0]
     assert [(failure.row, "cannot be read" in failure.reason) for failure in batch.failures] == [(2, True)]
 

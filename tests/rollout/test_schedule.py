@@ -10,7 +10,7 @@ from plain_oracles import tiny_policy
 
 from grpo_jax.config import RolloutConfig
 from grpo_jax.models.spec import ModelSpec
-from grpo_jax.rollout.schedule import Schedule
+from grpo_jax.rollout.schedule import Schedule, ShardedSchedule
 from grpo_jax.rollout.shapes import (
     FIRST_PAST_BLOCK,
     MEMORY_SHARE,
@@ -280,3 +280,16 @@ def test_more_slots_fit_where_keys_and_values_are_int8() -> None:
     narrow = RolloutConfig(max_completion_length=1000, kv_dtype="int8")
     assert slot_bytes(SPEC, narrow, 9, 4) < 0.6 * slot_bytes(SPEC, wide, 9, 4)
     assert slot_bytes(SPEC, wide, 9, 2) < slot_bytes(SPEC, wide, 9, 4)
+
+
+def test_a_prompt_is_told_once_when_its_last_completion_has_ended() -> None:
+    schedule = ShardedSchedule.of(sizes(slots=2, prompt_slots=2, slots_per_prompt=2), 4, 2, shards=2)
+    schedule.admit()  # both completions of prompt 0 on the first shard, of prompt 2 on the second
+    schedule.end([0, 2, 3])
+    assert schedule.ended_prompts() == [2]
+    assert schedule.ended_prompts() == []
+    schedule.end([1])
+    schedule.admit()
+    schedule.end([0, 1, 2, 3])
+    assert schedule.ended_prompts() == [0, 1, 3]
+    assert schedule.finished

@@ -1,0 +1,35 @@
+"""What `train.max_staleness: 1` needs of other settings."""
+
+from __future__ import annotations
+
+from grpo_jax.config.checks import require
+from grpo_jax.config.objective import ObjectiveConfig
+from grpo_jax.config.training import TrainConfig
+
+NO_RATIO = ("reinforce", "gpg")
+"""Losses that do not compare the policy with the one that sampled."""
+
+
+def check_staleness(train: TrainConfig, objective: ObjectiveConfig) -> None:
+    """Checks that completions of an older policy can be trained on.
+
+    The old log-probabilities are then the sampler's, so the loss must have a ratio, and both must be of the same distribution.
+
+    Raises:
+        ConfigError: a setting does not allow it.
+    """
+    if not train.max_staleness:
+        return
+    name = "train.max_staleness"
+    fix = "use 0: train.dynamic_sampling decides by this step's rewards what is sampled next"
+    require(not train.dynamic_sampling, name, 1, fix)
+    fix = f"use 0, or a loss with a ratio such as dapo: {objective.loss} treats all completions as those of the newest policy"
+    require(objective.loss not in NO_RATIO, name, 1, fix)
+    fix = "use 0: with objective.kl_in_reward the KL would be taken from a policy that has not sampled the completions"
+    require(not objective.kl_in_reward, name, 1, fix)
+    fix = "use 0, or objective.match_sampling true: the sampler's log-probabilities are the old ones"
+    require(objective.match_sampling, name, 1, fix)
+    for bound in ("importance_cap", "importance_floor"):
+        value = getattr(objective, bound)
+        fix = "leave it out: with train.max_staleness 1 the ratio of the loss is that of policy and sampler already"
+        require(value is None, f"objective.{bound}", value, fix)

@@ -1,0 +1,93 @@
+"""Completions that were sampled before their step (`train.max_staleness: 1`).
+
+A step then does this, in this order, which never depends on a clock:
+
+    rewards of its own completions     called in workers and threads
+    completions of the next step       sampled with the weights before this step's update
+    rewards of its own completions     waited for
+    update
+
+So rewards are computed while the device samples. The completions are one update old when they are learned from, except those of the
+first step. A checkpoint holds the completions of the next step, because the weights that sampled them are gone.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from grpo_jax.rollout.episode_content import RewardRows
+from grpo_jax.steps.sampling import SampledGroups
+from grpo_jax.types import PromptBatch, Rollout
+
+
+class Ahead:
+    """The completions of steps that are not finished, by number of the step, from 0."""
+
+    def __init__(self) -> None:
+        self._sampled: dict[int, SampledGroups] = {}
+
+    def of(self, number: int, sample: Callable[[], SampledGroups]) -> SampledGroups:
+        """Returns the completions of a step, and samples them where that has not been done."""
+        if number not in self._sampled:
+            self._sampled[number] = sample()
+        return self._sampled[number]
+
+    def finish(self, number: int) -> None:
+        """Takes in that a step has learned from its completions."""
+        del self._sampled[number]
+
+    def progress(self) -> dict[str, Any] | None:
+        """Returns what a checkpoint stores: the completions of the first step that is not finished; None where there are none."""
+        if not self._sampled:
+            return None
+        sampled = self._sampled[min(self._sampled)]
+        rollout = sampled.rollout
+        return {
+            "number": sampled.number,
+            "sampled_in": sampled.sampled_in,
+            "rows": sampled.prompts.indices.tolist(),
+            "lengths": [len(ids) for ids in rollout.completion_ids],
+            "ids": text_of_array(np.concatenate([np.asarray(ids, np.int32) for ids in rollout.completion_ids])),
+            "logprobs": text_of_array(np.concatenate(rollout.logprobs)),
+            "finish_reasons": rollout.finish_reasons,
+            "near_ties": rollout.near_ties,
+            "slots": rollout.slots,
+            "seconds": sampled.seconds,
+        }
+
+    def resume(
+        self,
+        stored: Mapping[str, Any],
+        make_batch: Callable[[np.ndarray, int], PromptBatch],
+        text_of: Callable[[list[int]], str],
+    ) -> None:
+        """Continues with the completions of a checkpoint.
+
+        Args:
+            stored: what `progress` returned.
+            make_batch: the prompts of rows of the dataset, for a step.
+            text_of: token ids -> text.
+        """
+        ends = np.cumsum(stored["lengths"])[:-1]
+        ids = [own.tolist() for own in np.split(array_of_text(stored["ids"], np.int32), ends)]
+        logprobs = np.split(array_of_text(stored["logprobs"], np.float32), ends)
+        prompts = make_batch(np.asarray(stored["rows"]), stored["number"])
+        rollout = Rollout(ids, logprobs, list(stored["finish_reasons"]), stored["near_ties"], stored["slots"])
+        texts = [text_of(own) for own in ids]
+        rows = RewardRows(prompts.prompts, texts, prompts.columns, texts)
+        sampled = SampledGroups(stored["number"], stored["sampled_in"], prompts, rollout, rows, stored["seconds"])
+        self._sampled = {sampled.number: sampled}
+
+
+def text_of_array(array: np.ndarray) -> str:
+    """The bytes of an array as text."""
+    return base64.b64encode(array.tobytes()).decode("ascii")
+
+
+def array_of_text(text: str, dtype: Any) -> np.ndarray:
+    """The array whose bytes a text holds."""
+    return np.frombuffer(base64.b64decode(text), dtype)
