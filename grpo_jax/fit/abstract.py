@@ -141,6 +141,8 @@ def abstract_batch(config: Config, placement: Placement, sizes: Sequence[RowSize
     batch = batch_shapes(sizes, prompts, config.generations_per_update, rollout.max_completion_length, shards)
     if config.train.updates_per_rollout > 1:
         batch = replace(batch, advantages=batch.rewards, old_logprobs=batch.sampler_logprobs)  # of the same shapes
+    if config.objective.credit == "turn":
+        batch = replace(batch, turn_advantages=batch.sampler_logprobs)
     return placement.put_batch(batch)
 
 

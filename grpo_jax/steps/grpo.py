@@ -20,7 +20,7 @@ from grpo_jax.fit.abstract import Placement, abstract_batch, shapes_of
 from grpo_jax.fit.auto import fit_run
 from grpo_jax.fit.learners import grpo_learner
 from grpo_jax.fit.micro_batch import is_auto, row_tokens, sizes_of_rows
-from grpo_jax.learner.batches import differing, on_devices, padding_share, reward_table, text_batch, train_batch
+from grpo_jax.learner.batches import learnable, on_devices, padding_share, reward_table, text_batch, train_batch
 from grpo_jax.learner.custom_loss import LossFunction
 from grpo_jax.learner.down_sampling import down_sampled_rows
 from grpo_jax.learner.packing import Lengths, RowSize, row_sizes
@@ -303,8 +303,8 @@ class GrpoStep:
         clock.lap("update_seconds")
         metrics.setdefault("kl_divergence", None)  # not computed, which is not 0
         metrics["update/padding"] = padding_share(batches)
-        if config.objective.normalize_each_reward or learned is not groups:
-            metrics |= sum_metrics(scored)  # the update has seen normalised rewards, or those of some completions
+        if config.objective.normalize_each_reward or config.objective.credit == "turn" or learned is not groups:
+            metrics |= sum_metrics(scored)  # the update has seen normalised rewards, the outcome's, or those of some completions
         metrics |= variety_metrics(groups.texts, config.rollout.num_generations)
         metrics |= episode_metrics(groups.episodes) if groups.episodes else {}
         metrics |= reward_metrics(scored) | length_metrics(rollout) | filled.metrics
@@ -343,7 +343,7 @@ class GrpoStep:
             return self.sampled(state, number, choice.batch(rows[start:stop], number), clock, 1.0)
 
         def spread_of(groups: Groups) -> np.ndarray:
-            return differing(*reward_table(groups.scored, config, len(groups)))
+            return learnable(groups.rollout, groups.scored, config, len(groups))
 
         most = shapes.prompts if shapes.sizes.fixed else size
         filled = fill_step(sample, spread_of, size, choice.limit - size, most)
@@ -387,6 +387,8 @@ class GrpoStep:
                 max_failed_share=max_failed_share,
                 runner=self.runner,
             )
+        if config.objective.credit == "turn":
+            scored = replace(scored, turn_rewards=[own.turn_rewards for own in rows.episodes])
         for line in warning_lines(scored):
             self.display.warning(line)
         clock.lap("reward_seconds")
