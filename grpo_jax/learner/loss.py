@@ -7,8 +7,8 @@ Every normalisation is in w, computed once from the mask of the WHOLE batch, so 
 splits it into micro-batches. The operation `grpo_kernels.ops.grpo_loss` computes and differentiates the sum; its reference has the
 terms as code. Log-probabilities come from `logprobs`, advantages from `advantages`.
 
-ρ = exp(logπ − logπ_old) per token, A = advantage of the row (or token), T_i = trained tokens of row i, T = Σ T_i, N = all rows (empty
-ones too), sg = stop-gradient:
+ρ = exp(logπ − logπ_old) per token, A = advantage of the row (or token), T_i = trained tokens of row i, T = Σ T_i, N = all rows
+(empty ones too), sg = stop-gradient:
 
     loss       policy term m_it                                     w_it          source
     reinforce  −A·logπ                                              1/N           Williams, https://doi.org/10.1007/BF00992696
