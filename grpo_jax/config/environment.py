@@ -45,6 +45,11 @@ class EnvironmentConfig:
     tool_pattern: str | None = None
     history: Literal["strict", "as_sampled"] = "strict"
 
+    @property
+    def makes_episodes(self) -> bool:
+        """Whether the settings alone make completions episodes; an environment or tools may also be given in Python."""
+        return self.name is not None or bool(self.tools)
+
     def __post_init__(self) -> None:
         check_types(self, "environment")
         require(self.max_turns >= 1, "environment.max_turns", self.max_turns, "use at least 1 turn of the model")

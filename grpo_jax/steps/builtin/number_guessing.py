@@ -31,7 +31,7 @@ WARM_UP: dict[str, dict[str, Any]] = {
     "data": {"prompt_column": "prompt", "completion_column": "completion"},
     "rollout": {"max_prompt_length": 80, "max_completion_length": 4},
     "optim": {"learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 20},
-    "train": {"steps": 400, "prompts_per_step": 64, "save_every": 0, "show_every": 0},
+    "train": {"steps": 1200, "prompts_per_step": 64, "save_every": 0, "show_every": 0},
 }
 """Settings of the supervised warm-up; every weight is trained."""
 
