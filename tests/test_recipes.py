@@ -61,6 +61,7 @@ def shapes_of(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
 
 def test_there_are_the_recipes_that_the_readme_lists():
     assert {"quickstart.yaml", "stories.yaml", "tools_quickstart.yaml", "number_guessing.yaml"} <= set(RECIPES)
+    assert "python_qwen2.5_1.5b.yaml" in RECIPES
     assert GSM8K == ["gsm8k_gemma3_1b.yaml", "gsm8k_llama3.1_8b.yaml", "gsm8k_qwen2.5_0.5b.yaml", "gsm8k_qwen2.5_1.5b.yaml"]
 
 

@@ -18,8 +18,8 @@ class EnvironmentConfig:
     An episode's tokens, those of the answers included, are its completion: `rollout.max_completion_length` limits them.
 
     Args:
-        name: A built-in environment (number_guessing), `package.module:Class`, `file.py:Class`, or {name: ..., argument: value}
-            with arguments for the class. null has none.
+        name: A built-in environment (number_guessing), `package.module:Class`, `file.py:Class`, `verifiers:ID`, `openenv:ADDRESS`,
+            or {name: ..., argument: value} with arguments. null has none.
         tools: Functions that the model may call: built-in names (calculator, python), `package.module:function`,
             `file.py:function`, or {name: ..., argument: value} for a built-in with settings.
         max_turns: Turns of the model in an episode, at most.
