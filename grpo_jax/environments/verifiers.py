@@ -82,7 +82,7 @@ def from_verifiers(environment: Any) -> Verifiers:
     kind = type(environment).__name__
     if not isinstance(environment, package.MultiTurnEnv):
         raise ConfigError(
-            f"environment: {kind} is no verifiers.MultiTurnEnv, SingleTurnEnv or ToolEnv, and cannot be driven by turns"
+            f"environment: {kind} is no verifiers.MultiTurnEnv, SingleTurnEnv or ToolEnv, and cannot be driven turn by turn"
         )
     if environment.rubric.has_group_rewards:
         raise ConfigError(f"environment: the rubric of {kind} scores groups: give such rewards as reward_funcs instead")
@@ -217,10 +217,9 @@ def plain_messages(messages: Any) -> list[Message]:
     for message in messages:
         content = message["content"] or ""
         if not isinstance(content, str):
-            parts = [part["text"] if part["type"] == "text" else None for part in content]
-            if None in parts:
+            if any(part["type"] != "text" for part in content):
                 raise TypeError(f"the environment gave a message of role {message['role']} that is not text")
-            content = "".join(parts)
+            content = "".join(part["text"] for part in content)
         found.append({"role": "user" if message["role"] == "text" else message["role"], "content": content})
     return found
 

@@ -215,7 +215,8 @@ def rollout_memory(run: RunShapes, limit_bytes: int | None, sampler: Sampler | N
 def new_tokens(run: RunShapes, rows: int, tokens: int) -> NewTokens:
     """Returns shapes of tokens from outside that episodes read: `rows` for every row shard."""
     count = run.row_shards * rows
-    number, ids = jax.ShapeDtypeStruct((count,), jnp.int32), jax.ShapeDtypeStruct((count, tokens), jnp.int32)
+    number: Any = jax.ShapeDtypeStruct((count,), jnp.int32)
+    ids: Any = jax.ShapeDtypeStruct((count, tokens), jnp.int32)
     return run.placement.put(NewTokens(number, number, number, number, ids), "slots")
 
 

@@ -10,7 +10,7 @@ A compares the valid episodes of a group, A_k those of them that have a k-th tur
 without credit by turn. So a reward counts for the turns up to the one that got it, and for none after it.
 
 γ = 0 is MT-GRPO, https://arxiv.org/abs/2505.11821: a turn's own reward, and the outcome's. Its authors write it for two turns, of
-which the first has a reward, with a coefficient in the place of w, and code it as `advantage_est="aae"` of
+which the first has a reward, with a coefficient instead of w, and code it as `advantage_est="aae"` of
 https://github.com/SiliangZeng/Multi-Turn-RL-Agent. γ = 1, the default, is the policy gradient with rewards to go. With γ = 0 a turn
 gets no credit for what it makes possible later, such as a guess of a game that is rewarded at its end.
 

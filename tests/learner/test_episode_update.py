@@ -200,7 +200,7 @@ def by_turn() -> tuple[ScoredBatch, np.ndarray]:
         if row in to_go:
             outcomes = [float(scored.rewards[other]) for other in group]
             advantages[row, column] = scored.rewards[row] - np.mean(outcomes) + 2 * (to_go[row] - np.mean(list(to_go.values())))
-    environment = np.float32([sum(own) for own in turns])
+    environment = np.array([sum(own) for own in turns], np.float32)
     values = {"r": scored.rewards, "environment": environment}
     return dataclasses.replace(scored, valid=valid, per_function=values, turn_rewards=turns), advantages
 

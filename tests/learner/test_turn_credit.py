@@ -26,8 +26,8 @@ def config_of(group: int, weights: list[float] | None = None, **objective: Any) 
 
 
 def scored_of(turns: list[list[float]], outcome: list[float] | None = None, valid: list[bool] | None = None) -> ScoredBatch:
-    own, flags = np.float32(outcome or [0.0] * len(turns)), np.array(valid or [True] * len(turns))
-    environment = np.float32([sum(rewards) for rewards in turns])
+    own, flags = np.array(outcome or [0.0] * len(turns), np.float32), np.array(valid or [True] * len(turns))
+    environment = np.array([sum(rewards) for rewards in turns], np.float32)
     values = {"number_match": own, "environment": environment}
     return ScoredBatch(own + environment, flags, values, [], turn_rewards=turns)
 
@@ -99,7 +99,7 @@ def test_the_outcome_is_compared_without_the_environment_and_a_turn_alone_makes_
     scored = scored_of([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]], [0.1, 0.1, 0.3, 0.3])
     config = config_of(2)
     rewards, _ = reward_table(scored, config, 2)
-    np.testing.assert_array_equal(rewards, np.float32([[0.1, 0.1], [0.3, 0.3]]))
+    np.testing.assert_array_equal(rewards, np.array([[0.1, 0.1], [0.3, 0.3]], np.float32))
     assert learnable(rollout, scored, config, 2).tolist() == [True, False]  # the sums are equal in both
     episode = Config.from_dict({"rollout": {"num_generations": 2}})
     assert learnable(rollout, scored, episode, 2).tolist() == [False, False]

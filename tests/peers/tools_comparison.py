@@ -3,8 +3,8 @@
     python tests/peers/tools_comparison.py --trl-python .venv-peers/bin/python --out runs/tools_comparison
 
 Both get the same warmed-up model, prompts in the same order, reward, LoRA, learning rate, loss and optimiser, and make one update
-per batch of the same size. Seconds are those of the training loop, compiling included. A run whose result exists is not repeated. The
-script does not check that the machine is idle.
+per batch of the same size. Seconds are those of the training loop, compiling included. A run whose result exists is not repeated.
+The script does not check that the machine is idle.
 """
 
 from __future__ import annotations
