@@ -29,7 +29,7 @@ if TYPE_CHECKING:
         TrainConfig,
     )
     from grpo_jax.data.tokenizer import Tokenizer
-    from grpo_jax.environments import Environment, Message, NumberGuessing, Step, calculator, python_tool
+    from grpo_jax.environments import Environment, Message, NumberGuessing, OpenEnv, Step, calculator, from_verifiers, python_tool
     from grpo_jax.evaluation import evaluate
     from grpo_jax.learner.advantages import group_advantages
     from grpo_jax.learner.loss import grpo_loss
@@ -64,6 +64,7 @@ MODULES = {
     "Message": "environments",
     "ModelConfig": "config",
     "NumberGuessing": "environments",
+    "OpenEnv": "environments",
     "ObjectiveConfig": "config",
     "OptimConfig": "config",
     "Policy": "policy",
@@ -78,6 +79,7 @@ MODULES = {
     "calculator": "environments",
     "code_execution": "rewards",
     "evaluate": "evaluation",
+    "from_verifiers": "environments",
     "exact_match": "rewards",
     "llm_judge": "rewards",
     "group_advantages": "learner.advantages",
@@ -108,6 +110,7 @@ __all__ = [
     "ModelConfig",
     "NumberGuessing",
     "ObjectiveConfig",
+    "OpenEnv",
     "OptimConfig",
     "Policy",
     "RewardsConfig",
@@ -123,6 +126,7 @@ __all__ = [
     "code_execution",
     "evaluate",
     "exact_match",
+    "from_verifiers",
     "group_advantages",
     "grpo_loss",
     "llm_judge",

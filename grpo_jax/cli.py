@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from grpo_jax.config import Config, ConfigError, RolloutConfig
+from grpo_jax.config import ConfigError, RolloutConfig
 from grpo_jax.config.checks import show
 from grpo_jax.config.command_line import given_settings, loaded_settings, parser, unknown_option
 from grpo_jax.run.resume import holds_checkpoint, holds_run
@@ -62,16 +62,7 @@ def train(arguments: argparse.Namespace) -> None:
     from grpo_jax.trainer import train as run
 
     with joined_processes(loaded.config.distributed, ending):
-        run(with_inputs(arguments, loaded.config), resume=arguments.resume, sources=loaded.sources, started=arguments.started)
-
-
-def with_inputs(arguments: argparse.Namespace, config: Config) -> Config:
-    """The settings of a run, its model and data made where the recipe says `builtin:` and they are missing."""
-    if not any(str(path).startswith("builtin:") for path in (config.model.path, config.data.path)):
-        return config
-    from grpo_jax.tools.builtin_task import with_builtin_task
-
-    return with_builtin_task(config, None if arguments.config is None else Path(arguments.config).parent)
+        run(loaded.config, resume=arguments.resume, sources=loaded.sources, started=arguments.started)
 
 
 def sft(arguments: argparse.Namespace) -> None:

@@ -54,6 +54,7 @@ from grpo_jax.runtime.memory import in_device_memory, in_host_memory
 from grpo_jax.runtime.programs import Program
 from grpo_jax.runtime.stop_signals import StepAbandonedError
 from grpo_jax.steps import Step
+from grpo_jax.steps.builtin import with_builtin_task
 from grpo_jax.steps.grpo_setup import read_grpo_step
 from grpo_jax.steps.setup import begin
 from grpo_jax.steps.supervised import SupervisedStep
@@ -139,6 +140,7 @@ class Trainer:
                 has_environment=given.environment is not None,
                 has_tools=given.gives_tools,
             )
+            config = with_builtin_task(config, sft)
         if policy is not None:
             config, policy = config_with_policy(config, policy), with_template(policy, config)
         self.config, self.resume, self.supervised, self._sources = config, resume, supervised, sources

@@ -149,6 +149,8 @@ class TrainBatch:
         old_logprobs: [N, C] log-probabilities in nats of the policy before the step's first update, where updates on other parts
             come before this batch's, or of an older policy that has sampled the completions; None = those of the policy as the
             update finds it.
+        turn_advantages: [N, C], added to the row's advantage at every token, with advantages by turn (`objective.credit`); 0 where
+            there is no token. None = a row has one advantage.
     """
 
     micro_batches: tuple[MicroBatches, ...]
@@ -159,6 +161,7 @@ class TrainBatch:
     completion_lengths: Int[AnyArray, "N"] | None = None
     advantages: Float[AnyArray, "B G"] | None = None
     old_logprobs: Float[AnyArray, "N C"] | None = None
+    turn_advantages: Float[AnyArray, "N C"] | None = None
 
 
 @struct.dataclass

@@ -42,10 +42,12 @@ def model_config(config: Config, request: pytest.FixtureRequest) -> dict[str, An
     """config.json of the recipe's model: the hub's, the quickstart's own, or a folder's."""
     path = config.model.path
     if path is None or path.startswith("builtin:"):
-        from grpo_jax.tools.builtin_task import CALCULATOR_MODEL
+        from grpo_jax.steps.builtin.small_model import chat_model
+        from grpo_jax.steps.builtin.task import PREFIX, TASKS
         from grpo_jax.tools.quickstart import MODEL
 
-        return MODEL if path is None else CALCULATOR_MODEL
+        task = None if path is None else TASKS[path.removeprefix(PREFIX)]
+        return MODEL if task is None else chat_model(task.WORDS, task.POSITIONS)
     if path in CONFIGS:
         return CONFIGS[path]
     folder = request.getfixturevalue("shared_data") / Path(path).name
@@ -58,7 +60,8 @@ def shapes_of(tree: Any) -> dict[str, tuple[tuple[int, ...], str]]:
 
 
 def test_there_are_the_recipes_that_the_readme_lists():
-    assert {"quickstart.yaml", "stories.yaml", "tools_quickstart.yaml", "tools_quickstart_sft.yaml"} <= set(RECIPES)
+    assert {"quickstart.yaml", "stories.yaml", "tools_quickstart.yaml", "number_guessing.yaml"} <= set(RECIPES)
+    assert "python_qwen2.5_1.5b.yaml" in RECIPES
     assert GSM8K == ["gsm8k_gemma3_1b.yaml", "gsm8k_llama3.1_8b.yaml", "gsm8k_qwen2.5_0.5b.yaml", "gsm8k_qwen2.5_1.5b.yaml"]
 
 

@@ -18,8 +18,8 @@ class EnvironmentConfig:
     An episode's tokens, those of the answers included, are its completion: `rollout.max_completion_length` limits them.
 
     Args:
-        name: A built-in environment (number_guessing), `package.module:Class`, `file.py:Class`, or {name: ..., argument: value}
-            with arguments for the class. null has none.
+        name: A built-in environment (number_guessing), `package.module:Class`, `file.py:Class`, `verifiers:ID`, `openenv:ADDRESS`,
+            or {name: ..., argument: value} with arguments. null has none.
         tools: Functions that the model may call: built-in names (calculator, python), `package.module:function`,
             `file.py:function`, or {name: ..., argument: value} for a built-in with settings.
         max_turns: Turns of the model in an episode, at most.
@@ -44,6 +44,11 @@ class EnvironmentConfig:
     tool_format: Literal["auto", "hermes", "llama", "gemma", "pattern"] = "auto"
     tool_pattern: str | None = None
     history: Literal["strict", "as_sampled"] = "strict"
+
+    @property
+    def makes_episodes(self) -> bool:
+        """Whether the settings alone make completions episodes; an environment or tools may also be given in Python."""
+        return self.name is not None or bool(self.tools)
 
     def __post_init__(self) -> None:
         check_types(self, "environment")

@@ -70,6 +70,8 @@ class Config:
         for setting in ("kl_in_reward", "normalize_each_reward"):
             fix = f"use null with objective.{setting}, which changes the rewards that the completions would be chosen by"
             require(learned is None or not getattr(self.objective, setting), "train.update_generations", learned, fix)
+        fix = "use null with objective.credit turn, which compares the same turn of all completions"
+        require(learned is None or self.objective.credit == "episode", "train.update_generations", learned, fix)
         group = "rollout.num_generations" if learned is None else "train.update_generations"
         size = self.train.micro_batch_completions
         if size is not None:

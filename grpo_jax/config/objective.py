@@ -27,6 +27,9 @@ LossName = Literal[
     "dppo_kl",
 ]
 
+ROW_LOSSES = ("gspo", "luspo", "geo_mean", "vespo", "gpg")
+"""Losses that need one advantage a completion: their ratio, their weight or their factor belongs to all of its tokens."""
+
 ADAPTIVE_ENTROPY = {"entropy_coef_delta": 0.005, "entropy_coef_min": 0.0, "entropy_coef_max": 1.0}
 """Settings that have an effect only with `entropy_target`, and their defaults."""
 
@@ -65,6 +68,11 @@ class ObjectiveConfig:
         pass_k: k of pass_at_k, from 2 to rollout.num_generations. Default 4.
         normalize_each_reward: Normalise every reward function within its group before they are added (GDPO); scale_rewards is then
             `batch` where it is left out. Default false.
+        credit: What an advantage is given to: the whole `episode`, by the sum of its turns' rewards, or each `turn` of the model,
+            by the environment's rewards from this turn on, compared with the group's other episodes at the same turn; see
+            `grpo_jax.learner.turn_credit`. Default episode.
+        turn_discount: With credit turn, factor of a reward for each turn that it comes later; 0 counts a turn's own reward alone.
+            Default 1.
         advantage_eps: Added to the standard deviation that advantages are divided by. Default 1e-4.
         scale_rewards: Standard deviation that advantages are divided by: of the `group`, of the `batch`, or `none`. Default group,
             and none where `advantage` is not `group`.
@@ -100,6 +108,8 @@ class ObjectiveConfig:
     advantage: Literal["group", "rloo", "opo", "maxrl", "pass_at_k"] = "group"
     pass_k: int = 4
     normalize_each_reward: bool = False
+    credit: Literal["episode", "turn"] = "episode"
+    turn_discount: float = 1.0
     advantage_eps: float = FROM_PRESET
     scale_rewards: Literal["group", "batch", "none"] = FROM_PRESET
     num_iterations: int = FROM_PRESET
@@ -149,6 +159,7 @@ class ObjectiveConfig:
             require(self.advantage == "group", "objective.advantage", self.advantage, fix)
             fix = "use false: beta is in units of the reward, which normalize_each_reward removes"
             require(not self.kl_in_reward, "objective.kl_in_reward", self.kl_in_reward, fix)
+        self._check_credit()
         require(self.num_iterations >= 1, "objective.num_iterations", self.num_iterations, "use 1 or more")
         if self.importance_cap is not None:
             require(
@@ -171,6 +182,27 @@ class ObjectiveConfig:
             require(
                 threshold > 0, "objective.off_policy_threshold", threshold, "use a positive number of nats such as 0.5, or null"
             )
+
+    def _check_credit(self) -> None:
+        """Checks the settings of advantages by turn."""
+        discount, by_turn = self.turn_discount, self.credit == "turn"
+        require(0 <= discount <= 1, "objective.turn_discount", discount, "use a factor from 0 to 1")
+        fix = "leave it out, or use objective.credit turn: an episode's rewards are added up without a discount"
+        require(by_turn or discount == 1, "objective.turn_discount", discount, fix)
+        if not by_turn:
+            return
+        fix = f"use dapo or another loss of single tokens with objective.credit turn: {self.loss} has one advantage a completion"
+        require(self.loss not in ROW_LOSSES, "objective.loss", self.loss, fix)
+        fix = "use group with objective.credit turn: the turns' rewards are compared by mean and standard deviation"
+        require(self.advantage == "group", "objective.advantage", self.advantage, fix)
+        fix = "use false with objective.credit turn, which compares the environment's rewards apart from the others already"
+        require(not self.normalize_each_reward, "objective.normalize_each_reward", self.normalize_each_reward, fix)
+        fix = "use false with objective.credit turn: the KL of a completion would be no turn's; objective.beta works as a KL term"
+        require(not self.kl_in_reward, "objective.kl_in_reward", self.kl_in_reward, fix)
+        fix = "use group or none with objective.credit turn: each turn is compared within its group"
+        require(self.scale_rewards != "batch", "objective.scale_rewards", self.scale_rewards, fix)
+        fix = "use null with objective.credit turn: it leaves out completions with a negative advantage, and turns have their own"
+        require(self.off_policy_threshold is None, "objective.off_policy_threshold", self.off_policy_threshold, fix)
 
     def _check_entropy(self) -> None:
         """Checks the settings of the entropy bonus."""

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from grpo_jax.config import EnvironmentConfig
-from grpo_jax.config.checks import ConfigError, MismatchError, convert, nearest, wrong_type
+from grpo_jax.config.checks import ConfigError, MismatchError, convert, nearest, require, wrong_type
+from grpo_jax.environments import openenv, verifiers
 from grpo_jax.environments.arithmetic import calculator
 from grpo_jax.environments.code_tool import python_tool
 from grpo_jax.environments.formats import ToolFormat, find_format
@@ -75,7 +76,12 @@ class Environments:
             functions += Methods(factory()).tools
         if factory is None and not functions:
             return None
-        return Environments(settings, factory, Toolbox.of(functions) if functions else None, methods)
+        toolbox = Toolbox.of(functions) if functions else None
+        if isinstance(factory, verifiers.Verifiers) and factory.tools:
+            fix = "leave them out: the environment has tools of its own"
+            require(toolbox is None, "environment.tools", [function.__name__ for function in functions], fix)
+            toolbox = Toolbox({tool.name: tool for tool in factory.tools})
+        return Environments(settings, factory, toolbox, methods)
 
     def with_format(self, template: str | None) -> Environments:
         """The same, with the format of calls that settings or the chat template say.
@@ -98,6 +104,8 @@ class Environments:
 
     def make(self) -> Environment:
         """Makes the environment of one episode."""
+        if isinstance(self.factory, verifiers.Verifiers) and self.factory.tools:
+            return self.factory(self.calls_in)
         inner = None if self.factory is None else self.factory()
         if self.toolbox is None or self.calls_in is None:
             assert inner is not None
@@ -120,6 +128,11 @@ def resolve_environment(entry: str | Mapping[str, Any]) -> EnvironmentFactory:
         ConfigError: there is none of this name, or it has no such argument.
     """
     name, arguments = name_of(entry, "environment.name")
+    if name.startswith(verifiers.PREFIX):
+        return verifiers.load_verifiers(name.removeprefix(verifiers.PREFIX), arguments)
+    if name.startswith(openenv.PREFIX):
+        values = built_in_arguments(openenv.load_openenv, name, arguments, "environment.name")
+        return openenv.load_openenv(name.removeprefix(openenv.PREFIX), **values)
     if name in ENVIRONMENTS:
         values = built_in_arguments(ENVIRONMENTS[name], name, arguments, "environment.name")
         ENVIRONMENTS[name](**values)  # raises where a value is out of range

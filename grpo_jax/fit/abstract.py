@@ -148,6 +148,8 @@ def abstract_batch(config: Config, placement: Placement, sizes: Sequence[RowSize
         batch = replace(batch, advantages=batch.rewards, old_logprobs=batch.sampler_logprobs)  # of the same shapes
     elif config.train.max_staleness:
         batch = replace(batch, old_logprobs=batch.sampler_logprobs)
+    if config.objective.credit == "turn":
+        batch = replace(batch, turn_advantages=batch.sampler_logprobs)
     return placement.put_batch(batch)
 
 

@@ -24,6 +24,7 @@ from grpo_jax.learner.step import Learner
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.policy import Policy
 from grpo_jax.rollout.decode import SlotState
+from grpo_jax.rollout.extend import NewTokens
 from grpo_jax.rollout.kv_cache import empty_past_block
 from grpo_jax.rollout.prefill import PrefilledPrompts, prefill
 from grpo_jax.rollout.sampler import Sampler
@@ -44,6 +45,7 @@ class RunShapes:
         policy: without weights.
         sizes: of the update's packed rows.
         announce: entered around each compilation.
+        episodes: completions are episodes: some of their past is parked outside the slots.
     """
 
     config: Config
@@ -55,6 +57,7 @@ class RunShapes:
     state: TrainState
     frozen: Frozen
     announce: Announce = no_announcement
+    episodes: bool = False
 
     @staticmethod
     def of(
@@ -71,9 +74,10 @@ class RunShapes:
         Args:
             frozen: what an update reads; None builds its shapes.
         """
+        episodes = config.environment.makes_episodes
         state = abstract_state(learner, policy, placement)
         frozen = frozen or abstract_frozen(config, policy)
-        return RunShapes(config, policy.spec, placement, policy, learner, sizes, state, frozen, announce)
+        return RunShapes(config, policy.spec, placement, policy, learner, sizes, state, frozen, announce, episodes)
 
     @property
     def row_shards(self) -> int:
@@ -187,7 +191,8 @@ def rollout_memory(run: RunShapes, limit_bytes: int | None, sampler: Sampler | N
     past_blocks = past_block_shapes(run, sampler, shards * sizes.slots, sizes)
     schedule = schedule_shapes(run, sizes)
     states = state_shapes(run, prompts, schedule[0])
-    live |= {"prefix_kv": device_bytes(prompts), "suffix_kv": device_bytes((past_blocks, states))}
+    parked = past_block_shapes(run, sampler, shards * sizes.parked, sizes) if sizes.parked else ()
+    live |= {"prefix_kv": device_bytes(prompts), "suffix_kv": device_bytes((past_blocks, parked, states))}
     if not sizes.fixed:
         # A refill prefills one prompt while everything else exists. Its memory is estimated as its share of the prefill of all
         # prompts, instead of compiling that program too.
@@ -200,11 +205,22 @@ def rollout_memory(run: RunShapes, limit_bytes: int | None, sampler: Sampler | N
     decoded = compiled.compile(sampler.decode_segment, arguments, {"length": sizes.segment}, live)
     if decoded is not None and past_blocks:
         segment_cache = decoded[1]
-        with_segment = live | {"temporaries": live["temporaries"] + device_bytes(segment_cache)}
-        compiled.compile(
-            sampler.write_segment, (past_blocks, segment_cache, arguments[3].base), {"together": sizes.fixed}, with_segment
-        )
+        with_segment, base = live | {"temporaries": live["temporaries"] + device_bytes(segment_cache)}, arguments[3].base
+        if not run.episodes:
+            compiled.compile(sampler.write_segment, (past_blocks, segment_cache, base), {"together": sizes.fixed}, with_segment)
+        else:
+            compiled.compile(sampler.append_segment, (past_blocks, segment_cache, base, arguments[3].live), {}, with_segment)
+            for rows, tokens in sizes.extensions:
+                compiled.compile(sampler.extend_past, (weights, prompts, past_blocks, new_tokens(run, rows, tokens)), {}, live)
     return RolloutMemory(compiled.use, slots, sizes)
+
+
+def new_tokens(run: RunShapes, rows: int, tokens: int) -> NewTokens:
+    """Returns shapes of tokens from outside that episodes read: `rows` for every row shard."""
+    count = run.row_shards * rows
+    number: Any = jax.ShapeDtypeStruct((count,), jnp.int32)
+    ids: Any = jax.ShapeDtypeStruct((count, tokens), jnp.int32)
+    return run.placement.put(NewTokens(number, number, number, number, ids), "slots")
 
 
 def decoding_weights(
@@ -264,8 +280,9 @@ def rollout_sizes(run: RunShapes, free_bytes: int | None) -> tuple[int, Sizes]:
     tensor = 1 if layout is None else layout.tensor
     prompts, width = config.train.prompts_per_step, config.rollout.max_prompt_length
     itemsize = jnp.dtype(run.policy.dtype).itemsize
-    slots = choose_slots(run.spec, config.rollout, prompts, width, itemsize, free_bytes, shards=shards, tensor=tensor)
-    return slots, sizes_of(config.rollout, -(-prompts // shards), width, slots // shards)
+    split = {"shards": shards, "tensor": tensor, "episodes": run.episodes}
+    slots = choose_slots(run.spec, config.rollout, prompts, width, itemsize, free_bytes, **split)
+    return slots, sizes_of(config.rollout, -(-prompts // shards), width, slots // shards, episodes=run.episodes)
 
 
 def prompt_shapes(run: RunShapes, count: int) -> tuple[Any, Any]:

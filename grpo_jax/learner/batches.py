@@ -13,6 +13,7 @@ import numpy as np
 
 from grpo_jax.config import Config
 from grpo_jax.learner.packing import RowSize, pack, tables_of
+from grpo_jax.learner.turn_credit import outcome_rewards, token_table
 from grpo_jax.rewards import ScoredBatch
 from grpo_jax.rewards.normalization import normalized_sum
 from grpo_jax.runtime.sharding import BATCH_AXES, Layout
@@ -46,7 +47,8 @@ def train_batch(
     if config.objective.mask_truncated:
         mask &= np.array([reason == "stop" for reason in rollout.finish_reasons])[:, None]
     rewards, valid = reward_table(scored, config, b)
-    alike = ~differing(rewards, valid)
+    by_turn = turn_table(rollout, scored, config)
+    alike = ~differing(rewards, valid, by_turn)
     trained: np.ndarray = sampled_tokens > 0 if config.objective.kl_in_reward else np.asarray(mask.any(axis=1))
     shards = 1 if layout is None else layout.rows
     options: dict[str, Any] = {"last": alike if skips else None, "shards": shards, "sampled": rollout.sampled}
@@ -57,20 +59,45 @@ def train_batch(
         sampler_logprobs=logps,
         rewards=rewards,
         valid=valid,
+        turn_advantages=by_turn,
     )
 
 
 def reward_table(scored: ScoredBatch, config: Config, prompts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the rewards that completions are compared by, [B, G], and which are valid."""
+    """Returns the rewards that completions are compared by, [B, G], and which are valid.
+
+    With advantages by turn they are the rewards of the whole episode, without the environment's.
+    """
     total, group = scored.rewards, len(scored.valid) // prompts
+    if config.objective.credit == "turn":
+        total = outcome_rewards(scored, config.rewards.weights)
     if config.objective.normalize_each_reward:
         total = normalized_sum(scored.per_function, config.rewards.weights, scored.valid, group, config.objective.advantage_eps)
     return total.reshape(prompts, group), scored.valid.reshape(prompts, group)
 
 
-def differing(rewards: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """Returns [B] bool, True = at least two of a group's rewards differ; both arguments are [B, G]."""
-    return np.where(valid, rewards, -np.inf).max(axis=1) > np.where(valid, rewards, np.inf).min(axis=1)
+def turn_table(rollout: Rollout, scored: ScoredBatch, config: Config) -> np.ndarray | None:
+    """Returns what is added to the advantage at each token, [N, C], with advantages by turn; None without."""
+    if config.objective.credit == "episode":
+        return None
+    sampled = rollout.sampled or [np.ones(len(ids), bool) for ids in rollout.completion_ids]
+    return token_table(scored, sampled, config.rollout.max_completion_length, config)
+
+
+def learnable(rollout: Rollout, scored: ScoredBatch, config: Config, prompts: int) -> np.ndarray:
+    """Returns [B] bool, True = the group has an advantage: its rewards differ, or those of a turn."""
+    return differing(*reward_table(scored, config, prompts), turn_table(rollout, scored, config))
+
+
+def differing(rewards: np.ndarray, valid: np.ndarray, by_turn: np.ndarray | None = None) -> np.ndarray:
+    """Returns [B] bool, True = at least two of a group's rewards differ, or those of a turn.
+
+    Args:
+        rewards, valid: [B, G].
+        by_turn: see `turn_table`.
+    """
+    found = np.where(valid, rewards, -np.inf).max(axis=1) > np.where(valid, rewards, np.inf).min(axis=1)
+    return found if by_turn is None else found | by_turn.any(axis=1).reshape(len(rewards), -1).any(axis=1)
 
 
 def padding_share(batches: Sequence[TrainBatch]) -> float:

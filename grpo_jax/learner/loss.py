@@ -7,8 +7,8 @@ Every normalisation is in w, computed once from the mask of the WHOLE batch, so 
 splits it into micro-batches. The operation `grpo_kernels.ops.grpo_loss` computes and differentiates the sum; its reference has the
 terms as code. Log-probabilities come from `logprobs`, advantages from `advantages`.
 
-ρ = exp(logπ − logπ_old) per token, A = advantage of the row, T_i = trained tokens of row i, T = Σ T_i, N = all rows (empty ones
-too), sg = stop-gradient:
+ρ = exp(logπ − logπ_old) per token, A = advantage of the row (or token), T_i = trained tokens of row i, T = Σ T_i, N = all rows
+(empty ones too), sg = stop-gradient:
 
     loss       policy term m_it                                     w_it          source
     reinforce  −A·logπ                                              1/N           Williams, https://doi.org/10.1007/BF00992696
@@ -121,7 +121,7 @@ def grpo_loss(
         logps: [N, C], of the policy that is trained.
         old_logps: [N, C], of the policy before the first update on this batch; None = the same as logps (one update a batch).
         ref_logps: [N, C], of the reference; may be None where the loss has no KL term.
-        advantages: [N].
+        advantages: [N], or [N, C] with advantages by turn (`turn_credit.py`).
         completion_mask: [N, C], True = the token is trained. Values at other tokens, even NaN, have no effect. A row without any
             True gives 0 and stays in the denominators that count rows.
         objective: the settings.

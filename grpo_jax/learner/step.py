@@ -199,18 +199,18 @@ class Learner:
         if objective.kl_in_reward and ref_logps is not None:
             rewards, old_logps = self.subtract_kl(batch, ref_logps, self.policy_variables(state.trainable, frozen))
         advantages = self.advantages(rewards, batch) if batch.advantages is None else jnp.asarray(batch.advantages)
-        mask, per_row = batch.completion_mask, advantages.reshape(-1)
+        mask, (given, shown) = batch.completion_mask, token_advantages(advantages, batch)
         if self.skips:
-            counts = jnp.repeat(jnp.any(advantages != 0, axis=1), advantages.shape[1])
-            mask = mask & counts[:, None]
+            learns = jnp.any(given.reshape(len(advantages), -1) != 0, axis=1)
+            mask = mask & jnp.repeat(learns, advantages.shape[1])[:, None]
         known = {
             "ref_logps": ref_logps,
-            "advantages": per_row,
+            "advantages": given,
             "weights": token_weights(batch.completion_mask, objective, self.max_completion_length),
             "completion_mask": mask,
             "sampler_logps": batch.sampler_logprobs,
         }
-        chosen = self.chosen_tokens(state, batch, per_row, frozen)
+        chosen = self.chosen_tokens(state, batch, given, frozen)
         known |= {} if chosen is None else {"chosen": chosen}
         known |= {} if coefficient is None else {"entropy_weights": entropy_weights(batch.completion_mask, coefficient)}
         tokens: dict[str, Array] = {}
@@ -218,8 +218,8 @@ class Learner:
             state, _, tokens, metrics = self.update(state, batch, known | {"old_logps": old_logps}, frozen)
         else:
             state, metrics = self.iterate(state, batch, known, old_logps, frozen)
-        metrics = batch_metrics(batch, advantages) | metrics | adapting
-        return self.placed(state), pack(metrics, advantages, self.model.layout, tokens)
+        metrics = batch_metrics(batch, shown) | metrics | adapting
+        return self.placed(state), pack(metrics, shown, self.model.layout, tokens)
 
     def entropy_weight(
         self, state: TrainState, batch: TrainBatch
@@ -244,7 +244,7 @@ class Learner:
         return batch.rewards - jnp.float32(self.objective.beta) * penalty.reshape(batch.rewards.shape), logps
 
     def chosen_tokens(
-        self, state: TrainState, batch: TrainBatch, advantages: Float[Array, "N"], frozen: Frozen
+        self, state: TrainState, batch: TrainBatch, advantages: Float[Array, "N *C"], frozen: Frozen
     ) -> Bool[Array, "N C"] | None:
         """Which tokens have a policy term, where the objective chooses them; see `token_choice`."""
         entropy = None
@@ -389,3 +389,14 @@ def recorded_completions(config: Config) -> int:
     if not single or train.update_generations is not None:
         return 0
     return min(train.record_tokens, train.prompts_per_step) * config.rollout.num_generations
+
+
+def token_advantages(advantages: Float[Array, "B G"], batch: TrainBatch) -> tuple[Float[Array, "N *C"], Float[Array, "B G"]]:
+    """Returns advantages as the loss takes them, of rows or with credit by turn of tokens; and a row's mean over its tokens."""
+    rows = advantages.reshape(-1)
+    if batch.turn_advantages is None:
+        return rows, advantages
+    mask = jnp.asarray(batch.completion_mask)
+    tokens = jnp.where(mask, rows[:, None] + jnp.asarray(batch.turn_advantages), jnp.float32(0))
+    count = jnp.maximum(jnp.sum(mask.astype(jnp.float32), axis=1), jnp.float32(1))
+    return tokens, (jnp.sum(tokens, axis=1) / count).reshape(advantages.shape)

@@ -29,7 +29,7 @@ CLIP_COV_BOUNDS = (1.0, 5.0)
 def chosen_tokens(
     objective: ObjectiveConfig,
     batch: TrainBatch,
-    advantages: Float[Array, "N"],
+    advantages: Float[Array, "N *C"],
     step: Int[Array, ""],
     entropy: Float[Array, "N C"] | None,
 ) -> Bool[Array, "N C"] | None:
@@ -49,15 +49,16 @@ def chosen_tokens(
     return None if entropy is None else largest(entropy, mask, objective.top_entropy)
 
 
-def token_covariance(logps: Float[Array, "N C"], advantages: Float[Array, "N"], mask: Bool[Array, "N C"]) -> Float[Array, "N C"]:
+def token_covariance(logps: Float[Array, "N C"], advantages: Float[Array, "N *C"], mask: Bool[Array, "N C"]) -> Float[Array, "N C"]:
     """Computes each token's share of the covariance of log-probability and advantage; 0 where no token is trained."""
+    of_tokens = advantages if advantages.ndim == 2 else jnp.broadcast_to(advantages[:, None], mask.shape)
     count = jnp.maximum(jnp.sum(mask.astype(jnp.float32)), jnp.float32(1))
 
     def centred(array: Array) -> Array:
         known = jnp.where(mask, array, jnp.float32(0))
         return jnp.where(mask, known - jnp.sum(known) / count, jnp.float32(0))
 
-    return centred(logps) * centred(jnp.broadcast_to(advantages[:, None], mask.shape))
+    return centred(logps) * centred(of_tokens)
 
 
 def largest(values: Float[Array, "N C"], mask: Bool[Array, "N C"], share: float) -> Bool[Array, "N C"]:

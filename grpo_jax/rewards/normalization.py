@@ -36,10 +36,33 @@ def normalized_sum(
     for weight, values in zip(weights or [1.0] * len(per_function), per_function.values(), strict=True):
         given = np.where(valid, values, np.nan).astype(np.float64).reshape(-1, group)
         for row, out in zip(given, total, strict=True):
-            known = row[~np.isnan(row)]
-            if known.size >= 2 and known.max() > known.min():
-                out += weight * np.nan_to_num((row - known.mean()) / (known.std(ddof=1) + eps))
+            out += weight * standard_scores(row, eps)
     return total.reshape(-1).astype(np.float32)
+
+
+def standard_scores(values: np.ndarray, eps: float | None) -> np.ndarray:
+    """Computes (x − mean) / (std + eps), ddof 1, of the values that are not NaN; with eps None x − mean.
+
+    Returns:
+        float64; 0 where there is no value, and exactly 0 everywhere where all values are equal or there are fewer than two.
+    """
+    known = values[~np.isnan(values)]
+    if known.size < 2 or known.max() == known.min():
+        return np.zeros(values.shape)
+    return np.nan_to_num((values - known.mean()) / (1.0 if eps is None else known.std(ddof=1) + eps))
+
+
+def weighted_sum(terms: Sequence[tuple[float, np.ndarray]], count: int) -> np.ndarray:
+    """Adds weighted values of N rows, [N] float32; NaN counts as 0.
+
+    Args:
+        terms: weight and [N] values of each function.
+        count: N.
+    """
+    total = np.zeros(count)
+    for weight, values in terms:
+        total += weight * np.nan_to_num(values.astype(np.float64))
+    return total.astype(np.float32)
 
 
 def sum_metrics(scored: ScoredBatch) -> dict[str, float]:

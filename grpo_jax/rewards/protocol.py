@@ -97,6 +97,7 @@ class ScoredBatch:
         failures: Every (function, row) that failed.
         remarks: What else happened, such as "judge raised ...; called again, it answered".
         seconds_by_process: How long each of several processes took to score its own rows; empty for one process.
+        turn_rewards: Rewards that the environment gave to each row's turns, where advantages are by turn; else None.
 
     Example:
         ScoredBatch(rewards=np.float32([1.0, 0.0]), valid=np.array([True, False]),
@@ -109,6 +110,7 @@ class ScoredBatch:
     failures: list[Failure]
     remarks: list[str] = field(default_factory=list)
     seconds_by_process: list[float] = field(default_factory=list)
+    turn_rewards: list[list[float]] | None = None
 
     @property
     def failed_rows(self) -> int:

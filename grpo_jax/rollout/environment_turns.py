@@ -131,7 +131,7 @@ class EnvironmentTurns:
         self._close()
         columns = {name: [v for v in values for _ in range(self.generations)] for name, values in self.prompts.columns.items()}
         columns |= {
-            "environment_reward": [sum(own.rewards) if own.rewards else None for own in self.episodes],
+            "environment_reward": [own.reward for own in self.episodes],
             "environment_failure": [own.failure or None for own in self.episodes],
             "environment_info": [own.info for own in self.episodes],
             "environments": [object_of(own.environment) for own in self.episodes],
@@ -193,8 +193,7 @@ class EnvironmentTurns:
             if not isinstance(step, Step):
                 raise TypeError(f"step returned {type(step).__name__} instead of a Step")
             messages = as_messages(step.messages, "step")
-            if step.reward is not None:
-                episode.rewards.append(finite_reward(step.reward))
+            episode.rewards.append(None if step.reward is None else finite_reward(step.reward))
         except TypeError as error:
             episode.failure = str(error)
             return []

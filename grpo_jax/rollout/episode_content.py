@@ -23,7 +23,7 @@ class Episode:
         turn: tokens of the turn that is being answered.
         turns: turns of the model so far.
         tokens: of the completion that `messages` have.
-        rewards: of the steps that gave one.
+        rewards: of every step; None where it gave none.
         info: of every step.
         failure: why the episode failed; "" where it did not.
         seconds: spent in the environment.
@@ -35,10 +35,21 @@ class Episode:
     turn: list[int] = field(default_factory=list)
     turns: int = 0
     tokens: int = 0
-    rewards: list[float] = field(default_factory=list)
+    rewards: list[float | None] = field(default_factory=list)
     info: list[dict[str, Any]] = field(default_factory=list)
     failure: str = ""
     seconds: float = 0.0
+
+    @property
+    def reward(self) -> float | None:
+        """The sum over the steps; None where none gave a reward."""
+        given = [reward for reward in self.rewards if reward is not None]
+        return sum(given) if given else None
+
+    @property
+    def turn_rewards(self) -> list[float]:
+        """The reward of every step, 0 where it gave none."""
+        return [0.0 if reward is None else reward for reward in self.rewards]
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,9 @@ class EpisodeSetup:
         """
         environments = Environments.read(config.environment, given.environment, given.tools, methods=given.methods)
         named = [entry for entry in entries if names_environment(entry)]
+        turns = environments is not None and environments.factory is not None and not given.methods
+        fix = "use episode: only an environment gives rewards by turn, and tools give none"
+        require(turns or config.objective.credit == "episode", "objective.credit", config.objective.credit, fix)
         if environments is None:
             fix = "there is no environment: set environment.name or environment.tools, or leave this reward out"
             require(not named, "rewards.functions", ["environment"] if named else [], fix)

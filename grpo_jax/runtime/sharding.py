@@ -67,6 +67,7 @@ BATCH_AXES: AxesTable = {
     ("valid",): ("prompts", None),
     ("advantages",): ("prompts", None),
     ("old_logprobs",): ("rows", "tokens"),
+    ("turn_advantages",): ("rows", "tokens"),
 }
 """Axes of a `TrainBatch`."""
 

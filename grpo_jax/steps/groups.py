@@ -115,6 +115,7 @@ def scored_rows(scored: ScoredBatch, rows: np.ndarray) -> ScoredBatch:
         valid=scored.valid[rows],
         per_function={name: values[rows] for name, values in scored.per_function.items()},
         failures=[replace(each, row=place[each.row]) for each in scored.failures if each.row in place],
+        turn_rewards=None if scored.turn_rewards is None else [scored.turn_rewards[row] for row in rows],
     )
 
 
@@ -132,4 +133,5 @@ def joined_scores(parts: Sequence[ScoredBatch]) -> ScoredBatch:
         ],
         remarks=list(dict.fromkeys(remark for part in parts for remark in part.remarks)),
         seconds_by_process=[sum(times) for times in zip(*seconds, strict=True)],
+        turn_rewards=None if parts[0].turn_rewards is None else chained(part.turn_rewards for part in parts),
     )

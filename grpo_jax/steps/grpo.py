@@ -13,7 +13,7 @@ import numpy as np
 from grpo_jax.config import Config
 from grpo_jax.data.source import PromptSource
 from grpo_jax.fit.abstract import Placement, abstract_batch, shapes_of
-from grpo_jax.learner.batches import differing, on_devices, padding_share, reward_table, train_batch
+from grpo_jax.learner.batches import learnable, on_devices, padding_share, train_batch
 from grpo_jax.learner.packing import RowSize
 from grpo_jax.learner.reference import moved_reference
 from grpo_jax.learner.reward_models import reward_model_files
@@ -224,7 +224,7 @@ class GrpoStep:
             return score_groups(self, sampled, clock, 1.0)
 
         def spread_of(groups: Groups) -> np.ndarray:
-            return differing(*reward_table(groups.scored, config, len(groups)))
+            return learnable(groups.rollout, groups.scored, config, len(groups))
 
         most = shapes.prompts if shapes.sizes.fixed else size
         filled = fill_step(sample, spread_of, size, choice.limit - size, most)

@@ -87,7 +87,8 @@ def read_grpo_step(
     if driver is not None:
         policy.spec.check_episodes()
     load_reward_models(functions, policy.layout, display.compiling)
-    step = build_grpo_step(config, policy, source, functions, display, optimizer=optimizer, loss_fn=loss_fn)
+    options: dict[str, Any] = {"optimizer": optimizer, "loss_fn": loss_fn, "episodes": driver is not None}
+    step = build_grpo_step(config, policy, source, functions, display, **options)
     return replace(step, runner=runner, choice=choice, driver=driver, sets=sets)
 
 
@@ -100,6 +101,7 @@ def build_grpo_step(
     *,
     optimizer: optax.GradientTransformation | None = None,
     loss_fn: LossFunction | None = None,
+    episodes: bool = False,
 ) -> GrpoStep:
     """Builds the step from what has been read and checked. Compiles nothing, except with `train.micro_batch_tokens: auto`."""
     base = {} if policy.adapters is None else policy.params
@@ -108,7 +110,8 @@ def build_grpo_step(
     lengths = text_lengths(config, source.prompt_lengths[0])
     if is_auto(config):
         problems = len(source.held_out) if isinstance(source, PromptSource) else 0
-        fit = fit_run(with_widest_prompts(config, source), policy, frozen, display, problems, make_learner, lengths)
+        widest = with_widest_prompts(config, source)
+        fit = fit_run(widest, policy, frozen, display, problems, make_learner, lengths, episodes=episodes)
         kl = Program("KL to the reference", fit.learner.kl_sums, announce=display.compiling)
         config = replace(config, train=fit.config.train, rollout=replace(config.rollout, slots=fit.config.rollout.slots))
         parts = (config, policy, source, functions, fit.sampler, fit.learner, fit.sizes, fit.update, kl, frozen, display)

@@ -71,19 +71,20 @@ class MiniBatches:
             The next state, the step's metrics, and the advantages [N].
         """
         step = jax.device_put(joined(batches))
-        advantages = np.asarray(jax.device_get(self.advantages(step.rewards, step)))
+        compared = np.asarray(jax.device_get(self.advantages(step.rewards, step)))
         parts = []
-        for batch, own in zip(batches, np.split(advantages, len(batches)), strict=True):
+        for batch, own in zip(batches, np.split(compared, len(batches)), strict=True):
             part = on_devices(replace(batch, advantages=own), self.layout)
             given = part.old_logprobs is not None
             parts.append(part if given else replace(part, old_logprobs=self.old(state.trainable, part, frozen)))
-        metrics = []
+        made = []
         for part in parts:
             state, packed = self.update(state, part, frozen)
-            metrics.append(packed)
-        found = combined([packed.to_dict() for packed in metrics])
-        alike = {"reward/frac_zero_std": float((advantages == 0).all(axis=1).mean())}
-        return state, found | sum_metrics(scored) | alike, advantages.reshape(-1)
+            made.append(packed)
+        found, own = zip(*(packed.to_host() for packed in made), strict=True)
+        advantages = np.concatenate(own)
+        alike = {"reward/frac_zero_std": float((advantages.reshape(compared.shape) == 0).all(axis=1).mean())}
+        return state, combined(found) | sum_metrics(scored) | alike, advantages
 
 
 def parts_of(prompts: PromptBatch, rollout: Rollout, scored: ScoredBatch, count: int) -> list[Part]:
@@ -118,6 +119,7 @@ def part_of(prompts: PromptBatch, rollout: Rollout, scored: ScoredBatch, own: sl
             rewards=scored.rewards[rows],
             valid=scored.valid[rows],
             per_function={name: values[rows] for name, values in scored.per_function.items()},
+            turn_rewards=None if scored.turn_rewards is None else scored.turn_rewards[rows],
         ),
     )
 

@@ -53,8 +53,8 @@ def step_metrics(update: dict[str, Any], made: StepParts, config: Config, clock:
     metrics = dict(update)
     metrics.setdefault("kl_divergence", None)  # not computed, which is not 0
     metrics["update/padding"] = made.padding
-    if config.objective.normalize_each_reward or made.learned is not groups:
-        metrics |= sum_metrics(scored)  # the update has seen normalised rewards, or those of some completions
+    if config.objective.normalize_each_reward or config.objective.credit == "turn" or made.learned is not groups:
+        metrics |= sum_metrics(scored)  # the update has seen normalised rewards, the outcome's, or those of some completions
     metrics |= variety_metrics(groups.texts, config.rollout.num_generations)
     metrics |= episode_metrics(groups.episodes) if groups.episodes else {}
     metrics |= reward_metrics(scored) | length_metrics(rollout) | made.filled.metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from grpo_jax.rewards import warning_lines
@@ -165,6 +165,8 @@ def score_groups(step: GrpoStep, sampled: SampledGroups, clock: Clock, max_faile
             max_failed_share=max_failed_share,
             runner=step.runner if calls is None or calls.abandoned else calls,
         )
+    if config.objective.credit == "turn":
+        scored = replace(scored, turn_rewards=[own.turn_rewards for own in rows.episodes])
     for line in warning_lines(scored):
         step.display.warning(line)
     clock.lap("reward_seconds")

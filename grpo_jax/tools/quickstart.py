@@ -11,40 +11,21 @@ answer: it only learns whether a sampled one is right.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from grpo_jax.config import ConfigError, load
-from grpo_jax.models.families import read_spec
+from grpo_jax.steps.builtin.small_model import SMALL_MODEL, save_random_model, write_rows
 from grpo_jax.trainer import TrainResult, sft, train
 
 SYMBOLS = ("<pad>", "<s>", "</s>", *"0123456789+=")
 HELD_OUT, PLAIN_SHARE, FORGETS = 512, 0.5, 2 / 3
 """Number of held-out problems; share of the problems without a carry that are used; how often the pupil forgets to carry."""
 
-MODEL: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": len(SYMBOLS),
-    "hidden_size": 96,
-    "intermediate_size": 384,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "hidden_act": "silu",
-    "initializer_range": 0.05,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "torch_dtype": "float32",
-}
+MODEL: dict[str, Any] = {**SMALL_MODEL, "vocab_size": len(SYMBOLS)}
+"""The model's config.json."""
 
 
 def quickstart(run_dir: str | Path = "runs/quickstart", configs: str | Path = "configs") -> TrainResult:
@@ -126,45 +107,10 @@ def pupil(a: int, b: int, rng: np.random.Generator) -> str:
     return str(a + b - 10 * forgotten)
 
 
-def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes one JSON object per line."""
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 def make_model(folder: Path, seed: int = 0) -> None:
     """Writes a Hugging Face model folder: random weights, config, and a tokenizer with one token per character."""
     save_random_model(folder, MODEL, seed)
     make_tokenizer(folder)
-
-
-def save_random_model(folder: Path, values: dict[str, Any], seed: int) -> None:
-    """Writes a Hugging Face model folder with random weights, without a tokenizer.
-
-    Args:
-        values: of config.json.
-    """
-    import jax
-    import jax.numpy as jnp
-    from safetensors.numpy import save_file
-
-    from grpo_jax.models.spec import init_params
-    from grpo_jax.weights.export import merged_weights
-    from grpo_jax.weights.hf import WEIGHTS
-    from grpo_jax.weights.names import tensor_names
-
-    spec = read_spec(values)
-    read = merged_weights(spec, init_params(spec, jax.random.key(seed), jnp.float32), None, None)
-    tensors = {
-        name: np.ascontiguousarray(values.T if source.transposed else values)
-        for path, source in tensor_names(spec).items()
-        for name, place in source.entries()
-        for values in [read(path, place)]
-    }
-    folder.mkdir(parents=True)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
-    generation = {name: values[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")
 
 
 def make_tokenizer(folder: Path) -> None:

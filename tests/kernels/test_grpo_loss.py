@@ -94,7 +94,9 @@ def expected(x: Case, s: LossSettings, leave_out: tuple[str, ...] = ()) -> Any:
     logps, weights = given["logps"], given["weights"]
     old = logps if given["old"] is None else given["old"]
     whole = logps if given["whole"] is None else given["whole"]
-    a = np.where(mask.any(1), x["advantages"], 0.0).astype(np.float64)[:, None]
+    of_rows = x["advantages"].ndim == 1
+    a = np.where(mask.any(1) if of_rows else mask, x["advantages"], 0.0).astype(np.float64)
+    a = a[:, None] if of_rows else a
     log_ratio = np.clip(logps - old, -80, 80)
     tokens, factor, outside = np.maximum(mask.sum(1, keepdims=True), 1), np.ones(mask.shape), None
     if s.importance_cap is not None or s.importance_floor is not None:
@@ -252,6 +254,22 @@ def test_loss_sums_and_slopes(settings: dict[str, Any], leave_out: tuple[str, ..
 def test_odd_sizes(size: tuple[int, int], implementation: str) -> None:
     x, s = case(*size), LossSettings(loss="gspo", beta=0.2)
     assert_equal(computed(implementation, x, s, ("sampler", "whole")), expected(x, s, ("sampler", "whole")), x)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_tokens_may_have_their_own_advantages(implementation: str) -> None:
+    x, s = case(*RAGGED), LossSettings(loss="dapo", delta=1.5, importance_cap=1.2, beta=0.3)
+    own = np.random.default_rng(8).normal(size=RAGGED).astype(np.float32)
+    own[~x["mask"]] = np.nan
+    assert_equal(computed(implementation, x | {"advantages": own}, s), expected(x | {"advantages": own}, s), x)
+
+
+@pytest.mark.parametrize("settings", [{"loss": "gspo"}, {"loss": "vespo"}, {"off_policy_threshold": 0.1}], ids=named)
+def test_a_ratio_of_the_row_takes_one_advantage_a_row(settings: dict[str, Any]) -> None:
+    x = case(4, 7)
+    arrays = (x["logps"], x["old"], x["ref"], np.ones((4, 7), np.float32), x["mask"], x["weights"])
+    with pytest.raises(ValueError, match=r"advantages has shape \(4, 7\): .* needs \[N\]"):
+        grpo_loss(*arrays, settings=LossSettings(**settings), sampler_logps=x["sampler"])
 
 
 def test_block_sizes_are_what_a_tpu_takes() -> None:

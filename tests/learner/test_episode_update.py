@@ -16,7 +16,7 @@ from plain_oracles import LORA, golden_config, moved, plain_model, quick_compili
 
 from grpo_jax.config import Config
 from grpo_jax.learner.batches import on_devices, text_batch, train_batch
-from grpo_jax.learner.packing import Lengths, pack, row_sizes
+from grpo_jax.learner.packing import Lengths, RowSize, pack, row_sizes
 from grpo_jax.learner.step import Learner
 from grpo_jax.rewards.protocol import ScoredBatch
 from grpo_jax.run.step_metrics import length_metrics
@@ -88,13 +88,16 @@ def plain_logps(adapters: Params) -> Any:
     return jnp.take_along_axis(before, targets[:, :, None], axis=2)[:, :, 0]
 
 
-def update(config: Config, old: np.ndarray) -> tuple[Params, dict[str, float], np.ndarray]:
+def update(
+    config: Config, old: np.ndarray, scored: ScoredBatch | None = None, sizes: tuple[RowSize, ...] = SIZES
+) -> tuple[Params, dict[str, float], np.ndarray]:
     """Gradient, metrics and advantages of one update."""
     policy = tiny_policy(FAMILY, LORA)
-    prompts, rollout, scored = episodes()
+    prompts, rollout, usual = episodes()
+    scored = usual if scored is None else scored
     assert policy.adapters is not None
     learner = Learner.of(config, policy.model, full=False, updates=1, stop_ids=(), optimizer=recording())
-    batch = train_batch(prompts, rollout, scored, config, SIZES, skips=learner.skips)
+    batch = train_batch(prompts, rollout, scored, config, sizes, skips=learner.skips)
     batch = on_devices(dataclasses.replace(batch, old_logprobs=old), None)
     frozen = Frozen(policy.params, moved(policy.adapters, 3, 0.02))
     state, packed = Program("update", learner.train_step)(learner.init(policy.adapters), batch, frozen)
@@ -102,13 +105,13 @@ def update(config: Config, old: np.ndarray) -> tuple[Params, dict[str, float], n
 
 
 def plain_gradient(loss: str, mask: np.ndarray, old: np.ndarray, advantages: np.ndarray, beta: float) -> tuple[Any, Params]:
-    """Loss and gradient by the formulas of dapo or gspo, with the corrected k3."""
+    """Loss and gradient by the formulas of dapo or gspo, with the corrected k3; advantages of rows [N] or tokens [N, C]."""
     policy = tiny_policy(FAMILY, LORA)
     assert policy.adapters is not None
     ref = jax.lax.stop_gradient(plain_logps(moved(policy.adapters, 3, 0.02)))
     counts = np.maximum(mask.sum(axis=1, keepdims=True), 1)
     weights = jnp.asarray(mask / (mask.sum() if loss == "dapo" else N * counts), jnp.float32)
-    a = jnp.asarray(advantages, jnp.float32)[:, None]
+    a = jnp.asarray(advantages.reshape(N, -1), jnp.float32)
 
     def of(adapters: Params) -> Any:
         logps = plain_logps(adapters)
@@ -171,6 +174,53 @@ def test_kl_in_the_reward_and_lengths_in_the_advantage_count_the_models_tokens()
     lengths = mask.sum(axis=1).reshape(B, G)
     expected = rewards - (lengths * rewards).sum(axis=1, keepdims=True) / lengths.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(advantages.reshape(B, G), expected, rtol=0, atol=1e-5)
+
+
+def by_turn() -> tuple[ScoredBatch, np.ndarray]:
+    """Rewards of turns in halves, and the advantages of tokens by loops: discount 0.5, no deviation; row 4 is not valid."""
+    _, rollout, scored = episodes()
+    assert rollout.sampled is not None
+    rng, turns, numbers = np.random.default_rng(5), [], np.full((N, C), -1)
+    for row, own in enumerate(rollout.sampled):
+        turn = -1
+        for column, flag in enumerate(own):
+            turn += int(flag and (column == 0 or not own[column - 1]))
+            numbers[row, column] = turn if flag else -1
+        turns.append((rng.integers(0, 5, turn + 1) / 2).tolist())
+    valid = np.arange(N) != 4
+    advantages = np.zeros((N, C))
+    for row, column in np.argwhere(numbers >= 0):
+        group = [other for other in range(row // G * G, row // G * G + G) if valid[other]]
+        turn = numbers[row, column]
+        to_go = {
+            other: sum(reward / 2 ** (later - turn) for later, reward in enumerate(turns[other]) if later >= turn)
+            for other in group
+            if len(turns[other]) > turn
+        }
+        if row in to_go:
+            outcomes = [float(scored.rewards[other]) for other in group]
+            advantages[row, column] = scored.rewards[row] - np.mean(outcomes) + 2 * (to_go[row] - np.mean(list(to_go.values())))
+    environment = np.array([sum(own) for own in turns], np.float32)
+    values = {"r": scored.rewards, "environment": environment}
+    return dataclasses.replace(scored, valid=valid, per_function=values, turn_rewards=turns), advantages
+
+
+@pytest.mark.parametrize("cut", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_turns_have_their_own_advantages_however_rows_are_cut(cut: bool) -> None:
+    settings = {"loss": "dapo", "beta": BETA, "epsilon": 0.2, "epsilon_high": 0.2, "credit": "turn", "turn_discount": 0.5}
+    config = config_of(**settings, scale_rewards="none", importance_cap=None)
+    rewards = dataclasses.replace(config.rewards, functions=["r", "environment"], weights=[1.0, 2.0])
+    scored, advantages = by_turn()
+    _, rollout, _ = episodes()
+    assert rollout.sampled is not None
+    sizes = row_sizes(Lengths(3, 6, C), B, G, 20) if cut else SIZES
+    gradient, metrics, shown = update(dataclasses.replace(config, rewards=rewards), old_logps(), scored, sizes)
+    mask = table([list(flags) for flags in rollout.sampled], False)
+    value, expected = plain_gradient("dapo", mask, old_logps(), advantages, BETA)
+    assert_near(gradient, expected)
+    assert metrics["loss"] == pytest.approx(float(value), abs=1e-5)
+    means = (advantages * mask).sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
+    np.testing.assert_allclose(shown, means, rtol=0, atol=1e-5)
 
 
 def test_only_sampled_tokens_have_an_entry_and_all_tokens_are_read() -> None:

@@ -72,7 +72,7 @@ class FixedTurns:
 
     def __post_init__(self) -> None:
         self.first_ids: Sequence[Sequence[int]] = [[]] * self.rows
-        self.turns = [0] * self.rows
+        self.turns, self.waited = [0] * self.rows, [0.0] * self.rows
         self.rng = np.random.default_rng(0)
 
     def ended(self, row: int, ids: list[int], reason: FinishReason) -> None:
@@ -84,6 +84,7 @@ class FixedTurns:
             return
         # exp(μ + σ²/2) is the mean; σ = 1.
         seconds = float(self.rng.lognormal(np.log(self.mean_seconds) - 0.5, 1.0))
+        self.waited[row] += seconds
         threading.Timer(seconds, self.answer, [answer]).start()
 
     def answer(self, answer: Answer) -> None:
@@ -150,7 +151,11 @@ def compare(rounds: int, layers: int, width: int) -> None:
 
 
 def waits(slots: int, mean_seconds: float, layers: int, width: int) -> None:
-    """Prints the share of the time in which the device computes nothing."""
+    """Prints the share of the time in which the device computes nothing.
+
+    A rollout takes at least as long as its longest episode waits. So the share says something about the sampler only where the
+    device computes for much longer than that.
+    """
     sampler, weights = small_model(layers, width)
     prompts, generations = prompts_of(8), 4
     settings = {"max_completion_length": TURNS * (SAMPLED + OUTSIDE), "segment": 8, "slots": slots}
@@ -162,13 +167,18 @@ def waits(slots: int, mean_seconds: float, layers: int, width: int) -> None:
         jax.block_until_ready(results)
         busy += time.perf_counter() - begun
 
-    for mean in (0.0, mean_seconds):
-        for refill in (True, False) if mean else (True,):
-            turns, busy = FixedTurns(len(prompts) * generations, mean), 0.0
-            for program in sampler.programs:
-                program.observe = observe
-            seconds = seconds_of(with_cache, sampler, weights, prompts, dataclasses.replace(rollout, refill=refill), turns)
-            print(f"answers after {mean} s, refilled slots: {refill}; idle {1 - busy / seconds:.1%} of {seconds:.1f} s", flush=True)
+    for mean, refill in ((0.02, True), (0.02, False), (0.0, True), (mean_seconds, True), (mean_seconds, False)):
+        turns, busy = FixedTurns(len(prompts) * generations, mean), 0.0
+        for program in sampler.programs:
+            program.observe = observe
+        seconds = seconds_of(with_cache, sampler, weights, prompts, dataclasses.replace(rollout, refill=refill), turns)
+        if mean == 0.02:
+            continue  # compiles
+        waited = f"the episode that waited longest did so for {max(turns.waited):.1f} s"
+        print(
+            f"answers after {mean} s, refilled slots: {refill}; idle {1 - busy / seconds:.1%} of {seconds:.1f} s; {waited}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

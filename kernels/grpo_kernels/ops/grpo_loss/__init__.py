@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from grpo_kernels.ops.grpo_loss.block_sizes import BlockSizes, choose_block_sizes
 from grpo_kernels.ops.grpo_loss.mosaic_tpu import grpo_loss_mosaic_tpu
+from grpo_kernels.ops.grpo_loss.policy_terms import ROW_RATIOS
 from grpo_kernels.ops.grpo_loss.reference import Constants, Sums, grpo_loss_reference
 from grpo_kernels.ops.grpo_loss.settings import LossSettings
 from grpo_kernels.ops.grpo_loss.xla import Slopes, grpo_loss_and_slopes
@@ -51,7 +52,7 @@ def grpo_loss(
         logps: [N, C], of the policy that is trained.
         old_logps: [N, C], of the policy before the first update on this batch; None = the same as logps, without gradient.
         ref_logps: [N, C], of the reference; None where there is none.
-        advantages: [N].
+        advantages: [N], or [N, C] where tokens of a row have their own; then no loss whose ratio is the row's.
         completion_mask: [N, C], True = the token is trained. Values elsewhere, NaN included, change nothing.
         weights: [N, C], of each token in the loss.
         settings: static settings.
@@ -113,6 +114,9 @@ def checked(
     check_shapes(logps, advantages, **given, completion_mask=completion_mask, weights=weights, chosen=chosen)
     if settings.beta > 0 and ref_logps is None:
         raise ValueError(f"ref_logps is None, but beta is {settings.beta:g}: give ref_logps, or set beta to 0")
+    if jnp.ndim(advantages) == 2 and (settings.loss in (*ROW_RATIOS, "vespo") or settings.off_policy_threshold is not None):
+        name = settings.loss if settings.off_policy_threshold is None else "off_policy_threshold"
+        raise ValueError(f"advantages has shape {jnp.shape(advantages)}: {name} needs [N], one number a row")
     if settings.needs_sampler and sampler_logps is None:
         names = ("importance_cap", "importance_floor", "off_policy_threshold")
         name, value = next((name, getattr(settings, name)) for name in names if getattr(settings, name) is not None)
@@ -145,8 +149,10 @@ def check_shapes(logps: ArrayLike, advantages: ArrayLike | None = None, **others
     for name, array in others.items():
         if array is not None and jnp.shape(array) != shape:
             raise ValueError(f"{name} has shape {jnp.shape(array)}: it must have the shape of logps, [N, C] = {shape}")
-    if advantages is not None and jnp.shape(advantages) != shape[:1]:
-        raise ValueError(f"advantages has shape {jnp.shape(advantages)}: it must be [N] = {shape[:1]}, one number a row of logps")
+    if advantages is not None and jnp.shape(advantages) not in (shape[:1], shape):
+        raise ValueError(
+            f"advantages has shape {jnp.shape(advantages)}: it must be [N] = {shape[:1]}, one number a row of logps, or {shape}"
+        )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -12,7 +12,7 @@ MASK_ROWS = 32
 """Rows in a block are a multiple of this: the mask has one byte a token, of which a TPU's tile holds 32 rows."""
 
 BLOCK_TOKENS = 2**15
-"""Tokens in a block, 128 KiB of each array: up to seven are read and two written, in two buffers each, which fits every TPU."""
+"""Tokens in a block, 128 KiB of each array: up to eight are read and two written, in two buffers each, which fits every TPU."""
 
 BLOCK_LENGTH = 1024
 """Most tokens of one row in a block. A row up to this long is one block."""

@@ -30,6 +30,7 @@ from grpo_kernels.ops.grpo_loss.reference import (
     Sums,
     Terms,
     Tokens,
+    as_columns,
     at_least_one,
     either,
     finished_terms,
@@ -192,7 +193,7 @@ def grpo_loss_mosaic_tpu(
     given |= {"whole": whole} if uses_whole else {}
     given |= {"old": constants.old} if uses_old else {}
     inputs = {name: array for name, array in given.items() if array is not None}
-    inputs |= {"weights": constants.weights, "mask": constants.mask.astype(jnp.int8), "advantage": constants.advantages[:, None]}
+    inputs |= {"weights": constants.weights, "mask": constants.mask.astype(jnp.int8), "advantage": as_columns(constants.advantages)}
     inputs |= {} if constants.chosen is None else {"chosen": constants.chosen.astype(jnp.int8)}
     names = ["loss", "policy_loss", "tokens", "clipped_low", "clipped_high"]
     names += ["kl"] if constants.ref is not None else []
@@ -210,7 +211,7 @@ def grpo_loss_mosaic_tpu(
     sums, *out = pl.pallas_call(
         functools.partial(loss_kernel, arrays=arrays, settings=settings),
         grid=(pl.cdiv(rows, blocks.rows), sweeps, pl.cdiv(length, blocks.tokens)),
-        in_specs=[column if name == "advantage" else block for name in inputs],
+        in_specs=[column if name == "advantage" and constants.advantages.ndim == 1 else block for name in inputs],
         out_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), *[written] * count],
         out_shape=[jax.ShapeDtypeStruct((len(names),), jnp.float32), *[jax.ShapeDtypeStruct((rows, length), jnp.float32)] * count],
         scratch_shapes=[pltpu.VMEM((blocks.rows, 1), jnp.float32)] * (len(RowSums._fields) if twice else 0),

@@ -1,8 +1,8 @@
 """The policy term m of every loss, as a table of small functions of arrays of any block size; no tiling, no sums over rows.
 
-ρ = exp(logπ − logπ_old) per token, A = advantage of the row, T_i = trained tokens of row i, sg = stop-gradient. `TERMS` has a
-function for every loss. The losses in `ROW_RATIOS` replace ρ by one ratio of the row, ρ_i = exp(Σ_t f(log ρ_it) / T_i), with f from
-that table.
+ρ = exp(logπ − logπ_old) per token, A = advantage of the row or the token, T_i = trained tokens of row i, sg = stop-gradient.
+`TERMS` has a function for every loss. The losses in `ROW_RATIOS` replace ρ by one ratio of the row,
+ρ_i = exp(Σ_t f(log ρ_it) / T_i), with f from that table; the row then has one advantage.
 
 `grpo_jax.learner.loss` lists sources, and what was chosen where a source leaves a choice.
 """
@@ -48,14 +48,14 @@ class Inputs(NamedTuple):
     Attributes:
         logps: logπ of each token.
         log_ratio: log ρ, bounded; one column where the ratio is the row's.
-        advantage: A of each row.
+        advantage: A of each row, or of each token.
         log_weight: Σ_t log ρ_t of each row; None where no loss needs it.
         chosen: True = the token is an ordinary one; None is all.
     """
 
     logps: Float[Array, "n c"]
     log_ratio: Float[Array, "n _"]
-    advantage: Float[Array, "n 1"]
+    advantage: Float[Array, "n _"]
     log_weight: Float[Array, "n 1"] | None = None
     chosen: Bool[Array, "n c"] | None = None
 
@@ -159,19 +159,19 @@ TERMS: dict[str, Callable[[Inputs, LossSettings], Term]] = {
 }
 
 
-def unchanged(log_ratio: Float[Array, "n c"], advantage: Float[Array, "n 1"], s: LossSettings) -> Term:
+def unchanged(log_ratio: Float[Array, "n c"], advantage: Float[Array, "n _"], s: LossSettings) -> Term:
     """f(x) = x."""
     return Term(log_ratio)
 
 
-def limited(log_ratio: Float[Array, "n c"], advantage: Float[Array, "n 1"], s: LossSettings) -> Term:
+def limited(log_ratio: Float[Array, "n c"], advantage: Float[Array, "n _"], s: LossSettings) -> Term:
     """f(x) = min(x, ε_high) where A > 0, max(x, −ε) where A < 0."""
     low, high = jnp.float32(-s.epsilon), jnp.float32(s.epsilon_high)
     cut_low, cut_high = (advantage < 0) & (log_ratio < low), (advantage > 0) & (log_ratio > high)
     return Term(jnp.where(cut_high, high, jnp.where(cut_low, low, log_ratio)), cut_low, cut_high)
 
 
-ROW_RATIOS: dict[str, Callable[[Float[Array, "n c"], Float[Array, "n 1"], LossSettings], Term]] = {
+ROW_RATIOS: dict[str, Callable[[Float[Array, "n c"], Float[Array, "n _"], LossSettings], Term]] = {
     "gspo": unchanged,
     "luspo": unchanged,
     "geo_mean": limited,

@@ -28,7 +28,7 @@ class Constants(NamedTuple):
     old: Float[Array, "N C"] | None
     ref: Float[Array, "N C"] | None
     sampler: Float[Array, "N C"] | None
-    advantages: Float[Array, "N"]
+    advantages: Float[Array, "N"] | Float[Array, "N C"]
     mask: Bool[Array, "N C"]
     weights: Float[Array, "N C"]
     chosen: Bool[Array, "N C"] | None = None
@@ -43,7 +43,7 @@ class Tokens(NamedTuple):
     ref: Float[Array, "n c"] | None
     sampler: Float[Array, "n c"] | None
     weights: Float[Array, "n c"]
-    advantage: Float[Array, "n 1"]
+    advantage: Float[Array, "n _"]
     mask: Bool[Array, "n c"]
     chosen: Bool[Array, "n c"] | None
 
@@ -100,7 +100,7 @@ def masked(
     ref: Float[Array, "n c"] | None,
     sampler: Float[Array, "n c"] | None,
     weights: Float[Array, "n c"],
-    advantage: Float[Array, "n 1"],
+    advantage: Float[Array, "n _"],
     mask: Bool[Array, "n c"],
     chosen: Bool[Array, "n c"] | None = None,
 ) -> Tokens:
@@ -118,7 +118,7 @@ def masked(
         ref=constant(ref),
         sampler=constant(sampler),
         weights=stop_gradient(only(mask, weights)),
-        advantage=stop_gradient(advantage),
+        advantage=stop_gradient(advantage if advantage.shape != mask.shape else only(mask, advantage)),
         mask=mask,
         chosen=chosen,
     )
@@ -261,10 +261,15 @@ def token_sums(tokens: Tokens, terms: Terms) -> Sums:
     return {name: stop_gradient(value) for name, value in sums.items()}
 
 
+def as_columns(advantages: Float[Array, "N"] | Float[Array, "N C"]) -> Float[Array, "N _"]:
+    """Advantages as a column of rows; those of tokens as they are."""
+    return advantages[:, None] if advantages.ndim == 1 else advantages
+
+
 def tokens_of(logps: Float[Array, "N C"], whole: Float[Array, "N C"] | None, constants: Constants) -> Tokens:
     """Masks the arrays of all rows."""
     old, ref, sampler, advantages, mask, weights, chosen = constants
-    return masked(logps, whole, old, ref, sampler, weights, advantages[:, None], mask, chosen)
+    return masked(logps, whole, old, ref, sampler, weights, as_columns(advantages), mask, chosen)
 
 
 def grpo_loss_reference(
