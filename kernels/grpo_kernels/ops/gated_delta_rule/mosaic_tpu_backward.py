@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from grpo_kernels.numerics import einsum_float32
+from grpo_kernels.ops.gated_delta_rule.block_sizes import kernel_memory_bytes
 from grpo_kernels.ops.gated_delta_rule.tpu_arrays import Arrays, cost, specs_of
 from grpo_kernels.ops.gated_delta_rule.tpu_chunk import (
     Chunk,
@@ -99,7 +100,8 @@ def through_state(chunk: Chunk, number: int, state: Array, d_surprise: Array, d_
         of_keys, of_queries = (einsum_float32("id,de->ie", left, read) for left in (chunk.k, chunk.q))
         d_keys, d_queries = (-enter * d_surprise).astype(given), (enter * d_out.astype(jnp.float32)).astype(given)
         d_enter = jnp.sum(d_out.astype(jnp.float32) * of_queries - d_surprise * of_keys, axis=1, keepdims=True)
-        d_state = einsum_float32("id,ie->de", chunk.k, d_keys) + einsum_float32("id,ie->de", chunk.q, d_queries)
+        d_state = einsum_float32("di,ie->de", chunk.k_columns, d_keys)
+        d_state += einsum_float32("di,ie->de", chunk.q_columns, d_queries)
         dq, dk = (einsum_float32("ie,de->id", left, read) for left in (d_queries, d_keys))
         return Read(enter * of_keys, dq, dk, d_enter, d_state)
 
@@ -242,11 +244,12 @@ def backward_kernel(*refs: Any, static: Static) -> None:
                     d_states[state, head] = gradient
                 found.append(gradients)
             keys, queries = k[0, own], q[0, own]
-            of_keys = sum(one.of_keys for one in found).astype(k.dtype)  # type: ignore[union-attr] - there is a head
-            of_queries = sum(one.of_queries for one in found).astype(k.dtype)  # type: ignore[union-attr] - as above
+            of_keys, of_queries = sum(one.of_keys for one in found), sum(one.of_queries for one in found)
+            of_keys = (of_keys + of_keys.T).astype(k.dtype)  # type: ignore[union-attr] - there is a head
+            transposed, of_queries = of_queries.T.astype(k.dtype), of_queries.astype(k.dtype)  # type: ignore[union-attr] - as above
             of_q = sum(one.q for one in found) + einsum_float32("ij,jd->id", of_queries, keys)
-            of_k = sum(one.k for one in found) + einsum_float32("ij,id->jd", of_queries, queries)
-            of_k += einsum_float32("ij,jd->id", of_keys, keys) + einsum_float32("ij,id->jd", of_keys, keys)
+            of_k = sum(one.k for one in found) + einsum_float32("ij,jd->id", transposed, queries)
+            of_k += einsum_float32("ij,jd->id", of_keys, keys)
             dq[0, own], dk[0, own] = of_q.astype(dq.dtype), of_k.astype(dk.dtype)
 
     jax.lax.fori_loop(0, static.chunks, again, None)
@@ -283,7 +286,9 @@ def run_backward(
             scratch_shapes=[pltpu.VMEM(size, jnp.float32) for size in scratch],
         ),
         out_shape=results,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=kernel_memory_bytes()
+        ),
         cost_estimate=cost(arrays, [*results, kept, d_out, d_final], static, shape, products=3),
         name="gated_delta_rule_backward",
     )(flags, *arrays, kept, d_out, d_final)

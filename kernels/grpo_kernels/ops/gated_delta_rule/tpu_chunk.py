@@ -106,6 +106,7 @@ class Chunk(NamedTuple):
 
     Attributes:
         q, k: [c, Dk].
+        q_columns, k_columns: [Dk, c], their transposes. Where a product transposes them, libtpu 0.0.42 fails for a v5e and a v5p.
         masks: which tokens depend on each other.
         decays: between them.
         enter: [c, 1] for each state, its decay until the tokens that start from it; 0 for others.
@@ -115,6 +116,8 @@ class Chunk(NamedTuple):
 
     q: Array
     k: Array
+    q_columns: Array
+    k_columns: Array
     masks: Masks
     decays: Decays
     enter: tuple[Array, ...]
@@ -155,13 +158,14 @@ def chunks_of(static: Static, q: Array, k: Array, table: Array, log_decays: Arra
     """
     masks = masks_of(table, first)
     of_keys, of_queries = einsum_float32("id,jd->ij", k, k), einsum_float32("id,jd->ij", q, k)
+    columns = [x.astype(jnp.float32).T.astype(x.dtype) for x in (q, k)]
     source = table[BOUNDS : BOUNDS + 1]
     starts = [masks.to_column((source == number).astype(jnp.float32)) for number in range(static.states)]
     found = []
     for head in range(static.each):
         decays = decays_of(masks, log_decays[head : head + 1])
         enter = tuple(decays.since * start for start in starts)
-        found.append(Chunk(q, k, masks, decays, enter, of_keys, of_queries, flags))
+        found.append(Chunk(q, k, *columns, masks, decays, enter, of_keys, of_queries, flags))
     return found
 
 
@@ -172,7 +176,7 @@ def follow(chunk: Chunk, before: list[Array], added: Array, states: Any, head: i
 
         @pl.when(end >= 0)
         def _(number: int = number, end: Array = end) -> None:
-            value = einsum_float32("id,ie->de", chunk.k, (chunk.leave(end) * added).astype(chunk.k.dtype))
+            value = einsum_float32("di,ie->de", chunk.k_columns, (chunk.leave(end) * added).astype(chunk.k.dtype))
             for enter, state in zip(chunk.enter, before, strict=True):
                 value += chunk.masks.pick(end, enter) * state
             states[number, head] = value
