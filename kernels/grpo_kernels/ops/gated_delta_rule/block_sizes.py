@@ -14,8 +14,8 @@ CHUNKS = 8
 """Chunks of a block of `xla`, which are computed side by side."""
 
 TPU_CHUNKS, FEW_TPU_CHUNKS = 8, 4
-"""Chunks of a block of `mosaic_tpu`, and where a core has 16 MiB of vector memory. The backward pass has the states of all chunks of
-a block there: 9 MiB for 4 chunks with their arguments and gradients, with 3 heads of values of width 128 in bfloat16."""
+"""Chunks of a block of `mosaic_tpu`, and where a core has 16 MiB of vector memory. The backward pass has the states of all chunks
+of a block there: 9 MiB for 4 chunks with their arguments and gradients, with 3 heads of values of width 128 in bfloat16."""
 
 MEMORY_BYTES = 48 * 2**20
 """Vector memory that a kernel may take where a core has more than 16 MiB: of no chip more than three quarters."""

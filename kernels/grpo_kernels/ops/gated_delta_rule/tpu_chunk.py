@@ -158,14 +158,14 @@ def chunks_of(static: Static, q: Array, k: Array, table: Array, log_decays: Arra
     """
     masks = masks_of(table, first)
     of_keys, of_queries = einsum_float32("id,jd->ij", k, k), einsum_float32("id,jd->ij", q, k)
-    columns = [x.astype(jnp.float32).T.astype(x.dtype) for x in (q, k)]
+    q_columns, k_columns = (x.astype(jnp.float32).T.astype(x.dtype) for x in (q, k))
     source = table[BOUNDS : BOUNDS + 1]
     starts = [masks.to_column((source == number).astype(jnp.float32)) for number in range(static.states)]
     found = []
     for head in range(static.each):
         decays = decays_of(masks, log_decays[head : head + 1])
         enter = tuple(decays.since * start for start in starts)
-        found.append(Chunk(q, k, *columns, masks, decays, enter, of_keys, of_queries, flags))
+        found.append(Chunk(q, k, q_columns, k_columns, masks, decays, enter, of_keys, of_queries, flags))
     return found
 
 
