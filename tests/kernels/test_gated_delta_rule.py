@@ -44,7 +44,7 @@ def program(implementation: str, blocks: BlockSizes) -> Any:
 
         def rule(*arguments: jax.Array) -> tuple[jax.Array, jax.Array]:
             *tokens, initial = arguments
-            return gated_delta_rule(*tokens, plan, initial)
+            return gated_delta_rule(*tokens, plan=plan, initial_state=initial)
 
         results, pullback = jax.vjp(rule, *(arrays[name] for name in ARGUMENTS))
         return dict(zip(NAMES, (*results, *pullback((arrays["d_out"], arrays["d_final"]))), strict=True))
@@ -189,7 +189,7 @@ def test_prefill_in_pieces_and_decoding_go_on_from_the_state() -> None:
     def prefill(parts: list[Any], lengths: jax.Array, state: jax.Array | None) -> tuple[jax.Array, jax.Array]:
         ranges = prompt_ranges(lengths, parts[0].shape[1])
         plan = plan_delta_rule(ranges, prompts=False, implementation="xla", block_sizes=BlockSizes(4, 2))
-        return gated_delta_rule(*parts, plan, state)
+        return gated_delta_rule(*parts, plan=plan, initial_state=state)
 
     out, final = map(np.asarray, prefill(tokens, jnp.array([24, 17]), None))
     first, half = prefill([x[:, :12] for x in tokens], jnp.array([12, 12]), jnp.zeros_like(arrays["initial"]))
@@ -200,7 +200,7 @@ def test_prefill_in_pieces_and_decoding_go_on_from_the_state() -> None:
     step, state = jax.jit(gated_delta_step), half
     for at in range(12, 24):
         rows = 2 if at < 17 else 1
-        one, after = step(*(x[:, at] for x in tokens), state)
+        one, after = step(*(x[:, at] for x in tokens), state=state)
         np.testing.assert_allclose(np.asarray(one)[:rows], out[:rows, at], rtol=0, atol=1e-5)
         state = np.concatenate([np.asarray(after)[:rows], np.asarray(state)[rows:]])
     np.testing.assert_allclose(state, final, rtol=0, atol=1e-5)
@@ -226,7 +226,8 @@ def test_under_shard_map(implementation: str) -> None:
         def loss(arguments: list[jax.Array]) -> jax.Array:
             inputs = (*(heads,) * 5, rows, states)
             rule = jax.shard_map(gated_delta_rule, mesh=mesh, in_specs=inputs, out_specs=(heads, states), check_vma=False)
-            out, final = rule(*arguments[:5], planned, arguments[5])
+            q, k, v, log_decay, beta, initial = arguments
+            out, final = rule(q, k, v, log_decay, beta, planned, initial)
             return jnp.sum(out * arrays["d_out"]) + jnp.sum(final * arrays["d_final"])
 
         return jax.grad(loss)(arguments)
@@ -266,7 +267,7 @@ def layer(implementation: str, shape: Shape) -> Any:
         def rule(q: jax.Array, k: jax.Array, v: jax.Array, *numbers: jax.Array) -> jax.Array:
             keys, values = (shape.key_heads, shape.key_dim), (shape.value_heads, shape.value_dim)
             heads = [x.reshape(*x.shape[:2], *size) for x, size in ((q, keys), (k, keys), (v, values))]
-            return gated_delta_rule(*heads, *numbers, plan)[0].reshape(v.shape)
+            return gated_delta_rule(*heads, *numbers, plan=plan)[0].reshape(v.shape)
 
         out, pullback = jax.vjp(rule, *arguments)
         return out, pullback(d_out)
@@ -296,6 +297,7 @@ def test_plain_jax_takes_memory_in_proportion_to_the_tokens() -> None:
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), compiled_arguments(shape, tokens))
     with quick_compiling():
         memory = jax.jit(layer("xla", shape)).lower(*arguments).compile().memory_analysis()
+    assert memory is not None
     print(f"temporaries {memory.temp_size_in_bytes / 2**20:.1f} MiB")
     assert memory.temp_size_in_bytes < 4 * tokens**2
 

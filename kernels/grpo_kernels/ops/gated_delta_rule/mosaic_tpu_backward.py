@@ -27,6 +27,7 @@ from grpo_kernels.ops.gated_delta_rule.tpu_chunk import (
     chunk_rows,
     chunks_of,
     columns_of,
+    computed_if,
     flags_at,
     follow,
 )
@@ -105,29 +106,35 @@ def through_state(chunk: Chunk, number: int, state: Array, d_surprise: Array, d_
         dq, dk = (einsum_float32("ie,de->id", left, read) for left in (d_queries, d_keys))
         return Read(enter * of_keys, dq, dk, d_enter, d_state)
 
-    if number == 0:
-        return compute()
-    like = Read(
-        *(jnp.zeros(size, jnp.float32) for size in (d_out.shape, chunk.q.shape, chunk.k.shape, (len(d_out), 1), state.shape))
-    )
-    return jax.lax.cond(chunk.flags[2] > 0, compute, lambda: like)
+    return computed_if(chunk.reads(number), compute)
+
+
+def through_next(chunk: Chunk, number: int, d_next: Array, added: Array) -> tuple[Array, Array, Array]:
+    """What reaches the chunk through a state behind it: gradients of the added values [c, Dv], of decays [c, c] and of k.
+
+    Args:
+        number: of the state.
+        d_next: its gradient.
+    """
+    given, end, masks = chunk.k.dtype, chunk.flags[number], chunk.masks
+
+    def compute() -> tuple[Array, Array, Array]:
+        leave, narrow = chunk.leave(end), d_next.astype(given)
+        of_next = einsum_float32("id,de->ie", chunk.k, narrow)
+        d_leave = masks.to_row(jnp.sum(of_next * added, axis=1, keepdims=True))
+        dk = einsum_float32("ie,de->id", (leave * added).astype(given), narrow)
+        return leave * of_next, jnp.where(masks.row == end, d_leave, jnp.float32(0)), dk
+
+    return computed_if(chunk.ends(number), compute)
 
 
 def chunk_gradients(chunk: Chunk, known: Known) -> Gradients:
     """Computes the gradients of a chunk of one head."""
     given, masks = chunk.k.dtype, chunk.masks
     between, before, row = chunk.decays.between, masks.before, masks.row
-    d_between = jnp.zeros_like(between)
-    d_added = einsum_float32("ij,ie->je", (chunk.of_queries * between).astype(given), known.d_out)
-    dk = jnp.zeros(chunk.k.shape, jnp.float32)
-    for number, d_next in enumerate(known.d_next):
-        end = chunk.flags[number]
-        leave, narrow = chunk.leave(end), d_next.astype(given)
-        of_next = einsum_float32("id,de->ie", chunk.k, narrow)
-        d_added += leave * of_next
-        d_leave = masks.to_row(jnp.sum(of_next * known.added, axis=1, keepdims=True))
-        d_between += jnp.where(row == end, d_leave, jnp.float32(0))
-        dk += einsum_float32("ie,de->id", (leave * known.added).astype(given), narrow)
+    behind = [through_next(chunk, number, d_next, known.added) for number, d_next in enumerate(known.d_next)]
+    d_added, d_between, dk = (functools.reduce(jnp.add, parts) for parts in zip(*behind, strict=True))
+    d_added += einsum_float32("ij,ie->je", (chunk.of_queries * between).astype(given), known.d_out)
     d_solved = einsum_float32("ij,ie->je", known.inverse, d_added)
     d_surprise = known.rate * d_solved
     reads = [through_state(chunk, number, state, d_surprise, known.d_out) for number, state in enumerate(known.states)]
