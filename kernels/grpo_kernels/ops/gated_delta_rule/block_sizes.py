@@ -8,7 +8,7 @@ from grpo_kernels.numerics import round_up
 from grpo_kernels.target import LEAST_VECTOR_MEMORY, vector_memory_bytes
 
 XLA_CHUNK, TPU_CHUNK = 64, 128
-"""A TPU's chunk has a row of lanes; elsewhere half as many tokens need a quarter of the decays."""
+"""A TPU's chunk is as wide as its vectors; elsewhere half as many tokens need a quarter of the decays."""
 
 CHUNKS = 8
 """Chunks of a block of `xla`, which are computed side by side."""
