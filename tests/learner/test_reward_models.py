@@ -103,7 +103,8 @@ def test_the_last_token_that_is_no_padding_is_scored() -> None:
 
 
 def test_texts_are_made_as_trl_makes_them(folder: Path) -> None:
-    model, plain = reward_model(str(folder)), byte_tokenizer(CHATML)
+    model = reward_model(str(folder))
+    plain: Any = byte_tokenizer(CHATML)
     prompt = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "1+1="}]
     answer = [{"role": "assistant", "content": "2"}]
     rendered = plain.apply_chat_template([*prompt, *answer], tokenize=False)
