@@ -12,10 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from plain_oracles import quick_compiling
+from safetensors.numpy import save_file
 from shared_programs import shared_programs
-from tiny_runs import records, tiny_model, write_rows
+from tiny_runs import CONFIG, records, tensors, tiny_model, write_rows
+from tiny_tokenizers import CHATML, byte_tokenizer, save_folder
 
 import grpo_jax as gx
 
@@ -37,8 +40,9 @@ COMMAND_LINES = {
         "--gradient_accumulation_steps 1 --num_train_epochs 1 --eval_strategy epoch --save_strategy epoch --logging_first_step"
     ),
     "notebook": "",
+    "judged_stream": "",
 }
-STEPS = {"quick_start": 12, "command_line": 2, "sequence_level": 3, "notebook": 2}
+STEPS = {"quick_start": 12, "command_line": 2, "sequence_level": 3, "notebook": 2, "judged_stream": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +55,11 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, A
     """Runs a script in a folder with a model and rows; returns its names."""
     shutil.copytree(tiny_model(), folder / "model")
     write_rows(folder / "rows.jsonl", ROWS)
+    if name == "judged_stream":
+        shape = {"architectures": ["LlamaForSequenceClassification"], "tie_word_embeddings": False}
+        save_folder(byte_tokenizer(CHATML), folder / "judge", config=CONFIG | shape)
+        weights = tensors() | {"score.weight": np.linspace(-1, 1, CONFIG["hidden_size"], dtype=np.float32)[None]}
+        save_file(weights, folder / "judge" / "model.safetensors", metadata={"format": "pt"})
     monkeypatch.chdir(folder)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *COMMAND_LINES[name].split()])
@@ -84,6 +93,11 @@ def test_a_script_runs_and_its_curve_is_that_of_train(name: str, tmp_path: Path,
         assert all(entry["shortest"] >= 1 for entry in trainer.state.log_history[:2])
     if name == "sequence_level":
         assert [entry["step"] for entry in trainer.state.log_history if "eval_reward" in entry] == [3]
+    if name == "judged_stream":
+        assert trainer.config.data.streaming
+        logged = trainer.state.log_history[0]
+        total = 0.5 * logged["rewards/judge/mean"] + logged["rewards/has_digits/mean"]
+        assert logged["reward"] == pytest.approx(total, abs=1e-5)
     if name == "notebook":
         assert [step for step, _ in names["seen"]] == [1, 2, 2]
         assert len(names["answers"]) == 2

@@ -117,7 +117,10 @@ class RewardModel(DeviceReward):
         """
         if self._program is not None and self._layout == layout:
             return
-        check_mesh(layout, self.spec, self._quantization)
+        try:
+            check_mesh(layout, self.spec, self._quantization)
+        except ConfigError as error:
+            raise ConfigError(f"reward {self.name}: {error}") from error
         dtype = jnp.dtype(self.spec.dtype if self._dtype == "auto" else self._dtype)
         params = load_params(self.folder, self.spec, dtype, quantization=self._quantization, layout=layout, others=(SCORE,))
         with TensorFiles(self.folder) as files:

@@ -110,6 +110,7 @@ def start_mlflow(config: Config, folder: Path) -> Tracker:
     import mlflow  # pyright: ignore[reportMissingImports] - an extra
     from mlflow.entities import Metric, Param  # pyright: ignore[reportMissingImports] - an extra
 
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # which every table would draw
     client = mlflow.MlflowClient()
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
     experiment = client.get_experiment_by_name(name)

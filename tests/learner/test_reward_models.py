@@ -81,7 +81,7 @@ from grpo_jax.runtime.mesh import make_layout
 ids, expected = read_reward_values("qwen2")
 model = RewardModel(Path(sys.argv[1]), Tokenizer.wrap(byte_tokenizer()), name="r", dtype="auto", quantization="none",
                     chat_template=False, template_arguments={}, max_length=None)
-model.load(make_layout(MeshConfig(fsdp=2, tensor=2)))
+model.load(make_layout(MeshConfig(data=2, fsdp=2)))
 values = model.values([row[:length].tolist() for row, length in zip(ids, REWARD_LENGTHS, strict=True)])
 print(np.abs(np.array(values) - expected).max())
 """
@@ -103,7 +103,8 @@ def test_the_last_token_that_is_no_padding_is_scored() -> None:
 
 
 def test_texts_are_made_as_trl_makes_them(folder: Path) -> None:
-    model, plain = reward_model(str(folder)), byte_tokenizer(CHATML)
+    model = reward_model(str(folder))
+    plain: Any = byte_tokenizer(CHATML)
     prompt = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "1+1="}]
     answer = [{"role": "assistant", "content": "2"}]
     rendered = plain.apply_chat_template([*prompt, *answer], tokenize=False)

@@ -75,7 +75,12 @@ def test_they_are_those_of_the_policy_before_the_update(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_what_the_update_did_not_compute_is_left_out(tmp_path: Path) -> None:
     keep = Keep()
-    gx.train(config_of(tmp_path / "run", train={"steps": 1}), dataset=additions(), reward_funcs=constant, callbacks=[keep])
+    gx.train(
+        config_of(tmp_path / "run", objective={"beta": 0.0}, train={"steps": 1}),
+        dataset=additions(),
+        reward_funcs=constant,
+        callbacks=[keep],
+    )
     (step,) = keep.steps
     assert step.token_values.keys() == {"entropy"}  # no reference
     assert np.isnan(step.token_values["entropy"]).all()  # no group has a spread

@@ -161,6 +161,16 @@ def test_published_runs_that_did_not_learn_are_flagged(reward: Any, cut: Any, st
     assert ("nothing_stops" in names) == (cut is not None)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_short_run_that_falls_first_and_recovers_is_not_flagged_early(seed: int) -> None:
+    down = synthetic(seed, {"reward/mean": (0.5, 0.4), "reward/std": (0.45, 0.45)}, 20)
+    up = synthetic(seed + 10, {"reward/mean": (0.42, 0.9), "reward/std": (0.45, 0.45)}, 20)
+    run = down + up
+    assert all(found(run[:seen], steps=40) == set() for seen in range(5, 41))
+    falling = synthetic(seed, {"reward/mean": (0.5, 0.1), "reward/std": (0.45, 0.45)}, 40)
+    assert found(falling[:30], steps=40) == {("no_improvement", "falls")}
+
+
 def healthy(name: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """A stored run: records of its steps, and of its evaluations."""
     columns = json.loads((Path(__file__).parents[1] / "goldens" / "healthy_runs" / f"{name}.json").read_text())

@@ -254,7 +254,7 @@ def test_tokens_are_recorded_with_two_decimals() -> None:
     logprobs = [np.array([-0.126, np.nan], np.float32), np.array([-1.0], np.float32)]
     assert recorded_tokens([[97, 0], [98]], logprobs, 1, bytes_decoder) == [{"tokens": ["a", ""], "logprobs": [-0.13, None]}]
     assert recorded_tokens([[97]], None, 1, bytes_decoder) == []
-    values = {"kl": np.float32([[0.0004, 0.12345, 9.0]]), "entropy": np.full((2, 3), np.nan, np.float32)}
+    values = {"kl": np.array([[0.0004, 0.12345, 9.0]], np.float32), "entropy": np.full((2, 3), np.nan, np.float32)}
     both = recorded_tokens([[97, 0], [98]], logprobs, 2, bytes_decoder, values)
     assert both == [{"tokens": ["a", ""], "logprobs": [-0.13, None], "kl": [0.0, 0.123]}, {"tokens": ["b"], "logprobs": [-1.0]}]
     assert recorded_tokens([[97, 98]], [logprobs[0]], 1, lambda ids: str(len(ids) * 7)[::-1] + "x") == [{}]

@@ -30,8 +30,9 @@ KL_LIMIT, KL_STEPS = 1.0, 5
 FLAT_ERRORS, FALLING_ERRORS = 2.0, 3.0
 """A trend is at most its estimate plus so many standard errors; it falls where even so many of them leave it below 0."""
 
-FLAT_STEPS, FALLING_STEPS = 50, 20
-"""Steps after which a flat and a falling reward are judged, or half of those planned where that is less."""
+JUDGED_STEPS, JUDGED_SHARE, LEAST_FLAT_STEPS = 50, 0.75, 20
+"""Steps after which a falling or flat reward is judged, or that share of those planned where it is less: a short run may fall first
+and recover. A flat reward takes at least the last number."""
 
 FEW_DISTINCT, ENTROPY_LEFT, ONE_ANSWER, REPEATED = 0.3, 0.2, 0.8, 0.5
 """Of a policy that has collapsed: different completions in a group, entropy as a share of the first steps', the share of all
@@ -123,8 +124,8 @@ def no_improvement(history: RunHistory) -> list[Sign]:
     """The reward falls, or cannot have risen by more than a part of its spread."""
     values = history.values("reward/mean")
     known = values[np.isfinite(values)]
-    half = history.planned // 2
-    if len(known) < max(min(FALLING_STEPS, half), WINDOW) or improved(history) or all_solved(history):
+    needed = max(WINDOW, min(JUDGED_STEPS, int(JUDGED_SHARE * history.planned)))
+    if len(known) < needed or improved(history) or all_solved(history):
         return []
     gain, error = trend(known)
     end = min(WINDOW, len(values) // 2)
@@ -133,7 +134,7 @@ def no_improvement(history: RunHistory) -> list[Sign]:
         return [Sign("falls", (reward,))]
     spreads = history.values("reward/std")
     spread = float(np.nanmean(spreads)) if np.isfinite(spreads).any() else None
-    enough = len(known) >= max(min(FLAT_STEPS, half), FALLING_STEPS)
+    enough = len(known) >= LEAST_FLAT_STEPS
     # Without a spread to compare with, flat means that the trend is not above its own uncertainty.
     flat = gain <= FLAT_ERRORS * error + 1e-9 if spread is None else gain + FLAT_ERRORS * error <= SHARE_OF_SPREAD * spread + 1e-9
     if not enough or not flat:

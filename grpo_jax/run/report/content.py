@@ -183,8 +183,8 @@ def completion(record: Mapping[str, Any], functions: Sequence[str], weights: Any
     """A completion as the page shows it.
 
     Returns:
-        `text`, or `tokens` with `logprobs`, `entropy` and `kl` where they were recorded and the text is not too long; `rewards` by function; `total`,
-        their weighted sum; `advantage`, `reason` and `length`.
+        `text`, or `tokens` with `logprobs`, `entropy` and `kl` where they were recorded and the text is not too long; `rewards` by
+        function; `total`, their weighted sum; `advantage`, `reason` and `length`.
     """
     rewards = rewards_of(record)
     values = [number(rewards.get(name)) for name in functions]
