@@ -294,7 +294,7 @@ with quick_compiling():
     paths = os.pathsep.join(str(repository / part) for part in (".", "kernels", "tests", "tests/support"))
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
     run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), "olmo3", "phi3", "gpt_oss"],
+        [sys.executable, "-c", code, str(tmp_path), "olmo3", "phi3", "gpt_oss", "lfm2", "qwen3_next"],
         env={**os.environ, **flags},
         capture_output=True,
         text=True,
