@@ -33,6 +33,7 @@ NEWER_FAMILIES = (
     "qwen3_5_moe_text",
     "gemma3_vision",
     "mistral3_vision",
+    "qwen3_5_vision",
 )
 """Families whose sampling, shared prompts and exports are among the slow tests, and whose log-probabilities are not."""
 ADAPTERS = {
