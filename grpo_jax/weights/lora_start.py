@@ -66,7 +66,7 @@ def principal_part(
     a, b = np.zeros((spec.layers, rows, size), np.float32), np.zeros((spec.layers, size, columns), np.float32)
     for layer in np.flatnonzero(ranks):
         w = np.asarray(fetch(jax.tree.map(lambda leaf, at=int(layer): leaf[at], kernel).astype(jnp.float32)))
-        rank, rng = int(ranks[layer]), np.random.default_rng([seed, list(spec.linear_shapes()).index(name), layer])
+        rank, rng = int(ranks[layer]), np.random.default_rng([seed, list(spec.linear_shapes()).index(name), int(layer)])
         u, s, vt = largest_singular(w, rank, lora.init, rng)
         root = np.sqrt(s / scales[layer]).astype(np.float32)
         a[layer, :, :rank], b[layer, :rank] = u * root, root[:, None] * vt
