@@ -9,12 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 from optax.contrib import muon
+from plain_oracles import golden_config
 
 from grpo_jax.config import Config, ConfigError, OptimConfig
 from grpo_jax.learner.optim import SKIPPED, ZERO_GRADIENT, apply_gradient, check_plus_ratio, make_optimizer
+from grpo_jax.learner.sharded import state_shardings
+from grpo_jax.models.families import read_spec
 from grpo_jax.run.doctor.ranges import setting_notes
+from grpo_jax.runtime.sharding import MESH_AXES, Layout
 from grpo_jax.types import TrainState
+from grpo_jax.weights.axes import model_axes
 
 RATE = 0.01
 NAMED: dict[str, dict[str, Any]] = {
@@ -231,3 +237,30 @@ def test_notes_on_the_learning_rate_go_by_the_optimiser(name: str, rate: float, 
     config = Config.from_dict({"optim": {"name": name, "learning_rate": rate}})
     notes = [note for note in setting_notes(config) if "learning_rate" in note]
     assert notes == ([] if said is None else [said])
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon", "factored"])
+def test_every_state_has_a_sharding_on_a_mesh(name: str) -> None:
+    """Momentum is sharded as its parameter. Row means [L, in] of a matrix are replicated, though norms have that shape too."""
+    spec = read_spec(golden_config("qwen2"))
+    optim = OptimConfig(**NAMED[name] | ({"b1": 0.9} if name == "adafactor" else {}))
+    layout = Layout(Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES))
+    params = {
+        "layers": {
+            "q_proj": {"kernel": jax.ShapeDtypeStruct((2, 256, 512), jnp.float32)},
+            "attn_norm": {"scale": jax.ShapeDtypeStruct((2, 256), jnp.float32)},
+        }
+    }
+
+    def start(params: Any) -> TrainState:
+        return TrainState(jnp.int32(0), params, make_optimizer(optim, 1).init(params))
+
+    state = jax.eval_shape(start, params)
+    found = state_shardings(state, layout, model_axes(spec))
+    kernel = PartitionSpec(None, "fsdp", "tensor")
+    assert found.trainable["layers"]["q_proj"]["kernel"].spec == kernel
+    pairs = list(zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(found.opt_state), strict=True))
+    assert any(leaf.shape == (2, 256, 512) for leaf, _ in pairs)
+    for leaf, sharding in pairs:
+        expected = {(2, 256, 512): kernel, (2,): PartitionSpec(), (2, 512): PartitionSpec()}.get(leaf.shape)
+        assert expected is None or sharding.spec == expected
