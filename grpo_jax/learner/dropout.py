@@ -43,7 +43,7 @@ def token_owners(part: MicroBatch, generations: int) -> Int[Array, "R T"]:
     """Which text each token of the rows belongs to: the number of its completion, or N + that of its prompt.
 
     All tokens of a text have the start of their own key range in common; the entries that they predict say which text it is. A text
-    that predicts nothing, and padding, have -1.
+    that predicts nothing has -1; padding has any owner.
     """
     rows, completions = part.rows, part.completions
     count, starts = part.places.shape[0], jnp.asarray(rows.ranges.own_start)

@@ -6,6 +6,8 @@ stacked in one array; where an optimiser looks at a whole matrix, it is given ea
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -63,24 +65,27 @@ def debiased_decay(step: Any, decay: Any) -> Any:
 
 def per_matrix(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """Applies a transformation to each matrix, or vector, of stacked layers by itself."""
+    return optax.GradientTransformation(functools.partial(init_stacks, inner), functools.partial(update_stacks, inner))
 
-    def stacked(count: int) -> optax.GradientTransformation:
-        def init(params: Any) -> Any:
-            return over_stack(inner.init, count)(params)
 
-        def update(updates: Any, state: Any, params: Any = None) -> Any:
-            return over_stack(inner.update, count)(updates, state, params)
+def init_stacks(inner: optax.GradientTransformation, params: Any) -> Any:
+    """The state of `per_matrix`."""
+    return by_stack(inner, params).init(params)
 
-        return optax.GradientTransformation(init, update)
 
-    def made(params: Any) -> optax.GradientTransformation:
-        labels = jax.tree_util.tree_map_with_path(lambda path, leaf: str(stack_shape(path, leaf)), params)
-        sizes = {str(shape): len(shape) for shape in stack_shapes(params)}
-        return optax.partition({label: stacked(count) for label, count in sizes.items()}, labels)
+def update_stacks(inner: optax.GradientTransformation, updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    """The update of `per_matrix`."""
+    return by_stack(inner, updates).update(updates, state, params)
 
-    return optax.GradientTransformation(
-        lambda params: made(params).init(params), lambda updates, state, params=None: made(updates).update(updates, state, params)
-    )
+
+def by_stack(inner: optax.GradientTransformation, params: Any) -> optax.GradientTransformation:
+    """A transformation of parameters of these shapes, which treats stacks of one shape together."""
+    labels = jax.tree_util.tree_map_with_path(lambda path, leaf: str(stack_shape(path, leaf)), params)
+    transforms: dict[Hashable, optax.GradientTransformation] = {
+        str(shape): optax.GradientTransformation(over_stack(inner.init, len(shape)), over_stack(inner.update, len(shape)))
+        for shape in stack_shapes(params)
+    }
+    return optax.partition(transforms, labels)
 
 
 def over_stack(function: Any, count: int) -> Any:
@@ -116,11 +121,13 @@ def matrix_axes(params: Any) -> Any:
 
 def times_in_b(ratio: float) -> optax.GradientTransformation:
     """Multiplies the updates of the adapters' B: their learning rate is `ratio` times the others' (LoRA+)."""
+    larger = functools.partial(times_of_b, ratio)
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(larger, updates))
 
-    def larger(path: tuple[Any, ...], leaf: Any) -> Any:
-        return leaf * jnp.asarray(ratio, leaf.dtype) if _leaf_name(path) == "b" else leaf
 
-    return optax.stateless(lambda updates, params: jax.tree_util.tree_map_with_path(larger, updates))
+def times_of_b(ratio: float, path: tuple[Any, ...], leaf: Any) -> Any:
+    """The ratio times an array whose path ends with B's name; others are unchanged."""
+    return leaf * jnp.asarray(ratio, leaf.dtype) if _leaf_name(path) == "b" else leaf
 
 
 def decay_mask(params: optax.Params) -> Any:

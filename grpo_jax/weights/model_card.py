@@ -87,7 +87,7 @@ def card_text(model: str, lora: LoraConfig | None, kind: Kind, facts: RunFacts |
     """The whole card."""
     base, own = public(model), repo or HERE
     name = (repo or f"{Path(base).name}-grpo").rsplit("/", 1)[-1]
-    adapted = f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}" if lora else "every weight trained"
+    adapted = f"{'DoRA' if lora.use_dora else 'LoRA'}, rank {lora.rank}, alpha {lora.alpha:g}" if lora else "every weight trained"
     what = {"adapter": "PEFT adapter", "merged": "whole model", "gguf": "GGUF file", "gguf-lora": "GGUF LoRA"}[kind]
     method = "Trained" if facts is None else "Trained with GRPO (https://arxiv.org/abs/2402.03300)"
     text = front_matter(model, kind, facts)

@@ -46,10 +46,14 @@ def usage_lines(
         ]
     if kind == "gguf-lora":
         return [f"llama-cli -m BASE.gguf --lora {quote(str(Path(folder) / ADAPTER_FILE))}"]
-    rank = 0 if lora is None else next((size for size in VLLM_RANKS if size >= lora.rank), lora.rank)
+    largest = 0 if lora is None else max([lora.rank, *(lora.rank_pattern or {}).values()]) * (2 if lora.pissa else 1)
+    rank = next((size for size in VLLM_RANKS if size >= largest), largest)
     options = f" --max-lora-rank {rank}" if rank > VLLM_RANKS[0] else ""
     options += f" --chat-template {quote(str(Path(folder) / TEMPLATE_FILE))}" if template else ""
+    load = f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {folder!r})"
+    if lora is not None and lora.use_dora:
+        return ["# vLLM has no DoRA: export it with --format merged", load]
     return [
         f"vllm serve {quote(base)} --enable-lora{options} --lora-modules {quote(f'{name}={folder}')}",
-        f"PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {folder!r})",
+        load,
     ]

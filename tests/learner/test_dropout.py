@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -32,8 +31,9 @@ def micro_batches(tokens: int) -> list[MicroBatch]:
     found = []
     for batch in pack(PROMPTS, COMPLETIONS, [True] * len(COMPLETIONS), sizes, width=4):
         for number in range(len(batch.completions)):
-            rows = jax.tree.map(lambda x, number=number: x[number], batch.rows)
-            found.append(MicroBatch(rows, batch.completions[number], batch.places - number * batch.completions[number].size))
+            rows: Any = jax.tree.map(lambda x, number=number: x[number], batch.rows)
+            places: Any = batch.places - number * batch.completions[number].size
+            found.append(MicroBatch(rows, jnp.asarray(batch.completions[number]), places))
     return found
 
 
@@ -41,10 +41,9 @@ def by_token(tokens: int) -> dict[tuple[int, int], Any]:
     """The key's data of every token, by its owner and its position; each has one wherever it is."""
     found: dict[tuple[int, int], Any] = {}
     for part in micro_batches(tokens):
-        part = dataclasses.replace(part, completions=jnp.asarray(part.completions))
         owners = np.asarray(token_owners(part, GROUP))
         keys = np.asarray(jax.random.key_data(with_dropout_keys(part, 3, jnp.int32(5), GROUP).rows.dropout_keys))
-        for row, column in zip(*np.nonzero(owners >= 0), strict=True):
+        for row, column in zip(*np.nonzero(part.rows.ranges.own_end > 0), strict=True):  # the rest is padding
             place = int(owners[row, column]), int(part.rows.positions[row, column])
             text = PROMPTS[place[0] - 6] if place[0] >= 6 else [0] * len(PROMPTS[place[0] // GROUP]) + COMPLETIONS[place[0]]
             assert part.rows.ids[row, column] == text[place[1]]  # its owner is the text that it is in
@@ -73,7 +72,7 @@ def test_dropped_elements_differ_by_token_layer_and_linear_layer_and_keep_the_me
     assert same.max() < 0.7  # 0.625 by chance
 
 
-def keep_gradient() -> optax.GradientTransformation:
+def keep_gradient() -> Any:
     """Changes nothing and stores the gradient as its state."""
 
     def zeros(tree: Any) -> Any:

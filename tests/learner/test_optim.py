@@ -33,6 +33,8 @@ def one_update(optim: OptimConfig, params: dict[str, Any], grads: dict[str, Any]
 def oracle_adamw(
     optim: OptimConfig, rates: list[float], params: list[np.ndarray], gradients: list[list[np.ndarray]], decayed: list[bool]
 ):
+    assert optim.b2 is not None
+    assert optim.eps is not None
     params = [array.astype(np.float64) for array in params]
     first, second = [np.zeros(array.shape) for array in params], [np.zeros(array.shape) for array in params]
     for k, (rate, grads) in enumerate(zip(rates, gradients, strict=True)):

@@ -9,12 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 from optax.contrib import muon
+from plain_oracles import golden_config
 
 from grpo_jax.config import Config, ConfigError, OptimConfig
 from grpo_jax.learner.optim import SKIPPED, ZERO_GRADIENT, apply_gradient, check_plus_ratio, make_optimizer
+from grpo_jax.learner.sharded import state_shardings
+from grpo_jax.models.families import read_spec
 from grpo_jax.run.doctor.ranges import setting_notes
+from grpo_jax.runtime.sharding import MESH_AXES, Layout
 from grpo_jax.types import TrainState
+from grpo_jax.weights.axes import model_axes
 
 RATE = 0.01
 NAMED: dict[str, dict[str, Any]] = {
@@ -57,7 +63,7 @@ def unstacked(tree: Any) -> dict[str, Any]:
     }
 
 
-def trained(optimizer: optax.GradientTransformation, params: Any, gradients: list[Any]) -> Any:
+def trained(optimizer: Any, params: Any, gradients: list[Any]) -> Any:
     state, update = optimizer.init(params), jax.jit(optimizer.update)
     for gradient in gradients:
         updates, state = update(gradient, state, params)
@@ -65,7 +71,7 @@ def trained(optimizer: optax.GradientTransformation, params: Any, gradients: lis
     return params
 
 
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "lion" else [pytest.mark.slow]) for name in PLAIN])
 def test_stacked_layers_are_trained_as_plain_optax_trains_each_matrix(name: str) -> None:
     params = stacked_parameters()
     gradients = gradients_like(params, 3)
@@ -73,7 +79,7 @@ def test_stacked_layers_are_trained_as_plain_optax_trains_each_matrix(name: str)
     got = unstacked(trained(make_optimizer(optim, 3), params, gradients))
     plain = PLAIN[name]
     if name == "muon":  # the embedding is a matrix too, which is Adam's here
-        dims = {key: None if key == "embedding" else optax.contrib.MuonDimensionNumbers() for key in unstacked(params)}
+        dims: Any = {key: None if key == "embedding" else optax.contrib.MuonDimensionNumbers() for key in unstacked(params)}
         dims |= {key: None for key in dims if key.startswith("scale")}
         plain = muon(RATE, consistent_rms=0.2, muon_weight_dimension_numbers=dims)
     with jax.numpy_dtype_promotion("standard"):
@@ -95,6 +101,7 @@ def factored_adam(gradients: list[np.ndarray], b1: float, b2: float, eps: float)
     return total
 
 
+@pytest.mark.slow
 def test_adamw_with_a_factored_second_moment_written_out() -> None:
     params = stacked_parameters()
     gradients = gradients_like(params, 4)
@@ -106,10 +113,11 @@ def test_adamw_with_a_factored_second_moment_written_out() -> None:
         np.testing.assert_allclose(after[layer], expected, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
 def test_weight_decay_moves_matrices_alone_by_the_learning_rate(name: str) -> None:
     params = stacked_parameters(4, 3)
-    optimizer = make_optimizer(OptimConfig(learning_rate=0.1, weight_decay=0.5, **NAMED[name]), 1)
+    optimizer: Any = make_optimizer(OptimConfig(learning_rate=0.1, weight_decay=0.5, **NAMED[name]), 1)
     updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     own, before = updates["layers"]["q_proj"], params["layers"]["q_proj"]
     for leaf in ("kernel", "a"):
@@ -118,10 +126,11 @@ def test_weight_decay_moves_matrices_alone_by_the_learning_rate(name: str) -> No
     assert not np.any(own["scale"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMED)
 def test_updates_that_are_left_out_leave_every_state_bit_for_bit(name: str) -> None:
     params = stacked_parameters(4, 3)
-    optimizer = make_optimizer(OptimConfig(learning_rate=RATE, weight_decay=0.1, schedule="linear", **NAMED[name]), 9)
+    optimizer: Any = make_optimizer(OptimConfig(learning_rate=RATE, weight_decay=0.1, schedule="linear", **NAMED[name]), 9)
     update = jax.jit(lambda state, gradient: apply_gradient(optimizer, state, gradient, jnp.float32(1)))
     good = gradients_like(params, 1)[0]
     first, _ = update(TrainState(jnp.int32(0), params, optimizer.init(params)), good)
@@ -133,6 +142,7 @@ def test_updates_that_are_left_out_leave_every_state_bit_for_bit(name: str) -> N
     assert not np.array_equal(first.trainable["layers"]["q_proj"]["kernel"], params["layers"]["q_proj"]["kernel"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*NAMED, "adamw"])
 def test_zeros_of_smaller_ranks_stay_zeros(name: str) -> None:
     """Layers of a smaller rank, or without an adapter, have zeros in a stack; their gradients are zero too."""
@@ -154,10 +164,11 @@ def test_zeros_of_smaller_ranks_stay_zeros(name: str) -> None:
         assert np.all(np.asarray(after[leaf])[~outside])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon", "lion", "sgd"])
-def test_first_moments_in_bfloat16(name: str) -> None:
+def test_first_moments_in_bfloat16(name: Any) -> None:
     params = stacked_parameters(4, 3)
-    given = {"b1": 0.5} if name == "sgd" else {}
+    given: dict[str, Any] = {"b1": 0.5} if name == "sgd" else {}
     small, whole = (
         make_optimizer(OptimConfig(name=name, moments=moments, learning_rate=RATE, **given), 1)
         for moments in ("bfloat16", "float32")
@@ -176,7 +187,8 @@ def test_b_learns_faster_by_the_ratio_of_lora_plus() -> None:
     params = {"layers": {"q_proj": {leaf: jnp.asarray(rng.normal(size=(2, 3, 3)), jnp.float32) for leaf in ("a", "b")}}}
     gradients = gradients_like(params, 2)
     optim = OptimConfig(learning_rate=RATE, weight_decay=0.1)
-    plain, faster = make_optimizer(optim, 2), make_optimizer(optim, 2, plus_ratio=16.0)
+    plain: Any = make_optimizer(optim, 2)
+    faster: Any = make_optimizer(optim, 2, plus_ratio=16.0)
     for gradient in gradients:
         one, _ = plain.update(gradient, plain.init(params), params)
         other, _ = faster.update(gradient, faster.init(params), params)
@@ -225,3 +237,30 @@ def test_notes_on_the_learning_rate_go_by_the_optimiser(name: str, rate: float, 
     config = Config.from_dict({"optim": {"name": name, "learning_rate": rate}})
     notes = [note for note in setting_notes(config) if "learning_rate" in note]
     assert notes == ([] if said is None else [said])
+
+
+@pytest.mark.parametrize("name", ["adafactor", "muon", "factored"])
+def test_every_state_has_a_sharding_on_a_mesh(name: str) -> None:
+    """Momentum is sharded as its parameter. Row means [L, in] of a matrix are replicated, though norms have that shape too."""
+    spec = read_spec(golden_config("qwen2"))
+    optim = OptimConfig(**NAMED[name] | ({"b1": 0.9} if name == "adafactor" else {}))
+    layout = Layout(Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES))
+    params = {
+        "layers": {
+            "q_proj": {"kernel": jax.ShapeDtypeStruct((2, 256, 512), jnp.float32)},
+            "attn_norm": {"scale": jax.ShapeDtypeStruct((2, 256), jnp.float32)},
+        }
+    }
+
+    def start(params: Any) -> TrainState:
+        return TrainState(jnp.int32(0), params, make_optimizer(optim, 1).init(params))
+
+    state = jax.eval_shape(start, params)
+    found = state_shardings(state, layout, model_axes(spec))
+    kernel = PartitionSpec(None, "fsdp", "tensor")
+    assert found.trainable["layers"]["q_proj"]["kernel"].spec == kernel
+    pairs = list(zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(found.opt_state), strict=True))
+    assert any(leaf.shape == (2, 256, 512) for leaf, _ in pairs)
+    for leaf, sharding in pairs:
+        expected = {(2, 256, 512): kernel, (2,): PartitionSpec(), (2, 512): PartitionSpec()}.get(leaf.shape)
+        assert expected is None or sharding.spec == expected

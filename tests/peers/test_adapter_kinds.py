@@ -60,7 +60,7 @@ def trained(policy: Policy) -> Policy:
 @pytest.mark.parametrize("family", ["qwen2", "gemma3"])
 def test_an_adapter_that_is_saved_here_computes_the_same_in_peft(tmp_path: Path, family: str, kind: str) -> None:
     folder = build_model_folder(tmp_path, family)
-    ids, before = read_golden(family)
+    ids, _ = read_golden(family)
     lora = LoraConfig(rank=4, alpha=8.0, targets=TARGETS, **OURS[kind])
     policy = Policy.from_pretrained(folder, lora=lora, dtype="float32")
     plain = our_logprobs(Policy.from_pretrained(folder, dtype="float32"), ids)
