@@ -4,8 +4,8 @@
     python tests/tools/overlap_times.py curves FOLDER     # the quickstart with train.max_staleness 0 and 1, three seeds
 
 `times` makes some steps without overlap, some with it, and some with staleness 1, by turns in one process; the first step of a turn
-is not measured, because its rewards may have been computed in another one's turn. The ideal is a step that waits for no reward, or
-the time that the workers need for the rewards of a step, where that is longer. FOLDER is written to.
+is not measured, because its rewards may have been computed in another one's turn. The ideal is the same rollout and update without a
+wait for rewards, or the time that the workers need for the rewards of a step, where that is longer. FOLDER is written to.
 """
 
 from __future__ import annotations
@@ -104,17 +104,14 @@ def times(arguments: argparse.Namespace) -> None:
                 started = time.perf_counter()
                 parts[name].append(trainer.step()[0])
                 seconds[name].append(time.perf_counter() - started)
-    alone = statistics.median(sum(one[part] for part in ("rollout_seconds", "update_seconds")) for one in parts["no overlap"])
     scoring = -(-arguments.prompts // arguments.workers) * arguments.seconds
-    ideal = max(alone, scoring)
-    print(f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores; rollout and update {alone:.2f} s, rewards {scoring:.2f} s")
-    print(f"ideal: {1 / ideal:.3f} steps a second")
-    for name, values in seconds.items():
-        middle = statistics.median(values)
-        waits = statistics.median(one["reward_seconds"] for one in parts[name])
-        print(
-            f"{name}: {1 / middle:.3f} steps a second, {ideal / middle:.0%} of the ideal; {waits:.2f} s of a step wait for rewards"
-        )
+    print(f"load {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores; rewards of a step {scoring:.2f} s")
+    for name, made in seconds.items():
+        own = {part: statistics.median(one[f"{part}_seconds"] for one in parts[name]) for part in ("rollout", "update", "reward")}
+        ideal = statistics.median(max(one["rollout_seconds"] + one["update_seconds"], scoring) for one in parts[name])
+        middle = statistics.median(made)
+        listed = ", ".join(f"{part} {spent:.2f} s" for part, spent in own.items())
+        print(f"{name}: {1 / middle:.3f} steps a second, {ideal / middle:.0%} of the ideal {1 / ideal:.3f} ({listed})")
     for trainer in trainers.values():
         trainer.close()
 
