@@ -14,6 +14,7 @@ from grpo_jax.config.checks import show
 from grpo_jax.models.config_json import ConfigReader, Fields, attention_bias, expert_fields, layer_windows, shared_fields
 from grpo_jax.models.config_rope import one_rope, partial_rotation, read_rope, ropes_by_window
 from grpo_jax.models.config_values import checked_number
+from grpo_jax.models.gemma4 import gemma4
 from grpo_jax.models.recurrent_families import RECURRENT_FAMILIES
 from grpo_jax.models.spec import ModelError, ModelSpec, Rope
 
@@ -305,6 +306,7 @@ FAMILIES: dict[str, Callable[[ConfigReader], Fields]] = {
     "glm4": glm4,
     "phi3": phi3,
     "gpt_oss": gpt_oss,
+    "gemma4_text": gemma4,
     **RECURRENT_FAMILIES,
 }
 """model_type → the function that reads the arguments of `ModelSpec`."""
@@ -323,6 +325,7 @@ GEMMA3_TEXT = {
 
 WITH_VISION: dict[str, dict[str, Fields]] = {
     "gemma3": {"gemma3_text": GEMMA3_TEXT},
+    "gemma4": {"gemma4_text": {}},
     "mistral3": {"ministral3": {}, "mistral": {}},
 }
 """model_type of a checkpoint with a vision tower → the types that its text part may have, with what their files leave out."""
@@ -330,8 +333,9 @@ WITH_VISION: dict[str, dict[str, Fields]] = {
 OF_IMAGES = """
     vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index boi_token_id eoi_token_id image_token_id
     spatial_merge_size vision_feature_layer projector_hidden_act multimodal_projector_bias processor_class
+    audio_config audio_token_id boa_token_id eoa_token_id eoa_token_index video_token_id vision_soft_tokens_per_image
 """.split()  # noqa: SIM905 - as in config_json.py
-"""Attributes that only matter where there are images, which are not computed here."""
+"""Attributes that only matter where there are images or sounds, which are not computed here."""
 
 
 def read_text_part(kind: str, config: Fields, file: str) -> ModelSpec:

@@ -10,19 +10,60 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["attention", "conv"]
-"""Attention over keys and values; or a gated short convolution, whose state is its last inputs."""
+Kind = Literal["attention", "global", "shared", "shared_global", "conv"]
+"""Attention over keys and values; `global`, attention of another shape (`spec.GlobalAttention`); `shared` and `shared_global`, which
+use the keys and values of the last layer before them that is `attention` or `global`; or a gated short convolution, whose state is
+its last inputs."""
 
-PARTS: dict[Kind, frozenset[str]] = {
-    "attention": frozenset(("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm", "sinks")),
-    "conv": frozenset(("in_proj", "short_conv", "out_proj")),
-}
-"""The linear layers, norms and other parts that only layers of one kind have."""
+KEY_PARTS = frozenset(("k_proj", "v_proj", "qkv_proj", "k_norm"))
+ATTENTION_PARTS = KEY_PARTS | {"q_proj", "o_proj", "q_norm", "sinks"}
+RECURRENT_PARTS = frozenset(("in_proj", "short_conv", "out_proj"))
+FEED_PARTS = frozenset(("gate_proj", "up_proj", "gate_up_proj", "down_proj"))
+
+GLOBAL, WIDE = "global_", "wide_"
+"""Before the name of a part of attention, or of the feed-forward, that has another shape in some layers: it is a stack of its own."""
 
 
-def kind_of_part(part: str) -> Kind | None:
-    """The kind of layers that have a part; None where all have it."""
-    return next((kind for kind, parts in PARTS.items() if part in parts), None)
+def is_recurrent(kind: Kind) -> bool:
+    """Whether a layer has a recurrent state."""
+    return kind == "conv"
+
+
+def is_global(kind: Kind) -> bool:
+    """Whether a layer has attention of the other shape."""
+    return kind in ("global", "shared_global")
+
+
+def has_keys(kind: Kind) -> bool:
+    """Whether a layer has keys and values of its own."""
+    return kind in ("attention", "global")
+
+
+def plain_part(part: str) -> str:
+    """The name of a part without what tells it from that of another shape: `global_q_proj` → `q_proj`."""
+    return part.removeprefix(GLOBAL).removeprefix(WIDE)
+
+
+def part_name(kind: Kind, part: str, *, wide: bool) -> str:
+    """The name under which a layer's part is stacked.
+
+    Args:
+        part: its plain name.
+        wide: whether layers without keys of their own have a wider feed-forward.
+    """
+    if is_global(kind) and part in ATTENTION_PARTS:
+        return GLOBAL + part
+    return WIDE + part if wide and kind.startswith("shared") and part in FEED_PARTS else part
+
+
+def has_part(kind: Kind, part: str, *, wide: bool) -> bool:
+    """Whether a layer has a part of this name; see `part_name`."""
+    plain = plain_part(part)
+    if plain in RECURRENT_PARTS:
+        return is_recurrent(kind)
+    if (plain in ATTENTION_PARTS and is_recurrent(kind)) or (plain in KEY_PARTS and not has_keys(kind)):
+        return False
+    return part_name(kind, plain, wide=wide) == part
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array
 
 from grpo_jax.models.gating import gated
-from grpo_jax.models.layer_kinds import Kind
+from grpo_jax.models.layer_kinds import Kind, has_keys, is_recurrent, plain_part
 from grpo_jax.models.linear import JOINED, Linear, LinearWeights, gather, linear_product
 from grpo_jax.models.moe import mix_experts
 from grpo_jax.models.recurrent import Recurrence, short_conv
@@ -38,8 +38,9 @@ class Attend(Protocol):
     """Attention of one layer.
 
     Takes q [B, T, K, R, Dh] (scaled; R = H/K), k and v [B, T, K, Dh], the layer's number and window (int32 scalars), the layer's
-    part of `Transformer`'s `per_layer`, the cache, `sinks` [K, R] where the model has them, and `selected`: q has only the selected
-    tokens, as in the last layer.
+    part of `Transformer`'s `per_layer`, the cache, `sinks` [K, R] where the model has them, `selected`: q has only the selected
+    tokens, as in the last layer, and the layer's kind. In a layer without keys of its own, number, cache, k and v are those of the
+    layer whose keys it uses, which has stored them.
     Returns the attention's output [B, T, K, R, Dh], the cache, and the layer's output for `Transformer` to stack.
     """
 
@@ -55,7 +56,26 @@ class Attend(Protocol):
         cache: Any,
         sinks: Array | None = None,
         selected: bool = False,
+        kind: Kind = "attention",
     ) -> tuple[Array, Any, Any]: ...
+
+
+def normalised(x: Array, eps: float) -> Array:
+    """x / rms(x), float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + jnp.float32(eps))
+
+
+class LayerOutput(NamedTuple):
+    """Output of a layer of a model in which layers share keys and values.
+
+    Attributes:
+        stacked: the output of `attend`.
+        keys: k and v that the layer has used, [B, T, K, Dh].
+    """
+
+    stacked: Any
+    keys: tuple[Array, Array]
 
 
 class RMSNorm(nn.Module):
@@ -75,8 +95,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = gather(self.layout, jnp.asarray(self.get_variable("params", "scale")).astype(jnp.float32), self.axis)
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + jnp.float32(self.eps))
+        wide = normalised(x, self.eps)
         factor = scale + jnp.float32(self.offset)
         factor = factor if self.factor == 1.0 else factor * jnp.float32(self.factor)
         return (wide * jnp.expand_dims(factor, tuple(range(x.ndim - 1)))).astype(x.dtype)
@@ -88,6 +107,14 @@ class Sinks(nn.Module):
     @nn.compact
     def __call__(self) -> Array:
         return jnp.asarray(self.get_variable("params", "logit"))
+
+
+class FixedScale(nn.Module):
+    """Returns the number of the checkpoint that a layer's result is multiplied by, [1]. It has no gradient."""
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return jax.lax.stop_gradient(jnp.asarray(self.get_variable("params", "fixed_scale")))
 
 
 class ConvWeights(nn.Module):
@@ -131,14 +158,17 @@ class Block(nn.Module):
         x, cache = carry
         x, spec = checkpoint_name(x, LAYER_INPUT), self.spec
         before = self.norm("attn_norm", x) if spec.pre_norm else x
-        if self.kind == "attention":
-            mixed, cache, stacked = self.attention(before, layer, rope, cache, select)
-        else:
+        if is_recurrent(self.kind):
             mixed, cache, stacked = self.convolution(before, cache, select)
+        else:
+            mixed, cache, stacked = self.attention(before, layer, rope, cache, select)
         x = x if select is None else select(x)
         x = checkpoint_name(x + self.added("post_attn_norm", mixed), LAYER_MIDDLE)
         fed = self.feed_forward(self.norm("ffw_norm", x) if spec.pre_norm else x)
         x = x + self.added("post_ffw_norm", fed)
+        if spec.per_layer_width:
+            x = x + self.per_layer(x, layer["embedding"] if select is None else select(layer["embedding"]))
+        x = x * FixedScale(name="layer_scalar")().astype(x.dtype)[None, None] if spec.layer_scale else x
         return (x, cache), stacked
 
     def added(self, norm: str, x: Array) -> Array:
@@ -146,11 +176,16 @@ class Block(nn.Module):
         x = self.norm(norm, x) if self.spec.sandwich else x
         return x if self.spec.residual_scale == 1.0 else x * jnp.asarray(self.spec.residual_scale, x.dtype)
 
+    def per_layer(self, x: Array, embedding: Array) -> Array:
+        """What the tokens' embeddings for this layer add: norm(W_out (act(W_in x) · embedding))."""
+        gate = self.linear("per_layer_gate", x)
+        return self.norm("per_layer_norm", self.linear("per_layer_proj", gated(self.spec, gate, embedding)))
+
     def norm(self, name: str, x: Array, axis: str = "embed") -> Array:
         return RMSNorm(self.spec.norm_eps, self.spec.norm_offset, self.layout, axis, name=name)(x)
 
     def linear(self, name: str, x: Array) -> Array:
-        axes = LINEAR_AXES[JOINED[name][0] if name in JOINED else name]
+        axes = LINEAR_AXES[JOINED[name][0] if name in JOINED else plain_part(name)]
         return Linear(self.lora_scale, self.implementation, self.layout, axes, name=name)(x)
 
     def linears(self, joined: str, parts: dict[str, int], x: Array) -> list[Array]:
@@ -163,22 +198,20 @@ class Block(nn.Module):
     def attention(
         self, x: Array, layer: dict[str, Any], rope: Angles, cache: Any, select: SelectTokens | None
     ) -> tuple[Array, Any, Any]:
-        spec = self.spec
-        heads, kv_heads = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-        if select is None or self.has_variable("params", "qkv_proj"):
-            q, k, v = self.linears("qkv_proj", {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}, x)
-            q = q if select is None else select(q)
-        else:
-            q, k, v = self.linear("q_proj", select(x)), self.linear("k_proj", x), self.linear("v_proj", x)
+        spec, (kv_heads, head_dim), own_keys = self.spec, self.spec.attention_shape(self.kind), has_keys(self.kind)
+        q, k, v = self.queries_and_keys(x, select) if own_keys else (self.queries(x, select), None, None)
         if spec.joint_qk_norm:
             q, k = (self.norm(name, y, QK_NORM_AXES[name]) for name, y in (("q_norm", q), ("k_norm", k)))
-        q = q.reshape(*q.shape[:2], spec.heads, spec.head_dim)
-        k, v = (y.reshape(*y.shape[:2], spec.kv_heads, spec.head_dim) for y in (k, v))
+        q = q.reshape(*q.shape[:2], spec.heads, head_dim)
+        k, v = (None if y is None else y.reshape(*y.shape[:2], kv_heads, head_dim) for y in (k, v))
         if spec.qk_norm and not spec.joint_qk_norm:
-            q, k = self.norm("q_norm", q, "head_dim"), self.norm("k_norm", k, "head_dim")
+            q = self.norm(spec.part_name(self.kind, "q_norm"), q, "head_dim")
+            k = None if k is None else self.norm(spec.part_name(self.kind, "k_norm"), k, "head_dim")
+        v = normalised(v, spec.norm_eps).astype(v.dtype) if v is not None and spec.value_norm else v
         q, k = self.rotated(q, k, jax.tree.map(lambda table: table[layer["rope"]], rope), select)
+        k, v = (k, v) if own_keys else layer["keys"]
         b, t = q.shape[:2]
-        q = q.reshape(b, t, spec.kv_heads, spec.heads // spec.kv_heads, spec.head_dim)
+        q = q.reshape(b, t, kv_heads, spec.heads // kv_heads, head_dim)
         mixed, cache, stacked = self.attend(
             q,
             k,
@@ -189,8 +222,27 @@ class Block(nn.Module):
             cache=cache,
             sinks=self.sinks(),
             selected=select is not None,
+            kind=self.kind,
         )
-        return self.linear("o_proj", mixed.reshape(b, t, spec.heads * spec.head_dim)), cache, stacked
+        out = self.linear(spec.part_name(self.kind, "o_proj"), mixed.reshape(b, t, spec.heads * head_dim))
+        return out, cache, LayerOutput(stacked, (k, v)) if spec.shares_keys else stacked
+
+    def queries(self, x: Array, select: SelectTokens | None) -> Array:
+        """The queries of all tokens, or of the selected ones."""
+        return self.linear(self.spec.part_name(self.kind, "q_proj"), x if select is None else select(x))
+
+    def queries_and_keys(self, x: Array, select: SelectTokens | None) -> tuple[Array, Array, Array]:
+        """Queries, of all tokens or of the selected ones, keys and values, before norms and rotation."""
+        spec, (kv_heads, head_dim) = self.spec, self.spec.attention_shape(self.kind)
+        q_proj, k_proj, v_proj = (spec.part_name(self.kind, name) for name in ("q_proj", "k_proj", "v_proj"))
+        if spec.global_attention is not None and spec.global_attention.keys_are_values and self.kind == "global":
+            k = self.linear(k_proj, x)
+            return self.queries(x, select), k, k
+        if select is None or self.has_variable("params", "qkv_proj"):
+            columns = {q_proj: spec.heads * head_dim, k_proj: kv_heads * head_dim, v_proj: kv_heads * head_dim}
+            q, k, v = self.linears("qkv_proj", columns, x)
+            return q if select is None else select(q), k, v
+        return self.queries(x, select), self.linear(k_proj, x), self.linear(v_proj, x)
 
     def convolution(self, x: Array, state: Any, select: SelectTokens | None) -> tuple[Array, Any, Any]:
         """A gated short convolution. In prefill the state behind the prompt is the layer's output, in decoding the new cache."""
@@ -206,18 +258,21 @@ class Block(nn.Module):
         return logit.reshape(self.spec.kv_heads, self.spec.heads // self.spec.kv_heads)
 
     @nn.nowrap
-    def rotated(self, q: Array, k: Array, angles: Angles, select: SelectTokens | None) -> tuple[Array, Array]:
+    def rotated(self, q: Array, k: Array | None, angles: Angles, select: SelectTokens | None) -> tuple[Array, Array | None]:
         """Rotates queries, which are scaled too, and keys by one rotary embedding; `select` has picked the queries."""
+        if self.spec.global_attention is not None:  # the tables have the pairs of the wider heads
+            pairs = q.shape[-1] // 2
+            angles = angles._replace(cos=angles.cos[..., :pairs], sin=angles.sin[..., :pairs])
         spec, of_queries = self.spec, angles if select is None else jax.tree.map(select, angles)
         scale = spec.query_scale if of_queries.query_scale is None else of_queries.query_scale * jnp.float32(spec.query_scale)
         q = rotate(q, of_queries.cos, of_queries.sin, scale, interleaved=spec.interleaved_rope)
-        return q, rotate(k, angles.cos, angles.sin, interleaved=spec.interleaved_rope)
+        return q, None if k is None else rotate(k, angles.cos, angles.sin, interleaved=spec.interleaved_rope)
 
     def feed_forward(self, x: Array) -> Array:
         names = ("router", *EXPERT_LINEARS) if self.spec.experts else ("gate_proj", "up_proj", "down_proj")
         if not self.spec.experts and self.has_variable("params", "gate_up_proj"):
             names = ("gate_up_proj", "down_proj")
-        weights = {name: LinearWeights(name=name)() for name in names}
+        weights = {name: LinearWeights(name=self.spec.part_name(self.kind, name))() for name in names}
         return self.in_parts(functools.partial(self.fed, weights), x)
 
     @nn.nowrap

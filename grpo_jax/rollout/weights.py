@@ -187,5 +187,7 @@ def cast_weight(path: tuple[Any, ...], leaf: Any, dtype: Any, *, dense: bool) ->
     element takes a byte there, so dense weights are faster, and jax 0.10 refuses int4 results of one compiled program as another's
     arguments.
     """
-    unchanged = not dense if isinstance(leaf, QuantizedWeight) else path[-1].key in ("scale", "logit") or leaf.dtype == dtype
+    unchanged = (
+        not dense if isinstance(leaf, QuantizedWeight) else path[-1].key in ("scale", "logit", "fixed_scale") or leaf.dtype == dtype
+    )
     return leaf if unchanged else leaf.astype(dtype)

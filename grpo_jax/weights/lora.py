@@ -25,6 +25,7 @@ from grpo_jax.config.checks import require, show
 from grpo_jax.config.sections import LINEAR_TARGETS
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.models.config_values import checked_flag, checked_number, whole_number
+from grpo_jax.models.layer_kinds import plain_part
 from grpo_jax.models.linear import JOINED
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelError, ModelSpec, ParamSpec, flatten, lora_specs, nest
 from grpo_jax.runtime.digests import DIGESTS, DamagedError, verify_digests, write_digests
@@ -68,8 +69,9 @@ def check_targets(spec: ModelSpec, lora: LoraConfig) -> None:
         ConfigError: a linear layer that the model does not have; one of the two without the other; or both with `rslora`, whose
             scale would change by √2; or experts that the files have in one tensor.
     """
-    missing = [] if isinstance(lora.targets, str) else [name for name in lora.targets if name not in spec.linear_shapes()]
-    fix = f"a {spec.family} model has no {', '.join(missing)}: choose from {', '.join(spec.linear_shapes())}"
+    missing = [] if isinstance(lora.targets, str) else [name for name in lora.targets if not parts_of_target(spec, name)]
+    known = [name for name in LINEAR_TARGETS if parts_of_target(spec, name)]
+    fix = f"a {spec.family} model has no {', '.join(missing)}: choose from {', '.join(known)}"
     require(not missing, "lora.targets", lora.targets, fix)
     experts = [
         name for name in EXPERT_LINEARS if held_stack(spec, name) and name in lora.target_names and lora.targets != "all-linear"
@@ -87,7 +89,12 @@ def check_targets(spec: ModelSpec, lora: LoraConfig) -> None:
 
 def adapted_linears(spec: ModelSpec, lora: LoraConfig) -> tuple[str, ...]:
     """The linear layers with adapters: with `all-linear` all but experts that are one tensor, as in PEFT."""
-    return tuple(name for name in lora.target_names if name in spec.linear_shapes() and not held_stack(spec, name))
+    return tuple(part for name in lora.target_names for part in parts_of_target(spec, name) if not held_stack(spec, part))
+
+
+def parts_of_target(spec: ModelSpec, target: str) -> list[str]:
+    """The linear layers of a name, of which some layers may have one of another shape (`layer_kinds.GLOBAL`)."""
+    return [name for name in spec.linear_shapes() if plain_part(name) == target]
 
 
 def init_lora(spec: ModelSpec, lora: LoraConfig, key: jax.Array) -> Params:
@@ -189,7 +196,7 @@ def load_adapter(source: str | Path, spec: ModelSpec) -> tuple[Params, LoraConfi
         shapes = {name: shape_of(folder / ADAPTER_WEIGHTS, shard, name) for name in shard.keys()}  # noqa: SIM118  (not a dict)
         specs = check_adapter(folder, shapes, spec, lora, split)
         leaves = {path: read_leaf(folder, shard, spec, path, p.shape, lora.rank) for path, p in specs.items()}
-    targets = list(dict.fromkeys(path[1] for path in specs))
+    targets = list(dict.fromkeys(plain_part(path[1]) for path in specs))
     return nest(leaves), LoraConfig(rank=lora.rank, alpha=lora.alpha, rslora=lora.rslora, targets=targets, adapter=str(source))
 
 
@@ -205,7 +212,8 @@ def check_adapter(
         ModelError: a tensor is missing, too many, or has another shape.
     """
     found = {name.removesuffix(f".lora_{leaf}.weight") for name in shapes for leaf in "AB"}
-    own = {t: {f"base_model.model.{path}" for path in module_paths(spec, t)} for t in LINEAR_TARGETS if t in spec.linear_shapes()}
+    parts = [part for target in LINEAR_TARGETS for part in parts_of_target(spec, target)]
+    own = {part: {f"base_model.model.{path}" for path in module_paths(spec, part)} for part in parts}
     targets = [t for t, modules in own.items() if not modules.isdisjoint(found)]
     specs, unused = lora_specs(spec, lora.rank, tuple(targets)), set(shapes)
     for path, p in specs.items():

@@ -28,6 +28,8 @@ NEWER_FAMILIES = (
     "phi3",
     "gpt_oss",
     "lfm2",
+    "gemma4",
+    "gemma4_vision",
     "gemma3_vision",
     "mistral3_vision",
 )
@@ -45,7 +47,7 @@ def read_shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 def model_tensors(family: str) -> dict[str, np.ndarray]:
     """The weights of a family's tiny model, by their Hugging Face names, float32."""
-    center = 0.0 if family.startswith("gemma") else 1.0
+    center = 0.0 if family.startswith(("gemma2", "gemma3")) else 1.0
     return {name: tensor(name, shape, norm_center=center) for name, shape in read_shapes(family).items()}
 
 
