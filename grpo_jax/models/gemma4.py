@@ -36,9 +36,8 @@ def gemma4(reader: ConfigReader) -> Fields:
     reader.known.update(("num_experts", "top_k_experts", "moe_intermediate_size"))  # of enable_moe_block alone
     if reader.get("rope_parameters") is None:
         reader.config["rope_parameters"] = ROPES
-    windows = layer_windows(reader, layers, reader.whole("sliding_window", 512), 6)
-    if windows[-1] is not None:
-        raise ModelError(f"{reader.file}: the last of layer_types is sliding_attention: in Gemma 4 it is full_attention")
+    # The last layer is global whatever layer_types says, as in transformers.
+    windows = (*layer_windows(reader, layers, reader.whole("sliding_window", 512), 6)[:-1], None)
     if set(windows) == {None}:
         raise ModelError(f"{reader.file}: layer_types has no sliding_attention: at least one layer needs a window")
     ropes = ropes_by_window(reader, windows, 1e6, local=1e4)
@@ -103,8 +102,8 @@ def global_attention(reader: ConfigReader, windows: tuple[int | None, ...], fiel
         alike = isinstance(first, dict) and all(one == first for one in given) and {str(key) for key in by_layer} == numbers
         if not isinstance(first, dict) or not alike or not set(first) <= {"head_dim", "num_key_value_heads"}:
             raise ModelError(
-                f"{reader.file}: per_layer_config is {show(by_layer)}: use the same head_dim and num_key_value_heads for each layer "
-                "with full_attention, and nothing for the others"
+                f"{reader.file}: per_layer_config is {show(by_layer)}: use the same head_dim and num_key_value_heads for every "
+                "layer with full_attention, and nothing for the others"
             )
         head_dim, kv_heads = first.get("head_dim", fields["head_dim"]), first.get("num_key_value_heads", fields["kv_heads"])
     head_dim = whole_number(reader.file, "global_head_dim", head_dim)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["attention", "global", "shared", "shared_global", "conv"]
-"""Attention over keys and values; `global`, attention of another shape (`spec.GlobalAttention`); `shared` and `shared_global`, which
-use the keys and values of the last layer before them that is `attention` or `global`; or a gated short convolution, whose state is
-its last inputs."""
+"""Attention over keys and values; `global`, attention of another shape (`spec.GlobalAttention`); `shared` and `shared_global`,
+which use the keys and values of the last layer before them that is `attention` or `global`; or a gated short convolution, whose
+state is its last inputs."""
 
 KEY_PARTS = frozenset(("k_proj", "v_proj", "qkv_proj", "k_norm"))
 ATTENTION_PARTS = KEY_PARTS | {"q_proj", "o_proj", "q_norm", "sinks"}
@@ -21,7 +21,7 @@ RECURRENT_PARTS = frozenset(("in_proj", "short_conv", "out_proj"))
 FEED_PARTS = frozenset(("gate_proj", "up_proj", "gate_up_proj", "down_proj"))
 
 GLOBAL, WIDE = "global_", "wide_"
-"""Before the name of a part of attention, or of the feed-forward, that has another shape in some layers: it is a stack of its own."""
+"""Before the name of a part of attention, or of the feed-forward, that has another shape in some layers and a stack of its own."""
 
 
 def is_recurrent(kind: Kind) -> bool:

@@ -22,6 +22,9 @@ from grpo_kernels import QuantizedWeight, weight_bytes
 from grpo_kernels.numerics import precision_of
 from grpo_kernels.target import platform
 
+FLOAT32 = ("scale", "logit", "fixed_scale")
+"""Weights that are not cast: scales of norms and layers, and attention sinks, which are float32 as in training."""
+
 JOIN_SHARE = 0.25
 """Fraction of the free memory that the joined weights of a rollout may use."""
 
@@ -188,6 +191,6 @@ def cast_weight(path: tuple[Any, ...], leaf: Any, dtype: Any, *, dense: bool) ->
     arguments.
     """
     unchanged = (
-        not dense if isinstance(leaf, QuantizedWeight) else path[-1].key in ("scale", "logit", "fixed_scale") or leaf.dtype == dtype
+        not dense if isinstance(leaf, QuantizedWeight) else path[-1].key in FLOAT32 or leaf.dtype == dtype
     )
     return leaf if unchanged else leaf.astype(dtype)
