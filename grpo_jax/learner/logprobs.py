@@ -33,7 +33,8 @@ def row_hidden(model: Transformer, variables: Params, rows: PackedRows) -> Float
     """Computes the hidden state that predicts each entry."""
     selected = jnp.asarray(rows.selected)
     attend = group_attend(model, rows.ranges, rows.limits, selected)
-    options = {"select": select_tokens(rows), "recurrence": packed_recurrence(model.spec.conv_kernel, rows.ranges, model.layout)}
+    how: Any = {"prompts": rows.limits.prompts > 0, "layout": model.layout, "implementation": model.implementation}
+    options = {"select": select_tokens(rows), "recurrence": packed_recurrence(model.spec, rows.ranges, **how)}
     hidden = forward(model, variables, jnp.asarray(rows.ids), jnp.asarray(rows.positions), attend, **options)[0]
     return hidden if model.layout is None else model.layout.constrain(hidden, "rows", None, None)
 

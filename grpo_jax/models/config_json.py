@@ -159,6 +159,15 @@ def shared_fields(reader: ConfigReader, head_dim: int | None = None) -> Fields:
     }
 
 
+def unrotated_fields(reader: ConfigReader, head_dim: int | None = None, *, norm_eps: float = 1e-6, tied: bool = False) -> Fields:
+    """Reads what most families with SwiGLU share, without the rotary embedding. Given are the family's defaults."""
+    reader.allow_only("hidden_act", ("silu",), "the feed-forward is SwiGLU")
+    return shared_fields(reader, head_dim) | {
+        "norm_eps": reader.number("rms_norm_eps", norm_eps),
+        "tied": reader.flag("tie_word_embeddings", tied),
+    }
+
+
 def attention_bias(reader: ConfigReader) -> Fields:
     """Reads the one switch for biases of q, k, v and of the output projection."""
     bias = reader.flag("attention_bias")

@@ -35,12 +35,22 @@ WHOLE: dict[str, tuple[int, int]] = {
     "max_position_embeddings": (1, 2**31 - 1),
     "no_rope_layer_interval": (1, 4096),
     "original_max_position_embeddings": (1, 2**31 - 1),
+    "block_multiple_of": (1, 2**20),
+    "conv_L_cache": (2, 64),
+    "full_attention_interval": (1, 4096),
+    "linear_conv_kernel_dim": (2, 64),
+    "linear_num_key_heads": (1, 2**14),
+    "linear_num_value_heads": (1, 2**14),
+    "linear_key_head_dim": (1, 2**13),
+    "linear_value_head_dim": (1, 2**13),
     "r": (1, 2**16),
 }
 """Least and largest value of attributes that are whole numbers."""
 
 NUMBERS: dict[str, tuple[float, float]] = {
     "rms_norm_eps": (1e-12, 1.0),
+    "norm_eps": (1e-12, 1.0),
+    "block_ffn_dim_multiplier": (1e-3, 1e3),
     "rope_theta": (1.0, 1e12),
     "rope_local_base_freq": (1.0, 1e12),
     "factor": (1e-3, 1e6),

@@ -11,7 +11,15 @@ from collections.abc import Callable
 from typing import Any
 
 from grpo_jax.config.checks import show
-from grpo_jax.models.config_json import ConfigReader, Fields, attention_bias, expert_fields, layer_windows, shared_fields
+from grpo_jax.models.config_json import (
+    ConfigReader,
+    Fields,
+    attention_bias,
+    expert_fields,
+    layer_windows,
+    shared_fields,
+    unrotated_fields,
+)
 from grpo_jax.models.config_rope import one_rope, partial_rotation, read_rope, ropes_by_window
 from grpo_jax.models.config_values import checked_number
 from grpo_jax.models.gemma4 import gemma4
@@ -22,15 +30,6 @@ from grpo_jax.models.spec import ModelError, ModelSpec, Rope
 def swiglu_fields(reader: ConfigReader, head_dim: int | None = None, *, theta: float = 10000.0, norm_eps: float = 1e-6) -> Fields:
     """Reads what Llama, Mistral and Qwen share: `shared_fields`, one rotary embedding, SwiGLU. Given are the family's defaults."""
     return unrotated_fields(reader, head_dim, norm_eps=norm_eps) | one_rope(reader, theta)
-
-
-def unrotated_fields(reader: ConfigReader, head_dim: int | None = None, *, norm_eps: float = 1e-6, tied: bool = False) -> Fields:
-    """Reads `swiglu_fields` without the rotary embedding."""
-    reader.allow_only("hidden_act", ("silu",), "the feed-forward is SwiGLU")
-    return shared_fields(reader, head_dim) | {
-        "norm_eps": reader.number("rms_norm_eps", norm_eps),
-        "tied": reader.flag("tie_word_embeddings", tied),
-    }
 
 
 def llama(reader: ConfigReader) -> Fields:
@@ -327,6 +326,7 @@ WITH_VISION: dict[str, dict[str, Fields]] = {
     "gemma3": {"gemma3_text": GEMMA3_TEXT},
     "gemma4": {"gemma4_text": {}},
     "mistral3": {"ministral3": {}, "mistral": {}},
+    "qwen3_5": {"qwen3_5_text": {}},
 }
 """model_type of a checkpoint with a vision tower → the types that its text part may have, with what their files leave out."""
 
@@ -334,6 +334,7 @@ OF_IMAGES = """
     vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index boi_token_id eoi_token_id image_token_id
     spatial_merge_size vision_feature_layer projector_hidden_act multimodal_projector_bias processor_class
     audio_config audio_token_id boa_token_id eoa_token_id eoa_token_index video_token_id vision_soft_tokens_per_image
+    vision_start_token_id vision_end_token_id
 """.split()  # noqa: SIM905 - as in config_json.py
 """Attributes that only matter where there are images or sounds, which are not computed here."""
 

@@ -10,14 +10,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["attention", "global", "shared", "shared_global", "conv"]
+Kind = Literal["attention", "global", "shared", "shared_global", "conv", "delta"]
 """Attention over keys and values; `global`, attention of another shape (`spec.GlobalAttention`); `shared` and `shared_global`,
-which use the keys and values of the last layer before them that is `attention` or `global`; or a gated short convolution, whose
-state is its last inputs."""
+which use the keys and values of the last layer before them that is `attention` or `global`; a gated short convolution, whose state
+is its last inputs; or linear attention by the gated delta rule behind a short convolution, whose state is a matrix for each head
+too."""
+
+DELTA_LINEARS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+"""Linear layers of the input of linear attention: of queries, keys and values, of the result's gate, of β and of the decay."""
+
+FUSED_DELTA_LINEARS = ("in_proj_qkvz", "in_proj_ba")
+"""The same as Qwen3-Next has them: the outputs of each head of keys stand together."""
+
+RECURRENT_PARTS: dict[Kind, frozenset[str]] = {
+    "conv": frozenset(("in_proj", "short_conv", "out_proj")),
+    "delta": frozenset((*DELTA_LINEARS, *FUSED_DELTA_LINEARS, "short_conv", "decay", "delta_norm", "out_proj")),
+}
+"""The linear layers, norms and other parts that only recurrent layers of some kinds have."""
+
 
 KEY_PARTS = frozenset(("k_proj", "v_proj", "qkv_proj", "k_norm"))
 ATTENTION_PARTS = KEY_PARTS | {"q_proj", "o_proj", "q_norm", "sinks"}
-RECURRENT_PARTS = frozenset(("in_proj", "short_conv", "out_proj"))
 FEED_PARTS = frozenset(("gate_proj", "up_proj", "gate_up_proj", "down_proj"))
 
 GLOBAL, WIDE = "global_", "wide_"
@@ -26,7 +39,7 @@ GLOBAL, WIDE = "global_", "wide_"
 
 def is_recurrent(kind: Kind) -> bool:
     """Whether a layer has a recurrent state."""
-    return kind == "conv"
+    return kind in RECURRENT_PARTS
 
 
 def is_global(kind: Kind) -> bool:
@@ -59,8 +72,8 @@ def part_name(kind: Kind, part: str, *, wide: bool) -> str:
 def has_part(kind: Kind, part: str, *, wide: bool) -> bool:
     """Whether a layer has a part of this name; see `part_name`."""
     plain = plain_part(part)
-    if plain in RECURRENT_PARTS:
-        return is_recurrent(kind)
+    if any(plain in parts for parts in RECURRENT_PARTS.values()):
+        return plain in RECURRENT_PARTS.get(kind, ())
     if (plain in ATTENTION_PARTS and is_recurrent(kind)) or (plain in KEY_PARTS and not has_keys(kind)):
         return False
     return part_name(kind, plain, wide=wide) == part

@@ -22,7 +22,7 @@ from grpo_jax.models.gating import gated
 from grpo_jax.models.layer_kinds import Kind, has_keys, is_recurrent, plain_part
 from grpo_jax.models.linear import JOINED, Linear, LinearWeights, gather, linear_product
 from grpo_jax.models.moe import mix_experts
-from grpo_jax.models.recurrent import Recurrence, short_conv
+from grpo_jax.models.recurrent import Recurrence, linear_attention, short_conv
 from grpo_jax.models.rope import Angles, rotate
 from grpo_jax.models.spec import EXPERT_LINEARS, LINEAR_AXES, QK_NORM_AXES, ModelSpec
 from grpo_jax.runtime.sharding import Layout
@@ -117,13 +117,14 @@ class FixedScale(nn.Module):
         return jax.lax.stop_gradient(jnp.asarray(self.get_variable("params", "fixed_scale")))
 
 
-class ConvWeights(nn.Module):
-    """Returns the variables of a short convolution: `taps` [C, 1, K], and `bias` [C] where it has one."""
+class Weights(nn.Module):
+    """Returns those of the named variables that a module has."""
+
+    names: tuple[str, ...]
 
     @nn.compact
     def __call__(self) -> dict[str, Any]:
-        names = [name for name in ("taps", "bias") if self.has_variable("params", name)]
-        return {name: self.get_variable("params", name) for name in names}
+        return {name: self.get_variable("params", name) for name in self.names if self.has_variable("params", name)}
 
 
 def parts_of(tokens: int, least: int) -> int:
@@ -159,7 +160,7 @@ class Block(nn.Module):
         x, spec = checkpoint_name(x, LAYER_INPUT), self.spec
         before = self.norm("attn_norm", x) if spec.pre_norm else x
         if is_recurrent(self.kind):
-            mixed, cache, stacked = self.convolution(before, cache, select)
+            mixed, cache, stacked = self.recurrent(before, cache, select)
         else:
             mixed, cache, stacked = self.attention(before, layer, rope, cache, select)
         x = x if select is None else select(x)
@@ -198,18 +199,18 @@ class Block(nn.Module):
     def attention(
         self, x: Array, layer: dict[str, Any], rope: Angles, cache: Any, select: SelectTokens | None
     ) -> tuple[Array, Any, Any]:
-        spec, (kv_heads, head_dim), own_keys = self.spec, self.spec.attention_shape(self.kind), has_keys(self.kind)
-        q, k, v = self.queries_and_keys(x, select) if own_keys else (self.queries(x, select), None, None)
-        if spec.joint_qk_norm:
-            q, k = (self.norm(name, y, QK_NORM_AXES[name]) for name, y in (("q_norm", q), ("k_norm", k)))
-        q = q.reshape(*q.shape[:2], spec.heads, head_dim)
-        k, v = (None if y is None else y.reshape(*y.shape[:2], kv_heads, head_dim) for y in (k, v))
-        if spec.qk_norm and not spec.joint_qk_norm:
-            q = self.norm(spec.part_name(self.kind, "q_norm"), q, "head_dim")
-            k = None if k is None else self.norm(spec.part_name(self.kind, "k_norm"), k, "head_dim")
-        v = normalised(v, spec.norm_eps).astype(v.dtype) if v is not None and spec.value_norm else v
-        q, k = self.rotated(q, k, jax.tree.map(lambda table: table[layer["rope"]], rope), select)
-        k, v = (k, v) if own_keys else layer["keys"]
+        spec, (kv_heads, head_dim) = self.spec, self.spec.attention_shape(self.kind)
+        # The tables have the pairs of the widest heads.
+        angles = jax.tree.map(lambda table: table[layer["rope"]], rope).of_pairs(head_dim // 2)
+        if has_keys(self.kind):
+            q, k, v = self.queries_and_keys(x, select)
+            if spec.joint_qk_norm:
+                q, k = (self.norm(name, y, QK_NORM_AXES[name]) for name, y in (("q_norm", q), ("k_norm", k)))
+            k, v = self.finished_keys(k, v, angles)
+        else:
+            q, (k, v) = self.queries(x, select), layer["keys"]
+        q, gate = self.gate(q, head_dim)
+        q = self.finished_queries(q, angles if select is None else jax.tree.map(select, angles))
         b, t = q.shape[:2]
         q = q.reshape(b, t, kv_heads, spec.heads // kv_heads, head_dim)
         mixed, cache, stacked = self.attend(
@@ -224,7 +225,9 @@ class Block(nn.Module):
             selected=select is not None,
             kind=self.kind,
         )
-        out = self.linear(spec.part_name(self.kind, "o_proj"), mixed.reshape(b, t, spec.heads * head_dim))
+        mixed = mixed.reshape(b, t, spec.heads * head_dim)
+        mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate)
+        out = self.linear(spec.part_name(self.kind, "o_proj"), mixed)
         return out, cache, LayerOutput(stacked, (k, v)) if spec.shares_keys else stacked
 
     def queries(self, x: Array, select: SelectTokens | None) -> Array:
@@ -239,15 +242,30 @@ class Block(nn.Module):
             k = self.linear(k_proj, x)
             return self.queries(x, select), k, k
         if select is None or self.has_variable("params", "qkv_proj"):
-            columns = {q_proj: spec.heads * head_dim, k_proj: kv_heads * head_dim, v_proj: kv_heads * head_dim}
+            columns = {q_proj: spec.linear_shapes()[q_proj][1], k_proj: kv_heads * head_dim, v_proj: kv_heads * head_dim}
             q, k, v = self.linears("qkv_proj", columns, x)
             return q if select is None else select(q), k, v
         return self.queries(x, select), self.linear(k_proj, x), self.linear(v_proj, x)
 
-    def convolution(self, x: Array, state: Any, select: SelectTokens | None) -> tuple[Array, Any, Any]:
-        """A gated short convolution. In prefill the state behind the prompt is the layer's output, in decoding the new cache."""
+    @nn.nowrap
+    def gate(self, q: Array, head_dim: int) -> tuple[Array, Array | None]:
+        """Queries [B, T, H, Dh] from q_proj's result, and what gates attention's result, [B, T, H·Dh]; None where nothing does."""
+        spec = self.spec
+        if not spec.gated_attention:
+            return q.reshape(*q.shape[:2], spec.heads, head_dim), None
+        both = q.reshape(*q.shape[:2], spec.heads, 2, head_dim)
+        return both[:, :, :, 0], both[:, :, :, 1].reshape(*q.shape[:2], spec.heads * head_dim)
+
+    def recurrent(self, x: Array, state: Any, select: SelectTokens | None) -> tuple[Array, Any, Any]:
+        """A recurrent layer. In prefill the state behind the prompt is the layer's output, in decoding the new cache."""
         assert self.recurrence is not None
-        mixed, new = short_conv(self.recurrence, self.linear, ConvWeights(name="short_conv")(), x, state, select)
+        weights = Weights(("taps", "bias"), name="short_conv")()
+        if self.kind == "conv":
+            mixed, new = short_conv(self.recurrence, self.linear, weights, x, state, select)
+        else:
+            weights |= Weights(("rate", "offset"), name="decay")()
+            norm = RMSNorm(self.spec.norm_eps, 0.0, self.layout, "head_dim", name="delta_norm")
+            mixed, new = linear_attention(self.spec, self.recurrence, self.linear, norm, weights, x, state, select)
         return (mixed, None, new) if state is None else (mixed, new, None)
 
     def sinks(self) -> Array | None:
@@ -257,16 +275,22 @@ class Block(nn.Module):
         logit = Sinks(name="sinks")().astype(jnp.float32)
         return logit.reshape(self.spec.kv_heads, self.spec.heads // self.spec.kv_heads)
 
-    @nn.nowrap
-    def rotated(self, q: Array, k: Array | None, angles: Angles, select: SelectTokens | None) -> tuple[Array, Array | None]:
-        """Rotates queries, which are scaled too, and keys by one rotary embedding; `select` has picked the queries."""
-        if self.spec.global_attention is not None:  # the tables have the pairs of the wider heads
-            pairs = q.shape[-1] // 2
-            angles = angles._replace(cos=angles.cos[..., :pairs], sin=angles.sin[..., :pairs])
-        spec, of_queries = self.spec, angles if select is None else jax.tree.map(select, angles)
-        scale = spec.query_scale if of_queries.query_scale is None else of_queries.query_scale * jnp.float32(spec.query_scale)
-        q = rotate(q, of_queries.cos, of_queries.sin, scale, interleaved=spec.interleaved_rope)
-        return q, None if k is None else rotate(k, angles.cos, angles.sin, interleaved=spec.interleaved_rope)
+    def finished_queries(self, q: Array, angles: Angles) -> Array:
+        """Norm and rotary embedding of queries [B, T, H, Dh], which are scaled too."""
+        spec = self.spec
+        if spec.qk_norm and not spec.joint_qk_norm:
+            q = self.norm(spec.part_name(self.kind, "q_norm"), q, "head_dim")
+        scale = spec.query_scale if angles.query_scale is None else angles.query_scale * jnp.float32(spec.query_scale)
+        return rotate(q, angles.cos, angles.sin, scale, interleaved=spec.interleaved_rope)
+
+    def finished_keys(self, k: Array, v: Array, angles: Angles) -> tuple[Array, Array]:
+        """Keys and values [B, T, K, Dh], with norms and the keys' rotary embedding, from those of all heads together."""
+        spec = self.spec
+        k, v = (y.reshape(*y.shape[:2], *spec.attention_shape(self.kind)) for y in (k, v))
+        if spec.qk_norm and not spec.joint_qk_norm:
+            k = self.norm(spec.part_name(self.kind, "k_norm"), k, "head_dim")
+        v = normalised(v, spec.norm_eps).astype(v.dtype) if spec.value_norm else v
+        return rotate(k, angles.cos, angles.sin, interleaved=spec.interleaved_rope), v
 
     def feed_forward(self, x: Array) -> Array:
         names = ("router", *EXPERT_LINEARS) if self.spec.experts else ("gate_proj", "up_proj", "down_proj")

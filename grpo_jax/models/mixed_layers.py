@@ -115,8 +115,8 @@ def run_mixed_layers(
         for stack, found in made.items():
             outputs.setdefault(stack, []).append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found))
     stacked = {stack: jax.tree.map(lambda *each: jnp.concatenate(each), *found) for stack, found in outputs.items()}
-    of_attention = tuple(stacked.get(stack) for stack in range(len(spec.key_stacks)))
-    return x, cache, LayerCaches(of_attention if len(of_attention) > 1 else of_attention[0], stacked.get(STATES))
+    of_attention = [stacked.get(stack) for stack in range(len(spec.key_stacks))]
+    return x, cache, LayerCaches(tuple(of_attention) if len(of_attention) > 1 else of_attention[0], stacked.get(STATES))
 
 
 STATES = -1
@@ -195,5 +195,6 @@ def layer_of(spec: ModelSpec, run: Run, place: int, iteration: Array, parts: Par
         if whole:
             found[part] = at(leaves, jnp.int32(first + own.index(place)) + iteration * jnp.int32(len(own)))
         else:
-            found[part] = jax.tree.map(lambda x, i=own.index(place): x[i], leaves)
+            number = own.index(place)
+            found[part] = jax.tree.map(lambda x, number=number: x[number], leaves)
     return found

@@ -1,9 +1,12 @@
 """Recurrent layers: what a token takes from the tokens before it through a state of fixed size.
 
-A gated short convolution (LFM2, https://arxiv.org/abs/2511.23404) mixes each channel of a token with those of the K - 1 tokens
-before it. In a packed row these are tokens of its own sequence and, before the sequence's first token, the last ones of its prompt:
-the prompt is computed once for its completions, and its gradient is the sum of theirs. Decoding has the K - 1 tokens as a state,
-which prefill computes once for each prompt.
+A short convolution mixes each channel of a token with those of the K - 1 tokens before it. A gated one is a layer of LFM2
+(https://arxiv.org/abs/2511.23404). In Qwen3-Next and Qwen3.5 one stands before linear attention by the gated delta rule
+(https://arxiv.org/abs/2412.06464), whose state is a matrix for each head.
+
+In a packed row the tokens before a token are those of its own sequence and, before the sequence's first one, those of its prompt:
+the prompt is computed once for its completions, and its gradient is the sum of theirs. Decoding has the last K - 1 inputs of the
+convolution and the matrices as a state, which prefill computes once for each prompt.
 """
 
 from __future__ import annotations
@@ -12,14 +15,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.sharding import Layout
-from grpo_kernels import KeyRanges
+from grpo_kernels import DeltaPlan, KeyRanges, gated_delta_rule, gated_delta_step, plan_delta_rule
 
-__all__ = ["PackedRecurrence", "Recurrence", "RecurrentState", "TokenRecurrence", "packed_recurrence", "short_conv"]
+__all__ = [
+    "PackedRecurrence",
+    "Recurrence",
+    "RecurrentState",
+    "TokenRecurrence",
+    "linear_attention",
+    "packed_recurrence",
+    "short_conv",
+]
+
+NORM_EPS = 1e-6
+"""Added to the squared norm of queries and keys of linear attention."""
 
 
 @struct.dataclass
@@ -28,9 +44,11 @@ class RecurrentState:
 
     Attributes:
         inputs: [..., B, K - 1, C], the last inputs of the short convolution, the newest last; 0 before the first token.
+        memory: [..., B, H, Dk, Dv], float32, of linear attention; None where the layer has none.
     """
 
     inputs: Array
+    memory: Array | None = None
 
 
 class Recurrence(Protocol):
@@ -47,6 +65,10 @@ class Recurrence(Protocol):
         """Computes sum over j of taps[:, j] · x[t - K + 1 + j], in float32, and the inputs of the next state, if it is needed."""
         ...
 
+    def apply_delta_rule(self, tokens: tuple[Array, ...], state: RecurrentState | None) -> tuple[Float[Array, "B T H Dv"], Array]:
+        """Computes the gated delta rule of q, k [B, T, K, Dk], v [B, T, H, Dv], log decays and β [B, T, H], and the next memory."""
+        ...
+
 
 @dataclass(frozen=True)
 class PackedRecurrence:
@@ -54,11 +76,13 @@ class PackedRecurrence:
 
     Attributes:
         before: [B, T, K - 1], the tokens before each token, the nearest last; -1 for none. Planned once for all layers.
+        plan: of the gated delta rule; None where the model has none.
         last: [B, K - 1], the last tokens of each row, whose inputs are the state; None where none is needed.
         layout: None is one device.
     """
 
     before: Int[Array, "B T J"]
+    plan: DeltaPlan | None = None
     last: Int[Array, "B J"] | None = None
     layout: Layout | None = None
 
@@ -82,6 +106,14 @@ class PackedRecurrence:
         rows = self.layout.spec("rows")
         return self.layout.local(take_or_zero, (rows, rows), rows)(x, index)
 
+    def apply_delta_rule(self, tokens: tuple[Array, ...], state: RecurrentState | None) -> tuple[Array, Array]:
+        """Computes the chunked form; see `Recurrence`. Where a row has several sequences, the memory is that of the last one."""
+        assert self.plan is not None
+        if self.layout is None:
+            return gated_delta_rule(*tokens, self.plan)
+        rows = self.layout.spec("rows")
+        return self.layout.local(lambda tokens, plan: gated_delta_rule(*tokens, plan), (rows, rows), rows)(tokens, self.plan)
+
 
 def take_or_zero(x: Float[Array, "B T C"], index: Int[Array, "B N"]) -> Float[Array, "B N C"]:
     """See `PackedRecurrence.take`."""
@@ -91,9 +123,14 @@ def take_or_zero(x: Float[Array, "B T C"], index: Int[Array, "B N"]) -> Float[Ar
 
 @dataclass(frozen=True)
 class TokenRecurrence:
-    """Recurrence of one new token a slot, T = 1, in decoding."""
+    """Recurrence of one new token a slot, T = 1, in decoding. Each device computes its own slots."""
 
-    inference: bool = True
+    layout: Layout | None = None
+
+    @property
+    def inference(self) -> bool:
+        """Always."""
+        return True
 
     def convolve(self, x: Array, taps: Array, state: RecurrentState | None) -> tuple[Array, Array | None]:
         """Continues the stored inputs; see `Recurrence`."""
@@ -101,6 +138,16 @@ class TokenRecurrence:
         inputs = jnp.concatenate([state.inputs.astype(x.dtype), x], axis=1)
         y = jnp.sum(inputs.astype(jnp.float32) * taps.T.astype(jnp.float32)[None], axis=1, keepdims=True)
         return y.astype(x.dtype), inputs[:, 1:]
+
+    def apply_delta_rule(self, tokens: tuple[Array, ...], state: RecurrentState | None) -> tuple[Array, Array]:
+        """Computes one token; see `Recurrence`."""
+        assert state is not None and state.memory is not None
+        step: Any = gated_delta_step
+        if self.layout is not None:
+            rows = self.layout.spec("slots")
+            step = self.layout.local(gated_delta_step, (rows,) * 6, rows)
+        y, memory = step(*(x[:, 0] for x in tokens), state.memory)
+        return y[:, None], memory
 
 
 def tokens_before(ranges: KeyRanges, count: int) -> Int[Array, "B T J"]:
@@ -119,36 +166,52 @@ def tokens_before(ranges: KeyRanges, count: int) -> Int[Array, "B T J"]:
 
 
 def packed_recurrence(
-    conv_kernel: int, ranges: KeyRanges, layout: Layout | None, lengths: Int[Array, "B"] | None = None
+    spec: ModelSpec,
+    ranges: KeyRanges,
+    *,
+    prompts: bool,
+    layout: Layout | None,
+    implementation: str | None = None,
+    lengths: Int[Array, "B"] | None = None,
 ) -> PackedRecurrence | None:
     """Plans the recurrence of packed rows; None where the model has no recurrent layers.
 
     Args:
-        conv_kernel: `ModelSpec.conv_kernel`.
         ranges: [B, T], the keys that each token sees.
+        prompts: whether a sequence may continue a prompt of its row.
         layout: None is one device.
+        implementation: of the gated delta rule.
         lengths: in prefill the tokens of each row, behind which the state is wanted; None in training.
     """
-    if not conv_kernel:
+    if not spec.recurrent_layers:
         return None
-    last = None
+    count, last, plan = spec.conv_kernel - 1, None, None
     if lengths is not None:
-        last = jnp.maximum(lengths[:, None] - jnp.arange(conv_kernel - 1, 0, -1, dtype=jnp.int32)[None, :], jnp.int32(-1))
-    return PackedRecurrence(tokens_before(ranges, conv_kernel - 1), last, layout)
+        last = jnp.maximum(lengths[:, None] - jnp.arange(count, 0, -1, dtype=jnp.int32)[None, :], jnp.int32(-1))
+    if spec.delta_heads:
+        local: Callable[[KeyRanges], DeltaPlan] = lambda own: plan_delta_rule(own, prompts=prompts, implementation=implementation)  # noqa: E731
+        plan = local(ranges) if layout is None else layout.local(local, (layout.spec("rows"),), layout.spec("rows"))(ranges)
+    return PackedRecurrence(tokens_before(ranges, count), plan, last, layout)
+
+
+LinearLayer = Callable[[str, Array], Array]
+"""(name, x) → the layer's linear layer of that name."""
+
+SelectTokens = Callable[[Array], Array]
+"""As in `layers.py`."""
 
 
 def short_conv(
     recurrence: Recurrence,
-    linear: Callable[[str, Array], Array],
+    linear: LinearLayer,
     weights: dict[str, Any],
     x: Float[Array, "B T D"],
     state: RecurrentState | None,
-    select: Callable[[Array], Array] | None,
+    select: SelectTokens | None,
 ) -> tuple[Float[Array, "B W D"], RecurrentState | None]:
     """Computes a gated short convolution: out_proj(C · conv(B · x)), where B, C and x are parts of in_proj.
 
     Args:
-        linear: computes the layer's linear layer of that name.
         weights: `taps` [D, 1, K], and `bias` [D] where the model has it.
         state: of the tokens before, in decoding.
         select: picks the tokens that the result is needed of.
@@ -163,3 +226,67 @@ def short_conv(
     y = gate * mixed
     y = y if select is None else select(y)
     return linear("out_proj", y), None if inputs is None else RecurrentState(inputs)
+
+
+def linear_attention(
+    spec: ModelSpec,
+    recurrence: Recurrence,
+    linear: LinearLayer,
+    norm: Callable[[Array], Array],
+    weights: dict[str, Any],
+    x: Float[Array, "B T D"],
+    state: RecurrentState | None,
+    select: SelectTokens | None,
+) -> tuple[Float[Array, "B W D"], RecurrentState | None]:
+    """Computes linear attention by the gated delta rule: out_proj(norm(rule(conv(q, k, v), decay, β)) · silu(z)).
+
+    Queries and keys have norm 1, queries are divided by √Dk; the log decay is -exp(rate) · softplus(a + offset), β = sigmoid(b).
+
+    Args:
+        norm: RMSNorm of a head's result.
+        weights: `taps` [C, 1, K], `rate` [H] and `offset` [H].
+        state: of the tokens before, in decoding.
+        select: picks the tokens that the result is needed of.
+
+    Returns:
+        As `short_conv`.
+    """
+    inputs, gate, b, a = delta_inputs(spec, linear, x)
+    mixed, last = recurrence.convolve(inputs, weights["taps"][:, 0], state)
+    q, k, v = jnp.split(jax.nn.silu(mixed), [spec.delta_keys, 2 * spec.delta_keys], axis=-1)
+    q, k = (unit_heads(y.reshape(*y.shape[:2], spec.delta_key_heads, spec.delta_key_dim)) for y in (q, k))
+    q = (q * jnp.float32(spec.delta_key_dim**-0.5)).astype(x.dtype)
+    v = v.reshape(*v.shape[:2], spec.delta_heads, spec.delta_value_dim)
+    rate, offset = (jnp.asarray(weights[name]).astype(jnp.float32)[None, None, :] for name in ("rate", "offset"))
+    log_decay = -jnp.exp(rate) * jax.nn.softplus(a.astype(jnp.float32) + offset)
+    beta = jax.nn.sigmoid(b.astype(jnp.float32))
+    y, memory = recurrence.apply_delta_rule((q, k.astype(x.dtype), v, log_decay, beta), state)
+    gate = gate.reshape(*gate.shape[:2], spec.delta_heads, spec.delta_value_dim)
+    y, gate = (y, gate) if select is None else (select(y), select(gate))
+    y = (norm(y).astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))).astype(x.dtype)
+    return linear("out_proj", y.reshape(*y.shape[:2], spec.delta_values)), None if last is None else RecurrentState(last, memory)
+
+
+def unit_heads(x: Float[Array, "B T K Dk"]) -> Float[Array, "B T K Dk"]:
+    """Divides each head by its norm, in float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + jnp.float32(NORM_EPS))
+
+
+def delta_inputs(spec: ModelSpec, linear: LinearLayer, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array, Array]:
+    """The inputs of linear attention: queries, keys and values next to each other, the gate z, and b and a of each head."""
+    if not spec.delta_fused:
+        inputs, gate, b, a = (linear(name, x) for name in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"))
+        return inputs, gate, b, a
+
+    def by_head(name: str, sizes: list[int]) -> list[Array]:
+        """Splits the outputs that stand together for each head of keys."""
+        y = linear(name, x)
+        parts = jnp.split(y.reshape(*y.shape[:2], spec.delta_key_heads, -1), sizes, axis=-1)
+        return [part.reshape(*y.shape[:2], -1) for part in parts]
+
+    repeats, d = spec.delta_heads // spec.delta_key_heads, spec.delta_key_dim
+    values = repeats * spec.delta_value_dim
+    q, k, v, gate = by_head("in_proj_qkvz", [d, 2 * d, 2 * d + values])
+    b, a = by_head("in_proj_ba", [repeats])
+    return jnp.concatenate([q, k, v], axis=-1), gate, b, a

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from grpo_jax.config.checks import show
-from grpo_jax.models.config_json import ConfigReader, Fields, shared_fields
-from grpo_jax.models.config_rope import one_rope
+from grpo_jax.models.config_json import ConfigReader, Fields, attention_bias, shared_fields, unrotated_fields
+from grpo_jax.models.config_rope import one_rope, partial_rotation
 from grpo_jax.models.layer_kinds import Kind
 from grpo_jax.models.spec import ModelError
 
@@ -76,5 +76,42 @@ def adjusted_width(reader: ConfigReader, ffw: int) -> int:
     return multiple * -(-adjusted // multiple)
 
 
-RECURRENT_FAMILIES = {"lfm2": lfm2}
+def qwen_recurrent_fields(reader: ConfigReader) -> Fields:
+    """Reads what Qwen3-Next and Qwen3.5 share: linear attention in three of four layers, gated attention in the others."""
+    # Layers that predict tokens further ahead are not loaded; states are float32 here whatever mamba_ssm_dtype says.
+    reader.known.update(("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype"))
+    reader.allow_only("attn_output_gate", (True,), "attention's result is gated")
+    reader.allow_only("mlp_only_layers", ([],), "every layer has the same feed-forward")
+    fields = unrotated_fields(reader, head_dim=256) | attention_bias(reader)
+    layers, rotated = fields["layers"], partial_rotation(reader, fields["head_dim"], 0.25)
+    interval = reader.whole("full_attention_interval", 4)
+    default = ["linear_attention" if number % interval else "full_attention" for number in range(1, layers + 1)]
+    keys, values = reader.whole("linear_num_key_heads", 16), reader.whole("linear_num_value_heads", 32)
+    if values % keys:
+        raise ModelError(f"{reader.file}: linear_num_value_heads = {values} is not a multiple of linear_num_key_heads = {keys}")
+    return (
+        fields
+        | one_rope(reader, rotated=rotated)
+        | {
+            "kinds": layer_kinds(reader, layers, {"linear_attention": "delta", "full_attention": "attention"}, default),
+            "windows": (None,) * layers,
+            "rotated_dims": rotated,
+            "qk_norm": True,
+            "norm_offset": 1.0,
+            "gated_attention": True,
+            "conv_kernel": reader.whole("linear_conv_kernel_dim", 4),
+            "delta_key_heads": keys,
+            "delta_heads": values,
+            "delta_key_dim": reader.whole("linear_key_head_dim", 128),
+            "delta_value_dim": reader.whole("linear_value_head_dim", 128),
+        }
+    )
+
+
+def qwen3_5(reader: ConfigReader) -> Fields:
+    """Qwen3.5 and 3.6, dense, text (https://qwen.ai/blog?id=qwen3.5): positions of images, mrope, are those of text here."""
+    return qwen_recurrent_fields(reader)
+
+
+RECURRENT_FAMILIES = {"lfm2": lfm2, "qwen3_5_text": qwen3_5}
 """model_type → the function that reads the arguments of `ModelSpec`."""

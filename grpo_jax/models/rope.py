@@ -104,6 +104,10 @@ class Angles(NamedTuple):
     sin: Float[Array, "ropes B T pairs"]
     query_scale: Float[Array, "ropes B T"] | None
 
+    def of_pairs(self, most: int) -> Angles:
+        """The tables of the first pairs, where there are more than so many."""
+        return self._replace(cos=self.cos[..., :most], sin=self.sin[..., :most])
+
 
 def rope_tables(ropes: tuple[Rope, ...], rotated: int | tuple[int, ...], positions: Int[Array, "B T"]) -> Angles:
     """Computes the tables for these positions.

@@ -16,6 +16,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from grpo_jax.config import ConfigError, RolloutConfig
 from grpo_jax.models.layer_kinds import (
+    DELTA_LINEARS,
+    FUSED_DELTA_LINEARS,
     GLOBAL,
     Kind,
     has_keys,
@@ -93,6 +95,10 @@ class ModelSpec:
         layer_scale: every layer's result is multiplied by a number of the checkpoint, which is not trained.
         conv_kernel: tokens that a short convolution sees, its own included.
         conv_bias: biases of gated short convolutions and of their projections.
+        delta_key_heads, delta_heads: of linear attention: heads of queries and keys, and of values, a multiple of them.
+        delta_key_dim, delta_value_dim: elements of a head of these.
+        delta_fused: its inputs are `FUSED_DELTA_LINEARS`.
+        gated_attention: attention's result is multiplied by a sigmoid, whose argument q_proj computes behind each head's query.
         swiglu_alpha, swiglu_limit: of the activation `swiglu_clamped`, see `gating.gated`.
         experts: experts in every layer, of which a router selects `experts_per_token` for each token; 0 is a dense feed-forward.
         norm_topk_prob: the router's weights of the selected experts are divided by their sum.
@@ -146,6 +152,12 @@ class ModelSpec:
     layer_scale: bool = False
     conv_kernel: int = 0
     conv_bias: bool = False
+    delta_key_heads: int = 0
+    delta_heads: int = 0
+    delta_key_dim: int = 0
+    delta_value_dim: int = 0
+    delta_fused: bool = False
+    gated_attention: bool = False
     experts: int = 0
     experts_per_token: int = 0
     norm_topk_prob: bool = True
@@ -173,9 +185,14 @@ class ModelSpec:
         return sum(map(is_recurrent, self.layer_kinds))
 
     @property
+    def storing_kinds(self) -> tuple[Kind, ...]:
+        """Kinds of the layers that have keys or a recurrent state of their own, in their order."""
+        return tuple(kind for kind in self.layer_kinds if has_keys(kind) or is_recurrent(kind))
+
+    @property
     def shares_keys(self) -> bool:
         """Whether some layers use keys and values of earlier ones."""
-        return not all(has_keys(kind) or is_recurrent(kind) for kind in self.layer_kinds)
+        return len(self.storing_kinds) < self.layers
 
     @property
     def one_scan(self) -> bool:
@@ -225,6 +242,21 @@ class ModelSpec:
         return max(other for other in self.key_stacks[int(is_global(kind))] if other < number)
 
     @property
+    def conv_channels(self) -> int:
+        """Channels of a layer's short convolution."""
+        return 2 * self.delta_keys + self.delta_values if self.delta_heads else self.width
+
+    @property
+    def delta_keys(self) -> int:
+        """Elements of all queries, or of all keys, of a token in linear attention."""
+        return self.delta_key_heads * self.delta_key_dim
+
+    @property
+    def delta_values(self) -> int:
+        """Elements of all values of a token in linear attention."""
+        return self.delta_heads * self.delta_value_dim
+
+    @property
     def max_length(self) -> int | None:
         """The longest sequence in tokens that the rotary embeddings are exact for; None is any."""
         return min((rope.max_length for rope in self.ropes if rope.max_length is not None), default=None)
@@ -262,13 +294,22 @@ class ModelSpec:
         Args:
             itemsize: bytes of an element of the hidden states.
         """
-        return len(self.layers_with("short_conv")) * (self.conv_kernel - 1) * self.width * itemsize if self.conv_kernel else 0
+        inputs = max(0, self.conv_kernel - 1) * self.conv_channels * itemsize
+        return self.recurrent_layers * (inputs + 4 * self.delta_heads * self.delta_key_dim * self.delta_value_dim)
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(in, out) of each linear layer of a block; with experts, those of the feed-forward are of one expert."""
+        linear_attention = "delta" in self.layer_kinds
         shapes = attention_linears(self.width, self.heads, self.kv_heads, self.head_dim) | {
+            "q_proj": (self.width, (1 + self.gated_attention) * self.heads * self.head_dim),
             "in_proj": (self.width, 3 * self.width),
-            "out_proj": (self.width, self.width),
+            "out_proj": (self.delta_values if linear_attention else self.width, self.width),
+            "in_proj_qkv": (self.width, self.conv_channels),
+            "in_proj_z": (self.width, self.delta_values),
+            "in_proj_b": (self.width, self.delta_heads),
+            "in_proj_a": (self.width, self.delta_heads),
+            "in_proj_qkvz": (self.width, self.conv_channels + self.delta_values),
+            "in_proj_ba": (self.width, 2 * self.delta_heads),
             "gate_proj": (self.width, self.ffw),
             "up_proj": (self.width, self.ffw),
             "down_proj": (self.ffw, self.width),
@@ -283,7 +324,8 @@ class ModelSpec:
         if self.per_layer_width:
             shapes["per_layer_gate"] = (self.width, self.per_layer_width)
             shapes["per_layer_proj"] = (self.per_layer_width, self.width)
-        return {name: shape for name, shape in shapes.items() if self.layers_with(name)}
+        absent = DELTA_LINEARS if self.delta_fused else FUSED_DELTA_LINEARS
+        return {name: shape for name, shape in shapes.items() if self.layers_with(name) and name not in absent}
 
     def linear_axes(self, linear: str) -> tuple[str | None, str | None]:
         """Logical axes of a linear layer's (in, out). With experts `ffw` is not sharded, because the experts are."""
@@ -333,6 +375,7 @@ LINEAR_AXES: dict[str, tuple[str | None, str | None]] = {
     "o_proj": ("heads", "embed"),
     "in_proj": ("embed", None),
     "out_proj": (None, "embed"),
+    **dict.fromkeys((*DELTA_LINEARS, *FUSED_DELTA_LINEARS), ("embed", None)),
     "gate_proj": ("embed", "ffw"),
     "up_proj": ("embed", "ffw"),
     "down_proj": ("ffw", "embed"),
@@ -415,10 +458,15 @@ def recurrent_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
     """Describes what recurrent layers have besides linear layers. Taps have the shape that files have, [L, C, 1, K]."""
     table: dict[tuple[str, ...], ParamSpec] = {}
     if convolutions := len(spec.layers_with("short_conv")):
-        taps = (convolutions, spec.width, 1, spec.conv_kernel)
+        taps = (convolutions, spec.conv_channels, 1, spec.conv_kernel)
         table["layers", "short_conv", "taps"] = ParamSpec(taps, ("layers", None, None, None), spec.init_std)
         if spec.conv_bias:
-            table["layers", "short_conv", "bias"] = ParamSpec((convolutions, spec.width), ("layers", None))
+            table["layers", "short_conv", "bias"] = ParamSpec((convolutions, spec.conv_channels), ("layers", None))
+    if spec.delta_heads:
+        heads = (convolutions, spec.delta_heads)
+        table["layers", "decay", "rate"] = ParamSpec(heads, ("layers", None))
+        table["layers", "decay", "offset"] = ParamSpec(heads, ("layers", None), constant=1.0)
+        table["layers", "delta_norm", "scale"] = ParamSpec((convolutions, spec.delta_value_dim), ("layers", None), constant=1.0)
     return table
 
 

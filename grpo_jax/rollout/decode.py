@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from grpo_jax.models.layer_kinds import has_keys, is_recurrent
+from grpo_jax.models.layer_kinds import has_keys
 from grpo_jax.models.recurrent import TokenRecurrence
 from grpo_jax.models.transformer import Transformer, forward, head_matrix
 from grpo_jax.rollout.kv_cache import SlotMap, constrain_cache, decode_attend, empty_past_block, layer_caches
@@ -188,8 +188,7 @@ def layer_inputs(model: Transformer, prompts: PrefilledPrompts, past_blocks: tup
         first = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
         layers = range(len(prompts.cache))
         each = iter([(first(prompts.cache[i]), tuple(first(past_block[i]) for past_block in past_blocks)) for i in layers])
-        storing = [kind for kind in model.spec.layer_kinds if has_keys(kind) or is_recurrent(kind)]
-        return [next(each) if has_keys(kind) else None for kind in storing], None
+        return [next(each) if has_keys(kind) else None for kind in model.spec.storing_kinds], None
     caches = (prompts.cache, past_blocks)
     # Kernels take all layers together: a slice passed to one would be a copy. So would be a slice of a past block that
     # attention then skips.
@@ -232,7 +231,7 @@ def decode_segment(
         attend = decode_attend(model.spec, prompts.lengths, slots.base, state.step, slot_map, **options)
         cache = state.segment_cache if all_layers is None else (state.segment_cache, zero)
         caches = join_caches(model.spec, cache, state.states, unroll=unroll)
-        more: Any = {} if states is None else {"recurrence": TokenRecurrence()}
+        more: Any = {} if states is None else {"recurrence": TokenRecurrence(layout)}
         hidden, caches, _ = forward(model, variables, ids, positions[:, None], attend, caches, per_layer, **more)
         cache, new_states = split_caches(model.spec, caches, unroll=unroll)
         segment_cache = cache if all_layers is None else cache[0]

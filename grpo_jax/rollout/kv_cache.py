@@ -134,7 +134,8 @@ def by_stack(spec: ModelSpec, tree: Any) -> tuple[Any, ...]:
 
 def of_stacks(stacks: tuple[Any, ...]) -> Any:
     """The only entry where there is one, else the tuple."""
-    return stacks if len(stacks) > 1 else stacks[0]
+    first, *others = stacks
+    return stacks if others else first
 
 
 def empty_past_blocks(

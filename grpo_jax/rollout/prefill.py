@@ -57,7 +57,14 @@ def prefill(
     b, p = prompts.shape
     positions = jnp.broadcast_to(jnp.arange(p, dtype=jnp.int32)[None, :], (b, p))
     attend = prefill_attend(model, lengths, p)
-    recurrence = packed_recurrence(model.spec.conv_kernel, prompt_ranges(lengths, p), layout, lengths)
+    recurrence = packed_recurrence(
+        model.spec,
+        prompt_ranges(lengths, p),
+        prompts=False,
+        layout=layout,
+        implementation=model.implementation,
+        lengths=lengths,
+    )
     options: Any = {"select": select_last(lengths), "recurrence": recurrence, "inference": True}
     hidden, _, outputs = forward(model, variables, prompts, positions, attend, **options)
     stacked, states = split_caches(model.spec, outputs, unroll=model.unrolled)

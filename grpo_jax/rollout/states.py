@@ -66,8 +66,9 @@ def join_caches(spec: ModelSpec, attention: Any, states: Any, *, unroll: bool) -
     if not unroll:
         return attention if states is None else LayerCaches(attention, states)
     of_attention, of_states = iter(attention), iter(() if states is None else states)
-    storing = [kind for kind in spec.layer_kinds if has_keys(kind) or is_recurrent(kind)]
-    return tuple(next(of_attention) if has_keys(kind) else jax.tree.map(lambda x: x[0], next(of_states)) for kind in storing)
+    return tuple(
+        next(of_attention) if has_keys(kind) else jax.tree.map(lambda x: x[0], next(of_states)) for kind in spec.storing_kinds
+    )
 
 
 def split_caches(spec: ModelSpec, caches: Any, *, unroll: bool) -> tuple[Any, Any]:
@@ -76,7 +77,6 @@ def split_caches(spec: ModelSpec, caches: Any, *, unroll: bool) -> tuple[Any, An
         return caches, None
     if not unroll:
         return caches.attention, caches.states
-    storing = [kind for kind in spec.layer_kinds if has_keys(kind) or is_recurrent(kind)]
-    by_kind = list(zip(storing, caches, strict=True))
+    by_kind = list(zip(spec.storing_kinds, caches, strict=True))
     states = tuple(jax.tree.map(lambda x: x[None], own) for kind, own in by_kind if is_recurrent(kind))
     return tuple(own for kind, own in by_kind if has_keys(kind)), states

@@ -22,8 +22,8 @@ from grpo_kernels import QuantizedWeight, weight_bytes
 from grpo_kernels.numerics import precision_of
 from grpo_kernels.target import platform
 
-FLOAT32 = ("scale", "logit", "fixed_scale")
-"""Weights that are not cast: scales of norms and layers, and attention sinks, which are float32 as in training."""
+FLOAT32_LEAVES = ("scale", "fixed_scale", "logit", "rate", "offset")
+"""Leaves that are computed in float32: scales of norms, factors of layers, attention sinks, decays of linear attention."""
 
 JOIN_SHARE = 0.25
 """Fraction of the free memory that the joined weights of a rollout may use."""
@@ -184,13 +184,11 @@ def join_layers(variables: Params, name: str) -> Params:
 
 
 def cast_weight(path: tuple[Any, ...], leaf: Any, dtype: Any, *, dense: bool) -> Any:
-    """Casts a weight once instead of at every token, except scales of norms and attention sinks, which are float32 as in training.
+    """Casts a weight once instead of at every token, except `FLOAT32_LEAVES`, which are float32 as in training.
 
     A quantised weight stays quantised on an accelerator, unless `rollout.dense_base` says otherwise. On a CPU it is cast: a 4-bit
     element takes a byte there, so dense weights are faster, and jax 0.10 refuses int4 results of one compiled program as another's
     arguments.
     """
-    unchanged = (
-        not dense if isinstance(leaf, QuantizedWeight) else path[-1].key in FLOAT32 or leaf.dtype == dtype
-    )
+    unchanged = not dense if isinstance(leaf, QuantizedWeight) else path[-1].key in FLOAT32_LEAVES or leaf.dtype == dtype
     return leaf if unchanged else leaf.astype(dtype)

@@ -21,7 +21,7 @@ from grpo_jax.models.spec import ModelError, ModelSpec, param_specs
 from grpo_jax.runtime.untrusted_json import JsonError, located, read_json_file
 from grpo_jax.weights.finite import all_finite
 from grpo_jax.weights.mxfp4 import BLOCKS, SCALES, dequantize_mxfp4
-from grpo_jax.weights.names import TensorSource, is_unused, of_images, present_name, tensor_names
+from grpo_jax.weights.names import TensorSource, not_loaded, present_name, tensor_names
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_NAME = re.compile(r"[\w.+=@ -]{1,200}\.safetensors")
@@ -284,9 +284,7 @@ def check_tensors(folder: Path, spec: ModelSpec, files: TensorFiles) -> None:
     if spec.tied and "lm_head.weight" in unused:
         unused.discard("lm_head.weight")
         check_tied(folder, spec, files)
-    left = sorted(
-        name for name in unused if not name.endswith(CONSTANTS) and not of_images(spec, name) and not is_unused(spec, name)
-    )
+    left = sorted(name for name in unused if not name.endswith(CONSTANTS) and not not_loaded(spec, name))
     if left:
         raise ModelError(
             f"{folder}: {len(left)} tensors are not part of the {spec.family} model in config.json: {', '.join(left[:5])}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from grpo_jax.models.families import WITH_VISION
-from grpo_jax.models.layer_kinds import KEY_PARTS, has_keys, plain_part
+from grpo_jax.models.layer_kinds import DELTA_LINEARS, FUSED_DELTA_LINEARS, KEY_PARTS, has_keys, plain_part
 from grpo_jax.models.linear import JOINED
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec, param_specs
 
@@ -46,6 +46,11 @@ GEMMA4_MODULES = {
     "per_layer_norm": "post_per_layer_input_norm",
     "layer_scalar": "layer_scalar",
 }
+LINEAR_ATTENTION = {name: f"linear_attn.{name}" for name in (*DELTA_LINEARS, *FUSED_DELTA_LINEARS, "out_proj")} | {
+    "short_conv": "linear_attn.conv1d",
+    "decay": "linear_attn",
+    "delta_norm": "linear_attn.norm",
+}
 MODULES: dict[str, dict[str, str]] = {
     "gemma4_text": GEMMA4_MODULES,
     "gemma4": GEMMA4_MODULES,
@@ -60,9 +65,19 @@ MODULES: dict[str, dict[str, str]] = {
         "up_proj": "feed_forward.w3",
         "down_proj": "feed_forward.w2",
     },
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5", "qwen3_next"), LINEAR_ATTENTION),
 }
 """Paths of modules inside a layer, of families that do not have Llama's."""
-LEAVES = {"kernel": ".weight", "bias": ".bias", "scale": ".weight", "logit": "", "taps": ".weight", "fixed_scale": ""}
+LEAVES = {
+    "kernel": ".weight",
+    "bias": ".bias",
+    "scale": ".weight",
+    "logit": "",
+    "taps": ".weight",
+    "fixed_scale": "",
+    "rate": ".A_log",
+    "offset": ".dt_bias",
+}
 """Ending of a tensor's name behind its module's path, by the leaf of the parameter."""
 MIXTRAL_EXPERTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
@@ -109,9 +124,13 @@ def present_name(name: str) -> str:
     return name
 
 
-def of_images(spec: ModelSpec, name: str) -> bool:
-    """Whether a tensor is of a tower for images or sounds or the projector behind it, which are not loaded."""
-    parts = ("vision_tower.", "multi_modal_projector.", "audio_tower.", "embed_vision.", "embed_audio.")
+def not_loaded(spec: ModelSpec, name: str) -> bool:
+    """Whether a tensor is not loaded: of a tower for images or sounds, of layers that predict further ahead (`mtp`), or unused."""
+    if spec.family.startswith("qwen3_") and name.startswith("mtp."):
+        return spec.delta_heads > 0
+    if is_unused(spec, name):
+        return True
+    parts = ("vision_tower.", "multi_modal_projector.", "visual.", "audio_tower.", "embed_vision.", "embed_audio.")
     return spec.family in WITH_VISION and name.removeprefix("model.").startswith(parts)
 
 

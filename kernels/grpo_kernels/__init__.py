@@ -7,6 +7,7 @@ Example:
 
 from grpo_kernels.numerics import NO_WINDOW
 from grpo_kernels.ops.decode_attention import KVCache, SlotMap, decode_attention
+from grpo_kernels.ops.gated_delta_rule import DeltaPlan, gated_delta_rule, gated_delta_step, plan_delta_rule
 from grpo_kernels.ops.group_advantages import group_advantages
 from grpo_kernels.ops.group_attention import AttentionPlan, KeyRanges, Limits, group_attention, plan_attention, prompt_ranges
 from grpo_kernels.ops.group_attention.names import ATTENTION_RESULT
@@ -27,6 +28,7 @@ __all__ = [
     "ATTENTION_RESULT",
     "NO_WINDOW",
     "AttentionPlan",
+    "DeltaPlan",
     "Draws",
     "Implementation",
     "KVCache",
@@ -38,12 +40,15 @@ __all__ = [
     "Target",
     "decode_attention",
     "dequantize",
+    "gated_delta_rule",
+    "gated_delta_step",
     "group_advantages",
     "group_attention",
     "grpo_loss",
     "head_logprob",
     "head_sample",
     "plan_attention",
+    "plan_delta_rule",
     "prompt_ranges",
     "quantize",
     "quantized_matmul",

@@ -385,6 +385,29 @@ NEW["gemma4"] = (
         {"rope_parameters": GEMMA4_ROPES | {LOCAL: GEMMA4_ROPES[GLOBAL]}},
     ],
 )
+QWEN3_5_ROPE = {
+    "rope_type": "default",
+    "rope_theta": 100.0,
+    "partial_rotary_factor": 0.5,
+    "mrope_section": [2, 1, 1],
+    "mrope_interleaved": True,
+}
+NEW["qwen3_5_text"] = (
+    "qwen3_5_text",
+    {
+        **COMMON,
+        "vocab_size": 103,
+        "num_hidden_layers": 3,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "rope_parameters": QWEN3_5_ROPE,
+    },
+    [{"rope_parameters": QWEN3_5_ROPE | {"partial_rotary_factor": 1.0}}, {"rms_norm_eps": 1e-1}],
+)
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -476,6 +499,9 @@ def newer_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
         scaling["type"] = scaling.pop("rope_type")
     if family == "glm4":
         old["partial_rotary_factor"] = scaled["partial_rotary_factor"]
+    if family == "qwen3_5_text":
+        del old["rope_theta"], old["rope_scaling"]  # its files have rope_parameters
+        return old | {"rope_parameters": rope, "layer_types": config["layer_types"], "attn_output_gate": True}
     if family == "lfm2":
         kinds = config["layer_types"]
         old |= {"block_ff_dim": old.pop("intermediate_size"), "tie_embedding": old.pop("tie_word_embeddings"), "block_dim": 32}
@@ -491,7 +517,20 @@ def newer_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
     return old
 
 
-NEWER = ("llama_yarn", "smollm3", "olmo3", "granite", "ministral3", "glm4", "phi3", "gpt_oss", "lfm2", "gemma4", *TEXT_OF)
+NEWER = (
+    "llama_yarn",
+    "smollm3",
+    "olmo3",
+    "granite",
+    "ministral3",
+    "glm4",
+    "phi3",
+    "gpt_oss",
+    "lfm2",
+    "qwen3_5_text",
+    "gemma4",
+    *TEXT_OF,
+)
 """The families of `newer_hub_spelling`."""
 
 

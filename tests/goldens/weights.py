@@ -17,13 +17,15 @@ def tensor(name: str, shape: tuple[int, ...], *, norm_center: float = 1.0) -> np
     Args:
         name: its name in a model's or PEFT adapter's safetensors file.
         shape: of the tensor; a linear layer's is (out, in).
-        norm_center: mean of the weights of norms and of the layers' factors: 1, or 0 where the model adds 1 (Gemma).
+        norm_center: mean of norms' weights and layers' factors: 1, or 0 where the model adds 1 (Gemma 2 and 3, Qwen3.5).
     """
     values = np.random.default_rng([zlib.crc32(name.encode()), *shape]).standard_normal(shape)
     if "norm" in name or name.endswith("layer_scalar"):
         values = norm_center + 0.4 * values
     elif name.endswith(".bias"):
         values = 0.5 * values
+    elif name.endswith("A_log"):  # states that last for some tokens
+        values = values - 2
     elif "embed_tokens" in name:
         values = 0.35 * values
     elif "lora_B" in name:

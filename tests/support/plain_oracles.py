@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src import compiler
+from recurrent_oracles import RECURRENT, recurrent_logits
 
 from goldens.folders import HERE, build_model_folder, model_tensors
 from grpo_jax.config import LoraConfig
@@ -251,6 +252,9 @@ def plain_model(family: str, scale: float = 0.0, steps: Callable[[Any], Any] = i
     @jax.jit
     def run(ids: Any, adapter: Params | None = None, rounded_from: Any = None) -> Any:
         def one(row: Any, start: Any) -> Any:
+            if config["model_type"] in RECURRENT:
+                assert start is None, "keys and values are not rounded there"
+                return recurrent_logits(config, weights, row, adapter, scale)
             return plain_logits(config, weights, row, adapter, scale, start, steps)
 
         return jax.vmap(one, in_axes=(0, None if rounded_from is None else 0))(ids, rounded_from)

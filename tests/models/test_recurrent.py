@@ -1,0 +1,126 @@
+"""Models with recurrent layers: states in rollouts with any slots and segments, prompts shared in training, loops over layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from plain_oracles import quick_compiling, tiny_policy
+from rollouts import PROMPTS, Task, assert_same, engine, plain
+
+from grpo_jax.config import RolloutConfig
+from grpo_jax.learner.logprobs import row_logprobs
+from grpo_jax.learner.packing import Lengths, pack, row_sizes
+from grpo_jax.models.layer_kinds import repeated_units
+from grpo_jax.models.spec import flatten
+from grpo_jax.rollout import shapes
+from grpo_jax.types import Params
+
+C = 14
+SETTINGS = RolloutConfig(num_generations=3, max_completion_length=C, temperature=0.7)
+STOPS = (2, 5, 20, 40, 60)
+FAMILIES = ("lfm2", "qwen3_5_text")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    with quick_compiling():
+        yield
+
+
+def task_of(family: str, **settings: Any) -> Task:
+    return Task(family, SETTINGS, stops=STOPS).but(**settings)
+
+
+@pytest.mark.parametrize(
+    ("family", "stacked", "slots", "segment"),
+    [
+        ("lfm2", False, 2, 3),
+        pytest.param("lfm2", True, 5, 4, marks=pytest.mark.slow),
+        pytest.param("qwen3_5_text", True, 2, 5, marks=pytest.mark.slow),
+        pytest.param("qwen3_5_text", False, None, 6, marks=pytest.mark.slow),
+    ],
+)
+def test_slots_that_are_refilled_begin_with_the_state_of_their_prompt(
+    family: str, stacked: bool, slots: int | None, segment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a sampler without states that computes whole texts, token by token. Prompt slots are overwritten meanwhile."""
+    monkeypatch.setattr(shapes, "SPARE_PROMPT_SLOTS", 0)
+    task = dataclasses.replace(task_of(family, slots=slots, segment=segment), prompts=(*PROMPTS, (90, 3)))
+    for temperature in (0.7, 0.0):
+        own = task.but(temperature=temperature)
+        assert_same(own, engine(own, stacked=stacked), plain(own))
+
+
+def test_layers_of_a_few_kinds_are_loops_over_units_with_few_layers() -> None:
+    def units(kinds: str) -> list[tuple[str, int]]:
+        names: dict[str, Any] = {"a": "attention", "c": "conv", "d": "delta"}
+        return [("".join(kind[0] for kind in run.unit), run.count) for run in repeated_units([names[kind] for kind in kinds])]
+
+    assert units("dddadddadddaddda") == [("ddda", 4)]
+    assert units("ccaccaccacacacac") == [("cca", 3), ("ca", 3), ("c", 1)]  # LFM2-1.2B
+    assert units("aaaa") == [("a", 4)]
+
+
+B, G = 3, 4
+LENGTHS = Lengths(3, 9, 8)
+
+
+def texts(vocabulary: int) -> tuple[list[list[int]], list[list[int]], np.ndarray]:
+    """Ragged prompts and completions, some of one token, and the weight of each token in a loss [N, 8]."""
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(6, vocabulary, size).tolist() for size in (3, 9, 5)]
+    lengths = [8, 1, 5, 2, 7, 3, 1, 4, 6, 8, 2, 5]
+    completions = [rng.integers(6, vocabulary, size).tolist() for size in lengths]
+    weights = rng.normal(size=(B * G, 8)) * (np.arange(8)[None, :] < np.array(lengths)[:, None])
+    return prompts, completions, weights.astype(np.float32)
+
+
+def loss_and_gradient(family: str, tokens: int, generations: int, *, unroll: bool) -> tuple[float, Params]:
+    """The weighted mean of log-probabilities, and its gradient of every weight, summed over micro-batches of rows of some tokens.
+
+    Args:
+        generations: completions that share a prompt; 1 repeats the prompt for each.
+    """
+    policy = tiny_policy(family)
+    model = policy.model.clone(unroll=unroll, remat="none" if unroll else "layer")
+    prompts, completions, weights = texts(policy.spec.vocab)
+    prompts = [prompts[row // G] for row in range(0, B * G, generations)]
+    sizes = row_sizes(LENGTHS, len(prompts), generations, tokens)[:1]  # each size is a program
+    total, gradient = 0.0, jax.tree.map(lambda x: np.zeros(x.shape), policy.params)
+    for part in pack(prompts, completions, [True] * (B * G), sizes, width=8):
+
+        @jax.jit
+        def run(params: Params, rows: Any, counts: Any) -> Any:
+            def loss(params: Params) -> Any:
+                logps, _, _ = row_logprobs(model, {"params": params}, rows, head_trainable=True)
+                return jnp.sum(logps * counts) / jnp.float32(B * G)
+
+            return jax.value_and_grad(loss)(params)
+
+        table = np.concatenate([weights, np.zeros((1, 8), np.float32)])
+        for number in range(len(part.completions)):
+            rows = jax.tree.map(lambda x, number=number: jnp.asarray(x[number]), part.rows)
+            if not np.any(part.completions[number] < B * G):
+                continue
+            value, own = run(policy.params, rows, jnp.asarray(table[part.completions[number], part.rows.columns[number]]))
+            total, gradient = total + float(value), jax.tree.map(np.add, gradient, own)
+    return total, gradient
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "unroll"), [("lfm2", True), ("qwen3_5_text", False)])
+def test_a_shared_prompt_is_copies_of_it_where_groups_are_cut_into_several_rows(family: str, unroll: bool) -> None:
+    """Full training: rows of 24 tokens cut every group of four, against a row for each completion with a prompt of its own."""
+    shared, gradient = loss_and_gradient(family, 24, G, unroll=unroll)
+    copied, own_gradient = loss_and_gradient(family, 17, 1, unroll=unroll)
+    assert shared == pytest.approx(copied, rel=1e-6, abs=1e-6)
+    for path, leaf in flatten(gradient):
+        expected = dict(flatten(own_gradient))[path]
+        assert np.linalg.norm(leaf - expected) <= 1e-5 * np.linalg.norm(expected), path
+        assert np.any(expected), path
