@@ -17,6 +17,7 @@ WHOLE: dict[str, tuple[int, int]] = {
     "hidden_size": (1, 2**20),
     "intermediate_size": (1, 2**22),
     "moe_intermediate_size": (1, 2**22),
+    "shared_expert_intermediate_size": (1, 2**22),
     "num_attention_heads": (1, 2**14),
     "num_key_value_heads": (1, 2**14),
     "head_dim": (2, 2**13),

@@ -80,7 +80,7 @@ def shared_keys(reader: ConfigReader, windows: tuple[int | None, ...], ffw: int)
         own: tuple[Kind, Kind] = ("attention", "global") if number < first else ("shared", "shared_global")
         kinds.append(own[int(window is None)])
     wide = reader.flag("use_double_wide_mlp") and shared > 0
-    return {"kinds": tuple(kinds), "shared_ffw": 2 * ffw if wide else None}
+    return {"kinds": tuple(kinds), "wide_ffw": 2 * ffw if wide else None}
 
 
 def global_attention(reader: ConfigReader, windows: tuple[int | None, ...], fields: Fields) -> GlobalAttention:

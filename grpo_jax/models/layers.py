@@ -24,7 +24,7 @@ from grpo_jax.models.linear import JOINED, Linear, LinearWeights, gather, linear
 from grpo_jax.models.moe import mix_experts
 from grpo_jax.models.recurrent import Recurrence, linear_attention, short_conv
 from grpo_jax.models.rope import Angles, rotate
-from grpo_jax.models.spec import EXPERT_LINEARS, LINEAR_AXES, QK_NORM_AXES, ModelSpec
+from grpo_jax.models.spec import EXPERT_LINEARS, LINEAR_AXES, QK_NORM_AXES, SHARED_LINEARS, ModelSpec
 from grpo_jax.runtime.sharding import Layout
 
 LAYER_INPUT, LAYER_MIDDLE = "layer_input", "layer_middle"
@@ -294,6 +294,7 @@ class Block(nn.Module):
 
     def feed_forward(self, x: Array) -> Array:
         names = ("router", *EXPERT_LINEARS) if self.spec.experts else ("gate_proj", "up_proj", "down_proj")
+        names += ("shared_router", *SHARED_LINEARS) if self.spec.shared_ffw else ()
         if not self.spec.experts and self.has_variable("params", "gate_up_proj"):
             names = ("gate_up_proj", "down_proj")
         weights = {name: LinearWeights(name=self.spec.part_name(self.kind, name))() for name in names}
@@ -319,7 +320,8 @@ class Block(nn.Module):
         """The feed-forward from its weights, with gate and up joined or not."""
         spec, options = self.spec, (self.lora_scale, self.implementation, self.layout)
         if spec.experts:
-            return mix_experts(spec, x, weights, *options)
+            mixed = mix_experts(spec, x, {name: weights[name] for name in ("router", *EXPERT_LINEARS)}, *options)
+            return mixed if not spec.shared_ffw else mixed + self.shared(weights, x)
 
         def linear(name: str, x: Array) -> Array:
             return linear_product(x, weights[name], LINEAR_AXES[JOINED[name][0] if name in JOINED else name], *options)
@@ -329,3 +331,15 @@ class Block(nn.Module):
         else:
             gate, up = linear("gate_proj", x), linear("up_proj", x)
         return linear("down_proj", gated(spec, gate, up))
+
+    @nn.nowrap
+    def shared(self, weights: dict[str, Any], x: Array) -> Array:
+        """The feed-forward that every token has next to its experts, times a sigmoid of its own."""
+        options = (self.lora_scale, self.implementation, self.layout)
+
+        def linear(name: str, x: Array) -> Array:
+            axes = ("embed", None) if name == "shared_router" else LINEAR_AXES[name]
+            return linear_product(x, weights[name], axes, *options)
+
+        gate, up, down = SHARED_LINEARS
+        return jax.nn.sigmoid(linear("shared_router", x)) * linear(down, gated(self.spec, linear(gate, x), linear(up, x)))

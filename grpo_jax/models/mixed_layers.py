@@ -101,7 +101,8 @@ def run_mixed_layers(
                 }
                 held = cache.attention if attention else at(cache.states, index)
                 (x, held), output = apply(kind, chosen, (x, held), layer)
-                cache = cache.replace(attention=held) if attention else cache.replace(states=put(cache.states, index, held))
+                states = cache.states if attention else put(cache.states, index, held)
+                cache = LayerCaches(held if attention else cache.attention, states)
                 if isinstance(output, LayerOutput):
                     keys = keys | {stack: output.keys} if has_keys(kind) else keys
                     output = output.stacked

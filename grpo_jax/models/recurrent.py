@@ -51,6 +51,10 @@ class RecurrentState:
     memory: Array | None = None
 
 
+DeltaTokens = tuple[Array, Array, Array, Array, Array]
+"""q, k, v, log decays and β of tokens."""
+
+
 class Recurrence(Protocol):
     """How the tokens of recurrent layers see the tokens before them; the counterpart of `layers.Attend`."""
 
@@ -65,7 +69,7 @@ class Recurrence(Protocol):
         """Computes sum over j of taps[:, j] · x[t - K + 1 + j], in float32, and the inputs of the next state, if it is needed."""
         ...
 
-    def apply_delta_rule(self, tokens: tuple[Array, ...], state: RecurrentState | None) -> tuple[Float[Array, "B T H Dv"], Array]:
+    def apply_delta_rule(self, tokens: DeltaTokens, state: RecurrentState | None) -> tuple[Float[Array, "B T H Dv"], Array]:
         """Computes the gated delta rule of q, k [B, T, K, Dk], v [B, T, H, Dv], log decays and β [B, T, H], and the next memory."""
         ...
 
@@ -106,13 +110,17 @@ class PackedRecurrence:
         rows = self.layout.spec("rows")
         return self.layout.local(take_or_zero, (rows, rows), rows)(x, index)
 
-    def apply_delta_rule(self, tokens: tuple[Array, ...], state: RecurrentState | None) -> tuple[Array, Array]:
+    def apply_delta_rule(self, tokens: DeltaTokens, state: RecurrentState | None) -> tuple[Array, Array]:
         """Computes the chunked form; see `Recurrence`. Where a row has several sequences, the memory is that of the last one."""
         assert self.plan is not None
+
+        def run(tokens: DeltaTokens, plan: DeltaPlan) -> tuple[Array, Array]:
+            return gated_delta_rule(*tokens, plan)
+
         if self.layout is None:
-            return gated_delta_rule(*tokens, self.plan)
+            return run(tokens, self.plan)
         rows = self.layout.spec("rows")
-        return self.layout.local(lambda tokens, plan: gated_delta_rule(*tokens, plan), (rows, rows), rows)(tokens, self.plan)
+        return self.layout.local(run, (rows, rows), rows)(tokens, self.plan)
 
 
 def take_or_zero(x: Float[Array, "B T C"], index: Int[Array, "B N"]) -> Float[Array, "B N C"]:
@@ -139,7 +147,7 @@ class TokenRecurrence:
         y = jnp.sum(inputs.astype(jnp.float32) * taps.T.astype(jnp.float32)[None], axis=1, keepdims=True)
         return y.astype(x.dtype), inputs[:, 1:]
 
-    def apply_delta_rule(self, tokens: tuple[Array, ...], state: RecurrentState | None) -> tuple[Array, Array]:
+    def apply_delta_rule(self, tokens: DeltaTokens, state: RecurrentState | None) -> tuple[Array, Array]:
         """Computes one token; see `Recurrence`."""
         assert state is not None and state.memory is not None
         step: Any = gated_delta_step

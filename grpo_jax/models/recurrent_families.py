@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from grpo_jax.config.checks import show
-from grpo_jax.models.config_json import ConfigReader, Fields, attention_bias, shared_fields, unrotated_fields
+from grpo_jax.models.config_json import ConfigReader, Fields, attention_bias, expert_fields, shared_fields, unrotated_fields
 from grpo_jax.models.config_rope import one_rope, partial_rotation
 from grpo_jax.models.layer_kinds import Kind
 from grpo_jax.models.spec import ModelError
@@ -113,5 +113,26 @@ def qwen3_5(reader: ConfigReader) -> Fields:
     return qwen_recurrent_fields(reader)
 
 
-RECURRENT_FAMILIES = {"lfm2": lfm2, "qwen3_5_text": qwen3_5}
+def shared_expert_fields(reader: ConfigReader, experts: int, selected: int) -> Fields:
+    """Reads what Qwen3-Next and Qwen3.5 with experts share: experts, and one that every token has. Given are the defaults."""
+    return expert_fields(reader, experts, selected) | {
+        "ffw": reader.whole("moe_intermediate_size", 512),
+        "shared_ffw": reader.whole("shared_expert_intermediate_size", 512),
+    }
+
+
+def qwen3_next(reader: ConfigReader) -> Fields:
+    """Qwen3-Next (https://qwen.ai/blog?id=qwen3-next): with experts; inputs of linear attention are in one tensor."""
+    reader.allow_only("decoder_sparse_step", (1,), "every layer has experts")
+    fields = qwen_recurrent_fields(reader) | shared_expert_fields(reader, 512, 10)
+    return fields | {"delta_fused": True, "norm_topk_prob": reader.flag("norm_topk_prob", True)}
+
+
+def qwen3_5_moe(reader: ConfigReader) -> Fields:
+    """Qwen3.5 and 3.6 with experts, text: all experts of a layer are in one tensor of the files."""
+    reader.config.setdefault("intermediate_size", reader.whole("moe_intermediate_size", 512))  # no layer is dense
+    return qwen_recurrent_fields(reader) | shared_expert_fields(reader, 256, 8)
+
+
+RECURRENT_FAMILIES = {"lfm2": lfm2, "qwen3_next": qwen3_next, "qwen3_5_text": qwen3_5, "qwen3_5_moe_text": qwen3_5_moe}
 """model_type → the function that reads the arguments of `ModelSpec`."""

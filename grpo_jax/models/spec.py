@@ -33,6 +33,8 @@ from grpo_jax.types import Params
 __all__ = [
     "EXPERT_LINEARS",
     "LINEAR_AXES",
+    "ROUTERS",
+    "SHARED_LINEARS",
     "GlobalAttention",
     "ModelError",
     "ModelSpec",
@@ -102,6 +104,7 @@ class ModelSpec:
         swiglu_alpha, swiglu_limit: of the activation `swiglu_clamped`, see `gating.gated`.
         experts: experts in every layer, of which a router selects `experts_per_token` for each token; 0 is a dense feed-forward.
         norm_topk_prob: the router's weights of the selected experts are divided by their sum.
+        shared_ffw: width of a feed-forward that every token has next to its experts, times a sigmoid; 0 is none.
         dtype: dtype of the weights that config.json names.
         init_std: standard deviation of random initial weights.
 
@@ -161,6 +164,7 @@ class ModelSpec:
     experts: int = 0
     experts_per_token: int = 0
     norm_topk_prob: bool = True
+    shared_ffw: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     init_std: float = 0.02
 
@@ -313,6 +317,9 @@ class ModelSpec:
             "gate_proj": (self.width, self.ffw),
             "up_proj": (self.width, self.ffw),
             "down_proj": (self.ffw, self.width),
+            "shared_gate_proj": (self.width, self.shared_ffw),
+            "shared_up_proj": (self.width, self.shared_ffw),
+            "shared_down_proj": (self.shared_ffw, self.width),
         }
         if self.global_attention is not None:
             wide = self.global_attention
@@ -324,13 +331,13 @@ class ModelSpec:
         if self.per_layer_width:
             shapes["per_layer_gate"] = (self.width, self.per_layer_width)
             shapes["per_layer_proj"] = (self.per_layer_width, self.width)
-        absent = DELTA_LINEARS if self.delta_fused else FUSED_DELTA_LINEARS
+        absent = (DELTA_LINEARS if self.delta_fused else FUSED_DELTA_LINEARS) + (() if self.wide_ffw else SHARED_LINEARS)
         return {name: shape for name, shape in shapes.items() if self.layers_with(name) and name not in absent}
 
     def linear_axes(self, linear: str) -> tuple[str | None, str | None]:
         """Logical axes of a linear layer's (in, out). With experts `ffw` is not sharded, because the experts are."""
         rows, columns = LINEAR_AXES[plain_part(linear)]
-        if not self.experts:
+        if not self.experts or linear not in EXPERT_LINEARS:
             return rows, columns
         return None if rows == "ffw" else rows, None if columns == "ffw" else columns
 
@@ -381,6 +388,9 @@ LINEAR_AXES: dict[str, tuple[str | None, str | None]] = {
     "down_proj": ("ffw", "embed"),
     "per_layer_gate": ("embed", None),
     "per_layer_proj": (None, "embed"),
+    "shared_gate_proj": ("embed", "ffw"),
+    "shared_up_proj": ("embed", "ffw"),
+    "shared_down_proj": ("ffw", "embed"),
 }
 """Logical axes of each linear layer's (in, out). Recurrent layers are not sharded over heads: each device computes them whole."""
 
@@ -389,6 +399,12 @@ QK_NORM_AXES = {"q_norm": "heads", "k_norm": "kv_heads"}
 
 EXPERT_LINEARS = ("gate_proj", "up_proj", "down_proj")
 """Linear layers that exist once per expert in a mixture of experts."""
+
+SHARED_LINEARS = ("shared_gate_proj", "shared_up_proj", "shared_down_proj")
+"""Linear layers of the expert that every token has."""
+
+ROUTERS = ("router", "shared_router")
+"""What selects and weights experts: without adapters, never quantised."""
 
 
 def attention_linears(width: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, tuple[int, int]]:
@@ -420,6 +436,10 @@ def param_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
         table["layers", "router", "kernel"] = ParamSpec(router, ("layers", "embed", None), spec.init_std)
         if spec.mlp_bias:
             table["layers", "router", "bias"] = ParamSpec((spec.layers, spec.experts), ("layers", None))
+    if spec.shared_ffw:
+        table["layers", "shared_router", "kernel"] = ParamSpec(
+            (spec.layers, spec.width, 1), ("layers", "embed", None), spec.init_std
+        )
     attention = spec.attention_layers
     if spec.sinks:
         table["layers", "sinks", "logit"] = ParamSpec((attention, spec.heads), ("layers", "heads"), spec.init_std)

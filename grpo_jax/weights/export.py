@@ -163,7 +163,7 @@ def joined_pieces(files: TensorFiles, name: str, pieces: list[tuple[TensorSource
     tensor = np.empty(shape, jnp.dtype(dtype))
     for source, values in pieces:
         index = source.index_of((slice(None),) * len(shape))
-        tensor[index] = (values.T if source.transposed else values).astype(tensor.dtype)
+        tensor[index] = (np.swapaxes(values, -1, -2) if source.transposed else values).astype(tensor.dtype)
     return tensor
 
 

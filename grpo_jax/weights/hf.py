@@ -314,7 +314,7 @@ def read_slice(files: TensorFiles, source: TensorSource, index: tuple[slice, ...
 
     def part(name: str) -> np.ndarray:
         values = files.read(name, source.index_of(index[lead:]))
-        return values.T if source.transposed else values
+        return np.swapaxes(values, -1, -2) if source.transposed else values
 
     if not lead:
         values = np.ascontiguousarray(part(source.names[0]))

@@ -38,6 +38,7 @@ FUSED: dict[str, tuple[str, ...]] = {
     "phi3": ("qkv_proj", "gate_up_proj"),
     "glm4": ("gate_up_proj",),
     "gpt_oss": ("gate_up_proj",),
+    "qwen3_5_moe": ("gate_up_proj",),
 }
 """The joined linear layers (`models.linear.JOINED`) that a family's files have as one tensor."""
 GEMMA4_MODULES = {
@@ -46,10 +47,12 @@ GEMMA4_MODULES = {
     "per_layer_norm": "post_per_layer_input_norm",
     "layer_scalar": "layer_scalar",
 }
-LINEAR_ATTENTION = {name: f"linear_attn.{name}" for name in (*DELTA_LINEARS, *FUSED_DELTA_LINEARS, "out_proj")} | {
+LINEAR_ATTENTION: dict[str, str] = {name: f"linear_attn.{name}" for name in (*DELTA_LINEARS, *FUSED_DELTA_LINEARS, "out_proj")} | {
     "short_conv": "linear_attn.conv1d",
     "decay": "linear_attn",
     "delta_norm": "linear_attn.norm",
+    "shared_router": "mlp.shared_expert_gate",
+    **{f"shared_{name}": f"mlp.shared_expert.{name}" for name in EXPERT_LINEARS},
 }
 MODULES: dict[str, dict[str, str]] = {
     "gemma4_text": GEMMA4_MODULES,
@@ -65,9 +68,11 @@ MODULES: dict[str, dict[str, str]] = {
         "up_proj": "feed_forward.w3",
         "down_proj": "feed_forward.w2",
     },
-    **dict.fromkeys(("qwen3_5_text", "qwen3_5", "qwen3_next"), LINEAR_ATTENTION),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5", "qwen3_5_moe_text", "qwen3_5_moe", "qwen3_next"), LINEAR_ATTENTION),
 }
 """Paths of modules inside a layer, of families that do not have Llama's."""
+FUSED_EXPERTS = ("gpt_oss", "qwen3_5_moe")
+"""Families whose files have all experts of a layer in one tensor; gpt-oss's are stored (in, out)."""
 LEAVES = {
     "kernel": ".weight",
     "bias": ".bias",
@@ -102,10 +107,10 @@ def module_path(spec: ModelSpec, part: str, expert: int = 0) -> str:
         return own[part]
     part = fused_name(spec, part) or part
     block, names = ("block_sparse_moe", MIXTRAL_EXPERTS) if spec.family == "mixtral" else ("mlp", {})
-    if spec.family == "gpt_oss" and part in ("router", *EXPERT_LINEARS, "gate_up_proj"):
-        return f"{block}.router" if part == "router" else f"{block}.experts.{part}"
     if part == "router":
-        return f"{block}.gate"
+        return f"{block}.router" if spec.family == "gpt_oss" else f"{block}.gate"
+    if spec.family in FUSED_EXPERTS and part in (*EXPERT_LINEARS, "gate_up_proj"):
+        return f"{block}.experts.{part}"
     if part not in (*EXPERT_LINEARS, "gate_up_proj"):
         return f"self_attn.{part}"
     return f"{block}.experts.{expert}.{names.get(part, part)}" if spec.experts else f"{block}.{part}"
@@ -152,7 +157,7 @@ def module_paths(spec: ModelSpec, part: str) -> list[str]:
 
 def held_stack(spec: ModelSpec, part: str) -> int:
     """How many dimensions of a parameter's stack its tensors have themselves: 1 where one tensor is all experts of a layer."""
-    return int(spec.family == "gpt_oss" and part in EXPERT_LINEARS)
+    return int(spec.family in FUSED_EXPERTS and part in EXPERT_LINEARS)
 
 
 @dataclass(frozen=True)
@@ -253,6 +258,6 @@ def tensor_names(spec: ModelSpec) -> dict[tuple[str, ...], TensorSource]:
         leaf = {"kernel": "", "bias": "_bias"}[path[2]] if held else LEAVES[path[2]]
         names = tuple(f"{module}{leaf}" for module in module_paths(spec, path[1]))
         outputs = fused_outputs(spec, path[1]) if path[2] in ("kernel", "bias") else None
-        transposed = path[2] == "kernel" and not held
+        transposed = path[2] == "kernel" and not (held and spec.family == "gpt_oss")
         table[path] = TensorSource(names, transposed, spec.stack_dims(path[1])[0], outputs, held)
     return table

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from grpo_jax.models.spec import ModelError, ModelSpec, ParamSpec, abstract_params, flatten, nest, param_specs
+from grpo_jax.models.spec import ROUTERS, ModelError, ModelSpec, ParamSpec, abstract_params, flatten, nest, param_specs
 from grpo_jax.types import Params
 from grpo_kernels import QuantizedWeight, quantize, quantized_shapes, weight_bytes
 
@@ -23,7 +23,7 @@ def quantized_specs(specs: dict[tuple[str, ...], ParamSpec], quantization: str) 
     """
 
     def is_quantized(path: tuple[str, ...]) -> bool:
-        return quantization != "none" and path[0] == "layers" and path[-1] == "kernel" and path[1] != "router"
+        return quantization != "none" and path[0] == "layers" and path[-1] == "kernel" and path[1] not in ROUTERS
 
     try:
         return {path: quantized_shapes(quantization, p.shape, "/".join(path)) for path, p in specs.items() if is_quantized(path)}

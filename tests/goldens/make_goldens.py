@@ -408,6 +408,29 @@ NEW["qwen3_5_text"] = (
     },
     [{"rope_parameters": QWEN3_5_ROPE | {"partial_rotary_factor": 1.0}}, {"rms_norm_eps": 1e-1}],
 )
+QWEN_EXPERTS = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 24,
+}
+NEW["qwen3_next"] = (
+    "qwen3_next",
+    {
+        **NEW["qwen3_5_text"][1],
+        "vocab_size": 107,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+        **QWEN_EXPERTS,
+    },
+    [{"norm_topk_prob": False}, {"num_experts_per_tok": 2}],
+)
+NEW["qwen3_5_moe_text"] = (
+    "qwen3_5_moe_text",
+    {name: value for name, value in NEW["qwen3_5_text"][1].items() if name != "intermediate_size"}
+    | {"vocab_size": 109}
+    | QWEN_EXPERTS,
+    [{"num_experts_per_tok": 2}],
+)
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -499,7 +522,10 @@ def newer_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
         scaling["type"] = scaling.pop("rope_type")
     if family == "glm4":
         old["partial_rotary_factor"] = scaled["partial_rotary_factor"]
-    if family == "qwen3_5_text":
+    if family == "qwen3_next":
+        old |= {"full_attention_interval": 4, "partial_rotary_factor": rope["partial_rotary_factor"]}
+        old |= {"layer_types": config["layer_types"], "mlp_only_layers": []}
+    if family in ("qwen3_5_text", "qwen3_5_moe_text"):
         del old["rope_theta"], old["rope_scaling"]  # its files have rope_parameters
         return old | {"rope_parameters": rope, "layer_types": config["layer_types"], "attn_output_gate": True}
     if family == "lfm2":
@@ -528,6 +554,8 @@ NEWER = (
     "gpt_oss",
     "lfm2",
     "qwen3_5_text",
+    "qwen3_next",
+    "qwen3_5_moe_text",
     "gemma4",
     *TEXT_OF,
 )
