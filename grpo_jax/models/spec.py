@@ -91,7 +91,7 @@ class ModelSpec:
         sinks: attention's softmax has one more score, the same for all queries of a head, whose value is 0.
         value_norm: RMSNorm without scale on each head's values.
         global_attention: attention of layers of kinds `global` and `shared_global`; None where there are none.
-        shared_ffw: width of the feed-forward in layers that use the keys of an earlier layer; None is `ffw`.
+        wide_ffw: width of the feed-forward in layers that use the keys of an earlier layer; None is `ffw`.
         per_layer_width: width of the embedding that a token has for each layer (Gemma 4); 0 is none.
         per_layer_vocab: ids that have one.
         layer_scale: every layer's result is multiplied by a number of the checkpoint, which is not trained.
@@ -149,7 +149,7 @@ class ModelSpec:
     sinks: bool = False
     value_norm: bool = False
     global_attention: GlobalAttention | None = None
-    shared_ffw: int | None = None
+    wide_ffw: int | None = None
     per_layer_width: int = 0
     per_layer_vocab: int = 0
     layer_scale: bool = False
@@ -205,12 +205,12 @@ class ModelSpec:
 
     def layers_with(self, part: str) -> tuple[int, ...]:
         """The layers that have a linear layer, a norm or another part of this name."""
-        wide = self.shared_ffw is not None
+        wide = self.wide_ffw is not None
         return tuple(number for number, kind in enumerate(self.layer_kinds) if has_part(kind, part, wide=wide))
 
     def part_name(self, kind: Kind, part: str) -> str:
         """The name under which a layer's part is stacked, from its plain name."""
-        return part_name(kind, part, wide=self.shared_ffw is not None)
+        return part_name(kind, part, wide=self.wide_ffw is not None)
 
     def attention_shape(self, kind: Kind) -> tuple[int, int]:
         """Key/value heads, and dimensions of a head, of a layer with attention."""
@@ -325,13 +325,13 @@ class ModelSpec:
             wide = self.global_attention
             own = attention_linears(self.width, self.heads, wide.kv_heads, wide.head_dim)
             shapes |= {GLOBAL + name: shape for name, shape in own.items() if name != "v_proj" or not wide.keys_are_values}
-        if self.shared_ffw is not None:
-            shapes |= {f"wide_{name}": (self.width, self.shared_ffw) for name in ("gate_proj", "up_proj")}
-            shapes["wide_down_proj"] = (self.shared_ffw, self.width)
+        if self.wide_ffw is not None:
+            shapes |= {f"wide_{name}": (self.width, self.wide_ffw) for name in ("gate_proj", "up_proj")}
+            shapes["wide_down_proj"] = (self.wide_ffw, self.width)
         if self.per_layer_width:
             shapes["per_layer_gate"] = (self.width, self.per_layer_width)
             shapes["per_layer_proj"] = (self.per_layer_width, self.width)
-        absent = (DELTA_LINEARS if self.delta_fused else FUSED_DELTA_LINEARS) + (() if self.wide_ffw else SHARED_LINEARS)
+        absent = (DELTA_LINEARS if self.delta_fused else FUSED_DELTA_LINEARS) + (() if self.shared_ffw else SHARED_LINEARS)
         return {name: shape for name, shape in shapes.items() if self.layers_with(name) and name not in absent}
 
     def linear_axes(self, linear: str) -> tuple[str | None, str | None]:
