@@ -335,6 +335,7 @@ OF_IMAGES = """
     vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index boi_token_id eoi_token_id image_token_id
     spatial_merge_size vision_feature_layer projector_hidden_act multimodal_projector_bias processor_class
     audio_config audio_token_id boa_token_id eoa_token_id eoa_token_index video_token_id vision_soft_tokens_per_image
+    vision_soft_tokens_per_video_frame audio_soft_tokens_per_image audio_ms_per_token
     vision_start_token_id vision_end_token_id
 """.split()  # noqa: SIM905 - as in config_json.py
 """Attributes that only matter where there are images or sounds, which are not computed here."""

@@ -81,6 +81,7 @@ def qwen_recurrent_fields(reader: ConfigReader) -> Fields:
     # Layers that predict tokens further ahead are not loaded; states are float32 here whatever mamba_ssm_dtype says.
     reader.known.update(("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype"))
     reader.allow_only("attn_output_gate", (True,), "attention's result is gated")
+    reader.allow_only("use_sliding_window", (False,), "attention sees everything")
     reader.allow_only("mlp_only_layers", ([],), "every layer has the same feed-forward")
     fields = unrotated_fields(reader, head_dim=256) | attention_bias(reader)
     layers, rotated = fields["layers"], partial_rotation(reader, fields["head_dim"], 0.25)

@@ -35,6 +35,7 @@ NEWER_FAMILIES = (
     "gemma4_vision",
     "gemma3_vision",
     "mistral3_vision",
+    "qwen3_5_vision",
 )
 """Families whose sampling, shared prompts and exports are among the slow tests, and whose log-probabilities are not."""
 ADAPTERS = {"llama3_all_linear": "llama3_scaled", "qwen2_all_linear": "qwen2", "gemma3_rslora": "gemma3"}

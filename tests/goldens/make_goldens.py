@@ -439,7 +439,11 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+<<<<<<< HEAD
 TEXT_OF = {"gemma3_vision": "gemma3", "gemma4_vision": "gemma4", "mistral3_vision": "ministral3"}
+=======
+TEXT_OF = {"gemma3_vision": "gemma3", "mistral3_vision": "ministral3", "qwen3_5_vision": "qwen3_5_text"}
+>>>>>>> h-recurrent
 """Models with a vision tower -> the family of their text part."""
 NEW["gemma3_vision"] = (
     "gemma3",
@@ -487,6 +491,24 @@ NEW["mistral3_vision"] = (
         "image_token_index": 108,
     },
     [{"rope_parameters": MINISTRAL3_ROPE | {"llama_4_scaling_beta": 0.0}}],
+)
+NEW["qwen3_5_vision"] = (
+    "qwen3_5",
+    {
+        "text_config": NEW["qwen3_5_text"][1] | {"model_type": "qwen3_5_text"},
+        "vision_config": {
+            "model_type": "qwen3_5_vision",
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_heads": 2,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 16,
+        },
+        "image_token_id": 102,
+        "video_token_id": 101,
+    },
+    [{"rms_norm_eps": 1e-1}],
 )
 
 

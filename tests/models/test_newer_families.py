@@ -144,7 +144,10 @@ def test_gradients_of_every_weight_are_the_slopes_of_the_log_probabilities(famil
         assert float(up - down) == pytest.approx(5e-4, rel=0.03), path
 
 
-@pytest.mark.parametrize("family", [*FUSED, "gpt_oss", *WITH_VISION])
+@pytest.mark.parametrize(
+    "family",
+    [*FUSED, "gpt_oss", *WITH_VISION, *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_next", "qwen3_5_vision"))],
+)
 def test_an_untouched_export_is_the_original(tmp_path: Path, family: str) -> None:
     folder = build_model_folder(tmp_path, family)
     merged = Policy.from_pretrained(folder, dtype="float32").save_merged(tmp_path / "merged")
@@ -294,7 +297,7 @@ with quick_compiling():
     paths = os.pathsep.join(str(repository / part) for part in (".", "kernels", "tests", "tests/support"))
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
     run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path), "olmo3", "phi3", "gpt_oss"],
+        [sys.executable, "-c", code, str(tmp_path), "olmo3", "phi3", "gpt_oss", "lfm2", "qwen3_next"],
         env={**os.environ, **flags},
         capture_output=True,
         text=True,

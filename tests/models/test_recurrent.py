@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plain_oracles import quick_compiling, tiny_policy
+from plain_oracles import golden_config, quick_compiling, tiny_policy
 from rollouts import PROMPTS, Task, assert_same, engine, plain
 
-from grpo_jax.config import RolloutConfig
+from goldens.folders import build_model_folder
+from grpo_jax.config import ConfigError, LoraConfig, RolloutConfig
 from grpo_jax.learner.logprobs import row_logprobs
 from grpo_jax.learner.packing import Lengths, pack, row_sizes
+from grpo_jax.models.families import read_spec
 from grpo_jax.models.layer_kinds import repeated_units
-from grpo_jax.models.spec import flatten
+from grpo_jax.models.spec import ModelError, flatten
+from grpo_jax.policy import Policy
 from grpo_jax.rollout import shapes
+from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.types import Params
+from grpo_jax.weights.lora import init_lora, load_adapter
+from grpo_jax.weights.quantize import quantize_params
+from grpo_kernels import QuantizedWeight
 
 C = 14
 SETTINGS = RolloutConfig(num_generations=3, max_completion_length=C, temperature=0.7)
 STOPS = (2, 5, 20, 40, 60)
-FAMILIES = ("lfm2", "qwen3_5_text")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -124,3 +133,61 @@ def test_a_shared_prompt_is_copies_of_it_where_groups_are_cut_into_several_rows(
         expected = dict(flatten(own_gradient))[path]
         assert np.linalg.norm(leaf - expected) <= 1e-5 * np.linalg.norm(expected), path
         assert np.any(expected), path
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("lfm2", {"layer_types": ["conv"] * 5}, "layer_types has no full_attention: at least one layer needs attention"),
+        ("lfm2", {"layer_types": ["mamba"] * 5}, "layer_types is .*use a list of 5 names from conv, full_attention"),
+        ("lfm2", {"conv_dim": 64}, "conv_dim = 64 is not supported"),
+        ("lfm2", {"conv_L_cache": 1}, "conv_L_cache is 1: use a whole number from 2"),
+        ("lfm2", {"conv_gate": "tanh"}, "attribute conv_gate = .*is not known for model_type"),
+        ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate = false is not supported"),
+        ("qwen3_5_text", {"linear_num_value_heads": 3}, "linear_num_value_heads = 3 is not a multiple of linear_num_key_heads = 2"),
+        ("qwen3_5_text", {"linear_allow_neg_eigval": True}, "attribute linear_allow_neg_eigval = true is not known"),
+        ("qwen3_next", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported"),
+        ("qwen3_next", {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] is not supported"),
+    ],
+)
+def test_what_is_not_computed_is_refused_by_name(family: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        read_spec(golden_config(family) | change)
+
+
+def test_episodes_are_refused_before_anything_is_compiled() -> None:
+    policy = tiny_policy("lfm2")
+    sampler = Sampler.build(policy.model, (), announce=lambda name: pytest.fail(f"compiles {name}"))
+    with pytest.raises(ConfigError, match=r"environment: lfm2 has 3 recurrent layers.*no episodes of several turns"):
+        sampler.shapes_for(SETTINGS, 2, (8,), None, episodes=True)
+
+
+def test_targets_that_a_model_does_not_have_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"lora.targets.*a qwen3_5_text model has no in_proj: choose from q_proj"):
+        init_lora(tiny_policy("qwen3_5_text").spec, LoraConfig(rank=2, targets=["q_proj", "in_proj"]), jax.random.key(0))
+
+
+@pytest.mark.parametrize(("targets", "expected"), [(["o_proj"], False), (["in_proj", "out_proj", "o_proj"], True)])
+def test_an_adapter_of_one_out_proj_is_not_one_of_the_other(tmp_path: Path, targets: list[str], expected: bool) -> None:
+    """LFM2's files call both attention's and a convolution's output `out_proj`, so PEFT gets a pattern of paths."""
+    lora, plain = LoraConfig(rank=2, targets=targets), tiny_policy("lfm2")
+    policy = dataclasses.replace(plain, lora=lora, adapters=init_lora(plain.spec, lora, jax.random.key(0)))
+    config = json.loads((Path(policy.save_adapter(tmp_path)) / "adapter_config.json").read_text())["target_modules"]
+
+    def adapted(path: str) -> bool:
+        return re.fullmatch(config, path) is not None if isinstance(config, str) else path.rsplit(".", 1)[-1] in config
+
+    assert adapted("model.layers.1.self_attn.out_proj")
+    assert adapted("model.layers.0.conv.out_proj") == expected
+    adapters, read = load_adapter(tmp_path, policy.spec)
+    assert set(read.targets) == set(targets)
+    jax.tree.map(np.testing.assert_array_equal, adapters, policy.adapters)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_next"])
+def test_a_quantised_base_is_the_rounded_dense_one(tmp_path: Path, family: str) -> None:
+    policy = Policy.from_pretrained(build_model_folder(tmp_path, family), quantization="int8", dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, policy.params, quantize_params(policy.spec, tiny_policy(family).params, "int8"))
+    quantised = {path[1] for path, leaf in flatten(policy.params) if path[-1] == "kernel" and isinstance(leaf, QuantizedWeight)}
+    assert quantised == set(policy.spec.linear_shapes())
