@@ -439,11 +439,12 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
-<<<<<<< HEAD
-TEXT_OF = {"gemma3_vision": "gemma3", "gemma4_vision": "gemma4", "mistral3_vision": "ministral3"}
-=======
-TEXT_OF = {"gemma3_vision": "gemma3", "mistral3_vision": "ministral3", "qwen3_5_vision": "qwen3_5_text"}
->>>>>>> h-recurrent
+TEXT_OF = {
+    "gemma3_vision": "gemma3",
+    "gemma4_vision": "gemma4",
+    "mistral3_vision": "ministral3",
+    "qwen3_5_vision": "qwen3_5_text",
+}
 """Models with a vision tower -> the family of their text part."""
 NEW["gemma3_vision"] = (
     "gemma3",
