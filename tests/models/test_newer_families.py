@@ -149,7 +149,6 @@ def test_gradients_of_every_weight_are_the_slopes_of_the_log_probabilities(famil
     [
         *FUSED,
         "gpt_oss",
-        "gemma4",
         *WITH_VISION,
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_next", "qwen3_5_vision")),
     ],
