@@ -15,36 +15,46 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from grpo_jax.models.layer_kinds import Kind, has_keys, is_recurrent
 from grpo_jax.models.layers import Attend, SelectTokens
 from grpo_jax.models.transformer import NO_WINDOW, Transformer
 from grpo_jax.types import PackedRows
 from grpo_kernels import AttentionPlan, KeyRanges, Limits, group_attention, plan_attention, prompt_ranges
 
+HeadShape = tuple[int, int]
+"""Key/value heads, and dimensions of a head."""
 
-def plans_of(model: Transformer, ranges: KeyRanges, limits: Limits, keys: int) -> dict[int, AttentionPlan]:
-    """Plans attention once for each window that the model's layers have; on a mesh each device plans its own rows."""
+
+def plans_of(model: Transformer, ranges: KeyRanges, limits: Limits, keys: int) -> dict[HeadShape, dict[int, AttentionPlan]]:
+    """Plans attention once for each shape and window that the model's layers have; on a mesh each device plans its own rows."""
     spec, layout = model.spec, model.layout
-    heads = spec.kv_heads // (1 if layout is None else layout.tensor)
 
-    def plan(ranges: KeyRanges, window: int) -> AttentionPlan:
+    def plan(ranges: KeyRanges, window: int, shape: HeadShape) -> AttentionPlan:
+        kv_heads, head_dim = shape
         return plan_attention(
             ranges,
             limits,
             keys=keys,
-            kv_heads=heads,
-            heads_of_key=spec.heads // spec.kv_heads,
+            kv_heads=kv_heads // (1 if layout is None else layout.tensor),
+            heads_of_key=spec.heads // kv_heads,
             window=window,
             implementation=model.implementation,
-            head_dim=spec.head_dim,
+            head_dim=head_dim,
             dtype=model.dtype,
             sinks=spec.sinks,
         )
 
-    windows = {NO_WINDOW if window is None else window for window in spec.windows}
-    if layout is None:
-        return {window: plan(ranges, window) for window in windows}
-    rows = layout.spec("rows")
-    return {window: layout.local(functools.partial(plan, window=window), (rows,), rows)(ranges) for window in windows}
+    plans: dict[HeadShape, dict[int, AttentionPlan]] = {}
+    for kind, window in dict.fromkeys(zip(spec.layer_kinds, spec.windows, strict=True)):
+        if is_recurrent(kind):
+            continue
+        shape, size = spec.attention_shape(kind), NO_WINDOW if window is None else window
+        own = functools.partial(plan, window=size, shape=shape)
+        if layout is not None:
+            own = layout.local(own, (layout.spec("rows"),), layout.spec("rows"))
+        if size not in plans.setdefault(shape, {}):
+            plans[shape][size] = own(ranges)
+    return plans
 
 
 def group_attend(model: Transformer, ranges: KeyRanges, limits: Limits, tokens: Int[Array, "B W"] | None = None) -> Attend:
@@ -75,8 +85,9 @@ def group_attend(model: Transformer, ranges: KeyRanges, limits: Limits, tokens: 
         cache: Any,
         sinks: Array | None = None,
         selected: bool = False,
+        kind: Kind = "attention",
     ) -> tuple[Array, Any, Any]:
-        plan = of_window(of_selected if selected else of_all, window)
+        plan = of_window((of_selected if selected else of_all)[spec.attention_shape(kind)], window)
         if layout is None:
             return mix(q, k, v, plan, sinks), cache, None
         queries, of_keys = layout.spec("rows", None, "kv_heads", None, None), layout.spec("rows", None, "kv_heads", None)
@@ -146,9 +157,9 @@ def prefill_attend(model: Transformer, prompt_lengths: Int[Array, "B"], prompt_w
     last = (prompt_lengths - 1)[:, None]
     prompt_attend = group_attend(model, prompt_ranges(prompt_lengths, prompt_width), limits, last)
 
-    def attend(q: Array, k: Array, v: Array, **of_layer: Any) -> tuple[Array, Any, Any]:
-        out, cache, _ = prompt_attend(q, k, v, **of_layer)
-        return out, cache, (jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1))
+    def attend(q: Array, k: Array, v: Array, *, kind: Kind = "attention", **of_layer: Any) -> tuple[Array, Any, Any]:
+        out, cache, _ = prompt_attend(q, k, v, kind=kind, **of_layer)
+        return out, cache, None if not has_keys(kind) else (jnp.moveaxis(k, 2, 1), jnp.moveaxis(v, 2, 1))
 
     return attend
 

@@ -11,7 +11,7 @@ from grpo_jax.models.config_values import checked_flag, checked_number, whole_nu
 from grpo_jax.models.rope import Rope
 from grpo_jax.models.spec import ModelError
 
-KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 """Types of rope scaling that are read."""
 
 
@@ -116,6 +116,9 @@ def read_rope(reader: ConfigReader, parameters: Any, theta: float, rotated: int 
     """
     p = RopeReader(reader, parameters)
     theta = p.number("rope_theta", theta)
+    if p.kind == "proportional":
+        share, factor = p.number("partial_rotary_factor", 1.0), p.number("factor", 1.0)
+        return finished(p, Rope(theta, "proportional", factor=factor, share=min(share, 1.0)))
     if p.number("partial_rotary_factor", 1.0) != 1.0 and rotated is None:
         raise ModelError(f"{reader.file}: partial_rotary_factor other than 1 is not supported")
     if p.kind == "default":
@@ -136,9 +139,14 @@ def read_rope(reader: ConfigReader, parameters: Any, theta: float, rotated: int 
         rope = read_longrope(p, theta)
     else:
         raise ModelError(f"{reader.file}: rope type {show(p.kind)} is not supported; supported: {', '.join(KINDS)}")
+    return finished(p, rope)
+
+
+def finished(p: RopeReader, rope: Rope) -> Rope:
+    """The rotary embedding, once all of its settings have been taken; ModelError for one that is not known."""
     p.settings.pop("original_max_position_embeddings", None)
     if p.settings:
-        raise ModelError(f"{reader.file}: rope settings {sorted(p.settings)} are not known for type {p.kind!r}")
+        raise ModelError(f"{p.reader.file}: rope settings {sorted(p.settings)} are not known for type {p.kind!r}")
     return rope
 
 

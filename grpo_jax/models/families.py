@@ -22,6 +22,7 @@ from grpo_jax.models.config_json import (
 )
 from grpo_jax.models.config_rope import one_rope, partial_rotation, read_rope, ropes_by_window
 from grpo_jax.models.config_values import checked_number
+from grpo_jax.models.gemma4 import gemma4
 from grpo_jax.models.recurrent_families import RECURRENT_FAMILIES
 from grpo_jax.models.spec import ModelError, ModelSpec, Rope
 
@@ -304,6 +305,7 @@ FAMILIES: dict[str, Callable[[ConfigReader], Fields]] = {
     "glm4": glm4,
     "phi3": phi3,
     "gpt_oss": gpt_oss,
+    "gemma4_text": gemma4,
     **RECURRENT_FAMILIES,
 }
 """model_type → the function that reads the arguments of `ModelSpec`."""
@@ -322,6 +324,7 @@ GEMMA3_TEXT = {
 
 WITH_VISION: dict[str, dict[str, Fields]] = {
     "gemma3": {"gemma3_text": GEMMA3_TEXT},
+    "gemma4": {"gemma4_text": {}},
     "mistral3": {"ministral3": {}, "mistral": {}},
     "qwen3_5": {"qwen3_5_text": {}},
     "qwen3_5_moe": {"qwen3_5_moe_text": {}},
@@ -331,9 +334,11 @@ WITH_VISION: dict[str, dict[str, Fields]] = {
 OF_IMAGES = """
     vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index boi_token_id eoi_token_id image_token_id
     spatial_merge_size vision_feature_layer projector_hidden_act multimodal_projector_bias processor_class
-    video_token_id vision_start_token_id vision_end_token_id
+    audio_config audio_token_id boa_token_id eoa_token_id eoa_token_index video_token_id vision_soft_tokens_per_image
+    vision_soft_tokens_per_video_frame audio_soft_tokens_per_image audio_ms_per_token
+    vision_start_token_id vision_end_token_id
 """.split()  # noqa: SIM905 - as in config_json.py
-"""Attributes that only matter where there are images, which are not computed here."""
+"""Attributes that only matter where there are images or sounds, which are not computed here."""
 
 
 def read_text_part(kind: str, config: Fields, file: str) -> ModelSpec:

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["attention", "conv", "delta"]
-"""Attention over keys and values; a gated short convolution, whose state is its last inputs; or linear attention by the gated delta
-rule behind a short convolution, whose state is a matrix for each head too."""
+Kind = Literal["attention", "global", "shared", "shared_global", "conv", "delta"]
+"""Attention over keys and values; `global`, attention of another shape (`spec.GlobalAttention`); `shared` and `shared_global`,
+which use the keys and values of the last layer before them that is `attention` or `global`; a gated short convolution, whose state
+is its last inputs; or linear attention by the gated delta rule behind a short convolution, whose state is a matrix for each head
+too."""
 
 DELTA_LINEARS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 """Linear layers of the input of linear attention: of queries, keys and values, of the result's gate, of β and of the decay."""
@@ -20,18 +22,61 @@ DELTA_LINEARS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 FUSED_DELTA_LINEARS = ("in_proj_qkvz", "in_proj_ba")
 """The same as Qwen3-Next has them: the outputs of each head of keys stand together."""
 
-PARTS: dict[Kind, frozenset[str]] = {
-    "attention": frozenset(("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "q_norm", "k_norm", "sinks")),
+RECURRENT_PARTS: dict[Kind, frozenset[str]] = {
     "conv": frozenset(("in_proj", "short_conv", "out_proj")),
     "delta": frozenset((*DELTA_LINEARS, *FUSED_DELTA_LINEARS, "short_conv", "decay", "delta_norm", "out_proj")),
 }
-"""The linear layers, norms and other parts that only layers of some kinds have."""
+"""The linear layers, norms and other parts that only recurrent layers of some kinds have."""
 
 
-def layers_with(kinds: Sequence[Kind], part: str) -> tuple[int, ...]:
-    """Numbers of the layers that have a part."""
-    having = {kind for kind, parts in PARTS.items() if part in parts}
-    return tuple(number for number, kind in enumerate(kinds) if not having or kind in having)
+KEY_PARTS = frozenset(("k_proj", "v_proj", "qkv_proj", "k_norm"))
+ATTENTION_PARTS = KEY_PARTS | {"q_proj", "o_proj", "q_norm", "sinks"}
+FEED_PARTS = frozenset(("gate_proj", "up_proj", "gate_up_proj", "down_proj"))
+
+GLOBAL, WIDE = "global_", "wide_"
+"""Before the name of a part of attention, or of the feed-forward, that has another shape in some layers and a stack of its own."""
+
+
+def is_recurrent(kind: Kind) -> bool:
+    """Whether a layer has a recurrent state."""
+    return kind in RECURRENT_PARTS
+
+
+def is_global(kind: Kind) -> bool:
+    """Whether a layer has attention of the other shape."""
+    return kind in ("global", "shared_global")
+
+
+def has_keys(kind: Kind) -> bool:
+    """Whether a layer has keys and values of its own."""
+    return kind in ("attention", "global")
+
+
+def plain_part(part: str) -> str:
+    """The name of a part without what tells it from that of another shape: `global_q_proj` → `q_proj`."""
+    return part.removeprefix(GLOBAL).removeprefix(WIDE)
+
+
+def part_name(kind: Kind, part: str, *, wide: bool) -> str:
+    """The name under which a layer's part is stacked.
+
+    Args:
+        part: its plain name.
+        wide: whether layers without keys of their own have a wider feed-forward.
+    """
+    if is_global(kind) and part in ATTENTION_PARTS:
+        return GLOBAL + part
+    return WIDE + part if wide and kind.startswith("shared") and part in FEED_PARTS else part
+
+
+def has_part(kind: Kind, part: str, *, wide: bool) -> bool:
+    """Whether a layer has a part of this name; see `part_name`."""
+    plain = plain_part(part)
+    if any(plain in parts for parts in RECURRENT_PARTS.values()):
+        return plain in RECURRENT_PARTS.get(kind, ())
+    if (plain in ATTENTION_PARTS and is_recurrent(kind)) or (plain in KEY_PARTS and not has_keys(kind)):
+        return False
+    return part_name(kind, plain, wide=wide) == part
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from grpo_jax.models.dropout import dropped
 from grpo_jax.models.gating import gated
-from grpo_jax.models.layer_kinds import Kind
+from grpo_jax.models.layer_kinds import Kind, has_keys, is_recurrent, plain_part
 from grpo_jax.models.linear import JOINED, Linear, LinearWeights, gather, linear_product
 from grpo_jax.models.moe import mix_experts
 from grpo_jax.models.recurrent import Recurrence, linear_attention, short_conv
@@ -39,8 +39,9 @@ class Attend(Protocol):
     """Attention of one layer.
 
     Takes q [B, T, K, R, Dh] (scaled; R = H/K), k and v [B, T, K, Dh], the layer's number and window (int32 scalars), the layer's
-    part of `Transformer`'s `per_layer`, the cache, `sinks` [K, R] where the model has them, and `selected`: q has only the selected
-    tokens, as in the last layer.
+    part of `Transformer`'s `per_layer`, the cache, `sinks` [K, R] where the model has them, `selected`: q has only the selected
+    tokens, as in the last layer, and the layer's kind. In a layer without keys of its own, number, cache, k and v are those of the
+    layer whose keys it uses, which has stored them.
     Returns the attention's output [B, T, K, R, Dh], the cache, and the layer's output for `Transformer` to stack.
     """
 
@@ -56,7 +57,26 @@ class Attend(Protocol):
         cache: Any,
         sinks: Array | None = None,
         selected: bool = False,
+        kind: Kind = "attention",
     ) -> tuple[Array, Any, Any]: ...
+
+
+def normalised(x: Array, eps: float) -> Array:
+    """x / rms(x), float32."""
+    wide = x.astype(jnp.float32)
+    return wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + jnp.float32(eps))
+
+
+class LayerOutput(NamedTuple):
+    """Output of a layer of a model in which layers share keys and values.
+
+    Attributes:
+        stacked: the output of `attend`.
+        keys: k and v that the layer has used, [B, T, K, Dh].
+    """
+
+    stacked: Any
+    keys: tuple[Array, Array]
 
 
 class RMSNorm(nn.Module):
@@ -76,8 +96,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         scale = gather(self.layout, jnp.asarray(self.get_variable("params", "scale")).astype(jnp.float32), self.axis)
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + jnp.float32(self.eps))
+        wide = normalised(x, self.eps)
         factor = scale + jnp.float32(self.offset)
         factor = factor if self.factor == 1.0 else factor * jnp.float32(self.factor)
         return (wide * jnp.expand_dims(factor, tuple(range(x.ndim - 1)))).astype(x.dtype)
@@ -89,6 +108,14 @@ class Sinks(nn.Module):
     @nn.compact
     def __call__(self) -> Array:
         return jnp.asarray(self.get_variable("params", "logit"))
+
+
+class FixedScale(nn.Module):
+    """Returns the number of the checkpoint that a layer's result is multiplied by, [1]. It has no gradient."""
+
+    @nn.compact
+    def __call__(self) -> Array:
+        return jax.lax.stop_gradient(jnp.asarray(self.get_variable("params", "fixed_scale")))
 
 
 class Weights(nn.Module):
@@ -136,14 +163,17 @@ class Block(nn.Module):
         x, spec = checkpoint_name(x, LAYER_INPUT), self.spec
         before = self.norm("attn_norm", x) if spec.pre_norm else x
         keys = layer.get("dropout")
-        if self.kind == "attention":
-            mixed, cache, stacked = self.attention(before, layer, rope, cache, select, keys)
-        else:
+        if is_recurrent(self.kind):
             mixed, cache, stacked = self.recurrent(before, cache, select, keys)
+        else:
+            mixed, cache, stacked = self.attention(before, layer, rope, cache, select, keys)
         x = x if select is None else select(x)
         x = checkpoint_name(x + self.added("post_attn_norm", mixed), LAYER_MIDDLE)
         fed = self.feed_forward(self.norm("ffw_norm", x) if spec.pre_norm else x, keys)
         x = x + self.added("post_ffw_norm", fed)
+        if spec.per_layer_width:
+            x = x + self.per_layer(x, layer["embedding"] if select is None else select(layer["embedding"]), keys)
+        x = x * FixedScale(name="layer_scalar")().astype(x.dtype)[None, None] if spec.layer_scale else x
         return (x, cache), stacked
 
     def added(self, norm: str, x: Array) -> Array:
@@ -151,18 +181,23 @@ class Block(nn.Module):
         x = self.norm(norm, x) if self.spec.sandwich else x
         return x if self.spec.residual_scale == 1.0 else x * jnp.asarray(self.spec.residual_scale, x.dtype)
 
+    def per_layer(self, x: Array, embedding: Array, keys: Array | None) -> Array:
+        """What the tokens' embeddings for this layer add: norm(W_out (act(W_in x) · embedding))."""
+        gate = self.linear("per_layer_gate", x, keys)
+        return self.norm("per_layer_norm", self.linear("per_layer_proj", gated(self.spec, gate, embedding), keys))
+
     def norm(self, name: str, x: Array, axis: str = "embed") -> Array:
         return RMSNorm(self.spec.norm_eps, self.spec.norm_offset, self.layout, axis, name=name)(x)
 
     def linear(self, name: str, x: Array, keys: Array | None = None) -> Array:
-        axes = LINEAR_AXES[JOINED[name][0] if name in JOINED else name]
+        axes = LINEAR_AXES[JOINED[name][0] if name in JOINED else plain_part(name)]
         seen = self.seen(name, x, keys) if self.has_variable("lora", name) else None
         return Linear(self.lora_scale, self.implementation, self.layout, axes, name=name)(x, seen)
 
     @nn.nowrap
     def seen(self, name: str, x: Array, keys: Array | None) -> Array | None:
         """What the adapter of a linear layer sees of x, where there is dropout; None is x."""
-        return None if keys is None else dropped(x, keys, self.lora_dropout, name)
+        return None if keys is None else dropped(x, keys, self.lora_dropout, plain_part(name))
 
     def linears(self, joined: str, parts: dict[str, int], x: Array, keys: Array | None) -> list[Array]:
         """Several linear layers of one input; one product where `join_linears` has joined their weights."""
@@ -174,22 +209,20 @@ class Block(nn.Module):
     def attention(
         self, x: Array, layer: dict[str, Any], rope: Angles, cache: Any, select: SelectTokens | None, keys: Array | None
     ) -> tuple[Array, Any, Any]:
-        spec = self.spec
-        heads, kv_heads = spec.linear_shapes()["q_proj"][1], spec.kv_heads * spec.head_dim
-        if select is None or self.has_variable("params", "qkv_proj"):
-            q, k, v = self.linears("qkv_proj", {"q_proj": heads, "k_proj": kv_heads, "v_proj": kv_heads}, x, keys)
-            q = q if select is None else select(q)
+        spec, (kv_heads, head_dim) = self.spec, self.spec.attention_shape(self.kind)
+        # The tables have the pairs of the widest heads.
+        angles = jax.tree.map(lambda table: table[layer["rope"]], rope).of_pairs(head_dim // 2)
+        if has_keys(self.kind):
+            q, k, v = self.queries_and_keys(x, select, keys)
+            if spec.joint_qk_norm:
+                q, k = (self.norm(name, y, QK_NORM_AXES[name]) for name, y in (("q_norm", q), ("k_norm", k)))
+            k, v = self.finished_keys(k, v, angles)
         else:
-            q, k, v = self.linear("q_proj", select(x)), self.linear("k_proj", x), self.linear("v_proj", x)
-        if spec.joint_qk_norm:
-            q, k = (self.norm(name, y, QK_NORM_AXES[name]) for name, y in (("q_norm", q), ("k_norm", k)))
-        q, gate = self.gate(q)
-        k, v = (y.reshape(*y.shape[:2], spec.kv_heads, spec.head_dim) for y in (k, v))
-        if spec.qk_norm and not spec.joint_qk_norm:
-            q, k = self.norm("q_norm", q, "head_dim"), self.norm("k_norm", k, "head_dim")
-        q, k = self.rotated(q, k, jax.tree.map(lambda table: table[layer["rope"]], rope), select)
+            q, (k, v) = self.queries(x, select, keys), layer["shared_keys"]
+        q, gate = self.gate(q, head_dim)
+        q = self.finished_queries(q, angles if select is None else jax.tree.map(select, angles))
         b, t = q.shape[:2]
-        q = q.reshape(b, t, spec.kv_heads, spec.heads // spec.kv_heads, spec.head_dim)
+        q = q.reshape(b, t, kv_heads, spec.heads // kv_heads, head_dim)
         mixed, cache, stacked = self.attend(
             q,
             k,
@@ -200,19 +233,38 @@ class Block(nn.Module):
             cache=cache,
             sinks=self.sinks(),
             selected=select is not None,
+            kind=self.kind,
         )
-        mixed = mixed.reshape(b, t, spec.heads * spec.head_dim)
+        mixed = mixed.reshape(b, t, spec.heads * head_dim)
         mixed = mixed if gate is None else mixed * jax.nn.sigmoid(gate)
-        return self.linear("o_proj", mixed, keys), cache, stacked
+        out = self.linear(spec.part_name(self.kind, "o_proj"), mixed, keys)
+        return out, cache, LayerOutput(stacked, (k, v)) if spec.shares_keys else stacked
+
+    def queries(self, x: Array, select: SelectTokens | None, keys: Array | None) -> Array:
+        """The queries of all tokens, or of the selected ones."""
+        return self.linear(self.spec.part_name(self.kind, "q_proj"), x if select is None else select(x), keys)
+
+    def queries_and_keys(self, x: Array, select: SelectTokens | None, keys: Array | None) -> tuple[Array, Array, Array]:
+        """Queries, of all tokens or of the selected ones, keys and values, before norms and rotation."""
+        spec, (kv_heads, head_dim) = self.spec, self.spec.attention_shape(self.kind)
+        q_proj, k_proj, v_proj = (spec.part_name(self.kind, name) for name in ("q_proj", "k_proj", "v_proj"))
+        if spec.global_attention is not None and spec.global_attention.keys_are_values and self.kind == "global":
+            k = self.linear(k_proj, x, keys)
+            return self.queries(x, select, keys), k, k
+        if select is None or self.has_variable("params", "qkv_proj"):
+            columns = {q_proj: spec.linear_shapes()[q_proj][1], k_proj: kv_heads * head_dim, v_proj: kv_heads * head_dim}
+            q, k, v = self.linears("qkv_proj", columns, x, keys)
+            return q if select is None else select(q), k, v
+        return self.queries(x, select, keys), self.linear(k_proj, x, keys), self.linear(v_proj, x, keys)
 
     @nn.nowrap
-    def gate(self, q: Array) -> tuple[Array, Array | None]:
+    def gate(self, q: Array, head_dim: int) -> tuple[Array, Array | None]:
         """Queries [B, T, H, Dh] from q_proj's result, and what gates attention's result, [B, T, H·Dh]; None where nothing does."""
         spec = self.spec
         if not spec.gated_attention:
-            return q.reshape(*q.shape[:2], spec.heads, spec.head_dim), None
-        both = q.reshape(*q.shape[:2], spec.heads, 2, spec.head_dim)
-        return both[:, :, :, 0], both[:, :, :, 1].reshape(*q.shape[:2], spec.heads * spec.head_dim)
+            return q.reshape(*q.shape[:2], spec.heads, head_dim), None
+        both = q.reshape(*q.shape[:2], spec.heads, 2, head_dim)
+        return both[:, :, :, 0], both[:, :, :, 1].reshape(*q.shape[:2], spec.heads * head_dim)
 
     def recurrent(self, x: Array, state: Any, select: SelectTokens | None, keys: Array | None) -> tuple[Array, Any, Any]:
         """A recurrent layer. In prefill the state behind the prompt is the layer's output, in decoding the new cache."""
@@ -234,20 +286,29 @@ class Block(nn.Module):
         logit = Sinks(name="sinks")().astype(jnp.float32)
         return logit.reshape(self.spec.kv_heads, self.spec.heads // self.spec.kv_heads)
 
-    @nn.nowrap
-    def rotated(self, q: Array, k: Array, angles: Angles, select: SelectTokens | None) -> tuple[Array, Array]:
-        """Rotates queries, which are scaled too, and keys by one rotary embedding; `select` has picked the queries."""
-        spec, of_queries = self.spec, angles if select is None else jax.tree.map(select, angles)
-        scale = spec.query_scale if of_queries.query_scale is None else of_queries.query_scale * jnp.float32(spec.query_scale)
-        q = rotate(q, of_queries.cos, of_queries.sin, scale, interleaved=spec.interleaved_rope)
-        return q, rotate(k, angles.cos, angles.sin, interleaved=spec.interleaved_rope)
+    def finished_queries(self, q: Array, angles: Angles) -> Array:
+        """Norm and rotary embedding of queries [B, T, H, Dh], which are scaled too."""
+        spec = self.spec
+        if spec.qk_norm and not spec.joint_qk_norm:
+            q = self.norm(spec.part_name(self.kind, "q_norm"), q, "head_dim")
+        scale = spec.query_scale if angles.query_scale is None else angles.query_scale * jnp.float32(spec.query_scale)
+        return rotate(q, angles.cos, angles.sin, scale, interleaved=spec.interleaved_rope)
+
+    def finished_keys(self, k: Array, v: Array, angles: Angles) -> tuple[Array, Array]:
+        """Keys and values [B, T, K, Dh], with norms and the keys' rotary embedding, from those of all heads together."""
+        spec = self.spec
+        k, v = (y.reshape(*y.shape[:2], *spec.attention_shape(self.kind)) for y in (k, v))
+        if spec.qk_norm and not spec.joint_qk_norm:
+            k = self.norm(spec.part_name(self.kind, "k_norm"), k, "head_dim")
+        v = normalised(v, spec.norm_eps).astype(v.dtype) if spec.value_norm else v
+        return rotate(k, angles.cos, angles.sin, interleaved=spec.interleaved_rope), v
 
     def feed_forward(self, x: Array, keys: Array | None) -> Array:
         names = ("router", *EXPERT_LINEARS) if self.spec.experts else ("gate_proj", "up_proj", "down_proj")
         names += ("shared_router", *SHARED_LINEARS) if self.spec.shared_ffw else ()
         if not self.spec.experts and self.has_variable("params", "gate_up_proj"):
             names = ("gate_up_proj", "down_proj")
-        weights = {name: LinearWeights(name=name)() for name in names}
+        weights = {name: LinearWeights(name=self.spec.part_name(self.kind, name))() for name in names}
         return self.in_parts(functools.partial(self.fed, weights), x, *([] if keys is None else [keys]))
 
     @nn.nowrap

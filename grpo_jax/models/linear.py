@@ -177,7 +177,11 @@ def join_linears(layer: Params, adapters: Params | None = None) -> tuple[Params,
 
     def fits(joined: str, names: tuple[str, ...]) -> bool:
         experts = "router" in layer and joined == "gate_up_proj"
-        return names[0] in layer and not experts and len({jax.tree.structure(layer[name]) for name in names}) == 1
+        if experts or not all(name in layer for name in names):
+            return False
+        # Weights of different numbers of layers are not joined either.
+        forms = {(jax.tree.structure(layer[name]), jax.tree.leaves(layer[name]["kernel"])[0].shape[0]) for name in names}
+        return len(forms) == 1
 
     groups = {joined: names for joined, names in JOINED.items() if fits(joined, names)}
     parts = {name for names in groups.values() for name in names}

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array
 
-from grpo_jax.models.layer_kinds import Kind, Run, repeated_units
+from grpo_jax.models.layer_kinds import Kind, Run, has_keys, is_global, is_recurrent, repeated_units
+from grpo_jax.models.layers import LayerOutput
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.types import Params
 
@@ -28,7 +29,8 @@ class LayerCaches:
     """What the layers of a model with several kinds carry from layer to layer, or return.
 
     Attributes:
-        attention: of the layers with attention: what their `attend` takes as `cache`; or their outputs, stacked.
+        attention: of the layers with attention: what their `attend` takes as `cache`; or their outputs, stacked, with attention of
+            several shapes a tuple with one stack each (`ModelSpec.key_stacks`).
         states: `RecurrentState` of the recurrent layers, stacked; None where they have none.
     """
 
@@ -42,7 +44,7 @@ def run_mixed_layers(
     apply_layer: Callable[[Run], ApplyLayer],
     x: Array,
     cache: LayerCaches,
-    per_layer: Any,
+    inputs: tuple[Any, Array | None],
     windows: Array,
     dropout_keys: Array | None = None,
     *,
@@ -54,7 +56,8 @@ def run_mixed_layers(
         variables: collection → stacked parts of the layers.
         apply_layer: makes the function of one layer of a run.
         cache: carried from layer to layer.
-        per_layer: passed to each layer with attention: a pytree with a leading axis of these layers.
+        inputs: what is passed to each layer with attention, a pytree with a leading axis of these layers; and [L, ...], passed to
+            each layer.
         windows: [L], of each layer.
         dropout_keys: [L, B, T], of the adapters' dropout; None is no dropout.
         frozen: whether `params` have no gradient. They are read where they are then; of others a loop gets its part, whose gradient
@@ -63,22 +66,32 @@ def run_mixed_layers(
     Returns:
         The hidden states, the cache, and the layers' outputs, stacked by kind.
     """
-    fixed = {"params"} if frozen else set[str]()
-    outputs: dict[bool, list[Any]] = {True: [], False: []}
+    fixed, (per_layer, embeddings) = {"params"} if frozen else set[str](), inputs
+    outputs: dict[int, list[Any]] = {}
+    keys = empty_keys(spec, x) if spec.shares_keys else {}
     for run in repeated_units(spec.layer_kinds):
         apply = apply_layer(run)
         own = {name: parts_of_run(spec, run, tree) for name, tree in variables.items() if name not in fixed}
+        own_embeddings = None if embeddings is None else layers_of_run(run, embeddings)
+        # Keys that a run only reads are not carried, so that a backward pass does not save them at every iteration.
+        read_only = {} if any(has_keys(kind) for kind in run.unit) else keys
 
         def body(
-            carry: tuple[Array, LayerCaches], given: tuple[Array, Any], run: Run = run, apply: ApplyLayer = apply
-        ) -> tuple[tuple[Array, LayerCaches], Any]:
-            (x, cache), (iteration, own) = carry, given
-            new: dict[bool, list[Any]] = {True: [], False: []}
+            carry: tuple[Array, LayerCaches, Any],
+            given: tuple[Array, Any, Any],
+            run: Run = run,
+            apply: ApplyLayer = apply,
+            read_only: Any = read_only,
+        ) -> tuple[tuple[Array, LayerCaches, Any], Any]:
+            (x, cache, keys), (iteration, own, embeddings) = carry, given
+            new: dict[int, list[Any]] = {}
             for place, kind in enumerate(run.unit):
                 number = jnp.int32(run.first + place) + iteration * jnp.int32(len(run.unit))
-                attention = kind == "attention"
+                attention, stack = not is_recurrent(kind), stack_of(kind)
                 index = index_of_kind(spec, run, place, iteration)
                 layer = {
+                    "embedding": None if embeddings is None else embeddings[place],
+                    "shared_keys": {**keys, **read_only}.get(stack),
                     "number": index,
                     "window": windows[number],
                     "rope": jnp.array(spec.rope_of_layer, jnp.int32)[number],
@@ -93,14 +106,42 @@ def run_mixed_layers(
                 (x, held), output = apply(kind, chosen, (x, held), layer)
                 states = cache.states if attention else put(cache.states, index, held)
                 cache = LayerCaches(held if attention else cache.attention, states)
-                new[attention].append(output)
-            return (x, cache), {kind: jax.tree.map(lambda *each: jnp.stack(each), *found) for kind, found in new.items() if found}
+                if isinstance(output, LayerOutput):
+                    keys = keys | {stack: output.keys} if has_keys(kind) else keys
+                    output = output.stacked
+                if not attention or has_keys(kind):
+                    new.setdefault(stack, []).append(output)
+            return (x, cache, keys), {stack: jax.tree.map(lambda *each: jnp.stack(each), *found) for stack, found in new.items()}
 
-        (x, cache), made = jax.lax.scan(body, (x, cache), (jnp.arange(run.count, dtype=jnp.int32), own), length=run.count)
-        for kind, found in made.items():
-            outputs[kind].append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found))
-    stacked = {kind: jax.tree.map(lambda *each: jnp.concatenate(each), *found) for kind, found in outputs.items() if found}
-    return x, cache, LayerCaches(stacked.get(True), stacked.get(False))
+        given = jnp.arange(run.count, dtype=jnp.int32), own, own_embeddings
+        (x, cache, carried), made = jax.lax.scan(body, (x, cache, {} if read_only else keys), given, length=run.count)
+        keys = carried or keys
+        for stack, found in made.items():
+            outputs.setdefault(stack, []).append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found))
+    stacked = {stack: jax.tree.map(lambda *each: jnp.concatenate(each), *found) for stack, found in outputs.items()}
+    of_attention = [stacked.get(stack) for stack in range(len(spec.key_stacks))]
+    return x, cache, LayerCaches(tuple(of_attention) if len(of_attention) > 1 else of_attention[0], stacked.get(STATES))
+
+
+STATES = -1
+"""The stack of recurrent layers; those with attention have `ModelSpec.key_stacks`."""
+
+
+def stack_of(kind: Kind) -> int:
+    """The stack of a layer's KV cache or recurrent state."""
+    return STATES if is_recurrent(kind) else int(is_global(kind))
+
+
+def empty_keys(spec: ModelSpec, x: Array) -> dict[int, tuple[Array, Array]]:
+    """Keys and values of zeros for each of the key stacks, which a loop carries before there are any."""
+    shapes = [(*x.shape[:2], kv_heads, head_dim) for _, kv_heads, head_dim in spec.key_shapes]
+    return {stack: (jnp.zeros(shape, x.dtype), jnp.zeros(shape, x.dtype)) for stack, shape in enumerate(shapes)}
+
+
+def layers_of_run(run: Run, x: Array) -> Array:
+    """The layers of a run: [count, layers of the unit, ...] of [L, ...]."""
+    size = len(run.unit)
+    return x[run.first : run.first + run.count * size].reshape(run.count, size, *x.shape[1:])
 
 
 def at(tree: Any, index: Array) -> Any:
@@ -114,12 +155,15 @@ def put(tree: Any, index: Array, entry: Any) -> Any:
 
 
 def index_of_kind(spec: ModelSpec, run: Run, place: int, iteration: Array) -> Array:
-    """A layer's index among all layers with attention, or among all recurrent ones.
+    """A layer's index in its stack: of the recurrent layers, or of those with keys of one shape, where it may be an earlier one's.
 
     Args:
         place: the layer's place in the unit.
     """
-    alike = [(kind == "attention") == (run.unit[place] == "attention") for kind in spec.layer_kinds]
+    kind = run.unit[place]
+    if not is_recurrent(kind) and not has_keys(kind):
+        return jnp.int32(spec.key_stacks[stack_of(kind)].index(spec.key_source(run.first + place)))
+    alike = [stack_of(other) == stack_of(kind) and (is_recurrent(other) or has_keys(other)) for other in spec.layer_kinds]
     each = sum(alike[run.first : run.first + len(run.unit)])
     return jnp.int32(sum(alike[: run.first + place])) + iteration * jnp.int32(each)
 

@@ -24,7 +24,9 @@ class Rope:
         kind: `default`; `none` rotates nothing; `linear` divides every frequency by factor; `llama3` divides the low frequencies
             and interpolates between low and high ones (https://github.com/meta-llama/llama-models, `apply_scaling`); `yarn` does so
             by the number of turns within the original length (https://arxiv.org/abs/2309.00071, section 3.2); `longrope` divides
-            each frequency by its own factor (https://arxiv.org/abs/2402.13753).
+            each frequency by its own factor (https://arxiv.org/abs/2402.13753); `proportional` turns a share of the pairs and
+            leaves the others (Gemma 4).
+        share: of the pairs that turn, the ones of the highest frequencies; `proportional` only.
         original_length: context length before scaling; `llama3`, `yarn`, and where `query_growth` is not 0.
         attention_factor: factor of cosines and sines; `yarn` and `longrope`.
         beta_fast, beta_slow: turns above which a frequency is unchanged, and below which it is divided by factor; `yarn` only.
@@ -35,7 +37,7 @@ class Rope:
     """
 
     theta: float
-    kind: Literal["default", "none", "linear", "llama3", "yarn", "longrope"] = "default"
+    kind: Literal["default", "none", "linear", "llama3", "yarn", "longrope", "proportional"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -47,6 +49,7 @@ class Rope:
     pair_factors: tuple[float, ...] = ()
     max_length: int | None = None
     query_growth: float = 0.0
+    share: float = 1.0
 
     def frequencies(self, rotated: int) -> list[float]:
         """Radians per position of each of the pairs of rotated dimensions."""
@@ -55,6 +58,9 @@ class Rope:
             return [0.0] * len(unscaled)
         if self.kind == "linear":
             return [f / self.factor for f in unscaled]
+        if self.kind == "proportional":
+            turning = int(self.share * rotated // 2)
+            return [f / self.factor if pair < turning else 0.0 for pair, f in enumerate(unscaled)]
         if self.kind == "llama3":
             return [self._llama3(f) for f in unscaled]
         if self.kind == "longrope":
@@ -98,14 +104,22 @@ class Angles(NamedTuple):
     sin: Float[Array, "ropes B T pairs"]
     query_scale: Float[Array, "ropes B T"] | None
 
+    def of_pairs(self, most: int) -> Angles:
+        """The tables of the first pairs, where there are more than so many."""
+        return self._replace(cos=self.cos[..., :most], sin=self.sin[..., :most])
 
-def rope_tables(ropes: tuple[Rope, ...], rotated: int, positions: Int[Array, "B T"]) -> Angles:
+
+def rope_tables(ropes: tuple[Rope, ...], rotated: int | tuple[int, ...], positions: Int[Array, "B T"]) -> Angles:
     """Computes the tables for these positions.
 
     Args:
-        rotated: rotated dimensions of a head.
+        rotated: rotated dimensions of a head, of all or of each rotary embedding. Tables have the pairs of the largest number; of
+            the others the first ones count.
     """
-    frequencies = jnp.array([rope.frequencies(rotated) for rope in ropes], jnp.float32)
+    sizes = (rotated,) * len(ropes) if isinstance(rotated, int) else rotated
+    rows = [rope.frequencies(size) for rope, size in zip(ropes, sizes, strict=True)]
+    pairs = max(len(row) for row in rows)
+    frequencies = jnp.array([row + [0.0] * (pairs - len(row)) for row in rows], jnp.float32)
     at = positions.astype(jnp.float32)
     angles = at[None, :, :, None] * frequencies[:, None, None, :]
     factors = [rope.attention_factor for rope in ropes]

@@ -15,7 +15,18 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from grpo_jax.config import ConfigError, RolloutConfig
-from grpo_jax.models.layer_kinds import DELTA_LINEARS, FUSED_DELTA_LINEARS, Kind, layers_with
+from grpo_jax.models.layer_kinds import (
+    DELTA_LINEARS,
+    FUSED_DELTA_LINEARS,
+    GLOBAL,
+    Kind,
+    has_keys,
+    has_part,
+    is_global,
+    is_recurrent,
+    part_name,
+    plain_part,
+)
 from grpo_jax.models.rope import Rope
 from grpo_jax.types import Params
 
@@ -24,6 +35,7 @@ __all__ = [
     "LINEAR_AXES",
     "ROUTERS",
     "SHARED_LINEARS",
+    "GlobalAttention",
     "ModelError",
     "ModelSpec",
     "ParamSpec",
@@ -40,6 +52,19 @@ __all__ = [
 
 class ModelError(ValueError):
     """A model folder that cannot be read; the message names the file and the fix."""
+
+
+@dataclass(frozen=True)
+class GlobalAttention:
+    """Attention of the layers without a window, where it has another shape than that of the others (Gemma 4).
+
+    Attributes:
+        keys_are_values: values are the results of k_proj, before norm and rotation; there is no v_proj.
+    """
+
+    kv_heads: int
+    head_dim: int
+    keys_are_values: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +89,12 @@ class ModelSpec:
         logit_scale: factor of the logits.
         attention_softcap, final_softcap: c·tanh(x / c) of attention scores and of logits; None is off.
         sinks: attention's softmax has one more score, the same for all queries of a head, whose value is 0.
+        value_norm: RMSNorm without scale on each head's values.
+        global_attention: attention of layers of kinds `global` and `shared_global`; None where there are none.
+        wide_ffw: width of the feed-forward in layers that use the keys of an earlier layer; None is `ffw`.
+        per_layer_width: width of the embedding that a token has for each layer (Gemma 4); 0 is none.
+        per_layer_vocab: ids that have one.
+        layer_scale: every layer's result is multiplied by a number of the checkpoint, which is not trained.
         conv_kernel: tokens that a short convolution sees, its own included.
         conv_bias: biases of gated short convolutions and of their projections.
         delta_key_heads, delta_heads: of linear attention: heads of queries and keys, and of values, a multiple of them.
@@ -116,6 +147,12 @@ class ModelSpec:
     attention_softcap: float | None = None
     final_softcap: float | None = None
     sinks: bool = False
+    value_norm: bool = False
+    global_attention: GlobalAttention | None = None
+    wide_ffw: int | None = None
+    per_layer_width: int = 0
+    per_layer_vocab: int = 0
+    layer_scale: bool = False
     conv_kernel: int = 0
     conv_bias: bool = False
     delta_key_heads: int = 0
@@ -143,17 +180,70 @@ class ModelSpec:
 
     @property
     def attention_layers(self) -> int:
-        """Layers with keys and values."""
-        return self.layer_kinds.count("attention")
+        """Layers with attention."""
+        return self.layers - self.recurrent_layers
 
     @property
     def recurrent_layers(self) -> int:
         """Layers with a recurrent state."""
-        return self.layers - self.attention_layers
+        return sum(map(is_recurrent, self.layer_kinds))
+
+    @property
+    def storing_kinds(self) -> tuple[Kind, ...]:
+        """Kinds of the layers that have keys or a recurrent state of their own, in their order."""
+        return tuple(kind for kind in self.layer_kinds if has_keys(kind) or is_recurrent(kind))
+
+    @property
+    def shares_keys(self) -> bool:
+        """Whether some layers use keys and values of earlier ones."""
+        return len(self.storing_kinds) < self.layers
+
+    @property
+    def one_scan(self) -> bool:
+        """Whether all layers are alike, so that one scan computes them."""
+        return set(self.layer_kinds) == {"attention"}
 
     def layers_with(self, part: str) -> tuple[int, ...]:
         """The layers that have a linear layer, a norm or another part of this name."""
-        return layers_with(self.layer_kinds, part)
+        wide = self.wide_ffw is not None
+        return tuple(number for number, kind in enumerate(self.layer_kinds) if has_part(kind, part, wide=wide))
+
+    def part_name(self, kind: Kind, part: str) -> str:
+        """The name under which a layer's part is stacked, from its plain name."""
+        return part_name(kind, part, wide=self.wide_ffw is not None)
+
+    def attention_shape(self, kind: Kind) -> tuple[int, int]:
+        """Key/value heads, and dimensions of a head, of a layer with attention."""
+        wide = self.global_attention
+        return (wide.kv_heads, wide.head_dim) if wide is not None and is_global(kind) else (self.kv_heads, self.head_dim)
+
+    @property
+    def rotated_by_rope(self) -> tuple[int, ...]:
+        """Dimensions of a head that each of the rotary embeddings rotates."""
+        kinds = dict(zip(self.rope_of_layer, self.layer_kinds, strict=True))
+        wide = self.global_attention
+        return tuple(
+            wide.head_dim if wide is not None and number in kinds and is_global(kinds[number]) else self.rotated
+            for number in range(len(self.ropes))
+        )
+
+    @property
+    def key_stacks(self) -> tuple[tuple[int, ...], ...]:
+        """The layers with keys of their own, those of one shape in each tuple: their KV caches are stacked."""
+        kinds: list[Kind] = ["attention"] if self.global_attention is None else ["attention", "global"]
+        return tuple(tuple(number for number, own in enumerate(self.layer_kinds) if own == kind) for kind in kinds)
+
+    @property
+    def key_shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """Of each of the `key_stacks`: layers, key/value heads and dimensions of a head."""
+        return tuple((len(stack), *self.attention_shape(self.layer_kinds[stack[0]])) for stack in self.key_stacks)
+
+    def key_source(self, number: int) -> int:
+        """The layer whose keys and values a layer with attention uses: its own, or those of an earlier one."""
+        kind = self.layer_kinds[number]
+        if has_keys(kind):
+            return number
+        return max(other for other in self.key_stacks[int(is_global(kind))] if other < number)
 
     @property
     def conv_channels(self) -> int:
@@ -213,13 +303,9 @@ class ModelSpec:
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(in, out) of each linear layer of a block; with experts, those of the feed-forward are of one expert."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
         linear_attention = "delta" in self.layer_kinds
-        shapes = {
-            "q_proj": (self.width, 2 * q if self.gated_attention else q),
-            "k_proj": (self.width, kv),
-            "v_proj": (self.width, kv),
-            "o_proj": (q, self.width),
+        shapes = attention_linears(self.width, self.heads, self.kv_heads, self.head_dim) | {
+            "q_proj": (self.width, (1 + self.gated_attention) * self.heads * self.head_dim),
             "in_proj": (self.width, 3 * self.width),
             "out_proj": (self.delta_values if linear_attention else self.width, self.width),
             "in_proj_qkv": (self.width, self.conv_channels),
@@ -235,12 +321,22 @@ class ModelSpec:
             "shared_up_proj": (self.width, self.shared_ffw),
             "shared_down_proj": (self.shared_ffw, self.width),
         }
+        if self.global_attention is not None:
+            wide = self.global_attention
+            own = attention_linears(self.width, self.heads, wide.kv_heads, wide.head_dim)
+            shapes |= {GLOBAL + name: shape for name, shape in own.items() if name != "v_proj" or not wide.keys_are_values}
+        if self.wide_ffw is not None:
+            shapes |= {f"wide_{name}": (self.width, self.wide_ffw) for name in ("gate_proj", "up_proj")}
+            shapes["wide_down_proj"] = (self.wide_ffw, self.width)
+        if self.per_layer_width:
+            shapes["per_layer_gate"] = (self.width, self.per_layer_width)
+            shapes["per_layer_proj"] = (self.per_layer_width, self.width)
         absent = (DELTA_LINEARS if self.delta_fused else FUSED_DELTA_LINEARS) + (() if self.shared_ffw else SHARED_LINEARS)
         return {name: shape for name, shape in shapes.items() if self.layers_with(name) and name not in absent}
 
     def linear_axes(self, linear: str) -> tuple[str | None, str | None]:
         """Logical axes of a linear layer's (in, out). With experts `ffw` is not sharded, because the experts are."""
-        rows, columns = LINEAR_AXES[linear]
+        rows, columns = LINEAR_AXES[plain_part(linear)]
         if not self.experts or linear not in EXPERT_LINEARS:
             return rows, columns
         return None if rows == "ffw" else rows, None if columns == "ffw" else columns
@@ -254,10 +350,13 @@ class ModelSpec:
 
     def has_bias(self, linear: str) -> bool:
         """Whether a linear layer adds a bias."""
+        linear = plain_part(linear)
         if linear in ("q_proj", "k_proj", "v_proj"):
             return self.qkv_bias
         if linear in ("in_proj", "out_proj"):
             return self.conv_bias
+        if linear in ("per_layer_gate", "per_layer_proj"):
+            return False
         return self.output_bias if linear == "o_proj" else self.mlp_bias
 
 
@@ -287,6 +386,8 @@ LINEAR_AXES: dict[str, tuple[str | None, str | None]] = {
     "gate_proj": ("embed", "ffw"),
     "up_proj": ("embed", "ffw"),
     "down_proj": ("ffw", "embed"),
+    "per_layer_gate": ("embed", None),
+    "per_layer_proj": (None, "embed"),
     "shared_gate_proj": ("embed", "ffw"),
     "shared_up_proj": ("embed", "ffw"),
     "shared_down_proj": ("ffw", "embed"),
@@ -304,6 +405,12 @@ SHARED_LINEARS = ("shared_gate_proj", "shared_up_proj", "shared_down_proj")
 
 ROUTERS = ("router", "shared_router")
 """What selects and weights experts: without adapters, never quantised."""
+
+
+def attention_linears(width: int, heads: int, kv_heads: int, head_dim: int) -> dict[str, tuple[int, int]]:
+    """(in, out) of the linear layers of attention."""
+    q, kv = heads * head_dim, kv_heads * head_dim
+    return {"q_proj": (width, q), "k_proj": (width, kv), "v_proj": (width, kv), "o_proj": (q, width)}
 
 
 def param_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
@@ -336,7 +443,7 @@ def param_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
     attention = spec.attention_layers
     if spec.sinks:
         table["layers", "sinks", "logit"] = ParamSpec((attention, spec.heads), ("layers", "heads"), spec.init_std)
-    table |= recurrent_specs(spec)
+    table |= recurrent_specs(spec) | per_layer_specs(spec)
     norms = (["attn_norm", "ffw_norm"] if spec.pre_norm else []) + (["post_attn_norm", "post_ffw_norm"] if spec.sandwich else [])
     for name in norms:
         table["layers", name, "scale"] = ParamSpec((spec.layers, spec.width), ("layers", "embed"), constant=norm_start)
@@ -344,7 +451,26 @@ def param_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
         for name, heads in (("q_norm", spec.heads), ("k_norm", spec.kv_heads)):
             axis, size = QK_NORM_AXES[name], heads * spec.head_dim
             size, axis = (size, axis) if spec.joint_qk_norm else (spec.head_dim, "head_dim")
-            table["layers", name, "scale"] = ParamSpec((attention, size), ("layers", axis), constant=norm_start)
+            stack = len(spec.layers_with(name))
+            table["layers", name, "scale"] = ParamSpec((stack, size), ("layers", axis), constant=norm_start)
+            if spec.global_attention is not None:
+                shape = len(spec.layers_with(GLOBAL + name)), spec.global_attention.head_dim
+                table["layers", GLOBAL + name, "scale"] = ParamSpec(shape, ("layers", "head_dim"), constant=norm_start)
+    return table
+
+
+def per_layer_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
+    """Describes the embeddings that tokens have for each layer, besides the layers' linear layers, and the layers' factors."""
+    table: dict[tuple[str, ...], ParamSpec] = {}
+    if width := spec.per_layer_width:
+        every = spec.layers * width
+        table["per_layer_embed", "embedding"] = ParamSpec((spec.per_layer_vocab, every), ("vocab", "embed"), spec.init_std)
+        table["per_layer_model_proj", "kernel"] = ParamSpec((spec.width, every), ("embed", None), spec.init_std)
+        table["per_layer_input_norm", "scale"] = ParamSpec((width,), (None,), constant=1.0 - spec.norm_offset)
+        norm = ParamSpec((spec.layers, spec.width), ("layers", "embed"), constant=1.0 - spec.norm_offset)
+        table["layers", "per_layer_norm", "scale"] = norm
+    if spec.layer_scale:
+        table["layers", "layer_scalar", "fixed_scale"] = ParamSpec((spec.layers, 1), ("layers", None), constant=1.0)
     return table
 
 

@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from grpo_jax.models.adapters import Ratios, computed_adapters
 from grpo_jax.models.dropout import layer_keys
-from grpo_jax.models.layer_kinds import Kind, Run
-from grpo_jax.models.layers import LAYER_INPUT, LAYER_MIDDLE, Attend, Block, RMSNorm, SelectTokens
+from grpo_jax.models.layer_kinds import Kind, Run, has_keys, is_recurrent
+from grpo_jax.models.layers import LAYER_INPUT, LAYER_MIDDLE, Attend, Block, LayerOutput, RMSNorm, SelectTokens
+from grpo_jax.models.linear import Linear
 from grpo_jax.models.mixed_layers import ApplyLayer, LayerCaches, run_mixed_layers
 from grpo_jax.models.recurrent import Recurrence
 from grpo_jax.models.rope import rope_tables
@@ -82,6 +83,7 @@ class Transformer(nn.Module):
         select: SelectTokens | None = None,
         recurrence: Recurrence | None = None,
         dropout_keys: Key[Array, "B T"] | None = None,
+        inference: bool = False,
     ) -> tuple[Float[Array, "B W D"], Any, Any]:
         """Runs the decoder.
 
@@ -89,35 +91,50 @@ class Transformer(nn.Module):
             ids: token ids.
             positions: position of each token in its own sequence, from 0.
             attend: attention of one layer, which decides what a query sees; see `layers.Attend`.
-            cache: carried from layer to layer; where unrolled, a tuple with each layer's own. With recurrent layers that are not
-                unrolled, `LayerCaches`.
-            per_layer: passed to each layer's `attend`: a pytree with a leading axis of the layers with attention, or a tuple of L
-                where unrolled.
+            cache: carried from layer to layer; where unrolled, a tuple with an entry for each layer with keys or a recurrent state
+                of its own. With recurrent layers that are not unrolled, `LayerCaches`.
+            per_layer: passed to each layer's `attend`: a pytree with a leading axis of the layers with attention, or where
+                unrolled a tuple like `cache`. None with attention of several shapes that is not unrolled.
             select: picks the W tokens whose hidden states are returned; None returns all T.
             recurrence: the mixing of tokens in recurrent layers; None where the model has none.
             dropout_keys: of the adapters' dropout, one a token; None is no dropout.
+            inference: no gradient is wanted, so that loops read weights where they are. It is implied where there is a cache.
 
         Returns:
             Hidden states after the final norm, the cache, and the layers' outputs, stacked or as tuples where unrolled. With
-            recurrent layers the stacks are those of `LayerCaches`.
+            recurrent layers the stacks are those of `LayerCaches`. Layers that use the keys of others have no output.
         """
         x = Embedding(self.layout, name="embed")(ids).astype(self.dtype)
         x = x * jnp.asarray(self.spec.embed_scale, self.dtype)
-        rope = rope_tables(self.spec.ropes, self.spec.rotated, positions)
+        embeddings = self.layer_embeddings(ids, x) if self.spec.per_layer_width else None
+        rope = rope_tables(self.spec.ropes, self.spec.rotated_by_rope, positions)
         # Logits are linear in the norm's result, so their factor is the norm's.
         norm = RMSNorm(self.spec.norm_eps, self.spec.norm_offset, self.layout, factor=self.spec.logit_scale, name="final_norm")
-        keys = layer_keys(dropout_keys, self.spec.layers)
+        keys, inputs = layer_keys(dropout_keys, self.spec.layers), (per_layer, embeddings)
         if self.unrolled and keys is None:
-            x, cache, outputs = self.run_unrolled(x, rope, (attend, recurrence), cache, per_layer, select)
+            x, cache, outputs = self.run_unrolled(x, rope, (attend, recurrence), cache, inputs, select)
             return norm(x), cache, outputs
         if self.unrolled:
-            x, cache, outputs = self.run_unrolled(x, rope, (attend, recurrence), cache, per_layer, None, keys)
-        elif self.spec.recurrent_layers:
-            x, cache, outputs = self.run_mixed(x, rope, (attend, recurrence), cache, per_layer, keys)
-        else:
+            x, cache, outputs = self.run_unrolled(x, rope, (attend, recurrence), cache, inputs, None, keys)
+        elif self.spec.one_scan:
             x, cache, outputs = self.run_scanned(x, rope, attend, cache, per_layer, keys)
+        else:
+            frozen = inference or cache is not None
+            x, cache, outputs = self.run_mixed(x, rope, (attend, recurrence), cache, inputs, frozen, keys)
         x = norm(x)
         return x if select is None else select(x), cache, outputs
+
+    def layer_embeddings(self, ids: Int[Array, "B T"], x: Float[Array, "B T D"]) -> Float[Array, "L B T E"]:
+        """Computes the embedding of each token for each layer: half of its own, half projected from the hidden states."""
+        spec = self.spec
+        own = Embedding(self.layout, name="per_layer_embed")(ids).astype(self.dtype)
+        own = own * jnp.asarray(spec.per_layer_width**0.5, self.dtype)
+        linear = Linear(self.lora_scale, self.implementation, self.layout, ("embed", None), name="per_layer_model_proj")
+        projected = linear(x) * jnp.asarray(spec.width**-0.5, self.dtype)
+        shape = (*ids.shape, spec.layers, spec.per_layer_width)
+        norm = RMSNorm(spec.norm_eps, spec.norm_offset, self.layout, "head_dim", name="per_layer_input_norm")
+        both = norm(projected.reshape(shape)) + own.reshape(shape)
+        return jnp.moveaxis(both * jnp.asarray(2.0**-0.5, self.dtype), 2, 0)
 
     @nn.nowrap
     def block(self, module: Any, attend: Attend, **others: Any) -> Any:
@@ -166,11 +183,17 @@ class Transformer(nn.Module):
         x: Array,
         rope: Any,
         mixers: tuple[Attend, Recurrence | None],
-        cache: LayerCaches | None,
-        per_layer: Any,
-        dropout_keys: Array | None = None,
-    ) -> tuple[Array, LayerCaches, LayerCaches]:
-        """All layers of a model with several kinds of them, as a few loops; see `run_mixed_layers`."""
+        cache: Any,
+        inputs: tuple[Any, Array | None],
+        frozen: bool,
+        dropout_keys: Array | None,
+    ) -> tuple[Array, Any, Any]:
+        """All layers of a model with several kinds of them, as a few loops; see `run_mixed_layers`.
+
+        Args:
+            inputs: `per_layer`, and the tokens' embeddings for each layer.
+            frozen: whether the weights have no gradient, even without adapters.
+        """
         names = [name for name in ("params", "lora") if self.has_variable(name, "layers")]
         variables = {name: dict(self.get_variable(name, "layers")) for name in names}
         attend, recurrence = mixers
@@ -189,10 +212,12 @@ class Transformer(nn.Module):
 
             return apply
 
-        caches = LayerCaches() if cache is None else cache
-        frozen = "lora" in variables or (recurrence is not None and recurrence.inference)
-        each = (per_layer, self.windows, dropout_keys)
-        return run_mixed_layers(self.spec, variables, apply_layer, x, caches, *each, frozen=frozen)
+        caches = cache if isinstance(cache, LayerCaches) else LayerCaches(cache)
+        frozen = frozen or "lora" in variables or (recurrence is not None and recurrence.inference)
+        each = (inputs, self.windows, dropout_keys)
+        made = run_mixed_layers(self.spec, variables, apply_layer, x, caches, *each, frozen=frozen)
+        # Without recurrent layers, caches and outputs are those of attention alone.
+        return made if self.spec.recurrent_layers else (made[0], made[1].attention, made[2].attention)
 
     def run_unrolled(
         self,
@@ -200,31 +225,42 @@ class Transformer(nn.Module):
         rope: Any,
         mixers: tuple[Attend, Recurrence | None],
         cache: Any,
-        per_layer: Any,
+        inputs: tuple[Any, Array | None],
         select: SelectTokens | None,
         dropout_keys: Array | None = None,
     ) -> tuple[Array, tuple[Any, ...], tuple[Any, ...]]:
         """Runs the layers in a Python loop. In the last layer, tokens that are not in `select` give only keys and values.
 
         For CPUs, where a scan copies each layer's weights and, in training, its saved activations.
+
+        Args:
+            inputs: `per_layer`, and the tokens' embeddings for each layer.
         """
-        spec, (attend, recurrence) = self.spec, mixers
-        caches, outputs = [], []
-        for number in range(spec.layers):
+        spec, (attend, recurrence), (per_layer, embeddings) = self.spec, mixers, inputs
+        storing = [number for number, kind in enumerate(spec.layer_kinds) if is_recurrent(kind) or has_keys(kind)]
+        caches: list[Any] = [None] * len(storing) if cache is None else list(cache)
+        outputs: list[Any] = [None] * len(storing)
+        keys: dict[int, Any] = {}
+        for number, kind in enumerate(spec.layer_kinds):
             window = spec.windows[number]
+            source = number if is_recurrent(kind) else spec.key_source(number)
+            stored = storing.index(source)
             layer = {
                 "number": jnp.int32(0),  # each layer has a cache of its own, in which its index is 0
                 "window": jnp.int32(NO_WINDOW if window is None else window),
                 "rope": spec.rope_of_layer[number],
-                "per_layer": None if per_layer is None else per_layer[number],
+                "per_layer": None if per_layer is None else per_layer[stored],
+                "embedding": None if embeddings is None else embeddings[number],
+                "shared_keys": keys.get(source),
                 "dropout": None if dropout_keys is None else dropout_keys[number],
             }
-            carry = (x, None if cache is None else cache[number])
             last = number == spec.layers - 1
-            block = self.block(Block, attend, kind=spec.layer_kinds[number], recurrence=recurrence, name=f"layers_{number}")
-            (x, own), output = block(carry, layer, rope, select if last else None)
-            caches.append(own)
-            outputs.append(output)
+            block = self.block(Block, attend, kind=kind, recurrence=recurrence, name=f"layers_{number}")
+            (x, caches[stored]), output = block((x, caches[stored]), layer, rope, select if last else None)
+            if isinstance(output, LayerOutput):
+                output, keys[number] = output
+            if source == number:
+                outputs[stored] = output
         return x, tuple(caches), tuple(outputs)
 
 

@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from grpo_jax.models.layer_kinds import has_keys
 from grpo_jax.models.recurrent import TokenRecurrence
 from grpo_jax.models.transformer import Transformer, forward, head_matrix
-from grpo_jax.rollout.kv_cache import SlotMap, constrain_cache, decode_attend, empty_past_block
+from grpo_jax.rollout.kv_cache import SlotMap, constrain_cache, decode_attend, empty_past_block, layer_caches
 from grpo_jax.rollout.prefill import PrefilledPrompts, gather_by_prompt_slot
 from grpo_jax.rollout.sampling import Drawn, SamplingControls, sample_token
 from grpo_jax.rollout.states import constrain_states, join_caches, split_caches
@@ -185,14 +186,14 @@ def layer_inputs(model: Transformer, prompts: PrefilledPrompts, past_blocks: tup
     """Returns prefix and past blocks as `per_layer` of the model and `all_layers` of `decode_attend`; one of them is None."""
     if model.unrolled:
         first = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
-        layers = range(model.spec.attention_layers)
+        layers = range(len(prompts.cache))
         each = iter([(first(prompts.cache[i]), tuple(first(past_block[i]) for past_block in past_blocks)) for i in layers])
-        return [next(each) if kind == "attention" else None for kind in model.spec.layer_kinds], None
+        return [next(each) if has_keys(kind) else None for kind in model.spec.storing_kinds], None
     caches = (prompts.cache, past_blocks)
     # Kernels take all layers together: a slice passed to one would be a copy. So would be a slice of a past block that
     # attention then skips.
     in_place = chosen(model.implementation, model.spec.head_dim, sinks=model.spec.sinks).startswith("mosaic") or platform() != "gpu"
-    return (None, caches) if in_place else (caches, None)
+    return (None, caches) if in_place or len(model.spec.key_stacks) > 1 else (caches, None)
 
 
 def decode_segment(
@@ -246,7 +247,7 @@ def decode_segment(
         return record_tokens(tokens, drawn, zero, slots.begins, slots, stop_ids)
 
     first_tokens = jax.lax.cond(jnp.any(slots.begins), begin, lambda: tokens)
-    kv_dtype = (prompts.cache[0] if unroll else prompts.cache).format
+    kv_dtype = layer_caches(prompts.cache)[0].format
     segment_cache = empty_past_block(model.spec, model.dtype, s, length, kv_dtype=kv_dtype, unroll=unroll, layout=layout)
     # When unrolled (CPU) the layer axis is dropped: a reshape between the write in place and the matrix product would copy.
     segment_cache = jax.tree.map(lambda x: x[0], segment_cache) if unroll else segment_cache

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Int
 
+from grpo_jax.models.layer_kinds import Kind, has_keys
 from grpo_jax.models.layers import Attend
 from grpo_jax.models.transformer import Transformer, forward
-from grpo_jax.rollout.kv_cache import KVCache, cache_spec, layer_caches, to_cache
+from grpo_jax.rollout.kv_cache import KVCache, cache_spec, stack_caches, to_cache
 from grpo_jax.rollout.past_blocks import append_tokens
 from grpo_jax.rollout.prefill import PrefilledPrompts, gather_by_prompt_slot
 from grpo_jax.types import Params
@@ -58,7 +59,7 @@ def extend_past(
     first = lambda tree: jax.tree.map(lambda x: x[0], tree)  # noqa: E731
     per_layer: Any = None
     if model.unrolled:
-        layers = range(model.spec.layers)
+        layers = range(len(prompts.cache))
         per_layer = [(first(prompts.cache[i]), tuple(first(past_block[i]) for past_block in past_blocks)) for i in layers]
     attend = extend_attend(model, lengths, new, None if model.unrolled else (prompts.cache, past_blocks))
     _, _, appended = forward(model, variables, new.ids, positions, attend, per_layer=per_layer)
@@ -80,7 +81,7 @@ def extend_attend(model: Transformer, lengths: Int[Array, "N"], new: NewTokens, 
     def local(qkv: Any, caches: Any, rows: Any, scalars: Any, sinks: Array | None) -> tuple[Array, KVCache]:
         (q, k, v), (prefix, past_blocks), (layer, window) = qkv, caches, scalars
         lengths, base, prompt_slots, slots = rows
-        form: KVCache = layer_caches(past_blocks[0])[0]
+        form: KVCache = past_blocks[0]
         k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
         keys = to_cache(k, v, kv_dtype=form.format, transposed=form.transposed)
         mixed = extend_attention(
@@ -109,8 +110,9 @@ def extend_attend(model: Transformer, lengths: Int[Array, "N"], new: NewTokens, 
         cache: Any,
         sinks: Array | None = None,
         selected: bool = False,
+        kind: Kind = "attention",
     ) -> tuple[Array, Any, Any]:
-        caches = per_layer if all_layers is None else all_layers
+        caches = per_layer if all_layers is None else stack_caches(spec, all_layers, kind)
         arguments = ((q, k, v), caches, (lengths, new.base, new.prompt_slots, new.slots), (layer, window), sinks)
         if layout is None:
             mixed, keys = local(*arguments)
@@ -119,6 +121,6 @@ def extend_attend(model: Transformer, lengths: Int[Array, "N"], new: NewTokens, 
             prefix_and_past = cache_spec(layout, stacked=all_layers is not None)
             inputs = (tokens, prefix_and_past, layout.spec("slots"), layout.spec(), layout.spec("kv_heads"))
             mixed, keys = layout.local(local, inputs, (tokens, keys_spec))(*arguments)
-        return mixed, cache, keys
+        return mixed, cache, keys if has_keys(kind) else None
 
     return attend

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from grpo_jax.models.layer_kinds import Kind, has_keys, is_global
 from grpo_jax.models.layers import Attend
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.sharding import Layout
@@ -110,15 +111,31 @@ def empty_cache(shape: tuple[int, ...], dtype: Any, *, kv_dtype: str, transposed
 def empty_past_block(
     spec: ModelSpec, dtype: Any, slots: int, tokens: int, *, kv_dtype: str, unroll: bool, layout: Layout | None = None
 ) -> Any:
-    """Makes a past block of zeros of the L layers with attention.
+    """Makes a past block of zeros of the L layers with keys of their own.
 
     Returns:
-        One `KVCache` [L, S, K, X, Dh], or where unrolled a tuple of L, each [1, S, K, X, Dh].
+        One `KVCache` [L, S, K, X, Dh], with attention of several shapes a tuple with one for each of `ModelSpec.key_stacks`; or
+        where unrolled a tuple of L, each [1, S, K, X, Dh].
     """
-    layers = spec.attention_layers
-    shape = (1 if unroll else layers, slots, spec.kv_heads, tokens, spec.head_dim)
-    blocks = tuple(empty_cache(shape, dtype, kv_dtype=kv_dtype, transposed=unroll) for _ in range(layers if unroll else 1))
-    return constrain_cache(layout, blocks if unroll else blocks[0])
+
+    def empty(layers: int, kv_heads: int, head_dim: int) -> KVCache:
+        return empty_cache((layers, slots, kv_heads, tokens, head_dim), dtype, kv_dtype=kv_dtype, transposed=unroll)
+
+    if not unroll:
+        return constrain_cache(layout, of_stacks(tuple(empty(*shape) for shape in spec.key_shapes)))
+    shapes = {number: shape[1:] for stack, shape in zip(spec.key_stacks, spec.key_shapes, strict=True) for number in stack}
+    return constrain_cache(layout, tuple(empty(1, *shapes[number]) for number in sorted(shapes)))
+
+
+def by_stack(spec: ModelSpec, tree: Any) -> tuple[Any, ...]:
+    """What stacked layers have, as a tuple with an entry for each of `ModelSpec.key_stacks`; the inverse of `of_stacks`."""
+    return tree if len(spec.key_stacks) > 1 else (tree,)
+
+
+def of_stacks(stacks: tuple[Any, ...]) -> Any:
+    """The only entry where there is one, else the tuple."""
+    first, *others = stacks
+    return stacks if others else first
 
 
 def empty_past_blocks(
@@ -155,6 +172,7 @@ def write_and_attend(
     windows: bool,
     softcap: float | None,
     implementation: str | None,
+    shared: bool = False,
 ) -> tuple[Array, KVCache]:
     """Writes a token's keys and values into the segment cache, then attends. On a mesh the arguments are one device's.
 
@@ -166,6 +184,7 @@ def write_and_attend(
         scalars: layer, window and step.
         sinks: [K, R], or None.
         windows: whether any layer has a window; else the window is not read.
+        shared: the layer uses keys and values that an earlier one has written.
     """
     (lengths, base, slot_map), (layer, window, step) = rows, scalars
     prefix, past_blocks = caches
@@ -181,7 +200,7 @@ def write_and_attend(
             start[0] = layer
         return jax.lax.dynamic_update_slice(target, x, start)
 
-    segment_cache = segment_cache.with_each(write, new)
+    segment_cache = segment_cache if shared else segment_cache.with_each(write, new)
     mixed = decode_attention(
         q,
         prefix,
@@ -207,7 +226,7 @@ def decode_attend(
     step: Int[Array, ""],
     slot_map: SlotMap | None,
     *,
-    all_layers: tuple[KVCache, tuple[KVCache, ...]] | None = None,
+    all_layers: tuple[Any, tuple[Any, ...]] | None = None,
     implementation: str | None = None,
     layout: Layout | None = None,
 ) -> Attend:
@@ -227,7 +246,7 @@ def decode_attend(
         layout: None is one device.
     """
     windows = any(window is not None for window in spec.windows)
-    local = functools.partial(write_and_attend, windows=windows, softcap=spec.attention_softcap, implementation=implementation)
+    of_device = functools.partial(write_and_attend, windows=windows, softcap=spec.attention_softcap, implementation=implementation)
 
     def attend(
         q: Array,
@@ -240,14 +259,19 @@ def decode_attend(
         cache: Any,
         sinks: Array | None = None,
         selected: bool = False,
+        kind: Kind = "attention",
     ) -> tuple[Array, Any, Any]:
-        if all_layers is not None:
-            (cache, number), caches = cache, all_layers
-            out, cache = run((q, k, v), caches, cache, (lengths, base, slot_map), (number, window, step), sinks)
-            return out, (cache, number + 1), None
-        return *run((q, k, v), per_layer, cache, (lengths, base, slot_map), (layer, window, step), sinks), None
+        rows, qkv, shared = (lengths, base, slot_map), (q, k, v), not has_keys(kind)
+        if all_layers is None:
+            return *run(qkv, per_layer, cache, rows, (layer, window, step), sinks, shared=shared), None
+        held, number = cache
+        stacks, stack = list(by_stack(spec, held)), int(is_global(kind))
+        scalars = (number if spec.one_scan else layer, window, step)
+        out, stacks[stack] = run(qkv, stack_caches(spec, all_layers, kind), stacks[stack], rows, scalars, sinks, shared=shared)
+        return out, (of_stacks(tuple(stacks)), number + 1), None
 
-    def run(*arguments: Any) -> tuple[Array, Any]:
+    def run(*arguments: Any, shared: bool = False) -> tuple[Array, Any]:
+        local = functools.partial(of_device, shared=shared)
         if layout is None:
             return local(*arguments)
         tokens, segment_cache = layout.spec("slots", None, "kv_heads"), cache_spec(layout, stacked=arguments[2].v.ndim == 5)
@@ -298,8 +322,15 @@ def write_segment(
     return jax.lax.fori_loop(0, base.shape[0], functools.partial(from_slot, count=1), past_blocks)
 
 
+def stack_caches(spec: ModelSpec, all_layers: tuple[Any, tuple[Any, ...]], kind: Kind) -> tuple[KVCache, tuple[KVCache, ...]]:
+    """The prefix and the past blocks of the layers whose attention has the shape of a kind's."""
+    prefix, past_blocks = all_layers
+    stack = int(is_global(kind))
+    return by_stack(spec, prefix)[stack], tuple(by_stack(spec, past_block)[stack] for past_block in past_blocks)
+
+
 def layer_caches(past_block: Any) -> tuple[KVCache, ...]:
-    """Returns a past block as a tuple: one `KVCache` of all layers, or one per layer."""
+    """Returns a past block as a tuple: one `KVCache` of all layers, or one per layer or for each shape of attention."""
     return (past_block,) if isinstance(past_block, KVCache) else past_block
 
 

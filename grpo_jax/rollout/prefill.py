@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from grpo_jax.models.attention import prefill_attend, select_last
 from grpo_jax.models.recurrent import packed_recurrence
 from grpo_jax.models.transformer import Transformer, forward
-from grpo_jax.rollout.kv_cache import cache_spec, constrain_cache, to_cache
+from grpo_jax.rollout.kv_cache import by_stack, cache_spec, constrain_cache, of_stacks, to_cache
 from grpo_jax.rollout.states import constrain_states, split_caches
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params
@@ -30,7 +30,7 @@ class PrefilledPrompts:
     """Prompts that have been computed, one per prompt slot; on a mesh the prompt slots of every row shard.
 
     Attributes:
-        cache: keys and values of all layers with attention, [L, B, K, P, Dh]; where unrolled a tuple of L, each [1, B, K, P, Dh].
+        cache: keys and values of all layers with their own, in the form of `kv_cache.empty_past_block`, with X = P.
         lengths: tokens of each prompt.
         hidden: hidden state at each prompt's last token.
         states: recurrent states behind each prompt (`states.py`); None where the model has none.
@@ -65,11 +65,13 @@ def prefill(
         implementation=model.implementation,
         lengths=lengths,
     )
-    hidden, _, outputs = forward(model, variables, prompts, positions, attend, select=select_last(lengths), recurrence=recurrence)
+    options: Any = {"select": select_last(lengths), "recurrence": recurrence, "inference": True}
+    hidden, _, outputs = forward(model, variables, prompts, positions, attend, **options)
     stacked, states = split_caches(model.spec, outputs, unroll=model.unrolled)
     last = hidden[:, 0] if layout is None else layout.constrain(hidden[:, 0], "rows", None)
     if not model.unrolled:
-        cache: Any = to_cache(*stacked, kv_dtype=kv_dtype)
+        stacks = by_stack(model.spec, stacked)
+        cache: Any = of_stacks(tuple(to_cache(k, v, kv_dtype=kv_dtype) for k, v in stacks))
     else:
         cache = tuple(to_cache(k[None], v[None], kv_dtype=kv_dtype, transposed=True) for k, v in stacked)
     return PrefilledPrompts(constrain_cache(layout, cache), lengths, last, constrain_states(layout, states))

@@ -252,7 +252,8 @@ def slot_bytes(spec: ModelSpec, rollout: RolloutConfig, width: int, itemsize: in
         itemsize: bytes of an element of keys and values.
         tensor: devices that heads and vocabulary are sharded over; the estimate is per device.
     """
-    token = spec.attention_layers * spec.kv_heads * key_value_bytes(spec.head_dim, rollout.kv_dtype, itemsize)
+    shapes = spec.key_shapes
+    token = sum(layers * heads * key_value_bytes(width, rollout.kv_dtype, itemsize) for layers, heads, width in shapes)
     shared = round_up(width) / min(rollout.num_generations, 4)
     vocabulary = spec.vocab if truncates(rollout) else spec.vocab // tensor
     states = spec.state_bytes(itemsize) * (1 + 1 / min(rollout.num_generations, 4))

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from grpo_jax.models.layer_kinds import has_keys, is_recurrent
 from grpo_jax.models.mixed_layers import LayerCaches
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.sharding import Layout
@@ -66,7 +67,7 @@ def join_caches(spec: ModelSpec, attention: Any, states: Any, *, unroll: bool) -
         return attention if states is None else LayerCaches(attention, states)
     of_attention, of_states = iter(attention), iter(() if states is None else states)
     return tuple(
-        next(of_attention) if kind == "attention" else jax.tree.map(lambda x: x[0], next(of_states)) for kind in spec.layer_kinds
+        next(of_attention) if has_keys(kind) else jax.tree.map(lambda x: x[0], next(of_states)) for kind in spec.storing_kinds
     )
 
 
@@ -76,6 +77,6 @@ def split_caches(spec: ModelSpec, caches: Any, *, unroll: bool) -> tuple[Any, An
         return caches, None
     if not unroll:
         return caches.attention, caches.states
-    by_kind = list(zip(spec.layer_kinds, caches, strict=True))
-    states = tuple(jax.tree.map(lambda x: x[None], own) for kind, own in by_kind if kind != "attention")
-    return tuple(own for kind, own in by_kind if kind == "attention"), states
+    by_kind = list(zip(spec.storing_kinds, caches, strict=True))
+    states = tuple(jax.tree.map(lambda x: x[None], own) for kind, own in by_kind if is_recurrent(kind))
+    return tuple(own for kind, own in by_kind if has_keys(kind)), states

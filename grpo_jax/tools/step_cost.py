@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from grpo_jax.models.layer_kinds import is_recurrent
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec
 from grpo_jax.rollout.shapes import key_value_bytes
 
@@ -99,14 +100,17 @@ class StepCost:
         own = np.full(shapes.prompts, shapes.prompt_length) if prompt_lengths is None else prompt_lengths
         completions, prompts = float(lengths.sum()), float(own.sum())
         seen = float((own**2 / 2).sum() + (lengths * np.repeat(own, shapes.num_generations) + lengths**2 / 2).sum())
-        attention = 4 * spec.attention_layers * spec.heads * spec.head_dim * seen
+        widths = sum(spec.attention_shape(kind)[1] for kind in spec.layer_kinds if not is_recurrent(kind))
+        attention = 4 * spec.heads * widths * seen
         forward = 2 * active * (prompts + completions) + 2 * head * completions + attention
         # dx of the linear layers and the head; dq, dk, dv of attention cost twice its forward.
         backward = forward + attention + (2 * active * (prompts + completions) + 2 * head * completions) * (shapes.lora_rank == 0)
         slots = min(shapes.slots or len(lengths), len(lengths))
         steps = float(max(lengths.max(), completions / slots))
-        each = key_value_bytes(spec.head_dim, shapes.kv_dtype, itemsize) + 4 * spec.head_dim * itemsize * copied_keys
-        token = spec.attention_layers * spec.kv_heads * each
+        token = sum(
+            layers * heads * (key_value_bytes(width, shapes.kv_dtype, itemsize) + 4 * width * itemsize * copied_keys)
+            for layers, heads, width in spec.key_shapes
+        )
         groups = slots / shapes.num_generations
         past = float((lengths**2 / 2).sum()) + steps * groups * float(own.mean())
         return StepCost(

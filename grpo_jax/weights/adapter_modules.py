@@ -9,7 +9,9 @@ import numpy as np
 
 from grpo_jax.config import LoraConfig
 from grpo_jax.config.checks import require
+from grpo_jax.config.sections import LINEAR_TARGETS
 from grpo_jax.models.adapters import Ratios
+from grpo_jax.models.layer_kinds import plain_part
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec, ParamSpec, lora_specs
 from grpo_jax.weights.fused_adapters import check_parts
 from grpo_jax.weights.names import FUSED, held_stack, module_paths
@@ -36,8 +38,9 @@ def check_targets(spec: ModelSpec, lora: LoraConfig) -> None:
         ConfigError: a linear layer that the model does not have; one of the two without the other; or both with `rslora`, whose
             scale would change by √2; or experts that the files have in one tensor.
     """
-    missing = [] if isinstance(lora.targets, str) else [name for name in lora.targets if name not in spec.linear_shapes()]
-    fix = f"a {spec.family} model has no {', '.join(missing)}: choose from {', '.join(spec.linear_shapes())}"
+    missing = [] if isinstance(lora.targets, str) else [name for name in lora.targets if not parts_of_target(spec, name)]
+    known = [name for name in LINEAR_TARGETS if parts_of_target(spec, name)]
+    fix = f"a {spec.family} model has no {', '.join(missing)}: choose from {', '.join(known)}"
     require(not missing, "lora.targets", lora.targets, fix)
     experts = [
         name for name in EXPERT_LINEARS if held_stack(spec, name) and name in lora.target_names and lora.targets != "all-linear"
@@ -85,7 +88,12 @@ def check_experts(spec: ModelSpec, lora: LoraConfig) -> None:
 
 def adapted_linears(spec: ModelSpec, lora: LoraConfig) -> tuple[str, ...]:
     """The linear layers with adapters: with `all-linear` all but experts that are one tensor, as in PEFT."""
-    return tuple(name for name in lora.target_names if name in spec.linear_shapes() and not held_stack(spec, name))
+    return tuple(part for name in lora.target_names for part in parts_of_target(spec, name) if not held_stack(spec, part))
+
+
+def parts_of_target(spec: ModelSpec, target: str) -> list[str]:
+    """The linear layers of a name, of which some layers may have one of another shape (`layer_kinds.GLOBAL`)."""
+    return [name for name in spec.linear_shapes() if plain_part(name) == target]
 
 
 def ranks_of(spec: ModelSpec, lora: LoraConfig, name: str) -> np.ndarray:

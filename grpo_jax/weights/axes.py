@@ -50,10 +50,11 @@ def check_mesh(layout: Layout | None, spec: ModelSpec, quantization: str = "none
     if layout is None:
         return
     specs = param_specs(spec)
-    sizes = {"kv_heads": spec.kv_heads, "heads": spec.heads}
-    for p in specs.values():
-        sizes |= {axis: size for axis, size in zip(p.axes, p.shape, strict=True) if axis is not None and axis not in sizes}
-    for axis, size in sizes.items():
+    counts = [("kv_heads", heads) for _, heads, _ in spec.key_shapes] + [("heads", spec.heads)]
+    sizes = [pair for p in specs.values() for pair in zip(p.axes, p.shape, strict=True)]
+    for axis, size in dict.fromkeys([*counts, *((axis, size) for axis, size in sizes if axis not in ("kv_heads", "heads"))]):
+        if axis is None:
+            continue
         require_divisor(layout, axis, size, f"the model's {axis} are {size}")
     for path, weight in quantized_specs(specs, quantization).items():
         axis, groups = specs[path].axes[-2], weight.scale.shape[-2]

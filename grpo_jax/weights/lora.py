@@ -27,12 +27,13 @@ from grpo_jax.config.checks import show
 from grpo_jax.config.sections import LINEAR_TARGETS
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.models.config_values import checked_flag, checked_number, whole_number
+from grpo_jax.models.layer_kinds import plain_part
 from grpo_jax.models.linear import JOINED
 from grpo_jax.models.spec import ModelError, ModelSpec, ParamSpec, flatten, nest
 from grpo_jax.runtime.digests import DIGESTS, DamagedError, verify_digests, write_digests
 from grpo_jax.runtime.files import explains_write_errors, replacing
 from grpo_jax.types import Params
-from grpo_jax.weights.adapter_modules import check_adapters, ranks_of, specs_of
+from grpo_jax.weights.adapter_modules import check_adapters, parts_of_target, ranks_of, specs_of
 from grpo_jax.weights.fused_adapters import file_shape, joined_pairs, part_of, patterns
 from grpo_jax.weights.hf import find_folder, open_shard, read_json, require_finite, shape_of
 from grpo_jax.weights.names import fused_name, module_path, module_paths, root
@@ -190,7 +191,7 @@ def load_adapter(source: str | Path, spec: ModelSpec) -> tuple[Params, LoraConfi
         shapes = {name: shape_of(folder / ADAPTER_WEIGHTS, shard, name) for name in shard.keys()}  # noqa: SIM118  (not a dict)
         specs = check_adapter(folder, shapes, spec, lora, split)
         leaves = {path: read_leaf(folder, shard, spec, path, p.shape, lora) for path, p in specs.items()}
-    targets = list(dict.fromkeys(path[1] for path in specs))
+    targets = list(dict.fromkeys(plain_part(path[1]) for path in specs))
     return nest(leaves), replace(lora, targets=targets, adapter=str(source))
 
 
@@ -206,8 +207,9 @@ def check_adapter(
         ModelError: a tensor is missing, too many, or has another shape.
     """
     found = {name.removesuffix(f".lora_{leaf}.weight") for name in shapes for leaf in "AB"}
-    own = {t: {f"base_model.model.{path}" for path in module_paths(spec, t)} for t in LINEAR_TARGETS if t in spec.linear_shapes()}
-    targets = tuple(t for t, modules in own.items() if not modules.isdisjoint(found))
+    parts = [part for target in LINEAR_TARGETS for part in parts_of_target(spec, target)]
+    own = {part: {f"base_model.model.{path}" for path in module_paths(spec, part)} for part in parts}
+    targets = tuple(part for part, modules in own.items() if not modules.isdisjoint(found))
     specs, unused = specs_of(spec, lora, targets), set(shapes)
     for path, p in specs.items():
         for name, rank in zip(adapter_names(spec, path[1], path[2]), ranks_of(spec, lora, path[1]).ravel().tolist(), strict=True):

@@ -5,13 +5,14 @@ Loading (`hf.py`) uses the table in one direction, export (`export.py`) and adap
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from grpo_jax.models.families import WITH_VISION
-from grpo_jax.models.layer_kinds import DELTA_LINEARS, FUSED_DELTA_LINEARS
+from grpo_jax.models.layer_kinds import DELTA_LINEARS, FUSED_DELTA_LINEARS, KEY_PARTS, has_keys, plain_part
 from grpo_jax.models.linear import JOINED
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec, param_specs
 
@@ -26,6 +27,8 @@ NORMS: dict[str, dict[str, str]] = {
     "gemma2": GEMMA_NORMS,
     "gemma3_text": GEMMA_NORMS,
     "gemma3": GEMMA_NORMS,
+    "gemma4_text": GEMMA_NORMS,
+    "gemma4": GEMMA_NORMS,
     "olmo3": {"post_attn_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"},
     "lfm2": {"attn_norm": "operator_norm", "ffw_norm": "ffn_norm"},
     "glm4": LLAMA_NORMS | {"post_attn_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_mlp_layernorm"},
@@ -38,6 +41,12 @@ FUSED: dict[str, tuple[str, ...]] = {
     "qwen3_5_moe": ("gate_up_proj",),
 }
 """The joined linear layers (`models.linear.JOINED`) that a family's files have as one tensor."""
+GEMMA4_MODULES = {
+    "per_layer_gate": "per_layer_input_gate",
+    "per_layer_proj": "per_layer_projection",
+    "per_layer_norm": "post_per_layer_input_norm",
+    "layer_scalar": "layer_scalar",
+}
 LINEAR_ATTENTION: dict[str, str] = {name: f"linear_attn.{name}" for name in (*DELTA_LINEARS, *FUSED_DELTA_LINEARS, "out_proj")} | {
     "short_conv": "linear_attn.conv1d",
     "decay": "linear_attn",
@@ -46,6 +55,8 @@ LINEAR_ATTENTION: dict[str, str] = {name: f"linear_attn.{name}" for name in (*DE
     **{f"shared_{name}": f"mlp.shared_expert.{name}" for name in EXPERT_LINEARS},
 }
 MODULES: dict[str, dict[str, str]] = {
+    "gemma4_text": GEMMA4_MODULES,
+    "gemma4": GEMMA4_MODULES,
     "lfm2": {
         "o_proj": "self_attn.out_proj",
         "q_norm": "self_attn.q_layernorm",
@@ -68,6 +79,7 @@ LEAVES = {
     "scale": ".weight",
     "logit": "",
     "taps": ".weight",
+    "fixed_scale": "",
     "rate": ".A_log",
     "offset": ".dt_bias",
 }
@@ -87,6 +99,7 @@ def module_path(spec: ModelSpec, part: str, expert: int = 0) -> str:
         part: a linear layer, also one that is joined in this family's files, a norm or the router.
         expert: index of the expert, where `part` is a linear layer of experts.
     """
+    part = plain_part(part)
     norms = NORMS.get(spec.family, GEMMA_NORMS if spec.sandwich else LLAMA_NORMS)
     if part in norms:
         return norms[part]
@@ -117,11 +130,21 @@ def present_name(name: str) -> str:
 
 
 def not_loaded(spec: ModelSpec, name: str) -> bool:
-    """Whether a tensor is of the vision tower, or of layers that predict further ahead (`mtp`), which are not loaded."""
+    """Whether a tensor is not loaded: of a tower for images or sounds, of layers that predict further ahead (`mtp`), or unused."""
     if spec.family.startswith("qwen3_") and name.startswith("mtp."):
         return spec.delta_heads > 0
-    parts = ("vision_tower.", "multi_modal_projector.", "visual.")
+    if is_unused(spec, name):
+        return True
+    parts = ("vision_tower.", "multi_modal_projector.", "visual.", "audio_tower.", "embed_vision.", "embed_audio.")
     return spec.family in WITH_VISION and name.removeprefix("model.").startswith(parts)
+
+
+def is_unused(spec: ModelSpec, name: str) -> bool:
+    """Whether a tensor is of keys and values of a layer that uses those of an earlier one; files on the hub have them."""
+    found = re.fullmatch(re.escape(root(spec)) + r"\.layers\.(\d+)\.self_attn\.(\w+)\.weight", name)
+    if found is None or found[2] not in KEY_PARTS | {"v_norm"} or int(found[1]) >= spec.layers:
+        return False
+    return spec.shares_keys and not has_keys(spec.layer_kinds[int(found[1])])
 
 
 def module_paths(spec: ModelSpec, part: str) -> list[str]:
@@ -218,11 +241,18 @@ class TensorSource:
 def tensor_names(spec: ModelSpec) -> dict[tuple[str, ...], TensorSource]:
     """The table of names: path of a parameter → its tensors."""
     norm = "embedding_norm" if spec.family == "lfm2" else "norm"
-    top = {"embed": f"{root(spec)}.embed_tokens.weight", "final_norm": f"{root(spec)}.{norm}.weight", "head": "lm_head.weight"}
+    top = {
+        "embed": f"{root(spec)}.embed_tokens.weight",
+        "final_norm": f"{root(spec)}.{norm}.weight",
+        "head": "lm_head.weight",
+        "per_layer_embed": f"{root(spec)}.embed_tokens_per_layer.weight",
+        "per_layer_model_proj": f"{root(spec)}.per_layer_model_projection.weight",
+        "per_layer_input_norm": f"{root(spec)}.per_layer_projection_norm.weight",
+    }
     table: dict[tuple[str, ...], TensorSource] = {}
     for path in param_specs(spec):
         if path[0] != "layers":
-            table[path] = TensorSource((top[path[0]],), False, ())
+            table[path] = TensorSource((top[path[0]],), path[1] == "kernel", ())
             continue
         held = held_stack(spec, path[1])
         leaf = {"kernel": "", "bias": "_bias"}[path[2]] if held else LEAVES[path[2]]

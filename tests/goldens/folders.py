@@ -31,6 +31,8 @@ NEWER_FAMILIES = (
     "qwen3_5_text",
     "qwen3_next",
     "qwen3_5_moe_text",
+    "gemma4",
+    "gemma4_vision",
     "gemma3_vision",
     "mistral3_vision",
     "qwen3_5_vision",
@@ -60,8 +62,11 @@ def read_shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 def model_tensors(family: str) -> dict[str, np.ndarray]:
     """The weights of a family's tiny model, by their Hugging Face names, float32."""
-    center = 0.0 if family.startswith(("gemma", "qwen3_5", "qwen3_next")) else 1.0
-    return {name: tensor(name, shape, norm_center=center) for name, shape in read_shapes(family).items()}
+    center = 0.0 if family.startswith(("gemma2", "gemma3", "qwen3_5", "qwen3_next")) else 1.0
+    tensors = {name: tensor(name, shape, norm_center=center) for name, shape in read_shapes(family).items()}
+    if family.startswith("gemma4"):  # scores are not divided by the root of the heads' size: one key would have all the weight
+        tensors |= {name: 0.3 * values for name, values in tensors.items() if "self_attn.q_norm" in name}
+    return tensors
 
 
 def build_model_folder(folder: Path, family: str, spelling: Literal["new", "hub"] = "new", *, shards: int = 1) -> Path:

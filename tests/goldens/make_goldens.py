@@ -364,6 +364,38 @@ NEW["lfm2"] = (
     },
     [{"norm_eps": 1e-1}, {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}],
 )
+GEMMA4_ROPES = {
+    "full_attention": {"rope_type": "proportional", "rope_theta": 200.0, "partial_rotary_factor": 0.5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+}
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
+NEW["gemma4"] = (
+    "gemma4_text",
+    {
+        **COMMON,
+        "vocab_size": 113,
+        "vocab_size_per_layer_input": 120,
+        "hidden_size_per_layer_input": 8,
+        "num_hidden_layers": 7,
+        "layer_types": [LOCAL, GLOBAL, LOCAL, GLOBAL, LOCAL, LOCAL, GLOBAL],
+        "num_kv_shared_layers": 3,
+        "use_double_wide_mlp": True,
+        "intermediate_size": 40,
+        "head_dim": 12,
+        "global_head_dim": 16,
+        "sliding_window": 5,
+        "final_logit_softcapping": 5.0,
+        "rope_parameters": GEMMA4_ROPES,
+    },
+    [
+        {"sliding_window": 64},
+        {"final_logit_softcapping": None},
+        {"rms_norm_eps": 1e-1},
+        {"rope_parameters": GEMMA4_ROPES | {GLOBAL: GEMMA4_ROPES[GLOBAL] | {"partial_rotary_factor": 1.0}}},
+        {"rope_parameters": GEMMA4_ROPES | {GLOBAL: GEMMA4_ROPES[LOCAL]}},
+        {"rope_parameters": GEMMA4_ROPES | {LOCAL: GEMMA4_ROPES[GLOBAL]}},
+    ],
+)
 QWEN3_5_ROPE = {
     "rope_type": "default",
     "rope_theta": 100.0,
@@ -418,7 +450,12 @@ VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
-TEXT_OF = {"gemma3_vision": "gemma3", "mistral3_vision": "ministral3", "qwen3_5_vision": "qwen3_5_text"}
+TEXT_OF = {
+    "gemma3_vision": "gemma3",
+    "gemma4_vision": "gemma4",
+    "mistral3_vision": "ministral3",
+    "qwen3_5_vision": "qwen3_5_text",
+}
 """Models with a vision tower -> the family of their text part."""
 NEW["gemma3_vision"] = (
     "gemma3",
@@ -429,6 +466,34 @@ NEW["gemma3_vision"] = (
         "image_token_index": 126,
     },
     [{"sliding_window": 64}, {"query_pre_attn_scalar": 16}],
+)
+NEW["gemma4_vision"] = (
+    "gemma4",
+    {
+        "text_config": NEW["gemma4"][1]
+        | {
+            "num_hidden_layers": 5,
+            "layer_types": [LOCAL, LOCAL, GLOBAL, LOCAL, GLOBAL],
+            "num_kv_shared_layers": 0,
+            "use_double_wide_mlp": False,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "use_bidirectional_attention": "vision",
+        },
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "patch_size": 4,
+            "position_embedding_size": 16,
+        },
+        "image_token_id": 112,
+    },
+    [{"sliding_window": 64}, {"rope_parameters": GEMMA4_ROPES | {GLOBAL: GEMMA4_ROPES[LOCAL]}}],
 )
 NEW["mistral3_vision"] = (
     "mistral3",
@@ -462,6 +527,8 @@ NEW["qwen3_5_vision"] = (
 def vision_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
     """`hub_spelling` of a model with a vision tower: its text part is spelled as that family's files."""
     text = hub_spelling(TEXT_OF[family], config["text_config"])
+    if family == "gemma4_vision":
+        return config | {"text_config": text}
     if family == "gemma3_vision":
         text["sliding_window_pattern"] = 2
     del text["torch_dtype"]
@@ -470,6 +537,10 @@ def vision_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
 
 def newer_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
     """`hub_spelling` of families that were published when most settings had their present names."""
+    if family == "gemma4":
+        wide = next(iter(config["per_layer_config"].values()))
+        hub = {key: value for key, value in config.items() if key != "per_layer_config"}
+        return hub | {"global_head_dim": wide["head_dim"], "num_global_key_value_heads": wide.get("num_key_value_heads")}
     new_names = ("rope_parameters", "dtype", "layer_types")
     old = {key: value for key, value in config.items() if key not in new_names} | {"torch_dtype": "float32"}
     rope = config["rope_parameters"]
@@ -519,6 +590,7 @@ NEWER = (
     "qwen3_5_text",
     "qwen3_next",
     "qwen3_5_moe_text",
+    "gemma4",
     *TEXT_OF,
 )
 """The families of `newer_hub_spelling`."""

@@ -17,10 +17,10 @@ def tensor(name: str, shape: tuple[int, ...], *, norm_center: float = 1.0) -> np
     Args:
         name: its name in a model's or PEFT adapter's safetensors file.
         shape: of the tensor; a linear layer's is (out, in).
-        norm_center: mean of norm weights: 1, or 0 where the model adds 1 (Gemma, Qwen3.5).
+        norm_center: mean of norms' weights and layers' factors: 1, or 0 where the model adds 1 (Gemma 2 and 3, Qwen3.5).
     """
     values = np.random.default_rng([zlib.crc32(name.encode()), *shape]).standard_normal(shape)
-    if "norm" in name:
+    if "norm" in name or name.endswith("layer_scalar"):
         values = norm_center + 0.4 * values
     elif name.endswith(".bias"):
         values = 0.5 * values

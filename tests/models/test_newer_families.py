@@ -32,7 +32,7 @@ from grpo_jax.weights.quantize import quantize_params
 
 TOLERANCE_NATS = 1e-4  # float32 sums in another order
 PROMPT = 9
-WITH_VISION = ("gemma3_vision", "mistral3_vision")
+WITH_VISION = ("gemma3_vision", "gemma4_vision", "mistral3_vision")
 FUSED = {"phi3": ("qkv_proj", "gate_up_proj"), "glm4": ("gate_up_proj",)}
 """Modules of the files that are several linear layers here, by family."""
 
@@ -152,7 +152,12 @@ def test_gradients_of_every_weight_are_the_slopes_of_the_log_probabilities(famil
 
 @pytest.mark.parametrize(
     "family",
-    [*FUSED, "gpt_oss", *WITH_VISION, *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_next", "qwen3_5_vision"))],
+    [
+        *FUSED,
+        "gpt_oss",
+        *WITH_VISION,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3_next", "qwen3_5_vision")),
+    ],
 )
 def test_an_untouched_export_is_the_original(tmp_path: Path, family: str) -> None:
     folder = build_model_folder(tmp_path, family)

@@ -5,6 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 OLMO3_LAYERS = ["full_attention" if number % 4 == 3 else "sliding_attention" for number in range(32)]
+GEMMA4_TEXT: dict[str, Any] = {
+    "attention_bias": False, "attention_dropout": 0.0, "dtype": "bfloat16", "enable_moe_block": False,
+    "final_logit_softcapping": 30.0, "global_head_dim": 512, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+    "model_type": "gemma4_text", "moe_intermediate_size": None, "num_experts": None, "rms_norm_eps": 1e-06,
+    "rope_parameters": {
+        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
+        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+    },
+    "top_k_experts": None, "vocab_size": 262144, "vocab_size_per_layer_input": 262144,
+}  # fmt: skip
+"""What the text parts of Gemma 4 have in common."""
+
 PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
     "SmolLM3-3B": (
         {
@@ -189,6 +201,38 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
             "rope_theta": 500000.0, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "vocab_size": 128256,
         },
         8_030_261_248,
+    ),
+    # Of the model card's 5.1 billion of E2B, 0.45 are its towers.
+    "gemma-4-E2B, without its towers": (
+        {
+            "architectures": ["Gemma4ForConditionalGeneration"], "audio_token_id": 258881, "boa_token_id": 256000,
+            "boi_token_id": 255999, "dtype": "bfloat16", "eoa_token_index": 258883, "eoi_token_id": 258882,
+            "eos_token_id": [1, 106], "image_token_id": 258880, "initializer_range": 0.02, "model_type": "gemma4",
+            "text_config": GEMMA4_TEXT | {
+                "attention_k_eq_v": False, "hidden_size": 1536, "hidden_size_per_layer_input": 256, "intermediate_size": 6144,
+                "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7, "max_position_embeddings": 131072,
+                "num_attention_heads": 8, "num_global_key_value_heads": None, "num_hidden_layers": 35, "num_key_value_heads": 1,
+                "num_kv_shared_layers": 20, "sliding_window": 512, "use_double_wide_mlp": True,
+            },
+            "tie_word_embeddings": True, "video_token_id": 258884, "vision_soft_tokens_per_image": 280,
+            "audio_config": {"model_type": "gemma4_audio"}, "vision_config": {"model_type": "gemma4_vision"},
+        },
+        4_628_569_379,
+    ),
+    "gemma-4-31B, without its tower": (
+        {
+            "architectures": ["Gemma4ForConditionalGeneration"], "dtype": "bfloat16", "eos_token_id": [1, 106],
+            "model_type": "gemma4",
+            "text_config": GEMMA4_TEXT | {
+                "attention_k_eq_v": True, "hidden_size": 5376, "hidden_size_per_layer_input": 0, "intermediate_size": 21504,
+                "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 10, "max_position_embeddings": 262144,
+                "num_attention_heads": 32, "num_global_key_value_heads": 4, "num_hidden_layers": 60, "num_key_value_heads": 16,
+                "num_kv_shared_layers": 0, "sliding_window": 1024, "use_bidirectional_attention": "vision",
+                "use_double_wide_mlp": False,
+            },
+            "tie_word_embeddings": True, "vision_config": {"model_type": "gemma4_vision"},
+        },
+        30_697_345_340,
     ),
 }  # fmt: skip
 """Factors of Phi-4-mini's rotary embedding are not its own here; their number is."""
