@@ -48,7 +48,13 @@ def logprobs(policy: Policy, ids: np.ndarray, prompt: int = 1) -> np.ndarray:
     return np.stack(policy.logprobs(ids[:, :prompt].tolist(), ids[:, prompt:].tolist()))
 
 
-@pytest.mark.parametrize("family", NEWER_FAMILIES)
+SLOW = ("qwen3_5_moe_text", "qwen3_5_vision")
+"""Families each part of which another one has."""
+
+
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in NEWER_FAMILIES]
+)
 def test_log_probabilities_match_transformers(family: str) -> None:
     """`test_families.py` compares the two spellings of config.json."""
     ids, expected = read_golden(family)

@@ -29,7 +29,7 @@ from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.types import Params
 from grpo_jax.weights.lora import init_lora, load_adapter
 from grpo_jax.weights.quantize import quantize_params
-from grpo_kernels import QuantizedWeight
+from grpo_kernels import KeyRanges, QuantizedWeight
 
 C = 14
 SETTINGS = RolloutConfig(num_generations=3, max_completion_length=C, temperature=0.7)
@@ -90,11 +90,18 @@ def texts(vocabulary: int) -> tuple[list[list[int]], list[list[int]], np.ndarray
     return prompts, completions, weights.astype(np.float32)
 
 
+def without_prompts(ranges: KeyRanges) -> KeyRanges:
+    """Ranges in which a prompt and the one completion behind it are a single sequence."""
+    start = jnp.where(ranges.prompt_end > ranges.prompt_start, ranges.prompt_start, ranges.own_start)
+    none = jnp.zeros_like(start)
+    return KeyRanges(none, none, start, ranges.own_end)
+
+
 def loss_and_gradient(family: str, tokens: int, generations: int, *, unroll: bool) -> tuple[float, Params]:
     """The weighted mean of log-probabilities, and its gradient of every weight, summed over micro-batches of rows of some tokens.
 
     Args:
-        generations: completions that share a prompt; 1 repeats the prompt for each.
+        generations: completions that share a prompt; with 1 each is one sequence with a copy of its prompt.
     """
     policy = tiny_policy(family)
     model = policy.model.clone(unroll=unroll, remat="none" if unroll else "layer")
@@ -115,6 +122,7 @@ def loss_and_gradient(family: str, tokens: int, generations: int, *, unroll: boo
         table = np.concatenate([weights, np.zeros((1, 8), np.float32)])
         for number in range(len(part.completions)):
             rows = jax.tree.map(lambda x, number=number: jnp.asarray(x[number]), part.rows)
+            rows = rows if generations > 1 else dataclasses.replace(rows, ranges=without_prompts(rows.ranges))
             if not np.any(part.completions[number] < B * G):
                 continue
             value, own = run(policy.params, rows, jnp.asarray(table[part.completions[number], part.rows.columns[number]]))

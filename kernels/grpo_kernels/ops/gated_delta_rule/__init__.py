@@ -95,7 +95,7 @@ def gated_delta_step(
     Raises:
         ValueError: shapes or dtypes that do not fit.
     """
-    check(*(x[:, None] for x in (q, k, v, log_decay, beta)), state)
+    check(q[:, None], k[:, None], v[:, None], log_decay[:, None], beta[:, None], state)
     return delta_step(q, k, v, log_decay, beta, state)
 
 

@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from grpo_kernels.numerics import einsum_float32
+from grpo_kernels.ops.gated_delta_rule.block_sizes import kernel_memory_bytes
 from grpo_kernels.ops.gated_delta_rule.mosaic_tpu_backward import run_backward
 from grpo_kernels.ops.gated_delta_rule.plan import OF_PROMPT, DeltaPlan
 from grpo_kernels.ops.gated_delta_rule.tpu_arrays import Arrays, arrays_of, cost, flat, specs_of, unflat, wide_state
@@ -95,7 +96,9 @@ def run_forward(
             scratch_shapes=[pltpu.VMEM((static.states, static.each, *shape[2:]), jnp.float32)],
         ),
         out_shape=results,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=kernel_memory_bytes()
+        ),
         cost_estimate=cost(arrays, results, static, shape, products=1),
         name="gated_delta_rule",
     )(flags, *arrays, initial)

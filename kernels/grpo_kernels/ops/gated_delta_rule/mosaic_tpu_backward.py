@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from grpo_kernels.numerics import einsum_float32
+from grpo_kernels.ops.gated_delta_rule.block_sizes import kernel_memory_bytes
 from grpo_kernels.ops.gated_delta_rule.tpu_arrays import Arrays, cost, specs_of
 from grpo_kernels.ops.gated_delta_rule.tpu_chunk import (
     Chunk,
@@ -26,6 +27,7 @@ from grpo_kernels.ops.gated_delta_rule.tpu_chunk import (
     chunk_rows,
     chunks_of,
     columns_of,
+    computed_if,
     flags_at,
     follow,
 )
@@ -99,33 +101,40 @@ def through_state(chunk: Chunk, number: int, state: Array, d_surprise: Array, d_
         of_keys, of_queries = (einsum_float32("id,de->ie", left, read) for left in (chunk.k, chunk.q))
         d_keys, d_queries = (-enter * d_surprise).astype(given), (enter * d_out.astype(jnp.float32)).astype(given)
         d_enter = jnp.sum(d_out.astype(jnp.float32) * of_queries - d_surprise * of_keys, axis=1, keepdims=True)
-        d_state = einsum_float32("id,ie->de", chunk.k, d_keys) + einsum_float32("id,ie->de", chunk.q, d_queries)
+        d_state = einsum_float32("di,ie->de", chunk.k_columns, d_keys)
+        d_state += einsum_float32("di,ie->de", chunk.q_columns, d_queries)
         dq, dk = (einsum_float32("ie,de->id", left, read) for left in (d_queries, d_keys))
         return Read(enter * of_keys, dq, dk, d_enter, d_state)
 
-    if number == 0:
-        return compute()
-    like = Read(
-        *(jnp.zeros(size, jnp.float32) for size in (d_out.shape, chunk.q.shape, chunk.k.shape, (len(d_out), 1), state.shape))
-    )
-    return jax.lax.cond(chunk.flags[2] > 0, compute, lambda: like)
+    return computed_if(chunk.reads(number), compute)
+
+
+def through_next(chunk: Chunk, number: int, d_next: Array, added: Array) -> tuple[Array, Array, Array]:
+    """What reaches the chunk through a state behind it: gradients of the added values [c, Dv], of decays [c, c] and of k.
+
+    Args:
+        number: of the state.
+        d_next: its gradient.
+    """
+    given, end, masks = chunk.k.dtype, chunk.flags[number], chunk.masks
+
+    def compute() -> tuple[Array, Array, Array]:
+        leave, narrow = chunk.leave(end), d_next.astype(given)
+        of_next = einsum_float32("id,de->ie", chunk.k, narrow)
+        d_leave = masks.to_row(jnp.sum(of_next * added, axis=1, keepdims=True))
+        dk = einsum_float32("ie,de->id", (leave * added).astype(given), narrow)
+        return leave * of_next, jnp.where(masks.row == end, d_leave, jnp.float32(0)), dk
+
+    return computed_if(chunk.ends(number), compute)
 
 
 def chunk_gradients(chunk: Chunk, known: Known) -> Gradients:
     """Computes the gradients of a chunk of one head."""
     given, masks = chunk.k.dtype, chunk.masks
     between, before, row = chunk.decays.between, masks.before, masks.row
-    d_between = jnp.zeros_like(between)
-    d_added = einsum_float32("ij,ie->je", (chunk.of_queries * between).astype(given), known.d_out)
-    dk = jnp.zeros(chunk.k.shape, jnp.float32)
-    for number, d_next in enumerate(known.d_next):
-        end = chunk.flags[number]
-        leave, narrow = chunk.leave(end), d_next.astype(given)
-        of_next = einsum_float32("id,de->ie", chunk.k, narrow)
-        d_added += leave * of_next
-        d_leave = masks.to_row(jnp.sum(of_next * known.added, axis=1, keepdims=True))
-        d_between += jnp.where(row == end, d_leave, jnp.float32(0))
-        dk += einsum_float32("ie,de->id", (leave * known.added).astype(given), narrow)
+    behind = [through_next(chunk, number, d_next, known.added) for number, d_next in enumerate(known.d_next)]
+    d_added, d_between, dk = (functools.reduce(jnp.add, parts) for parts in zip(*behind, strict=True))
+    d_added += einsum_float32("ij,ie->je", (chunk.of_queries * between).astype(given), known.d_out)
     d_solved = einsum_float32("ij,ie->je", known.inverse, d_added)
     d_surprise = known.rate * d_solved
     reads = [through_state(chunk, number, state, d_surprise, known.d_out) for number, state in enumerate(known.states)]
@@ -242,11 +251,12 @@ def backward_kernel(*refs: Any, static: Static) -> None:
                     d_states[state, head] = gradient
                 found.append(gradients)
             keys, queries = k[0, own], q[0, own]
-            of_keys = sum(one.of_keys for one in found).astype(k.dtype)  # type: ignore[union-attr] - there is a head
-            of_queries = sum(one.of_queries for one in found).astype(k.dtype)  # type: ignore[union-attr] - as above
+            of_keys, of_queries = sum(one.of_keys for one in found), sum(one.of_queries for one in found)
+            of_keys = (of_keys + of_keys.T).astype(k.dtype)  # type: ignore[union-attr] - there is a head
+            transposed, of_queries = of_queries.T.astype(k.dtype), of_queries.astype(k.dtype)  # type: ignore[union-attr] - as above
             of_q = sum(one.q for one in found) + einsum_float32("ij,jd->id", of_queries, keys)
-            of_k = sum(one.k for one in found) + einsum_float32("ij,id->jd", of_queries, queries)
-            of_k += einsum_float32("ij,jd->id", of_keys, keys) + einsum_float32("ij,id->jd", of_keys, keys)
+            of_k = sum(one.k for one in found) + einsum_float32("ij,jd->id", transposed, queries)
+            of_k += einsum_float32("ij,jd->id", of_keys, keys)
             dq[0, own], dk[0, own] = of_q.astype(dq.dtype), of_k.astype(dk.dtype)
 
     jax.lax.fori_loop(0, static.chunks, again, None)
@@ -283,7 +293,9 @@ def run_backward(
             scratch_shapes=[pltpu.VMEM(size, jnp.float32) for size in scratch],
         ),
         out_shape=results,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=kernel_memory_bytes()
+        ),
         cost_estimate=cost(arrays, [*results, kept, d_out, d_final], static, shape, products=3),
         name="gated_delta_rule_backward",
     )(flags, *arrays, kept, d_out, d_final)

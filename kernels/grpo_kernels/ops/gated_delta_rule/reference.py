@@ -34,7 +34,7 @@ def gated_delta_rule_reference(
 
         fresh = where(start == first, before, jnp.zeros_like(before))
         begun = where(start < at, before, where(alone, fresh, of_prompt))
-        out, after = delta_step(*arrays, begun)
+        out, after = delta_step(*arrays, state=begun)
         out = jnp.where(is_real[:, None, None], out, jnp.zeros_like(out))
         return (where(is_real, after, before), where(is_real & alone, after, of_prompt)), out
 

@@ -37,7 +37,7 @@ class Arrays(NamedTuple):
 
 
 def flat(x: Float[Array, "B U heads width"]) -> Float[Array, "B U columns"]:
-    """Heads next to each other, each with whole rows of lanes."""
+    """Heads next to each other, each padded to a multiple of 128."""
     width = x.shape[3]
     x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, round_up(width, LANES) - width)))
     return x.reshape(*x.shape[:2], -1)

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from grpo_kernels.numerics import einsum_float32
+from grpo_kernels.ops.gated_delta_rule.plan import CARRIED, OF_PROMPT
 from grpo_kernels.ops.group_attention.key_ranges import sees
 
 BOUNDS = 4
@@ -96,9 +97,12 @@ def decays_of(masks: Masks, log_decay: Float[Array, "1 c"]) -> Decays:
     return Decays(between, jnp.exp(jnp.sum(steps, axis=1, keepdims=True)))
 
 
-def when_continuing(flag: Array, compute: Any, shape: tuple[int, ...]) -> Array:
-    """What completions that begin in a chunk read from their prompt's state; zeros where there is none."""
-    return jax.lax.cond(flag > 0, compute, lambda: jnp.zeros(shape, jnp.float32))
+def computed_if(needed: Array | bool, compute: Any) -> Any:
+    """Computes arrays, or returns zeros in their place: most chunks neither begin a completion nor end a prompt."""
+    if needed is True:
+        return compute()
+    shapes = jax.eval_shape(compute)
+    return jax.lax.cond(needed, compute, lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
 
 
 class Chunk(NamedTuple):
@@ -106,6 +110,7 @@ class Chunk(NamedTuple):
 
     Attributes:
         q, k: [c, Dk].
+        q_columns, k_columns: [Dk, c], their transposes. Where a product transposes them, libtpu 0.0.42 fails for a v5e and a v5p.
         masks: which tokens depend on each other.
         decays: between them.
         enter: [c, 1] for each state, its decay until the tokens that start from it; 0 for others.
@@ -115,6 +120,8 @@ class Chunk(NamedTuple):
 
     q: Array
     k: Array
+    q_columns: Array
+    k_columns: Array
     masks: Masks
     decays: Decays
     enter: tuple[Array, ...]
@@ -124,15 +131,22 @@ class Chunk(NamedTuple):
 
     def read(self, left: Array, states: Any) -> Array:
         """What each token reads from the state that it starts from, with its key or its query; [c, Dv]."""
-        given = left.dtype
-        read = self.enter[0] * einsum_float32("id,de->ie", left, states[0].astype(given))
-        for enter, state in zip(self.enter[1:], states[1:], strict=True):
 
-            def of_prompt(enter: Array = enter, state: Array = state) -> Array:
-                return enter * einsum_float32("id,de->ie", left, state.astype(given))
+        def of_state(number: int) -> Array:
+            return self.enter[number] * einsum_float32("id,de->ie", left, states[number].astype(left.dtype))
 
-            read += when_continuing(self.flags[2], of_prompt, read.shape)
+        read = of_state(CARRIED)
+        if len(states) > 1:
+            read += computed_if(self.reads(OF_PROMPT), lambda: of_state(OF_PROMPT))
         return read
+
+    def reads(self, number: int) -> Array | bool:
+        """Whether any token starts from a state: always from that before the chunk, as far as is known."""
+        return True if number == CARRIED else self.flags[2] > 0
+
+    def ends(self, number: int) -> Array | bool:
+        """Whether the next state of a number is in this chunk, which has a token that is not padding."""
+        return True if number == CARRIED else self.flags[number] >= 0
 
     def matrix(self, beta: Array) -> Array:
         """A [c, c], of beta [c, 1]."""
@@ -155,13 +169,14 @@ def chunks_of(static: Static, q: Array, k: Array, table: Array, log_decays: Arra
     """
     masks = masks_of(table, first)
     of_keys, of_queries = einsum_float32("id,jd->ij", k, k), einsum_float32("id,jd->ij", q, k)
+    q_columns, k_columns = (x.astype(jnp.float32).T.astype(x.dtype) for x in (q, k))
     source = table[BOUNDS : BOUNDS + 1]
     starts = [masks.to_column((source == number).astype(jnp.float32)) for number in range(static.states)]
     found = []
     for head in range(static.each):
         decays = decays_of(masks, log_decays[head : head + 1])
         enter = tuple(decays.since * start for start in starts)
-        found.append(Chunk(q, k, masks, decays, enter, of_keys, of_queries, flags))
+        found.append(Chunk(q, k, q_columns, k_columns, masks, decays, enter, of_keys, of_queries, flags))
     return found
 
 
@@ -172,7 +187,7 @@ def follow(chunk: Chunk, before: list[Array], added: Array, states: Any, head: i
 
         @pl.when(end >= 0)
         def _(number: int = number, end: Array = end) -> None:
-            value = einsum_float32("id,ie->de", chunk.k, (chunk.leave(end) * added).astype(chunk.k.dtype))
+            value = einsum_float32("di,ie->de", chunk.k_columns, (chunk.leave(end) * added).astype(chunk.k.dtype))
             for enter, state in zip(chunk.enter, before, strict=True):
                 value += chunk.masks.pick(end, enter) * state
             states[number, head] = value
