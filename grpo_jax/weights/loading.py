@@ -60,7 +60,7 @@ def load_params(
     device = SingleDeviceSharding(jax.local_devices()[0])
     with TensorFiles(folder) as files:
         check_tensors(folder, spec, files)
-        for number, (path, source) in enumerate(tensor_names(spec).items()):
+        for number, (path, source) in enumerate(tensor_names(spec, files.files).items()):
             p = specs[path]
             if path in quantized and layout is not None:
                 leaves[path] = load_quantized_sharded(files, source, quantized[path], quantization, p.axes, layout)

@@ -12,7 +12,8 @@ import pytest
 
 from grpo_jax.config import Config, ConfigError
 from grpo_jax.data.tokenizer import Tokenizer
-from grpo_jax.environments.formats import ToolCall, hermes
+from grpo_jax.environments.calls import ToolCall
+from grpo_jax.environments.formats import hermes
 from grpo_jax.rewards.answers import final_number
 from grpo_jax.tools import builtin_task
 from grpo_jax.tools.builtin_task import make_model, make_rows, with_builtin_task, without_carry
