@@ -114,7 +114,8 @@ class Policy:
             lora: adds new adapters, or loads those of `lora.adapter`.
             adapter: folder or hub id of a PEFT adapter; the same as `lora=LoraConfig(adapter=...)`.
             dtype: `float32`, `bfloat16`, or `auto` for what config.json says.
-            quantization: `int8`, `int4` or `nf4` rounds the layers' matrices while reading; only adapters can then be trained.
+            quantization: `int8`, `int4`, `nf4`, or `mxfp4` for experts, rounds matrices while reading; only adapters can then be
+                trained.
             revision: branch, tag or commit on the hub.
             seed: fixes where new adapters start.
             mesh: devices that the weights are spread over, as the section `mesh` of the settings; None is one device. `auto` goes
@@ -126,7 +127,7 @@ class Policy:
         """
         if dtype not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"dtype: {dtype!r} is not supported; use 'auto', 'float32' or 'bfloat16'")
-        require_choice("quantization", quantization, ("none", "int8", "int4", "nf4"))
+        require_choice("quantization", quantization, ("none", "int8", "int4", "nf4", "mxfp4"))
         if mesh is not None:
             make_layout(mesh)  # is wrong before anything is downloaded
         folder = find_model(str(path), revision)

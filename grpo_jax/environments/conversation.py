@@ -89,6 +89,8 @@ class Chat:
                 refusal = str(error)
                 continue
             _, found, glue = text.rpartition(probe) if "tool_calls" in turn else text.partition(probe)
+            if not found and "tool_calls" in turn:
+                continue
             if not found:
                 fix = "so no episode can be rendered: use another template (data.chat_template_file) or model"
                 raise ConfigError(f"the chat template leaves out a turn of the model, {fix}")
@@ -124,8 +126,8 @@ class Chat:
         found = [position for token in stops if (position := glue.find(token)) >= 0]
         if not found:
             raise ConfigError(
-                "the chat template writes no stop token behind a call, so that its end is not known: add the token that ends a call "
-                "to eos_token_id in generation_config.json"
+                "the chat template writes no stop token behind a call, so that its end is not known: add the token that ends a "
+                "call to eos_token_id in generation_config.json"
             )
         return glue[min(found) :]
 
@@ -148,9 +150,9 @@ class Chat:
             if not squeezed(later).startswith(squeezed(opened + said)):
                 raise ConfigError(
                     f"environment.history is strict: the chat template rewrites a turn of the model{what} when a message of role "
-                    f"{roles_of(answers)} follows, so that the model would not be trained on what it has read. Set environment.history: "
-                    "as_sampled, which leaves earlier turns as the model wrote them, or answer with the role tool, or change the "
-                    "template (data.template_arguments, chat_template.jinja)"
+                    f"{roles_of(answers)} follows, so that the model would not be trained on what it has read. Set "
+                    "environment.history: as_sampled, which leaves earlier turns as the model wrote them, or answer with the role "
+                    "tool, or change the template (data.template_arguments, chat_template.jinja)"
                 )
         self.checked.add(roles)
 

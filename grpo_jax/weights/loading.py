@@ -48,7 +48,7 @@ def load_params(
         spec: the model, from `read_folder_spec`.
         dtype: dtype on the device.
         on_tensor: called with (parameters read, parameters in all), for a progress bar.
-        quantization: `none`, or the format of the layers' matrices: `int8`, `int4` or `nf4`, rounded from the files' values.
+        quantization: `none`, or the format of the layers' matrices: `int8`, `int4` or `nf4`, or `mxfp4` of experts.
         layout: sharding of each parameter; None loads onto the default device.
 
     Raises:

@@ -76,7 +76,9 @@ def test_harmonys_channels_are_a_rewritten_turn_where_the_user_answers():
 def test_an_answer_that_the_template_drops_is_refused():
     tokenizer = tool_tokenizer(GLM)
     tokenizer.hf.chat_template = GLM.replace("{{ '<|observation|>\\n' + m.content }}", "")
-    with pytest.raises(ConfigError, match=r"cannot render an answer of role tool .*leaves out the answer.*data\.chat_template_file"):
+    with pytest.raises(
+        ConfigError, match=r"cannot render an answer of role tool .*leaves out the answer.*data\.chat_template_file"
+    ):
         Chat(tokenizer).answer_ids(USER, [], said(tokenizer, "x", "<|user|>"), TOOL)
 
 

@@ -49,7 +49,8 @@ GOOD: list[tuple[str, str, list[ToolCall]]] = [
     ("qwen_xml", "<function=f></function> and <function=g><parameter=s>\n\na\nb\n\n</parameter></function>",
      [ToolCall("f", texts=True), ToolCall("g", {"s": "\na\nb\n"}, texts=True)]),
     ("qwen_xml", "the answer is 4", []),
-    ("glm", "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n<arg_key>b</arg_key><arg_value>[2]</arg_value></tool_call>",
+    ("glm", "<tool_call>add\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n<arg_key>b</arg_key>"
+     "<arg_value>[2]</arg_value></tool_call>",
      [ToolCall("add", {"a": "1", "b": "[2]"}, texts=True)]),
     ("glm", "<tool_call>f</tool_call>", [ToolCall("f", texts=True)]),
     ("glm", 'add\n{"a": 1, "b": [2]}', [ADD]),
@@ -136,7 +137,9 @@ def test_what_is_no_call_is_said_and_never_raises(name: str, text: str):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("mark", ["<arg_key>", "<parameter=", "<function=", "<|start|>to=", "[TOOL_CALLS]f", "<tool_call>", "{a,", "<|tool_call|>"])
+@pytest.mark.parametrize(
+    "mark", ["<arg_key>", "<parameter=", "<function=", "<|start|>to=", "[TOOL_CALLS]f", "<tool_call>", "{a,", "<|tool_call|>"]
+)
 def test_a_hostile_text_takes_linear_time(name: str, mark: str):
     started = time.process_time()
     FORMATS[name](mark * 20_000)

@@ -79,7 +79,9 @@ def test_arguments_that_are_texts_get_the_type_of_the_schema():
     given = {"city": "5", "days": "3", "hours": "[1, 2]"}
     assert BOX.call(ToolCall("weather", given, texts=True)).text == '{"city": "5", "days": 3, "unit": "C", "hours": [1, 2]}'
     assert '"hours": null' in BOX.call(ToolCall("weather", {"city": "x", "hours": "None"}, texts=True)).text
-    assert "days of weather must be integer, not string" in BOX.call(ToolCall("weather", {"city": "x", "days": "a"}, texts=True)).text
+    assert (
+        "days of weather must be integer, not string" in BOX.call(ToolCall("weather", {"city": "x", "days": "a"}, texts=True)).text
+    )
     assert "has no argument 'z'" in BOX.call(ToolCall("weather", {"city": "x", "z": "1"}, texts=True)).text
     assert "days of weather must be integer, not string" in BOX.call(ToolCall("weather", {"city": "x", "days": "3"})).text
 
