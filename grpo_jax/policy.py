@@ -437,10 +437,15 @@ class Policy:
         return Path(folder)
 
 
-def sampler_of(policy: Policy) -> Sampler:
-    """Builds a sampler of a policy's model. Stop strings are looked for in text without special tokens, as rewards see it."""
+def sampler_of(policy: Policy, *, records_experts: bool = False) -> Sampler:
+    """Builds a sampler of a policy's model. Stop strings are looked for in text without special tokens, as rewards see it.
+
+    Args:
+        records_experts: rollouts have the experts of every token.
+    """
     text_of = None if policy.tokenizer is None else policy.tokenizer.decode
-    return Sampler.build(policy.model, policy.stop_ids, decode_text=text_of, quantization=quantization_of(policy.params))
+    model = policy.model.clone(records_experts=records_experts)
+    return Sampler.build(model, policy.stop_ids, decode_text=text_of, quantization=quantization_of(policy.params))
 
 
 def with_template(policy: Policy, config: Config) -> Policy:

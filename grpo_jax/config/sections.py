@@ -184,6 +184,9 @@ class RolloutConfig:
             a copy of the adapted weights. In bfloat16 the sum is rounded (see sampling/logp_difference, objective.importance_cap).
         dense_base: Sample with a copy of an int4 or nf4 base in the model's dtype, made once a step and freed before the update. A
             GPU writes such a base out at every product, so that a token moves less with a copy; `grpo-jax plan` says if it fits.
+        router_replay: What becomes of the experts that the sampler uses for each token, in a mixture of experts: `none` forgets
+            them; `measure` records them and reports how often the update's routers choose others (router/mismatch); `replay` also
+            computes the update with the recorded ones (https://arxiv.org/abs/2510.11370), reference included. Not with episodes.
     """
 
     num_generations: int = 8
@@ -201,6 +204,12 @@ class RolloutConfig:
     kv_dtype: Literal["auto", "int8", "int4"] = "auto"
     merge_adapters: bool = False
     dense_base: bool = False
+    router_replay: Literal["none", "measure", "replay"] = "none"
+
+    @property
+    def records_experts(self) -> bool:
+        """Whether the experts that the sampler uses are recorded."""
+        return self.router_replay != "none"
 
     def __post_init__(self) -> None:
         check_types(self, "rollout")

@@ -20,8 +20,9 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from grpo_jax.models.gating import gated
-from grpo_jax.models.moe import mix_experts
+from grpo_jax.models.moe import mix_and_route, mix_experts
 from grpo_jax.models.rope import Angles, rotate
+from grpo_jax.models.routing import COLLECTION, RouterInputs, Routing, sums_of
 from grpo_jax.models.spec import EXPERT_LINEARS, LINEAR_AXES, QK_NORM_AXES, ModelSpec
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params
@@ -303,7 +304,7 @@ class Block(nn.Module):
         mixed, cache, stacked = self.attention(before, layer, rope, cache, select)
         x = x if select is None else select(x)
         x = checkpoint_name(x + self.added("post_attn_norm", mixed), LAYER_MIDDLE)
-        fed = self.feed_forward(self.norm("ffw_norm", x) if spec.pre_norm else x)
+        fed = self.feed_forward(self.norm("ffw_norm", x) if spec.pre_norm else x, layer.get("router"))
         x = x + self.added("post_ffw_norm", fed)
         return (x, cache), stacked
 
@@ -373,27 +374,45 @@ class Block(nn.Module):
         q = rotate(q, of_queries.cos, of_queries.sin, scale, interleaved=spec.interleaved_rope)
         return q, rotate(k, angles.cos, angles.sin, interleaved=spec.interleaved_rope)
 
-    def feed_forward(self, x: Array) -> Array:
+    def feed_forward(self, x: Array, router: RouterInputs | None) -> Array:
         names = ("router", *EXPERT_LINEARS) if self.spec.experts else ("gate_proj", "up_proj", "down_proj")
         if not self.spec.experts and self.has_variable("params", "gate_up_proj"):
             names = ("gate_up_proj", "down_proj")
         weights = {name: LinearWeights(name=name)() for name in names}
+        if self.spec.experts and (router is not None or self.is_mutable_collection(COLLECTION)):
+            return self.routed(weights, x, router)
         return self.in_parts(functools.partial(self.fed, weights), x)
 
+    def routed(self, weights: dict[str, Any], x: Array, router: RouterInputs | None) -> Array:
+        """The feed-forward of experts, told by and reporting to the collection `router`; see `routing.py`."""
+        spec, options = self.spec, (self.lora_scale, self.implementation, self.layout)
+        given = None if router is None else router.given
+
+        def mixed(tokens: tuple[Array, Array | None]) -> tuple[Array, Routing]:
+            return mix_and_route(spec, tokens[0], weights, *options, given=tokens[1])
+
+        y, routing = self.in_parts(mixed, (x, given))
+        if self.is_mutable_collection(COLLECTION):
+            name, value = ("used", routing.used) if router is None else ("sums", sums_of(routing, router))
+            self.put_variable(COLLECTION, name, value)
+        return y
+
     @nn.nowrap
-    def in_parts(self, function: Callable[[Array], Array], x: Array) -> Array:
+    def in_parts(self, function: Callable[[Any], Any], x: Any) -> Any:
         """Applies a function of single tokens to one part of the tokens after the other (https://arxiv.org/abs/2506.13996, 3.1).
+
+        Input and output are arrays [rows, tokens, ...], or trees of them.
 
         A layer that is recomputed in the backward pass computes each part once there, as it would all parts: what the recomputed
         layer returns is not needed.
         """
-        rows, tokens, width = x.shape
+        rows, tokens = jax.tree.leaves(x)[0].shape[:2]
         parts = 1 if self.feed_tokens is None else parts_of(tokens, -(-rows * tokens // self.feed_tokens))
         if parts == 1:
             return function(x)
-        each = jnp.swapaxes(x.reshape(rows, parts, tokens // parts, width), 0, 1)
+        each = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(rows, parts, tokens // parts, *x.shape[2:]), 0, 1), x)
         y = jax.lax.map(jax.checkpoint(function, prevent_cse=False), each)
-        return jnp.swapaxes(y, 0, 1).reshape(x.shape)
+        return jax.tree.map(lambda y: jnp.swapaxes(y, 0, 1).reshape(rows, tokens, *y.shape[3:]), y)
 
     @nn.nowrap
     def fed(self, weights: dict[str, Any], x: Array) -> Array:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from grpo_jax.models.expert_products import dense_product, group_by_expert, ragged_product, take_rows, tiled_product
 from grpo_jax.models.gating import gated
@@ -53,7 +53,7 @@ def route(
     *,
     normalised: bool,
     bias: Float[Array, "E"] | None = None,
-    given: Int[Array, "N k"] | None = None,
+    given: Integer[Array, "N k"] | None = None,
 ) -> tuple[Float[Array, "N k"], Routing]:
     """Router weights and indices of each token's experts, the most probable first, or those that are given.
 
@@ -114,7 +114,7 @@ def mix_and_route(
     lora_scale: float,
     implementation: str | None = None,
     layout: Layout | None = None,
-    given: Int[Array, "B T k"] | None = None,
+    given: Integer[Array, "B T k"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Routing]:
     """Computes the feed-forward of one layer, and what its router has done.
 
@@ -172,7 +172,7 @@ def mix_local_experts(
     lora_scale: float,
     implementation: str | None,
     first_expert: Int[Array, ""],
-    given: Int[Array, "N k"] | None = None,
+    given: Integer[Array, "N k"] | None = None,
 ) -> tuple[Float[Array, "N D"], Routing]:
     """The weighted sum over those selected experts of each token that are on this device, and what the router has done.
 

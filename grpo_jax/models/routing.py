@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from grpo_jax.models.spec import ModelSpec
 
@@ -43,7 +43,7 @@ class RouterInputs:
         replays: the recorded experts are used instead of the router's own.
     """
 
-    recorded: Int[Array, "L B T k"] | None
+    recorded: Integer[Array, "L B T k"] | None
     weights: Float[Array, "L B T"]
     replays: bool = struct.field(pytree_node=False, default=False)
 
@@ -101,15 +101,15 @@ def expert_dtype(spec: ModelSpec) -> Any:
     return jnp.uint8 if spec.experts <= 256 else jnp.uint16
 
 
-def used_experts(spec: ModelSpec, collection: Any, tokens: int) -> Int[Array, "B T L k"]:
+def used_experts(spec: ModelSpec, collection: Any, tokens: int) -> Integer[Array, "B T L k"]:
     """The experts that each token used in every layer.
 
     An unrolled model's last layer may have computed one token of each row, as in prefill; the others do nothing there, and get that
     one's experts.
     """
-    if len(collection) == 1:
-        (entry,) = collection.values()
-        used = jnp.moveaxis(entry["used"], 0, 2)
+    first = next(iter(collection.values()))["used"]
+    if first.ndim == 4:  # stacked
+        used = jnp.moveaxis(first, 0, 2)
     else:
         layers = [collection[f"layers_{number}"]["used"] for number in range(spec.layers)]
         used = jnp.stack([jnp.broadcast_to(own, (own.shape[0], tokens, own.shape[2])) for own in layers], axis=2)

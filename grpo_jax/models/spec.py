@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from grpo_jax.config import ConfigError, RolloutConfig
+from grpo_jax.config import ConfigError, ObjectiveConfig, RolloutConfig
+from grpo_jax.config.checks import require
 from grpo_jax.models.rope import Rope
 from grpo_jax.types import Params
 
@@ -63,6 +64,7 @@ class ModelSpec:
         swiglu_alpha, swiglu_limit: of the activation `swiglu_clamped`, see `gating.gated`.
         experts: experts in every layer, of which a router selects `experts_per_token` for each token; 0 is a dense feed-forward.
         norm_topk_prob: the router's weights of the selected experts are divided by their sum.
+        router_aux_coef: weight of the load-balancing loss, as config.json has it where it says output_router_logits; else 0.
         dtype: dtype of the weights that config.json names.
         init_std: standard deviation of random initial weights.
 
@@ -107,6 +109,7 @@ class ModelSpec:
     experts: int = 0
     experts_per_token: int = 0
     norm_topk_prob: bool = True
+    router_aux_coef: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     init_std: float = 0.02
 
@@ -137,6 +140,15 @@ class ModelSpec:
         """Raises ConfigError where the longest sequence of a run is longer than the rotary embeddings are exact for."""
         longest = rollout.max_prompt_length + rollout.max_completion_length
         self.check_length(longest, "rollout.max_prompt_length + rollout.max_completion_length")
+
+    def check_routers(self, rollout: RolloutConfig, objective: ObjectiveConfig) -> None:
+        """Raises ConfigError where settings of routers have no effect, because the model has none."""
+        if self.experts:
+            return
+        fix = "this model is no mixture of experts"
+        require(not rollout.records_experts, "rollout.router_replay", rollout.router_replay, f"{fix}: use none")
+        coefficient = objective.router_aux_coef
+        require(not coefficient, "objective.router_aux_coef", coefficient, f"{fix}: use null")
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(in, out) of each linear layer of a block; with experts, those of the feed-forward are of one expert."""

@@ -15,10 +15,11 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from grpo_jax.models.layers import LAYER_INPUT, LAYER_MIDDLE, Attend, Block, RMSNorm, SelectTokens
 from grpo_jax.models.rope import rope_tables
+from grpo_jax.models.routing import COLLECTION, RouterInputs, RouterSums, total_sums, used_experts
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.sharding import GATHERED, Layout
 from grpo_jax.types import Params
@@ -47,6 +48,7 @@ class Transformer(nn.Module):
         unroll: run the layers one after the other instead of in a scan; ignored with remat.
         implementation: of the kernels (`grpo_kernels`): "reference", "xla", "mosaic_tpu", or None for the device's.
         layout: sharding of weights and hidden states; None is one device.
+        records_experts: `forward_with_experts` returns the experts of every token.
     """
 
     spec: ModelSpec
@@ -56,6 +58,7 @@ class Transformer(nn.Module):
     unroll: bool = False
     implementation: str | None = None
     layout: Layout | None = None
+    records_experts: bool = False
 
     @property
     def unrolled(self) -> bool:
@@ -71,6 +74,7 @@ class Transformer(nn.Module):
         cache: Any = None,
         per_layer: Any = None,
         select: SelectTokens | None = None,
+        routers: RouterInputs | None = None,
     ) -> tuple[Float[Array, "B W D"], Any, Any]:
         """Runs the decoder.
 
@@ -81,6 +85,7 @@ class Transformer(nn.Module):
             cache: carried from layer to layer; where unrolled, a tuple with each layer's own.
             per_layer: passed to each layer's `attend`: a pytree with a leading L axis, or a tuple of L where unrolled.
             select: picks the W tokens whose hidden states are returned; None returns all T.
+            routers: of a mixture of experts; needs all T in every layer, so no `select`.
 
         Returns:
             Hidden states after the final norm, the cache, and the layers' outputs, stacked or as tuples where unrolled.
@@ -91,9 +96,9 @@ class Transformer(nn.Module):
         # Logits are linear in the norm's result, so their factor is the norm's.
         norm = RMSNorm(self.spec.norm_eps, self.spec.norm_offset, self.layout, factor=self.spec.logit_scale, name="final_norm")
         if self.unrolled:
-            x, cache, outputs = self.run_unrolled(x, rope, attend, cache, per_layer, select)
+            x, cache, outputs = self.run_unrolled(x, rope, attend, cache, per_layer, select, routers)
             return norm(x), cache, outputs
-        x, cache, outputs = self.run_scanned(x, rope, attend, cache, per_layer)
+        x, cache, outputs = self.run_scanned(x, rope, attend, cache, per_layer, routers)
         x = norm(x)
         return x if select is None else select(x), cache, outputs
 
@@ -103,7 +108,9 @@ class Transformer(nn.Module):
         feed_tokens = None if self.remat == "none" else FEED_TOKENS * rows
         return kind(self.spec, attend, self.lora_scale, self.implementation, self.layout, feed_tokens, name=name)
 
-    def run_scanned(self, x: Array, rope: Any, attend: Attend, cache: Any, per_layer: Any) -> tuple[Array, Any, Any]:
+    def run_scanned(
+        self, x: Array, rope: Any, attend: Attend, cache: Any, per_layer: Any, routers: RouterInputs | None
+    ) -> tuple[Array, Any, Any]:
         """All layers as one scan over stacked variables: compile time does not grow with depth."""
         spec = self.spec
         gathers = self.layout is not None and self.layout.mesh.shape["fsdp"] > 1
@@ -112,7 +119,7 @@ class Transformer(nn.Module):
         per_layer_then_all: Any = (0, nn.broadcast)
         scanned = nn.scan(
             block,
-            variable_axes={"params": 0, "lora": 0},
+            variable_axes={"params": 0, "lora": 0, COLLECTION: 0},
             split_rngs={"params": True},
             in_axes=per_layer_then_all,
             length=spec.layers,
@@ -122,12 +129,20 @@ class Transformer(nn.Module):
             "window": jnp.array([NO_WINDOW if w is None else w for w in spec.windows], jnp.int32),
             "rope": jnp.array(spec.rope_of_layer, jnp.int32),
             "per_layer": per_layer,
+            "router": routers,
         }
         (x, cache), outputs = self.block(scanned, attend, "layers")((x, cache), layer, rope)
         return x, cache, outputs
 
     def run_unrolled(
-        self, x: Array, rope: Any, attend: Attend, cache: Any, per_layer: Any, select: SelectTokens | None
+        self,
+        x: Array,
+        rope: Any,
+        attend: Attend,
+        cache: Any,
+        per_layer: Any,
+        select: SelectTokens | None,
+        routers: RouterInputs | None,
     ) -> tuple[Array, tuple[Any, ...], tuple[Any, ...]]:
         """Runs the layers in a Python loop. In the last layer, tokens that are not in `select` give only keys and values.
 
@@ -142,6 +157,7 @@ class Transformer(nn.Module):
                 "window": jnp.int32(NO_WINDOW if window is None else window),
                 "rope": spec.rope_of_layer[number],
                 "per_layer": None if per_layer is None else per_layer[number],
+                "router": jax.tree.map(lambda x, number=number: x[number], routers),
             }
             carry = (x, None if cache is None else cache[number])
             last = number == spec.layers - 1
@@ -151,12 +167,35 @@ class Transformer(nn.Module):
         return x, tuple(caches), tuple(outputs)
 
 
-def forward(model: Transformer, variables: Params, *args: Any, **kwargs: Any) -> tuple[Float[Array, "B W D"], Any, Any]:
+def applied(model: Transformer, variables: Params, *args: Any, **kwargs: Any) -> Any:
     """`model.apply` to variables in either form: stacked layers are split first where the model runs unrolled."""
     if model.unrolled and "layers" in variables["params"]:
         variables = split_layers(variables)
-    out: Any = model.apply(variables, *args, **kwargs)
+    return model.apply(variables, *args, **kwargs)
+
+
+def forward(model: Transformer, variables: Params, *args: Any, **kwargs: Any) -> tuple[Float[Array, "B W D"], Any, Any]:
+    """Runs the decoder; see `Transformer.__call__`. Layers may be stacked or split."""
+    out: tuple[Array, Any, Any] = applied(model, variables, *args, **kwargs)
     return out
+
+
+def forward_with_experts(
+    model: Transformer, variables: Params, ids: Int[Array, "B T"], *args: Any, **kwargs: Any
+) -> tuple[tuple[Float[Array, "B W D"], Any, Any], Integer[Array, "B T L k"] | None]:
+    """`forward`, and the experts that each token used in every layer; None where the model does not record them."""
+    if not model.records_experts:
+        return forward(model, variables, ids, *args, **kwargs), None
+    out, state = applied(model, variables, ids, *args, mutable=[COLLECTION], **kwargs)
+    return out, used_experts(model.spec, state[COLLECTION], ids.shape[1])
+
+
+def forward_with_routers(
+    model: Transformer, variables: Params, *args: Any, routers: RouterInputs
+) -> tuple[Float[Array, "B T D"], RouterSums]:
+    """Hidden states of all tokens, and what the routers of all layers have done with them."""
+    (hidden, _, _), state = applied(model, variables, *args, routers=routers, mutable=[COLLECTION])
+    return hidden, total_sums(state[COLLECTION])
 
 
 def split_layers(variables: Params) -> Params:

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from grpo_jax.models.attention import prefill_attend, select_last
-from grpo_jax.models.transformer import Transformer, forward
+from grpo_jax.models.transformer import Transformer, forward_with_experts
 from grpo_jax.rollout.kv_cache import cache_spec, constrain_cache, to_cache
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params
@@ -30,11 +30,13 @@ class PrefilledPrompts:
         cache: keys and values of all layers, [L, B, K, P, Dh]; where unrolled a tuple of L, each [1, B, K, P, Dh].
         lengths: tokens of each prompt.
         hidden: hidden state at each prompt's last token.
+        experts: those of every token and layer, where the model records them, until they have been copied to the host.
     """
 
     cache: Any
     lengths: Int[Array, "B"]
     hidden: Float[Array, "B D"]
+    experts: Integer[Array, "B P L k"] | None = None
 
 
 def prefill(
@@ -52,13 +54,14 @@ def prefill(
     b, p = prompts.shape
     positions = jnp.broadcast_to(jnp.arange(p, dtype=jnp.int32)[None, :], (b, p))
     attend = prefill_attend(model, lengths, p)
-    hidden, _, stacked = forward(model, variables, prompts, positions, attend, select=select_last(lengths))
+    (hidden, _, stacked), experts = forward_with_experts(model, variables, prompts, positions, attend, select=select_last(lengths))
     last = hidden[:, 0] if layout is None else layout.constrain(hidden[:, 0], "rows", None)
     if not model.unrolled:
         cache: Any = to_cache(*stacked, kv_dtype=kv_dtype)
     else:
         cache = tuple(to_cache(k[None], v[None], kv_dtype=kv_dtype, transposed=True) for k, v in stacked)
-    return PrefilledPrompts(constrain_cache(layout, cache), lengths, last)
+    experts = experts if experts is None or layout is None else layout.constrain(experts)
+    return PrefilledPrompts(constrain_cache(layout, cache), lengths, last, experts=experts)
 
 
 def insert_prompts(

@@ -200,7 +200,7 @@ class GrpoStep:
         display.note(f"train.micro_batch_tokens: texts are packed into rows of {tokens} tokens")
         if learner.truncation is not None and learner.truncation.truncates:
             display.note(TRUNCATED_LINE)
-        sampler = sampler_of(policy).announcing(display.compiling)
+        sampler = sampler_of(policy, records_experts=config.rollout.records_experts).announcing(display.compiling)
         update = Program("update", learner.train_step, donate=(0,), announce=display.compiling)
         kl = Program("KL to the reference", learner.kl_sums, announce=display.compiling)
         parts = (config, policy, source, functions, sampler, learner, sizes, update, kl, frozen, display)
@@ -272,7 +272,7 @@ class GrpoStep:
 
     def update_calls(self, state: TrainState) -> list[FutureCall]:
         """The update with the shapes of its batch, [FutureCall(self.update, (state, batch, self.frozen))], and what it needs."""
-        batch = abstract_batch(self.config, Placement(self.policy.layout, jax.local_devices()[0]), self.sizes)
+        batch = abstract_batch(self.config, self.policy.spec, Placement(self.policy.layout, jax.local_devices()[0]), self.sizes)
         shapes = in_device_memory(shapes_of(state))
         before = [] if self.mini_batches is None else self.mini_batches.future_calls(shapes, batch, self.frozen)
         return [*before, FutureCall(self.update, (shapes, batch, self.frozen))]

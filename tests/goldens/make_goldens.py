@@ -20,6 +20,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from goldens.folders import ADAPTERS, HERE, model_tensors
@@ -567,8 +568,27 @@ def make_adapter(adapter: str) -> None:
     print(f"{adapter}: {len(shapes)} tensors, largest change {np.abs(logps - before).max():.3f}")
 
 
+@torch.no_grad()
+def make_router_losses() -> None:
+    """Writes the load-balancing loss of each mixture of experts, over the tokens that predict those behind the first PROMPT."""
+    losses = {}
+    for family in ("mixtral", "qwen3_moe", "gpt_oss"):
+        ids = np.load(HERE / family / "logprobs.npz")["ids"]
+        config = json.loads((HERE / family / "config.json").read_text())
+        logits = load_model(config, family)(input_ids=torch.from_numpy(ids), output_router_logits=True).router_logits
+        mask = torch.zeros(ids.shape)
+        mask[:, PROMPT - 1 : -1] = 1
+        sizes = config.get("num_local_experts", config.get("num_experts")), config["num_experts_per_tok"]
+        losses[family] = float(load_balancing_loss_func(logits, *sizes, mask))
+    (HERE / "router_losses.json").write_text(json.dumps(losses, indent=2) + "\n")
+    print(losses)
+
+
 if __name__ == "__main__":
     print("transformers", transformers.__version__, "torch", torch.__version__)
-    asked = sys.argv[1:] or [*NEW, *ADAPTERS]
+    asked = sys.argv[1:] or [*NEW, *ADAPTERS, "router_losses"]
     for name in asked:
-        make_family(name) if name in NEW else make_adapter(name)
+        if name == "router_losses":
+            make_router_losses()
+        else:
+            make_family(name) if name in NEW else make_adapter(name)

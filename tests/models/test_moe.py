@@ -96,7 +96,8 @@ def tokens(count: int, seed: int = 1) -> np.ndarray:
 @pytest.mark.parametrize("normalised", [True, False])
 def test_the_router_is_the_top_k_of_a_softmax_over_all_experts(normalised: bool) -> None:
     x, router = tokens(40), random_layer(SPEC)["router"]["kernel"]
-    weights, selected = moe.route(jnp.asarray(x), jnp.asarray(router), 3, normalised=normalised)
+    weights, routing = moe.route(jnp.asarray(x), jnp.asarray(router), 3, normalised=normalised)
+    selected = routing.used
     assert weights.dtype == jnp.float32
     p = np.exp(log_softmax(x.astype(np.float64) @ router.astype(np.float64)))
     expected = np.argsort(-p, axis=-1)[:, :3]
@@ -110,7 +111,8 @@ def test_a_bfloat16_router_accumulates_in_float32() -> None:
     """In bfloat16 the logits would tie: 256 + 1 is 256."""
     x, router = np.ones((1, 257), np.float32), np.ones((257, 2), np.float32)
     router[-1] = [0.0, 1.0]
-    weights, selected = moe.route(jnp.asarray(x, jnp.bfloat16), jnp.asarray(router, jnp.bfloat16), 1, normalised=False)
+    weights, routing = moe.route(jnp.asarray(x, jnp.bfloat16), jnp.asarray(router, jnp.bfloat16), 1, normalised=False)
+    selected = routing.used
     assert int(selected[0, 0]) == 1
     assert float(weights[0, 0]) == pytest.approx(1 / (1 + np.exp(-1.0)), rel=1e-5)
 
@@ -293,7 +295,7 @@ def test_merging_adds_each_experts_adapter_to_its_own_tensor(family: str, tmp_pa
 
 
 def fused_folder(folder: Path, family: str) -> tuple[Path, Path]:
-    """Writes a tiny model with one tensor per expert, and as transformers 5 has it in memory, with all experts of a layer in one."""
+    """Writes a tiny model with one tensor per expert, and as transformers 5 has it in memory, with all of a layer in one."""
     single, fused = build_model_folder(folder / "single", family), build_model_folder(folder / "fused", family)
     tensors = load_file(single / "model.safetensors")
     block = "block_sparse_moe" if family == "mixtral" else "mlp"
