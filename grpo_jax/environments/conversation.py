@@ -4,7 +4,7 @@ What the model sampled is never decoded and encoded again. The text between two 
 conversation with a probe instead of the model's turn: it is what stands behind the probe, up to the beginning of the model's
 next turn. Models without a chat template, and plain texts as prompts, read the contents of messages as they are, one after the
 other. Some templates take the model's turns apart and refuse them as texts (gpt-oss), or want a call in front of a tool's answer
-(Gemma 4, Mistral): these get the conversation without earlier turns, and a call as `tool_calls` in the place of the turn.
+(Gemma 4, Mistral): these get the conversation without earlier turns, and a call as `tool_calls` instead of the turn.
 """
 
 from __future__ import annotations

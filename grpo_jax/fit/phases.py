@@ -184,7 +184,7 @@ def rollout_memory(run: RunShapes, limit_bytes: int | None, sampler: Sampler | N
     prompts = compiled.compile(sampler.prefill, (weights, *token_ids), static, live, results="prefix_kv")
     if prompts is None:
         prompts = prefilled_shapes(run, sampler, weights, token_ids)
-    prompts = prompts.replace(experts=None)  # copied to the host at once
+    prompts = replace(prompts, experts=None)  # copied to the host at once
     past_blocks = past_block_shapes(run, sampler, shards * sizes.slots, sizes)
     live |= {"prefix_kv": device_bytes(prompts), "suffix_kv": device_bytes(past_blocks)}
     if not sizes.fixed:

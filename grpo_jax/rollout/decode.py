@@ -9,6 +9,7 @@ are not sharded over `fsdp`. Prompt slots, and the slots in their table, are num
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -233,9 +234,9 @@ def decode_segment(
         hidden, cache, _ = out
         segment_cache = cache if all_layers is None else cache[0]
         column, tokens = state.step + 1, state.tokens
-        if experts is not None:
+        if experts is not None and tokens.experts is not None:
             place = (zero, state.step, zero, zero)
-            tokens = tokens.replace(experts=jax.lax.dynamic_update_slice(tokens.experts, experts, place))
+            tokens = dataclasses.replace(tokens, experts=jax.lax.dynamic_update_slice(tokens.experts, experts, place))
         drawn = sample(hidden[:, 0], column)
         return DecodeState(column, segment_cache, record_tokens(tokens, drawn, column, ~tokens.done, slots, stop_ids))
 

@@ -14,7 +14,7 @@ the same program in lockstep; a shard without work waits. Every process gets all
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -402,7 +402,7 @@ class RolloutLoop:
                 first = number * self.rollout.num_generations
                 for completion in self.completions[first : first + self.rollout.num_generations]:
                     completion.experts.append(used[: len(own)])
-        return prompts.replace(experts=None)
+        return replace(prompts, experts=None)
 
     def slot_state(self, schedule: ShardedSchedule, begun: list[int]) -> tuple[SlotState, int, int]:
         """Returns the schedule as device arrays, and the most tokens in any slot's past before and after this segment.

@@ -60,7 +60,8 @@ def report(model: Transformer, variables: Params, batch: TrainBatch) -> tuple[Ro
             own = row_hidden(model, variables, part.rows, term.weights(part))[1]
             return jax.tree.map(jnp.add, total, own), None
 
-        start = RouterSums(*[jnp.zeros((model.spec.experts,))] * 2, jnp.float32(0))
+        zeros = jnp.zeros((model.spec.experts,))
+        start = RouterSums(counts=zeros, probabilities=zeros, differing=jnp.float32(0))
         return scan_micro_batches(batch.micro_batches, add, start, any_token, None)[0]
 
     return run(variables), term
@@ -126,6 +127,7 @@ def test_the_samplers_experts_are_recorded_token_by_token() -> None:
     assert float(report(policy.model, variables, batch_of(PROMPTS, off, config, rows_of(12), np.arange(6)))[0].differing) > 5
 
 
+@pytest.mark.slow
 def test_replayed_experts_are_the_samplers_whatever_the_weights() -> None:
     """The experts that the update uses are counted in NumPy from the record; the routers alone would choose others."""
     policy, rollout = tiny_policy(FAMILY, LORA), sampled()
@@ -186,7 +188,8 @@ def test_an_update_does_not_depend_on_how_rows_are_packed(mode: str) -> None:
     """One row for all, and rows so short that each group is cut and its prompt copied; stacked and unrolled layers, with remat."""
     policy, rollout, config = tiny_policy(FAMILY), sampled(), config_of(mode, router_aux_coef=0.1)
     found = []
-    for tokens, options in ((40, {"unroll": True}), (9, {"unroll": False, "remat": "layer"})):
+    settings: list[tuple[int, dict[str, Any]]] = [(40, {"unroll": True}), (9, {"unroll": False, "remat": "layer"})]
+    for tokens, options in settings:
         batch = batch_of(PROMPTS, rollout, config, rows_of(tokens), np.arange(6))
         found.append(updated(config, policy.params, batch, policy.model.clone(**options)))
     (one, first), (other, second) = found

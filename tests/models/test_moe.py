@@ -324,6 +324,7 @@ def test_experts_in_one_tensor_are_the_same_model_and_are_exported_so(family: st
     after = load_file(tmp_path / "merged" / "model.safetensors")
     jax.tree.map(np.testing.assert_array_equal, after, before)
     changed = with_random_adapters(policy)
+    assert changed.adapters is not None
     changed.save_merged(tmp_path / "changed")
     merged = Policy.from_pretrained(tmp_path / "changed", dtype="float32")
     for name in EXPERT_LINEARS:
