@@ -779,7 +779,7 @@ def make_reward_model(family: str) -> None:
 def make_router_losses() -> None:
     """Writes the load-balancing loss of each mixture of experts, over the tokens that predict those behind the first PROMPT."""
     losses = {}
-    for family in ("mixtral", "qwen3_moe", "gpt_oss"):
+    for family in ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next"):
         ids = np.load(HERE / family / "logprobs.npz")["ids"]
         config = json.loads((HERE / family / "config.json").read_text())
         logits = load_model(config, family)(input_ids=torch.from_numpy(ids), output_router_logits=True).router_logits

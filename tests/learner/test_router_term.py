@@ -16,8 +16,7 @@ import pytest
 from plain_oracles import LORA, moved, quick_compiling, tiny_policy
 
 from goldens.folders import HERE, read_golden
-from grpo_jax.config import Config, ConfigError, ObjectiveConfig, RolloutConfig
-from grpo_jax.config.load import check_training
+from grpo_jax.config import Config, ConfigError, ObjectiveConfig, RolloutConfig, check_training
 from grpo_jax.learner.batches import on_devices, train_batch
 from grpo_jax.learner.logprobs import row_hidden
 from grpo_jax.learner.micro_batches import any_token, scan_micro_batches
@@ -31,6 +30,8 @@ from grpo_jax.rewards.protocol import ScoredBatch
 from grpo_jax.types import Frozen, Params, PromptBatch, Rollout, TrainBatch
 
 FAMILY = "qwen3_moe"
+RECURRENT = "qwen3_next"
+"""Recurrent layers, and an expert that every token has."""
 PROMPTS = [[5, 6, 7], [9, 30]]
 G, C = 3, 6
 
@@ -41,6 +42,11 @@ def _quick() -> Iterator[None]:
         yield
 
 
+def slow(*values: Any) -> Any:
+    """The arguments of a test that is slow."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def batch_of(prompts: list[list[int]], rollout: Rollout, config: Config, sizes: tuple[RowSize, ...], rewards: Any) -> TrainBatch:
     """A batch on the device."""
     b, n = len(prompts), len(rollout.completion_ids)
@@ -49,15 +55,17 @@ def batch_of(prompts: list[list[int]], rollout: Rollout, config: Config, sizes: 
     return on_devices(made, None)
 
 
-def report(model: Transformer, variables: Params, batch: TrainBatch) -> tuple[RouterSums, RouterTerm]:
-    """The routers' sums over a batch."""
+def report(
+    model: Transformer, variables: Params, batch: TrainBatch, computed: Any = lambda part: part
+) -> tuple[RouterSums, RouterTerm]:
+    """The routers' sums over a batch, of which each micro-batch is changed by `computed` first."""
     term = RouterTerm.of(model, 1.0, jnp.asarray(batch.completion_mask), batch)
     assert term is not None
 
     @jax.jit
     def run(variables: Params) -> RouterSums:
         def add(total: RouterSums, part: Any) -> tuple[RouterSums, None]:
-            own = row_hidden(model, variables, part.rows, term.weights(part))[1]
+            own = row_hidden(model, variables, computed(part).rows, term.weights(part))[1]
             return jax.tree.map(jnp.add, total, own), None
 
         zeros = jnp.zeros((model.spec.experts,))
@@ -79,7 +87,7 @@ def golden_batch(family: str) -> tuple[TrainBatch, Config, tuple[RowSize, ...]]:
     return batch_of(prompts, rollout, config, sizes, [1.0, 1.0]), config, sizes
 
 
-@pytest.mark.parametrize("family", [FAMILY, *(pytest.param(name, marks=pytest.mark.slow) for name in ("mixtral", "gpt_oss"))])
+@pytest.mark.parametrize("family", [FAMILY, slow("mixtral"), slow("gpt_oss"), slow(RECURRENT)])
 def test_the_load_balancing_loss_is_that_of_transformers(family: str) -> None:
     """Over the tokens that predict the completions, in two rows of which each is a micro-batch."""
     policy, (batch, _, _) = tiny_policy(family), golden_batch(family)
@@ -97,9 +105,9 @@ def config_of(router_replay: str, **objective: Any) -> Config:
 
 
 @functools.cache
-def sampled(unroll: bool = True) -> Rollout:
+def sampled(unroll: bool = True, family: str = FAMILY) -> Rollout:
     """Completions of two prompts in two slots that are refilled, with the sampler's experts."""
-    policy = tiny_policy(FAMILY, LORA)
+    policy = tiny_policy(family, LORA)
     sampler = sampler_of(dataclasses.replace(policy), records_experts=True)
     if not unroll:
         sampler = type(sampler).build(policy.model.clone(unroll=False, records_experts=True), ())
@@ -113,32 +121,36 @@ def rows_of(tokens: int) -> tuple[RowSize, ...]:
     return row_sizes(Lengths(2, 3, C), len(PROMPTS), G, tokens)
 
 
-def test_the_samplers_experts_are_recorded_token_by_token() -> None:
+@pytest.mark.parametrize(("family", "unroll"), [(FAMILY, True), slow(RECURRENT, True), slow(RECURRENT, False)])
+def test_the_samplers_experts_are_recorded_token_by_token(family: str, unroll: bool) -> None:
     """The update's routers choose the same ones with the same weights; and others where the record is one token off."""
-    policy, rollout, config = tiny_policy(FAMILY, LORA), sampled(), config_of("measure")
+    policy, rollout, config = tiny_policy(family, LORA), sampled(unroll, family), config_of("measure")
+    model, spec = policy.model.clone(unroll=unroll), policy.spec
     assert rollout.experts is not None
     for number, (ids, experts) in enumerate(zip(rollout.completion_ids, rollout.experts, strict=True)):
-        assert experts.shape == (len(PROMPTS[number // G]) + len(ids) - 1, 2, 3)
+        assert experts.shape == (len(PROMPTS[number // G]) + len(ids) - 1, spec.layers, spec.experts_per_token)
         assert experts.dtype == np.uint8
     variables = {"params": policy.params, "lora": policy.adapters}
     batch = batch_of(PROMPTS, rollout, config, rows_of(12), np.arange(6))
-    assert float(report(policy.model, variables, batch)[0].differing) == 0
+    assert float(report(model, variables, batch)[0].differing) == 0
     off = dataclasses.replace(rollout, experts=[np.roll(own, 1, axis=0) for own in rollout.experts])
-    assert float(report(policy.model, variables, batch_of(PROMPTS, off, config, rows_of(12), np.arange(6)))[0].differing) > 5
+    assert float(report(model, variables, batch_of(PROMPTS, off, config, rows_of(12), np.arange(6)))[0].differing) > 5
 
 
 @pytest.mark.slow
-def test_replayed_experts_are_the_samplers_whatever_the_weights() -> None:
+@pytest.mark.parametrize(("family", "unroll"), [(FAMILY, True), (RECURRENT, True), (RECURRENT, False)])
+def test_replayed_experts_are_the_samplers_whatever_the_weights(family: str, unroll: bool) -> None:
     """The experts that the update uses are counted in NumPy from the record; the routers alone would choose others."""
-    policy, rollout = tiny_policy(FAMILY, LORA), sampled()
+    policy, rollout = tiny_policy(family, LORA), sampled(unroll, family)
+    model, experts_in_all = policy.model.clone(unroll=unroll), policy.spec.experts
     changed = {"params": policy.params, "lora": moved(policy.adapters or {}, 5, 0.3)}
-    expected = np.zeros(8)
+    expected = np.zeros(experts_in_all)
     for number, (ids, experts) in enumerate(zip(rollout.completion_ids, rollout.experts or [], strict=True)):
         first = len(PROMPTS[number // G]) - 1
-        expected += np.bincount(experts[first : first + len(ids)].reshape(-1), minlength=8)
+        expected += np.bincount(experts[first : first + len(ids)].reshape(-1), minlength=experts_in_all)
     for mode in ("replay", "measure"):
         batch = batch_of(PROMPTS, rollout, config_of(mode), rows_of(12), np.arange(6))
-        sums, _ = report(policy.model, changed, batch)
+        sums, _ = report(model, changed, batch)
         assert np.array_equal(np.asarray(sums.counts), expected) == (mode == "replay")
         assert float(sums.differing) > 0
 
@@ -183,10 +195,10 @@ def test_the_gradient_of_the_load_balancing_loss_is_that_of_its_probabilities() 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["measure", "replay"])
-def test_an_update_does_not_depend_on_how_rows_are_packed(mode: str) -> None:
+@pytest.mark.parametrize(("mode", "family"), [("measure", FAMILY), ("replay", FAMILY), ("replay", RECURRENT)])
+def test_an_update_does_not_depend_on_how_rows_are_packed(mode: str, family: str) -> None:
     """One row for all, and rows so short that each group is cut and its prompt copied; stacked and unrolled layers, with remat."""
-    policy, rollout, config = tiny_policy(FAMILY), sampled(), config_of(mode, router_aux_coef=0.1)
+    policy, rollout, config = tiny_policy(family), sampled(family=family), config_of(mode, router_aux_coef=0.1)
     found = []
     settings: list[tuple[int, dict[str, Any]]] = [(40, {"unroll": True}), (9, {"unroll": False, "remat": "layer"})]
     for tokens, options in settings:
@@ -200,6 +212,26 @@ def test_an_update_does_not_depend_on_how_rows_are_packed(mode: str) -> None:
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * size)
     assert float(np.abs(one["layers"]["router"]["kernel"]).max()) > 1e-3 * size
     assert first["router/mismatch"] > 0  # the adapters that sampled are not there
+
+
+@pytest.mark.slow
+def test_the_loss_counts_the_experts_that_are_selected_under_the_adapters_dropout() -> None:
+    """Both of its factors are those of the same forward pass, computed here from the update's own keys."""
+    policy, (batch, config, _) = tiny_policy(FAMILY, LORA), golden_batch(FAMILY)
+    config = dataclasses.replace(config, objective=dataclasses.replace(config.objective, router_aux_coef=0.5))
+    model = policy.model.clone(lora_dropout=0.5)
+    learner = Learner.of(config, model, full=False, updates=1, stop_ids=(), optimizer=recording())
+    adapters, frozen = policy.adapters or {}, Frozen(policy.params, {})
+    state = learner.init(adapters)
+    found = jax.jit(learner.train_step)(state, batch, frozen)[1].to_dict()["router/aux_loss"]
+    tokens, variables = jnp.float32(np.sum(batch.completion_mask)), {"params": policy.params, "lora": adapters}
+    dropping, plain = (
+        report(model, variables, batch, computed)[0]
+        for computed in (lambda part: learner.with_dropout(part, state, batch), lambda part: part)
+    )
+    expected = [float(balance_loss(own.counts, own.probabilities, tokens, model.spec.layers)) for own in (dropping, plain)]
+    np.testing.assert_allclose(found, expected[0], rtol=1e-5)
+    assert abs(found - expected[1]) > 1e-3
 
 
 @pytest.mark.slow
