@@ -12,8 +12,7 @@ from typing import Any, Literal
 from grpo_jax.config.checks import check_types, require, require_choice
 
 RECURRENT_TARGETS = ("in_proj", "out_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "in_proj_qkvz", "in_proj_ba")
-SHARED_TARGETS = ("shared_gate_proj", "shared_up_proj", "shared_down_proj")
-LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", *RECURRENT_TARGETS, *SHARED_TARGETS)
+LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", *RECURRENT_TARGETS)
 """The linear layers that adapters may be added to; a model has those of its kinds of layers."""
 
 
@@ -54,8 +53,8 @@ class LoraConfig:
         alpha: The scale is alpha / rank, or alpha / sqrt(rank) with rslora.
         targets: Names of the linear layers that get adapters, or `all-linear`. In a mixture of experts gate_proj, up_proj and
             down_proj are those of every expert; the attention layers alone are far fewer. The router never gets an adapter.
-            Recurrent layers have in_proj or in_proj_qkv, in_proj_z, ..., and out_proj; an expert that all tokens share has
-            shared_gate_proj, shared_up_proj and shared_down_proj.
+            Recurrent layers have in_proj or in_proj_qkv, in_proj_z, ..., and out_proj. An expert that all tokens share never gets
+            an adapter.
         rslora: Rank-stabilised scale (https://arxiv.org/abs/2312.03732).
         adapter: Folder or hub id of a PEFT adapter to start from; a frozen copy of it is the reference. rank, alpha, targets
             and rslora are then read from the adapter.

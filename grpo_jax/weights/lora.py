@@ -69,7 +69,8 @@ def check_targets(spec: ModelSpec, lora: LoraConfig) -> None:
             scale would change by √2; or experts that the files have in one tensor.
     """
     missing = [] if isinstance(lora.targets, str) else [name for name in lora.targets if name not in spec.linear_shapes()]
-    fix = f"a {spec.family} model has no {', '.join(missing)}: choose from {', '.join(spec.linear_shapes())}"
+    own = [name for name in LINEAR_TARGETS if name in spec.linear_shapes()]
+    fix = f"a {spec.family} model has no {', '.join(missing)}: choose from {', '.join(own)}"
     require(not missing, "lora.targets", lora.targets, fix)
     experts = [
         name for name in EXPERT_LINEARS if held_stack(spec, name) and name in lora.target_names and lora.targets != "all-linear"
@@ -124,7 +125,11 @@ def peft_targets(spec: ModelSpec, names: list[str]) -> list[str] | str:
     Others are modules of a vision tower, and linear layers without adapters: LFM2 has two `out_proj`.
     """
     targets = sorted({peft_target(spec, name) for name in names})
-    others = {peft_target(spec, name) for name in spec.linear_shapes() if name not in names and not fused_name(spec, name)}
+    others = {
+        peft_target(spec, name)
+        for name in LINEAR_TARGETS
+        if name in spec.linear_shapes() and name not in names and not fused_name(spec, name)
+    }
     if root(spec) == "model" and not others.intersection(targets):
         return targets
     paths = sorted({re.escape(module_path(spec, name)) for name in names} if root(spec) == "model" else targets)
