@@ -4,8 +4,8 @@
     python tests/tools/overlap_times.py curves FOLDER     # the quickstart with train.max_staleness 0 and 1, three seeds
 
 `times` makes some steps without overlap, some with it, and some with staleness 1, by turns in one process; the first step of a turn
-is not measured, because its rewards may have been computed in another one's turn. The ideal is the same rollout and update without a
-wait for rewards, or the time that the workers need for the rewards of a step, where that is longer. FOLDER is written to.
+is not measured, because its rewards may have been computed in another one's turn. The ideal is the same rollout and update without
+a wait for rewards, or the time that the workers need for the rewards of a step, where that is longer. FOLDER is written to.
 """
 
 from __future__ import annotations
