@@ -96,7 +96,8 @@ class Policy:
             lora: adds new adapters, or loads those of `lora.adapter`.
             adapter: folder or hub id of a PEFT adapter; the same as `lora=LoraConfig(adapter=...)`.
             dtype: `float32`, `bfloat16`, or `auto` for what config.json says.
-            quantization: `int8`, `int4` or `nf4` rounds the layers' matrices while reading; only adapters can then be trained.
+            quantization: `int8`, `int4`, `nf4`, or `mxfp4` for experts, rounds matrices while reading; only adapters can then be
+                trained.
             revision: branch, tag or commit on the hub.
             seed: fixes where new adapters start.
             mesh: devices that the weights are spread over, as the section `mesh` of the settings; None is one device. `auto` goes
@@ -374,10 +375,15 @@ class Policy:
         return Path(folder)
 
 
-def sampler_of(policy: Policy) -> Sampler:
-    """Builds a sampler of a policy's model. Stop strings are looked for in text without special tokens, as rewards see it."""
+def sampler_of(policy: Policy, *, records_experts: bool = False) -> Sampler:
+    """Builds a sampler of a policy's model. Stop strings are looked for in text without special tokens, as rewards see it.
+
+    Args:
+        records_experts: rollouts have the experts of every token.
+    """
     text_of = None if policy.tokenizer is None else policy.tokenizer.decode
-    return Sampler.build(policy.model, policy.stop_ids, decode_text=text_of, quantization=quantization_of(policy.params))
+    model = policy.model.clone(records_experts=records_experts)
+    return Sampler.build(model, policy.stop_ids, decode_text=text_of, quantization=quantization_of(policy.params))
 
 
 def with_template(policy: Policy, config: Config) -> Policy:

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from grpo_kernels import KeyRanges, Limits
 
@@ -68,6 +68,8 @@ class Rollout:
         slots: Number of completions that were decoded at once.
         sampled: N bool arrays, True = the model sampled the token, False = it came from outside (an environment's or a tool's
             answer), has log-probability 0 here, and is not trained. None = all tokens were sampled.
+        experts: N arrays [tokens, L, k], the experts that each token of the prompt and of the completion but its last used in every
+            layer; None where they were not recorded.
 
     Example:
         Rollout(completion_ids=[[4, 2]], logprobs=[np.array([-0.1, -0.7], np.float32)], finish_reasons=["stop"])
@@ -79,6 +81,7 @@ class Rollout:
     near_ties: int = 0
     slots: int = 0
     sampled: list[np.ndarray] | None = None
+    experts: list[np.ndarray] | None = None
 
 
 @struct.dataclass
@@ -100,6 +103,8 @@ class PackedRows:
         firsts: F.
         limits: what every row keeps to.
         dropout_keys: [R, T] keys of the adapters' dropout, where an update is computed with it; None is no dropout.
+        experts: [R, T, L, k], the experts that the sampler used for each token; 0 for padding. None where they were not recorded.
+        replays: these experts are used again, instead of those that the routers would select.
 
     Example:
         A prompt [7, 8] with completions [3, 4] and [5]: ids [7, 8, 3], selected [1, 1, 2], targets [3, 5, 4], firsts 2.
@@ -115,6 +120,8 @@ class PackedRows:
     firsts: int = struct.field(pytree_node=False)
     limits: Limits = struct.field(pytree_node=False)
     dropout_keys: Any = None
+    experts: Integer[AnyArray, "R T L k"] | None = None
+    replays: bool = struct.field(pytree_node=False, default=False)
 
 
 @struct.dataclass

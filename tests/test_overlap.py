@@ -205,6 +205,7 @@ def test_a_resumed_run_goes_on_with_the_completions_of_its_checkpoint(tmp_path: 
         ({"objective": {"loss": "reinforce"}}, "train.max_staleness is 1: use 0, or a loss with a ratio such as dapo: reinforce"),
         ({"objective": {"kl_in_reward": True}}, "train.max_staleness is 1: use 0: with objective.kl_in_reward"),
         ({"objective": {"match_sampling": False}}, "train.max_staleness is 1: use 0, or objective.match_sampling true"),
+        ({"rollout": {"router_replay": "replay"}}, "rollout.router_replay is 'replay': use none: with train.max_staleness 1"),
         ({"objective": {"importance_cap": 2.0}}, "objective.importance_cap is 2.0: leave it out: with train.max_staleness 1"),
         ({"rewards": {"by_group": ["f"], "row_by_row": ["f"]}}, r"rewards.by_group is \['f'\]: leave these out"),
     ],

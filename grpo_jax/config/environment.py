@@ -7,6 +7,24 @@ from typing import Any, Literal
 
 from grpo_jax.config.checks import check_types, require
 
+ToolFormatName = Literal[
+    "auto",
+    "hermes",
+    "llama",
+    "gemma",
+    "gemma4",
+    "harmony",
+    "mistral",
+    "qwen_xml",
+    "glm",
+    "lfm2",
+    "code",
+    "granite",
+    "phi",
+    "pattern",
+]
+"""Names of the formats of calls."""
+
 OF_TOOLS = ("tool_format", "tool_pattern")
 """Settings that have no effect without tools."""
 
@@ -27,9 +45,10 @@ class EnvironmentConfig:
         timeout_seconds: Limit of one step of an environment, its tools included; an episode over it has failed, as where a reward
             fails. null sets no limit.
         concurrency: Steps of environments that run at the same time.
-        tool_format: How the model writes a call: `hermes` (<tool_call>{"name": ..., "arguments": ...}</tool_call>, as Qwen and
-            SmolLM2), `llama` ({"name": ..., "parameters": ...}, as Llama 3), `gemma` (a block of tool_code), `pattern`, or `auto`:
-            what the chat template shows.
+        tool_format: How the model writes a call: `hermes` (<tool_call>{"name": ..., "arguments": ...}</tool_call>, as Qwen 2.5 and
+            3, SmolLM and Granite 4), `llama` ({"name": ..., "parameters": ...}, as Llama 3), `gemma` (a block of tool_code, as
+            Gemma 3), `gemma4`, `harmony` (gpt-oss), `mistral`, `qwen_xml` (Qwen3-Coder, Qwen3.5), `glm`, `lfm2`, `code` (SmolLM3
+            with python_tools), `granite` (Granite 3), `phi` (Phi-4-mini), `pattern`, or `auto`: what the chat template shows.
         tool_pattern: With tool_format `pattern`: a regular expression with groups named `name` and `arguments` (a JSON object).
         history: What happens where the chat template rewrites earlier turns when it renders later ones, as templates do that remove
             the model's thinking: `strict` raises an error, `as_sampled` leaves earlier turns as the model wrote them.
@@ -41,7 +60,7 @@ class EnvironmentConfig:
     max_turn_tokens: int | None = None
     timeout_seconds: float | None = 60.0
     concurrency: int = 32
-    tool_format: Literal["auto", "hermes", "llama", "gemma", "pattern"] = "auto"
+    tool_format: ToolFormatName = "auto"
     tool_pattern: str | None = None
     history: Literal["strict", "as_sampled"] = "strict"
 

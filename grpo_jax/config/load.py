@@ -84,7 +84,7 @@ class Config:
         parts = self.train.updates_per_rollout
         fix = "use 1 with objective.kl_in_reward, whose KL would be taken from weights that updates on other prompts have changed"
         require(parts == 1 or not self.objective.kl_in_reward, "train.updates_per_rollout", parts, fix)
-        check_staleness(self.train, self.objective)
+        check_staleness(self.train, self.objective, self.rollout)
         every, used = self.train.reference_every, self.objective.needs_reference
         fix = "leave it out, or use objective.beta above 0: without a KL term nothing is compared with the reference"
         require(every is None or used, "train.reference_every", every, fix)

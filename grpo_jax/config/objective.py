@@ -86,6 +86,9 @@ class ObjectiveConfig:
         match_sampling: Compute the policy's log-probabilities under the distribution that completions are drawn from: after top_p,
             top_k, min_p and the ban on stop tokens before rollout.min_completion_length. False uses the untruncated distribution,
             as TRL does, and the ratio is then only approximate. The KL term always compares untruncated distributions.
+        router_aux_coef: Weight of the load-balancing loss of a mixture of experts (https://arxiv.org/abs/2101.03961, eq. 4), over
+            the tokens that predict trained ones; it costs one more forward pass. null takes router_aux_loss_coef of config.json
+            where that says output_router_logits, and else 0, as TRL does.
         mask_truncated: Leave completions without a stop token out of the loss. Default false.
     """
 
@@ -118,6 +121,7 @@ class ObjectiveConfig:
     importance_cap: float | None = None
     off_policy_threshold: float | None = None
     match_sampling: bool = True
+    router_aux_coef: float | None = None
     mask_truncated: bool = FROM_PRESET
 
     def __post_init__(self) -> None:
@@ -160,6 +164,9 @@ class ObjectiveConfig:
             fix = "use false: beta is in units of the reward, which normalize_each_reward removes"
             require(not self.kl_in_reward, "objective.kl_in_reward", self.kl_in_reward, fix)
         self._check_credit()
+        router = self.router_aux_coef
+        fix = "use 0 (off) or a small positive weight such as 0.001, or null for the model's own"
+        require(router is None or router >= 0, "objective.router_aux_coef", router, fix)
         require(self.num_iterations >= 1, "objective.num_iterations", self.num_iterations, "use 1 or more")
         if self.importance_cap is not None:
             require(

@@ -41,7 +41,9 @@ def check_training(
         "use 1.0; greedy completions of a prompt are all alike, so nothing is learned",
     )
     functions = config.rewards.functions
-    check_environment(config.environment, has_environment=has_environment, has_tools=has_tools)
+    episodes = check_environment(config.environment, has_environment=has_environment, has_tools=has_tools)
+    replay, fix = config.rollout.router_replay, "use none: the experts of tokens that an environment gives are not recorded so far"
+    require(not (episodes and config.rollout.records_experts), "rollout.router_replay", replay, fix)
     has_rewards = has_rewards or has_environment or config.environment.name is not None  # which has a reward of its own
     require(has_rewards or bool(functions), "rewards.functions", functions, "name at least one reward, such as [number_match]")
 

@@ -25,9 +25,10 @@ class ModelConfig:
         revision: Branch, tag or commit on the hub; null is the default branch.
         dtype: Number format of the frozen weights and of the computation; `auto` takes the one in the model's config.json.
             Trained weights and the optimiser's state are always float32.
-        quantization: Format of the layers' frozen matrices, quantised while they are read: `int8`, `int4` or `nf4`
-            (https://arxiv.org/abs/2305.14314), or `none`. Requires adapters (lora.rank above 0); embedding, head and norms keep
-            dtype.
+        quantization: Format of the layers' frozen matrices, quantised while they are read: `int8`, `int4`, `nf4`
+            (https://arxiv.org/abs/2305.14314), `mxfp4` or `none`. Requires adapters (lora.rank above 0); embedding, head and norms
+            keep dtype. `mxfp4` is for experts, all other matrices keep dtype: gpt-oss's are in it already and stay exactly as they
+            are.
         remat: What the backward pass recomputes instead of storing: `none`, `selective` (inside each layer, but not attention and
             its output's product), `layer` (inside each layer), `offload` (as layer, with each layer's input stored in the host's
             memory), or `auto`: the first of these that fits with `train.micro_batch_tokens: auto`, else none on a CPU with enough
@@ -37,7 +38,7 @@ class ModelConfig:
     path: str | None = None
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    quantization: Literal["none", "int8", "int4", "nf4"] = "none"
+    quantization: Literal["none", "int8", "int4", "nf4", "mxfp4"] = "none"
     remat: Literal["auto", "none", "selective", "layer", "offload"] = "auto"
 
     def __post_init__(self) -> None:
@@ -160,6 +161,9 @@ class RolloutConfig:
             a copy of the adapted weights. In bfloat16 the sum is rounded (see sampling/logp_difference, objective.importance_cap).
         dense_base: Sample with a copy of an int4 or nf4 base in the model's dtype, made once a step and freed before the update. A
             GPU writes such a base out at every product, so that a token moves less with a copy; `grpo-jax plan` says if it fits.
+        router_replay: What becomes of the experts that the sampler uses for each token, in a mixture of experts: `none` forgets
+            them; `measure` records them and reports how often the update's routers choose others (router/mismatch); `replay` also
+            computes the update with the recorded ones (https://arxiv.org/abs/2510.11370), reference included. Not with episodes.
     """
 
     num_generations: int = 8
@@ -177,6 +181,12 @@ class RolloutConfig:
     kv_dtype: Literal["auto", "int8", "int4"] = "auto"
     merge_adapters: bool = False
     dense_base: bool = False
+    router_replay: Literal["none", "measure", "replay"] = "none"
+
+    @property
+    def records_experts(self) -> bool:
+        """Whether the experts that the sampler uses are recorded."""
+        return self.router_replay != "none"
 
     def __post_init__(self) -> None:
         check_types(self, "rollout")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from grpo_jax.config.checks import require
 from grpo_jax.config.objective import ObjectiveConfig
+from grpo_jax.config.sections import RolloutConfig
 from grpo_jax.config.training import TrainConfig
 
 NO_RATIO = ("reinforce", "gpg")
 """Losses that do not compare the policy with the one that sampled."""
 
 
-def check_staleness(train: TrainConfig, objective: ObjectiveConfig) -> None:
+def check_staleness(train: TrainConfig, objective: ObjectiveConfig, rollout: RolloutConfig) -> None:
     """Checks that completions of an older policy can be trained on.
 
     The old log-probabilities are then the sampler's, so the loss must have a ratio, and both must be of the same distribution.
@@ -29,6 +30,8 @@ def check_staleness(train: TrainConfig, objective: ObjectiveConfig) -> None:
     require(not objective.kl_in_reward, name, 1, fix)
     fix = "use 0, or objective.match_sampling true: the sampler's log-probabilities are the old ones"
     require(objective.match_sampling, name, 1, fix)
+    fix = "use none: with train.max_staleness 1 a checkpoint holds the next step's completions, and experts would not fit into it"
+    require(not rollout.records_experts, "rollout.router_replay", rollout.router_replay, fix)
     for bound in ("importance_cap", "importance_floor"):
         value = getattr(objective, bound)
         fix = "leave it out: with train.max_staleness 1 the ratio of the loss is that of policy and sampler already"

@@ -195,12 +195,18 @@ class Tokenizer:
         given = dict(template_arguments or {})
         tools = given.pop("tools", None)
         try:
-            template = self.hf.get_chat_template(None, tools)
+            template = self.template_for(tools)
             variables = {**self.hf.special_tokens_map, "documents": None, **given}
             variables |= {"messages": present_fields(messages), "tools": tool_schemas(tools), "add_generation_prompt": generation}
+            if tools and "xml_tools" in template and not given.keys() & {"xml_tools", "python_tools"}:
+                variables["xml_tools"] = variables["tools"]  # SmolLM3 has two ways to show tools, and reads neither from `tools`
             return SHARED.render(template, variables)
         except (TemplateFailedError, TypeError, ValueError, KeyError) as error:
             raise TokenizerError(f"the chat template refuses the conversation: {error}") from error
+
+    def template_for(self, tools: Any) -> str:
+        """The text of the template; of several by name the one for tools, where there are tools, else the default."""
+        return self.hf.get_chat_template(None, tools)
 
     def encode_text(self, text: str) -> list[int]:
         """Returns the token ids of a text, without adding special tokens; a special token spelled in the text becomes its id.

@@ -3,12 +3,14 @@
 What the model sampled is never decoded and encoded again. The text between two turns (the glue) is found by rendering the
 conversation with a probe instead of the model's turn: it is what stands behind the probe, up to the beginning of the model's
 next turn. Models without a chat template, and plain texts as prompts, read the contents of messages as they are, one after the
-other.
+other. Some templates take the model's turns apart and refuse them as texts (gpt-oss), or want a call in front of a tool's answer
+(Gemma 4, Mistral): these get the conversation without earlier turns, and a call as `tool_calls` instead of the turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -68,41 +70,91 @@ class Chat:
         """
         if not self.uses_template(prompt):
             return self.tokenizer.encode_text("".join(message["content"] for message in answers))
-        before = [*as_conversation(prompt), *history]
-        roles = tuple(message["role"] for message in answers)
-        if self.strict and roles not in self.checked:
-            self.check_history(before, answers)
-            self.checked.add(roles)
-        ids = self.tokenizer.encode_text(self.glue(before, answers))
+        before = as_conversation(prompt)
+        ids = self.tokenizer.encode_text(self.glue(before, history, answers))
         return without_stop(ids, self.tokenizer) if turn and turn[-1] in self.tokenizer.stop_ids else ids
 
-    def glue(self, before: Sequence[Message], answers: Sequence[Message]) -> str:
-        """The text behind the model's turn: the end of the turn, the answers, and the opening of the next turn."""
-        probe = unused_probe([*before, *answers])
-        text = self.render([*before, {"role": "assistant", "content": probe}, *answers])
-        _, found, glue = text.partition(probe)
-        if not found:
-            raise ConfigError("the chat template leaves out a turn of the model, so no episode can be rendered: use another model")
-        return glue
+    def glue(self, before: Sequence[Message], history: Sequence[Message], answers: Sequence[Message]) -> str:
+        """The text behind the model's turn: the end of the turn, the answers, and the opening of the next turn.
 
-    def check_history(self, before: Sequence[Message], answers: Sequence[Message]) -> None:
+        Raises:
+            ConfigError: the template cannot render the conversation, or it rewrites the past and environment.history is strict.
+        """
+        probe = unused_probe([*before, *history, *answers])
+        refusal = "it leaves out the answer"
+        for earlier, turn, given in self.spellings(history, answers, probe):
+            try:
+                text = self.render([*before, *earlier, turn, *given])
+            except ValueError as error:  # a TokenizerError, whose module imports JAX
+                refusal = str(error)
+                continue
+            _, found, glue = text.rpartition(probe) if "tool_calls" in turn else text.partition(probe)
+            if not found and "tool_calls" in turn:
+                continue
+            if not found:
+                fix = "so no episode can be rendered: use another template (data.chat_template_file) or model"
+                raise ConfigError(f"the chat template leaves out a turn of the model, {fix}")
+            if not all(shows(glue, message["content"]) for message in given):
+                continue
+            self.check_history([*before, *earlier], turn, given)
+            return self.from_stop(glue) if "tool_calls" in turn else glue
+        raise ConfigError(
+            f"the chat template cannot render an answer of role {roles_of(answers)} behind a turn of the model ({refusal}): give "
+            "another one (data.chat_template_file), or answer with another role"
+        )
+
+    def spellings(
+        self, history: Sequence[Message], answers: Sequence[Message], probe: str
+    ) -> Iterator[tuple[Sequence[Message], Message, Sequence[Message]]]:
+        """Ways to tell the template what has happened, the plainest first: earlier messages, the model's turn, the answers."""
+        plain = {"role": "assistant", "content": probe}
+        yield history, plain, answers
+        if history:
+            yield (), plain, answers
+        if all(message["role"] == "tool" for message in answers):
+            ids = [f"{number:09d}" for number in range(len(answers))]
+            called = [
+                {"id": own, "type": "function", "function": {"name": message.get("name") or "tool", "arguments": {probe: probe}}}
+                for own, message in zip(ids, answers, strict=True)
+            ]
+            given = [{**message, "tool_call_id": own} for own, message in zip(ids, answers, strict=True)]
+            yield (), {"role": "assistant", "content": "", "tool_calls": called}, given
+
+    def from_stop(self, glue: str) -> str:
+        """What follows a call: the text from the first stop token on, as the end of a call is the model's own."""
+        stops = [str(token) for token in self.tokenizer.hf.convert_ids_to_tokens(list(self.tokenizer.stop_ids))]
+        found = [position for token in stops if (position := glue.find(token)) >= 0]
+        if not found:
+            raise ConfigError(
+                "the chat template writes no stop token behind a call, so that its end is not known: add the token that ends a "
+                "call to eos_token_id in generation_config.json"
+            )
+        return glue[min(found) :]
+
+    def check_history(self, before: Sequence[Message], turn: Message, answers: Sequence[Message]) -> None:
         """Checks that a later rendering begins with what the model has seen and written, white space aside.
+
+        A call that is given as `tool_calls` is spelled by the template; there only what stands before it is compared. Nothing is
+        checked where the history is not strict, and for roles that have been checked.
 
         Raises:
             ConfigError: it does not.
         """
-        probe = unused_probe([*before, *answers])
-        opened = self.render(before)
-        for what, turn in (("", probe), (" with thinking", f"<think>\n{probe}1\n</think>\n\n{probe}2")):
-            later = self.render([*before, {"role": "assistant", "content": turn}, *answers])
-            if not squeezed(later).startswith(squeezed(opened + turn)):
-                roles = " and ".join(dict.fromkeys(message["role"] for message in answers))
+        roles = tuple(message["role"] for message in answers)
+        if not self.strict or roles in self.checked:
+            return
+        probe, opened = unused_probe([*before, *answers]), self.render(before)
+        turns = [("", probe), (" with thinking", f"<think>\n{probe}1\n</think>\n\n{probe}2")]
+        for what, said in turns if "tool_calls" not in turn else [("", "")]:
+            later = self.render([*before, turn if not said else {"role": "assistant", "content": said}, *answers])
+            if not squeezed(later).startswith(squeezed(opened + said)):
                 raise ConfigError(
                     f"environment.history is strict: the chat template rewrites a turn of the model{what} when a message of role "
-                    f"{roles} follows, so that the model would not be trained on what it has read. Set environment.history: "
-                    "as_sampled, which leaves earlier turns as the model wrote them, or answer with the role tool, or change the "
-                    "template (data.template_arguments, chat_template.jinja)"
+                    f"{roles_of(answers)} follows, so that the model would not be trained on what it has read. Set "
+                    "environment.history: as_sampled, which leaves earlier turns as the model wrote them, or answer with the role "
+                    "tool, or change the template (data.template_arguments, chat_template.jinja)"
                 )
+        self.checked.add(roles)
 
     def render(self, messages: Sequence[Message]) -> str:
         """The text of a conversation with the opening of the model's turn."""
@@ -137,9 +189,20 @@ def without_stop(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     return ids[first + 1 :]
 
 
+def roles_of(messages: Sequence[Message]) -> str:
+    """The roles of messages, in words."""
+    return " and ".join(dict.fromkeys(message["role"] for message in messages))
+
+
+def shows(text: str, content: str) -> bool:
+    """Whether a text has the content of a message, as it is or as JSON, white space aside."""
+    spellings = (content, json.dumps(content)[1:-1], json.dumps(content, ensure_ascii=False)[1:-1])
+    return any(squeezed(own) in squeezed(text) for own in spellings)
+
+
 def unused_probe(messages: Sequence[Message]) -> str:
     """A word that no message has."""
-    probe, texts = PROBE, [str(message["content"]) for message in messages]
+    probe, texts = PROBE, [str(message.get("content")) for message in messages]
     while any(probe in text for text in texts):
         probe += "q"
     return probe

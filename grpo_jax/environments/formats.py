@@ -1,72 +1,43 @@
-"""Finds tool calls in the model's text, in the format of its family.
+"""The formats in which the families of models write tool calls.
 
-The text is the model's own and may be anything, so nothing here raises: what looks like a call and is none becomes a `BadCall`,
-whose words the model is answered with. No pattern here takes more than linear time; a user's own has a time limit.
+Each takes the text of a turn, special tokens included, and returns its calls in order. As in `calls.py`, nothing raises, and
+nothing takes more than linear time.
 """
 
 from __future__ import annotations
 
-import ast
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+import re
 
-from grpo_jax.config.checks import ConfigError, show
-from grpo_jax.runtime.untrusted_json import JsonError, parse_json
-
-LONGEST_CALL = 100_000
-"""Characters of one call, at most."""
-
-LONGEST_PYTHON_CALL = 5_000
-"""Characters of a call in Python syntax, at most: Python's parser is not made for hostile text."""
-
-PATTERN_SECONDS = 1.0
-"""Limit of a user's pattern on one text."""
+from grpo_jax.environments.calls import (
+    BadCall,
+    Calls,
+    ToolCall,
+    ToolFormat,
+    block_calls,
+    call_of,
+    json_calls,
+    python_calls,
+    read_json,
+)
 
 PYTHON_TAG = "<|python_tag|>"
 
+NAME = re.compile(r"[A-Za-z_][\w.-]{0,255}")
+"""A tool's name, at the beginning of a text."""
 
-@dataclass(frozen=True)
-class ToolCall:
-    """A call that the model wrote.
+RECIPIENT = re.compile(r"to=([^\s<]{1,256})")
+"""Whom a message of the harmony format is for, in its header."""
 
-    Attributes:
-        name: of the tool.
-        arguments: by name.
-        positional: arguments without a name, which Python syntax allows.
-    """
+HARMONY_END = re.compile(r"<\|(?:end|call|return)\|>")
 
-    name: str
-    arguments: dict[str, Any] = field(default_factory=dict)
-    positional: tuple[Any, ...] = ()
-
-
-@dataclass(frozen=True)
-class BadCall:
-    """What looks like a call and is none; `problem` is told to the model."""
-
-    problem: str
-
-
-Calls: TypeAlias = list[ToolCall | BadCall]
-ToolFormat: TypeAlias = Callable[[str], Calls]
-"""Text of a turn -> its calls, in order; [] where it has none."""
+BARE_KEY = re.compile(r"([{,]\s*)([A-Za-z_][\w.-]{0,255})\s*:")
+"""A key without quotes behind a brace or a comma."""
 
 
 def hermes(text: str) -> Calls:
-    """Calls of Hermes, Qwen 2.5 and 3, and SmolLM2: JSON, or a list of it, between <tool_call> and </tool_call>."""
-    opening, closing = "<tool_call>", "</tool_call>"
-    calls: Calls = []
-    start = text.find(opening)
-    while start >= 0:
-        start += len(opening)
-        end = text.find(closing, start)
-        if end < 0:
-            return [*calls, BadCall(f"the call has no {closing} at its end")]
-        calls += json_calls(text[start:end], "arguments")
-        start = text.find(opening, end)
-    return calls
+    """Calls of Hermes, Qwen 2.5 and 3, SmolLM2 and 3, Granite 4: JSON, or a list of it, between <tool_call> and </tool_call>."""
+    return block_calls(text, "<tool_call>", "</tool_call>", lambda block: json_calls(block, "arguments"))
 
 
 def llama(text: str) -> Calls:
@@ -93,150 +64,164 @@ def llama(text: str) -> Calls:
 
 
 def gemma(text: str) -> Calls:
-    """Calls of Gemma: Python calls in a block that begins with ```tool_code."""
-    opening, closing = "```tool_code", "```"
+    """Calls of Gemma 3: Python calls in a block that begins with ```tool_code."""
+    return block_calls(text, "```tool_code", "```", python_calls)
+
+
+def gemma4(text: str) -> Calls:
+    """Calls of Gemma 4: <|tool_call>call:NAME{key:<|"|>text<|"|>,n:1}<tool_call|>, with keys without quotes."""
+
+    def read(block: str) -> Calls:
+        name, brace, _ = block.strip().removeprefix("call:").partition("{")
+        if not brace or not NAME.fullmatch(name.strip()):
+            return [BadCall("a call is call:NAME{key:value}")]
+        # Every second piece is a text, and needs no reading.
+        pieces = block[block.index("{") :].split('<|"|>')
+        pieces[::2] = [BARE_KEY.sub(r'\1"\2":', piece) for piece in pieces[::2]]
+        pieces[1::2] = [json.dumps(piece) for piece in pieces[1::2]]
+        arguments = read_json("".join(pieces))
+        return [arguments if isinstance(arguments, BadCall) else call_of(name, arguments)]
+
+    return block_calls(text, "<|tool_call>", "<tool_call|>", read)
+
+
+def harmony(text: str) -> Calls:
+    """Calls of gpt-oss: messages to a function, <|channel|>commentary to=functions.NAME <|constrain|>json<|message|>{...}<|call|>.
+
+    A turn may have several messages, and the recipient may stand before the channel. Other messages are thoughts and answers.
+    """
     calls: Calls = []
-    start = text.find(opening)
-    while start >= 0:
-        start += len(opening)
-        end = text.find(closing, start)
-        if end < 0:
-            return [*calls, BadCall("the block of tool_code has no ``` at its end")]
-        calls += python_calls(text[start:end])
-        start = text.find(opening, end + len(closing))
-    return calls
-
-
-def matching(pattern: str) -> ToolFormat:
-    """The format of a user's regular expression, which has groups named `name` and `arguments`.
-
-    Raises:
-        ConfigError: it is no regular expression, or lacks a group.
-    """
-    import regex  # transformers needs it too; unlike re, it has a time limit
-
-    try:
-        compiled = regex.compile(pattern, regex.DOTALL)
-    except (regex.error, RecursionError, OverflowError) as error:
-        raise ConfigError(f"environment.tool_pattern is {show(pattern)}: it is no regular expression: {error}") from None
-    missing = {"name", "arguments"} - set(compiled.groupindex)
-    if missing:
-        fix = f"write the groups (?P<name>...) and (?P<arguments>...); {', '.join(sorted(missing))} is missing"
-        raise ConfigError(f"environment.tool_pattern is {show(pattern)}: {fix}")
-
-    def calls(text: str) -> Calls:
-        found: Calls = []
-        try:
-            for match in compiled.finditer(text, timeout=PATTERN_SECONDS, concurrent=True):
-                arguments = read_json(match["arguments"] or "{}")
-                found.append(arguments if isinstance(arguments, BadCall) else call_of(match["name"], arguments))
-        except TimeoutError:
-            return [BadCall("the text of the call takes too long to read")]
-        return found
-
-    return calls
-
-
-FORMATS: dict[str, ToolFormat] = {"hermes": hermes, "llama": llama, "gemma": gemma}
-"""The formats by the name that environment.tool_format gives."""
-
-
-def find_format(name: str, pattern: str | None, template: str | None) -> ToolFormat:
-    """Finds the format in which a model writes calls.
-
-    Args:
-        name: environment.tool_format.
-        pattern: environment.tool_pattern.
-        template: the chat template's source, which `auto` looks at; None where there is none.
-
-    Raises:
-        ConfigError: the template shows no known format, or the pattern cannot be used.
-    """
-    if pattern is not None:
-        return matching(pattern)
-    if name != "auto":
-        return FORMATS[name]
-    marks = {"<tool_call>": hermes, "tool_code": gemma, PYTHON_TAG: llama, '"parameters":': llama}
-    for mark, found in marks.items():
-        if mark in (template or ""):
-            return found
-    shown = "the chat template shows no known format of calls" if template else "the model has no chat template"
-    raise ConfigError(
-        f"environment.tool_format is auto: {shown}; set it to {', '.join(FORMATS)}, or to pattern with a tool_pattern"
-    )
-
-
-def json_calls(text: str, key: str) -> Calls:
-    """Reads calls written in JSON: one object, or a list of them.
-
-    Args:
-        key: the usual name of the arguments; the other usual one is read too.
-    """
-    value = read_json(text)
-    if isinstance(value, BadCall):
-        return [value]
-    calls: Calls = []
-    for item in value if isinstance(value, list) else [value]:
-        if not isinstance(item, dict) or not isinstance(item.get("name"), str):
-            calls.append(BadCall(f'a call is {{"name": ..., "{key}": {{...}}}}'))
+    for message in text.split("<|start|>"):
+        header, found, body = message.partition("<|message|>")
+        recipient = RECIPIENT.search(header)
+        if recipient is None or recipient[1] in ("user", "assistant", "all"):
             continue
-        arguments = next((item[name] for name in (key, "arguments", "parameters") if name in item), {})
-        if isinstance(arguments, str):
-            arguments = read_json(arguments)
-        calls.append(arguments if isinstance(arguments, BadCall) else call_of(item["name"], arguments))
+        if not found:
+            calls.append(BadCall("the call has no <|message|>"))
+            continue
+        arguments = read_json(HARMONY_END.split(body, maxsplit=1)[0].strip() or "{}")
+        name = recipient[1].removeprefix("functions.")
+        calls.append(arguments if isinstance(arguments, BadCall) else call_of(name, arguments))
     return calls
 
 
-def read_json(text: str) -> Any:
-    """Reads JSON, or says what is wrong with it."""
-    if len(text) > LONGEST_CALL:
-        return BadCall("the call is too long")
-    try:
-        return parse_json(text)
-    except JsonError as error:
-        return BadCall(f"the call is not valid JSON: {error}")
+def mistral(text: str) -> Calls:
+    """Calls of Mistral behind [TOOL_CALLS]: a JSON list, or, each behind its own, NAME[ARGS]{...}, as in Ministral 3."""
+    calls: Calls = []
+    for piece in text.split("[TOOL_CALLS]")[1:]:
+        body = piece.strip()
+        name = NAME.match(body)
+        if name is None:
+            calls += json_calls(body, "arguments")
+            continue
+        rest = body[name.end() :]
+        if rest.startswith("[CALL_ID]"):
+            rest = rest.partition("[ARGS]")[2]
+        arguments = read_json(rest.removeprefix("[ARGS]").strip() or "{}")
+        calls.append(arguments if isinstance(arguments, BadCall) else call_of(name[0], arguments))
+    return calls
 
 
-def call_of(name: str, arguments: Any) -> ToolCall | BadCall:
-    """A call with arguments that must be a mapping."""
-    return ToolCall(name.strip(), arguments) if isinstance(arguments, dict) else BadCall("the arguments are not a JSON object")
+def qwen_xml(text: str) -> Calls:
+    """Calls of Qwen3-Coder, Qwen3.5 and 3.6: <function=NAME><parameter=KEY>value</parameter></function>; values are texts."""
+    calls: Calls = []
+    for piece in text.split("<function=")[1:]:
+        name, named, body = piece.partition(">")
+        body, closed, _ = body.partition("</function>")
+        if not named or not closed or not NAME.fullmatch(name.strip()):
+            calls.append(BadCall("a call is <function=NAME><parameter=KEY>value</parameter></function>"))
+            continue
+        calls.append(text_call(name, body, ("<parameter=", ">", "</parameter>")))
+    if not calls and "<tool_call>" in text:
+        return [BadCall("write <function=NAME> ... </function> between <tool_call> and </tool_call>")]
+    return calls
 
 
-def python_calls(text: str) -> Calls:
-    """Reads calls in Python syntax, such as `print(add(a=1, b=2))` or `search.call(query="x")`, with literals as arguments."""
-    if len(text) > LONGEST_PYTHON_CALL:
-        return [BadCall("the call is too long")]
-    try:
-        statements = ast.parse(text.strip()).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return [BadCall("the call is not valid Python")]
-    if not statements:
-        return [BadCall("there is no call")]
-    return [call for statement in statements for call in _calls_in(statement)]
+def glm(text: str) -> Calls:
+    """Calls of GLM: <tool_call>NAME<arg_key>key</arg_key><arg_value>value</arg_value></tool_call>; values are texts.
+
+    GLM-4-0414 writes the name in one line and a JSON object behind it.
+    """
+    if "<tool_call>" in text:
+        return block_calls(text, "<tool_call>", "</tool_call>", _glm_call)
+    calls: Calls = []
+    for turn in text.split("<|assistant|>"):
+        name, _, body = turn.strip().partition("\n")
+        if NAME.fullmatch(name.strip()) and body.lstrip().startswith("{"):
+            arguments = read_json(body)
+            calls.append(arguments if isinstance(arguments, BadCall) else call_of(name, arguments))
+    return calls
 
 
-def _calls_in(statement: ast.stmt) -> Iterator[ToolCall | BadCall]:
-    """The calls of one statement; `print(...)` around them is ignored."""
-    value = statement.value if isinstance(statement, ast.Expr | ast.Assign) else None
-    if isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "print":
-        for inner in value.args:
-            yield _python_call(inner)
-        return
-    yield _python_call(value)
+def _glm_call(block: str) -> Calls:
+    """The call of one block."""
+    name, key, rest = block.partition("<arg_key>")
+    if not NAME.fullmatch(name.strip()):
+        return [BadCall("a call is <tool_call>NAME<arg_key>key</arg_key><arg_value>value</arg_value></tool_call>")]
+    return [text_call(name, key + rest, ("<arg_key>", "</arg_key>", "</arg_value>"), "<arg_value>")]
 
 
-def _python_call(node: ast.expr | None) -> ToolCall | BadCall:
-    """One call."""
-    if not isinstance(node, ast.Call):
-        return BadCall("write a call of a tool, such as name(key=value)")
-    function = node.func.value if isinstance(node.func, ast.Attribute) and node.func.attr == "call" else node.func
-    if not isinstance(function, ast.Name):
-        return BadCall("write a call of a tool, such as name(key=value)")
-    try:
-        named = {item.arg: ast.literal_eval(item.value) for item in node.keywords if item.arg is not None}
-        positional = tuple(ast.literal_eval(item) for item in node.args)
-    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
-        return BadCall("the arguments are not plain values")
-    if len(named) < len(node.keywords):
-        return BadCall("the arguments are not plain values")
-    return ToolCall(function.id, named, positional)
+def text_call(name: str, body: str, marks: tuple[str, str, str], before_value: str = "") -> ToolCall | BadCall:
+    """A call whose arguments are marked texts.
+
+    Args:
+        marks: what stands before a key, behind it, and behind its value.
+        before_value: what stands before a value.
+    """
+    arguments: dict[str, str] = {}
+    for piece in body.split(marks[0])[1:]:
+        key, has_key, rest = piece.partition(marks[1])
+        if before_value:
+            _, has_value, rest = rest.partition(before_value)
+            has_key = has_key and has_value
+        value, has_end, _ = rest.partition(marks[2])
+        if not has_key or not has_end:
+            return BadCall(f"an argument of {name.strip()} has no {marks[2]} at its end")
+        arguments[key.strip()] = value.removeprefix("\n").removesuffix("\n")
+    return ToolCall(name.strip(), dict(arguments), texts=True)
+
+
+def lfm2(text: str) -> Calls:
+    """Calls of LFM2: a list of Python calls, or JSON, between <|tool_call_start|> and <|tool_call_end|>."""
+
+    def read(block: str) -> Calls:
+        body = block.strip()
+        return json_calls(body, "arguments") if body.startswith(("{", "[{")) else python_calls(body)
+
+    return block_calls(text, "<|tool_call_start|>", "<|tool_call_end|>", read)
+
+
+def code(text: str) -> Calls:
+    """Calls of SmolLM3 with `python_tools`: Python calls between <code> and </code>."""
+    return block_calls(text, "<code>", "</code>", python_calls)
+
+
+def granite(text: str) -> Calls:
+    """Calls of Granite 3: a JSON list behind <|tool_call|> or <tool_call>, to the end or to the mark that closes it."""
+    calls: Calls = []
+    for piece in re.split(r"<\|tool_call\|>|<tool_call>", text)[1:]:
+        calls += json_calls(re.split(r"<\|/tool_call\|>|</tool_call>", piece, maxsplit=1)[0].strip(), "arguments")
+    return calls
+
+
+def phi(text: str) -> Calls:
+    """Calls of Phi-4-mini: a JSON list behind functools, or between <|tool_call|> and <|/tool_call|>."""
+    _, found, body = text.partition("functools[")
+    return json_calls(f"[{body.strip()}", "arguments") if found else granite(text)
+
+
+FORMATS: dict[str, ToolFormat] = {
+    "hermes": hermes,
+    "llama": llama,
+    "gemma": gemma,
+    "gemma4": gemma4,
+    "harmony": harmony,
+    "mistral": mistral,
+    "qwen_xml": qwen_xml,
+    "glm": glm,
+    "lfm2": lfm2,
+    "code": code,
+    "granite": granite,
+    "phi": phi,
+}
+"""The formats by the name that environment.tool_format gives."""

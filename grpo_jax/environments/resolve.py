@@ -14,8 +14,9 @@ from grpo_jax.config import EnvironmentConfig
 from grpo_jax.config.checks import ConfigError, MismatchError, convert, nearest, require, wrong_type
 from grpo_jax.environments import openenv, verifiers
 from grpo_jax.environments.arithmetic import calculator
+from grpo_jax.environments.calls import ToolFormat
 from grpo_jax.environments.code_tool import python_tool
-from grpo_jax.environments.formats import ToolFormat, find_format
+from grpo_jax.environments.format_choice import find_format
 from grpo_jax.environments.number_guessing import NumberGuessing
 from grpo_jax.environments.protocol import Environment, EnvironmentFactory
 from grpo_jax.environments.tool_environment import Methods, ToolEnvironment

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_jax.environments.formats import BadCall, ToolCall, ToolFormat
+from grpo_jax.environments.calls import BadCall, ToolCall, ToolFormat
 from grpo_jax.environments.protocol import Environment, Message, Step, reset_with
 from grpo_jax.environments.tools import Answered, Toolbox
 

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo_jax.config.checks import ConfigError, nearest
-from grpo_jax.environments.formats import BadCall, ToolCall
+from grpo_jax.environments.calls import BadCall, ToolCall
+from grpo_jax.runtime.untrusted_json import JsonError, parse_json
 
 LONGEST_RESULT = 20_000
 """Characters of a result, at most; the rest is left out, with a note."""
@@ -31,6 +32,8 @@ KINDS: dict[str, tuple[type, ...]] = {
     "null": (type(None),),
 }
 """Python's types of JSON schema's."""
+
+PYTHON_NAMES = {"True": True, "False": False, "None": None}
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,8 @@ class Tool:
         if twice := sorted(given.keys() & call.arguments.keys()):
             return f"{self.name} got {twice[0]} twice"
         given |= call.arguments
+        if call.texts:
+            given = {name: of_text(text, properties[name]) if name in properties else text for name, text in given.items()}
         listed = ", ".join(properties) or "none"
         for name in given:
             if name not in properties:
@@ -220,6 +225,18 @@ def result_text(value: Any) -> str:
     if len(value) > LONGEST_RESULT:
         return f"{value[:LONGEST_RESULT]}... ({len(value) - LONGEST_RESULT} characters are left out)"
     return value
+
+
+def of_text(text: str, schema: Mapping[str, Any]) -> Any:
+    """A value that the model wrote as text, in a type that the schema allows; the text itself where it is of none."""
+    if fits(text, schema):
+        return text
+    if text.strip() in PYTHON_NAMES:  # as templates write Python's values
+        return PYTHON_NAMES[text.strip()]
+    try:
+        return parse_json(text)
+    except JsonError:
+        return text
 
 
 def fits(value: Any, schema: Mapping[str, Any]) -> bool:

@@ -84,6 +84,7 @@ def placement_of(config: Config, spec: ModelSpec, machine: Machine) -> Placement
         ConfigError: the mesh does not fit the devices, the model or the prompts; or sequences are too long for the model.
     """
     spec.check_rollout(config.rollout)
+    spec.check_routers(config.rollout, config.objective)
     layout = make_layout(choose_run_mesh(config, spec, machine.limit_bytes).mesh, machine.devices)
     check_mesh(layout, spec)
     micro = config.train.micro_batch_prompts
@@ -139,11 +140,12 @@ def abstract_frozen(config: Config, policy: Policy) -> Frozen:
     return Frozen(policy.params, policy.adapters if config.lora.adapter is not None else {})
 
 
-def abstract_batch(config: Config, placement: Placement, sizes: Sequence[RowSize]) -> TrainBatch:
+def abstract_batch(config: Config, spec: ModelSpec, placement: Placement, sizes: Sequence[RowSize]) -> TrainBatch:
     """Builds an update's batch, which is the same for all lengths, as shapes."""
     shards = 1 if placement.layout is None else placement.layout.rows
     prompts, rollout = config.train.prompts_per_update, config.rollout
-    batch = batch_shapes(sizes, prompts, config.generations_per_update, rollout.max_completion_length, shards)
+    recorded = (spec, rollout.router_replay == "replay") if rollout.records_experts else None
+    batch = batch_shapes(sizes, prompts, config.generations_per_update, rollout.max_completion_length, shards, recorded=recorded)
     if config.train.updates_per_rollout > 1:
         batch = replace(batch, advantages=batch.rewards, old_logprobs=batch.sampler_logprobs)  # of the same shapes
     elif config.train.max_staleness:

@@ -201,7 +201,7 @@ def fit_rollout(run: RunShapes, limit: int | None, display: Display) -> tuple[Sa
     """Compiles a rollout with the slots that are set, or with fewer and fewer until it fits."""
     config, shards = run.config, run.row_shards
     while True:
-        sampler = sampler_of(run.policy).announcing(display.compiling)
+        sampler = sampler_of(run.policy, records_experts=run.config.rollout.records_experts).announcing(display.compiling)
         found = rollout_memory(replace(run, config=config), limit, sampler)
         if found.use.fits(limit):
             return sampler, found

@@ -117,7 +117,7 @@ def update_memory(run: RunShapes, program: Program | None = None) -> MemoryUse:
     Args:
         program: compiled instead of a new one; the run can use it afterwards.
     """
-    batch = abstract_batch(run.config, run.placement, run.sizes)
+    batch = abstract_batch(run.config, run.spec, run.placement, run.sizes)
     program = program or Program("update", run.learner.train_step, donate=(0,), announce=run.announce)
     compiled = CompiledMemory(run.resident)
     # The batch is an argument, but has no component of its own.
@@ -133,7 +133,7 @@ def activation_bytes(run: RunShapes) -> int:
     bounds it.
     """
     learner = run.learner
-    largest = abstract_batch(run.config, run.placement, run.sizes).micro_batches[0]
+    largest = abstract_batch(run.config, run.spec, run.placement, run.sizes).micro_batches[0]
     plain = replace(learner, model=learner.model.clone(layout=None))
     rows, completions = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), (largest.rows, largest.completions))
     places: Any = largest.places
@@ -179,7 +179,8 @@ def rollout_memory(run: RunShapes, limit_bytes: int | None, sampler: Sampler | N
     """
     policy, rollout = run.policy, run.config.rollout
     quantization = quantization_of(policy.params)
-    sampler = sampler or Sampler.build(policy.model, policy.stop_ids, announce=run.announce, quantization=quantization)
+    model = policy.model.clone(records_experts=rollout.records_experts)
+    sampler = sampler or Sampler.build(model, policy.stop_ids, announce=run.announce, quantization=quantization)
     compiled = CompiledMemory(run.resident_while_sampling)
     weights, live = decoding_weights(run, sampler, compiled, limit_bytes)
     slots, sizes = rollout_sizes(run, None if limit_bytes is None else max(0, limit_bytes - sum(live.values())))
@@ -188,6 +189,7 @@ def rollout_memory(run: RunShapes, limit_bytes: int | None, sampler: Sampler | N
     prompts = compiled.compile(sampler.prefill, (weights, *token_ids), static, live, results="prefix_kv")
     if prompts is None:
         prompts = prefilled_shapes(run, sampler, weights, token_ids)
+    prompts = replace(prompts, experts=None)  # copied to the host at once
     past_blocks = past_block_shapes(run, sampler, shards * sizes.slots, sizes)
     schedule = schedule_shapes(run, sizes)
     states = state_shapes(run, prompts, schedule[0])

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from grpo_jax.learner.logprobs import row_logprobs
+from grpo_jax.learner.logprobs import row_outputs
 from grpo_jax.learner.micro_batches import MicroBatch, any_token, scan_micro_batches
 from grpo_jax.learner.truncated import Truncation
+from grpo_jax.models.routing import RouterSums
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.types import Params, TrainBatch
 
 
-def micro_batch_logprobs(
+def micro_batch_outputs(
     model: Transformer,
     temperature: float,
     variables: Params,
@@ -21,18 +22,19 @@ def micro_batch_logprobs(
     truncation: Truncation | None,
     head_trainable: bool = False,
     entropy_gradient: bool = False,
-) -> tuple[Float[Array, "N C"], Float[Array, "N C"] | None, Float[Array, "N C"]]:
+    router_weights: Float[Array, "R T"] | None = None,
+) -> tuple[Float[Array, "N C"], Float[Array, "N C"] | None, Float[Array, "N C"], RouterSums | None]:
     """Computes log-probabilities of the completions in a micro-batch and the entropy of the full distribution.
 
     Args:
         truncation: what sampling does to the distribution; None: nothing.
-        head_trainable, entropy_gradient: what needs a gradient; see `row_logprobs`.
+        head_trainable, entropy_gradient, router_weights: see `row_outputs`.
 
     Returns:
         Log-probabilities under the truncated distribution; under the full one (None: the same); the entropy. Each is 0 for tokens
-        that are not in the micro-batch.
+        that are not in the micro-batch. And the routers' report, None where there is none.
     """
-    logps, untruncated, entropy = row_logprobs(
+    logps, untruncated, entropy, routers = row_outputs(
         model,
         variables,
         part.rows,
@@ -41,8 +43,9 @@ def micro_batch_logprobs(
         used=part.used,
         head_trainable=head_trainable,
         entropy_gradient=entropy_gradient,
+        router_weights=router_weights,
     )
-    return part.table(logps), None if untruncated is None else part.table(untruncated), part.table(entropy)
+    return part.table(logps), None if untruncated is None else part.table(untruncated), part.table(entropy), routers
 
 
 def fixed_logprobs(
@@ -51,7 +54,7 @@ def fixed_logprobs(
     """Log-probabilities under the truncated and the full distribution and the latter's entropy, without gradient."""
 
     def add(tables: tuple[Array, Array, Array], part: MicroBatch) -> tuple[tuple[Array, Array, Array], None]:
-        logps, untruncated, entropy = micro_batch_logprobs(model, temperature, variables, part, truncation)
+        logps, untruncated, entropy, _ = micro_batch_outputs(model, temperature, variables, part, truncation)
         untruncated = logps if untruncated is None else untruncated
         return (tables[0] + logps, tables[1] + untruncated, tables[2] + entropy), None
 

@@ -12,8 +12,10 @@ import jax
 import numpy as np
 
 from grpo_jax.config import Config
-from grpo_jax.learner.packing import RowSize, pack, tables_of
+from grpo_jax.learner.packing import Recorded, RowSize, pack, tables_of
 from grpo_jax.learner.turn_credit import outcome_rewards, token_table
+from grpo_jax.models.routing import expert_dtype
+from grpo_jax.models.spec import ModelSpec
 from grpo_jax.rewards import ScoredBatch
 from grpo_jax.rewards.normalization import normalized_sum
 from grpo_jax.runtime.sharding import BATCH_AXES, Layout
@@ -52,6 +54,9 @@ def train_batch(
     trained: np.ndarray = sampled_tokens > 0 if config.objective.kl_in_reward else np.asarray(mask.any(axis=1))
     shards = 1 if layout is None else layout.rows
     options: dict[str, Any] = {"last": alike if skips else None, "shards": shards, "sampled": rollout.sampled}
+    if rollout.experts is not None:
+        first, replays = rollout.experts[0], config.rollout.router_replay == "replay"
+        options["recorded"] = Recorded(rollout.experts, first.shape[1:], first.dtype, replays)
     return TrainBatch(
         micro_batches=pack(prompts.prompt_ids, rollout.completion_ids, trained, sizes, width=width, **options),
         completion_lengths=sampled_tokens,
@@ -151,17 +156,30 @@ def text_batch(
     return on_devices(batch, layout)
 
 
-def batch_shapes(sizes: Sequence[RowSize], prompts: int, generations: int, width: int, shards: int = 1) -> TrainBatch:
+def batch_shapes(
+    sizes: Sequence[RowSize],
+    prompts: int,
+    generations: int,
+    width: int,
+    shards: int = 1,
+    *,
+    recorded: tuple[ModelSpec, bool] | None = None,
+) -> TrainBatch:
     """The shapes of a batch, as `jax.ShapeDtypeStruct` without shardings.
 
     Args:
         prompts, generations: B and G.
         width: C.
         shards: R.
+        recorded: the model whose experts are recorded, and whether they are replayed; None where they are not recorded.
     """
     n = prompts * generations
+    experts = None
+    if recorded is not None:
+        spec, replays = recorded
+        experts = Recorded([], (spec.layers, spec.experts_per_token), expert_dtype(spec), replays)
     batch: Any = TrainBatch(
-        micro_batches=tuple(tables_of([], size, [], [[]] * n, None, width, shards) for size in sizes),
+        micro_batches=tuple(tables_of([], size, [], [[]] * n, None, width, shards, experts) for size in sizes),
         completion_lengths=np.zeros(n, np.int32),
         completion_mask=np.zeros((n, width), bool),
         sampler_logprobs=np.zeros((n, width), np.float32),

@@ -1,6 +1,6 @@
 """Computes per-token log-probabilities and entropies of completions, under the policy or the reference, in float32 nats.
 
-`row_logprobs` takes packed rows, as an update does, and gives the model's distribution and, with a truncation, the one that
+`row_outputs` takes packed rows, as an update does, and gives the model's distribution and, with a truncation, the one that
 completions are drawn from. `completion_logprobs` takes padded prompts and completions.
 Each prompt is computed once for its completions. The head and its softmax are one pass over the vocabulary, so no
 [rows, tokens, vocabulary] array exists.
@@ -18,7 +18,8 @@ from grpo_jax.learner.truncated import Outputs, Truncation, truncated_logprobs
 from grpo_jax.models.attention import group_attend, select_tokens
 from grpo_jax.models.head import head_logprobs
 from grpo_jax.models.recurrent import packed_recurrence
-from grpo_jax.models.transformer import Transformer, forward, head_matrix
+from grpo_jax.models.routing import RouterInputs, RouterSums
+from grpo_jax.models.transformer import Transformer, forward, forward_with_routers, head_matrix
 from grpo_jax.types import PackedRows, Params
 from grpo_kernels import KeyRanges, Limits
 
@@ -29,18 +30,47 @@ LEAST_HEAD_BLOCK = 256
 """The fewest entries of such a part, over all rows, because each part reads the whole head."""
 
 
-def row_hidden(model: Transformer, variables: Params, rows: PackedRows) -> Float[Array, "R E D"]:
-    """Computes the hidden state that predicts each entry."""
+def row_hidden(
+    model: Transformer, variables: Params, rows: PackedRows, weights: Float[Array, "R T"] | None = None
+) -> tuple[Float[Array, "R E D"], RouterSums | None]:
+    """Computes the hidden state that predicts each entry, and what the routers have done where `weights` are given.
+
+    Args:
+        weights: of each token in the routers' sums.
+    """
     selected = jnp.asarray(rows.selected)
     attend = group_attend(model, rows.ranges, rows.limits, selected)
     how: Any = {"prompts": rows.limits.prompts > 0, "layout": model.layout, "implementation": model.implementation}
     recurrence = packed_recurrence(model.spec, rows.ranges, **how)
-    options: Any = {"select": select_tokens(rows), "recurrence": recurrence, "dropout_keys": rows.dropout_keys}
-    hidden = forward(model, variables, jnp.asarray(rows.ids), jnp.asarray(rows.positions), attend, **options)[0]
-    return hidden if model.layout is None else model.layout.constrain(hidden, "rows", None, None)
+    inputs = (model, variables, jnp.asarray(rows.ids), jnp.asarray(rows.positions), attend)
+    options: Any = {"recurrence": recurrence, "dropout_keys": rows.dropout_keys}
+    sums = None
+    if weights is not None or rows.replays:
+        hidden, sums = forward_with_routers(*inputs, routers=router_inputs(model, rows, weights), **options)
+        hidden = select_tokens(rows)(hidden)
+    else:
+        hidden = forward(*inputs, select=select_tokens(rows), **options)[0]
+    return hidden if model.layout is None else model.layout.constrain(hidden, "rows", None, None), sums
+
+
+def router_inputs(model: Transformer, rows: PackedRows, weights: Float[Array, "R T"] | None) -> RouterInputs:
+    """What routers are told of packed rows; see `row_hidden`. All layers compute all tokens then, also an unrolled model's last."""
+    weights = jnp.zeros(rows.ids.shape, jnp.float32) if weights is None else weights
+    return RouterInputs(
+        recorded=None if rows.experts is None else jnp.moveaxis(jnp.asarray(rows.experts), 2, 0),
+        weights=jnp.broadcast_to(weights[None], (model.spec.layers, *weights.shape)),
+        replays=rows.replays,
+    )
 
 
 def row_logprobs(
+    model: Transformer, variables: Params, rows: PackedRows, *arguments: Any, **options: Any
+) -> tuple[Float[Array, "R E"], Float[Array, "R E"] | None, Float[Array, "R E"]]:
+    """`row_outputs` without the routers' report."""
+    return row_outputs(model, variables, rows, *arguments, **options)[:3]
+
+
+def row_outputs(
     model: Transformer,
     variables: Params,
     rows: PackedRows,
@@ -50,7 +80,8 @@ def row_logprobs(
     used: Array | None = None,
     head_trainable: bool = False,
     entropy_gradient: bool = False,
-) -> tuple[Float[Array, "R E"], Float[Array, "R E"] | None, Float[Array, "R E"]]:
+    router_weights: Float[Array, "R T"] | None = None,
+) -> tuple[Float[Array, "R E"], Float[Array, "R E"] | None, Float[Array, "R E"], RouterSums | None]:
     """Computes log-probabilities of the entries of packed rows, and the entropy of the untruncated distribution.
 
     Args:
@@ -62,11 +93,13 @@ def row_logprobs(
         head_trainable: whether the head's weights need a gradient.
         entropy_gradient: whether the entropy needs one. A frozen head is then computed as one that trains: its logits are computed
             again in the backward pass, in plain JAX on every device.
+        router_weights: weight of each token in what the routers of a mixture of experts report; None asks for no report.
 
     Returns:
-        Log-probabilities under the truncated distribution; under the untruncated one (None: the same); the entropy.
+        Log-probabilities under the truncated distribution; under the untruncated one (None: the same); the entropy; and the
+        routers' report, None where there is none.
     """
-    hidden = row_hidden(model, variables, rows)
+    hidden, routers = row_hidden(model, variables, rows, router_weights)
     head = head_matrix(model.spec, variables["params"]).astype(hidden.dtype)
     head = head if head_trainable else jax.lax.stop_gradient(head)
     options: dict[str, Any] = {"softcap": model.spec.final_softcap, "head_trainable": head_trainable or entropy_gradient}
@@ -95,7 +128,7 @@ def row_logprobs(
 
     entries = (hidden, jnp.asarray(rows.targets), jnp.asarray(rows.columns))
     logps, untruncated, entropy = in_parts(of_entries, jnp.asarray(temperature, jnp.float32), entries, used)
-    return logps, None if truncation is None else untruncated, entropy
+    return logps, None if truncation is None else untruncated, entropy, routers
 
 
 def in_parts(function: Any, temperature: Array, entries: tuple[Array, ...], used: Array | None) -> Outputs:
@@ -164,7 +197,7 @@ def completion_logprobs(
     """Computes log-probabilities of padded completions, and the entropy of the untruncated distribution.
 
     Args:
-        model, variables, temperature, truncation, head_trainable: as in `row_logprobs`.
+        model, variables, temperature, truncation, head_trainable: as in `row_outputs`.
         prompt_ids: padded on the right.
         prompt_lengths: tokens of each prompt, at least 1.
         completion_ids: N = B·G rows, padded on the right.

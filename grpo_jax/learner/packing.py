@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -93,6 +94,23 @@ def row_sizes(
     quarter = tokens // 4 >= QUARTER_PROMPTS * lengths.longest_prompt
     small, count = rounded(max(least, -(-tokens // (4 if quarter else 2)))), 3 if quarter else 1
     return (rows, size(small, count)) if small < tokens and rows.count < MANY_ROWS else (rows,)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The experts that the sampler used.
+
+    Attributes:
+        experts: N arrays [tokens, L, k], see `Rollout.experts`.
+        shape: L and k.
+        dtype: of the arrays.
+        replays: see `PackedRows`.
+    """
+
+    experts: Sequence[np.ndarray]
+    shape: tuple[int, int]
+    dtype: Any
+    replays: bool
 
 
 @dataclass
@@ -195,6 +213,7 @@ def pack(
     last: Sequence[bool] | np.ndarray | None = None,
     shards: int = 1,
     sampled: Sequence[np.ndarray] | None = None,
+    recorded: Recorded | None = None,
 ) -> tuple[MicroBatches, ...]:
     """Packs a batch.
 
@@ -210,6 +229,7 @@ def pack(
             that they are not computed.
         shards: R.
         sampled: N bool arrays, True = the model sampled the token; None = all.
+        recorded: the experts that the sampler used, where they were recorded.
 
     Returns:
         One entry for each size.
@@ -236,7 +256,7 @@ def pack(
     else:
         packed = best_rows([*groups, *skipped], sizes, shards)
     texts = (prompt_ids, completion_ids, sampled)
-    return tuple(tables_of(rows, size, *texts, width, shards) for rows, size in zip(packed, sizes, strict=True))
+    return tuple(tables_of(rows, size, *texts, width, shards, recorded) for rows, size in zip(packed, sizes, strict=True))
 
 
 def tables_of(
@@ -247,6 +267,7 @@ def tables_of(
     sampled: Sequence[np.ndarray] | None,
     width: int,
     shards: int,
+    recorded: Recorded | None = None,
 ) -> MicroBatches:
     """Writes rows to arrays, `shards` rows to a micro-batch."""
     m, n, firsts = size.count * shards, len(completion_ids), size.firsts
@@ -256,6 +277,7 @@ def tables_of(
     selected, targets, columns = (np.zeros((m, size.entries), np.int32) for _ in range(3))
     completions = np.full((m, size.entries), n, np.int32)
     places = np.full((n, width), -1, np.int32)
+    experts = None if recorded is None else np.zeros((m, size.tokens, *recorded.shape), recorded.dtype)
     for number, row in enumerate(rows):
         at, first, later = 0, 0, firsts
         for piece in row.pieces:
@@ -263,10 +285,14 @@ def tables_of(
             prompt = slice(at, at + p)
             ids[number, prompt], positions[number, prompt] = prompt_ids[piece.prompt], np.arange(p)
             ranges[2, number, prompt], ranges[3, number, prompt] = at, np.arange(at + 1, at + p + 1)
+            if experts is not None and recorded is not None:
+                experts[number, prompt] = recorded.experts[piece.completions[0]][:p]
             start, at = at, at + p
             for completion, length in zip(piece.completions, piece.lengths, strict=True):
                 own, tokens = slice(at, at + length - 1), np.asarray(completion_ids[completion], np.int32)
                 ids[number, own], positions[number, own] = tokens[:-1], p + np.arange(length - 1)
+                if experts is not None and recorded is not None:
+                    experts[number, own] = recorded.experts[completion][p:]
                 ranges[0, number, own], ranges[1, number, own] = start, start + p
                 ranges[2, number, own], ranges[3, number, own] = at, np.arange(at + 1, at + length)
                 predicted = np.arange(length) if sampled is None else np.flatnonzero(sampled[completion])
@@ -294,5 +320,7 @@ def tables_of(
         columns=split(columns),
         firsts=firsts,
         limits=size.limits,
+        experts=None if experts is None else split(experts),
+        replays=recorded is not None and recorded.replays,
     )
     return MicroBatches(packed, split(completions), places)

@@ -12,6 +12,8 @@ them every denominator, come from the whole batch, so the result does not depend
   updates those of the first update are the old log-probabilities of all.
 - Dropout of adapters acts on the log-probabilities that have a gradient alone. The old ones are then computed without it, in a
   forward pass of their own: they are those of the policy that sampled.
+- In a mixture of experts the load-balancing loss of the routers is added where it has a weight (`router_term.py`), and the experts
+  that the sampler used are used again, or compared, where they were recorded.
 - An update whose loss or gradient is not finite, or whose gradient is zero, changes nothing (`optim.apply_gradient`).
 - Sampling that truncates the distribution or bans tokens: the policy's log-probabilities are those of the truncated distribution.
   The KL term and the reference use the untruncated one (`loss.py` says why).
@@ -31,7 +33,7 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from grpo_jax.config import Config, ObjectiveConfig
-from grpo_jax.learner.batch_logprobs import fixed_logprobs, micro_batch_logprobs
+from grpo_jax.learner.batch_logprobs import fixed_logprobs, micro_batch_outputs
 from grpo_jax.learner.custom_loss import LossFunction, custom_loss, finish_custom_stats
 from grpo_jax.learner.dropout import with_dropout_keys
 from grpo_jax.learner.entropy_bonus import adapted_weight, entropy_weights, sampled_entropy
@@ -48,6 +50,7 @@ from grpo_jax.learner.optim import (
     updates_per_step,
 )
 from grpo_jax.learner.reference import with_reference
+from grpo_jax.learner.router_term import RouterTerm
 from grpo_jax.learner.sharded import batch_advantages, state_shardings, summed_over_rows
 from grpo_jax.learner.token_choice import chosen_tokens
 from grpo_jax.learner.truncated import Truncation
@@ -169,7 +172,14 @@ class Learner:
     @property
     def skips(self) -> bool:
         """Whether groups without an advantage change nothing, so that they are not computed."""
-        return not (self.objective.needs_reference or self.objective.has_entropy_bonus) and self.loss_fn is None
+        others = self.objective.needs_reference or self.objective.has_entropy_bonus or self.router_coef > 0
+        return not others and self.loss_fn is None
+
+    @property
+    def router_coef(self) -> float:
+        """Weight of the load-balancing loss: the settings', else the model's."""
+        own = self.objective.router_aux_coef
+        return self.model.spec.router_aux_coef if own is None else own
 
     def placed(self, tree: Any) -> Any:
         """Inside jit: constrains weights, adapters, or a state of them to their shardings."""
@@ -284,8 +294,9 @@ class Learner:
         head_trainable: bool,
         entropy_gradient: bool = False,
     ) -> tuple[Float[Array, "N C"], Float[Array, "N C"] | None, Float[Array, "N C"]]:
-        """Log-probabilities and entropies of a micro-batch; see `micro_batch_logprobs`."""
-        return micro_batch_logprobs(self.model, self.temperature, variables, part, truncation, head_trainable, entropy_gradient)
+        """Log-probabilities and entropies of a micro-batch; see `micro_batch_outputs`."""
+        options = (truncation, head_trainable, entropy_gradient)
+        return micro_batch_outputs(self.model, self.temperature, variables, part, *options)[:3]
 
     def fixed_logprobs(
         self, variables: Params, batch: TrainBatch, truncation: Truncation | None
@@ -330,12 +341,19 @@ class Learner:
                 updates.
         """
         recorded = self.recorded if self.objective.num_iterations == 1 else 0
+        routers = RouterTerm.of(self.model, self.router_coef, known["completion_mask"], batch)
+        if routers is not None and self.router_coef > 0:
+            with jax.named_scope("routers"):
+                variables = self.policy_variables(state.trainable, frozen)
+                routers = routers.counted(variables, batch, lambda part: self.with_dropout(part, state, batch))
 
         def loss_of(trainable: Params, part: MicroBatch) -> tuple[Array, tuple[dict[str, Array], dict[str, Array]]]:
             part = self.with_dropout(part, state, batch)
-            logps, untruncated, entropy = self.logprobs(
-                self.policy_variables(trainable, frozen), part, self.truncation, self.full, "entropy_weights" in known
-            )
+            weights = None if routers is None else routers.weights(part)
+            options = (self.truncation, self.full, "entropy_weights" in known, weights)
+            variables = self.policy_variables(trainable, frozen)
+            outputs = micro_batch_outputs(self.model, self.temperature, variables, part, *options)
+            logps, untruncated, entropy, report = outputs
             tokens = {name: value for name, value in known.items() if name != "first"}
             if "first" in known:
                 tokens["old_logps"] = jnp.where(known["first"], jax.lax.stop_gradient(logps), known["old_logps"])
@@ -344,6 +362,9 @@ class Learner:
             tokens |= {"entropy": entropy} if "entropy_weights" in known else {}
             loss, stats = self.loss(tokens)
             stats["entropy"] = jnp.sum(jnp.where(mask, jax.lax.stop_gradient(entropy), jnp.float32(0)))
+            if routers is not None and report is not None:
+                balance, router_stats = routers.add(report)
+                loss, stats = loss + balance, stats | router_stats
             stats["loss"] = jax.lax.stop_gradient(loss)
             tables = {"logps": logps}
             if recorded:
@@ -372,6 +393,7 @@ class Learner:
             "loss": sums["loss"],
             "entropy": sums["entropy"] / jnp.maximum(sums["tokens"], jnp.float32(1)),
         }
+        metrics |= {} if routers is None else routers.metrics(sums)
         logps = tables.pop("logps")
         tokens = {
             name: jnp.where(known["completion_mask"][:recorded], table[:recorded], jnp.float32(jnp.nan))

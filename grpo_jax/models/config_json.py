@@ -174,17 +174,18 @@ def attention_bias(reader: ConfigReader) -> Fields:
     return {"qkv_bias": bias, "output_bias": bias}
 
 
-def expert_fields(reader: ConfigReader, experts: int, selected: int) -> Fields:
+def expert_fields(reader: ConfigReader, experts: int, selected: int, coefficient: float = 0.001) -> Fields:
     """Reads the attributes of mixture-of-experts models; given are the family's defaults."""
-    # Of pretraining only: the load-balancing loss, and noise before the router. Accepted, not used.
-    reader.known.update(("router_aux_loss_coef", "output_router_logits", "router_jitter_noise"))
+    reader.known.add("router_jitter_noise")  # noise before the router, in pretraining only: accepted, not used
+    coefficient = reader.number("router_aux_loss_coef", coefficient)
+    coefficient = coefficient if reader.flag("output_router_logits") else 0.0
     experts = reader.whole("num_local_experts", reader.whole("num_experts", experts))
     selected, layers = reader.whole("num_experts_per_tok", selected), reader.whole("num_hidden_layers")
     if layers * experts > MOST_EXPERT_MODULES:
         raise ModelError(f"{reader.file}: {experts:,} experts in {layers:,} layers are more than {MOST_EXPERT_MODULES:,} in all")
     if not 1 <= selected <= experts:
         raise ModelError(f"{reader.file}: num_experts_per_tok = {selected} is not within 1 to the {experts} experts")
-    return {"experts": experts, "experts_per_token": selected}
+    return {"experts": experts, "experts_per_token": selected, "router_aux_coef": coefficient}
 
 
 def layer_windows(reader: ConfigReader, layers: int, window: int | None, pattern: int | None) -> tuple[int | None, ...]:

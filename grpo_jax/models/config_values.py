@@ -69,6 +69,7 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "attention_multiplier": (1e-6, 1e6),
     "residual_multiplier": (1e-6, 1e6),
     "logits_scaling": (1e-6, 1e6),
+    "router_aux_loss_coef": (0.0, 1e3),
     "swiglu_alpha": (1e-3, 1e3),
     "swiglu_limit": (1e-3, 1e6),
     "query_pre_attn_scalar": (1e-6, 1e9),

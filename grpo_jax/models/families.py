@@ -254,7 +254,7 @@ def phi3(reader: ConfigReader) -> Fields:
 
 def gpt_oss(reader: ConfigReader) -> Fields:
     """gpt-oss (https://arxiv.org/abs/2508.10925): attention sinks, alternating windows, experts with biases and a clamp."""
-    fields = unrotated_fields(reader, head_dim=64, norm_eps=1e-5) | expert_fields(reader, 128, 4)
+    fields = unrotated_fields(reader, head_dim=64, norm_eps=1e-5) | expert_fields(reader, 128, 4, 0.9)
     bias = reader.flag("attention_bias", True)
     # Other names of num_experts_per_tok and of the rotary embedding's original length, which transformers does not read.
     reader.known.update(("experts_per_token", "initial_context_length"))

@@ -22,9 +22,10 @@ from grpo_jax.models.dropout import dropped
 from grpo_jax.models.gating import gated
 from grpo_jax.models.layer_kinds import Kind, has_keys, is_recurrent, plain_part
 from grpo_jax.models.linear import JOINED, Linear, LinearWeights, gather, linear_product
-from grpo_jax.models.moe import mix_experts
+from grpo_jax.models.moe import mix_and_route
 from grpo_jax.models.recurrent import Recurrence, linear_attention, short_conv
 from grpo_jax.models.rope import Angles, rotate
+from grpo_jax.models.routing import COLLECTION, RouterInputs, Routing, sums_of
 from grpo_jax.models.spec import EXPERT_LINEARS, LINEAR_AXES, QK_NORM_AXES, SHARED_LINEARS, ModelSpec
 from grpo_jax.runtime.sharding import Layout
 
@@ -169,7 +170,7 @@ class Block(nn.Module):
             mixed, cache, stacked = self.attention(before, layer, rope, cache, select, keys)
         x = x if select is None else select(x)
         x = checkpoint_name(x + self.added("post_attn_norm", mixed), LAYER_MIDDLE)
-        fed = self.feed_forward(self.norm("ffw_norm", x) if spec.pre_norm else x, keys)
+        fed = self.feed_forward(self.norm("ffw_norm", x) if spec.pre_norm else x, keys, layer.get("router"))
         x = x + self.added("post_ffw_norm", fed)
         if spec.per_layer_width:
             x = x + self.per_layer(x, layer["embedding"] if select is None else select(layer["embedding"]), keys)
@@ -303,38 +304,49 @@ class Block(nn.Module):
         v = normalised(v, spec.norm_eps).astype(v.dtype) if spec.value_norm else v
         return rotate(k, angles.cos, angles.sin, interleaved=spec.interleaved_rope), v
 
-    def feed_forward(self, x: Array, keys: Array | None) -> Array:
+    def feed_forward(self, x: Array, keys: Array | None, router: RouterInputs | None) -> Array:
         names = ("router", *EXPERT_LINEARS) if self.spec.experts else ("gate_proj", "up_proj", "down_proj")
         names += ("shared_router", *SHARED_LINEARS) if self.spec.shared_ffw else ()
         if not self.spec.experts and self.has_variable("params", "gate_up_proj"):
             names = ("gate_up_proj", "down_proj")
         weights = {name: LinearWeights(name=self.spec.part_name(self.kind, name))() for name in names}
-        return self.in_parts(functools.partial(self.fed, weights), x, *([] if keys is None else [keys]))
+        if self.spec.experts and (router is not None or self.is_mutable_collection(COLLECTION)):
+            return self.routed(weights, x, keys, router)
+        return self.in_parts(functools.partial(self.fed, weights), x, keys)
+
+    def routed(self, weights: dict[str, Any], x: Array, keys: Array | None, router: RouterInputs | None) -> Array:
+        """The feed-forward of experts, told by and reporting to the collection `router`; see `routing.py`."""
+        given = None if router is None else router.given
+        y, routing = self.in_parts(functools.partial(self.mixed, weights), x, keys, given)
+        if self.is_mutable_collection(COLLECTION):
+            name, value = ("used", routing.used) if router is None else ("sums", sums_of(routing, router))
+            self.put_variable(COLLECTION, name, value)
+        return y
 
     @nn.nowrap
-    def in_parts(self, function: Callable[..., Array], x: Array, *others: Array) -> Array:
+    def in_parts(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """Applies a function of single tokens to one part of the tokens after the other (https://arxiv.org/abs/2506.13996, 3.1).
+
+        Inputs and output are arrays [rows, tokens, ...], or trees of them.
 
         A layer that is recomputed in the backward pass computes each part once there, as it would all parts: what the recomputed
         layer returns is not needed.
         """
-        rows, tokens, _ = x.shape
+        rows, tokens = jax.tree.leaves(inputs)[0].shape[:2]
         parts = 1 if self.feed_tokens is None else parts_of(tokens, -(-rows * tokens // self.feed_tokens))
         if parts == 1:
-            return function(x, *others)
-        arrays = (x, *others)
-        each = tuple(jnp.swapaxes(array.reshape(rows, parts, tokens // parts, *array.shape[2:]), 0, 1) for array in arrays)
+            return function(*inputs)
+        each = jax.tree.map(lambda x: jnp.swapaxes(x.reshape(rows, parts, tokens // parts, *x.shape[2:]), 0, 1), inputs)
         checkpointed = jax.checkpoint(function, prevent_cse=False)
         y = jax.lax.map(lambda part: checkpointed(*part), each)
-        return jnp.swapaxes(y, 0, 1).reshape(x.shape)
+        return jax.tree.map(lambda y: jnp.swapaxes(y, 0, 1).reshape(rows, tokens, *y.shape[3:]), y)
 
     @nn.nowrap
     def fed(self, weights: dict[str, Any], x: Array, keys: Array | None = None) -> Array:
         """The feed-forward from its weights, with gate and up joined or not."""
         spec, options = self.spec, (self.lora_scale, self.implementation, self.layout)
         if spec.experts:
-            mixed = mix_experts(spec, x, {name: weights[name] for name in ("router", *EXPERT_LINEARS)}, *options)
-            return mixed if not spec.shared_ffw else mixed + self.shared(weights, x, keys)
+            return self.mixed(weights, x, keys)[0]
 
         def linear(name: str, x: Array) -> Array:
             axes = LINEAR_AXES[JOINED[name][0] if name in JOINED else name]
@@ -345,6 +357,13 @@ class Block(nn.Module):
         else:
             gate, up = linear("gate_proj", x), linear("up_proj", x)
         return linear("down_proj", gated(spec, gate, up))
+
+    @nn.nowrap
+    def mixed(self, weights: dict[str, Any], x: Array, keys: Array | None, given: Array | None = None) -> tuple[Array, Routing]:
+        """The feed-forward of experts, with the one that every token has, and what the router has done; see `mix_and_route`."""
+        experts = {name: weights[name] for name in ("router", *EXPERT_LINEARS)}
+        y, routing = mix_and_route(self.spec, x, experts, self.lora_scale, self.implementation, self.layout, given)
+        return (y if not self.spec.shared_ffw else y + self.shared(weights, x, keys)), routing
 
     @nn.nowrap
     def shared(self, weights: dict[str, Any], x: Array, keys: Array | None) -> Array:

@@ -15,13 +15,15 @@ from jaxtyping import Array
 
 from grpo_jax.models.layer_kinds import Kind, Run, has_keys, is_global, is_recurrent, repeated_units
 from grpo_jax.models.layers import LayerOutput
+from grpo_jax.models.routing import RouterInputs
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.types import Params
 
 __all__ = ["LayerCaches", "run_mixed_layers"]
 
-ApplyLayer = Callable[[Kind, Params, tuple[Array, Any], dict[str, Any]], tuple[tuple[Array, Any], Any]]
-"""(kind, variables of a layer, (hidden states, cache), what the layer is told) → (hidden states, cache) and the layer's output."""
+ApplyLayer = Callable[[Kind, Params, tuple[Array, Any], dict[str, Any]], tuple[tuple[Array, Any], Any, Any]]
+"""(kind, variables of a layer, (hidden states, cache), what the layer is told) → (hidden states, cache), the layer's output, and
+what its router reports (`routing.py`), None where nobody asks."""
 
 
 @struct.dataclass
@@ -47,9 +49,10 @@ def run_mixed_layers(
     inputs: tuple[Any, Array | None],
     windows: Array,
     dropout_keys: Array | None = None,
+    routers: RouterInputs | None = None,
     *,
     frozen: bool,
-) -> tuple[Array, LayerCaches, LayerCaches]:
+) -> tuple[Array, LayerCaches, LayerCaches, Any]:
     """Runs all layers.
 
     Args:
@@ -60,11 +63,12 @@ def run_mixed_layers(
             each layer.
         windows: [L], of each layer.
         dropout_keys: [L, B, T], of the adapters' dropout; None is no dropout.
+        routers: what the routers of all layers are told.
         frozen: whether `params` have no gradient. They are read where they are then; of others a loop gets its part, whose gradient
             is as small.
 
     Returns:
-        The hidden states, the cache, and the layers' outputs, stacked by kind.
+        The hidden states, the cache, the layers' outputs, stacked by kind, and what their routers report, stacked [L, ...].
     """
     fixed, (per_layer, embeddings) = {"params"} if frozen else set[str](), inputs
     outputs: dict[int, list[Any]] = {}
@@ -97,13 +101,16 @@ def run_mixed_layers(
                     "rope": jnp.array(spec.rope_of_layer, jnp.int32)[number],
                     "per_layer": at(per_layer, index) if attention else None,
                     "dropout": at(dropout_keys, number),
+                    "router": at(routers, number),
                 }
                 chosen = {
                     name: layer_of(spec, run, place, iteration, tree if name in fixed else own[name], whole=name in fixed)
                     for name, tree in variables.items()
                 }
                 held = cache.attention if attention else at(cache.states, index)
-                (x, held), output = apply(kind, chosen, (x, held), layer)
+                (x, held), output, report = apply(kind, chosen, (x, held), layer)
+                if report is not None:
+                    new.setdefault(REPORTS, []).append(report)
                 states = cache.states if attention else put(cache.states, index, held)
                 cache = LayerCaches(held if attention else cache.attention, states)
                 if isinstance(output, LayerOutput):
@@ -120,11 +127,12 @@ def run_mixed_layers(
             outputs.setdefault(stack, []).append(jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), found))
     stacked = {stack: jax.tree.map(lambda *each: jnp.concatenate(each), *found) for stack, found in outputs.items()}
     of_attention = [stacked.get(stack) for stack in range(len(spec.key_stacks))]
-    return x, cache, LayerCaches(tuple(of_attention) if len(of_attention) > 1 else of_attention[0], stacked.get(STATES))
+    made = LayerCaches(tuple(of_attention) if len(of_attention) > 1 else of_attention[0], stacked.get(STATES))
+    return x, cache, made, stacked.get(REPORTS)
 
 
-STATES = -1
-"""The stack of recurrent layers; those with attention have `ModelSpec.key_stacks`."""
+STATES, REPORTS = -1, -2
+"""The stacks of recurrent layers and of what routers report; layers with attention have `ModelSpec.key_stacks`."""
 
 
 def stack_of(kind: Kind) -> int:

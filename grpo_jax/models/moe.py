@@ -1,7 +1,7 @@
 """Mixture of experts: a router selects some feed-forwards for every token (Shazeer et al. 2017, https://arxiv.org/abs/1701.06538).
 
 Experts have no capacity, so no token is dropped. Gradients go through the router weights of the selected experts, not through the
-selection. The load-balancing loss and noise before the router are left out: they belong to pretraining.
+selection. Experts may be given instead of selected (`routing.py`). Noise before the router is left out: it belongs to pretraining.
 
 N = B·T tokens with k of E experts each are M = N·k pairs. The products have three forms, which compute the same function:
 
@@ -21,10 +21,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from grpo_jax.models.expert_products import dense_product, group_by_expert, ragged_product, take_rows, tiled_product
 from grpo_jax.models.gating import gated
+from grpo_jax.models.routing import Routing
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec
 from grpo_jax.runtime.sharding import Layout
 from grpo_kernels import QuantizedWeight
@@ -52,18 +53,22 @@ def route(
     *,
     normalised: bool,
     bias: Float[Array, "E"] | None = None,
-) -> tuple[Float[Array, "N k"], Int[Array, "N k"]]:
-    """Router weights and indices of each token's experts, the most probable first.
+    given: Integer[Array, "N k"] | None = None,
+) -> tuple[Float[Array, "N k"], Routing]:
+    """Router weights and indices of each token's experts, the most probable first, or those that are given.
 
     Softmax over all experts in float32, then the k largest, divided by their sum where `normalised` (Mixtral, eq. 2 and 3 of
     https://arxiv.org/abs/2401.04088: the same as softmax over the k largest logits).
     """
     logits = jnp.dot(x, router, precision=precision_of(x.dtype), preferred_element_type=jnp.float32)
     logits = logits if bias is None else logits + bias.astype(jnp.float32)[None, :]
-    weights, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), selected)
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    weights, own = jax.lax.top_k(probabilities, selected)
+    if given is not None:
+        weights = jnp.take_along_axis(probabilities, given.astype(jnp.int32), axis=-1)
     if normalised:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
-    return weights, experts
+    return weights, Routing(probabilities, own, own if given is None else given.astype(jnp.int32))
 
 
 def choose_form(spec: ModelSpec, tokens: int, implementation: str | None, *, quantized: bool) -> Form:
@@ -98,7 +103,20 @@ def mix_experts(
     implementation: str | None = None,
     layout: Layout | None = None,
 ) -> Float[Array, "B T D"]:
-    """Computes the feed-forward of one layer.
+    """Computes the feed-forward of one layer; see `mix_and_route`."""
+    return mix_and_route(spec, x, weights, lora_scale, implementation, layout)[0]
+
+
+def mix_and_route(
+    spec: ModelSpec,
+    x: Float[Array, "B T D"],
+    weights: dict[str, dict[str, Any]],
+    lora_scale: float,
+    implementation: str | None = None,
+    layout: Layout | None = None,
+    given: Integer[Array, "B T k"] | None = None,
+) -> tuple[Float[Array, "B T D"], Routing]:
+    """Computes the feed-forward of one layer, and what its router has done.
 
     Args:
         weights: `kernel`, and where the model has it `bias`, of router, gate_proj, up_proj and down_proj. Kernels of the last three
@@ -106,6 +124,7 @@ def mix_experts(
         lora_scale: factor of the adapters' product.
         implementation: see `choose_form`.
         layout: on a mesh, B is sharded over rows.
+        given: the experts of each token, instead of those that the router would select.
     """
 
     def cast(w: Any) -> Any:
@@ -113,14 +132,16 @@ def mix_experts(
 
     ready = {name: {leaf: cast(w) for leaf, w in leaves.items()} for name, leaves in weights.items()}
 
-    def run(x: Array, weights: dict[str, dict[str, Any]]) -> Array:
+    def run(x: Array, weights: dict[str, dict[str, Any]], given: Array | None) -> tuple[Array, Routing]:
         rows = x.reshape(-1, x.shape[-1])
         first = jnp.int32(0) if layout is None else jax.lax.axis_index("tensor") * weights["up_proj"]["kernel"].shape[0]
-        y = mix_local_experts(spec, rows, weights, lora_scale, implementation, first)
-        return (y if layout is None else jax.lax.psum(y, "tensor")).reshape(x.shape)
+        own = None if given is None else given.reshape(rows.shape[0], -1)
+        y, routing = mix_local_experts(spec, rows, weights, lora_scale, implementation, first, own)
+        y = (y if layout is None else jax.lax.psum(y, "tensor")).reshape(x.shape)
+        return y, jax.tree.map(lambda leaf: leaf.reshape(*x.shape[:-1], -1), routing)
 
     if layout is None:
-        return run(x, ready)
+        return run(x, ready, given)
     shardings: dict[str, dict[str, Any]] = {name: {} for name in ready}
     for name, leaves in ready.items():
         for leaf, w in leaves.items():
@@ -131,7 +152,7 @@ def mix_experts(
                 shardings[name][leaf] = layout.decoding.spec(*axes)
                 leaves[leaf] = layout.gather(w, *axes)
     tokens = layout.spec("rows", "tokens", None)
-    return layout.local(run, (tokens, shardings), tokens)(x, ready)
+    return layout.local(run, (tokens, shardings, tokens), (tokens, tokens))(x, ready, given)
 
 
 def leaf_axes(spec: ModelSpec, name: str, leaf: str) -> tuple[str | None, ...]:
@@ -151,17 +172,20 @@ def mix_local_experts(
     lora_scale: float,
     implementation: str | None,
     first_expert: Int[Array, ""],
-) -> Float[Array, "N D"]:
-    """The weighted sum over those selected experts of each token that are on this device.
+    given: Integer[Array, "N k"] | None = None,
+) -> tuple[Float[Array, "N D"], Routing]:
+    """The weighted sum over those selected experts of each token that are on this device, and what the router has done.
 
     Args:
         first_expert: index of the first expert on this device.
+        given: see `mix_and_route`.
     """
     kernel = weights["up_proj"]["kernel"]
     k, experts = spec.experts_per_token, kernel.shape[0]
     router = weights["router"]
-    router_weights, selected = route(x, router["kernel"], k, normalised=spec.norm_topk_prob, bias=router.get("bias"))
-    local = selected - first_expert
+    options: dict[str, Any] = {"normalised": spec.norm_topk_prob, "bias": router.get("bias"), "given": given}
+    router_weights, routing = route(x, router["kernel"], k, **options)
+    local = routing.used - first_expert
     local = jnp.where((local >= 0) & (local < experts), local, experts)
     form = choose_form(spec, x.shape[0], implementation, quantized=isinstance(kernel, QuantizedWeight))
     if form == "dense":
@@ -169,13 +193,13 @@ def mix_local_experts(
         is_expert = local[:, :, None] == jnp.arange(experts, dtype=jnp.int32)[None, None, :]
         factor = jnp.sum(jnp.where(is_expert, router_weights[:, :, None], jnp.float32(0)), axis=1)
         out = jnp.einsum("end,ne->nd", y.astype(jnp.float32), factor, precision=precision_of(jnp.float32))
-        return out.astype(x.dtype)
+        return out.astype(x.dtype), routing
     groups = group_by_expert(local.reshape(-1), experts, *tile_sizes(spec, x.shape[0] * k, form))
     product = tiled_product if form == "tiled" else ragged_product
     rows = take_rows(x, groups.pair_of_row // k, groups.row_of_pair.reshape(-1, k))
     y = feed_forward(spec, rows, weights, lora_scale, lambda x, w: product(x, w, groups))
     pairs = take_rows(y, groups.row_of_pair, groups.pair_of_row[:, None]).reshape(-1, k, x.shape[-1])
-    return jnp.sum(pairs.astype(jnp.float32) * router_weights[:, :, None], axis=1).astype(x.dtype)
+    return jnp.sum(pairs.astype(jnp.float32) * router_weights[:, :, None], axis=1).astype(x.dtype), routing
 
 
 def feed_forward(spec: ModelSpec, x: Array, weights: dict[str, dict[str, Any]], lora_scale: float, product: Product) -> Array:

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from grpo_jax.config import ConfigError, RolloutConfig
+from grpo_jax.config import ConfigError, ObjectiveConfig, RolloutConfig
+from grpo_jax.config.checks import require
 from grpo_jax.models.layer_kinds import (
     DELTA_LINEARS,
     FUSED_DELTA_LINEARS,
@@ -105,6 +106,7 @@ class ModelSpec:
         experts: experts in every layer, of which a router selects `experts_per_token` for each token; 0 is a dense feed-forward.
         norm_topk_prob: the router's weights of the selected experts are divided by their sum.
         shared_ffw: width of a feed-forward that every token has next to its experts, times a sigmoid; 0 is none.
+        router_aux_coef: weight of the load-balancing loss, as config.json has it where it says output_router_logits; else 0.
         dtype: dtype of the weights that config.json names.
         init_std: standard deviation of random initial weights.
 
@@ -165,6 +167,7 @@ class ModelSpec:
     experts_per_token: int = 0
     norm_topk_prob: bool = True
     shared_ffw: int = 0
+    router_aux_coef: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     init_std: float = 0.02
 
@@ -282,6 +285,15 @@ class ModelSpec:
         """Raises ConfigError where the longest sequence of a run is longer than the rotary embeddings are exact for."""
         longest = rollout.max_prompt_length + rollout.max_completion_length
         self.check_length(longest, "rollout.max_prompt_length + rollout.max_completion_length")
+
+    def check_routers(self, rollout: RolloutConfig, objective: ObjectiveConfig) -> None:
+        """Raises ConfigError where settings of routers have no effect, because the model has none."""
+        if self.experts:
+            return
+        fix = "this model is no mixture of experts"
+        require(not rollout.records_experts, "rollout.router_replay", rollout.router_replay, f"{fix}: use none")
+        coefficient = objective.router_aux_coef
+        require(not coefficient, "objective.router_aux_coef", coefficient, f"{fix}: use null")
 
     def check_episodes(self) -> None:
         """Raises ConfigError where the model cannot read tokens in the middle of a completion, as episodes of several turns do."""

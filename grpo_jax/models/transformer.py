@@ -15,7 +15,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Integer, Key
 
 from grpo_jax.models.adapters import Ratios, computed_adapters
 from grpo_jax.models.dropout import layer_keys
@@ -25,6 +25,7 @@ from grpo_jax.models.linear import Linear
 from grpo_jax.models.mixed_layers import ApplyLayer, LayerCaches, run_mixed_layers
 from grpo_jax.models.recurrent import Recurrence
 from grpo_jax.models.rope import rope_tables
+from grpo_jax.models.routing import COLLECTION, RouterInputs, RouterSums, total_sums, used_experts
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.sharding import GATHERED, Layout
 from grpo_jax.types import Params
@@ -55,6 +56,7 @@ class Transformer(nn.Module):
         unroll: run the layers one after the other instead of in a scan; ignored with remat.
         implementation: of the kernels (`grpo_kernels`): "reference", "xla", "mosaic_tpu", or None for the device's.
         layout: sharding of weights and hidden states; None is one device.
+        records_experts: `forward_with_experts` returns the experts of every token.
     """
 
     spec: ModelSpec
@@ -66,6 +68,7 @@ class Transformer(nn.Module):
     layout: Layout | None = None
     lora_ratios: Ratios = ()
     lora_dropout: float = 0.0
+    records_experts: bool = False
 
     @property
     def unrolled(self) -> bool:
@@ -84,6 +87,7 @@ class Transformer(nn.Module):
         recurrence: Recurrence | None = None,
         dropout_keys: Key[Array, "B T"] | None = None,
         inference: bool = False,
+        routers: RouterInputs | None = None,
     ) -> tuple[Float[Array, "B W D"], Any, Any]:
         """Runs the decoder.
 
@@ -99,6 +103,7 @@ class Transformer(nn.Module):
             recurrence: the mixing of tokens in recurrent layers; None where the model has none.
             dropout_keys: of the adapters' dropout, one a token; None is no dropout.
             inference: no gradient is wanted, so that loops read weights where they are. It is implied where there is a cache.
+            routers: of a mixture of experts; needs all T in every layer, so no `select`.
 
         Returns:
             Hidden states after the final norm, the cache, and the layers' outputs, stacked or as tuples where unrolled. With
@@ -112,15 +117,15 @@ class Transformer(nn.Module):
         norm = RMSNorm(self.spec.norm_eps, self.spec.norm_offset, self.layout, factor=self.spec.logit_scale, name="final_norm")
         keys, inputs = layer_keys(dropout_keys, self.spec.layers), (per_layer, embeddings)
         if self.unrolled and keys is None:
-            x, cache, outputs = self.run_unrolled(x, rope, (attend, recurrence), cache, inputs, select)
+            x, cache, outputs = self.run_unrolled(x, rope, (attend, recurrence), cache, inputs, select, routers=routers)
             return norm(x), cache, outputs
         if self.unrolled:
-            x, cache, outputs = self.run_unrolled(x, rope, (attend, recurrence), cache, inputs, None, keys)
+            x, cache, outputs = self.run_unrolled(x, rope, (attend, recurrence), cache, inputs, None, keys, routers)
         elif self.spec.one_scan:
-            x, cache, outputs = self.run_scanned(x, rope, attend, cache, per_layer, keys)
+            x, cache, outputs = self.run_scanned(x, rope, attend, cache, per_layer, keys, routers)
         else:
             frozen = inference or cache is not None
-            x, cache, outputs = self.run_mixed(x, rope, (attend, recurrence), cache, inputs, frozen, keys)
+            x, cache, outputs = self.run_mixed(x, rope, (attend, recurrence), cache, inputs, frozen, keys, routers)
         x = norm(x)
         return x if select is None else select(x), cache, outputs
 
@@ -150,7 +155,14 @@ class Transformer(nn.Module):
         return self.remat == "none" and not (self.layout is not None and self.layout.mesh.shape["fsdp"] > 1)
 
     def run_scanned(
-        self, x: Array, rope: Any, attend: Attend, cache: Any, per_layer: Any, dropout_keys: Array | None = None
+        self,
+        x: Array,
+        rope: Any,
+        attend: Attend,
+        cache: Any,
+        per_layer: Any,
+        dropout_keys: Array | None,
+        routers: RouterInputs | None,
     ) -> tuple[Array, Any, Any]:
         """All layers as one scan over stacked variables: compile time does not grow with depth."""
         spec = self.spec
@@ -158,7 +170,7 @@ class Transformer(nn.Module):
         per_layer_then_all: Any = (0, nn.broadcast)
         scanned = nn.scan(
             block,
-            variable_axes={"params": 0, "lora": 0},
+            variable_axes={"params": 0, "lora": 0, COLLECTION: 0},
             split_rngs={"params": True},
             in_axes=per_layer_then_all,
             length=spec.layers,
@@ -169,6 +181,7 @@ class Transformer(nn.Module):
             "rope": jnp.array(spec.rope_of_layer, jnp.int32),
             "per_layer": per_layer,
             "dropout": dropout_keys,
+            "router": routers,
         }
         (x, cache), outputs = self.block(scanned, attend, name="layers")((x, cache), layer, rope)
         return x, cache, outputs
@@ -187,6 +200,7 @@ class Transformer(nn.Module):
         inputs: tuple[Any, Array | None],
         frozen: bool,
         dropout_keys: Array | None,
+        routers: RouterInputs | None,
     ) -> tuple[Array, Any, Any]:
         """All layers of a model with several kinds of them, as a few loops; see `run_mixed_layers`.
 
@@ -197,13 +211,15 @@ class Transformer(nn.Module):
         names = [name for name in ("params", "lora") if self.has_variable(name, "layers")]
         variables = {name: dict(self.get_variable(name, "layers")) for name in names}
         attend, recurrence = mixers
+        reports = [COLLECTION] if self.is_mutable_collection(COLLECTION) else []
 
         def apply_layer(run: Run) -> ApplyLayer:
             def apply(kind: Kind, own: Params, carry: tuple[Array, Any], layer: dict[str, Any]) -> Any:
                 block = self.block(Block, attend, kind=kind, recurrence=recurrence, parent=None)
 
                 def of_layer(own: Params, carry: tuple[Array, Any], layer: dict[str, Any], rope: Any) -> Any:
-                    return block.apply(own, carry, layer, rope)
+                    (carry, output), state = block.apply(own, carry, layer, rope, mutable=reports)
+                    return carry, output, state.get(COLLECTION)
 
                 if not self.saves_all:
                     # A loop of one iteration may become none, in which recomputing needs a barrier.
@@ -214,10 +230,12 @@ class Transformer(nn.Module):
 
         caches = cache if isinstance(cache, LayerCaches) else LayerCaches(cache)
         frozen = frozen or "lora" in variables or (recurrence is not None and recurrence.inference)
-        each = (inputs, self.windows, dropout_keys)
-        made = run_mixed_layers(self.spec, variables, apply_layer, x, caches, *each, frozen=frozen)
+        each = (inputs, self.windows, dropout_keys, routers)
+        x, caches, outputs, reported = run_mixed_layers(self.spec, variables, apply_layer, x, caches, *each, frozen=frozen)
+        if reported is not None:
+            self.put_variable(COLLECTION, "layers", reported)
         # Without recurrent layers, caches and outputs are those of attention alone.
-        return made if self.spec.recurrent_layers else (made[0], made[1].attention, made[2].attention)
+        return (x, caches, outputs) if self.spec.recurrent_layers else (x, caches.attention, outputs.attention)
 
     def run_unrolled(
         self,
@@ -228,6 +246,7 @@ class Transformer(nn.Module):
         inputs: tuple[Any, Array | None],
         select: SelectTokens | None,
         dropout_keys: Array | None = None,
+        routers: RouterInputs | None = None,
     ) -> tuple[Array, tuple[Any, ...], tuple[Any, ...]]:
         """Runs the layers in a Python loop. In the last layer, tokens that are not in `select` give only keys and values.
 
@@ -253,6 +272,7 @@ class Transformer(nn.Module):
                 "embedding": None if embeddings is None else embeddings[number],
                 "shared_keys": keys.get(source),
                 "dropout": None if dropout_keys is None else dropout_keys[number],
+                "router": jax.tree.map(lambda x, number=number: x[number], routers),
             }
             last = number == spec.layers - 1
             block = self.block(Block, attend, kind=kind, recurrence=recurrence, name=f"layers_{number}")
@@ -264,7 +284,7 @@ class Transformer(nn.Module):
         return x, tuple(caches), tuple(outputs)
 
 
-def forward(model: Transformer, variables: Params, *args: Any, **kwargs: Any) -> tuple[Float[Array, "B W D"], Any, Any]:
+def applied(model: Transformer, variables: Params, *args: Any, **kwargs: Any) -> Any:
     """`model.apply` to variables in either form: stacked layers are split first where the model runs unrolled.
 
     Adapters are those that are trained, or already computed (`adapters.computed_adapters`).
@@ -272,8 +292,31 @@ def forward(model: Transformer, variables: Params, *args: Any, **kwargs: Any) ->
     variables = with_computed_adapters(model, variables)
     if model.unrolled and "layers" in variables["params"]:
         variables = split_layers(model.spec, variables)
-    out: Any = model.apply(variables, *args, **kwargs)
+    return model.apply(variables, *args, **kwargs)
+
+
+def forward(model: Transformer, variables: Params, *args: Any, **kwargs: Any) -> tuple[Float[Array, "B W D"], Any, Any]:
+    """Runs the decoder; see `Transformer.__call__` and `applied`."""
+    out: tuple[Array, Any, Any] = applied(model, variables, *args, **kwargs)
     return out
+
+
+def forward_with_experts(
+    model: Transformer, variables: Params, ids: Int[Array, "B T"], *args: Any, **kwargs: Any
+) -> tuple[tuple[Float[Array, "B W D"], Any, Any], Integer[Array, "B T L k"] | None]:
+    """`forward`, and the experts that each token used in every layer; None where the model does not record them."""
+    if not model.records_experts:
+        return forward(model, variables, ids, *args, **kwargs), None
+    out, state = applied(model, variables, ids, *args, mutable=[COLLECTION], **kwargs)
+    return out, used_experts(model.spec, state[COLLECTION], ids.shape[1])
+
+
+def forward_with_routers(
+    model: Transformer, variables: Params, *args: Any, routers: RouterInputs, **kwargs: Any
+) -> tuple[Float[Array, "B T D"], RouterSums]:
+    """Hidden states of all tokens, and what the routers of all layers have done with them."""
+    (hidden, _, _), state = applied(model, variables, *args, routers=routers, mutable=[COLLECTION], **kwargs)
+    return hidden, total_sums(state[COLLECTION])
 
 
 def with_computed_adapters(model: Transformer, variables: Params) -> Params:

@@ -9,6 +9,7 @@ are not sharded over `fsdp`. Prompt slots, and the slots in their table, are num
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,11 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from grpo_jax.models.layer_kinds import has_keys
 from grpo_jax.models.recurrent import TokenRecurrence
-from grpo_jax.models.transformer import Transformer, forward, head_matrix
+from grpo_jax.models.routing import expert_dtype
+from grpo_jax.models.transformer import Transformer, forward_with_experts, head_matrix
 from grpo_jax.rollout.kv_cache import SlotMap, constrain_cache, decode_attend, empty_past_block, layer_caches
 from grpo_jax.rollout.prefill import PrefilledPrompts, gather_by_prompt_slot
 from grpo_jax.rollout.sampling import Drawn, SamplingControls, sample_token
@@ -85,6 +87,8 @@ class SegmentTokens:
         stopped: True = a stop token ended the completion.
         near_ties: number of tokens in whose place rounding could have chosen another one.
         done: True = the slot needs no more tokens: a stop token, the length limit, or no completion.
+        experts: those that the token of each column used in every layer; not of the last one, which is not computed here. None
+            where the model does not record them.
     """
 
     ids: Int[Array, "S T"]
@@ -93,6 +97,7 @@ class SegmentTokens:
     stopped: Bool[Array, "S"]
     near_ties: Int[Array, "S"]
     done: Bool[Array, "S"]
+    experts: Integer[Array, "S T L k"] | None = None
 
 
 @struct.dataclass
@@ -151,9 +156,10 @@ def segment_sampler(
     return sample
 
 
-def empty_tokens(slots: SlotState, length: int) -> SegmentTokens:
+def empty_tokens(model: Transformer, slots: SlotState, length: int) -> SegmentTokens:
     """Makes the tokens of a segment before its first draw: column 0 has each slot's last token."""
-    s = slots.base.shape[0]
+    s, spec = slots.base.shape[0], model.spec
+    experts = jnp.zeros((s, length + 1, spec.layers, spec.experts_per_token), expert_dtype(spec)) if model.records_experts else None
     return SegmentTokens(
         ids=jnp.zeros((s, length + 1), jnp.int32).at[:, 0].set(slots.last),
         logps=jnp.zeros((s, length + 1), jnp.float32),
@@ -161,6 +167,7 @@ def empty_tokens(slots: SlotState, length: int) -> SegmentTokens:
         stopped=jnp.zeros((s,), bool),
         near_ties=jnp.zeros((s,), jnp.int32),
         done=~slots.live,
+        experts=experts,
     )
 
 
@@ -179,6 +186,7 @@ def record_tokens(
         stopped=tokens.stopped | stop,
         near_ties=tokens.near_ties + (close & live).astype(jnp.int32),
         done=tokens.done | (live & (stop | (slots.base + column + 1 >= slots.limits))),
+        experts=tokens.experts,
     )
 
 
@@ -232,15 +240,19 @@ def decode_segment(
         cache = state.segment_cache if all_layers is None else (state.segment_cache, zero)
         caches = join_caches(model.spec, cache, state.states, unroll=unroll)
         more: Any = {} if states is None else {"recurrence": TokenRecurrence(layout)}
-        hidden, caches, _ = forward(model, variables, ids, positions[:, None], attend, caches, per_layer, **more)
+        out, experts = forward_with_experts(model, variables, ids, positions[:, None], attend, caches, per_layer, **more)
+        hidden, caches, _ = out
         cache, new_states = split_caches(model.spec, caches, unroll=unroll)
         segment_cache = cache if all_layers is None else cache[0]
-        column = state.step + 1
+        column, tokens = state.step + 1, state.tokens
+        if experts is not None and tokens.experts is not None:
+            place = (zero, state.step, zero, zero)
+            tokens = dataclasses.replace(tokens, experts=jax.lax.dynamic_update_slice(tokens.experts, experts, place))
         drawn = sample(hidden[:, 0], column)
-        recorded = record_tokens(state.tokens, drawn, column, ~state.tokens.done, slots, stop_ids)
+        recorded = record_tokens(tokens, drawn, column, ~tokens.done, slots, stop_ids)
         return DecodeState(column, segment_cache, new_states, recorded)
 
-    zero, tokens = jnp.int32(0), empty_tokens(slots, length)
+    zero, tokens = jnp.int32(0), empty_tokens(model, slots, length)
 
     def begin() -> SegmentTokens:
         drawn = sample(gather_by_prompt_slot(prompts.hidden, slots.prompt_slots, layout), zero)

@@ -157,7 +157,8 @@ class EpisodeSetup:
         if several_processes:
             raise ConfigError("environment: a run with episodes has one process so far: start one, or train without environment")
         config = self.source_config(tokenizer)
-        template = str(tokenizer.hf.chat_template) if tokenizer.has_chat_template else None
+        tools = None if self.environments.toolbox is None else self.environments.toolbox.schemas
+        template = tokenizer.template_for(tools) if tokenizer.has_chat_template else None
         data = config.data
         chat = Chat(
             tokenizer,

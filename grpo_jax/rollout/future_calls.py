@@ -55,7 +55,10 @@ def rollout_calls(sampler: Sampler, variables: Params, rollout: RolloutConfig, s
 
     settings = sampler.weight_settings(variables, least_free_bytes(), rollout)
     weights = placed(prepared_shapes(model, variables, **settings))
-    prefilled = lambda *arguments: placed(jax.eval_shape(partial(prefill, model, kv_dtype=kv_dtype), weights, *arguments))  # noqa: E731
+
+    def prefilled(*arguments: Any) -> Any:
+        return placed(jax.eval_shape(partial(prefill, model, kv_dtype=kv_dtype), weights, *arguments).replace(experts=None))
+
     past_blocks, segment_cache = tuple(past_block(tokens) for tokens in sizes.past_blocks), past_block(sizes.segment)
     number, flag = array(jnp.int32, sizes.slots), array(jnp.bool_, sizes.slots)
     slots = SlotState(*[number] * 7, live=flag, begins=flag)

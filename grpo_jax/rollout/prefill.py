@@ -11,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Integer
 
 from grpo_jax.models.attention import prefill_attend, select_last
 from grpo_jax.models.recurrent import packed_recurrence
-from grpo_jax.models.transformer import Transformer, forward
+from grpo_jax.models.transformer import Transformer, forward_with_experts
 from grpo_jax.rollout.kv_cache import by_stack, cache_spec, constrain_cache, of_stacks, to_cache
 from grpo_jax.rollout.states import constrain_states, split_caches
 from grpo_jax.runtime.sharding import Layout
@@ -34,12 +34,14 @@ class PrefilledPrompts:
         lengths: tokens of each prompt.
         hidden: hidden state at each prompt's last token.
         states: recurrent states behind each prompt (`states.py`); None where the model has none.
+        experts: those of every token and layer, where the model records them, until they have been copied to the host.
     """
 
     cache: Any
     lengths: Int[Array, "B"]
     hidden: Float[Array, "B D"]
     states: Any = None
+    experts: Integer[Array, "B P L k"] | None = None
 
 
 def prefill(
@@ -66,7 +68,7 @@ def prefill(
         lengths=lengths,
     )
     options: Any = {"select": select_last(lengths), "recurrence": recurrence, "inference": True}
-    hidden, _, outputs = forward(model, variables, prompts, positions, attend, **options)
+    (hidden, _, outputs), experts = forward_with_experts(model, variables, prompts, positions, attend, **options)
     stacked, states = split_caches(model.spec, outputs, unroll=model.unrolled)
     last = hidden[:, 0] if layout is None else layout.constrain(hidden[:, 0], "rows", None)
     if not model.unrolled:
@@ -74,7 +76,8 @@ def prefill(
         cache: Any = of_stacks(tuple(to_cache(k, v, kv_dtype=kv_dtype) for k, v in stacks))
     else:
         cache = tuple(to_cache(k[None], v[None], kv_dtype=kv_dtype, transposed=True) for k, v in stacked)
-    return PrefilledPrompts(constrain_cache(layout, cache), lengths, last, constrain_states(layout, states))
+    experts = experts if experts is None or layout is None else layout.constrain(experts)
+    return PrefilledPrompts(constrain_cache(layout, cache), lengths, last, constrain_states(layout, states), experts)
 
 
 def insert_prompts(

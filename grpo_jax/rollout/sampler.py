@@ -14,7 +14,7 @@ the same program in lockstep; a shard without work waits. Every process gets all
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -226,7 +226,14 @@ class Sampler:
             near_ties=near_ties,
             slots=shapes.slots,
             sampled=None if turns is None else [own.sampled for own in completions],
+            experts=self.recorded_experts(prompt_ids, completions) if self.model.records_experts else None,
         )
+
+    def recorded_experts(self, prompt_ids: Sequence[Sequence[int]], completions: Sequence[PartialCompletion]) -> list[np.ndarray]:
+        """The experts of every prompt's and completion's tokens but the last; those behind a stop string are left out."""
+        each = len(completions) // len(prompt_ids)
+        lengths = [len(prompt_ids[number // each]) + max(0, len(own.ids) - 1) for number, own in enumerate(completions)]
+        return [np.concatenate(own.experts)[:length] for own, length in zip(completions, lengths, strict=True)]
 
     def shapes_for(
         self, rollout: RolloutConfig, prompts: int, widths: Sequence[int], free_bytes: int | None, *, episodes: bool = False
@@ -415,7 +422,16 @@ class RolloutLoop:
         ids = [[0] if number is None else self.prompt_ids[number] for number in numbers]
         lengths = np.array([len(own) for own in ids], np.int32)
         padded, lengths = self.put((pad_rows(ids, self.sizes.prompt), lengths), "prompts")
-        return self.sampler.prefill(weights, padded, lengths, kv_dtype=self.rollout.kv_dtype)
+        prompts: PrefilledPrompts = self.sampler.prefill(weights, padded, lengths, kv_dtype=self.rollout.kv_dtype)
+        if prompts.experts is None:
+            return prompts
+        experts = np.asarray(jax.device_get(prompts.experts) if self.layout is None else self.layout.get(prompts.experts))
+        for number, own, used in zip(numbers, ids, experts, strict=True):
+            if number is not None:
+                first = number * self.rollout.num_generations
+                for completion in self.completions[first : first + self.rollout.num_generations]:
+                    completion.experts.append(used[: len(own)])
+        return replace(prompts, experts=None)
 
     def slot_state(self, schedule: ShardedSchedule, begun: list[int]) -> tuple[SlotState, int, int]:
         """Returns the schedule as device arrays, and the most tokens in any slot's past before and after this segment.
@@ -452,6 +468,8 @@ class RolloutLoop:
         for slot in np.flatnonzero(schedule.live):
             completion = self.completions[in_slot[slot]]
             new = slice(1 if completion.ids else 0, int(ends[slot]))
+            if tokens.experts is not None:
+                completion.experts.append(np.asarray(tokens.experts[slot, : int(ends[slot]) - 1]))
             strings, decode_text = self.rollout.stop, self.sampler.decode_text
             if completion.add(
                 ids[slot, new], logps[slot, new], stopped=bool(stopped[slot]), strings=strings, decode_text=decode_text

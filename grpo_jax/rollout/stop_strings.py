@@ -31,6 +31,7 @@ class PartialCompletion:
         reason: why it ends; of an episode why its last turn has ended.
         ended: whether it, or its turn, has ended.
         outside: the first token from outside of each answer, and one after the last.
+        experts: those of the prompt's tokens and of its own but the last, [tokens, L, k] arrays, where the model records them.
     """
 
     limit: int
@@ -40,6 +41,7 @@ class PartialCompletion:
     reason: FinishReason = "length"
     ended: bool = False
     outside: list[tuple[int, int]] = field(default_factory=list)
+    experts: list[np.ndarray] = field(default_factory=list)
 
     @property
     def turn_start(self) -> int:

@@ -59,6 +59,7 @@ RULES: dict[str, tuple[str, ...]] = {
 BATCH_AXES: AxesTable = {
     **{(name,): (None, "rows", None) for name in ("ids", "positions", "selected", "inverse", "targets", "columns", "completions")},
     **{("ranges", name): (None, "rows", None) for name in ("prompt_start", "prompt_end", "own_start", "own_end")},
+    ("experts",): (None, "rows", None, None, None),
     ("places",): ("rows", "tokens"),
     ("completion_lengths",): ("rows",),
     ("completion_mask",): ("rows", "tokens"),

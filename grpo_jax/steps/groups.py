@@ -85,6 +85,7 @@ class Groups:
             finish_reasons=chained(each.finish_reasons for each in rollouts),
             near_ties=sum(each.near_ties for each in rollouts),
             sampled=None if first.rollout.sampled is None else chained(each.sampled or [] for each in rollouts),
+            experts=None if first.rollout.experts is None else chained(each.experts or [] for each in rollouts),
         )
         texts, episodes = chained(part.texts for part in parts), chained(part.episodes for part in parts)
         return Groups(batch, rollout, texts, joined_scores([part.scored for part in parts]), episodes)
@@ -103,6 +104,7 @@ def rollout_rows(rollout: Rollout, rows: np.ndarray) -> Rollout:
         logprobs=[rollout.logprobs[row] for row in rows],
         finish_reasons=[rollout.finish_reasons[row] for row in rows],
         sampled=None if rollout.sampled is None else [rollout.sampled[row] for row in rows],
+        experts=None if rollout.experts is None else [rollout.experts[row] for row in rows],
     )
 
 

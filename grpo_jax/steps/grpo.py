@@ -170,7 +170,7 @@ class GrpoStep:
 
     def update_calls(self, state: TrainState) -> list[FutureCall]:
         """The update with the shapes of its batch, [FutureCall(self.update, (state, batch, self.frozen))], and what it needs."""
-        batch = abstract_batch(self.config, Placement(self.policy.layout, jax.local_devices()[0]), self.sizes)
+        batch = abstract_batch(self.config, self.policy.spec, Placement(self.policy.layout, jax.local_devices()[0]), self.sizes)
         shapes = in_device_memory(shapes_of(state))
         before = [] if self.mini_batches is None else self.mini_batches.future_calls(shapes, batch, self.frozen)
         return [*before, FutureCall(self.update, (shapes, batch, self.frozen))]

@@ -124,7 +124,7 @@ def build_grpo_step(
     display.note(f"train.micro_batch_tokens: texts are packed into rows of {tokens} tokens")
     if learner.truncation is not None and learner.truncation.truncates:
         display.note(TRUNCATED_LINE)
-    sampler = sampler_of(policy).announcing(display.compiling)
+    sampler = sampler_of(policy, records_experts=config.rollout.records_experts).announcing(display.compiling)
     update = Program("update", learner.train_step, donate=(0,), announce=display.compiling)
     kl = Program("KL to the reference", learner.kl_sums, announce=display.compiling)
     parts = (config, policy, source, functions, sampler, learner, sizes, update, kl, frozen, display)

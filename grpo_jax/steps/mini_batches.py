@@ -113,6 +113,7 @@ def part_of(prompts: PromptBatch, rollout: Rollout, scored: ScoredBatch, own: sl
             logprobs=rollout.logprobs[rows],
             finish_reasons=rollout.finish_reasons[rows],
             sampled=None if rollout.sampled is None else rollout.sampled[rows],
+            experts=None if rollout.experts is None else rollout.experts[rows],
         ),
         replace(
             scored,

@@ -71,6 +71,7 @@ def read_tokenizer(config: Config, display: Display) -> Tokenizer | None:
         folder = find_model(config.model.path, config.model.revision, weights=False)
         spec = read_folder_spec(folder)
         spec.check_rollout(config.rollout)
+        spec.check_routers(config.rollout, config.objective)
         check_mesh(make_layout(choose_run_mesh(config, spec, least_limit_bytes()).mesh), spec)
         tokenizer, file = Tokenizer.from_folder(folder), config.data.chat_template_file
         return tokenizer if tokenizer is None or file is None else tokenizer.with_chat_template(read_template_file(file))
@@ -105,6 +106,7 @@ def placed_policy(config: Config, policy: Policy | None, display: Display) -> Po
         if policy.adapters is None:
             display.note(NO_ADAPTERS_LINE)
     policy.spec.check_rollout(config.rollout)
+    policy.spec.check_routers(config.rollout, config.objective)
     policy.need_tokenizer()
     if not policy.stop_ids and not config.rollout.stop:
         display.warning(NO_STOP_LINE)

@@ -65,7 +65,7 @@ def merged_weights(
     Returns:
         The function. It raises ModelError where the original is needed and gone.
     """
-    leaves, sources = dict(flatten(params)), tensor_names(spec)
+    leaves = dict(flatten(params))
     pairs = {} if adapters is None else adapters["layers"]
     ratios = {} if lora is None else dict(ratios_of(spec, lora))
     scale = 0.0 if lora is None else lora.scale
@@ -74,9 +74,10 @@ def merged_weights(
         assert original is not None, path
         with TensorFiles(original) as files:
             # Of a tensor with all experts, the index is that of the layer.
-            stack = sources[path].stack
+            source = tensor_names(spec, files.files)[path]
+            stack = source.stack
             rest = np.ndindex(stack[len(index) :])
-            parts = [read_tensor(files, sources[path], int(np.ravel_multi_index((*index, *other), stack))) for other in rest]
+            parts = [read_tensor(files, source, int(np.ravel_multi_index((*index, *other), stack))) for other in rest]
             return np.stack(parts).reshape(*stack[len(index) :], *parts[0].shape)
 
     def read(path: tuple[str, ...], index: tuple[int, ...]) -> np.ndarray:
@@ -126,8 +127,9 @@ def save_merged(
     if writes:
         out.mkdir(parents=True, exist_ok=True)
         (out / DIGESTS).unlink(missing_ok=True)  # those of files that are about to be replaced
-    pieces, sizes = tensor_pieces(spec), dict[str, int]()
+    sizes = dict[str, int]()
     with TensorFiles(original) as files:
+        pieces = tensor_pieces(spec, files.files)
         shards = sorted(set(files.files.values()))
         if writes:
             refuse_other_weights(out, {*shards, INDEX} if (original / INDEX).is_file() else set(shards))
@@ -161,10 +163,12 @@ def describe_dense(out: Path, files: dict[str, str], total_bytes: int) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def tensor_pieces(spec: ModelSpec) -> dict[str, list[tuple[TensorSource, tuple[str, ...], tuple[int, ...]]]]:
+def tensor_pieces(
+    spec: ModelSpec, stored: Collection[str]
+) -> dict[str, list[tuple[TensorSource, tuple[str, ...], tuple[int, ...]]]]:
     """The tensors of the model's files, each with the parameters that are in it: source, path and index in the stack."""
     pieces: dict[str, list[tuple[TensorSource, tuple[str, ...], tuple[int, ...]]]] = {}
-    for path, source in tensor_names(spec).items():
+    for path, source in tensor_names(spec, stored).items():
         for name, index in source.entries():
             pieces.setdefault(name, []).append((source, path, index))
     if spec.tied:

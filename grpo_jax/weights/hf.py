@@ -29,7 +29,6 @@ TIED_ROWS = 64
 """Rows that are compared of an embedding and a head that should be the same."""
 FLOATING = ("F64", "F32", "F16", "BF16")
 """Number formats of safetensors that weights may have; others are quantised values, whose scales are elsewhere."""
-FUSED_EXPERTS = "experts.gate_up_proj"
 # Names of constants that old checkpoints store next to the weights; they are computed from config.json instead.
 CONSTANTS = ("rotary_emb.inv_freq", "self_attn.masked_bias")
 
@@ -268,15 +267,8 @@ def check_tensors(folder: Path, spec: ModelSpec, files: TensorFiles, others: Col
         others: names of tensors that are allowed in addition.
     """
     unused, used = set(files.files) - set(others), set[str]()
-    known = {name for source in tensor_names(spec).values() for name in source.names}
-    fused = next((name for name in unused - known if name.endswith(FUSED_EXPERTS)), None)
-    if fused is not None:
-        raise ModelError(
-            f"{folder}: tensor {fused} holds all experts in one; only one tensor per expert is supported: load the folder in "
-            "transformers and save it with save_pretrained(..., save_original_format=True)"
-        )
     specs = param_specs(spec)
-    for path, source in tensor_names(spec).items():
+    for path, source in tensor_names(spec, files.files).items():
         expected = source.shape_of(specs[path].shape)
         for name in source.names:
             if name not in unused | used:

@@ -49,7 +49,7 @@ def load_params(
         spec: the model, from `read_folder_spec`.
         dtype: dtype on the device.
         on_tensor: called with (parameters read, parameters in all), for a progress bar.
-        quantization: `none`, or the format of the layers' matrices: `int8`, `int4` or `nf4`, rounded from the files' values.
+        quantization: `none`, or the format of the layers' matrices: `int8`, `int4` or `nf4`, or `mxfp4` of experts.
         layout: sharding of each parameter; None loads onto the default device.
         others: names of tensors in the files that are not loaded.
 
@@ -62,7 +62,7 @@ def load_params(
     device = SingleDeviceSharding(jax.local_devices()[0])
     with TensorFiles(folder) as files:
         check_tensors(folder, spec, files, others)
-        for number, (path, source) in enumerate(tensor_names(spec).items()):
+        for number, (path, source) in enumerate(tensor_names(spec, files.files).items()):
             p = specs[path]
             if path in quantized and layout is not None:
                 leaves[path] = load_quantized_sharded(files, source, quantized[path], quantization, p.axes, layout)

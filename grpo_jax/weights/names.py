@@ -6,7 +6,7 @@ Loading (`hf.py`) uses the table in one direction, export (`export.py`) and adap
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,6 +83,8 @@ LEAVES = {
     "offset": ".dt_bias",
 }
 """Ending of a tensor's name behind its module's path, by the leaf of the parameter."""
+FUSED_EXPERTS_ENDING = ".experts.gate_up_proj"
+"""Ending of the tensor that has the gate and up projections of all experts of a layer."""
 MIXTRAL_EXPERTS = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 
 
@@ -237,8 +239,13 @@ class TensorSource:
         return (*held, *own)
 
 
-def tensor_names(spec: ModelSpec) -> dict[tuple[str, ...], TensorSource]:
-    """The table of names: path of a parameter → its tensors."""
+def tensor_names(spec: ModelSpec, stored: Collection[str] = ()) -> dict[tuple[str, ...], TensorSource]:
+    """The table of names: path of a parameter → its tensors.
+
+    Args:
+        stored: names of the tensors in the files, where there are files. They decide between the two spellings of experts: one
+            tensor per expert, as models on the hub have them, or all of a layer in one (`fused_experts`).
+    """
     norm = "embedding_norm" if spec.family == "lfm2" else "norm"
     top = {
         "embed": f"{root(spec)}.embed_tokens.weight",
@@ -259,4 +266,26 @@ def tensor_names(spec: ModelSpec) -> dict[tuple[str, ...], TensorSource]:
         outputs = fused_outputs(spec, path[1]) if path[2] in ("kernel", "bias") else None
         transposed = path[2] == "kernel" and not held
         table[path] = TensorSource(names, transposed, spec.stack_dims(path[1])[0], outputs, held)
-    return table
+    has_fused = spec.experts and not held_stack(spec, "up_proj") and any(name.endswith(FUSED_EXPERTS_ENDING) for name in stored)
+    return table | fused_experts(spec) if has_fused else table
+
+
+def fused_experts(spec: ModelSpec) -> dict[tuple[str, ...], TensorSource]:
+    """Routers and experts as transformers 5 has them in memory, and saves them where it is told so (`save_original_format=False`).
+
+    `experts.gate_up_proj` [E, 2F, D] has the gates in front, `experts.down_proj` is [E, D, F]. Mixtral's block has another name
+    there.
+    """
+    modules = [f"{root(spec)}.layers.{i}.mlp" for i in range(spec.layers)]
+
+    def source(tensor: str, outputs: Outputs | None = None) -> TensorSource:
+        names = tuple(f"{module}.{tensor}" for module in modules)
+        return TensorSource(names, True, (spec.layers, spec.experts), outputs, held=1)
+
+    gate, up = (Outputs(first, 1, spec.ffw, 2 * spec.ffw) for first in (0, spec.ffw))
+    return {
+        ("layers", "router", "kernel"): TensorSource(tuple(f"{module}.gate.weight" for module in modules), True, (spec.layers,)),
+        ("layers", "gate_proj", "kernel"): source("experts.gate_up_proj", gate),
+        ("layers", "up_proj", "kernel"): source("experts.gate_up_proj", up),
+        ("layers", "down_proj", "kernel"): source("experts.down_proj"),
+    }

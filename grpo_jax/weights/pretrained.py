@@ -62,7 +62,7 @@ def read_pretrained(
     """Reads a model from a folder or the hub; arguments and errors as of `Policy.from_pretrained`."""
     if dtype not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"dtype: {dtype!r} is not supported; use 'auto', 'float32' or 'bfloat16'")
-    require_choice("quantization", quantization, ("none", "int8", "int4", "nf4"))
+    require_choice("quantization", quantization, ("none", "int8", "int4", "nf4", "mxfp4"))
     if mesh is not None:
         make_layout(mesh)  # is wrong before anything is downloaded
     folder = find_model(str(path), revision)

@@ -1,6 +1,7 @@
 """Which weights of a model are quantised: the layers' matrices, those of experts included.
 
-Embedding, head, norms, biases and routers are not quantised. The formats are in `grpo_kernels.ops.quantized_matmul`.
+Embedding, head, norms, biases and routers are not quantised, and with mxfp4 nothing but experts. The formats are in
+`grpo_kernels.ops.quantized_matmul`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,17 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from grpo_jax.models.spec import ROUTERS, ModelError, ModelSpec, ParamSpec, abstract_params, flatten, nest, param_specs
+from grpo_jax.models.spec import (
+    EXPERT_LINEARS,
+    ROUTERS,
+    ModelError,
+    ModelSpec,
+    ParamSpec,
+    abstract_params,
+    flatten,
+    nest,
+    param_specs,
+)
 from grpo_jax.types import Params
 from grpo_kernels import QuantizedWeight, quantize, quantized_shapes, weight_bytes
 
@@ -19,11 +30,16 @@ def quantized_specs(specs: dict[tuple[str, ...], ParamSpec], quantization: str) 
     """Shapes and dtypes of the quantised parameters among `specs`; none where `quantization` is `none`.
 
     Raises:
-        ModelError: an unknown format, or a matrix with an input width that has no groups in it; the message names the matrix.
+        ModelError: an unknown format, a matrix with an input width that has no groups in it, which the message names, or mxfp4 for
+            a model without experts.
     """
+    if quantization == "mxfp4" and ("layers", "router", "kernel") not in specs:
+        raise ModelError("model.quantization: mxfp4 is for experts, and this model has none: use nf4, int4 or int8")
 
     def is_quantized(path: tuple[str, ...]) -> bool:
-        return quantization != "none" and path[0] == "layers" and path[-1] == "kernel" and path[1] not in ROUTERS
+        if quantization == "none" or path[0] != "layers" or path[-1] != "kernel":
+            return False
+        return path[1] in EXPERT_LINEARS if quantization == "mxfp4" else path[1] not in ROUTERS
 
     try:
         return {path: quantized_shapes(quantization, p.shape, "/".join(path)) for path, p in specs.items() if is_quantized(path)}
@@ -53,7 +69,7 @@ def quantize_params(spec: ModelSpec, params: Params, quantization: str) -> Param
 
 def quantization_of(params: Params) -> str:
     """The format of a model's layers, or `none`."""
-    kernel = params["layers"]["q_proj"]["kernel"]
+    kernel = params["layers"]["down_proj"]["kernel"]
     return kernel.format if isinstance(kernel, QuantizedWeight) else "none"
 
 

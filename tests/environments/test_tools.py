@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from grpo_jax.config import ConfigError, EnvironmentConfig
 from grpo_jax.environments import NumberGuessing, Step, calculator
 from grpo_jax.environments.arithmetic import as_text
-from grpo_jax.environments.formats import BadCall, ToolCall, hermes
+from grpo_jax.environments.calls import BadCall, ToolCall
+from grpo_jax.environments.formats import hermes
 from grpo_jax.environments.resolve import Environments, resolve_environment, resolve_tool
 from grpo_jax.environments.tool_environment import ToolEnvironment
 from grpo_jax.environments.tools import LONGEST_RESULT, Tool, Toolbox
@@ -71,6 +72,18 @@ def test_a_function_without_hints_or_docstring_is_refused():
         Tool.of(bare)
     with pytest.raises(ConfigError, match="two of this name"):
         Toolbox.of([weather, weather])
+
+
+def test_arguments_that_are_texts_get_the_type_of_the_schema():
+    """As in the formats that do not say of what type a value is: "5" is a city's name, and a number of days."""
+    given = {"city": "5", "days": "3", "hours": "[1, 2]"}
+    assert BOX.call(ToolCall("weather", given, texts=True)).text == '{"city": "5", "days": 3, "unit": "C", "hours": [1, 2]}'
+    assert '"hours": null' in BOX.call(ToolCall("weather", {"city": "x", "hours": "None"}, texts=True)).text
+    assert (
+        "days of weather must be integer, not string" in BOX.call(ToolCall("weather", {"city": "x", "days": "a"}, texts=True)).text
+    )
+    assert "has no argument 'z'" in BOX.call(ToolCall("weather", {"city": "x", "z": "1"}, texts=True)).text
+    assert "days of weather must be integer, not string" in BOX.call(ToolCall("weather", {"city": "x", "days": "3"})).text
 
 
 def test_results_are_texts_or_json():

@@ -19,6 +19,7 @@ import transformers
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSequenceClassification
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from goldens.folders import ADAPTERS, HERE, REWARD_LENGTHS, REWARD_MODELS, model_tensors, reward_config, reward_tensors
@@ -775,12 +776,29 @@ def make_reward_model(family: str) -> None:
     print(f"{family}: {type(model).__name__} gives {values}")
 
 
+def make_router_losses() -> None:
+    """Writes the load-balancing loss of each mixture of experts, over the tokens that predict those behind the first PROMPT."""
+    losses = {}
+    for family in ("mixtral", "qwen3_moe", "gpt_oss"):
+        ids = np.load(HERE / family / "logprobs.npz")["ids"]
+        config = json.loads((HERE / family / "config.json").read_text())
+        logits = load_model(config, family)(input_ids=torch.from_numpy(ids), output_router_logits=True).router_logits
+        mask = torch.zeros(ids.shape)
+        mask[:, PROMPT - 1 : -1] = 1
+        sizes = config.get("num_local_experts", config.get("num_experts")), config["num_experts_per_tok"]
+        losses[family] = float(load_balancing_loss_func(logits, *sizes, mask))
+    (HERE / "router_losses.json").write_text(json.dumps(losses, indent=2) + "\n")
+    print(losses)
+
+
 if __name__ == "__main__":
     print("transformers", transformers.__version__, "torch", torch.__version__)
-    asked = sys.argv[1:] or [*NEW, *ADAPTERS, "rewards"]
+    asked = sys.argv[1:] or [*NEW, *ADAPTERS, "rewards", "router_losses"]
     for name in asked:
         if name == "rewards":
             for family in REWARD_MODELS:
                 make_reward_model(family)
+        elif name == "router_losses":
+            make_router_losses()
         else:
             make_family(name) if name in NEW else make_adapter(name)

@@ -13,7 +13,7 @@ import pytest
 from kernel_checks import V5P_TAKES_MORE, compiled_for, interpreted, no_race, on_chips
 from plain_oracles import array_sizes, quick_compiling
 
-from grpo_kernels import QuantizedWeight, quantize, quantized_matmul, quantized_shapes
+from grpo_kernels import QuantizedWeight, dequantize, quantize, quantized_matmul, quantized_shapes, weight_bytes
 from grpo_kernels.ops.quantized_matmul import BlockSizes, choose_block_sizes, moved_bytes, xla
 from grpo_kernels.ops.quantized_matmul.block_sizes import PART_BYTES
 from grpo_kernels.ops.quantized_matmul.formats import NF4
@@ -264,3 +264,47 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], message: str) -> N
     undecorated = quantized_matmul.__wrapped__  # type: ignore[attr-defined]  # without the tests' own check of shapes
     with pytest.raises(ValueError, match=message):
         undecorated(**(given | change))
+
+
+FP4_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def test_mxfp4_is_the_specifications_rounding() -> None:
+    """The scale is 2^(⌊log2 max⌋ - 2); ties go to an even last bit: 0.25 to 0, 0.75 to 1, 2.5 to 2, 3.5 and 5 to 4."""
+    w = np.zeros((32, 3), np.float32)
+    w[:9, 0] = [4, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, -7.5]  # the largest is in [4, 8): a scale of 1; 7.5 is out of range: 6
+    w[:3, 1] = [-3 * 2.0**-20, 2.0**-20, 0.1 * 2.0**-20]
+    q = jax.jit(quantize, static_argnums=1)(jnp.asarray(w), "mxfp4")
+    assert (q.format, q.group, q.scale.dtype) == ("mxfp4", 32, jnp.uint8)
+    assert np.asarray(q.scale)[0, :2].tolist() == [127, 127 - 21]
+    got = np.asarray(dequantize(q))
+    assert got[:9, 0].tolist() == [4, 0, 1, 1, 2, 2, 4, 4, -6]
+    assert (got[:3, 1] * 2.0**20).tolist() == [-3, 1, 0]
+    assert not got[:, 2].any()
+
+
+def test_values_in_mxfp4_stay_exactly_what_they_are() -> None:
+    """Whatever scale they are stored with, also one that is larger than the group needs."""
+    rng = np.random.default_rng(5)
+    values, scales = FP4_VALUES[rng.integers(0, 16, (96, 50))], 2.0 ** rng.integers(-30, 20, (3, 50))
+    values[:32, :10] = np.clip(values[:32, :10], -1.5, 1.5)
+    values[32:64, 10:20] = np.sign(values[32:64, 10:20]) * 0.5
+    w = (values * np.repeat(scales, 32, axis=0)).astype(np.float32)
+    q = jax.jit(quantize, static_argnums=1)(jnp.asarray(w, jnp.bfloat16), "mxfp4")
+    np.testing.assert_array_equal(np.asarray(dequantize(q)), w)
+    assert weight_bytes(q) == 96 * 50 // 2 + 3 * 50
+
+
+def test_products_with_mxfp4_and_what_it_is_refused_for() -> None:
+    rng = np.random.default_rng(6)
+    w = quantize(jnp.asarray(rng.normal(size=(64, 24)), jnp.float32), "mxfp4")
+    x, dy = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((5, 64), (5, 24)))
+    dense_w = FP4_VALUES[np.asarray(w.values).astype(int)] * np.repeat(2.0 ** (np.asarray(w.scale).astype(int) - 127), 32, axis=0)
+    for implementation in ("reference", "xla"):
+        y, dx = both(implementation, x, w, dy, blocks=None)
+        assert_close(y, np.asarray(x, np.float64) @ dense_w, "float32")
+        assert_close(dx, np.asarray(dy, np.float64) @ dense_w.T, "float32")
+    with pytest.raises(ValueError, match="mxfp4 is for experts"):
+        quantized_matmul(x, w, implementation="mosaic_tpu")
+    with pytest.raises(ValueError, match="gate: its input width 48 is no multiple of 32"):
+        quantized_shapes("mxfp4", (48, 8), "gate")

@@ -14,19 +14,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 from newer_configs import PUBLISHED
-from plain_oracles import golden_config, quick_compiling, tiny_policy
+from plain_oracles import LORA, golden_config, quick_compiling, tiny_policy
 from safetensors.numpy import load_file, save_file
 
 from goldens.folders import build_model_folder, read_golden
 from grpo_jax.config import ConfigError, LoraConfig
 from grpo_jax.models import moe
 from grpo_jax.models.families import read_spec
-from grpo_jax.models.spec import ModelError
+from grpo_jax.models.spec import EXPERT_LINEARS, ModelError, flatten
 from grpo_jax.policy import Policy
 from grpo_jax.weights.hf import INDEX, TensorFiles
 from grpo_jax.weights.lora import init_lora
 from grpo_jax.weights.mxfp4 import dequantize_mxfp4
-from grpo_jax.weights.quantize import quantize_params
+from grpo_jax.weights.quantize import params_bytes, quantize_params
 from grpo_kernels import (
     NO_WINDOW,
     KVCache,
@@ -181,6 +181,47 @@ def test_an_mxfp4_checkpoint_is_its_dequantised_model_and_is_exported_dense(tmp_
         for name in original.files:
             np.testing.assert_array_equal(files.read(name), original.read(name))
     jax.tree.map(np.testing.assert_array_equal, Policy.from_pretrained(merged, dtype="bfloat16").params, expected.params)
+
+
+def test_experts_stay_in_mxfp4_exactly_as_they_are(tmp_path: Path) -> None:
+    """Whatever scales the file has; and all other matrices stay in bfloat16."""
+    packed, dense = packed_folder(tmp_path)
+    kept = Policy.from_pretrained(packed, dtype="bfloat16", quantization="mxfp4", lora=LORA).params
+    expected = Policy.from_pretrained(dense, dtype="bfloat16").params
+    leaves = dict(flatten(kept))
+    for path, leaf in flatten(expected):
+        own = leaves[path]
+        assert isinstance(own, QuantizedWeight) == (path[1] in EXPERT_LINEARS and path[-1] == "kernel"), path
+        values = np.asarray(own.astype(leaf.dtype)) if isinstance(own, QuantizedWeight) else np.asarray(own)
+        np.testing.assert_array_equal(values, np.asarray(leaf))
+    assert params_bytes(kept) < params_bytes(expected)
+
+
+@pytest.mark.slow
+def test_experts_in_mxfp4_compute_exactly_what_dense_ones_do(tmp_path: Path) -> None:
+    """nf4, of as many bits, changes log-probabilities. In bfloat16 and float32."""
+    packed, dense = packed_folder(tmp_path)
+    ids, _ = read_golden("gpt_oss")
+    rows = [[int(token) for token in row] for row in ids]
+    prompts, completions = [row[:5] for row in rows], [row[5:20] for row in rows]
+    logps: dict[tuple[str, str], np.ndarray] = {}
+    for dtype in ("bfloat16", "float32"):
+        kept = Policy.from_pretrained(packed, dtype=dtype, quantization="mxfp4", lora=LORA)
+        expected = Policy.from_pretrained(dense, dtype=dtype, lora=LORA)
+        for name, policy in (("mxfp4", kept), ("dense", expected)):
+            logps[name, dtype] = np.concatenate(policy.logprobs(prompts, completions))
+    rounded = Policy.from_pretrained(packed, dtype="float32", quantization="nf4", lora=LORA)
+    change = np.abs(np.concatenate(rounded.logprobs(prompts, completions)) - logps["dense", "float32"]).max()
+    exact = {dtype: float(np.abs(logps["mxfp4", dtype] - logps["dense", dtype]).max()) for dtype in ("bfloat16", "float32")}
+    print({"largest change of a log-probability": exact, "nf4": float(change)})
+    assert exact["float32"] < 1e-5  # sums in another order: dense experts of few tokens are not sorted
+    assert exact["bfloat16"] < 0.1
+    assert change > 0.05
+
+
+def test_mxfp4_is_for_experts(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"model.quantization: mxfp4 is for experts, and this model has none: use nf4"):
+        Policy.from_pretrained(build_model_folder(tmp_path, "qwen3"), quantization="mxfp4", lora=LORA)
 
 
 def test_part_of_an_mxfp4_weight_is_read_alone(tmp_path: Path) -> None:

@@ -96,7 +96,8 @@ def tokens(count: int, seed: int = 1) -> np.ndarray:
 @pytest.mark.parametrize("normalised", [True, False])
 def test_the_router_is_the_top_k_of_a_softmax_over_all_experts(normalised: bool) -> None:
     x, router = tokens(40), random_layer(SPEC)["router"]["kernel"]
-    weights, selected = moe.route(jnp.asarray(x), jnp.asarray(router), 3, normalised=normalised)
+    weights, routing = moe.route(jnp.asarray(x), jnp.asarray(router), 3, normalised=normalised)
+    selected = routing.used
     assert weights.dtype == jnp.float32
     p = np.exp(log_softmax(x.astype(np.float64) @ router.astype(np.float64)))
     expected = np.argsort(-p, axis=-1)[:, :3]
@@ -110,7 +111,8 @@ def test_a_bfloat16_router_accumulates_in_float32() -> None:
     """In bfloat16 the logits would tie: 256 + 1 is 256."""
     x, router = np.ones((1, 257), np.float32), np.ones((257, 2), np.float32)
     router[-1] = [0.0, 1.0]
-    weights, selected = moe.route(jnp.asarray(x, jnp.bfloat16), jnp.asarray(router, jnp.bfloat16), 1, normalised=False)
+    weights, routing = moe.route(jnp.asarray(x, jnp.bfloat16), jnp.asarray(router, jnp.bfloat16), 1, normalised=False)
+    selected = routing.used
     assert int(selected[0, 0]) == 1
     assert float(weights[0, 0]) == pytest.approx(1 / (1 + np.exp(-1.0)), rel=1e-5)
 
@@ -292,13 +294,51 @@ def test_merging_adds_each_experts_adapter_to_its_own_tensor(family: str, tmp_pa
     assert {file.name for file in (tmp_path / "merged").iterdir()} == files | {"digests.json"}
 
 
-def test_fused_experts_are_refused_with_the_fix(tmp_path: Path) -> None:
-    folder = build_model_folder(tmp_path, "qwen3_moe")
-    tensors = load_file(folder / "model.safetensors")
-    fused = "model.layers.0.mlp.experts.gate_up_proj"
-    save_file(tensors | {fused: np.zeros((8, 40, 32), np.float32)}, folder / "model.safetensors")
-    with pytest.raises(ModelError, match=rf"{fused} holds all experts.*save_original_format=True"):
-        load_params(folder, read_folder_spec(folder), jnp.float32)
+def fused_folder(folder: Path, family: str) -> tuple[Path, Path]:
+    """Writes a tiny model with one tensor per expert, and as transformers 5 has it in memory, with all of a layer in one."""
+    single, fused = build_model_folder(folder / "single", family), build_model_folder(folder / "fused", family)
+    tensors = load_file(single / "model.safetensors")
+    block = "block_sparse_moe" if family == "mixtral" else "mlp"
+    gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    experts = 4 if family == "mixtral" else SPEC.experts
+    stored = {name.replace(f"{block}.gate", "mlp.gate"): x for name, x in tensors.items() if f"{block}.experts" not in name}
+    for layer in range(2):
+        at = f"model.layers.{layer}.{block}.experts"
+        pairs = [np.concatenate([tensors[f"{at}.{e}.{name}.weight"] for name in (gate, up)]) for e in range(experts)]
+        stored[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = np.stack(pairs)
+        downs = [tensors[f"{at}.{e}.{down}.weight"] for e in range(experts)]
+        stored[f"model.layers.{layer}.mlp.experts.down_proj"] = np.stack(downs)
+    save_file(stored, fused / "model.safetensors")
+    return single, fused
+
+
+@pytest.mark.parametrize("family", MOE)
+def test_experts_in_one_tensor_are_the_same_model_and_are_exported_so(family: str, tmp_path: Path) -> None:
+    single, fused = fused_folder(tmp_path, family)
+    policy, expected = (Policy.from_pretrained(folder, dtype="float32", lora=LORA) for folder in (fused, single))
+    jax.tree.map(np.testing.assert_array_equal, policy.params, expected.params)
+    read = [load_params(folder, policy.spec, jnp.float32, quantization="int8") for folder in (fused, single)]
+    jax.tree.map(np.testing.assert_array_equal, *read)
+    before = load_file(fused / "model.safetensors")
+    policy.save_merged(tmp_path / "merged")  # new adapters change nothing
+    after = load_file(tmp_path / "merged" / "model.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    changed = with_random_adapters(policy)
+    assert changed.adapters is not None
+    changed.save_merged(tmp_path / "changed")
+    merged = Policy.from_pretrained(tmp_path / "changed", dtype="float32")
+    for name in EXPERT_LINEARS:
+        w, own = np.asarray(expected.params["layers"][name]["kernel"]), changed.adapters["layers"][name]
+        low = np.einsum("leir,lero->leio", own["a"], own["b"])
+        np.testing.assert_allclose(merged.params["layers"][name]["kernel"], w + LORA.scale * low, rtol=0, atol=1e-5)
+
+
+def test_experts_in_both_spellings_are_refused(tmp_path: Path) -> None:
+    single, fused = fused_folder(tmp_path, "qwen3_moe")
+    both = load_file(single / "model.safetensors") | load_file(fused / "model.safetensors")
+    save_file(both, fused / "model.safetensors")
+    with pytest.raises(ModelError, match=r"48 tensors are not part of the qwen3_moe model"):
+        load_params(fused, read_folder_spec(fused), jnp.float32)
 
 
 @pytest.fixture(scope="module")

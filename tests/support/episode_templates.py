@@ -71,3 +71,80 @@ def family_tokenizer(template: str | None) -> Tokenizer:
     hf.eos_token = names[0]
     stops = [hf.vocab[name] for name in names]
     return Tokenizer.wrap(hf, stops)
+
+
+HARMONY = (
+    "{%- set ns = namespace(call=none) %}"
+    "{%- for m in messages %}"
+    "{%- if m.role == 'tool' %}"
+    "{%- if ns.call is none %}{{ raise_exception('a tool message without a call before it') }}{%- endif %}"
+    "{{ '<|start|>functions.' + ns.call + ' to=assistant<|channel|>commentary<|message|>' + m.content|tojson + '<|end|>' }}"
+    "{%- elif m.role == 'assistant' and m.tool_calls %}"
+    "{%- set ns.call = m.tool_calls[0].function.name %}"
+    "{{ '<|start|>assistant to=functions.' + ns.call + '<|channel|>commentary json<|message|>' }}"
+    "{{ m.tool_calls[0].function.arguments|tojson + '<|call|>' }}"
+    "{%- elif m.role == 'assistant' %}"
+    "{%- if '<|channel|>' in m.content %}{{ raise_exception('channels in a content') }}{%- endif %}"
+    "{{ '<|start|>assistant<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') }}"
+    "{%- else %}{{ '<|start|>' + m.role + '<|message|>' + m.content + '<|end|>' }}{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|start|>assistant' }}{%- endif %}"
+)
+"""As gpt-oss's: channels that the model writes itself, and tool messages only behind `tool_calls`."""
+
+MISTRAL = (
+    "{%- for m in messages %}"
+    "{%- if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
+    "{%- elif m.role == 'tool' %}"
+    "{%- if m.tool_call_id is undefined or m.tool_call_id|length != 9 %}{{ raise_exception('ids have 9 characters') }}{%- endif %}"
+    "{{ '[TOOL_RESULTS]{\"content\": ' + m.content|tojson + ', \"call_id\": \"' + m.tool_call_id + '\"}[/TOOL_RESULTS]' }}"
+    "{%- elif m.tool_calls %}{{ '[TOOL_CALLS][' }}"
+    "{%- for call in m.tool_calls %}{{ call.function|tojson }}{%- endfor %}{{ ']</s>' }}"
+    "{%- else %}{{ m.content + '</s>' }}{%- endif %}"
+    "{%- endfor %}"
+)
+"""As Mistral's: results have the id of their call, and nothing opens the model's turn."""
+
+GEMMA4 = (
+    "{%- for m in messages %}"
+    "{%- if m.role == 'assistant' %}"
+    "{{ '<|turn>model\\n' + m.content }}"
+    "{%- for call in m.tool_calls or [] %}{{ '<|tool_call>call:' + call.function.name + '{' }}"
+    "{%- for key, value in call.function.arguments.items() %}{{ key + ':<|\"|>' + value + '<|\"|>' }}{%- endfor %}"
+    "{{ '}<tool_call|>' }}{%- endfor %}"
+    "{%- if m.tool_calls %}"
+    "{%- for later in messages[loop.index:] if later.role == 'tool' %}"
+    "{{ '<|tool_response>response:' + later.name + '{value:<|\"|>' + later.content + '<|\"|>}<tool_response|>' }}{%- endfor %}"
+    "{%- else %}{{ '<turn|>\\n' }}{%- endif %}"
+    "{%- elif m.role != 'tool' %}{{ '<|turn>' + m.role + '\\n' + m.content + '<turn|>\\n' }}{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt and messages[-1].role != 'tool' %}{{ '<|turn>model\\n' }}{%- endif %}"
+)
+"""As Gemma 4's: a tool's answer is in the model's own turn, behind the call that it answers, and nowhere else."""
+
+GLM = (
+    "{%- for m in messages %}"
+    "{%- if m.role == 'tool' %}{{ '<|observation|>\\n' + m.content }}"
+    "{%- else %}{{ '<|' + m.role + '|>\\n' + m.content }}{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{%- endif %}"
+)
+"""As GLM-4's: a turn ends with the token that begins the next one."""
+
+FAMILY_STOPS = {
+    HARMONY: ("<|return|>", "<|call|>"),
+    MISTRAL: ("</s>",),
+    GEMMA4: ("<turn|>", "<|tool_response>"),
+    GLM: ("<|user|>", "<|observation|>"),
+}
+
+
+def tool_tokenizer(template: str) -> Tokenizer:
+    """A byte-level tokenizer with a template of a family that has tokens of its own around calls."""
+    from tiny_tokenizers import byte_tokenizer
+
+    names = FAMILY_STOPS[template]
+    hf: PreTrainedTokenizerFast = byte_tokenizer(template, (), eos=names[0])
+    for token in names[1:]:
+        hf.add_tokens(AddedToken(token, special=True))
+    return Tokenizer.wrap(hf, [hf.vocab[name] for name in names])

@@ -95,7 +95,7 @@ def main() -> None:
     before = anonymous_bytes()
     with Peak() as peak:
         own = filled(policy.adapters)
-        arguments = filled((run.state, abstract_batch(config, placement, sizes), run.frozen))
+        arguments = filled((run.state, abstract_batch(config, spec, placement, sizes), run.frozen))
         jax.block_until_ready((own, arguments))
         arrays = anonymous_bytes() - before
         jax.block_until_ready(program(*arguments))

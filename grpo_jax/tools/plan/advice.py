@@ -291,7 +291,8 @@ class Search:
         config = self.config
         if config.lora.rank == 0 and config.lora.adapter is None:
             return
-        order = ["none", "int8", "int4"]
+        # gpt-oss's experts are stored in mxfp4: no format of as few bits is as exact.
+        order = ["none", "mxfp4", "int4"] if self.planner.spec.family == "gpt_oss" else ["none", "int8", "int4"]
         current = config.model.quantization
         for quantization in order[order.index(current) + 1 :] if current in order else []:
             if not self.verdict.all_fits:

@@ -6,6 +6,7 @@ GPUs. Collectives between chips are left out.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,8 @@ from grpo_kernels import quantized_shapes
 from grpo_kernels.ops.quantized_matmul import moved_bytes
 from grpo_kernels.target import platform
 
-FORMATS = ("none", "int8", "nf4", "int4")
-"""Values of `model.quantization`, from the most exact to the least."""
+FORMATS = ("none", "mxfp4", "int8", "nf4", "int4")
+"""Values of `model.quantization`, from the most exact to the least; mxfp4 only where it is set, as it is exact for few models."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def rooflines(run: RunShapes, chip: Chip | None, slots: int, remat: str) -> dict
     for name in FORMATS:
         if name == own:
             lines[name] = roofline(run, chip, slots, remat, name, dense=dense, changes={})
-        elif name == "none" or (run.policy.adapters is not None and has_groups(run, name)):
+        elif name == "none" or (name != "mxfp4" and run.policy.adapters is not None and has_groups(run, name)):
             changes = {"model.quantization": name} | ({"rollout.dense_base": False} if dense else {})
             lines[name] = roofline(run, chip, slots, remat, name, dense=False, changes=changes)
     if own in ("int4", "nf4"):
@@ -107,9 +108,13 @@ def layer_bytes(run: RunShapes, format: str, rows: int) -> int | None:
         return None
     spec, itemsize = run.spec, jnp.dtype(run.policy.dtype).itemsize
     counts = {name: max(1, spec.experts) if name in EXPERT_LINEARS else 1 for name in spec.linear_shapes()}
-    shapes = {name: quantized_shapes(format, shape) for name, shape in spec.linear_shapes().items()}
-    layers = {name: len(spec.layers_with(name)) for name in shapes}
-    return sum(layers[name] * counts[name] * moved_bytes(w, rows, itemsize) for name, w in shapes.items())
+    layers = {name: len(spec.layers_with(name)) for name in counts}
+
+    def moved(name: str, shape: tuple[int, int]) -> int:
+        dense = format == "mxfp4" and name not in EXPERT_LINEARS
+        return itemsize * math.prod(shape) if dense else moved_bytes(quantized_shapes(format, shape), rows, itemsize)
+
+    return sum(layers[name] * counts[name] * moved(name, shape) for name, shape in spec.linear_shapes().items())
 
 
 def step_cost(run: RunShapes, slots: int, decoding_layers: int | None, update_layers: int | None) -> StepCost:

@@ -1,4 +1,4 @@
-"""Quantised weights: int8 with a scale per output channel, int4 and nf4 with a scale per group of inputs.
+"""Quantised weights: int8 with a scale per output channel, int4, nf4 and mxfp4 with a scale per group of inputs.
 
 `quantize` turns a matrix [I, O] into a `QuantizedWeight` of native int8, int4 or uint4 values (never two in a byte: XLA packs them
 on accelerators) and scales, the arrays of `qwix.QArray(values, scale, None, qtype)`. qwix itself is not imported: its codebook
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-Format = Literal["int8", "int4", "nf4"]
+Format = Literal["int8", "int4", "nf4", "mxfp4"]
 
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334),
@@ -25,7 +25,13 @@ NF4 = (
 )
 """QLoRA's 4-bit NormalFloat (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, appendix E)."""
 
-DTYPES: dict[Format, Any] = {"int8": jnp.int8, "int4": jnp.int4, "nf4": jnp.uint4}
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+"""The values of MXFP4 by their four bits (OCP Microscaling Formats 1.0, 5.3.3): a sign, two bits of exponent, one of mantissa."""
+
+DTYPES: dict[Format, Any] = {"int8": jnp.int8, "int4": jnp.int4, "nf4": jnp.uint4, "mxfp4": jnp.uint4}
+SCALE_DTYPES: dict[Format, Any] = {"int8": jnp.float32, "int4": jnp.bfloat16, "nf4": jnp.bfloat16, "mxfp4": jnp.uint8}
+GROUPS = {"int4": 128, "nf4": 64, "mxfp4": 32}
+"""Inputs that share a scale, at most."""
 
 SMALLEST_GROUP = 16
 """With fewer values to a scale the format is hardly smaller than bfloat16."""
@@ -37,8 +43,9 @@ class QuantizedWeight:
     """A quantised weight, or a stack of them with leading dimensions: values · scale.
 
     Attributes:
-        values: [..., I, O]; int8 and int4 count steps, uint4 is an index into `NF4`.
-        scale: [..., I / group, O] in bfloat16, the width of a step; float32 and one group for int8.
+        values: [..., I, O]; int8 and int4 count steps, uint4 is an index into `NF4` or `FP4`.
+        scale: [..., I / group, O] in bfloat16, the width of a step; float32 and one group for int8. Of mxfp4 uint8, the byte b of a
+            scale 2^(b - 127), as its checkpoints store it.
 
     Example:
         quantize(w, "int4") of a bfloat16 [4096, 14336] has values int4 [4096, 14336] and scale bfloat16 [32, 14336].
@@ -56,9 +63,9 @@ class QuantizedWeight:
     def format(self) -> Format:
         """Name of the format; ValueError where the dtype belongs to none."""
         for name, dtype in DTYPES.items():
-            if self.values.dtype == dtype:
+            if self.values.dtype == dtype and (self.scale.dtype == jnp.uint8) == (name == "mxfp4"):
                 return name
-        raise ValueError(f"quantised values are {self.values.dtype}; supported: int8, int4, and uint4 for nf4")
+        raise ValueError(f"quantised values are {self.values.dtype}; supported: int8, int4, and uint4 for nf4 and mxfp4")
 
     @property
     def group(self) -> int:
@@ -73,6 +80,8 @@ class QuantizedWeight:
 def group_size(format: str, inputs: int, name: str = "weight") -> int:
     """Returns how many inputs share a scale: all for int8; 128 for int4 and 64 for nf4, or fewer where that does not divide I.
 
+    For mxfp4 they are always 32.
+
     Args:
         format: see `Format`.
         inputs: I.
@@ -85,7 +94,11 @@ def group_size(format: str, inputs: int, name: str = "weight") -> int:
         raise ValueError(f"quantization: {format!r} is unknown; choose from {', '.join(get_args(Format))}")
     if format == "int8":
         return inputs
-    most = 128 if format == "int4" else 64
+    most = GROUPS[format]
+    if format == "mxfp4":
+        if inputs % most:
+            raise ValueError(f"{name}: its input width {inputs} is no multiple of 32, the group of mxfp4; use int8")
+        return most
     for size in (most, 64, *range(min(most, inputs), SMALLEST_GROUP - 1, -1)):
         if inputs % size == 0:
             return size
@@ -98,10 +111,10 @@ def group_size(format: str, inputs: int, name: str = "weight") -> int:
 def quantized_shapes(format: str, shape: tuple[int, ...], name: str = "weight") -> QuantizedWeight:
     """Returns shapes and dtypes of a quantised [..., I, O] without allocating it. Raises what `group_size` raises."""
     groups = shape[-2] // group_size(format, shape[-2], name)
-    scale_dtype = jnp.float32 if format == "int8" else jnp.bfloat16
+    values, scale = ({str(key): value for key, value in table.items()}[format] for table in (DTYPES, SCALE_DTYPES))
     return QuantizedWeight(
-        jax.ShapeDtypeStruct(shape, {str(key): value for key, value in DTYPES.items()}[format]),  # type: ignore[arg-type] - shapes
-        jax.ShapeDtypeStruct((*shape[:-2], groups, shape[-1]), scale_dtype),  # type: ignore[arg-type] - shapes
+        jax.ShapeDtypeStruct(shape, values),  # type: ignore[arg-type] - shapes
+        jax.ShapeDtypeStruct((*shape[:-2], groups, shape[-1]), scale),  # type: ignore[arg-type] - shapes
     )
 
 
@@ -111,7 +124,7 @@ def quantize(w: Float[Array, "I O"], format: str, name: str = "weight") -> Quant
     int8: steps of the channel's largest magnitude / 127. int4: the element of largest magnitude in a group becomes exactly −8
     steps, its sign goes into the scale, so that all 16 values are used (root mean square error of normal weights 0.103 of
     their deviation, against 0.117 with magnitude / 7). nf4: the largest magnitude times a codebook of 16 (0.09). Scales are
-    rounded to bfloat16 before the elements are, which has no visible cost.
+    rounded to bfloat16 before the elements are, which has no visible cost. mxfp4: see `quantize_mxfp4`.
 
     Args:
         w: any float dtype.
@@ -124,6 +137,8 @@ def quantize(w: Float[Array, "I O"], format: str, name: str = "weight") -> Quant
     shapes = quantized_shapes(format, w.shape, name)
     group = w.shape[0] // shapes.scale.shape[0]
     blocks = w.astype(jnp.float32).reshape(-1, group, w.shape[1])
+    if format == "mxfp4":
+        return quantize_mxfp4(blocks, w.shape)
     low, high = blocks.min(axis=1, keepdims=True), blocks.max(axis=1, keepdims=True)
     largest = jnp.maximum(high, -low)
     if format == "int4":
@@ -141,12 +156,36 @@ def quantize(w: Float[Array, "I O"], format: str, name: str = "weight") -> Quant
     return QuantizedWeight(jnp.asarray(values).reshape(w.shape).astype(shapes.values.dtype), scale[:, 0])
 
 
-def decode(values: Array) -> Float[Array, "..."]:
+def quantize_mxfp4(blocks: Float[Array, "groups 32 O"], shape: tuple[int, ...]) -> QuantizedWeight:
+    """Rounds groups to MXFP4 (OCP Microscaling Formats 1.0, 6.3): the scale's exponent is that of the largest magnitude, minus 2.
+
+    Values that are in MXFP4 already stay exactly what they are, whatever the scale that they were stored with: with the largest of
+    a group in [4, 8) scales, every smaller one is again one of the 16 values. Ties go to the value with an even last bit.
+    """
+    magnitudes = jnp.abs(blocks)
+    exponent = jax.lax.bitcast_convert_type(jnp.max(magnitudes, axis=1, keepdims=True), jnp.int32) >> 23
+    byte = jnp.maximum(exponent - 2, 1)
+    scaled = magnitudes / power_of_two(byte)
+    index = jnp.zeros(blocks.shape, jnp.int32)
+    for position, (below, above) in enumerate(itertools.pairwise(FP4[:8])):
+        middle = jnp.float32((below + above) / 2)
+        index = index + ((scaled >= middle) if position % 2 else (scaled > middle)).astype(jnp.int32)
+    index = jnp.where(blocks < 0, index + 8, index)
+    return QuantizedWeight(index.reshape(shape).astype(jnp.uint4), byte[:, 0].astype(jnp.uint8))
+
+
+def power_of_two(byte: Array) -> Float[Array, "..."]:
+    """2^(byte - 127) in float32, exactly, for bytes of 1 to 254."""
+    return jax.lax.bitcast_convert_type(byte.astype(jnp.int32) << 23, jnp.float32)
+
+
+def decode(w: QuantizedWeight) -> Float[Array, "..."]:
     """Decodes values to float32, before the scale."""
-    if values.dtype != jnp.uint4:
-        return values.astype(jnp.float32)
+    if w.values.dtype != jnp.uint4:
+        return w.values.astype(jnp.float32)
     # A tree of four selections is vectorised, and a look-up in a table would not be.
-    indices, choices = values.astype(jnp.int32), [jnp.float32(entry) for entry in NF4]
+    codebook = FP4 if w.format == "mxfp4" else NF4
+    indices, choices = w.values.astype(jnp.int32), [jnp.float32(entry) for entry in codebook]
     for bit in range(4):
         high = (indices >> bit) & 1 == 1
         choices = [jnp.where(high, upper, lower) for lower, upper in zip(choices[::2], choices[1::2], strict=True)]
@@ -156,7 +195,8 @@ def decode(values: Array) -> Float[Array, "..."]:
 def dequantize(w: QuantizedWeight, dtype: Any = jnp.float32) -> Float[Array, "..."]:
     """Returns the dense weight [..., I, O], rounded once to `dtype`."""
     *stack, inputs, outputs = w.shape
-    blocks = decode(w.values).reshape(*stack, -1, w.group, outputs) * w.scale.astype(jnp.float32)[..., None, :]
+    scale = power_of_two(w.scale) if w.format == "mxfp4" else w.scale.astype(jnp.float32)
+    blocks = decode(w).reshape(*stack, -1, w.group, outputs) * scale[..., None, :]
     return blocks.reshape(*stack, inputs, outputs).astype(dtype)
 
 

@@ -28,6 +28,8 @@ from grpo_kernels.target import generation
 
 def refusal(w: QuantizedWeight) -> str | None:
     """Returns why the kernel cannot take a weight; None where it can."""
+    if w.format == "mxfp4":
+        return "mxfp4 is for experts, whose products are not this operation's"
     if w.format == "int8" or w.group % 64 == 0:
         return None
     return f"groups of {w.group} inputs (input width {w.shape[0]}) are no multiple of 64"
