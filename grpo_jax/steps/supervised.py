@@ -86,7 +86,8 @@ class SupervisedStep:
         stale = train.max_staleness
         require(stale == 0, "train.max_staleness", stale, "use 0: a supervised warm-up samples no completions to train on")
         replay = config.rollout.router_replay
-        require(replay == "none", "rollout.router_replay", replay, "use none: a supervised warm-up trains on no completions of a sampler")
+        fix = "use none: a supervised warm-up trains on no completions of a sampler"
+        require(replay == "none", "rollout.router_replay", replay, fix)
         chosen = train.update_generations
         require(chosen is None, "train.update_generations", chosen, "use null: a supervised warm-up has one completion a row")
         curriculum = config.data.curriculum
