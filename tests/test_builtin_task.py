@@ -89,7 +89,7 @@ class Warmed:
 def test_what_is_there_is_not_made_again(recipe: str, tmp_path: Path):
     config = Config.from_yaml(CONFIGS / recipe)
     config = replace(config, train=replace(config.train, run_dir=str(tmp_path / "run"), seed=5))
-    inputs, warmed = tmp_path / "run" / "inputs", Warmed(1000)
+    inputs, warmed = tmp_path / "run" / "inputs", Warmed(2000)
     first, second = with_builtin_task(config, warmed), with_builtin_task(config, warmed)
     assert first == second
     (made,) = warmed.configs
@@ -109,7 +109,7 @@ def test_an_interrupted_warm_up_is_made_again(tmp_path: Path):
     with pytest.raises(ConfigError, match="its warm-up was interrupted"):
         with_builtin_task(config, Warmed(10))
     assert not (tmp_path / "run" / "inputs" / "warm").exists()
-    with_builtin_task(config, Warmed(1000))
+    with_builtin_task(config, Warmed(2000))
     assert (tmp_path / "run" / "inputs" / "warm").is_dir()
 
 

@@ -26,6 +26,7 @@ from grpo_jax.models.spec import ModelSpec, abstract_params, count_parameters, f
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.rewards import check_functions, number_match, regex_format, resolve_functions
 from grpo_jax.rollout.decode import SlotState, decode_segment
+from grpo_jax.rollout.episode_setup import EpisodeInputs, EpisodeSetup
 from grpo_jax.rollout.kv_cache import empty_past_block
 from grpo_jax.rollout.prefill import prefill
 from grpo_jax.rollout.sampling import controls_of
@@ -191,8 +192,12 @@ def rollout_shapes(config: Config, spec: ModelSpec, dtype: str, variables: Any) 
 def test_the_rewards_of_a_recipe_are_found_and_fit_its_columns(name: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(FOLDER.parent)
     config = Config.from_yaml(FOLDER / name)
-    functions = resolve_functions(config.rewards.functions, max_completion_length=config.rollout.max_completion_length)
-    check_functions(functions, ["question", "answer"], config.rewards.weights, config.rewards.accuracy)
+    entries, columns = list[Any](config.rewards.functions), ["question", "answer"]
+    if config.environment.name is not None:
+        setup = EpisodeSetup.read(config, EpisodeInputs(), entries)
+        config, entries, columns = setup.config, setup.entries, [*columns, *setup.columns]
+    functions = resolve_functions(entries, max_completion_length=config.rollout.max_completion_length)
+    check_functions(functions, columns, config.rewards.weights, config.rewards.accuracy)
 
 
 @pytest.mark.parametrize("name", GSM8K)

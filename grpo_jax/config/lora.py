@@ -29,8 +29,8 @@ class LoraConfig:
         alpha: The scale is alpha / rank, or alpha / sqrt(rank) with rslora.
         targets: Names of the linear layers that get adapters, or `all-linear`. In a mixture of experts gate_proj, up_proj and
             down_proj are those of every expert; the attention layers alone are far fewer. The router never gets an adapter.
-            Recurrent layers have in_proj or in_proj_qkv, in_proj_z, ..., and out_proj; an expert that all tokens share has
-            shared_gate_proj, shared_up_proj and shared_down_proj.
+            Recurrent layers have in_proj or in_proj_qkv, in_proj_z, ..., and out_proj. An expert that all tokens share never gets
+            an adapter.
         rslora: Rank-stabilised scale (https://arxiv.org/abs/2312.03732).
         adapter: Folder or hub id of a PEFT adapter to start from; a frozen copy of it is the reference. rank, alpha, targets,
             rslora, use_dora, layers_to_transform and the patterns are then read from the adapter; dropout and plus_ratio are not.

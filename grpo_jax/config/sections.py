@@ -12,8 +12,7 @@ from typing import Any, Literal
 from grpo_jax.config.checks import check_types, require, require_choice
 
 RECURRENT_TARGETS = ("in_proj", "out_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "in_proj_qkvz", "in_proj_ba")
-SHARED_TARGETS = ("shared_gate_proj", "shared_up_proj", "shared_down_proj")
-LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", *RECURRENT_TARGETS, *SHARED_TARGETS)
+LINEAR_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", *RECURRENT_TARGETS)
 """The linear layers that adapters may be added to; a model has those of its kinds of layers."""
 
 

@@ -17,24 +17,29 @@ class PackedMetrics:
     """A step's metrics in one array.
 
     Attributes:
-        values: one value per name, then the N advantages.
+        values: one value per name, then the N advantages, then what the update computed of each token of the first n completions.
         names: the metrics' names.
-        tokens: what the update computed of each token of the first n completions, [n, C] by name: `entropy` of the distribution
-            before the token and `kl` (k3) from the reference, nats, NaN where it computed none; {} where nothing is recorded.
+        token_names: `entropy` of the distribution before the token and `kl` (k3) from the reference, nats, NaN where it computed
+            none; () where nothing is recorded.
+        token_shape: (n, C).
     """
 
     values: Float[Array, "M"]
     names: tuple[str, ...] = struct.field(pytree_node=False)
-    tokens: dict[str, Float[Array, "n C"]] = struct.field(default_factory=dict)
+    token_names: tuple[str, ...] = struct.field(pytree_node=False, default=())
+    token_shape: tuple[int, int] = struct.field(pytree_node=False, default=(0, 0))
+
+    def fetch(self) -> tuple[dict[str, float], np.ndarray, dict[str, np.ndarray]]:
+        """The metrics, the advantages [N] and the values of tokens, [n, C] by name, on the host, by one transfer."""
+        values = np.asarray(jax.device_get(self.values))
+        rest, count = values[len(self.names) :], len(self.token_names) * self.token_shape[0] * self.token_shape[1]
+        tables = rest[len(rest) - count :].reshape(len(self.token_names), *self.token_shape)
+        metrics = dict(zip(self.names, values.tolist(), strict=False))
+        return metrics, rest[: len(rest) - count], dict(zip(self.token_names, tables, strict=True))
 
     def to_host(self) -> tuple[dict[str, float], np.ndarray]:
         """The metrics and the advantages [N] on the host, by one transfer."""
-        values = np.asarray(jax.device_get(self.values))
-        return dict(zip(self.names, values.tolist(), strict=False)), values[len(self.names) :]
-
-    def tokens_to_host(self) -> dict[str, np.ndarray]:
-        """`tokens` on the host, by one transfer."""
-        return {name: np.asarray(values) for name, values in jax.device_get(self.tokens).items()}
+        return self.fetch()[:2]
 
     def to_dict(self) -> dict[str, float]:
         """The metrics alone, by one transfer."""
@@ -49,12 +54,11 @@ def pack(
 ) -> PackedMetrics:
     """Packs scalars and advantages, and values of tokens; on a mesh every device has them all."""
     scalars = jnp.stack([value.astype(jnp.float32) for value in metrics.values()])
-    values = jnp.concatenate([scalars, advantages.reshape(-1)])
-    tokens = tokens or {}
-    if layout is not None:
-        values = layout.constrain(values, None)
-        tokens = {name: layout.constrain(table, None, None) for name, table in tokens.items()}
-    return PackedMetrics(values, tuple(metrics), tokens)
+    tables = tokens or {}
+    values = jnp.concatenate([scalars, advantages.reshape(-1), *(table.reshape(-1) for table in tables.values())])
+    values = values if layout is None else layout.constrain(values, None)
+    shape = next((table.shape for table in tables.values()), (0, 0))
+    return PackedMetrics(values, tuple(metrics), tuple(tables), (shape[0], shape[1]))
 
 
 def batch_metrics(batch: TrainBatch, advantages: Float[Array, "B G"]) -> dict[str, Array]:

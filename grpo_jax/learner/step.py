@@ -334,7 +334,7 @@ class Learner:
     def update(
         self, state: TrainState, batch: TrainBatch, known: dict[str, Any], frozen: Frozen
     ) -> tuple[TrainState, Float[Array, "N C"], dict[str, Array], dict[str, Array]]:
-        """Makes one optimiser update; also returns the log-probabilities that it was computed from, and `PackedMetrics.tokens`.
+        """Makes one optimiser update; also returns the log-probabilities that it was computed from, and tables of token values.
 
         Args:
             known: `weighted_loss`'s arrays by argument name, of the whole batch; and `first`, whether this is the first of several

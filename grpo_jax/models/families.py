@@ -327,7 +327,6 @@ WITH_VISION: dict[str, dict[str, Fields]] = {
     "gemma4": {"gemma4_text": {}},
     "mistral3": {"ministral3": {}, "mistral": {}},
     "qwen3_5": {"qwen3_5_text": {}},
-    "qwen3_5_moe": {"qwen3_5_moe_text": {}},
 }
 """model_type of a checkpoint with a vision tower → the types that its text part may have, with what their files leave out."""
 

@@ -193,8 +193,7 @@ class GrpoStep:
             batches = [replace(batch, old_logprobs=batch.sampler_logprobs) for batch in batches]
         if self.mini_batches is None:
             state, packed = self.update(in_device_memory(state), on_devices(batches[0], layout), self.frozen)
-            metrics, advantages = packed.to_host()
-            token_values = packed.tokens_to_host()
+            metrics, advantages, token_values = packed.fetch()
         else:
             token_values = {}
             state, metrics, advantages = self.mini_batches.run(in_device_memory(state), batches, self.frozen, groups.scored)

@@ -111,7 +111,11 @@ def peft_targets(spec: ModelSpec, names: list[str], layers: list[int] | None = N
         layers: those that have adapters, for the pattern; None is all.
     """
     targets = sorted({peft_target(spec, name) for name in names})
-    others = {peft_target(spec, name) for name in spec.linear_shapes() if name not in names and not fused_name(spec, name)}
+    others = {
+        peft_target(spec, name)
+        for name in spec.linear_shapes()
+        if plain_part(name) in LINEAR_TARGETS and name not in names and not fused_name(spec, name)
+    }
     if root(spec) == "model" and not others.intersection(targets):
         return targets
     numbers = "" if layers is None else rf"({'|'.join(map(str, layers))})\."

@@ -38,7 +38,6 @@ FUSED: dict[str, tuple[str, ...]] = {
     "phi3": ("qkv_proj", "gate_up_proj"),
     "glm4": ("gate_up_proj",),
     "gpt_oss": ("gate_up_proj",),
-    "qwen3_5_moe": ("gate_up_proj",),
 }
 """The joined linear layers (`models.linear.JOINED`) that a family's files have as one tensor."""
 GEMMA4_MODULES = {
@@ -68,11 +67,11 @@ MODULES: dict[str, dict[str, str]] = {
         "up_proj": "feed_forward.w3",
         "down_proj": "feed_forward.w2",
     },
-    **dict.fromkeys(("qwen3_5_text", "qwen3_5", "qwen3_5_moe_text", "qwen3_5_moe", "qwen3_next"), LINEAR_ATTENTION),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5", "qwen3_5_moe_text", "qwen3_next"), LINEAR_ATTENTION),
 }
 """Paths of modules inside a layer, of families that do not have Llama's."""
-FUSED_EXPERTS = ("gpt_oss", "qwen3_5_moe")
-"""Families whose files have all experts of a layer in one tensor; gpt-oss's are stored (in, out)."""
+FUSED_EXPERTS = ("gpt_oss",)
+"""Families whose files have all experts of a layer in one tensor, stored (in, out)."""
 LEAVES = {
     "kernel": ".weight",
     "bias": ".bias",
@@ -265,7 +264,7 @@ def tensor_names(spec: ModelSpec, stored: Collection[str] = ()) -> dict[tuple[st
         leaf = {"kernel": "", "bias": "_bias"}[path[2]] if held else LEAVES[path[2]]
         names = tuple(f"{module}{leaf}" for module in module_paths(spec, path[1]))
         outputs = fused_outputs(spec, path[1]) if path[2] in ("kernel", "bias") else None
-        transposed = path[2] == "kernel" and not (held and spec.family == "gpt_oss")
+        transposed = path[2] == "kernel" and not held
         table[path] = TensorSource(names, transposed, spec.stack_dims(path[1])[0], outputs, held)
     has_fused = spec.experts and not held_stack(spec, "up_proj") and any(name.endswith(FUSED_EXPERTS_ENDING) for name in stored)
     return table | fused_experts(spec) if has_fused else table

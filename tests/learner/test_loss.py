@@ -598,7 +598,7 @@ def test_numpy_and_jit_and_mask_types_agree(mask_kind: type) -> None:
         ({"old_logps": np.zeros((1, 3))}, r"old_logps has shape \(1, 3\)"),
         ({"ref_logps": np.zeros((3, 2))}, r"ref_logps has shape \(3, 2\)"),
         ({"ref_logps": None}, "ref_logps is None, but beta is 0.1"),
-        ({"advantages": np.zeros((2, 3))}, r"advantages has shape \(2, 3\): it must be \[N\] = \(2,\)"),
+        ({"advantages": np.zeros((2, 4))}, r"advantages has shape \(2, 4\): it must be \[N\] = \(2,\)"),
         ({"advantages": np.zeros((1, 2))}, "advantages has shape"),
         ({"advantages": np.zeros(3)}, "advantages has shape"),
         ({"completion_mask": np.ones(3, bool)}, "completion_mask has shape"),

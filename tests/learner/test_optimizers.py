@@ -243,7 +243,8 @@ def test_notes_on_the_learning_rate_go_by_the_optimiser(name: str, rate: float, 
 def test_every_state_has_a_sharding_on_a_mesh(name: str) -> None:
     """Momentum is sharded as its parameter. Row means [L, in] of a matrix are replicated, though norms have that shape too."""
     spec = read_spec(golden_config("qwen2"))
-    optim = OptimConfig(**NAMED[name] | ({"b1": 0.9} if name == "adafactor" else {}))
+    given: dict[str, Any] = NAMED["adafactor with momentum" if name == "adafactor" else name]
+    optim = OptimConfig(**given)
     layout = Layout(Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES))
     params = {
         "layers": {

@@ -21,7 +21,7 @@ from grpo_jax.trainer import train
 
 TOLERANCE_NATS = 1e-4
 PROMPT = 5
-MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss")
+MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next", "qwen3_5_moe_text")
 ADAPTED = {
     "all-linear": LoraConfig(rank=4, alpha=8.0),
     "rslora": LoraConfig(rank=8, alpha=4.0, targets=["q_proj", "k_proj", "v_proj", "down_proj"], rslora=True),

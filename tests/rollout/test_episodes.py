@@ -100,7 +100,10 @@ def test_tokens_masks_and_log_probabilities_equal_a_replay_without_a_cache(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "stacked"), [("gpt_oss", True), ("gpt_oss", False), ("smollm3", True), ("gemma4", True), ("gemma4", False)])
+@pytest.mark.parametrize(
+    ("family", "stacked"),
+    [("gpt_oss", True), ("gpt_oss", False), ("smollm3", True), ("gemma4", True), ("gemma4", False)],
+)
 def test_families_that_the_replay_does_not_know_equal_the_trainers_forward_pass(family: str, stacked: bool) -> None:
     """Attention sinks, and layers without rope; the trainer's forward pass, which has no cache, is compared with transformers."""
     task = task_of(family, slots=4, segment=3)
