@@ -685,13 +685,13 @@ def test_a_batch_without_a_trained_token_changes_nothing() -> None:
 def test_no_forward_pass_that_is_not_needed(monkeypatch: pytest.MonkeyPatch, beta: float, iterations: int) -> None:
     """One pass with a gradient; the reference's only where there is a KL term; never one for the old log-probabilities."""
     seen: list[bool] = []
-    inner = batch_logprobs.row_logprobs
+    inner = batch_logprobs.row_outputs
 
     def counted(model: Any, variables: Params, *rest: Any, **options: Any) -> Any:
         seen.append("lora" in variables)
         return inner(model, variables, *rest, **options)
 
-    monkeypatch.setattr(batch_logprobs, "row_logprobs", counted)
+    monkeypatch.setattr(batch_logprobs, "row_outputs", counted)
     made = learner(ObjectiveConfig(beta=beta, num_iterations=iterations))
     trainable, frozen = start()
     jax.eval_shape(made.train_step, made.init(trainable), batch().packed((B, G)), Frozen(frozen.base, {}))
