@@ -22,7 +22,8 @@ from grpo_jax.learner.optim import learning_rate_at, make_optimizer
 from grpo_jax.learner.step import Learner
 from grpo_jax.learner.supervised import supervised_step
 from grpo_jax.models.families import read_spec
-from grpo_jax.models.spec import ModelSpec, abstract_params, count_parameters, flatten, param_specs
+from grpo_jax.models.parameters import abstract_params, count_parameters, flatten, param_specs
+from grpo_jax.models.spec import ModelSpec
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.rewards import check_functions, number_match, regex_format, resolve_functions
 from grpo_jax.rollout.decode import SlotState, decode_segment

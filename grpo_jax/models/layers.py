@@ -23,10 +23,11 @@ from grpo_jax.models.gating import gated
 from grpo_jax.models.layer_kinds import Kind, has_keys, is_recurrent, plain_part
 from grpo_jax.models.linear import JOINED, Linear, LinearWeights, gather, linear_product
 from grpo_jax.models.moe import mix_and_route
+from grpo_jax.models.parameters import QK_NORM_AXES
 from grpo_jax.models.recurrent import Recurrence, linear_attention, short_conv
 from grpo_jax.models.rope import Angles, rotate
 from grpo_jax.models.routing import COLLECTION, RouterInputs, Routing, sums_of
-from grpo_jax.models.spec import EXPERT_LINEARS, LINEAR_AXES, QK_NORM_AXES, SHARED_LINEARS, ModelSpec
+from grpo_jax.models.spec import EXPERT_LINEARS, LINEAR_AXES, SHARED_LINEARS, ModelSpec
 from grpo_jax.runtime.sharding import Layout
 
 LAYER_INPUT, LAYER_MIDDLE = "layer_input", "layer_middle"

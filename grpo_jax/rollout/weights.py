@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.models.linear import JOINED, join_linears
-from grpo_jax.models.spec import ModelSpec, flatten, nest
+from grpo_jax.models.parameters import flatten, nest
+from grpo_jax.models.spec import ModelSpec
 from grpo_jax.models.transformer import Transformer, split_layers, with_computed_adapters
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params

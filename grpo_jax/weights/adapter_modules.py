@@ -12,7 +12,8 @@ from grpo_jax.config.checks import require
 from grpo_jax.config.sections import LINEAR_TARGETS
 from grpo_jax.models.adapters import Ratios
 from grpo_jax.models.layer_kinds import plain_part
-from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec, ParamSpec, lora_specs
+from grpo_jax.models.parameters import ParamSpec, lora_specs
+from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec
 from grpo_jax.weights.fused_adapters import check_parts
 from grpo_jax.weights.names import FUSED, held_stack, module_paths
 

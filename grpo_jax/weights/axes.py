@@ -10,7 +10,8 @@ import math
 
 from grpo_jax.config.checks import require
 from grpo_jax.models.linear import JOINED
-from grpo_jax.models.spec import ModelSpec, lora_specs, param_specs
+from grpo_jax.models.parameters import lora_specs, param_specs
+from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.sharding import AxesTable, Layout
 from grpo_jax.weights.quantize import quantized_specs
 

@@ -19,7 +19,8 @@ import numpy as np
 from grpo_jax.config import LoraConfig
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.data.tokenizer_files import OTHER_FILES, VOCABULARY_FILES
-from grpo_jax.models.spec import ModelError, ModelSpec, flatten
+from grpo_jax.models.parameters import flatten
+from grpo_jax.models.spec import ModelError, ModelSpec
 from grpo_jax.runtime.digests import DIGESTS, write_digests
 from grpo_jax.runtime.files import explains_write_errors, replacing
 from grpo_jax.types import Params

@@ -17,7 +17,8 @@ import numpy as np
 
 from grpo_jax.config.checks import show
 from grpo_jax.models.families import read_spec
-from grpo_jax.models.spec import ModelError, ModelSpec, param_specs
+from grpo_jax.models.parameters import param_specs
+from grpo_jax.models.spec import ModelError, ModelSpec
 from grpo_jax.runtime.untrusted_json import JsonError, located, read_json_file
 from grpo_jax.weights.finite import all_finite
 from grpo_jax.weights.mxfp4 import BLOCKS, SCALES, dequantize_mxfp4

@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Int
 
-from grpo_jax.models.spec import ModelSpec, ParamSpec, nest, param_specs
+from grpo_jax.models.parameters import ParamSpec, nest, param_specs
+from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params
 from grpo_jax.weights.hf import TensorFiles, check_tensors, read_slice, read_tensor

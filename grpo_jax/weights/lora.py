@@ -29,7 +29,8 @@ from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.models.config_values import checked_flag, checked_number, whole_number
 from grpo_jax.models.layer_kinds import plain_part
 from grpo_jax.models.linear import JOINED
-from grpo_jax.models.spec import ModelError, ModelSpec, ParamSpec, flatten, nest
+from grpo_jax.models.parameters import ParamSpec, flatten, nest
+from grpo_jax.models.spec import ModelError, ModelSpec
 from grpo_jax.runtime.digests import DIGESTS, DamagedError, verify_digests, write_digests
 from grpo_jax.runtime.files import explains_write_errors, replacing
 from grpo_jax.types import Params

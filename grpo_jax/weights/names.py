@@ -14,7 +14,8 @@ import numpy as np
 from grpo_jax.models.families import WITH_VISION
 from grpo_jax.models.layer_kinds import DELTA_LINEARS, FUSED_DELTA_LINEARS, KEY_PARTS, has_keys, plain_part
 from grpo_jax.models.linear import JOINED
-from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec, param_specs
+from grpo_jax.models.parameters import param_specs
+from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec
 
 LLAMA_NORMS = {"attn_norm": "input_layernorm", "ffw_norm": "post_attention_layernorm"}
 GEMMA_NORMS = {

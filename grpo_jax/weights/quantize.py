@@ -11,17 +11,8 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from grpo_jax.models.spec import (
-    EXPERT_LINEARS,
-    ROUTERS,
-    ModelError,
-    ModelSpec,
-    ParamSpec,
-    abstract_params,
-    flatten,
-    nest,
-    param_specs,
-)
+from grpo_jax.models.parameters import ParamSpec, abstract_params, flatten, nest, param_specs
+from grpo_jax.models.spec import EXPERT_LINEARS, ROUTERS, ModelError, ModelSpec
 from grpo_jax.types import Params
 from grpo_kernels import QuantizedWeight, quantize, quantized_shapes, weight_bytes
 

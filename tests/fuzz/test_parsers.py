@@ -39,7 +39,7 @@ from grpo_jax.data import rows as data_rows
 from grpo_jax.data import templates
 from grpo_jax.data.prompts import encode_within_limit, read_prompt
 from grpo_jax.data.tokenizer import Tokenizer, read_stop_ids
-from grpo_jax.models.spec import count_parameters, param_specs
+from grpo_jax.models.parameters import count_parameters, param_specs
 from grpo_jax.rewards.answers import final_number, reference_number
 from grpo_jax.weights.hf import TensorFiles, check_tensors, read_folder_spec, read_slice, tensor_names, weight_map
 from grpo_jax.weights.lora import init_lora, load_adapter, save_adapter

@@ -16,7 +16,7 @@ from goldens.folders import FAMILIES, NEWER_FAMILIES
 from grpo_jax.learner.logprobs import completion_logprobs, padded_rows, row_logprobs
 from grpo_jax.learner.truncated import Truncation
 from grpo_jax.models.families import read_spec
-from grpo_jax.models.spec import abstract_params
+from grpo_jax.models.parameters import abstract_params
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.types import Params
 

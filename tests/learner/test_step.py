@@ -32,7 +32,7 @@ from grpo_jax.learner.optim import make_optimizer
 from grpo_jax.learner.step import Learner
 from grpo_jax.learner.truncated import Truncation
 from grpo_jax.models.families import read_spec
-from grpo_jax.models.spec import abstract_params, lora_specs, nest
+from grpo_jax.models.parameters import abstract_params, lora_specs, nest
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.rewards.protocol import ScoredBatch
 from grpo_jax.runtime.programs import Program

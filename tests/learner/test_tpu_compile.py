@@ -14,7 +14,7 @@ from goldens.folders import build_model_folder
 from grpo_jax.config import LoraConfig, ObjectiveConfig, OptimConfig, RolloutConfig
 from grpo_jax.learner.optim import learning_rate_at, make_optimizer
 from grpo_jax.learner.step import Learner
-from grpo_jax.models.spec import abstract_params
+from grpo_jax.models.parameters import abstract_params
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.rollout.decode import SlotState, decode_segment
 from grpo_jax.rollout.kv_cache import empty_past_block, write_segment

@@ -12,7 +12,8 @@ from plain_oracles import golden_config
 from goldens.folders import FAMILIES, HERE, NEWER_FAMILIES
 from grpo_jax.models.families import FAMILIES as READERS
 from grpo_jax.models.families import read_spec
-from grpo_jax.models.spec import ModelError, Rope, count_parameters
+from grpo_jax.models.parameters import count_parameters
+from grpo_jax.models.spec import ModelError, Rope
 
 SMALL = {
     "hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4, "intermediate_size": 96,

@@ -25,8 +25,9 @@ from goldens.folders import build_model_folder, read_golden, read_greedy
 from grpo_jax.learner.logprobs import completion_logprobs
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.layer_kinds import repeated_units
+from grpo_jax.models.parameters import flatten
 from grpo_jax.models.rope import Rope
-from grpo_jax.models.spec import ModelError, flatten
+from grpo_jax.models.spec import ModelError
 from grpo_jax.policy import Policy
 from grpo_jax.weights.quantize import quantize_params
 

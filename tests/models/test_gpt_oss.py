@@ -21,7 +21,8 @@ from goldens.folders import build_model_folder, read_golden
 from grpo_jax.config import ConfigError, LoraConfig
 from grpo_jax.models import moe
 from grpo_jax.models.families import read_spec
-from grpo_jax.models.spec import EXPERT_LINEARS, ModelError, flatten
+from grpo_jax.models.parameters import flatten
+from grpo_jax.models.spec import EXPERT_LINEARS, ModelError
 from grpo_jax.policy import Policy
 from grpo_jax.weights.hf import INDEX, TensorFiles
 from grpo_jax.weights.lora import init_lora

@@ -26,7 +26,8 @@ from goldens.folders import build_model_folder, read_golden
 from grpo_jax.config import ConfigError, LoraConfig
 from grpo_jax.models import moe
 from grpo_jax.models.families import read_spec
-from grpo_jax.models.spec import EXPERT_LINEARS, ModelError, ModelSpec, param_specs
+from grpo_jax.models.parameters import param_specs
+from grpo_jax.models.spec import EXPERT_LINEARS, ModelError, ModelSpec
 from grpo_jax.policy import Policy
 from grpo_jax.weights.hf import read_folder_spec
 from grpo_jax.weights.loading import load_params

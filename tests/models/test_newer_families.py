@@ -24,8 +24,9 @@ from goldens.folders import NEWER_FAMILIES, build_model_folder, read_golden, rea
 from grpo_jax.config import Config, ConfigError, LoraConfig
 from grpo_jax.learner.logprobs import completion_logprobs
 from grpo_jax.models.families import read_spec
+from grpo_jax.models.parameters import count_parameters, flatten, nest
 from grpo_jax.models.rope import Rope, rope_tables, rotate
-from grpo_jax.models.spec import ModelError, count_parameters, flatten, nest
+from grpo_jax.models.spec import ModelError
 from grpo_jax.policy import Policy
 from grpo_jax.weights.lora import init_lora, load_adapter
 from grpo_jax.weights.quantize import quantize_params

@@ -22,7 +22,8 @@ from grpo_jax.learner.logprobs import row_logprobs
 from grpo_jax.learner.packing import Lengths, pack, row_sizes
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.layer_kinds import repeated_units
-from grpo_jax.models.spec import ModelError, flatten
+from grpo_jax.models.parameters import flatten
+from grpo_jax.models.spec import ModelError
 from grpo_jax.policy import Policy
 from grpo_jax.rollout import shapes
 from grpo_jax.rollout.sampler import Sampler

@@ -16,8 +16,9 @@ from grpo_jax.models import transformer
 from grpo_jax.models.attention import prefill_attend
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.layers import parts_of
+from grpo_jax.models.parameters import abstract_params, count_parameters, flatten, init_params, nest, param_specs
 from grpo_jax.models.rope import rotate
-from grpo_jax.models.spec import ModelSpec, Rope, abstract_params, count_parameters, flatten, init_params, nest, param_specs
+from grpo_jax.models.spec import ModelSpec, Rope
 from grpo_jax.models.transformer import Transformer, forward
 from grpo_jax.types import Params
 from grpo_jax.weights.lora import init_lora

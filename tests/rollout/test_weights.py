@@ -16,7 +16,7 @@ from rollouts import PROMPTS, SETTINGS
 
 from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig
 from grpo_jax.models.linear import join_linears
-from grpo_jax.models.spec import flatten
+from grpo_jax.models.parameters import flatten
 from grpo_jax.policy import Policy
 from grpo_jax.rollout import weights
 from grpo_jax.rollout.sampler import Sampler

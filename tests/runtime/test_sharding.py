@@ -15,7 +15,8 @@ from padded_batches import shapes_of
 
 from grpo_jax.config import ConfigError, LoraConfig, MeshConfig, OptimConfig
 from grpo_jax.learner.optim import make_optimizer
-from grpo_jax.models.spec import ModelSpec, param_specs
+from grpo_jax.models.parameters import param_specs
+from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.mesh import check_prompts, make_layout, mesh_micro_batch, mesh_sizes, resolve_mesh
 from grpo_jax.runtime.sharding import BATCH_AXES, MESH_AXES, RULES, Layout, ShardingError
 from grpo_jax.types import Frozen, TrainState

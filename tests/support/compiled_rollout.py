@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.config import LoraConfig, RolloutConfig
-from grpo_jax.models.spec import ModelSpec, Rope, abstract_params
+from grpo_jax.models.parameters import abstract_params
+from grpo_jax.models.spec import ModelSpec, Rope
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.rollout.decode import SlotState, decode_segment
 from grpo_jax.rollout.kv_cache import empty_cache, empty_past_block, write_segment

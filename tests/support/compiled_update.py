@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from grpo_jax.config import LoraConfig, ObjectiveConfig, OptimConfig
 from grpo_jax.learner.optim import learning_rate_at, make_optimizer
 from grpo_jax.learner.step import Learner
-from grpo_jax.models.spec import ModelSpec, abstract_params, flatten, nest, param_specs
+from grpo_jax.models.parameters import abstract_params, flatten, nest, param_specs
+from grpo_jax.models.spec import ModelSpec
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.types import Frozen, TrainBatch
 from grpo_jax.weights.lora import init_lora

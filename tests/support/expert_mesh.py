@@ -20,7 +20,8 @@ from plain_oracles import quick_compiling
 
 from grpo_jax.config import ConfigError, MeshConfig
 from grpo_jax.models import moe
-from grpo_jax.models.spec import ModelSpec, init_params
+from grpo_jax.models.parameters import init_params
+from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.mesh import make_layout
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.weights.axes import check_mesh

@@ -26,7 +26,8 @@ from plain_oracles import quick_compiling
 from grpo_jax.config import LoraConfig, MeshConfig, ObjectiveConfig, RolloutConfig
 from grpo_jax.learner.step import Learner
 from grpo_jax.learner.truncated import Truncation
-from grpo_jax.models.spec import ModelSpec, Rope, init_params, lora_specs, param_specs
+from grpo_jax.models.parameters import init_params, lora_specs, param_specs
+from grpo_jax.models.spec import ModelSpec, Rope
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.runtime.mesh import make_layout
 from grpo_jax.runtime.sharding import Layout

@@ -23,7 +23,7 @@ from safetensors.numpy import save_file
 
 from grpo_jax.config import MeshConfig
 from grpo_jax.models.families import read_spec
-from grpo_jax.models.spec import param_specs
+from grpo_jax.models.parameters import param_specs
 from grpo_jax.runtime.memory import proc_bytes
 from grpo_jax.runtime.mesh import make_layout
 from grpo_jax.runtime.sharding import Layout

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import RolloutConfig
-from grpo_jax.models.spec import ModelSpec, Rope, init_params
+from grpo_jax.models.parameters import init_params
+from grpo_jax.models.spec import ModelSpec, Rope
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.turns import Answer

@@ -19,7 +19,8 @@ from grpo_jax.config import ConfigError, LoraConfig, RolloutConfig
 from grpo_jax.models.adapters import computed_adapters
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.linear import join_adapters, linear_product
-from grpo_jax.models.spec import ModelError, ModelSpec, init_params
+from grpo_jax.models.parameters import init_params
+from grpo_jax.models.spec import ModelError, ModelSpec
 from grpo_jax.policy import Policy
 from grpo_jax.types import Params
 from grpo_jax.weights.adapter_modules import ranks_of, ratios_of

@@ -21,7 +21,8 @@ from safetensors.numpy import load_file, save_file
 
 from goldens.folders import build_model_folder, model_tensors
 from grpo_jax.models.families import read_spec
-from grpo_jax.models.spec import ModelError, flatten, init_params, param_specs
+from grpo_jax.models.parameters import flatten, init_params, param_specs
+from grpo_jax.models.spec import ModelError
 from grpo_jax.weights.finite import all_finite
 from grpo_jax.weights.hf import INDEX, WEIGHTS, find_model, read_folder_spec, tensor_names
 from grpo_jax.weights.loading import load_params

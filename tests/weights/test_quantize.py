@@ -25,7 +25,8 @@ from grpo_jax.config import Config, ConfigError, LoraConfig, ObjectiveConfig, Op
 from grpo_jax.learner.optim import learning_rate_at, make_optimizer
 from grpo_jax.learner.step import Learner
 from grpo_jax.models.linear import join_linears
-from grpo_jax.models.spec import ModelError, ModelSpec, Rope, abstract_params, flatten, nest, param_specs
+from grpo_jax.models.parameters import abstract_params, flatten, nest, param_specs
+from grpo_jax.models.spec import ModelError, ModelSpec, Rope
 from grpo_jax.models.transformer import Transformer, split_layers
 from grpo_jax.policy import Policy
 from grpo_jax.run.given_policy import config_with_policy

@@ -80,7 +80,7 @@ def save_random_model(folder: Path, values: dict[str, Any], seed: int) -> None:
     import jax.numpy as jnp
     from safetensors.numpy import save_file
 
-    from grpo_jax.models.spec import init_params
+    from grpo_jax.models.parameters import init_params
     from grpo_jax.weights.export import merged_weights
     from grpo_jax.weights.hf import WEIGHTS
     from grpo_jax.weights.names import tensor_names

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import Config
-from grpo_jax.models.spec import ModelSpec, init_params
+from grpo_jax.models.parameters import init_params
+from grpo_jax.models.spec import ModelSpec
 from grpo_jax.policy import Policy
 from grpo_jax.tools.bench.lengths import StepLengths
 from grpo_jax.types import PromptBatch

@@ -15,7 +15,8 @@ import numpy as np
 
 from grpo_jax.config import LoraConfig
 from grpo_jax.data.tokenizer import Tokenizer
-from grpo_jax.models.spec import ModelError, ModelSpec, param_specs
+from grpo_jax.models.parameters import param_specs
+from grpo_jax.models.spec import ModelError, ModelSpec
 from grpo_jax.runtime.files import replacing
 from grpo_jax.types import Params
 from grpo_jax.weights.adapter_modules import ratios_of
