@@ -229,7 +229,8 @@ def test_other_truncation_seed_and_prompts_compile_nothing() -> None:
     prompts = [*PROMPTS, *PROMPTS[::-1]]
     sampler.sample(variables, prompts, settings, seed=0)
     counts = [len(program._compiled) for program in sampler.programs]
-    assert counts == [1, 2, 1, 1, 1, 1, 0, 0, 0]  # weights, prompts, inserted prompts, segments, writing, new blocks, episodes
+    # Weights, prompts, inserted prompts, recurrent states, segments, writing, new blocks, episodes.
+    assert counts == [1, 2, 1, 0, 1, 1, 1, 0, 0, 0]
     other = {"temperature": 1.3, "top_p": 0.6, "top_k": 20, "min_p": 0.01, "min_completion_length": 2}
     sampler.sample(variables, [(*ids[1:], 3) for ids in prompts], dataclasses.replace(settings, **other), seed=9, step=4)
     assert [len(program._compiled) for program in sampler.programs] == counts

@@ -35,7 +35,9 @@ def _quick() -> Iterator[None]:
 def scripted(script: Sequence[Sequence[int]], generations: int, decode_text: DecodeText) -> Sampler:
     """Makes a sampler that does not draw: row n returns `script[n]`, in segments as the compiled one does."""
 
-    def segment(_: Any, prompts: Any, past_blocks: Any, slots: SlotState, table: Any, controls: Any, *, length: int) -> Any:
+    def segment(
+        _: Any, prompts: Any, past_blocks: Any, slots: SlotState, table: Any, controls: Any, states: Any, *, length: int
+    ) -> Any:
         count = len(slots.base)
         ids, ends, stopped = np.zeros((count, length + 1), np.int32), np.ones(count, np.int32), np.zeros(count, bool)
         for slot in np.flatnonzero(np.asarray(slots.live)):
@@ -49,7 +51,8 @@ def scripted(script: Sequence[Sequence[int]], generations: int, decode_text: Dec
                     break
         logps = -ids.astype(np.float32) - np.arange(length + 1) / 64 - np.asarray(slots.base)[:, None] / 64
         none = np.zeros(count, np.int32)
-        return SegmentTokens(ids, logps.astype(np.float32), ends, stopped, none, none > 0), past_blocks  # type: ignore[arg-type] - NumPy
+        tokens = SegmentTokens(ids, logps.astype(np.float32), ends, stopped, none, none > 0)  # type: ignore[arg-type] - NumPy
+        return tokens, past_blocks, states
 
     def prepare_weights(variables: Any, **_: Any) -> Any:
         return variables
@@ -63,7 +66,7 @@ def scripted(script: Sequence[Sequence[int]], generations: int, decode_text: Dec
     def no_past(*_: Any, **__: Any) -> tuple[Any, ...]:
         return ()
 
-    parts: tuple[Any, ...] = (prepare_weights, prompts, prompts, segment, write, no_past, write, write, write)
+    parts: tuple[Any, ...] = (prepare_weights, prompts, prompts, write, segment, write, no_past, write, write, write)
     return Sampler(tiny_policy("qwen3").model.clone(unroll=True), (STOP_ID,), decode_text, *parts)
 
 
