@@ -119,6 +119,7 @@ class Watch(Callback):
 STALE: dict[str, Any] = {"steps": 4, "max_staleness": 1}
 
 
+@pytest.mark.slow
 def test_rewards_are_waited_for_after_the_next_rollout_which_the_policy_before_the_update_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +180,7 @@ def stopping(at: int) -> Any:
     return stopped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sections",
     [

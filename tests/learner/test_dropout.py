@@ -51,6 +51,7 @@ def by_token(tokens: int) -> dict[tuple[int, int], Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_tokens_key_does_not_depend_on_the_rows_that_it_is_packed_into() -> None:
     whole, cut = by_token(64), by_token(7)
     tokens = sum(map(len, PROMPTS)) + sum(len(ids) - 1 for ids in COMPLETIONS)  # a completion's last token predicts nothing

@@ -205,6 +205,7 @@ def by_turn() -> tuple[ScoredBatch, np.ndarray]:
     return dataclasses.replace(scored, valid=valid, per_function=values, turn_rewards=turns), advantages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_turns_have_their_own_advantages_however_rows_are_cut(cut: bool) -> None:
     settings = {"loss": "dapo", "beta": BETA, "epsilon": 0.2, "epsilon_high": 0.2, "credit": "turn", "turn_discount": 0.5}

@@ -121,6 +121,7 @@ def rows_of(tokens: int) -> tuple[RowSize, ...]:
     return row_sizes(Lengths(2, 3, C), len(PROMPTS), G, tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "unroll"), [(FAMILY, True), slow(RECURRENT, True), slow(RECURRENT, False)])
 def test_the_samplers_experts_are_recorded_token_by_token(family: str, unroll: bool) -> None:
     """The update's routers choose the same ones with the same weights; and others where the record is one token off."""

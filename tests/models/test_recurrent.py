@@ -47,6 +47,7 @@ def task_of(family: str, **settings: Any) -> Task:
     return Task(family, SETTINGS, stops=STOPS).but(**settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "stacked", "slots", "segment"),
     [
