@@ -36,7 +36,7 @@ from grpo_jax.config import Config
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.run.checkpoint import Checkpointer
 from grpo_jax.runtime.programs import Program
-from grpo_jax.steps import grpo
+from grpo_jax.steps import sampling
 from grpo_jax.trainer import Trainer
 
 LONGEST_DELAY_SECONDS = {"rollout": 0.06, "scoring": 0.01, "update": 0.04, "save": 0.12, "anywhere": 0.5}
@@ -100,7 +100,7 @@ class Kill:
         Program.__call__ = called
         Sampler.sample = entered("rollout", Sampler.sample)
         Checkpointer.save = entered("save", Checkpointer.save)
-        grpo.score_across_processes = entered("scoring", grpo.score_across_processes)
+        sampling.score_across_processes = entered("scoring", sampling.score_across_processes)
 
 
 def config_of(folder: Path, steps: int) -> Config:
