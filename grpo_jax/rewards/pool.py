@@ -127,7 +127,12 @@ class Pool:
         """Whether there is something to do; if not, the thread ends, and the next `submit` starts another one."""
         with self._changed:
             while self._submitted:
-                dispatch.add(*self._submitted.popleft())
+                task, rows = self._submitted.popleft()
+                together = list(rows)
+                # Groups that ended at the same time are divided into calls together: a call of each costs more than most functions.
+                while task.size == 1 and self._submitted and self._submitted[0][0] is task:
+                    together.extend(self._submitted.popleft()[1])
+                dispatch.add(task, together)
             self._serving = dispatch.under_way and not self._interrupted
         if self._interrupted:
             self._end_tasks(dispatch, CallsEndedError("the calls of reward functions were ended"))
