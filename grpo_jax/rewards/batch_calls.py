@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -40,8 +40,8 @@ class BatchCalls:
         abandoned: the calls were ended from outside, and there will be no outcome.
 
     Example:
-        calls = runner.begin(functions, 2, 8, 60.0, early=True)
-        calls.add(1, rows_of_group_1); calls.add(0, rows_of_group_0)
+        calls = runner.begin(functions, 3, 8, 60.0, early=True)
+        calls.add({1: rows_of_group_1}); calls.add({0: rows_of_group_0, 2: rows_of_group_2})
         scored = score(functions, prompts=..., runner=calls)
     """
 
@@ -84,22 +84,21 @@ class BatchCalls:
         """Names of the functions that have not answered yet."""
         return [*(name for name, task in self._tasks.items() if not task.finished), *list(self._waiting)]
 
-    def add(self, group: int, rows: RewardInputs) -> None:
-        """Takes in a group that has ended, and has it scored as far as that can be done without the others; returns at once.
+    def add(self, groups: Mapping[int, RewardInputs]) -> None:
+        """Takes in groups that have ended, and has them scored as far as that can be done without the others; returns at once.
 
         Args:
-            group: its number.
-            rows: its G rows.
+            groups: their G rows each, by their number.
         """
-        self._added.add(group)
-        first = group * self.size
+        self._added.update(groups)
         for name, function in self._away:
             if name in self._early:
-                self._submit(name, function, first, rows)
+                self._submit(name, function, groups)
         if self._outcomes:
             if self._early_here is None:
                 self._early_here = in_thread(self._call_early_here)
-            self._groups.put((first, rows))
+            for group, rows in groups.items():
+                self._groups.put((group * self.size, rows))
 
     def start(self, rows: RewardInputs) -> None:
         """Takes in that all rows are there, and starts all other calls, in threads; returns at once."""
@@ -148,19 +147,23 @@ class BatchCalls:
         if self._started:
             return
         self._started = True
-        for group in range(self.count // self.size) if self._early else ():
-            if group not in self._added:
-                self.add(group, rows.part(slice(group * self.size, (group + 1) * self.size)))
+        late = [group for group in range(self.count // self.size) if group not in self._added]
+        if self._early and late:
+            self.add({group: rows.part(slice(group * self.size, (group + 1) * self.size)) for group in late})
         for name, function in sorted(self._away, key=lambda named: bool(self._tasks[named[0]].size)):
             if name not in self._early:
-                self._submit(name, function, 0, rows)
+                self._submit(name, function, {0: rows})
 
-    def _submit(self, name: str, function: RewardFunction, first: int, rows: RewardInputs) -> None:
-        task, pool, chosen = self._tasks[name], self.runner.pool, rows.chosen(name, function)
+    def _submit(self, name: str, function: RewardFunction, groups: Mapping[int, RewardInputs]) -> None:
+        """Has rows called, all at once; rows by the number of their group, or of the first of theirs."""
+        task, pool, numbers = self._tasks[name], self.runner.pool, list[int]()
         assert pool is not None
-        sent = {key: values for key, values in chosen.inputs.items() if key != "environments"}  # objects that stay here
-        task.fill(first, replace(chosen, inputs=sent))
-        pool.submit(task, range(first, first + rows.count))
+        for group, rows in groups.items():
+            chosen, first = rows.chosen(name, function), group * self.size
+            sent = {key: values for key, values in chosen.inputs.items() if key != "environments"}  # objects that stay here
+            task.fill(first, replace(chosen, inputs=sent))
+            numbers.extend(range(first, first + rows.count))
+        pool.submit(task, numbers)
 
     def _call_here(self, functions: Sequence[NamedFunction], rows: RewardInputs) -> dict[str, Outcome]:
         return self.runner.call_here(functions, rows, self.limit, self._waiting.discard)

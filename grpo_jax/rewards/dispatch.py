@@ -32,12 +32,16 @@ MOST_DEATHS = 8
 
 TICK_SECONDS = 0.05
 
+LEAST_CALL_SECONDS, MOST_ROWS = 0.002, 64
+"""Rows that are known to be quick are called together for this time, or so many of them: a call has costs of its own."""
+
 
 class Workers(Protocol):
     """The processes; `pool.Pool` is one."""
 
     count: int
     workers: list[WorkerProcess]
+    row_seconds: dict[str, float]
 
     def add(self) -> WorkerProcess:
         """Starts one worker."""
@@ -72,7 +76,7 @@ class Dispatch:
             self.tasks.append(task)
         task.submitted += len(rows)
         if task.size and not task.concurrent:
-            self.waiting.extend((task, piece) for piece in _pieces(task, rows, self.pool.count))
+            self.waiting.extend((task, piece) for piece in _pieces(task, rows, self.pool))
             return
         for other, waits in self.waiting:
             if other is task:
@@ -156,6 +160,8 @@ class Dispatch:
             call.task.progress = call.task.progress or now
         if reply.get("of") == call.number:
             if not call.task.concurrent:
+                if call.since is not None:
+                    self.pool.row_seconds[call.task.key] = (now - call.since) / max(1, len(reply["rows"]))
                 call.since = now
             call.task.progress = now
             call.task.outcome.remarks.extend(reply["remarks"])
@@ -216,9 +222,12 @@ def _divided(worker: WorkerProcess, call: Call) -> tuple[list[int], list[int]]:
     return [current], [other for other in call.rows if other != current]
 
 
-def _pieces(task: Task, rows: Sequence[int], workers: int) -> list[list[int]]:
+def _pieces(task: Task, rows: Sequence[int], pool: Workers) -> list[list[int]]:
     """Divides rows into calls: of one group each; or of rows, several calls for each worker, because some rows take longer."""
-    size = task.size if task.size > 1 else min(max(-(-len(rows) // (4 * workers)), 1), 64)
+    size = task.size
+    if size == 1:
+        quick = int(LEAST_CALL_SECONDS / max(pool.row_seconds.get(task.key, LEAST_CALL_SECONDS), 1e-9))
+        size = min(max(-(-len(rows) // (4 * pool.count)), quick, 1), MOST_ROWS)
     return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
 

@@ -29,10 +29,14 @@ class Pool:
     Args:
         count: number of workers.
         sources: functions that every new worker loads at once, by key.
+
+    Attributes:
+        row_seconds: how long a row took lately, by the key of the function.
     """
 
     def __init__(self, count: int, sources: Mapping[str, Source]) -> None:
         self.count, self.workers, self._sources = count, list[WorkerProcess](), dict(sources)
+        self.row_seconds: dict[str, float] = {}
         self._folder, self._numbers = os.getcwd(), 0
         self._submitted: deque[tuple[Task, Sequence[int]]] = deque()
         self._changed = threading.Condition()  # of the three below, and of the tasks
@@ -128,11 +132,7 @@ class Pool:
         with self._changed:
             while self._submitted:
                 task, rows = self._submitted.popleft()
-                together = list(rows)
-                # Groups that ended at the same time are divided into calls together: a call of each costs more than most functions.
-                while task.size == 1 and self._submitted and self._submitted[0][0] is task:
-                    together.extend(self._submitted.popleft()[1])
-                dispatch.add(task, together)
+                dispatch.add(task, rows)
             self._serving = dispatch.under_way and not self._interrupted
         if self._interrupted:
             self._end_tasks(dispatch, CallsEndedError("the calls of reward functions were ended"))

@@ -107,8 +107,8 @@ class Worker:
         try:
             if is_async(function):
                 self._loop.run(answer_parts(function, inputs, parts, timeout_seconds, report))
-            else:
-                self._call_parts(number, function, inputs, parts, rows)
+            elif self._call_parts(number, function, inputs, parts, rows):
+                return
         except KeyboardInterrupt:
             self.reply(interrupt=True)
         except BaseException as error:  # such as a cancellation that the function caused itself
@@ -116,19 +116,26 @@ class Worker:
             self.reply(rows=[_row(row, failed) for row in rows], remarks=[], of=number)
         self.reply(done=number)
 
-    def _call_parts(self, number: int, function: RewardFunction, inputs: RewardInputs, parts: list[slice], rows: list[int]) -> None:
-        """Calls a function on one part after the other; reports quick answers together, because a message takes longer."""
+    def _call_parts(self, number: int, function: RewardFunction, inputs: RewardInputs, parts: list[slice], rows: list[int]) -> bool:
+        """Calls a function on one part after the other; reports quick answers together, because a message takes longer.
+
+        Returns:
+            Whether it has reported the call's end with the last answers: not where others went to another worker, or none is there.
+        """
         answered, remarks, reported = list[list[Any]](), list[str](), time.monotonic()
         for part in parts:
             self._position.write(number, rows[part.start])
             outcome = answer(function, inputs.part(part), lambda result: self._loop.run(awaited(result)))
             answered += _answered(rows[part], outcome)
             remarks += outcome.remarks
-            if part is parts[-1] or time.monotonic() - reported > REPORT_SECONDS:
+            if part is parts[-1]:
+                self.reply(rows=answered, remarks=remarks, of=number, done=number)
+            elif time.monotonic() - reported > REPORT_SECONDS:
                 self.reply(rows=answered, remarks=remarks, of=number)
                 answered, remarks, reported = [], [], time.monotonic()
-                if part is not parts[-1] and self._dropped():
-                    break
+                if self._dropped():
+                    return False
+        return bool(parts)
 
     def _dropped(self) -> bool:
         """Whether the trainer gave the rest of the call to another worker."""

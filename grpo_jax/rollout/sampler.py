@@ -45,8 +45,8 @@ from grpo_kernels.target import platform
 
 __all__ = ["Sampler"]
 
-OnEnded = Callable[[int, list[PartialCompletion]], None]
-"""Is told the number of a prompt whose completions have all ended, and gets them."""
+OnEnded = Callable[[dict[int, list[PartialCompletion]]], None]
+"""Gets the completions of prompts by number: those whose last completion ended in the same segment."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class Sampler:
                 are filled in rounds. None chooses them for these prompts, and `rollout.slots` is followed. With `turns` they
                 must be made for episodes.
             on_segment: called with all completions after each segment.
-            on_ended: called once for each prompt, when the last of its completions has ended.
+            on_ended: called after each segment in which the last completion of a prompt ended, with all such prompts' completions.
             turns: answers the turns of episodes; with several processes only process 0's is asked.
 
         Returns:
@@ -215,7 +215,9 @@ class Sampler:
                 controls=controls_of(rollout, seed, step, self.model.layout),
                 shards=shapes.shards,
                 on_segment=None if on_segment is None else lambda _: on_segment(completions),
-                on_ended=None if on_ended is None else lambda number, own, first=first: on_ended(first + number, own),
+                on_ended=None
+                if on_ended is None
+                else lambda ended, first=first: on_ended({first + number: own for number, own in ended.items()}),
                 turns=turns,
             )
             near_ties += loop.run(weights)
@@ -379,10 +381,9 @@ class RolloutLoop:
 
     def report_ended(self, schedule: ShardedSchedule) -> None:
         """Says which prompts have no completion any more that goes on."""
-        if self.on_ended is not None:
-            for number in schedule.ended_prompts():
-                each = self.rollout.num_generations
-                self.on_ended(number, self.completions[number * each : (number + 1) * each])
+        each, numbers = self.rollout.num_generations, [] if self.on_ended is None else schedule.ended_prompts()
+        if self.on_ended is not None and numbers:
+            self.on_ended({number: self.completions[number * each : (number + 1) * each] for number in numbers})
 
     def put(self, tree: Any, axis: str) -> Any:
         """Copies host arrays to the devices.

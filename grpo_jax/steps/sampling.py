@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from grpo_jax.rewards import warning_lines
 from grpo_jax.rewards.across_processes import score_across_processes
 from grpo_jax.rewards.batch_calls import BatchCalls
+from grpo_jax.rewards.calls import RewardInputs
 from grpo_jax.rewards.scoring import reward_inputs
 from grpo_jax.rollout.environment_turns import reward_rows
 from grpo_jax.rollout.episode_content import RewardRows
@@ -65,13 +66,16 @@ class EarlyScoring:
         self._own = own_groups(len(prompts.prompt_ids))
         self.calls = begin_calls(step, len(prompts.prompt_ids), early=True)
 
-    def ended(self, number: int, completions: Sequence[PartialCompletion]) -> None:
-        """Takes in that the completions of a prompt have ended."""
-        ids = [own.ids for own in completions]
-        texts = self._texts[number] = [self._text_of(own) for own in ids]
-        if self._own.start <= number < self._own.stop:
-            columns = {name: [values[number]] for name, values in self._prompts.columns.items()}
-            self.calls.add(number - self._own.start, reward_inputs([self._prompts.prompts[number]], texts, ids, columns))
+    def ended(self, completions: Mapping[int, Sequence[PartialCompletion]]) -> None:
+        """Takes in that the completions of these prompts have ended."""
+        groups: dict[int, RewardInputs] = {}
+        for number, group in completions.items():
+            ids = [own.ids for own in group]
+            texts = self._texts[number] = [self._text_of(own) for own in ids]
+            if self._own.start <= number < self._own.stop:
+                columns = {name: [values[number]] for name, values in self._prompts.columns.items()}
+                groups[number - self._own.start] = reward_inputs([self._prompts.prompts[number]], texts, ids, columns)
+        self.calls.add(groups)
 
     def rows(self) -> RewardRows:
         """What rewards get, after the rollout."""

@@ -84,7 +84,7 @@ def test_groups_in_any_order_get_the_values_of_a_whole_batch(made: Made, workers
         calls = runner.begin(functions, len(PROMPTS), G, 60.0, early=True)
         for group in told:
             texts = TEXTS[group * G : (group + 1) * G]
-            calls.add(group, reward_inputs([PROMPTS[group]], texts, [[1]] * G, {}))
+            calls.add({group: reward_inputs([PROMPTS[group]], texts, [[1]] * G, {})})
         early = scored(functions, calls)
         assert early.rewards.tolist() == whole.rewards.tolist()
         assert early.failures == []
@@ -103,7 +103,7 @@ def test_a_group_that_hangs_fails_alone(made: Made) -> None:
 def test_calls_that_were_ended_can_be_made_again(made: Made) -> None:
     functions, runner = made(["hangs"], workers=2, by_group=["hangs"])
     calls = runner.begin(functions, len(PROMPTS), G, None, early=True)
-    calls.add(2, reward_inputs(["r"], TEXTS[4:], [[1]] * G, {}))
+    calls.add({2: reward_inputs(["r"], TEXTS[4:], [[1]] * G, {})})
     runner.abandon()
     assert calls.abandoned
     assert runner.pending() == []
