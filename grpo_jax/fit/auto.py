@@ -18,7 +18,8 @@ from grpo_jax.fit.learners import grpo_learner
 from grpo_jax.fit.memory_use import MemoryUse, phase_rows
 from grpo_jax.fit.micro_batch import longest_lengths, row_tokens, rows_to_try, sizes_of_rows, smaller_rows
 from grpo_jax.fit.phases import RolloutMemory, RunShapes, activation_bytes, rollout_memory, update_memory
-from grpo_jax.learner.packing import Lengths, RowSize
+from grpo_jax.learner.packing import Lengths
+from grpo_jax.learner.rows import RowSize
 from grpo_jax.learner.step import Learner
 from grpo_jax.policy import Policy, sampler_of
 from grpo_jax.rollout.sampler import Sampler

@@ -9,7 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from grpo_jax.config import Config
-from grpo_jax.learner.packing import Lengths, RowSize, row_sizes
+from grpo_jax.learner.packing import Lengths, row_sizes
+from grpo_jax.learner.rows import RowSize
 from grpo_jax.policy import Policy
 from grpo_jax.runtime.mesh import mesh_micro_batch
 from grpo_jax.runtime.sharding import Layout

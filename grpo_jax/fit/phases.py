@@ -19,7 +19,7 @@ from grpo_jax.config import Config
 from grpo_jax.fit.abstract import Placement, abstract_batch, abstract_frozen, abstract_state, device_bytes
 from grpo_jax.fit.memory_use import COMPONENTS, CompiledMemory, MemoryUse
 from grpo_jax.learner.micro_batches import MicroBatch
-from grpo_jax.learner.packing import RowSize
+from grpo_jax.learner.rows import RowSize
 from grpo_jax.learner.step import Learner
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.policy import Policy

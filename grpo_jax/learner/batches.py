@@ -12,7 +12,8 @@ import jax
 import numpy as np
 
 from grpo_jax.config import Config
-from grpo_jax.learner.packing import Recorded, RowSize, pack, tables_of
+from grpo_jax.learner.packing import pack
+from grpo_jax.learner.rows import Recorded, RowSize, tables_of
 from grpo_jax.learner.turn_credit import outcome_rewards, token_table
 from grpo_jax.models.routing import expert_dtype
 from grpo_jax.models.spec import ModelSpec

@@ -9,42 +9,19 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
-from grpo_jax.types import MicroBatches, PackedRows
-from grpo_kernels import KeyRanges, Limits
+from grpo_jax.learner.rows import Piece, Recorded, Row, RowSize, tables_of
+from grpo_jax.types import MicroBatches
+from grpo_kernels import Limits
 
 MANY_ROWS = 16
 """Where a step has that many rows, the last one may be half empty: a second size of rows takes longer to compile than it saves."""
 
 QUARTER_PROMPTS = 3
 """Prompts that a row of a quarter of the tokens has room for at least; where it has not, groups would often be cut."""
-
-
-@dataclass(frozen=True)
-class RowSize:
-    """The size of packed rows, which a program is compiled for.
-
-    Attributes:
-        tokens: T.
-        firsts, later: entries of a row: first tokens of completions, and later tokens.
-        count: M, micro-batches of such rows.
-        limits: what every row keeps to.
-    """
-
-    tokens: int
-    firsts: int
-    later: int
-    count: int
-    limits: Limits
-
-    @property
-    def entries(self) -> int:
-        """E."""
-        return self.firsts + self.later
 
 
 @dataclass(frozen=True)
@@ -80,7 +57,8 @@ def row_sizes(
 
     least, most = lengths.group(1), -(-prompts // shards) * lengths.group(generations)
     tokens = rounded(max(least, min(tokens, most)))
-    each = min(generations, (tokens - lengths.longest_prompt) // max(lengths.completion - 1, 1))
+    added = lengths.completion - 1  # tokens that a completion adds to a row
+    each = min(generations, (tokens - lengths.longest_prompt) // added) if added else generations
     groups = max(1, tokens // lengths.group(generations))  # whole groups of a row
     pieces = -(-prompts // groups) if each == generations else prompts * -(-generations // each)
 
@@ -94,69 +72,6 @@ def row_sizes(
     quarter = tokens // 4 >= QUARTER_PROMPTS * lengths.longest_prompt
     small, count = rounded(max(least, -(-tokens // (4 if quarter else 2)))), 3 if quarter else 1
     return (rows, size(small, count)) if small < tokens and rows.count < MANY_ROWS else (rows,)
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """The experts that the sampler used.
-
-    Attributes:
-        experts: N arrays [tokens, L, k], see `Rollout.experts`.
-        shape: L and k.
-        dtype: of the arrays.
-        replays: see `PackedRows`.
-    """
-
-    experts: Sequence[np.ndarray]
-    shape: tuple[int, int]
-    dtype: Any
-    replays: bool
-
-
-@dataclass
-class Piece:
-    """A prompt and some of its completions: their numbers, and the length of each."""
-
-    prompt: int
-    prompt_tokens: int
-    completions: list[int] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens in a row."""
-        return self.prompt_tokens + sum(self.lengths) - len(self.lengths)
-
-
-@dataclass
-class Row:
-    """A packed row: the room that is left in it, and its pieces."""
-
-    tokens: int
-    firsts: int
-    pieces: list[Piece] = field(default_factory=list)
-
-    def takes(self, piece: Piece) -> bool:
-        """Whether the piece fits into the row."""
-        return piece.tokens <= self.tokens and len(piece.completions) <= self.firsts
-
-    def add(self, piece: Piece) -> None:
-        """Adds a piece that fits."""
-        self.pieces.append(piece)
-        self.tokens -= piece.tokens
-        self.firsts -= len(piece.completions)
-
-    def cut(self, piece: Piece) -> Piece:
-        """Adds as many completions of a piece as fit, and returns the piece without them."""
-        own, rest = Piece(piece.prompt, piece.prompt_tokens), Piece(piece.prompt, piece.prompt_tokens)
-        for completion, length in zip(piece.completions, piece.lengths, strict=True):
-            fits = own.tokens + length - 1 <= self.tokens and len(own.completions) < self.firsts
-            target = own if fits else rest
-            target.completions.append(completion)
-            target.lengths.append(length)
-        if own.completions:
-            self.add(own)
-        return rest
 
 
 def fill_rows(groups: Sequence[Piece], rows: list[Row]) -> bool:
@@ -257,70 +172,3 @@ def pack(
         packed = best_rows([*groups, *skipped], sizes, shards)
     texts = (prompt_ids, completion_ids, sampled)
     return tuple(tables_of(rows, size, *texts, width, shards, recorded) for rows, size in zip(packed, sizes, strict=True))
-
-
-def tables_of(
-    rows: Sequence[Row],
-    size: RowSize,
-    prompt_ids: Sequence[Sequence[int]],
-    completion_ids: Sequence[Sequence[int]],
-    sampled: Sequence[np.ndarray] | None,
-    width: int,
-    shards: int,
-    recorded: Recorded | None = None,
-) -> MicroBatches:
-    """Writes rows to arrays, `shards` rows to a micro-batch."""
-    m, n, firsts = size.count * shards, len(completion_ids), size.firsts
-    ids, positions = np.zeros((m, size.tokens), np.int32), np.zeros((m, size.tokens), np.int32)
-    ranges = np.zeros((4, m, size.tokens), np.int32)
-    inverse = np.full((m, size.tokens), -1, np.int32)
-    selected, targets, columns = (np.zeros((m, size.entries), np.int32) for _ in range(3))
-    completions = np.full((m, size.entries), n, np.int32)
-    places = np.full((n, width), -1, np.int32)
-    experts = None if recorded is None else np.zeros((m, size.tokens, *recorded.shape), recorded.dtype)
-    for number, row in enumerate(rows):
-        at, first, later = 0, 0, firsts
-        for piece in row.pieces:
-            p = piece.prompt_tokens
-            prompt = slice(at, at + p)
-            ids[number, prompt], positions[number, prompt] = prompt_ids[piece.prompt], np.arange(p)
-            ranges[2, number, prompt], ranges[3, number, prompt] = at, np.arange(at + 1, at + p + 1)
-            if experts is not None and recorded is not None:
-                experts[number, prompt] = recorded.experts[piece.completions[0]][:p]
-            start, at = at, at + p
-            for completion, length in zip(piece.completions, piece.lengths, strict=True):
-                own, tokens = slice(at, at + length - 1), np.asarray(completion_ids[completion], np.int32)
-                ids[number, own], positions[number, own] = tokens[:-1], p + np.arange(length - 1)
-                if experts is not None and recorded is not None:
-                    experts[number, own] = recorded.experts[completion][p:]
-                ranges[0, number, own], ranges[1, number, own] = start, start + p
-                ranges[2, number, own], ranges[3, number, own] = at, np.arange(at + 1, at + length)
-                predicted = np.arange(length) if sampled is None else np.flatnonzero(sampled[completion])
-                behind = predicted[predicted > 0]
-                entries = later + np.arange(len(behind))
-                inverse[number, at + behind - 1] = entries - firsts
-                if len(behind) < len(predicted):
-                    entries, first = np.concatenate([[first], entries]), first + 1
-                selected[number, entries] = np.where(predicted > 0, at + predicted - 1, start + p - 1)
-                targets[number, entries], columns[number, entries] = tokens[predicted], predicted
-                completions[number, entries] = completion
-                places[completion, predicted] = number * size.entries + entries
-                at, later = at + length - 1, later + len(behind)
-
-    def split(x: np.ndarray) -> np.ndarray:
-        return x.reshape(size.count, shards, *x.shape[1:])
-
-    packed = PackedRows(
-        ids=split(ids),
-        positions=split(positions),
-        ranges=KeyRanges(*map(split, ranges)),
-        selected=split(selected),
-        inverse=split(inverse),
-        targets=split(targets),
-        columns=split(columns),
-        firsts=firsts,
-        limits=size.limits,
-        experts=None if experts is None else split(experts),
-        replays=recorded is not None and recorded.replays,
-    )
-    return MicroBatches(packed, split(completions), places)

@@ -16,7 +16,8 @@ from plain_oracles import LORA, golden_config, moved, plain_model, quick_compili
 
 from grpo_jax.config import Config
 from grpo_jax.learner.batches import on_devices, text_batch, train_batch
-from grpo_jax.learner.packing import Lengths, RowSize, pack, row_sizes
+from grpo_jax.learner.packing import Lengths, pack, row_sizes
+from grpo_jax.learner.rows import RowSize
 from grpo_jax.learner.step import Learner
 from grpo_jax.rewards.protocol import ScoredBatch
 from grpo_jax.run.step_metrics import length_metrics

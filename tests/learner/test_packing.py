@@ -87,14 +87,15 @@ def test_every_token_is_predicted_once_from_its_prompt_and_its_own_completion(se
         assert np.max(np.asarray(lengths_of_prompts.prompt_end) - np.asarray(lengths_of_prompts.prompt_start)) <= size.limits.prompt
 
 
+@pytest.mark.parametrize("completion", [30, 1])
 @pytest.mark.parametrize("tokens", [1, 100, 300, 10_000])
-def test_the_longest_texts_always_have_room(tokens: int) -> None:
+def test_the_longest_texts_always_have_room(tokens: int, completion: int) -> None:
     for prompts, generations, shards in ((1, 1, 1), (5, 4, 1), (8, 3, 4), (6, 8, 2)):
-        lengths = Lengths(20, 20, 30)
-        sizes = row_sizes(lengths, prompts, generations, tokens, shards)
-        prompt_ids, completion_ids = [[1] * 20] * prompts, [[2] * 30] * (prompts * generations)
+        sizes = row_sizes(Lengths(20, 20, completion), prompts, generations, tokens, shards)
+        prompt_ids, completion_ids = [[1] * 20] * prompts, [[2] * completion] * (prompts * generations)
         packed = pack(prompt_ids, completion_ids, [True] * len(completion_ids), sizes, width=30, shards=shards)
-        assert sum(int((np.asarray(part.completions) < len(completion_ids)).sum()) for part in packed) == 30 * len(completion_ids)
+        entries = sum(int((np.asarray(part.completions) < len(completion_ids)).sum()) for part in packed)
+        assert entries == completion * len(completion_ids)
 
 
 def test_equal_lengths_leave_no_padding() -> None:

@@ -20,8 +20,9 @@ from grpo_jax.config import Config, ConfigError, ObjectiveConfig, RolloutConfig,
 from grpo_jax.learner.batches import on_devices, train_batch
 from grpo_jax.learner.logprobs import row_hidden
 from grpo_jax.learner.micro_batches import any_token, scan_micro_batches
-from grpo_jax.learner.packing import Lengths, RowSize, row_sizes
+from grpo_jax.learner.packing import Lengths, row_sizes
 from grpo_jax.learner.router_term import RouterTerm
+from grpo_jax.learner.rows import RowSize
 from grpo_jax.learner.step import Learner
 from grpo_jax.models.routing import RouterSums, balance_loss
 from grpo_jax.models.transformer import Transformer

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from grpo_jax.learner.batches import batch_shapes, on_devices
-from grpo_jax.learner.packing import Lengths, RowSize, pack, row_sizes
+from grpo_jax.learner.packing import Lengths, pack, row_sizes
+from grpo_jax.learner.rows import RowSize
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import TrainBatch
 

@@ -15,7 +15,7 @@ from grpo_jax.fit.memory_use import MemoryUse
 from grpo_jax.fit.micro_batch import is_auto, longest_lengths, row_tokens, sizes_of_rows
 from grpo_jax.fit.phases import RolloutMemory, RunShapes, rollout_memory, update_memory
 from grpo_jax.fit.targets import Machine
-from grpo_jax.learner.packing import RowSize
+from grpo_jax.learner.rows import RowSize
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.policy import Policy
 from grpo_jax.runtime.programs import Announce, no_announcement
