@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import orbax.checkpoint as ocp
@@ -30,7 +30,7 @@ from grpo_jax.run.checkpoint_content import by_name, compare, describe, sharding
 from grpo_jax.run.checkpoint_errors import CheckpointError, hide_tracebacks, reason, unreadable, unwritable
 from grpo_jax.run.checkpoint_files import COMMIT_FILES, UNFINISHED, damage_of, data_file_bytes, data_files, newest_undamaged
 from grpo_jax.runtime.digests import EarlyDigests, listed, write_digests
-from grpo_jax.runtime.distributed import broadcast_from_main, is_main, is_multiprocess
+from grpo_jax.runtime.distributed import broadcast_from_main, is_lost_peer, is_main, is_multiprocess
 
 HOST, STATE = "host", "state"
 RETRY_SECONDS = (1.0, 3.0, 10.0, 30.0)
@@ -129,7 +129,7 @@ class Checkpointer:
         if step in self._current:
             return
         if failure is not None and is_multiprocess():
-            raise unwritable(self.folder, previous, failure) from failure
+            self._give_up(previous, failure)
         wait = wait or failure is not None
         if failure is not None and previous != step:
             self._warn(f"the checkpoint of step {previous} could not be written ({reason(failure)}); step {step} is saved instead")
@@ -138,9 +138,15 @@ class Checkpointer:
             if failure is None:
                 return
             if seconds is None:
-                raise unwritable(self.folder, step, failure) from failure
+                self._give_up(step, failure)
             self._warn(f"the checkpoint of step {step} cannot be written ({reason(failure)}); trying again in {seconds:g} s")
             time.sleep(seconds)
+
+    def _give_up(self, step: int, failure: Exception) -> NoReturn:
+        """Raises the error of a save that failed; that of another process's end stays what it is."""
+        if is_lost_peer(failure):
+            raise failure
+        raise unwritable(self.folder, step, failure) from failure
 
     def failed(self) -> bool:
         """Whether the last save has ended without a checkpoint; does not wait, and is False with several processes."""
@@ -305,7 +311,7 @@ class Checkpointer:
         step = self._saving
         failure = self._settle()
         if failure is not None:
-            raise unwritable(self.folder, step, failure) from failure
+            self._give_up(step, failure)
 
     def close(self) -> None:
         """Waits as `wait`, then releases Orbax's threads."""

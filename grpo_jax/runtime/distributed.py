@@ -4,9 +4,9 @@ Every process runs the same host program (SPMD) and must call every exchange; pr
 handles arrays on devices. With one process, nothing here does anything.
 
 When a process dies, the others' collectives fail at once or hang, on CPUs and GPUs. `peers.py` finds out which process it was and
-ends the others with its number and host; where the process takes JAX's coordination service with it, JAX ends them at once. A
-process that fails with an error of its own would wait at JAX's shutdown barrier for the others, which wait for it;
-`joined_processes` makes it end at once.
+ends the others with its number and host; where the process takes JAX's coordination service with it, JAX ends them at once, and
+`witness.py` names it. A process that fails with an error of its own would wait at JAX's shutdown barrier for the others, which wait
+for it; `joined_processes` makes it end at once.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from jaxtyping import Float
 
 from grpo_jax.config import ConfigError, DistributedConfig
 from grpo_jax.runtime.peers import Peers, first_line
+from grpo_jax.runtime.witness import Witness
 
 GRACE_SECONDS = 3.0
 """Delay of process 0's end: where all processes have the same error, its end would interrupt their messages."""
@@ -50,6 +51,9 @@ Describe = Callable[[BaseException], tuple[str, int]]
 
 PEERS: list[Peers] = []
 """The other processes; empty where there are none, and after this one has said that it ends."""
+
+WITNESS: list[Witness] = []
+"""Tells why this process ended where JAX ends it; empty in process 0 and where there are no others."""
 
 LAST_CHECKPOINT = "The last checkpoint is kept; start all processes again, with --resume"
 
@@ -92,24 +96,31 @@ def start(settings: DistributedConfig) -> bool:
     own, count = jax.process_index(), jax.process_count()
     hosts = gather_values(socket.gethostname())
     if count > 1:
-        watch_peers(float(settings.heartbeat_timeout_seconds))
+        watch_peers(float(settings.heartbeat_timeout_seconds), hosts[0])
     print(
         f"process {own} of {count} on {hosts[own]} ({cluster or 'as given'}): {jax.local_device_count()} of {jax.device_count()} "
-        f"devices; a process without a sign of life for {settings.heartbeat_timeout_seconds} s ends the others. An error that "
-        f"JAX's coordination service cannot be reached means that process 0 on {hosts[0]} has ended",
+        f"devices; a process without a sign of life for {settings.heartbeat_timeout_seconds} s ends the others",
         file=sys.stderr,
         flush=True,
     )
     return count > 1
 
 
-def watch_peers(timeout_seconds: float) -> None:
-    """Watches the other processes from now on, until this one ends."""
+def watch_peers(timeout_seconds: float, first_host: str) -> None:
+    """Watches the other processes from now on, until this one ends; process 0 is on `first_host`."""
     from jax._src.distributed import global_state  # the only way to the store
 
     assert global_state.client is not None
     peers = Peers(global_state.client, jax.process_index(), jax.process_count(), timeout_seconds, end_for_lost_peer)
     PEERS[:] = [peers]
+    if jax.process_index() != 0 and global_state.coordinator_address is not None:
+        own, count = jax.process_index(), jax.process_count()
+        address = global_state.coordinator_address
+        line = (
+            f"process {own} of {count} was ended by JAX:\nerror: process 0 of {count} on {first_host} has ended, or cannot be "
+            f"reached at {address}; its log may say why. {LAST_CHECKPOINT}"
+        )
+        WITNESS[:] = [Witness(address, line)]
     atexit.register(leave_peers)
     peers.start()
 
@@ -119,11 +130,20 @@ def leave_peers() -> None:
     for peers in PEERS:
         peers.stop()
     PEERS.clear()
+    leave_witness()
+
+
+def leave_witness() -> None:
+    """Tells the witness that this process ends in good order, or has said why it ends."""
+    for witness in WITNESS:
+        witness.leave()
+    WITNESS.clear()
 
 
 def end_for_lost_peer(line: str) -> None:
     """Ends this process because another one is dead; any thread may call it."""
     print_end(f"error: {line}. {LAST_CHECKPOINT}")
+    leave_witness()
     _exit(1)
 
 
@@ -189,6 +209,7 @@ def joined_processes(settings: DistributedConfig, describe: Describe) -> Iterato
         print_end(text)
         if is_main():
             time.sleep(GRACE_SECONDS)
+        leave_witness()
         _exit(status or 1)
     leave_peers()
 

@@ -6,7 +6,7 @@ and host. A process that lives but has entered fewer exchanges than this one, wh
 then at growing intervals.
 
 Silence is counted in this process's own looks at the store, not by a clock: where all processes were stopped for a while, none of
-them is dead. Process 0 has the store; where that ends, JAX ends the others at once, before anything here can.
+them is dead. Process 0 has the store; where that ends, JAX ends the others at once, before anything here can: `witness.py`.
 """
 
 from __future__ import annotations

@@ -311,6 +311,20 @@ def test_a_state_of_another_tree_or_dtype_is_refused_by_name(tmp_path: Path) -> 
     assert "trainable.a: bfloat16[2] is expected, the checkpoint has float32[2]" in message
 
 
+def test_the_end_of_another_process_is_not_called_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While several processes write a checkpoint, one of them dies: the error must stay the one that says so."""
+
+    def dies(*given: object, **named: object) -> None:
+        raise jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer")
+
+    with Checkpointer(tmp_path, keep=1) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", dies)
+        monkeypatch.setattr("grpo_jax.run.checkpoint.is_multiprocess", lambda: True)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="closed by peer"):
+            checkpoints.save(1, make_state(), {})
+        monkeypatch.undo()
+
+
 def test_host_values_that_json_cannot_hold_are_refused_before_writing(tmp_path: Path) -> None:
     with Checkpointer(tmp_path, keep=1) as checkpoints:
         with pytest.raises(CheckpointError, match="JSON"):

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,19 @@ def test_a_run_of_two_processes_is_continued_by_one_after_one_was_killed(whole: 
     with quick_compiling():
         run(Config.from_dict(values | {"train": values["train"] | {"steps": 5}}), dataset=None, reward_funcs=None, resume=True)
     assert_same_curve(tmp_path / "run", whole, 5)
+
+
+@pytest.mark.slow
+def test_the_end_of_process_0_is_said_by_the_others_though_jax_ends_them(tmp_path: Path) -> None:
+    config_folder(tmp_path)
+    ended = together(tmp_path, 2, 1, "--train.steps", "4", act=Act(0, 1, signal.SIGKILL))
+    assert ended[0].status == -signal.SIGKILL
+    assert ended[1].status != 0
+    assert ended[1].seconds < 40
+    line, until = f"error: process 0 of 2 on {socket.gethostname()} has ended", time.monotonic() + 60
+    while line not in (tmp_path / "err-1").read_text() and time.monotonic() < until:
+        time.sleep(0.05)  # the witness outlives the process
+    assert line in (tmp_path / "err-1").read_text()
 
 
 @pytest.mark.slow

@@ -69,9 +69,11 @@ def main() -> int:
             killer = Killer(Path(name), process, number, delay)
             options = ("--train.steps", "100000", "--distributed.heartbeat_timeout_seconds", str(given.heartbeat))
             other = together(Path(name), 2, 1, *options, meanwhile=killer)[1 - process]
-        seconds = (killer.ended or time.monotonic()) - (killer.at or 0.0)
-        lines = [line for line in other.err.splitlines() if "no sign of life:" in line or "cannot be reached" in line]
-        reason = lines[-1] if lines else (other.err.splitlines() or [""])[-1]
+            time.sleep(3)  # the line about process 0 comes from a child, after the process's end
+            error = (Path(name) / f"err-{1 - process}").read_text()
+        seconds = (killer.ended or 0.0) - (killer.at or 0.0)
+        lines = [line for line in error.splitlines() if "no sign of life:" in line or "cannot be reached" in line]
+        reason = lines[-1] if lines else (error.splitlines() or [""])[-1]
         named = any(f"process {process} " in line for line in lines)
         wrong += other.status == 0 or seconds > given.heartbeat + 10 or not named
         print(f"| {process} | {number.name} | {delay:.1f} s | {other.status} | {seconds:.1f} | {reason[:160]} |", flush=True)
