@@ -20,7 +20,8 @@ from tiny_runs import G, additions, assert_same_arrays, config_of, records, run,
 
 import grpo_jax as gx
 from grpo_jax.config import Config, ConfigError
-from grpo_jax.rollout.sampler import RolloutLoop, Sampler
+from grpo_jax.rollout.loop import RolloutLoop
+from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.schedule import ShardedSchedule
 from grpo_jax.run.callbacks import Callback, StepCompletions
 

@@ -17,6 +17,7 @@ from grpo_jax.config import RolloutConfig
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.rollout.decode import SegmentTokens, SlotState
 from grpo_jax.rollout.prefill import PrefilledPrompts
+from grpo_jax.rollout.programs import RolloutPrograms
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.types import Rollout
 
@@ -67,7 +68,7 @@ def scripted(script: Sequence[Sequence[int]], generations: int, decode_text: Dec
         return ()
 
     parts: tuple[Any, ...] = (prepare_weights, prompts, prompts, write, segment, write, no_past, write, write, write)
-    return Sampler(tiny_policy("qwen3").model.clone(unroll=True), (STOP_ID,), decode_text, *parts)
+    return Sampler(tiny_policy("qwen3").model.clone(unroll=True), (STOP_ID,), decode_text, RolloutPrograms(*parts))
 
 
 def expected_row(ids: Sequence[int], strings: Sequence[str], decode_text: DecodeText) -> tuple[list[int], str]:

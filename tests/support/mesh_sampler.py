@@ -224,13 +224,14 @@ def misplaced(spec: ModelSpec, variables: Params, layout: Layout) -> list[str]:
 def run(name: str) -> dict[str, Any]:
     """Compares a case on its mesh with one device with all slots."""
     how = CASES[name]
-    sampler, known = sampler_for(how["mesh"], how), set(sampler_for(how["mesh"], how).decode_segment._compiled)
+    sampler = sampler_for(how["mesh"], how)
+    compiled = sampler.programs.decode_segment._compiled
+    known = set(compiled)
     got = rollout_of(how["mesh"], how)
     alone = {key: value for key, value in how.items() if key not in ("slots", "refill", "unroll")}
     found, ties = differences(how, got, rollout_of(None, alone))
     layout = layout_of(how["mesh"])
     assert layout is not None
-    compiled = sampler.decode_segment._compiled
     segments = [collectives(compiled[key].as_text()) for key in set(compiled) - known or compiled]
     model = how.get("model", "dense")
     return {
