@@ -23,7 +23,7 @@ from grpo_jax.learner.packing import RowSize
 from grpo_jax.learner.step import Learner
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.policy import Policy
-from grpo_jax.rollout.decode import SlotState
+from grpo_jax.rollout.decode import Continued, SlotState
 from grpo_jax.rollout.extend import NewTokens
 from grpo_jax.rollout.kv_cache import empty_past_block
 from grpo_jax.rollout.prefill import PrefilledPrompts, prefill
@@ -196,11 +196,11 @@ def rollout_memory(run: RunShapes, limit_bytes: int | None, sampler: Sampler | N
     parked = past_block_shapes(run, sampler, shards * sizes.parked, sizes) if sizes.parked else ()
     live |= {"prefix_kv": device_bytes(prompts), "suffix_kv": device_bytes((past_blocks, parked, states))}
     if not sizes.fixed:
-        # A refill prefills one prompt while everything else exists. Its memory is estimated as its share of the prefill of all
+        # A refill prefills a few prompts while everything else exists. Its memory is estimated as its share of the prefill of all
         # prompts, instead of compiling that program too.
         later = {
-            "prefix_kv": live["prefix_kv"] + live["prefix_kv"] // sizes.prompt_slots,
-            "temporaries": compiled.scratch_bytes // sizes.prompt_slots,
+            "prefix_kv": live["prefix_kv"] + live["prefix_kv"] * sizes.late_prompts // sizes.prompt_slots,
+            "temporaries": compiled.scratch_bytes * sizes.late_prompts // sizes.prompt_slots,
         }
         compiled.record(live | later)
     arguments = (weights, prompts, past_blocks, *schedule, states)
@@ -326,4 +326,6 @@ def schedule_shapes(run: RunShapes, sizes: Sizes) -> tuple[SlotState, Any, Any]:
     table_shape = (shards * sizes.prompt_slots, sizes.slots_per_prompt)
     table = None if sizes.fixed else placement.put(jax.ShapeDtypeStruct(table_shape, jnp.int32), "prompts")
     controls = placement.put(jax.eval_shape(lambda: controls_of(run.config.rollout, 0, 0)))
-    return SlotState(*[number] * 7, live=flag, begins=flag), table, controls
+    last, done = placement.put(tuple(jax.ShapeDtypeStruct((count,), dtype) for dtype in (jnp.int32, jnp.bool_)))
+    slots = SlotState(*[number] * 7, live=flag, begins=flag, continued=Continued(flag, last, done))
+    return slots, table, controls

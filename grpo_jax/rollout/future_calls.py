@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import RolloutConfig
-from grpo_jax.rollout.decode import SlotState
+from grpo_jax.rollout.decode import Continued, SlotState
 from grpo_jax.rollout.extend import NewTokens
 from grpo_jax.rollout.kv_cache import empty_past_block
 from grpo_jax.rollout.prefill import prefill
@@ -61,7 +61,7 @@ def rollout_calls(sampler: Sampler, variables: Params, rollout: RolloutConfig, s
 
     past_blocks, segment_cache = tuple(past_block(tokens) for tokens in sizes.past_blocks), past_block(sizes.segment)
     number, flag = array(jnp.int32, sizes.slots), array(jnp.bool_, sizes.slots)
-    slots = SlotState(*[number] * 7, live=flag, begins=flag)
+    slots = SlotState(*[number] * 7, live=flag, begins=flag, continued=Continued(flag, number, flag))
     table = None if sizes.fixed else array(jnp.int32, sizes.prompt_slots, sizes.slots_per_prompt)
     controls = placed(jax.eval_shape(lambda: controls_of(rollout, 0, 0)))
     levels = sorted({sizes.past_blocks_for(int(tokens)) for tokens in (0, *np.cumsum(sizes.past_blocks))})
@@ -78,9 +78,11 @@ def rollout_calls(sampler: Sampler, variables: Params, rollout: RolloutConfig, s
             arguments = (weights, prompts, past_blocks[:level], slots, table, controls, states)
             calls.append(FutureCall(programs.decode_segment, arguments, {"length": sizes.segment}))
         calls.append(FutureCall(programs.prefill, (weights, *token_ids(sizes.prompt_slots, width)), static))
-        if not sizes.fixed:  # prompts that come later, one at a time
-            calls.append(FutureCall(programs.prefill, (weights, *token_ids(1, width)), static))
-            later = (prompts, prefilled(*token_ids(1, width)), array(jnp.int32, 1))
+        if not sizes.fixed:  # prompts that come later, a few at a time
+            late = token_ids(sizes.late_prompts, width)
+            if sizes.late_prompts < sizes.prompt_slots:
+                calls.append(FutureCall(programs.prefill, (weights, *late), static))
+            later = (prompts, prefilled(*late), array(jnp.int32, sizes.late_prompts))
             calls.append(FutureCall(programs.insert_prompts, later))
     calls.insert(1, FutureCall(programs.prepare_weights, (variables,), settings))
     if past_blocks:

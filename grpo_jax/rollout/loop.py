@@ -1,7 +1,8 @@
 """The loop of one rollout on the host: completions are assigned to slots, and all slots decode segment by segment.
 
 `schedule.py` assigns completions to slots, `decode.py` decodes some tokens of every slot, and completions that have ended make room
-for waiting ones. A completion may have several turns (`turns.py`, `episodes.py`).
+for waiting ones. A completion may have several turns (`turns.py`, `episodes.py`). With `rollout.dispatch_ahead` the host dispatches
+a segment before it fetches the tokens of the one before, so that the devices do not wait for the host. Tokens do not depend on it.
 
 On a mesh (`model.layout`) each row shard has its own prompt slots, slots and schedule for its block of the prompts. All shards run
 the same program in lockstep; a shard without work waits. Every process gets all tokens, and so runs the same schedules.
@@ -9,8 +10,9 @@ the same program in lockstep; a shard without work waits. Every process gets all
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -19,22 +21,62 @@ import numpy as np
 
 from grpo_jax.config import RolloutConfig
 from grpo_jax.models.transformer import Transformer
-from grpo_jax.rollout.decode import SegmentTokens, SlotState
+from grpo_jax.rollout.decode import Continued, SegmentTokens, SlotState
+from grpo_jax.rollout.dispatch_ahead import dispatches_ahead
 from grpo_jax.rollout.episodes import Episodes
 from grpo_jax.rollout.prefill import PrefilledPrompts
 from grpo_jax.rollout.programs import RolloutPrograms
 from grpo_jax.rollout.sampling import SamplingControls
 from grpo_jax.rollout.schedule import ShardedSchedule
+from grpo_jax.rollout.segments import Segment, idle_tokens, next_segment, record
 from grpo_jax.rollout.shapes import Sizes, pad_rows
 from grpo_jax.rollout.stop_strings import DecodeText, PartialCompletion
 from grpo_jax.rollout.turns import Turns
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params
 
-__all__ = ["OnEnded", "RolloutLoop"]
+__all__ = ["Counts", "OnEnded", "RolloutLoop"]
 
 OnEnded = Callable[[int, list[PartialCompletion]], None]
 """Is told the number of a prompt whose completions have all ended, and gets them."""
+
+
+@dataclass
+class Counts:
+    """What a rollout counted.
+
+    Attributes:
+        near_ties: tokens that other array shapes might have drawn differently.
+        idle_tokens: tokens that slots have decoded without a completion; see `segments.idle_tokens`.
+    """
+
+    near_ties: int = 0
+    idle_tokens: int = 0
+
+
+@dataclass
+class LoopState:
+    """What changes in the course of a rollout.
+
+    Attributes:
+        schedule: which completion each slot decodes.
+        prompts, past_blocks, states: on the devices; see `decode_segment`.
+        last, done: of the segment that was dispatched last, on the devices; see `SegmentTokens`.
+        episodes: None where a completion has one turn.
+        in_flight: segments that have been dispatched and not fetched, the oldest first; at most two.
+        news: whether tokens have been fetched that were not reported.
+    """
+
+    schedule: ShardedSchedule
+    prompts: PrefilledPrompts
+    past_blocks: tuple[Any, ...]
+    states: Any
+    last: Any
+    done: Any
+    episodes: Episodes | None
+    in_flight: deque[Segment] = field(default_factory=deque)
+    counts: Counts = field(default_factory=Counts)
+    news: bool = False
 
 
 @dataclass
@@ -71,55 +113,101 @@ class RolloutLoop:
         """The mesh; None is one device."""
         return self.model.layout
 
-    def run(self, weights: Params) -> int:
-        """Decodes every completion; returns the number of near-ties."""
-        programs, sizes, generations = self.programs, self.sizes, self.rollout.num_generations
-        schedule = ShardedSchedule.of(sizes, len(self.prompt_ids), generations, shards=self.shards, refill=self.rollout.refill)
-        prompts = self.prefill(weights, schedule.prompts_in_slots)
-        past_blocks, states = self.empty_past_blocks(), None
-        episodes = None if self.turns is None else self.episodes(self.turns)
-        near_ties = 0
-        while not schedule.finished:
-            if episodes is not None:
-                past_blocks = episodes.refill(schedule, past_blocks)
-            rounds, begun = schedule.admit()
-            for pairs in rounds:
-                new = self.prefill(weights, [prompt for _, prompt in pairs])
-                prompt_slots = np.array([prompt_slot for prompt_slot, _ in pairs], np.int32)
-                prompts = programs.insert_prompts(prompts, new, self.put(prompt_slots, "prompts"))
-            if episodes is not None:
-                past_blocks = episodes.read(weights, prompts, past_blocks, schedule)
-                if not np.any(schedule.live):
-                    episodes.receive(schedule, wait=True)
-                    continue
-            slots, past, later_past = self.slot_state(schedule, begun)
-            read = past_blocks[: sizes.past_blocks_for(past)]
-            if prompts.states is not None and (states is None or begun):
-                states = programs.begin_states(states, prompts.states, slots.prompt_slots, slots.begins)
-            table = None if sizes.fixed else self.put(schedule.slot_map()[1], "prompts")
-            arguments = (weights, prompts, read, slots, table, self.controls, states)
-            out, segment_cache, states = programs.decode_segment(*arguments, length=sizes.segment)
-            if episodes is not None and past_blocks:
-                past_blocks = programs.append_segment(past_blocks, segment_cache, slots.base, slots.live)
-            elif episodes is None and later_past:
-                past_blocks = programs.write_segment(past_blocks, segment_cache, slots.base, together=sizes.fixed)
-            tokens: SegmentTokens = jax.device_get(out) if self.layout is None else self.layout.get(out)
-            near_ties += int(tokens.near_ties.sum())
-            ended = self.record(schedule, tokens)
-            if episodes is None:
-                schedule.end(ended)
-            else:
-                episodes.end_turns(schedule, ended)
-            if self.on_segment is not None:
-                self.on_segment(self.completions)
-            self.report_ended(schedule)
-        self.report_ended(schedule)  # where the last one was an episode that waited for its answer
-        return near_ties
+    def run(self, weights: Params) -> Counts:
+        """Decodes every completion."""
+        state = self.begin(weights)
+        while state.in_flight or not state.schedule.finished:
+            dispatched = self.dispatch(weights, state)
+            self.report(state)
+            if not state.in_flight:
+                assert state.episodes is not None  # all of them wait for answers
+                state.episodes.receive(state.schedule, wait=True)
+            elif len(state.in_flight) > 1 or not (dispatched and self.may_dispatch_ahead(state.schedule)):
+                self.collect(state)
+        self.report(state)
+        return state.counts
 
-    def report_ended(self, schedule: ShardedSchedule) -> None:
-        """Says which prompts have no completion any more that goes on."""
+    def begin(self, weights: Params) -> LoopState:
+        """Prefills the first prompts, and assigns nothing yet."""
+        sizes, prompts = self.sizes, len(self.prompt_ids)
+        own = {"shards": self.shards, "refill": self.rollout.refill}
+        schedule = ShardedSchedule.of(sizes, prompts, self.rollout.num_generations, **own)
+        prefilled = self.prefill(weights, schedule.prompts_in_slots)
+        none = np.zeros(self.shards * sizes.slots, np.int32)
+        layout = self.layout
+        end = (none, none > 0)
+        last, done = jax.device_put(end) if layout is None else map(layout.put, end)
+        episodes = None if self.turns is None else self.episodes(self.turns)
+        return LoopState(schedule, prefilled, self.empty_past_blocks(), None, last, done, episodes)
+
+    def may_dispatch_ahead(self, schedule: ShardedSchedule) -> bool:
+        """Whether the next segment may be dispatched before the tokens of the last one are here."""
+        ahead = dispatches_ahead(self.rollout, episodes=self.turns is not None)
+        return ahead == "always" or (ahead == "where nothing waits" and not schedule.waits)
+
+    def refill(self, weights: Params, state: LoopState) -> list[int]:
+        """Begins waiting completions in free slots, and lets answered episodes go on; returns the slots that begin."""
+        schedule, episodes = state.schedule, state.episodes
+        if episodes is not None:
+            state.past_blocks = episodes.refill(schedule, state.past_blocks)
+        rounds, begun = schedule.admit()
+        for pairs in rounds:
+            new = self.prefill(weights, [prompt for _, prompt in pairs])
+            prompt_slots = np.array([prompt_slot for prompt_slot, _ in pairs], np.int32)
+            state.prompts = self.programs.insert_prompts(state.prompts, new, self.put(prompt_slots, "prompts"))
+        if episodes is not None:
+            state.past_blocks = episodes.read(weights, state.prompts, state.past_blocks, schedule)
+        return begun
+
+    def dispatch(self, weights: Params, state: LoopState) -> bool:
+        """Refills slots and dispatches the next segment, without waiting for it; False where no slot can decode a token now."""
+        programs, sizes, schedule = self.programs, self.sizes, state.schedule
+        begun = self.refill(weights, state)
+        before = state.in_flight[-1] if state.in_flight else None
+        segment = next_segment(schedule, self.completions, before, sizes.segment, together=sizes.fixed)
+        if not np.any(segment.live):
+            return False
+        slots = self.slot_state(schedule, segment, begun, state)
+        read = state.past_blocks[: sizes.past_blocks_for(segment.most_past())]
+        if state.prompts.states is not None and (state.states is None or begun):
+            state.states = programs.begin_states(state.states, state.prompts.states, slots.prompt_slots, slots.begins)
+        table = None if sizes.fixed else self.put(schedule.slot_map()[1], "prompts")
+        arguments = (weights, state.prompts, read, slots, table, self.controls, state.states)
+        out, segment_cache, state.states = programs.decode_segment(*arguments, length=sizes.segment)
+        segment.out, state.last, state.done = out, out.last, out.done
+        if state.episodes is not None and state.past_blocks:
+            state.past_blocks = programs.append_segment(state.past_blocks, segment_cache, slots.base, slots.live)
+        elif state.episodes is None and segment.most_past_after(sizes.segment):
+            state.past_blocks = programs.write_segment(state.past_blocks, segment_cache, slots.base, together=sizes.fixed)
+        state.in_flight.append(segment)
+        return True
+
+    def collect(self, state: LoopState) -> None:
+        """Fetches the tokens of the oldest segment in flight, and frees the slots of completions that have ended in it."""
+        segment = state.in_flight.popleft()
+        tokens = self.fetch(segment)
+        state.counts.near_ties += int(np.sum(np.asarray(tokens.near_ties)[segment.live]))
+        state.counts.idle_tokens += idle_tokens(segment, tokens)
+        ended = record(segment, tokens, self.completions, strings=self.rollout.stop, decode_text=self.decode_text)
+        for later in state.in_flight:
+            later.rows[ended] = -1
+        if state.episodes is None:
+            state.schedule.end(ended)
+        else:
+            state.episodes.end_turns(state.schedule, ended)
+        state.news = True
+
+    def fetch(self, segment: Segment) -> SegmentTokens:
+        """Waits for the tokens of a segment, and copies them to the host."""
+        return jax.device_get(segment.out) if self.layout is None else self.layout.get(segment.out)
+
+    def report(self, state: LoopState) -> None:
+        """Passes on what was fetched since the last time: all completions, and prompts of which none goes on."""
+        if self.on_segment is not None and state.news:
+            self.on_segment(self.completions)
+        state.news = False
         if self.on_ended is not None:
-            for number in schedule.ended_prompts():
+            for number in state.schedule.ended_prompts():
                 each = self.rollout.num_generations
                 self.on_ended(number, self.completions[number * each : (number + 1) * each])
 
@@ -172,46 +260,22 @@ class RolloutLoop:
                     completion.experts.append(used[: len(own)])
         return replace(prompts, experts=None)
 
-    def slot_state(self, schedule: ShardedSchedule, begun: list[int]) -> tuple[SlotState, int, int]:
-        """Returns the schedule as device arrays, and the most tokens in any slot's past before and after this segment.
+    def slot_state(self, schedule: ShardedSchedule, segment: Segment, begun: list[int], state: LoopState) -> SlotState:
+        """Returns the state of the slots at the start of a segment, as device arrays.
 
-        The number after the segment counts only completions that may continue.
+        Args:
+            begun: the slots that begin.
         """
-        g, s = self.rollout.num_generations, self.shards * self.sizes.slots
-        live = schedule.live
-        numbers = np.maximum(schedule.completion_in_slot, 0)
+        g, each = self.rollout.num_generations, self.sizes.slots
+        numbers = np.maximum(segment.rows, 0)
         ids = [self.completions[number].ids for number in numbers]
-        begins = np.zeros(s, bool)
-        begins[begun] = [live[slot] and not ids[slot] for slot in begun]
-        base = np.array([max(0, len(own) - 1) for own in ids])
+        begins = np.zeros(len(numbers), bool)
+        begins[begun] = [segment.live[slot] and not ids[slot] for slot in begun]
         last = np.array([own[-1] if own else 0 for own in ids])
-        # What free slots have is not read, and a past that they do not need is skipped.
-        base = np.where(live, base, 0)
-        if self.sizes.fixed:
-            # All completions begin together: live slots have the same length.
-            base[:] = base[live].max()
-            prompt_slots = np.arange(s) % self.sizes.slots // self.sizes.slots_per_prompt
-        else:
-            prompt_slots = schedule.slot_map()[0]
-        limits = np.array([self.completions[number].turn_limit for number in numbers])
-        integers = (self.indices[numbers // g], numbers % g, prompt_slots, schedule.slot_indices, base, last, limits)
-        arrays: Any = self.put((*(x.astype(np.int32) for x in integers), live, begins), "slots")
-        after = base + self.sizes.segment
-        return SlotState(*arrays), int(np.max(base[live])), int(np.max(np.where(after + 1 < limits, after, 0)[live]))
-
-    def record(self, schedule: ShardedSchedule, tokens: SegmentTokens) -> list[int]:
-        """Appends a segment's tokens to the completions; returns the slots whose completion, or turn, has ended."""
-        ended: list[int] = []
-        ids, logps, ends, stopped = (np.asarray(x) for x in (tokens.ids, tokens.logps, tokens.ends, tokens.stopped))
-        in_slot = schedule.completion_in_slot
-        for slot in np.flatnonzero(schedule.live):
-            completion = self.completions[in_slot[slot]]
-            new = slice(1 if completion.ids else 0, int(ends[slot]))
-            if tokens.experts is not None:
-                completion.experts.append(np.asarray(tokens.experts[slot, : int(ends[slot]) - 1]))
-            strings, decode_text = self.rollout.stop, self.decode_text
-            if completion.add(
-                ids[slot, new], logps[slot, new], stopped=bool(stopped[slot]), strings=strings, decode_text=decode_text
-            ):
-                ended.append(int(slot))
-        return ended
+        fixed = np.arange(len(numbers)) % each // self.sizes.slots_per_prompt
+        prompt_slots = fixed if self.sizes.fixed else schedule.slot_map()[0]
+        prompts, indices = self.indices[numbers // g], schedule.slot_indices
+        integers = (prompts, numbers % g, prompt_slots, indices, segment.base, last, segment.limits)
+        flags = (segment.live, begins, segment.continues)
+        *arrays, continues = self.put((*(x.astype(np.int32) for x in integers), *flags), "slots")
+        return SlotState(*arrays, continued=Continued(continues, state.last, state.done))

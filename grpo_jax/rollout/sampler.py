@@ -18,7 +18,7 @@ import numpy as np
 
 from grpo_jax.config import ConfigError, RolloutConfig
 from grpo_jax.models.transformer import Transformer
-from grpo_jax.rollout.loop import OnEnded, RolloutLoop
+from grpo_jax.rollout.loop import Counts, OnEnded, RolloutLoop
 from grpo_jax.rollout.programs import RolloutPrograms
 from grpo_jax.rollout.sampling import controls_of
 from grpo_jax.rollout.shapes import RolloutShapes, check_slots, choose_slots, round_up, shapes_of
@@ -141,7 +141,7 @@ class Sampler:
         longest = np.full(b * g, rollout.max_completion_length) if limits is None else np.asarray(limits)
         indices = np.arange(b) if indices is None else np.asarray(indices)
         completions = [PartialCompletion(int(limit)) for limit in longest]
-        near_ties = 0
+        counts: list[Counts] = []
         # Where slots are refilled one round takes all prompts.
         each = shapes.prompts if shapes.sizes.fixed else b
         for first in range(0, b, each):
@@ -161,15 +161,16 @@ class Sampler:
                 on_ended=None if on_ended is None else lambda number, own, first=first: on_ended(first + number, own),
                 turns=turns,
             )
-            near_ties += loop.run(weights)
+            counts.append(loop.run(weights))
         return Rollout(
             completion_ids=[own.ids for own in completions],
             logprobs=[np.concatenate(own.logps) if own.logps else np.zeros(0, np.float32) for own in completions],
             finish_reasons=[own.reason for own in completions],
-            near_ties=near_ties,
+            near_ties=sum(own.near_ties for own in counts),
             slots=shapes.slots,
             sampled=None if turns is None else [own.sampled for own in completions],
             experts=self.recorded_experts(prompt_ids, completions) if self.model.records_experts else None,
+            idle_tokens=sum(own.idle_tokens for own in counts),
         )
 
     def recorded_experts(self, prompt_ids: Sequence[Sequence[int]], completions: Sequence[PartialCompletion]) -> list[np.ndarray]:

@@ -75,6 +75,8 @@ def assert_equals_replay(task: Task, script: Script, got: Rollout, tolerance_nat
     ("family", "stacked", "settings", "delay"),
     [
         ("gemma2", True, {"slots": 4, "segment": 3}, 4),
+        ("gemma2", True, {"slots": 4, "segment": 3, "dispatch_ahead": True}, 4),
+        pytest.param("gemma2", False, {"slots": 2, "segment": 8, "dispatch_ahead": True}, 0, marks=pytest.mark.slow),
         pytest.param("gemma2", False, {"slots": 2, "segment": 8}, 9, marks=pytest.mark.slow),
         pytest.param("qwen3", False, {"segment": 7}, 2, marks=pytest.mark.slow),
         pytest.param("llama3_scaled", True, {"segment": 8}, 0, marks=pytest.mark.slow),
