@@ -139,7 +139,8 @@ def with_continued(slots: SlotState) -> SlotState:
     if slots.continued is None:
         return slots
     continues, last, done = slots.continued.slots, slots.continued.last, slots.continued.done
-    return slots.replace(last=jnp.where(continues, last, slots.last), live=slots.live & ~(continues & done), continued=None)
+    last, live = jnp.where(continues, last, slots.last), slots.live & ~(continues & done)
+    return dataclasses.replace(slots, last=last, live=live, continued=None)
 
 
 def last_tokens(tokens: SegmentTokens) -> Int[Array, "S"]:

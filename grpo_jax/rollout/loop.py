@@ -35,7 +35,7 @@ from grpo_jax.rollout.turns import Turns
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params
 
-__all__ = ["Counts", "OnEnded", "RolloutLoop"]
+__all__ = ["Counts", "LoopState", "OnEnded", "RolloutLoop"]
 
 OnEnded = Callable[[int, list[PartialCompletion]], None]
 """Is told the number of a prompt whose completions have all ended, and gets them."""
