@@ -70,6 +70,7 @@ class Rollout:
             answer), has log-probability 0 here, and is not trained. None = all tokens were sampled.
         experts: N arrays [tokens, L, k], the experts that each token of the prompt and of the completion but its last used in every
             layer; None where they were not recorded.
+        idle_tokens: Number of tokens that slots decoded without a completion: free ones, and those whose completion has ended.
 
     Example:
         Rollout(completion_ids=[[4, 2]], logprobs=[np.array([-0.1, -0.7], np.float32)], finish_reasons=["stop"])
@@ -82,6 +83,7 @@ class Rollout:
     slots: int = 0
     sampled: list[np.ndarray] | None = None
     experts: list[np.ndarray] | None = None
+    idle_tokens: int = 0
 
 
 @struct.dataclass

@@ -11,7 +11,7 @@ from plain_oracles import quick_compiling
 from tiny_runs import config_of, run
 
 import grpo_jax as gx
-from grpo_jax.rollout import sampler as sampler_module
+from grpo_jax.rollout import programs as rollout_programs
 from grpo_jax.rollout.decode import decode_segment
 from grpo_jax.rollout.kv_cache import write_segment
 
@@ -52,8 +52,8 @@ def test_a_run_compiles_a_handful_of_programs_and_none_after_the_second_step(
     slots: int | None, problems: int, most: int, decoding: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chex.clear_trace_counter()
-    monkeypatch.setattr(sampler_module, "decode_segment", chex.assert_max_traces(decode_segment, n=decoding))
-    monkeypatch.setattr(sampler_module, "write_segment", chex.assert_max_traces(write_segment, n=decoding))
+    monkeypatch.setattr(rollout_programs, "decode_segment", chex.assert_max_traces(decode_segment, n=decoding))
+    monkeypatch.setattr(rollout_programs, "write_segment", chex.assert_max_traces(write_segment, n=decoding))
     recorder = Compilations()
     sections: dict[str, dict[str, Any]] = {
         "rollout": {"max_prompt_length": 40, "max_completion_length": 40, "num_generations": 2, "slots": slots},

@@ -20,8 +20,8 @@ from tiny_runs import G, additions, assert_same_arrays, config_of, records, run,
 
 import grpo_jax as gx
 from grpo_jax.config import Config, ConfigError
-from grpo_jax.rollout.sampler import RolloutLoop, Sampler
-from grpo_jax.rollout.schedule import ShardedSchedule
+from grpo_jax.rollout.loop import LoopState, RolloutLoop
+from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.run.callbacks import Callback, StepCompletions
 
 ROWS = additions()
@@ -78,20 +78,20 @@ def test_overlap_changes_no_result(tmp_path: Path) -> None:
 
 
 def test_a_group_that_has_ended_is_scored_before_the_last_one_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    called, prompts_seen, real = threading.Event(), list[str](), RolloutLoop.record
+    called, prompts_seen, real = threading.Event(), list[str](), RolloutLoop.collect
 
     def judge(prompts: list[str], completion_ids: list[list[int]]) -> list[float]:
         prompts_seen.append(prompts[0])
         called.set()
         return by_tokens(completion_ids)
 
-    def record(self: RolloutLoop, schedule: ShardedSchedule, tokens: Any) -> list[int]:
-        left = [own for own in schedule.schedules[0].unfinished if own]
+    def collect(self: RolloutLoop, state: LoopState) -> None:
+        left = [own for own in state.schedule.schedules[0].unfinished if own]
         if len(left) == 1:  # tokens of the last group: it cannot end before this returns
             assert called.wait(LONG_SECONDS), "no group was scored while the last one was decoded"
-        return real(self, schedule, tokens)
+        real(self, state)
 
-    monkeypatch.setattr(RolloutLoop, "record", record)
+    monkeypatch.setattr(RolloutLoop, "collect", collect)
     train = {"steps": 1, "prompts_per_step": 3}
     config = config_of(tmp_path / "run", rollout={"slots": G}, train=train, rewards={"by_group": ["judge"]})
     done = run(config, reward_funcs=judge)

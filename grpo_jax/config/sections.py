@@ -155,6 +155,10 @@ class RolloutConfig:
             into memory.
         segment: Tokens decoded between two checks for completions that have ended; null chooses a number.
         refill: Give a free slot to the next completion at once; false waits until all slots are free, which is slower.
+        dispatch_ahead: Call the program that decodes the next segment before the tokens of the last one are on the host, so that an
+            accelerator does not wait. Which completions a stop token has ended is then known a segment later, and their slots are
+            refilled later. `auto` does it on accelerators where that delays nothing: while no completion waits for a slot, and not
+            with episodes. Tokens are the same.
         kv_dtype: Number format of the KV cache: `auto` takes the model's; next to bfloat16 `int8` halves its size and `int4` takes
             2/7 of it. Both change log-probabilities (see sampling/logp_difference, objective.importance_cap).
         merge_adapters: Sample with weights that the adapters were added to, once a step: fewer products per token, and memory for
@@ -178,6 +182,7 @@ class RolloutConfig:
     slots: int | None = None
     segment: int | None = None
     refill: bool = True
+    dispatch_ahead: bool | Literal["auto"] = "auto"
     kv_dtype: Literal["auto", "int8", "int4"] = "auto"
     merge_adapters: bool = False
     dense_base: bool = False

@@ -23,7 +23,7 @@ from grpo_jax.learner.rows import RowSize
 from grpo_jax.learner.step import Learner
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.policy import Policy
-from grpo_jax.rollout.decode import SlotState
+from grpo_jax.rollout.decode import Continued, SlotState
 from grpo_jax.rollout.extend import NewTokens
 from grpo_jax.rollout.kv_cache import empty_past_block
 from grpo_jax.rollout.prefill import PrefilledPrompts, prefill
@@ -181,12 +181,12 @@ def rollout_memory(run: RunShapes, limit_bytes: int | None, sampler: Sampler | N
     quantization = quantization_of(policy.params)
     model = policy.model.clone(records_experts=rollout.records_experts)
     sampler = sampler or Sampler.build(model, policy.stop_ids, announce=run.announce, quantization=quantization)
-    compiled = CompiledMemory(run.resident_while_sampling)
+    programs, compiled = sampler.programs, CompiledMemory(run.resident_while_sampling)
     weights, live = decoding_weights(run, sampler, compiled, limit_bytes)
     slots, sizes = rollout_sizes(run, None if limit_bytes is None else max(0, limit_bytes - sum(live.values())))
     shards, static = run.row_shards, {"kv_dtype": rollout.kv_dtype}
     token_ids = prompt_shapes(run, shards * sizes.prompt_slots)
-    prompts = compiled.compile(sampler.prefill, (weights, *token_ids), static, live, results="prefix_kv")
+    prompts = compiled.compile(programs.prefill, (weights, *token_ids), static, live, results="prefix_kv")
     if prompts is None:
         prompts = prefilled_shapes(run, sampler, weights, token_ids)
     prompts = replace(prompts, experts=None)  # copied to the host at once
@@ -196,24 +196,24 @@ def rollout_memory(run: RunShapes, limit_bytes: int | None, sampler: Sampler | N
     parked = past_block_shapes(run, sampler, shards * sizes.parked, sizes) if sizes.parked else ()
     live |= {"prefix_kv": device_bytes(prompts), "suffix_kv": device_bytes((past_blocks, parked, states))}
     if not sizes.fixed:
-        # A refill prefills one prompt while everything else exists. Its memory is estimated as its share of the prefill of all
+        # A refill prefills a few prompts while everything else exists. Its memory is estimated as its share of the prefill of all
         # prompts, instead of compiling that program too.
         later = {
-            "prefix_kv": live["prefix_kv"] + live["prefix_kv"] // sizes.prompt_slots,
-            "temporaries": compiled.scratch_bytes // sizes.prompt_slots,
+            "prefix_kv": live["prefix_kv"] + live["prefix_kv"] * sizes.late_prompts // sizes.prompt_slots,
+            "temporaries": compiled.scratch_bytes * sizes.late_prompts // sizes.prompt_slots,
         }
         compiled.record(live | later)
     arguments = (weights, prompts, past_blocks, *schedule, states)
-    decoded = compiled.compile(sampler.decode_segment, arguments, {"length": sizes.segment}, live)
+    decoded = compiled.compile(programs.decode_segment, arguments, {"length": sizes.segment}, live)
     if decoded is not None and past_blocks:
         segment_cache = decoded[1]
         with_segment, base = live | {"temporaries": live["temporaries"] + device_bytes(segment_cache)}, arguments[3].base
         if not run.episodes:
-            compiled.compile(sampler.write_segment, (past_blocks, segment_cache, base), {"together": sizes.fixed}, with_segment)
+            compiled.compile(programs.write_segment, (past_blocks, segment_cache, base), {"together": sizes.fixed}, with_segment)
         else:
-            compiled.compile(sampler.append_segment, (past_blocks, segment_cache, base, arguments[3].live), {}, with_segment)
+            compiled.compile(programs.append_segment, (past_blocks, segment_cache, base, arguments[3].live), {}, with_segment)
             for rows, tokens in sizes.extensions:
-                compiled.compile(sampler.extend_past, (weights, prompts, past_blocks, new_tokens(run, rows, tokens)), {}, live)
+                compiled.compile(programs.extend_past, (weights, prompts, past_blocks, new_tokens(run, rows, tokens)), {}, live)
     return RolloutMemory(compiled.use, slots, sizes)
 
 
@@ -237,7 +237,7 @@ def decoding_weights(
     variables = run.learner.policy_variables(run.state.trainable, run.frozen)
     free = None if limit_bytes is None else max(0, limit_bytes - sum(resident.values()))
     settings = sampler.weight_settings(variables, free, run.config.rollout)
-    new = compiled.compile(sampler.prepare_weights, (variables,), settings, run.resident, results="base")
+    new = compiled.compile(sampler.programs.prepare_weights, (variables,), settings, run.resident, results="base")
     if sampler.model.unroll and new is not None:
         return new, with_weights(resident, new["params"], new.get("lora", {}))
     weights = weight_shapes(run, sampler, variables, settings)
@@ -326,4 +326,6 @@ def schedule_shapes(run: RunShapes, sizes: Sizes) -> tuple[SlotState, Any, Any]:
     table_shape = (shards * sizes.prompt_slots, sizes.slots_per_prompt)
     table = None if sizes.fixed else placement.put(jax.ShapeDtypeStruct(table_shape, jnp.int32), "prompts")
     controls = placement.put(jax.eval_shape(lambda: controls_of(run.config.rollout, 0, 0)))
-    return SlotState(*[number] * 7, live=flag, begins=flag), table, controls
+    last, done = placement.put(tuple(jax.ShapeDtypeStruct((count,), dtype) for dtype in (jnp.int32, jnp.bool_)))
+    slots = SlotState(*[number] * 7, live=flag, begins=flag, continued=Continued(flag, last, done))
+    return slots, table, controls

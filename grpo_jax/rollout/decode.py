@@ -32,7 +32,7 @@ from grpo_jax.types import Params
 from grpo_kernels.ops.decode_attention import chosen
 from grpo_kernels.target import platform
 
-__all__ = ["SegmentTokens", "SlotState", "decode_segment", "gpu_options"]
+__all__ = ["Continued", "SegmentTokens", "SlotState", "decode_segment", "gpu_options"]
 
 
 def gpu_options(quantization: str) -> dict[str, Any]:
@@ -51,6 +51,21 @@ def gpu_options(quantization: str) -> dict[str, Any]:
 
 
 @struct.dataclass
+class Continued:
+    """What slots continue from a segment whose tokens the host has not seen.
+
+    Attributes:
+        slots: True = the slot decodes the same completion as in that segment.
+        last, done: of that segment; see `SegmentTokens`. They count where `slots` is True, in place of the `SlotState`'s `last`,
+            and of its `live` where the completion has ended.
+    """
+
+    slots: Bool[Array, "S"]
+    last: Int[Array, "S"]
+    done: Bool[Array, "S"]
+
+
+@struct.dataclass
 class SlotState:
     """The state of each slot at the start of a segment.
 
@@ -63,6 +78,7 @@ class SlotState:
         limits: tokens after which the completion ends.
         live: True = the slot decodes a completion.
         begins: True = the completion starts with this segment; base is then 0 and the first token is drawn from the prompt.
+        continued: what comes from the segment before without the host; None = nothing.
     """
 
     prompts: Int[Array, "S"]
@@ -74,6 +90,7 @@ class SlotState:
     limits: Int[Array, "S"]
     live: Bool[Array, "S"]
     begins: Bool[Array, "S"]
+    continued: Continued | None = None
 
 
 @struct.dataclass
@@ -89,6 +106,7 @@ class SegmentTokens:
         done: True = the slot needs no more tokens: a stop token, the length limit, or no completion.
         experts: those that the token of each column used in every layer; not of the last one, which is not computed here. None
             where the model does not record them.
+        last: the last token of each slot, for `Continued`; None while the segment is decoded.
     """
 
     ids: Int[Array, "S T"]
@@ -98,6 +116,7 @@ class SegmentTokens:
     near_ties: Int[Array, "S"]
     done: Bool[Array, "S"]
     experts: Integer[Array, "S T L k"] | None = None
+    last: Int[Array, "S"] | None = None
 
 
 @struct.dataclass
@@ -113,6 +132,20 @@ class DecodeState:
     segment_cache: Any
     states: Any
     tokens: SegmentTokens
+
+
+def with_continued(slots: SlotState) -> SlotState:
+    """Completes the state of slots that continue a segment whose tokens the host has not seen."""
+    if slots.continued is None:
+        return slots
+    continues, last, done = slots.continued.slots, slots.continued.last, slots.continued.done
+    last, live = jnp.where(continues, last, slots.last), slots.live & ~(continues & done)
+    return dataclasses.replace(slots, last=last, live=live, continued=None)
+
+
+def last_tokens(tokens: SegmentTokens) -> Int[Array, "S"]:
+    """Returns each slot's last token at the end of a segment."""
+    return jnp.take_along_axis(tokens.ids, tokens.ends[:, None] - 1, axis=1)[:, 0]
 
 
 def uniform_numbers(controls: SamplingControls, slots: SlotState, length: int, layout: Layout | None = None) -> Float[Array, "S T"]:
@@ -227,6 +260,7 @@ def decode_segment(
     Returns:
         The tokens, their keys and values in the structure of a past block, for `write_segment`, and the states behind them.
     """
+    slots = with_continued(slots)
     s, layout, unroll = slots.base.shape[0], model.layout, model.unrolled
     slot_map = None if table is None else SlotMap(slots.prompt_slots, table, slots.slot_indices)
     sample = segment_sampler(model, stop_ids, variables, slots, controls, length)
@@ -267,5 +301,6 @@ def decode_segment(
     state = jax.lax.while_loop(lambda x: (x.step < length) & ~jnp.all(x.tokens.done), body, state)
     segment_cache = jax.tree.map(lambda x: x[None], state.segment_cache) if unroll else state.segment_cache
     # Every process needs all tokens, because each runs the same schedule.
-    all_tokens = state.tokens if layout is None else jax.tree.map(layout.constrain, state.tokens)
+    tokens = dataclasses.replace(state.tokens, last=last_tokens(state.tokens))
+    all_tokens = tokens if layout is None else jax.tree.map(layout.constrain, tokens)
     return all_tokens, constrain_cache(layout, segment_cache), constrain_states(layout, state.states)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.config import RolloutConfig
-from grpo_jax.rollout.decode import SlotState
+from grpo_jax.rollout.decode import Continued, SlotState
 from grpo_jax.rollout.extend import NewTokens
 from grpo_jax.rollout.kv_cache import empty_past_block
 from grpo_jax.rollout.prefill import prefill
@@ -35,7 +35,7 @@ def rollout_calls(sampler: Sampler, variables: Params, rollout: RolloutConfig, s
         rollout: the settings.
         shapes: the run's.
     """
-    model, sizes = sampler.model, shapes.sizes
+    model, programs, sizes = sampler.model, sampler.programs, shapes.sizes
     if model.layout is not None:
         return []
     kv_dtype, sharding = rollout.kv_dtype, jax.tree.leaves(variables)[0].sharding
@@ -61,7 +61,7 @@ def rollout_calls(sampler: Sampler, variables: Params, rollout: RolloutConfig, s
 
     past_blocks, segment_cache = tuple(past_block(tokens) for tokens in sizes.past_blocks), past_block(sizes.segment)
     number, flag = array(jnp.int32, sizes.slots), array(jnp.bool_, sizes.slots)
-    slots = SlotState(*[number] * 7, live=flag, begins=flag)
+    slots = SlotState(*[number] * 7, live=flag, begins=flag, continued=Continued(flag, number, flag))
     table = None if sizes.fixed else array(jnp.int32, sizes.prompt_slots, sizes.slots_per_prompt)
     controls = placed(jax.eval_shape(lambda: controls_of(rollout, 0, 0)))
     levels = sorted({sizes.past_blocks_for(int(tokens)) for tokens in (0, *np.cumsum(sizes.past_blocks))})
@@ -73,26 +73,28 @@ def rollout_calls(sampler: Sampler, variables: Params, rollout: RolloutConfig, s
         states = placed(jax.eval_shape(begin_states, None, prompts.states, number, flag))
         if states is not None:
             for before in (None, states):
-                calls.append(FutureCall(sampler.begin_states, (before, prompts.states, number, flag)))
+                calls.append(FutureCall(programs.begin_states, (before, prompts.states, number, flag)))
         for level in levels:
             arguments = (weights, prompts, past_blocks[:level], slots, table, controls, states)
-            calls.append(FutureCall(sampler.decode_segment, arguments, {"length": sizes.segment}))
-        calls.append(FutureCall(sampler.prefill, (weights, *token_ids(sizes.prompt_slots, width)), static))
-        if not sizes.fixed:  # prompts that come later, one at a time
-            calls.append(FutureCall(sampler.prefill, (weights, *token_ids(1, width)), static))
-            later = (prompts, prefilled(*token_ids(1, width)), array(jnp.int32, 1))
-            calls.append(FutureCall(sampler.insert_prompts, later))
-    calls.insert(1, FutureCall(sampler.prepare_weights, (variables,), settings))
+            calls.append(FutureCall(programs.decode_segment, arguments, {"length": sizes.segment}))
+        calls.append(FutureCall(programs.prefill, (weights, *token_ids(sizes.prompt_slots, width)), static))
+        if not sizes.fixed:  # prompts that come later, a few at a time
+            late = token_ids(sizes.late_prompts, width)
+            if sizes.late_prompts < sizes.prompt_slots:
+                calls.append(FutureCall(programs.prefill, (weights, *late), static))
+            later = (prompts, prefilled(*late), array(jnp.int32, sizes.late_prompts))
+            calls.append(FutureCall(programs.insert_prompts, later))
+    calls.insert(1, FutureCall(programs.prepare_weights, (variables,), settings))
     if past_blocks:
         making = {"slots": sizes.slots, "tokens": sizes.past_blocks, "kv_dtype": kv_dtype, "unroll": model.unroll}
-        calls.append(FutureCall(sampler.empty_past_blocks, (), making))
+        calls.append(FutureCall(programs.empty_past_blocks, (), making))
         if not sizes.extensions:
-            calls.append(FutureCall(sampler.write_segment, (past_blocks, segment_cache, number), {"together": sizes.fixed}))
+            calls.append(FutureCall(programs.write_segment, (past_blocks, segment_cache, number), {"together": sizes.fixed}))
             return calls
-        calls.append(FutureCall(sampler.append_segment, (past_blocks, segment_cache, number, flag)))
+        calls.append(FutureCall(programs.append_segment, (past_blocks, segment_cache, number, flag)))
         for rows, tokens in sizes.extensions:
             new = NewTokens(*[array(jnp.int32, rows)] * 4, ids=array(jnp.int32, rows, tokens))
-            calls.append(FutureCall(sampler.extend_past, (weights, prompts, past_blocks, new)))
+            calls.append(FutureCall(programs.extend_past, (weights, prompts, past_blocks, new)))
         if sizes.parked:
-            calls.append(FutureCall(sampler.exchange_past, (past_blocks, past_blocks, *[array(jnp.int32, 1)] * 2)))
+            calls.append(FutureCall(programs.exchange_past, (past_blocks, past_blocks, *[array(jnp.int32, 1)] * 2)))
     return calls

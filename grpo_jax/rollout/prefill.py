@@ -86,8 +86,8 @@ def insert_prompts(
     """Overwrites prompt slots with newly computed prompts.
 
     Args:
-        prompt_slots: the prompt slot of each new prompt. On a mesh one per row shard; an index beyond the last prompt slot inserts
-            nothing in that shard.
+        prompt_slots: the prompt slot of each new prompt, as many for every row shard of a mesh. An index beyond the last inserts
+            nothing.
     """
     if layout is not None:
         each = prefilled_spec(layout)

@@ -258,19 +258,25 @@ class ShardedSchedule:
         """Whether every completion has ended."""
         return all(own.finished for own in self.schedules)
 
+    @property
+    def waits(self) -> bool:
+        """Whether a completion waits for a slot that becomes free while others decode."""
+        return any(own.refill and own.waiting for own in self.schedules)
+
     def admit(self) -> tuple[list[list[tuple[int, int | None]]], list[int]]:
         """Begins waiting completions in free slots.
 
         Returns:
-            Rounds of prompts to prefill, and the slots that begin. A round has one (prompt slot, prompt) per shard; where the shard
-            needs no more prompts the prompt is None and the prompt slot is an index beyond the last.
+            Rounds of prompts to prefill together, and the slots that begin. A round has `late_prompts` (prompt slot, prompt) pairs
+            per shard; where the shard needs no more prompts the prompt is None and the prompt slot is an index beyond the last.
         """
         to_prefill, begun = [], []
         for number, (own, first) in enumerate(zip(self.schedules, self.firsts, strict=True)):
             computed, slots = own.admit()
             to_prefill.append([(prompt_slot, first + prompt) for prompt_slot, prompt in computed])
             begun += [number * own.sizes.slots + slot for slot in slots]
-        return in_rounds(to_prefill, (self.schedules[0].sizes.prompt_slots, None)), begun
+        sizes = self.schedules[0].sizes
+        return in_rounds(to_prefill, (sizes.prompt_slots, None), sizes.late_prompts), begun
 
     def end(self, slots: Iterable[int]) -> None:
         """Frees slots whose completion has ended."""
@@ -322,7 +328,8 @@ class ShardedSchedule:
         return np.concatenate(prompt_slots), np.concatenate(tables)
 
 
-def in_rounds(of_shards: list[list[Pair]], nothing: Pair) -> list[list[Pair]]:
-    """Transposes the lists of the shards; shorter ones are filled up."""
-    rounds = max(len(own) for own in of_shards)
-    return [[own[turn] if turn < len(own) else nothing for own in of_shards] for turn in range(rounds)]
+def in_rounds(of_shards: list[list[Pair]], nothing: Pair, each: int = 1) -> list[list[Pair]]:
+    """Cuts the lists of the shards into rounds with `each` items of every shard, one shard after the other; fills up the rest."""
+    longest = max(len(own) for own in of_shards)
+    filled = [own + [nothing] * (longest + each - len(own)) for own in of_shards]
+    return [[pair for own in filled for pair in own[first : first + each]] for first in range(0, longest, each)]

@@ -40,6 +40,11 @@ EXTENSION_SIZES = ((16, 32), (4, 128))
 longer answer than the widest takes several calls. A call's scores are those of 512 queries, so that they fit next to the cache."""
 
 
+LATE_TOKENS = 256
+"""Tokens of a prefill of prompts that come late. An accelerator takes as long to read the weights as to compute with them for about
+so many tokens (206 on an H200, 240 on a v5e, in bfloat16), so that filling up costs little. A CPU computes one prompt at a time."""
+
+
 def round_up(length: int) -> int:
     """Rounds a length up to the next of 8, 12, 16, 24, 32, 48, 64, 96, 128, ...: few sizes, at most 1.5 times a length above 5."""
     size = 8
@@ -73,6 +78,7 @@ class Sizes:
         skips: attention does not read past blocks that no slot sees, so one program with all of them serves every segment.
         extensions: rows and tokens of each size in which tokens from outside are read; none where no row is an episode.
         parked: episodes without a slot whose past stays on the device: as many as slots, or none where every row has a slot.
+        late_prompts: prompts that are prefilled together while others are decoded; fewer are filled up.
     """
 
     slots: int
@@ -85,6 +91,7 @@ class Sizes:
     skips: bool = False
     extensions: tuple[tuple[int, int], ...] = ()
     parked: int = 0
+    late_prompts: int = 1
 
     def past_blocks_for(self, tokens: int) -> int:
         """Returns how many past blocks a segment gets whose slots have at most that many past tokens: each number is a program.
@@ -175,6 +182,15 @@ def segment_length(rollout: RolloutConfig, refills: bool) -> int:
     return min(longest, max(8, min(64, 1 << (longest // 16).bit_length() >> 1)))
 
 
+def late_prompts(prompt_slots: int, width: int) -> int:
+    """Returns how many prompts that come late are prefilled together; see `LATE_TOKENS`.
+
+    Args:
+        width: tokens that prompts are padded to.
+    """
+    return 1 if platform() == "cpu" else max(1, min(prompt_slots, LATE_TOKENS // width))
+
+
 def extension_sizes(longest: int, slots: int) -> tuple[tuple[int, int], ...]:
     """Returns the sizes in which episodes of up to `longest` tokens read tokens from outside, the narrower one first."""
     sizes: list[tuple[int, int]] = []
@@ -212,6 +228,7 @@ def sizes_of(rollout: RolloutConfig, prompts: int, width: int, slots: int, *, ep
         skips=skips,
         extensions=extension_sizes(longest, slots) if episodes else (),
         parked=parked,
+        late_prompts=1 if fixed else late_prompts(prompt_slots, round_up(width)),
     )
 
 

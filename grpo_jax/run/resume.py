@@ -18,6 +18,7 @@ FREE_ON_RESUME = (
     "rewards.max_failed_share",
     "rewards.timeout_seconds",
     "rewards.workers",
+    "rollout.dispatch_ahead",
     "rollout.refill",
     "rollout.segment",
     "rollout.slots",

@@ -25,6 +25,7 @@ def length_metrics(rollout: Rollout) -> dict[str, float]:
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(1 - stopped.mean()),
         "sampling/near_ties": rollout.near_ties / max(1.0, float(lengths.sum())),
+        "sampling/idle_slots": idle_share(rollout, int(lengths.sum())),
     }
     if stopped.any():
         metrics["completions/mean_terminated_length"] = float(lengths[stopped].mean())
@@ -38,6 +39,15 @@ def length_metrics(rollout: Rollout) -> dict[str, float]:
             "episodes/mean_turns": float(np.mean(turns)),
         }
     return metrics
+
+
+def idle_share(rollout: Rollout, tokens: int) -> float:
+    """Returns the share of the tokens decoded in the rollout's slots that no completion has.
+
+    Args:
+        tokens: that the model sampled.
+    """
+    return rollout.idle_tokens / max(1, rollout.idle_tokens + tokens)
 
 
 def sampled_logprobs(rollout: Rollout) -> list[np.ndarray]:

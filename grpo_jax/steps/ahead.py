@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,7 @@ class Ahead:
             "logprobs": text_of_array(np.concatenate(rollout.logprobs)),
             "finish_reasons": rollout.finish_reasons,
             "near_ties": rollout.near_ties,
+            "idle_tokens": rollout.idle_tokens,
             "slots": rollout.slots,
             "seconds": sampled.seconds,
         }
@@ -77,6 +79,7 @@ class Ahead:
         logprobs = np.split(array_of_text(stored["logprobs"], np.float32), ends)
         prompts = make_batch(np.asarray(stored["rows"]), stored["number"])
         rollout = Rollout(ids, logprobs, list(stored["finish_reasons"]), stored["near_ties"], stored["slots"])
+        rollout = replace(rollout, idle_tokens=stored.get("idle_tokens", 0))  # older checkpoints have none
         texts = [text_of(own) for own in ids]
         rows = RewardRows(prompts.prompts, texts, prompts.columns, texts)
         sampled = SampledGroups(stored["number"], stored["sampled_in"], prompts, rollout, rows, stored["seconds"])

@@ -40,7 +40,7 @@ class Groups:
         return len(self.texts) // len(self)
 
     def take(self, numbers: np.ndarray) -> Groups:
-        """Selects groups, in the order of `numbers`. `near_ties` stays that of the rollouts."""
+        """Selects groups, in the order of `numbers`. `near_ties` and `idle_tokens` stay those of the rollouts."""
         if np.array_equal(numbers, np.arange(len(self))):
             return self
         chosen, every = numbers.tolist(), np.arange(self.generations)
@@ -84,6 +84,7 @@ class Groups:
             logprobs=chained(each.logprobs for each in rollouts),
             finish_reasons=chained(each.finish_reasons for each in rollouts),
             near_ties=sum(each.near_ties for each in rollouts),
+            idle_tokens=sum(each.idle_tokens for each in rollouts),
             sampled=None if first.rollout.sampled is None else chained(each.sampled or [] for each in rollouts),
             experts=None if first.rollout.experts is None else chained(each.experts or [] for each in rollouts),
         )
@@ -97,7 +98,7 @@ def chained(lists: Any) -> list[Any]:
 
 
 def rollout_rows(rollout: Rollout, rows: np.ndarray) -> Rollout:
-    """Selects completions; `near_ties` stays that of all."""
+    """Selects completions; `near_ties` and `idle_tokens` stay those of all."""
     return replace(
         rollout,
         completion_ids=[rollout.completion_ids[row] for row in rows],

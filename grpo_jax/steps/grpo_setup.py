@@ -20,6 +20,7 @@ from grpo_jax.learner.custom_loss import LossFunction
 from grpo_jax.learner.reward_models import load_reward_models, with_reward_models
 from grpo_jax.policy import Policy, sampler_of
 from grpo_jax.rewards import NamedFunction, check_functions, resolve_functions, runner_of
+from grpo_jax.rollout.dispatch_ahead import dispatches_ahead
 from grpo_jax.rollout.episode_setup import EpisodeInputs, EpisodeSetup
 from grpo_jax.run.display import Display
 from grpo_jax.run.doctor.ranges import check_stop_on, setting_notes
@@ -104,6 +105,8 @@ def build_grpo_step(
     episodes: bool = False,
 ) -> GrpoStep:
     """Builds the step from what has been read and checked. Compiles nothing, except with `train.micro_batch_tokens: auto`."""
+    if config.rollout.dispatch_ahead == "auto":
+        display.note(f"rollout.dispatch_ahead: auto resolved to {dispatches_ahead(config.rollout, episodes=episodes)}")
     base = {} if policy.adapters is None else policy.params
     frozen = Frozen(base, reference_of(policy, config))
     make_learner = functools.partial(grpo_learner, optimizer=optimizer, loss_fn=loss_fn)

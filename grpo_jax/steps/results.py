@@ -16,7 +16,7 @@ from grpo_jax.rewards import reward_metrics
 from grpo_jax.rewards.normalization import sum_metrics
 from grpo_jax.rollout.episode_content import episode_metrics
 from grpo_jax.run.callbacks import StepCompletions
-from grpo_jax.run.step_metrics import Clock, length_metrics, process_metrics, sampled_logprobs
+from grpo_jax.run.step_metrics import Clock, idle_share, length_metrics, process_metrics, sampled_logprobs
 from grpo_jax.run.variety import variety_metrics
 from grpo_jax.runtime import distributed
 from grpo_jax.steps.dynamic_sampling import FilledStep
@@ -66,6 +66,7 @@ def step_metrics(update: dict[str, Any], made: StepParts, config: Config, clock:
         tokens = sum(len(ids) for ids in drawn.rollout.completion_ids)
         metrics["rewards/failed"] = float(drawn.scored.failed_rows)
         metrics["sampling/near_ties"] = rollout.near_ties / max(1.0, float(tokens))
+        metrics["sampling/idle_slots"] = idle_share(rollout, tokens)
     if distributed.is_multiprocess():
         rollouts = distributed.gather_values(clock.seconds["rollout_seconds"])
         metrics |= process_metrics({"rollout_seconds": rollouts, "reward_seconds": scored.seconds_by_process})

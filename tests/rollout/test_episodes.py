@@ -75,6 +75,8 @@ def assert_equals_replay(task: Task, script: Script, got: Rollout, tolerance_nat
     ("family", "stacked", "settings", "delay"),
     [
         ("gemma2", True, {"slots": 4, "segment": 3}, 4),
+        ("gemma2", True, {"slots": 4, "segment": 3, "dispatch_ahead": True}, 4),
+        pytest.param("gemma2", False, {"slots": 2, "segment": 8, "dispatch_ahead": True}, 0, marks=pytest.mark.slow),
         pytest.param("gemma2", False, {"slots": 2, "segment": 8}, 9, marks=pytest.mark.slow),
         pytest.param("qwen3", False, {"segment": 7}, 2, marks=pytest.mark.slow),
         pytest.param("llama3_scaled", True, {"segment": 8}, 0, marks=pytest.mark.slow),
@@ -190,9 +192,10 @@ def test_every_token_is_computed_once(turns: int) -> None:
     """Every token from outside, and the last one of each answered turn; decoding computes the others. None is computed again."""
     task = dataclasses.replace(task_of("qwen2", slots=4, segment=3), stops=())
     sampler = sampler_of(task, True)
-    counted = Counted(sampler.extend_past)
+    counted = Counted(sampler.programs.extend_past)
     script = Script(rows=9, turns=(turns,), answer=2, turn_tokens=3)
-    got = dataclasses.replace(sampler, extend_past=counted).sample(  # type: ignore[arg-type] - a stand-in
+    programs = dataclasses.replace(sampler.programs, extend_past=counted)  # type: ignore[arg-type] - a stand-in
+    got = dataclasses.replace(sampler, programs=programs).sample(
         task.policy.variables, task.prompts, task.settings, seed=0, turns=ScriptedTurns(script, 3)
     )
     assert got.sampled is not None

@@ -68,13 +68,13 @@ def test_all_that_a_rollout_and_an_evaluation_run_is_compiled_ahead_and_nothing_
     assert sum(program.compilations for program in sampler.programs) == len(calls)
     assert len(calls) <= 10
     ran: set[Any] = set()
-    inner = type(sampler.prefill).compiled
+    inner = type(sampler.programs.prefill).compiled
 
     def watched(self: Any, *arguments: Any, options: Any = None, **static: Any) -> Any:
         ran.add(id(inner(self, *arguments, options=options, **static)))
         return inner(self, *arguments, options=options, **static)
 
-    monkeypatch.setattr(type(sampler.prefill), "compiled", watched)
+    monkeypatch.setattr(type(sampler.programs.prefill), "compiled", watched)
     sampler.announcing(refuse)
     for prompts in (LONGER[3:6], LONGER[:3], ((7, 8),) * 3):
         sampler.sample(policy.variables, prompts, rollout, seed=len(prompts), shapes=shapes)
@@ -96,7 +96,7 @@ def test_in_the_shapes_of_another_rollout_completions_are_the_same(slots: int | 
         got = sampled(sampler, task, shapes)
         assert got.slots == (slots or 9)
         assert_same(task, got, plain(task))
-        assert sampler.decode_segment.compilations == len(shapes.widths)
+        assert sampler.programs.decode_segment.compilations == len(shapes.widths)
 
 
 def test_with_limits_and_indices_in_rounds_each_prompt_has_its_own() -> None:

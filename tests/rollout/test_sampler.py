@@ -218,7 +218,8 @@ def test_sampling_again_compiles_nothing() -> None:
     ):
         sampler.sample(tiny_policy("qwen2", LORA).variables, prompts, settings, seed=len(prompts))
     assert sorted(compiled) == ["rollout", "rollout: prompts", "rollout: weights"]
-    assert all(program.compile_seconds > 0 for program in (sampler.prepare_weights, sampler.prefill, sampler.decode_segment))
+    programs = sampler.programs
+    assert all(program.compile_seconds > 0 for program in (programs.prepare_weights, programs.prefill, programs.decode_segment))
 
 
 def test_other_truncation_seed_and_prompts_compile_nothing() -> None:

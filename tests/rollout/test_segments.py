@@ -130,7 +130,9 @@ def test_other_prompts_and_settings_compile_nothing_and_past_blocks_are_all_or_t
     def refuse(name: str) -> Iterator[None]:
         yield pytest.fail(f"compiles: {name}")
 
-    watched = dataclasses.replace(sampler.announcing(refuse), decode_segment=Watched(sampler.decode_segment))  # type: ignore[arg-type] - a stand-in
+    programs = sampler.programs
+    programs = dataclasses.replace(programs, decode_segment=Watched(programs.decode_segment))  # type: ignore[arg-type] - a stand-in
+    watched = dataclasses.replace(sampler.announcing(refuse), programs=programs)
     rng = np.random.default_rng(0)
     for run in range(3):
         prompts = [rng.integers(6, 100, size).tolist() for size in (12, 1, run + 1)]

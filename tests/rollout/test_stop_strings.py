@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from plain_oracles import quick_compiling, tiny_policy
+from plain_oracles import quick_compiling
 from rollouts import Task, assert_same, engine, plain
+from scripted_segments import STOP_ID, scripted
 from tiny_tokenizers import byte_tokenizer
 
 from grpo_jax.config import RolloutConfig
 from grpo_jax.data.tokenizer import Tokenizer
-from grpo_jax.rollout.decode import SegmentTokens, SlotState
-from grpo_jax.rollout.prefill import PrefilledPrompts
-from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.types import Rollout
 
 DecodeText = Callable[[list[int]], str]
-STOP_ID = 4
 TOKENIZER = Tokenizer.wrap(byte_tokenizer(merges=(("l", "o"), ("w", "o"), ("wo", "r"))))
 decode, encode = TOKENIZER.decode, TOKENIZER.encode_text
 
@@ -30,44 +25,6 @@ decode, encode = TOKENIZER.decode, TOKENIZER.encode_text
 def _quick() -> Iterator[None]:
     with quick_compiling():
         yield
-
-
-def scripted(script: Sequence[Sequence[int]], generations: int, decode_text: DecodeText) -> Sampler:
-    """Makes a sampler that does not draw: row n returns `script[n]`, in segments as the compiled one does."""
-
-    def segment(
-        _: Any, prompts: Any, past_blocks: Any, slots: SlotState, table: Any, controls: Any, states: Any, *, length: int
-    ) -> Any:
-        count = len(slots.base)
-        ids, ends, stopped = np.zeros((count, length + 1), np.int32), np.ones(count, np.int32), np.zeros(count, bool)
-        for slot in np.flatnonzero(np.asarray(slots.live)):
-            own = script[int(slots.prompts[slot]) * generations + int(slots.completions[slot])]
-            base, limit = int(slots.base[slot]), int(slots.limits[slot])
-            assert bool(slots.begins[slot]) or int(slots.last[slot]) == own[base]
-            for column in range(0 if slots.begins[slot] else 1, min(length + 1, limit - base)):
-                ids[slot, column], ends[slot] = own[base + column], column + 1
-                stopped[slot] = own[base + column] == STOP_ID
-                if stopped[slot]:
-                    break
-        logps = -ids.astype(np.float32) - np.arange(length + 1) / 64 - np.asarray(slots.base)[:, None] / 64
-        none = np.zeros(count, np.int32)
-        tokens = SegmentTokens(ids, logps.astype(np.float32), ends, stopped, none, none > 0)  # type: ignore[arg-type] - NumPy
-        return tokens, past_blocks, states
-
-    def prepare_weights(variables: Any, **_: Any) -> Any:
-        return variables
-
-    def prompts(*_: Any, **__: Any) -> PrefilledPrompts:
-        return PrefilledPrompts(None, jnp.zeros(1, jnp.int32), jnp.zeros((1, 1)))
-
-    def write(past_blocks: Any, *_: Any, **__: Any) -> Any:
-        return past_blocks
-
-    def no_past(*_: Any, **__: Any) -> tuple[Any, ...]:
-        return ()
-
-    parts: tuple[Any, ...] = (prepare_weights, prompts, prompts, write, segment, write, no_past, write, write, write)
-    return Sampler(tiny_policy("qwen3").model.clone(unroll=True), (STOP_ID,), decode_text, *parts)
 
 
 def expected_row(ids: Sequence[int], strings: Sequence[str], decode_text: DecodeText) -> tuple[list[int], str]:
@@ -83,9 +40,14 @@ def check(script: Sequence[Sequence[int]], strings: Sequence[str], decode_text: 
     longest = max(map(len, script))
     script = [[*row, *[STOP_ID] * (longest - len(row))] for row in script]
     prompts = [[7]] * (len(script) // generations)
-    for segment, slots in ((None, None), (1, None), (2, 2), (3, 1), (8, 3), (8, None), (40, 2)):
+    for number, (segment, slots) in enumerate(((None, None), (1, None), (2, 2), (3, 1), (8, 3), (8, None), (40, 2))):
         settings = RolloutConfig(
-            num_generations=generations, max_completion_length=longest, stop=list(strings), segment=segment, slots=slots
+            num_generations=generations,
+            max_completion_length=longest,
+            stop=list(strings),
+            segment=segment,
+            slots=slots,
+            dispatch_ahead=number % 2 == 1,
         )
         got = scripted(script, generations, decode_text).sample({}, prompts, settings, seed=0)
         for row, script_ids in enumerate(script):

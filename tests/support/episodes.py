@@ -139,7 +139,7 @@ def replay(task: Task, script: Script) -> Rollout:
 
 def same_settings(task: Task) -> Task:
     """The task without what must not matter."""
-    return task.but(slots=None, segment=None, refill=True)
+    return task.but(slots=None, segment=None, refill=True, dispatch_ahead="auto")
 
 
 REPLAYS: dict[str, Rollout] = {}

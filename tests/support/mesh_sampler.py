@@ -78,9 +78,9 @@ MESHES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "1x1x4": (1, 1, 4), "2x2x2": (
 COMBINED: dict[str, dict[str, Any]] = {
     "8x1x1 refill": {"mesh": "8x1x1", "slots": 8, "limits": LIMITS},
     "8x1x1 refill greedy": {"mesh": "8x1x1", "slots": 8, "temperature": 0.0},
-    "1x8x1 all at once": {"mesh": "1x8x1"},
+    "1x8x1 all at once": {"mesh": "1x8x1", "dispatch_ahead": True},
     "1x1x4 refill": {"mesh": "1x1x4", "slots": 8, "limits": LIMITS},
-    "1x1x4 refill greedy": {"mesh": "1x1x4", "slots": 8, "temperature": 0.0},
+    "1x1x4 refill greedy": {"mesh": "1x1x4", "slots": 8, "temperature": 0.0, "dispatch_ahead": True},
     "2x2x2 int8, waiting": {"mesh": "2x2x2", "slots": 8, "kv_dtype": "int8", "refill": False},
     "2x2x2 top-p, quantised": {"mesh": "2x2x2", "slots": 8, "top_p": 0.8, "model": "int8", "limits": LIMITS},
     "2x2x2 experts, all at once, unrolled": {"mesh": "2x2x2", "unroll": True, "model": "experts"},
@@ -97,7 +97,7 @@ SEPARATE: dict[str, dict[str, Any]] = {
     "2x2x2 top-p": {"mesh": "2x2x2", "slots": 8, "top_p": 0.8},
     "2x2x2 quantised": {"mesh": "2x2x2", "slots": 8, "model": "int8"},
     "2x2x2 experts": {"mesh": "2x2x2", "slots": 8, "model": "experts"},
-    "2x2x2 episodes": {"mesh": "2x2x2", "slots": 8, "episodes": 5, "max_completion_length": 28},
+    "2x2x2 episodes": {"mesh": "2x2x2", "slots": 8, "episodes": 5, "max_completion_length": 28, "dispatch_ahead": True},
     "2x2x2 episodes, unrolled": {"mesh": "2x2x2", "slots": 8, "episodes": 1, "max_completion_length": 28, "unroll": True},
 }
 """The features one by one."""
@@ -224,13 +224,14 @@ def misplaced(spec: ModelSpec, variables: Params, layout: Layout) -> list[str]:
 def run(name: str) -> dict[str, Any]:
     """Compares a case on its mesh with one device with all slots."""
     how = CASES[name]
-    sampler, known = sampler_for(how["mesh"], how), set(sampler_for(how["mesh"], how).decode_segment._compiled)
+    sampler = sampler_for(how["mesh"], how)
+    compiled = sampler.programs.decode_segment._compiled
+    known = set(compiled)
     got = rollout_of(how["mesh"], how)
-    alone = {key: value for key, value in how.items() if key not in ("slots", "refill", "unroll")}
+    alone = {key: value for key, value in how.items() if key not in ("slots", "refill", "unroll", "dispatch_ahead")}
     found, ties = differences(how, got, rollout_of(None, alone))
     layout = layout_of(how["mesh"])
     assert layout is not None
-    compiled = sampler.decode_segment._compiled
     segments = [collectives(compiled[key].as_text()) for key in set(compiled) - known or compiled]
     model = how.get("model", "dense")
     return {

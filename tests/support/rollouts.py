@@ -130,7 +130,7 @@ def scaled(task: Task, logits: np.ndarray, at: int) -> np.ndarray:
 
 def plain(task: Task) -> Rollout:
     """Runs a task with the plain sampler, once; near-ties are not counted."""
-    same = task.but(slots=None, segment=None, refill=True)
+    same = task.but(slots=None, segment=None, refill=True, dispatch_ahead="auto")
     if repr(same) not in PLAIN:
         PLAIN[repr(same)] = plain_sample(same)
     return PLAIN[repr(same)]

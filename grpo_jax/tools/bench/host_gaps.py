@@ -1,9 +1,9 @@
 """Host gaps: the part of a rollout in which the devices have nothing to do because the host has not called the next program yet.
 
-A rollout calls programs one after the other, and looks at the tokens of a segment before it calls the next one. A program counts
-as at work from the moment that it is called until its results are ready; a thread waits for them, so that the rollout itself runs
-as always. What is left of the rollout's seconds are the gaps: before the first call, between one program's results and the next
-call, and after the last results.
+A rollout calls programs one after the other, and without `rollout.dispatch_ahead` looks at the tokens of a segment before it calls
+the next one. A program counts as at work from the moment that it is called until its results are ready; a thread waits for them, so
+that the rollout itself runs as always. What is left of the rollout's seconds are the gaps: before the first call, between one
+program's results and the next call, and after the last results.
 
 The gaps are a lower bound. The time that the host takes within a call, before the device starts, counts as work of the program.
 So do pauses between the kernels of one program, which a trace (`grpo-jax profile`) shows. And the thread sees results a little

@@ -56,7 +56,7 @@ def count_kernels(config: Config, policy: Policy, sampler: Sampler, widths: Sequ
     layers = policy.spec.layers
     if jax.default_backend() == "gpu":
         device = jax.devices()[0].device_kind
-        counts = (kernels_of(program.as_text(), layers, device) for program in sampler.decode_segment.executables)
+        counts = (kernels_of(program.as_text(), layers, device) for program in sampler.programs.decode_segment.executables)
         return max(counts, key=lambda count: count.token)
     try:
         text = compiled_segment(config, policy, machine_of(ABSENT_GPU), widths)
@@ -77,7 +77,7 @@ def compiled_segment(config: Config, policy: Policy, machine: Machine, widths: S
         sampler.weight_settings(variables, machine.limit_bytes, rollout)
         shapes = sampler.shapes_for(rollout, config.train.prompts_per_step, widths, machine.limit_bytes)
         calls = rollout_calls(sampler, variables, rollout, shapes)
-        *_, longest = (call for call in calls if call.program is sampler.decode_segment)
+        *_, longest = (call for call in calls if call.program is sampler.programs.decode_segment)
         return longest.program.compiled(*longest.arguments, **longest.static).as_text()
 
 
