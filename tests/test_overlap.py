@@ -203,7 +203,6 @@ def test_a_resumed_run_goes_on_with_the_completions_of_its_checkpoint(tmp_path: 
     ("sections", "message"),
     [
         ({"train": {"max_staleness": 2}}, "train.max_staleness is 2: use 0"),
-        ({"train": {"dynamic_sampling": True}}, "train.max_staleness is 1: use 0: train.dynamic_sampling decides"),
         ({"objective": {"loss": "reinforce"}}, "train.max_staleness is 1: use 0, or a loss with a ratio such as dapo: reinforce"),
         ({"objective": {"kl_in_reward": True}}, "train.max_staleness is 1: use 0: with objective.kl_in_reward"),
         ({"objective": {"match_sampling": False}}, "train.max_staleness is 1: use 0, or objective.match_sampling true"),

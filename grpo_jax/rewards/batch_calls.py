@@ -57,7 +57,7 @@ class BatchCalls:
     ) -> None:
         self.runner, self.size, self.count, self.limit = runner, size, groups * size, timeout_seconds
         self._tasks = {name: self._task(name, function) for name, function in functions if name in runner.sources}
-        chosen = [(name, function) for name, function in functions if early and self._is_early(name, function)]
+        chosen = [(name, function) for name, function in functions if early and runner.is_early(name, function, size)]
         self._early = {name for name, _ in chosen}
         self._away = [(name, function) for name, function in functions if name in self._tasks]
         self._here = [(name, function) for name, function in functions if name not in self._tasks]
@@ -72,13 +72,6 @@ class BatchCalls:
     def _task(self, name: str, function: RewardFunction) -> Task:
         size = self.runner.sizes.of(name, function, self.size)
         return Task(name, self.runner.sources[name], self.count, size, is_async(function), self.limit)
-
-    def _is_early(self, name: str, function: RewardFunction) -> bool:
-        """Whether the values of a function do not depend on when it is called."""
-        if name in self.runner.sizes.by_group:
-            return True
-        by_row = self.runner.sizes.of(name, function, self.size) == 1
-        return by_row and (name in self._tasks or is_async(function))
 
     def pending(self) -> list[str]:
         """Names of the functions that have not answered yet."""

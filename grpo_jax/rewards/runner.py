@@ -17,9 +17,9 @@ from grpo_jax.config import RewardsConfig
 from grpo_jax.config.checks import require_choice
 from grpo_jax.rewards.batch_calls import BatchCalls
 from grpo_jax.rewards.calling import call_here
-from grpo_jax.rewards.calls import ALL_ROWS, CallSizes, FailedValue, Outcome, RewardInputs
+from grpo_jax.rewards.calls import ALL_ROWS, CallSizes, FailedValue, Outcome, RewardInputs, is_async
 from grpo_jax.rewards.pool import Pool
-from grpo_jax.rewards.protocol import ColumnReward, DeviceReward, NamedFunction
+from grpo_jax.rewards.protocol import ColumnReward, DeviceReward, NamedFunction, RewardFunction
 from grpo_jax.rewards.sources import Source, pickled_source
 
 ALWAYS_IN_A_WORKER = "math_verify"
@@ -51,6 +51,13 @@ class RewardRunner:
         self.pool = Pool(workers, built_in) if sources else None
         self._say, self._traced = say, set[str]()
         self._batches: list[BatchCalls] = []
+
+    def is_early(self, name: str, function: RewardFunction, group: int) -> bool:
+        """Whether a function may be called on a group as soon as that has ended: no value depends on what it is called with."""
+        if name in self.sizes.by_group:
+            return True
+        by_row = self.sizes.of(name, function, group) == 1
+        return by_row and (name in self.sources or is_async(function))
 
     def start(self) -> None:
         """Starts the workers, so that they are there when the first completions are."""

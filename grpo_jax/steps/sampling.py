@@ -13,6 +13,7 @@ from grpo_jax.rewards.batch_calls import BatchCalls
 from grpo_jax.rewards.scoring import reward_inputs
 from grpo_jax.rollout.environment_turns import reward_rows
 from grpo_jax.rollout.episode_content import RewardRows
+from grpo_jax.rollout.prompt_feed import PromptFeed
 from grpo_jax.rollout.stop_strings import PartialCompletion
 from grpo_jax.run.step_metrics import Clock
 from grpo_jax.runtime import distributed
@@ -92,16 +93,20 @@ def begin_calls(step: GrpoStep, groups: int, *, early: bool) -> BatchCalls:
     return step.runner.begin(step.functions, own.stop - own.start, size, rewards.timeout_seconds, early=early)
 
 
-def sample_groups(step: GrpoStep, state: TrainState, prompts: PromptBatch, now: int, clock: Clock) -> SampledGroups:
+def sample_groups(
+    step: GrpoStep, state: TrainState, prompts: PromptBatch, now: int, clock: Clock, feed: PromptFeed | None = None
+) -> SampledGroups:
     """Samples completions of these prompts; with `train.overlap` the first rewards are under way when it returns.
 
     Args:
         now: the number of the step, from 0, before whose update this is.
+        feed: decides which of the prompts are begun, and scores them. None begins all.
     """
     config, number, before = step.config, prompts.step, clock.seconds.get("rollout_seconds", 0.0)
     turns = None if step.driver is None else step.driver.begin(prompts, config.rollout.num_generations)
     prompts = prompts if turns is None else turns.prompts
-    early = EarlyScoring(step, prompts) if config.train.overlap and turns is None and step.runner is not None else None
+    scores = config.train.overlap and turns is None and step.runner is not None and feed is None
+    early = EarlyScoring(step, prompts) if scores else None
     try:
         rollout = step.sampler.sample(
             step.variables(state),
@@ -114,6 +119,7 @@ def sample_groups(step: GrpoStep, state: TrainState, prompts: PromptBatch, now: 
             shapes=step.shapes(state),
             on_ended=None if early is None else early.ended,
             turns=turns,
+            feed=feed,
         )
     except BaseException:
         if step.runner is not None:
@@ -145,7 +151,7 @@ def start_rewards(step: GrpoStep, sampled: SampledGroups) -> None:
 
 
 def score_groups(step: GrpoStep, sampled: SampledGroups, clock: Clock, max_failed_share: float) -> Groups:
-    """Waits for the rewards of these groups, and computes those that are not under way.
+    """Waits for the rewards of these groups, and computes those that are not under way; `show_warnings` says what went wrong.
 
     Args:
         max_failed_share: of these completions; 1 where that of the whole step decides.
@@ -167,9 +173,13 @@ def score_groups(step: GrpoStep, sampled: SampledGroups, clock: Clock, max_faile
         )
     if config.objective.credit == "turn":
         scored = replace(scored, turn_rewards=[own.turn_rewards for own in rows.episodes])
-    for line in warning_lines(scored):
-        step.display.warning(line)
     clock.lap("reward_seconds")
     if not step.rewarded:
         step.rewarded.append(time.perf_counter())
     return Groups(sampled.prompts, sampled.rollout, rows.texts, scored, rows.episodes)
+
+
+def show_warnings(step: GrpoStep, groups: Groups) -> None:
+    """Shows what went wrong with the rewards of a step."""
+    for line in warning_lines(groups.scored):
+        step.display.warning(line)
