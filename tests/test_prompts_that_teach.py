@@ -22,6 +22,9 @@ import grpo_jax as gx
 from grpo_jax.config import Config, ConfigError
 from grpo_jax.data.ledger import Ledger, PromptResults
 from grpo_jax.rewards import Failure, ScoredBatch
+from grpo_jax.rollout.sampler import RolloutLoop
+from grpo_jax.rollout.schedule import ShardedSchedule
+from grpo_jax.run.callbacks import Callback, StepCompletions
 from grpo_jax.run.folder import RunFolder
 from grpo_jax.run.resume import RunFolderError
 from grpo_jax.steps.dynamic_sampling import FilledStep, Filling, fill_step, filled_step
@@ -322,9 +325,14 @@ def test_the_ledger_has_every_group_that_was_sampled(dynamic: gx.TrainResult) ->
     assert ledger.last_step.max() == 4
 
 
+AT_ONCE: dict[str, Any] = {"rollout": {"segment": 2}, "rewards": {"by_group": ["by_row"]}}
+"""With these settings groups end and are scored while others are decoded."""
+
 RESUMED: dict[str, dict[str, Any]] = {
     "order": {"train": DYNAMIC},
     "learnable": {"train": DYNAMIC, "data": {"curriculum": "learnable"}},
+    "at once": AT_ONCE | {"train": DYNAMIC, "data": {"curriculum": "learnable"}},
+    "stale": AT_ONCE | {"train": DYNAMIC | {"max_staleness": 1}},
 }
 
 
@@ -340,7 +348,7 @@ def uninterrupted(dynamic: gx.TrainResult, tmp_path_factory: pytest.TempPathFact
     return of
 
 
-@pytest.mark.parametrize("kind", RESUMED)
+@pytest.mark.parametrize("kind", ["order", "learnable", pytest.param("at once", marks=pytest.mark.slow), "stale"])
 def test_a_resumed_run_is_the_uninterrupted_one_ledger_included(
     uninterrupted: Callable[[str], gx.TrainResult], kind: str, tmp_path: Path
 ) -> None:
@@ -355,6 +363,67 @@ def test_a_resumed_run_is_the_uninterrupted_one_ledger_included(
     assert timeless(resumed.history) == timeless(whole.history)
     for name in ("ledger.jsonl", "completions.jsonl"):
         assert (resumed.run_dir / name).read_bytes() == (whole.run_dir / name).read_bytes()
+
+
+def test_a_group_without_spread_is_replaced_while_others_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded, real = list[set[int]](), RolloutLoop.record
+
+    def record(self: RolloutLoop, schedule: ShardedSchedule, tokens: Any) -> list[int]:
+        decoded.append({int(row) // G for row in schedule.completion_in_slot if row >= 0})
+        return real(self, schedule, tokens)
+
+    monkeypatch.setattr(RolloutLoop, "record", record)
+    done = train(config_of(tmp_path, **AT_ONCE | {"train": DYNAMIC}))
+    assert any(min(prompts) < 2 <= max(prompts) for prompts in decoded)  # one of the first two, and one in the other's place
+    expected = expected_steps(6)
+    assert prompts_by_step(done.run_dir) == {
+        step: [ROWS[row]["prompt"] for row in rows] for step, (rows, _, _) in enumerate(expected, start=1)
+    }
+    ledger = records(done.run_dir / "ledger.jsonl")
+    assert [record["position"] for record in ledger] == [position for _, position, _ in expected]
+    for found, metrics in zip(ledger, done.history, strict=True):
+        begun = 2 + metrics["dynamic_sampling/extra_groups"]
+        assert len(found["rows"]) == begun - metrics["dynamic_sampling/cancelled"] <= LIMIT
+
+
+@pytest.mark.slow
+def test_surplus_groups_are_those_of_the_policy_before_and_are_trained_with_its_log_probabilities(tmp_path: Path) -> None:
+    policies, learned = list[gx.Policy](), list[StepCompletions]()
+
+    class Watch(Callback):
+        def on_train_begin(self, trainer: Any) -> None:
+            policies.append(trainer.policy)
+
+        def on_step_end(self, trainer: Any, metrics: dict[str, Any], completions: StepCompletions | None) -> None:
+            assert completions is not None
+            policies.append(trainer.policy)
+            learned.append(completions)
+
+    epsilon = 0.01
+    settings = AT_ONCE | {"train": DYNAMIC | {"max_staleness": 1, "max_extra_groups": 9}}
+    done = train(config_of(tmp_path, **settings, objective={"epsilon": epsilon, "beta": 0.0}), callbacks=[Watch()])
+    stale = [round(metrics["sampling/staleness"] * 2) for metrics in done.history]
+    kept = [0, *(int(metrics["dynamic_sampling/kept"]) for metrics in done.history)]
+    assert stale == [min(2, number) for number in kept[:-1]]
+    assert stale[0] == 0
+    assert sum(stale) > 2
+    for number, (own, metrics, old) in enumerate(zip(learned, done.history, stale, strict=True)):
+        assert own.logprobs is not None
+        before, now = (token_logprobs(policies[at], own) for at in (max(0, number - 1), number))
+        drawn = np.concatenate(own.logprobs)
+        lengths = [len(ids) for ids in own.ids]
+        of_before = np.repeat(np.arange(2 * G) < old * G, lengths)
+        np.testing.assert_allclose(drawn, np.where(of_before, before, now), atol=1e-4)
+        ratio, advantage = np.exp(now - drawn), np.repeat(own.advantages, lengths)
+        clipped = ((advantage > 0) & (ratio > 1 + epsilon)) | ((advantage < 0) & (ratio < 1 - epsilon))
+        assert metrics["clip_ratio/region"] == pytest.approx(clipped.mean(), abs=1e-6)
+        assert not clipped[~of_before].any()
+
+
+def token_logprobs(policy: gx.Policy, completions: StepCompletions) -> np.ndarray:
+    """Log-probabilities of all tokens of a step under a policy."""
+    prompts = [policy.need_tokenizer().encode_prompt(prompt, chat=False) for prompt in completions.prompts for _ in range(G)]
+    return np.concatenate(policy.logprobs(prompts, completions.ids))
 
 
 @pytest.mark.slow

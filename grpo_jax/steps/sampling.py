@@ -127,7 +127,7 @@ def sample_groups(
         raise
     clock.lap("rollout_seconds")
     rows = reward_rows(prompts, rollout, turns, step.policy.text_of) if early is None else early.rows()
-    if number == 0 and rollout.slots < len(rows.texts):
+    if number == 0 and feed is None and rollout.slots < len(rows.texts):
         step.display.note(f"slots: {rollout.slots} of {len(rows.texts)} completions are decoded at once")
     seconds = clock.seconds["rollout_seconds"] - before
     return SampledGroups(number, now, prompts, rollout, rows, seconds, None if early is None else early.calls)

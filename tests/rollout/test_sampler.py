@@ -19,6 +19,7 @@ from grpo_jax.learner.logprobs import completion_logprobs
 from grpo_jax.rollout import sampling
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import pad_rows
+from grpo_jax.rollout.stop_strings import PartialCompletion
 
 TASK = Task("qwen2")
 LONG = {"max_completion_length": 20}
@@ -87,6 +88,42 @@ def test_a_completion_does_not_depend_on_the_other_prompts() -> None:
 def test_a_completion_does_not_depend_on_how_many_there_are() -> None:
     few, many = Task("gemma2"), Task("gemma2").but(num_generations=5)
     assert_same(few, rows_of(engine(many), (0, 1, 2, 5, 6, 7, 10, 11, 12)), engine(few), 1e-5)
+
+
+@dataclasses.dataclass
+class Feed:
+    """Begins prompts 2 and 1 when prompt 0 has ended, and ends the rollout when 2 has."""
+
+    first: int = 1
+    ended_prompts: list[int] = dataclasses.field(default_factory=list)
+    begun: list[int] = dataclasses.field(default_factory=list)
+
+    def ended(self, number: int, completions: list[PartialCompletion]) -> None:
+        assert all(own.ended for own in completions)
+        self.ended_prompts.append(number)
+
+    def next(self, room: int, *, busy: bool) -> list[int] | None:
+        if 2 in self.ended_prompts:
+            return None
+        if self.ended_prompts != [0] or self.begun:
+            return []
+        assert room == 3
+        assert not busy
+        self.begun += [2, 1]
+        return [2, 1]
+
+
+def test_prompts_that_are_begun_later_are_sampled_as_all_together_and_others_are_dropped() -> None:
+    task = TASK.but(slots=3, segment=2)
+    whole, feed, limits = engine(task), Feed(), [10] * 9
+    arguments = (task.policy.variables, task.prompts, task.settings)
+    sampler = Sampler.build(task.policy.model.clone(unroll=True), task.stops)
+    got = sampler.sample(*arguments, seed=0, limits=limits, feed=feed)
+    assert feed.ended_prompts == [0, 2]
+    assert_same(task, got, rows_of(whole, (0, 1, 2, 6, 7, 8)))
+    with pytest.raises(ValueError, match="feed: use it without turns, and choose shapes with"):
+        shapes = sampler.shapes_for(SETTINGS, 3, (12,), None)
+        sampler.sample(*arguments, seed=0, shapes=shapes, feed=Feed())
 
 
 def test_more_slots_than_rows_are_all_of_them() -> None:
