@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ class BatchCalls:
         groups: B.
         size: G.
         timeout_seconds: limit of a call; see `call_here`.
-        early: call functions that see one row or one group at a time as soon as a group is added.
+        early: names of functions that are called on a group as soon as that is added.
 
     Attributes:
         abandoned: the calls were ended from outside, and there will be no outcome.
@@ -53,12 +53,11 @@ class BatchCalls:
         size: int,
         timeout_seconds: float | None,
         *,
-        early: bool,
+        early: Collection[str],
     ) -> None:
         self.runner, self.size, self.count, self.limit = runner, size, groups * size, timeout_seconds
         self._tasks = {name: self._task(name, function) for name, function in functions if name in runner.sources}
-        chosen = [(name, function) for name, function in functions if early and runner.is_early(name, function, size)]
-        self._early = {name for name, _ in chosen}
+        self._early = set(early)
         self._away = [(name, function) for name, function in functions if name in self._tasks]
         self._here = [(name, function) for name, function in functions if name not in self._tasks]
         self._outcomes = {name: Outcome([None] * self.count) for name, _ in self._here if name in self._early}

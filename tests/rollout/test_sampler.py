@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from plain_oracles import LORA, STOPS, log_softmax, plain_model, quick_compiling, staying_tokens, tiny_policy
-from rollouts import MANY_STOPS, PROMPTS, SETTINGS, Task, assert_same, drawing_margins, engine, plain, rows_of
+from rollouts import MANY_STOPS, PROMPTS, SAMPLERS, SETTINGS, Task, assert_same, drawing_margins, engine, plain, rows_of
 from scipy.stats import chisquare
 
 from goldens.folders import FAMILIES
@@ -114,16 +114,16 @@ class Feed:
 
 
 def test_prompts_that_are_begun_later_are_sampled_as_all_together_and_others_are_dropped() -> None:
-    task = TASK.but(slots=3, segment=2)
-    whole, feed, limits = engine(task), Feed(), [10] * 9
+    task, feed = TASK.but(slots=3, segment=2), Feed()
+    whole = engine(TASK)
+    sampler = SAMPLERS[TASK.family, TASK.stops, None, False]
     arguments = (task.policy.variables, task.prompts, task.settings)
-    sampler = Sampler.build(task.policy.model.clone(unroll=True), task.stops)
-    got = sampler.sample(*arguments, seed=0, limits=limits, feed=feed)
+    got = sampler.sample(*arguments, seed=0, feed=feed)
     assert feed.ended_prompts == [0, 2]
-    assert_same(task, got, rows_of(whole, (0, 1, 2, 6, 7, 8)))
+    assert_same(TASK, got, rows_of(whole, (0, 1, 2, 6, 7, 8)))
+    all_at_once = sampler.shapes_for(SETTINGS, 3, (12,), None)
     with pytest.raises(ValueError, match="feed: use it without turns, and choose shapes with"):
-        shapes = sampler.shapes_for(SETTINGS, 3, (12,), None)
-        sampler.sample(*arguments, seed=0, shapes=shapes, feed=Feed())
+        sampler.sample(*arguments, seed=0, shapes=all_at_once, feed=Feed())
 
 
 def test_more_slots_than_rows_are_all_of_them() -> None:
