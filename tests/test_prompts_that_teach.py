@@ -348,7 +348,9 @@ def uninterrupted(dynamic: gx.TrainResult, tmp_path_factory: pytest.TempPathFact
     return of
 
 
-@pytest.mark.parametrize("kind", ["order", "learnable", pytest.param("at once", marks=pytest.mark.slow), "stale"])
+@pytest.mark.parametrize(
+    "kind", ["order", "learnable", pytest.param("at once", marks=pytest.mark.slow), pytest.param("stale", marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_is_the_uninterrupted_one_ledger_included(
     uninterrupted: Callable[[str], gx.TrainResult], kind: str, tmp_path: Path
 ) -> None:

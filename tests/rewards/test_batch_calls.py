@@ -127,7 +127,8 @@ def test_a_function_that_gets_environments_waits_for_the_end_of_all_episodes(mad
     for episodes, expected in ((False, [True, True, True]), (True, [True, False, False])):
         assert [runner.is_early(name, function, G, episodes=episodes) for name, function in functions] == expected
     functions, runner = made(["places"], workers=2, by_group=["places"])
-    assert runner.is_early(*functions[0], G, episodes=True)  # the objects stay in the trainer's process
+    ((name, function),) = functions
+    assert runner.is_early(name, function, G, episodes=True)  # the objects stay in the trainer's process
 
 
 def test_a_function_never_runs_in_two_threads_of_the_trainer_s_process() -> None:

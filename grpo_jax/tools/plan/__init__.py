@@ -42,7 +42,7 @@ def make_plan(
         PlanError: the target is not known, or its compiler is not installed.
     """
     if config.model.path is None:
-        raise ConfigError("model.path is null: give a model folder or a hub id")
+        raise ConfigError("model.path is null: give a model folder, a hub id or a task such as builtin:calculator")
     machine = machine_of(target)
     with model_folder(config) as folder, uncached(machine):
         planner = Planner(folder, read_folder_spec(folder), announce)
