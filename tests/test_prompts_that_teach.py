@@ -29,7 +29,7 @@ from grpo_jax.run.folder import RunFolder
 from grpo_jax.run.resume import RunFolderError
 from grpo_jax.steps.dynamic_sampling import FilledStep, Filling, fill_step, filled_step
 from grpo_jax.steps.groups import Groups
-from grpo_jax.steps.surplus import Surplus
+from grpo_jax.steps.last_step import LastStep
 from grpo_jax.types import PromptBatch, Rollout
 
 ROWS = additions()
@@ -230,6 +230,9 @@ def test_what_is_begun_while_others_are_decoded_goes_by_what_was_found_so_far() 
     filling.note(numbers[3:4], np.array([False]))
     assert filling.replacements(99) == 3  # of 5 + 1 groups 4 teach: ⌈5 · 5/4⌉ = 7 are needed, and 4 are decoded
     assert filling.replacements(1) == 1
+    informed = Filling(8, 32, before=(6, 14))
+    informed.begin(8)
+    assert informed.replacements(99) == 10  # of 15 groups 7 teach: ⌈8 · 15/7⌉ = 18 are needed, and 8 are decoded
     ahead = Filling(8, 32, carried=3, keeps=True)
     assert ahead.next_rollout(8) == 8  # 3 of this step are there already
     ahead.begin(8)
@@ -246,9 +249,10 @@ def test_surplus_groups_are_trained_first_in_the_next_step_and_once() -> None:
     one = filled_step(filling, [(numbers, first)], lambda groups: spread[groups.prompts.indices])
     assert one.drawn.prompts.indices[one.chosen].tolist() == [0, 2, 3]
     assert (one.used, one.metrics["dynamic_sampling/kept"], one.metrics["dynamic_sampling/discarded"]) == (8, 3, 1)
-    surplus = Surplus()
-    surplus.finish(one.kept)
-    kept = surplus.groups
+    last = LastStep(keeps=True)
+    last.finish(one)
+    kept = last.groups
+    assert last.share == (7, 8)
     assert kept is not None
     assert kept.prompts.indices.tolist() == [4, 5, 6]
     assert kept.rollout.near_ties == 0
@@ -408,7 +412,7 @@ def test_surplus_groups_are_those_of_the_policy_before_and_are_trained_with_its_
     kept = [0, *(int(metrics["dynamic_sampling/kept"]) for metrics in done.history)]
     assert stale == [min(2, number) for number in kept[:-1]]
     assert stale[0] == 0
-    assert sum(stale) > 2
+    assert sum(stale) > 0
     for number, (own, metrics, old) in enumerate(zip(learned, done.history, stale, strict=True)):
         assert own.logprobs is not None
         before, now = (token_logprobs(policies[at], own) for at in (max(0, number - 1), number))

@@ -39,6 +39,7 @@ class FilledStep:
         metrics: `dynamic_sampling/...`.
         sampled: where they come from, with `train.max_staleness` above 0 and without dynamic sampling; else None.
         carried: how many of them the step before has sampled; they come first.
+        share: groups that this step has sampled, those with a spread and all.
         kept: what the next step may train; None where there is nothing.
     """
 
@@ -48,6 +49,7 @@ class FilledStep:
     metrics: dict[str, float]
     sampled: SampledGroups | None = None
     carried: int = 0
+    share: tuple[int, int] = (0, 0)
     kept: Groups | None = None
 
     @property
@@ -64,13 +66,14 @@ class Filling:
         limit: most groups that the step samples.
         carried: groups with a spread that the step before has sampled; they have the first numbers.
         keeps: groups with a spread that are too many are kept for the next step. So it is sampled ahead, up to B groups.
+        before: groups that the step before has sampled, those with a spread and all.
 
     Attributes:
         begun: groups that have begun, those of the step before included.
     """
 
-    def __init__(self, size: int, limit: int, *, carried: int = 0, keeps: bool = False) -> None:
-        self.size, self.carried, self.keeps = size, carried, keeps
+    def __init__(self, size: int, limit: int, *, carried: int = 0, keeps: bool = False, before: tuple[int, int] = (0, 0)) -> None:
+        self.size, self.carried, self.keeps, self.before = size, carried, keeps, before
         self.begun, self._limit = carried, carried + limit
         self._spread = dict.fromkeys(range(carried), True)
 
@@ -119,13 +122,15 @@ class Filling:
     def replacements(self, most: int) -> int:
         """Returns how many further groups a rollout begins while others are decoded.
 
-        It is what the missing groups need by the share that had a spread so far, less those whose rewards are not known yet. One
-        more of each sort is counted, so that the first group does not decide alone.
+        It is what the missing groups need by the share that had a spread so far, in this step and the one before, less those whose
+        rewards are not known yet. So free slots do not wait for the first rewards. One more group with a spread is counted, so
+        that the first one without does not decide alone.
 
         Args:
             most: groups that free slots have room for.
         """
-        found, known, unknown = self.found - self.carried, len(self._spread) - self.carried, self.begun - len(self._spread)
+        found, known = self.found - self.carried + self.before[0], len(self._spread) - self.carried + self.before[1]
+        unknown = self.begun - len(self._spread)
         missing = max(0, self.size - self.found)
         wanted = -(-missing * (known + 1) // (found + 1)) - unknown
         if self.keeps:
@@ -161,7 +166,7 @@ def filled_step(
     numbers = np.concatenate([np.array(own) for own, _ in parts])
     drawn, first = Groups.joined([groups for _, groups in parts]).take(np.argsort(numbers)), filling.carried
     spread, size = spread_of(drawn), filling.size
-    of_first = float(spread[:size].mean())
+    of_first, share = float(spread[:size].mean()), (int(spread.sum()), len(spread))
     if carried is not None:
         timeless = replace(carried.scored, seconds_by_process=[0.0] * len(drawn.scored.seconds_by_process))
         drawn = Groups.joined([replace(carried, scored=timeless), drawn])
@@ -182,4 +187,4 @@ def filled_step(
     if filling.keeps:
         metrics |= {"dynamic_sampling/kept": float(len(kept)), "sampling/staleness": float((chosen < first).mean())}
     used = filling.begun - first if unfilled or filling.keeps else int(chosen[-1]) + 1
-    return FilledStep(drawn, chosen, used, metrics, carried=first, kept=drawn.take(kept) if len(kept) else None)
+    return FilledStep(drawn, chosen, used, metrics, None, first, share, drawn.take(kept) if len(kept) else None)

@@ -38,13 +38,13 @@ from grpo_jax.steps.ahead import Ahead
 from grpo_jax.steps.dynamic_sampling import FilledStep
 from grpo_jax.steps.groups import Groups
 from grpo_jax.steps.held_out import evaluate_step
+from grpo_jax.steps.last_step import LastStep
 from grpo_jax.steps.mini_batches import MiniBatches, parts_of
 from grpo_jax.steps.prompt_choice import PromptChoice
 from grpo_jax.steps.refilling import collect_filled
 from grpo_jax.steps.results import StepParts, learned_completions, step_completions, step_metrics
 from grpo_jax.steps.sampling import SampledGroups, sample_groups, score_groups, show_warnings, start_rewards
 from grpo_jax.steps.stream_choice import StreamChoice
-from grpo_jax.steps.surplus import Surplus
 from grpo_jax.types import Frozen, Params, PromptBatch, TrainState
 
 
@@ -77,7 +77,7 @@ class GrpoStep:
         driver: of episodes; None where a completion is a single answer.
         sets: the further held-out rows of `eval.sets`, by name.
         ahead: completions that are sampled before their step; None with `train.max_staleness: 0` or dynamic sampling.
-        surplus: what dynamic sampling has sampled for the next step; None without it or with `train.max_staleness: 0`.
+        last_step: what dynamic sampling takes from the step before; None without it.
         at_once: groups without a spread are replaced while others are decoded (`refilling.py`).
     """
 
@@ -102,7 +102,7 @@ class GrpoStep:
     driver: EpisodeDriver | None = None
     sets: Mapping[str, PromptSource] = field(default_factory=dict)
     ahead: Ahead | None = None
-    surplus: Surplus | None = None
+    last_step: LastStep | None = None
     at_once: bool = False
 
     def with_programs(self) -> GrpoStep:
@@ -113,8 +113,10 @@ class GrpoStep:
         if train.reference_every is not None:
             move = functools.partial(moved_reference, mix=train.reference_mix)
             step = replace(step, reference=Program("reference", move, donate=(0,), announce=announce))
-        if train.max_staleness:
-            step = replace(step, surplus=Surplus()) if train.dynamic_sampling else replace(step, ahead=Ahead())
+        if train.dynamic_sampling:
+            step = replace(step, last_step=LastStep(keeps=train.max_staleness > 0))
+        elif train.max_staleness:
+            step = replace(step, ahead=Ahead())
         return step
 
     @property
@@ -210,8 +212,8 @@ class GrpoStep:
         results = None if self.choice is None else self.choice.results(filled.fresh, filled.used)
         if self.ahead is not None:
             self.ahead.finish(number)
-        if self.surplus is not None:
-            self.surplus.finish(filled.kept)
+        if self.last_step is not None:
+            self.last_step.finish(filled)
         return state, metrics, step_completions(made, advantages, results, token_values)
 
     def collect(self, state: TrainState, number: int, clock: Clock) -> FilledStep:
@@ -250,7 +252,7 @@ class GrpoStep:
 
     def progress(self) -> dict[str, Any]:
         own = {} if self.choice is None else self.choice.progress()
-        more = {"ahead": self.ahead, "surplus": self.surplus}
+        more = {"ahead": self.ahead, "last_step": self.last_step}
         stored = {name: None if part is None else part.progress() for name, part in more.items()}
         return own | {name: values for name, values in stored.items() if values is not None}
 
@@ -260,9 +262,8 @@ class GrpoStep:
         if self.ahead is not None and "ahead" in progress:
             assert isinstance(self.choice, PromptChoice)  # streams are refused
             self.ahead.resume(progress["ahead"], self.choice.batch_of_numbers, self.policy.text_of)
-        if self.surplus is not None:
-            assert isinstance(self.choice, PromptChoice)
-            self.surplus.resume(progress.get("surplus"), self.choice.batch_of_numbers, self.policy.text_of)
+        if self.last_step is not None and "last_step" in progress:
+            self.last_step.resume(progress["last_step"], self.choice.batch_of_numbers, self.policy.text_of)
         return self.choice.resume(progress, records, steps)
 
     @explaining_memory("an evaluation")

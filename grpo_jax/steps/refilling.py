@@ -159,10 +159,12 @@ def collect_filled(
     """
     config, choice, shapes = step.config, step.choice, step.shapes(state)
     assert choice is not None  # made-up prompts have no rewards that differ
-    carried = None if step.surplus is None else step.surplus.groups
+    last = step.last_step
+    assert last is not None
+    carried = last.groups
     before = 0 if carried is None else len(carried)
     size, rows = config.train.prompts_per_step, choice.rows(number)
-    filling = Filling(size, choice.limit, carried=before, keeps=step.surplus is not None)
+    filling = Filling(size, choice.limit, carried=before, keeps=last.keeps, before=last.share)
 
     def rollout(filling: Filling, count: int) -> Part:
         start = filling.begun - before
