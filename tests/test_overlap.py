@@ -98,6 +98,51 @@ def test_a_group_that_has_ended_is_scored_before_the_last_one_ends(tmp_path: Pat
     assert prompts_seen == [done.completions[1][number * G]["prompt"] for number in range(3)]
 
 
+class Game:
+    """Ends after the second turn."""
+
+    def reset(self, **row: Any) -> None:
+        self.turns = 0
+
+    def step(self, message: gx.Message) -> gx.Step:
+        self.turns += 1
+        return gx.Step("go on", done=self.turns == 2, reward=len(message["content"]) / 100)
+
+
+def test_a_group_of_episodes_that_has_ended_is_scored_while_others_play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called, real = threading.Event(), RolloutLoop.collect
+
+    def judge(completion_ids: list[list[int]], environment_info: list[Any], environment_reward: list[float]) -> list[float]:
+        assert len(completion_ids) == G
+        called.set()
+        return [number + own for number, own in zip(by_tokens(completion_ids), environment_reward, strict=True)]
+
+    def whole(completions: list[Any], environments: list[Game]) -> list[float]:
+        assert len(completions) == 3 * G
+        return [own.turns for own in environments]
+
+    def collect(self: RolloutLoop, state: LoopState) -> None:
+        left = [own for own in state.schedule.schedules[0].unfinished if own]
+        if len(left) == 1:  # tokens of the last group: it cannot end before this returns
+            assert called.wait(LONG_SECONDS), "no group was scored while the last one played"
+        real(self, state)
+
+    for overlap in (True, False):
+        config = config_of(
+            tmp_path / str(overlap),
+            environment={"max_turns": 2, "max_turn_tokens": 4},
+            rollout={"slots": G, "max_completion_length": 32},
+            rewards={"by_group": ["judge"]},
+            train={"steps": 1, "prompts_per_step": 3, "overlap": overlap},
+        )
+        with monkeypatch.context() as patched:
+            if overlap:
+                patched.setattr(RolloutLoop, "collect", collect)
+            result = run(config, reward_funcs=[judge, whole], environment=Game).result
+        assert result.history[0]["rewards/judge/std"] > 0
+    same_runs(tmp_path / "True", tmp_path / "False")
+
+
 class Watch(Callback):
     """Keeps the policy after every step, and what the step learned from."""
 
@@ -203,7 +248,6 @@ def test_a_resumed_run_goes_on_with_the_completions_of_its_checkpoint(tmp_path: 
     ("sections", "message"),
     [
         ({"train": {"max_staleness": 2}}, "train.max_staleness is 2: use 0"),
-        ({"train": {"dynamic_sampling": True}}, "train.max_staleness is 1: use 0: train.dynamic_sampling decides"),
         ({"objective": {"loss": "reinforce"}}, "train.max_staleness is 1: use 0, or a loss with a ratio such as dapo: reinforce"),
         ({"objective": {"kl_in_reward": True}}, "train.max_staleness is 1: use 0: with objective.kl_in_reward"),
         ({"objective": {"match_sampling": False}}, "train.max_staleness is 1: use 0, or objective.match_sampling true"),

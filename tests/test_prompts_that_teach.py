@@ -22,10 +22,13 @@ import grpo_jax as gx
 from grpo_jax.config import Config, ConfigError
 from grpo_jax.data.ledger import Ledger, PromptResults
 from grpo_jax.rewards import Failure, ScoredBatch
+from grpo_jax.rollout.loop import LoopState, RolloutLoop
+from grpo_jax.run.callbacks import Callback, StepCompletions
 from grpo_jax.run.folder import RunFolder
 from grpo_jax.run.resume import RunFolderError
-from grpo_jax.steps.dynamic_sampling import fill_step, next_round
+from grpo_jax.steps.dynamic_sampling import FilledStep, Filling, fill_step, filled_step
 from grpo_jax.steps.groups import Groups
+from grpo_jax.steps.last_step import LastStep
 from grpo_jax.types import PromptBatch, Rollout
 
 ROWS = additions()
@@ -127,33 +130,61 @@ def test_groups_are_selected_and_joined_with_all_that_belongs_to_them() -> None:
     assert last.scored.failures == []
 
 
+def filled_by_rollouts(size: int, extra: int, most: int, teach: np.ndarray) -> tuple[FilledStep, list[tuple[int, int]]]:
+    """A step whose rollouts follow each other, and which groups each has sampled."""
+    rollouts: list[tuple[int, int]] = []
+
+    def spread_of(groups: Groups) -> np.ndarray:
+        return teach[groups.prompts.indices]
+
+    def rollout(filling: Filling, count: int) -> tuple[list[int], Groups]:
+        numbers = filling.begin(count)
+        rollouts.append((numbers[0], numbers[-1] + 1))
+        groups = made_up(numbers, [[0.0, 1.0]] * count)
+        filling.note(numbers, spread_of(groups))
+        return numbers, groups
+
+    filling = Filling(size, size + extra)
+    return filled_step(filling, fill_step(rollout, filling, most), spread_of), rollouts
+
+
+def filled_while_decoding(size: int, extra: int, teach: np.ndarray, rng: np.random.Generator) -> FilledStep:
+    """A step whose groups end in any order, and are replaced at once."""
+
+    def spread_of(groups: Groups) -> np.ndarray:
+        return teach[groups.prompts.indices]
+
+    def rollout(filling: Filling, count: int) -> tuple[list[int], Groups]:
+        running, ended = filling.begin(count), list[int]()
+        while running and not filling.full:
+            ended.append(running.pop(int(rng.integers(len(running)))))
+            filling.note(ended[-1:], teach[ended[-1:]])
+            running += filling.begin(filling.replacements(int(rng.integers(0, 4))))
+        return ended, made_up(ended, [[0.0, 1.0]] * len(ended))
+
+    filling = Filling(size, size + extra)
+    return filled_step(filling, fill_step(rollout, filling, size), spread_of)
+
+
 def test_a_step_trains_the_first_groups_that_teach_and_never_exceeds_its_budget() -> None:
     rng = np.random.default_rng(0)
+    cancelled = 0.0
     for _ in range(200):
         size, extra, most = (int(number) for number in rng.integers([1, 0, 1], [6, 12, 9]))
         teach = rng.random(size + extra) < rng.choice([0.05, 0.3, 0.7, 1.0])
-        rounds: list[tuple[int, int]] = []
-
-        def sample(start: int, stop: int, rounds: Any = rounds) -> Groups:
-            rounds.append((start, stop))
-            return made_up(list(range(start, stop)), [[0.0, 1.0]] * (stop - start))
-
-        def spread_of(groups: Groups, teach: Any = teach) -> np.ndarray:
-            return teach[groups.prompts.indices]
-
-        filled = fill_step(sample, spread_of, size, extra, most)
+        filled, rollouts = filled_by_rollouts(size, extra, most, teach)
         drawn = len(filled.drawn)
         assert filled.drawn.prompts.indices.tolist() == list(range(drawn))  # no prompt twice, none left out
         assert drawn <= size + extra
-        assert rounds[0] == (0, size)
-        assert all(0 < stop - start <= most for start, stop in rounds[1:])
+        assert rollouts[0] == (0, size)
+        assert all(0 < stop - start <= most for start, stop in rollouts[1:])
         good = [number for number in range(drawn) if teach[number]]
         chosen = filled.chosen.tolist()
         metrics = {name.partition("/")[2]: value for name, value in filled.metrics.items()}
         if len(good) >= size:
             assert chosen == good[:size]
             assert filled.used == chosen[-1] + 1
-            assert sum(teach[: rounds[-1][0]]) < size  # no round more than needed
+            assert sum(teach[: rollouts[-1][0]]) < size  # no rollout more than needed
         else:
             assert drawn == size + extra == filled.used
             assert set(good) < set(chosen)
@@ -163,15 +194,77 @@ def test_a_step_trains_the_first_groups_that_teach_and_never_exceeds_its_budget(
         assert metrics["unfilled"] == max(0, size - len(good))
         assert metrics["discarded"] == max(0, len(good) - size)
         assert metrics["spread_of_first"] == pytest.approx(teach[:size].mean())
+        assert metrics["cancelled"] == 0
+        at_once = filled_while_decoding(size, extra, teach, rng)
+        assert at_once.drawn.prompts.indices[at_once.chosen].tolist() == chosen  # whatever ends first
+        assert at_once.used == filled.used
+        begun = size + at_once.metrics["dynamic_sampling/extra_groups"]
+        assert begun - at_once.metrics["dynamic_sampling/cancelled"] == len(at_once.drawn)
+        assert begun <= size + extra
+        cancelled += at_once.metrics["dynamic_sampling/cancelled"]
+    assert cancelled > 0
 
 
-def test_a_round_goes_by_what_was_found_so_far() -> None:
-    assert next_round(found=8, drawn=8, size=8, extra=24, most=8) == 0
-    assert next_round(found=4, drawn=8, size=8, extra=24, most=99) == (4 + 2) * 2  # half of them teach; 2 = √4 more
-    assert next_round(found=4, drawn=8, size=8, extra=24, most=8) == 8  # what one rollout decodes at once
-    assert next_round(found=4, drawn=8, size=8, extra=3, most=8) == 3  # what is left of the budget
-    assert next_round(found=4, drawn=11, size=8, extra=3, most=8) == 0
-    assert next_round(found=0, drawn=8, size=8, extra=24, most=8) == 8
+def test_a_rollout_goes_by_what_was_found_so_far() -> None:
+    def filling(found: int, drawn: int, extra: int) -> Filling:
+        made = Filling(8, 8 + extra)
+        made.note(made.begin(drawn), np.arange(drawn) < found)
+        return made
+
+    assert Filling(8, 32).next_rollout(8) == 8
+    assert filling(8, 8, 24).next_rollout(8) == 0
+    assert filling(4, 8, 24).next_rollout(99) == (4 + 2) * 2  # half of them teach; 2 = √4 more
+    assert filling(4, 8, 24).next_rollout(8) == 8  # what one rollout decodes at once
+    assert filling(4, 8, 3).next_rollout(8) == 3  # what is left of the budget
+    assert filling(4, 11, 3).next_rollout(8) == 0
+    assert filling(0, 8, 24).next_rollout(8) == 8
+
+
+def test_what_is_begun_while_others_are_decoded_goes_by_what_was_found_so_far() -> None:
+    filling = Filling(8, 32)
+    numbers = filling.begin(8)
+    assert filling.replacements(99) == 0  # nothing is known
+    filling.note(numbers[:3], np.array([True, True, True]))
+    assert filling.replacements(99) == 0  # 5 are missing, and 5 are decoded
+    filling.note(numbers[3:4], np.array([False]))
+    assert filling.replacements(99) == 3  # of 5 + 1 groups 4 teach: ⌈5 · 5/4⌉ = 7 are needed, and 4 are decoded
+    assert filling.replacements(1) == 1
+    informed = Filling(8, 32, before=(6, 14))
+    informed.begin(8)
+    assert informed.replacements(99) == 10  # of 15 groups 7 teach: ⌈8 · 15/7⌉ = 18 are needed, and 8 are decoded
+    ahead = Filling(8, 32, carried=3, keeps=True)
+    assert ahead.next_rollout(8) == 8  # 3 of this step are there already
+    ahead.begin(8)
+    assert ahead.replacements(99) == 5  # up to two steps' groups
+
+
+def test_surplus_groups_are_trained_first_in_the_next_step_and_once() -> None:
+    """Three of the first step's seven groups with a spread are trained, three kept, and one is dropped."""
+    filling = Filling(3, 9, keeps=True)
+    first = made_up([0, 1, 2, 3, 4, 5, 6, 7], [[0.0, 1.0]] * 8)
+    numbers = filling.begin(8)
+    spread = np.array([1, 0, 1, 1, 1, 1, 1, 1], bool)
+    filling.note(numbers, spread)
+    one = filled_step(filling, [(numbers, first)], lambda groups: spread[groups.prompts.indices])
+    assert one.drawn.prompts.indices[one.chosen].tolist() == [0, 2, 3]
+    assert (one.used, one.metrics["dynamic_sampling/kept"], one.metrics["dynamic_sampling/discarded"]) == (8, 3, 1)
+    last = LastStep(keeps=True)
+    last.finish(one)
+    kept = last.groups
+    assert last.share == (7, 8)
+    assert kept is not None
+    assert kept.prompts.indices.tolist() == [4, 5, 6]
+    assert kept.rollout.near_ties == 0
+    filling = Filling(4, 6, carried=3, keeps=True)
+    numbers = filling.begin(3)
+    filling.note(numbers, np.array([False, True, True]))
+    two = filled_step(filling, [(numbers, made_up([8, 9, 10], [[0.0, 1.0]] * 3))], lambda _: np.array([False, True, True]), kept)
+    assert two.drawn.prompts.indices.tolist() == [4, 5, 6, 8, 9, 10]
+    assert two.drawn.prompts.indices[two.chosen].tolist() == [4, 5, 6, 9]
+    assert two.fresh.prompts.indices.tolist() == [8, 9, 10]  # what the ledger learns of
+    assert two.kept is not None
+    assert two.kept.prompts.indices.tolist() == [10]
+    assert two.metrics["sampling/staleness"] == 0.75
 
 
 # runs
@@ -235,9 +328,14 @@ def test_the_ledger_has_every_group_that_was_sampled(dynamic: gx.TrainResult) ->
     assert ledger.last_step.max() == 4
 
 
+AT_ONCE: dict[str, Any] = {"rollout": {"segment": 2}, "rewards": {"by_group": ["by_row"]}}
+"""With these settings groups end and are scored while others are decoded."""
+
 RESUMED: dict[str, dict[str, Any]] = {
     "order": {"train": DYNAMIC},
     "learnable": {"train": DYNAMIC, "data": {"curriculum": "learnable"}},
+    "at once": AT_ONCE | {"train": DYNAMIC, "data": {"curriculum": "learnable"}},
+    "stale": AT_ONCE | {"train": DYNAMIC | {"max_staleness": 1}},
 }
 
 
@@ -253,7 +351,9 @@ def uninterrupted(dynamic: gx.TrainResult, tmp_path_factory: pytest.TempPathFact
     return of
 
 
-@pytest.mark.parametrize("kind", RESUMED)
+@pytest.mark.parametrize(
+    "kind", ["order", "learnable", pytest.param("at once", marks=pytest.mark.slow), pytest.param("stale", marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_is_the_uninterrupted_one_ledger_included(
     uninterrupted: Callable[[str], gx.TrainResult], kind: str, tmp_path: Path
 ) -> None:
@@ -268,6 +368,67 @@ def test_a_resumed_run_is_the_uninterrupted_one_ledger_included(
     assert timeless(resumed.history) == timeless(whole.history)
     for name in ("ledger.jsonl", "completions.jsonl"):
         assert (resumed.run_dir / name).read_bytes() == (whole.run_dir / name).read_bytes()
+
+
+def test_a_group_without_spread_is_replaced_while_others_are_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded, real = list[set[int]](), RolloutLoop.collect
+
+    def collect(self: RolloutLoop, state: LoopState) -> None:
+        decoded.append({int(row) // G for row in state.schedule.completion_in_slot if row >= 0})
+        real(self, state)
+
+    monkeypatch.setattr(RolloutLoop, "collect", collect)
+    done = train(config_of(tmp_path, **AT_ONCE | {"train": DYNAMIC}))
+    assert any(min(prompts) < 2 <= max(prompts) for prompts in decoded)  # one of the first two, and one in the other's place
+    expected = expected_steps(6)
+    assert prompts_by_step(done.run_dir) == {
+        step: [ROWS[row]["prompt"] for row in rows] for step, (rows, _, _) in enumerate(expected, start=1)
+    }
+    ledger = records(done.run_dir / "ledger.jsonl")
+    assert [record["position"] for record in ledger] == [position for _, position, _ in expected]
+    for found, metrics in zip(ledger, done.history, strict=True):
+        begun = 2 + metrics["dynamic_sampling/extra_groups"]
+        assert len(found["rows"]) == begun - metrics["dynamic_sampling/cancelled"] <= LIMIT
+
+
+@pytest.mark.slow
+def test_surplus_groups_are_those_of_the_policy_before_and_are_trained_with_its_log_probabilities(tmp_path: Path) -> None:
+    policies, learned = list[gx.Policy](), list[StepCompletions]()
+
+    class Watch(Callback):
+        def on_train_begin(self, trainer: Any) -> None:
+            policies.append(trainer.policy)
+
+        def on_step_end(self, trainer: Any, metrics: dict[str, Any], completions: StepCompletions | None) -> None:
+            assert completions is not None
+            policies.append(trainer.policy)
+            learned.append(completions)
+
+    epsilon = 0.01
+    settings = AT_ONCE | {"train": DYNAMIC | {"max_staleness": 1, "max_extra_groups": 9}}
+    done = train(config_of(tmp_path, **settings, objective={"epsilon": epsilon, "beta": 0.0}), callbacks=[Watch()])
+    stale = [round(metrics["sampling/staleness"] * 2) for metrics in done.history]
+    kept = [0, *(int(metrics["dynamic_sampling/kept"]) for metrics in done.history)]
+    assert stale == [min(2, number) for number in kept[:-1]]
+    assert stale[0] == 0
+    assert sum(stale) > 0
+    for number, (own, metrics, old) in enumerate(zip(learned, done.history, stale, strict=True)):
+        assert own.logprobs is not None
+        before, now = (token_logprobs(policies[at], own) for at in (max(0, number - 1), number))
+        drawn = np.concatenate(own.logprobs)
+        lengths = [len(ids) for ids in own.ids]
+        of_before = np.repeat(np.arange(2 * G) < old * G, lengths)
+        np.testing.assert_allclose(drawn, np.where(of_before, before, now), atol=1e-4)
+        ratio, advantage = np.exp(now - drawn), np.repeat(own.advantages, lengths)
+        clipped = ((advantage > 0) & (ratio > 1 + epsilon)) | ((advantage < 0) & (ratio < 1 - epsilon))
+        assert metrics["clip_ratio/region"] == pytest.approx(clipped.mean(), abs=1e-6)
+        assert not clipped[~of_before].any()
+
+
+def token_logprobs(policy: gx.Policy, completions: StepCompletions) -> np.ndarray:
+    """Log-probabilities of all tokens of a step under a policy."""
+    prompts = [policy.need_tokenizer().encode_prompt(prompt, chat=False) for prompt in completions.prompts for _ in range(G)]
+    return np.concatenate(policy.logprobs(prompts, completions.ids))
 
 
 @pytest.mark.slow

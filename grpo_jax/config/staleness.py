@@ -22,8 +22,6 @@ def check_staleness(train: TrainConfig, objective: ObjectiveConfig, rollout: Rol
     if not train.max_staleness:
         return
     name = "train.max_staleness"
-    fix = "use 0: train.dynamic_sampling decides by this step's rewards what is sampled next"
-    require(not train.dynamic_sampling, name, 1, fix)
     fix = f"use 0, or a loss with a ratio such as dapo: {objective.loss} treats all completions as those of the newest policy"
     require(objective.loss not in NO_RATIO, name, 1, fix)
     fix = "use 0: with objective.kl_in_reward the KL would be taken from a policy that has not sampled the completions"

@@ -131,14 +131,16 @@ class TrainConfig:
             find a policy that has moved away from the one that sampled, so that the objective's clipping acts. Above 1 it costs
             one more forward pass.
         dynamic_sampling: Where all completions of a prompt have the same reward, sample other prompts in the same step, until there
-            are prompts_per_step prompts to learn from (DAPO) or max_extra_groups is spent.
+            are prompts_per_step prompts to learn from (DAPO) or max_extra_groups is spent: while others are decoded where overlap
+            can score groups as they end, else in a rollout that follows.
         max_extra_groups: The most prompts that a step samples beyond prompts_per_step; null is three times as many. A step that is
             not full by then also trains groups without a spread of rewards.
         overlap: Score a group as soon as its completions have ended, while others are decoded: by functions that see one row or one
-            group at a time (built-ins, rewards.row_by_row, rewards.by_group). Changes no result.
+            group at a time (built-ins, rewards.row_by_row, rewards.by_group). Changes no result; with dynamic_sampling it may
+            change what is sampled in addition.
         max_staleness: 1 samples the completions of the next step before the update of this one, so that this step's rewards are
-            computed meanwhile. They are then one update old; the loss compares with the policy that sampled them. 0 samples with
-            the newest weights.
+            computed meanwhile. They are then one update old; the loss compares with the policy that sampled them. With
+            dynamic_sampling, groups that were sampled too much are kept for the next step. 0 samples with the newest weights.
         update_generations: m, the completions of each prompt that the update learns from: of the num_generations that are sampled
             those whose rewards vary most (PODS). Advantages are computed among them alone. null takes all.
         reference_every: Steps between two changes of the reference, which the KL term compares with: it becomes reference_mix times

@@ -63,6 +63,7 @@ def fit_run(
     lengths: Lengths | None = None,
     *,
     episodes: bool = False,
+    refills: bool = False,
 ) -> Fitted:
     """Chooses the largest micro-batch that fits, and the numbers of slots where they are not set.
 
@@ -71,6 +72,7 @@ def fit_run(
         make_learner: `grpo_learner`, or a variant of it with the user's optimiser and loss.
         lengths: of the run's texts; None is the longest that the settings allow.
         episodes: an environment or tools are given in Python; those of the settings are known.
+        refills: further prompts begin in slots that become free (dynamic sampling).
 
     Raises:
         ConfigError: nothing fits.
@@ -81,7 +83,7 @@ def fit_run(
     placement = Placement(policy.layout, jax.local_devices()[0])
     lengths = lengths or longest_lengths(config)
     run, update, update_use, remat = fit_update(config, policy, frozen, placement, limit, display.compiling, make_learner, lengths)
-    run = replace(run, episodes=run.episodes or episodes)
+    run = replace(run, episodes=run.episodes or episodes, refills=refills)
     sampler, rollout = fit_rollout(run, limit, display)
     evaluation = fit_evaluation(run, rollout.slots, problems, limit, sampler) if problems else None
     tokens = run.sizes[0].tokens

@@ -46,6 +46,7 @@ class RunShapes:
         sizes: of the update's packed rows.
         announce: entered around each compilation.
         episodes: completions are episodes: some of their past is parked outside the slots.
+        refills: further prompts begin in slots that become free.
     """
 
     config: Config
@@ -58,6 +59,7 @@ class RunShapes:
     frozen: Frozen
     announce: Announce = no_announcement
     episodes: bool = False
+    refills: bool = False
 
     @staticmethod
     def of(
@@ -284,7 +286,8 @@ def rollout_sizes(run: RunShapes, free_bytes: int | None) -> tuple[int, Sizes]:
     itemsize = jnp.dtype(run.policy.dtype).itemsize
     split = {"shards": shards, "tensor": tensor, "episodes": run.episodes}
     slots = choose_slots(run.spec, config.rollout, prompts, width, itemsize, free_bytes, **split)
-    return slots, sizes_of(config.rollout, -(-prompts // shards), width, slots // shards, episodes=run.episodes)
+    options = {"episodes": run.episodes, "refills": run.refills}
+    return slots, sizes_of(config.rollout, -(-prompts // shards), width, slots // shards, **options)
 
 
 def prompt_shapes(run: RunShapes, count: int) -> tuple[Any, Any]:

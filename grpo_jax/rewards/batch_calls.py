@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ class BatchCalls:
         groups: B.
         size: G.
         timeout_seconds: limit of a call; see `call_here`.
-        early: call functions that see one row or one group at a time as soon as a group is added.
+        early: names of functions that are called on a group as soon as that is added.
 
     Attributes:
         abandoned: the calls were ended from outside, and there will be no outcome.
@@ -53,12 +53,11 @@ class BatchCalls:
         size: int,
         timeout_seconds: float | None,
         *,
-        early: bool,
+        early: Collection[str],
     ) -> None:
         self.runner, self.size, self.count, self.limit = runner, size, groups * size, timeout_seconds
         self._tasks = {name: self._task(name, function) for name, function in functions if name in runner.sources}
-        chosen = [(name, function) for name, function in functions if early and self._is_early(name, function)]
-        self._early = {name for name, _ in chosen}
+        self._early = set(early)
         self._away = [(name, function) for name, function in functions if name in self._tasks]
         self._here = [(name, function) for name, function in functions if name not in self._tasks]
         self._outcomes = {name: Outcome([None] * self.count) for name, _ in self._here if name in self._early}
@@ -72,13 +71,6 @@ class BatchCalls:
     def _task(self, name: str, function: RewardFunction) -> Task:
         size = self.runner.sizes.of(name, function, self.size)
         return Task(name, self.runner.sources[name], self.count, size, is_async(function), self.limit)
-
-    def _is_early(self, name: str, function: RewardFunction) -> bool:
-        """Whether the values of a function do not depend on when it is called."""
-        if name in self.runner.sizes.by_group:
-            return True
-        by_row = self.runner.sizes.of(name, function, self.size) == 1
-        return by_row and (name in self._tasks or is_async(function))
 
     def pending(self) -> list[str]:
         """Names of the functions that have not answered yet."""

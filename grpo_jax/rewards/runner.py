@@ -17,9 +17,9 @@ from grpo_jax.config import RewardsConfig
 from grpo_jax.config.checks import require_choice
 from grpo_jax.rewards.batch_calls import BatchCalls
 from grpo_jax.rewards.calling import call_here
-from grpo_jax.rewards.calls import ALL_ROWS, CallSizes, FailedValue, Outcome, RewardInputs
+from grpo_jax.rewards.calls import ALL_ROWS, CallSizes, FailedValue, Outcome, RewardInputs, is_async
 from grpo_jax.rewards.pool import Pool
-from grpo_jax.rewards.protocol import ColumnReward, DeviceReward, NamedFunction
+from grpo_jax.rewards.protocol import ColumnReward, DeviceReward, NamedFunction, RewardFunction, inputs_for
 from grpo_jax.rewards.sources import Source, pickled_source
 
 ALWAYS_IN_A_WORKER = "math_verify"
@@ -52,6 +52,21 @@ class RewardRunner:
         self._say, self._traced = say, set[str]()
         self._batches: list[BatchCalls] = []
 
+    def is_early(self, name: str, function: RewardFunction, group: int, *, episodes: bool = False) -> bool:
+        """Whether a function may be called on a group as soon as that has ended: its values do not depend on when that is.
+
+        Args:
+            group: G.
+            episodes: rows are episodes, whose environments are closed after all have ended. A function that gets these objects
+                waits for that.
+        """
+        if episodes and name not in self.sources and inputs_for(function, name, {"environments": []}):
+            return False
+        if name in self.sizes.by_group:
+            return True
+        by_row = self.sizes.of(name, function, group) == 1
+        return by_row and (name in self.sources or is_async(function))
+
     def start(self) -> None:
         """Starts the workers, so that they are there when the first completions are."""
         if self.pool is not None:
@@ -62,7 +77,14 @@ class RewardRunner:
         return sorted({name for batch in list(self._batches) for name in batch.pending()})
 
     def begin(
-        self, functions: Sequence[NamedFunction], groups: int, size: int, timeout_seconds: float | None, *, early: bool
+        self,
+        functions: Sequence[NamedFunction],
+        groups: int,
+        size: int,
+        timeout_seconds: float | None,
+        *,
+        early: bool,
+        episodes: bool = False,
     ) -> BatchCalls:
         """Begins the calls on a batch of groups that are not there yet.
 
@@ -70,8 +92,10 @@ class RewardRunner:
             groups: B.
             size: G.
             early: call functions that see one row or one group at a time as soon as a group is there.
+            episodes: rows are episodes; see `is_early`.
         """
-        batch = BatchCalls(self, functions, groups, size, timeout_seconds, early=early)
+        chosen = {name for name, function in functions if early and self.is_early(name, function, size, episodes=episodes)}
+        batch = BatchCalls(self, functions, groups, size, timeout_seconds, early=chosen)
         self._batches.append(batch)
         return batch
 

@@ -123,25 +123,37 @@ class EnvironmentTurns:
 
     def finish(self, rollout: Rollout) -> RewardRows:
         """What the episodes were, after the rollout; closes the environments that can be closed."""
-        for episode, ids, sampled in zip(self.episodes, rollout.completion_ids, sampled_tokens(rollout), strict=True):
-            rest = [i for i, own in zip(ids[episode.tokens :], sampled[episode.tokens :], strict=True) if own]
+        rows = self.ended_rows(range(len(self.episodes)), rollout.completion_ids, sampled_tokens(rollout))
+        self._close()
+        return rows
+
+    def ended_rows(self, rows: range, ids: Sequence[list[int]], sampled: Sequence[np.ndarray]) -> RewardRows:
+        """What some episodes were, after their end. It may be asked again.
+
+        Args:
+            rows: of the episodes.
+            ids, sampled: their completions, as in `Rollout`.
+        """
+        episodes = [self.episodes[row] for row in rows]
+        for episode, own_ids, own_sampled in zip(episodes, ids, sampled, strict=True):
+            rest = [i for i, own in zip(own_ids[episode.tokens :], own_sampled[episode.tokens :], strict=True) if own]
             if rest:  # a turn in which the episode reached its limit, so that nobody answered it
                 episode.turns += 1
+                episode.tokens = len(own_ids)
                 episode.messages.append({"role": "assistant", "content": self.driver.chat.text_of_turn(rest)})
-        self._close()
-        columns = {name: [v for v in values for _ in range(self.generations)] for name, values in self.prompts.columns.items()}
+        columns = {name: [values[row // self.generations] for row in rows] for name, values in self.prompts.columns.items()}
         columns |= {
-            "environment_reward": [own.reward for own in self.episodes],
-            "environment_failure": [own.failure or None for own in self.episodes],
-            "environment_info": [own.info for own in self.episodes],
-            "environments": [object_of(own.environment) for own in self.episodes],
+            "environment_reward": [own.reward for own in episodes],
+            "environment_failure": [own.failure or None for own in episodes],
+            "environment_info": [own.info for own in episodes],
+            "environments": [object_of(own.environment) for own in episodes],
         }
         return RewardRows(
-            prompts=[own.prompt for own in self.episodes],
-            completions=[own.messages for own in self.episodes],
+            prompts=[own.prompt for own in episodes],
+            completions=[own.messages for own in episodes],
             columns=columns,
-            texts=[transcript(own.messages) for own in self.episodes],
-            episodes=self.episodes,
+            texts=[transcript(own.messages) for own in episodes],
+            episodes=episodes,
         )
 
     def _begin(self, episode: Episode, row: dict[str, Any]) -> Any:

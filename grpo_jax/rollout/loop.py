@@ -26,6 +26,7 @@ from grpo_jax.rollout.dispatch_ahead import dispatches_ahead
 from grpo_jax.rollout.episodes import Episodes
 from grpo_jax.rollout.prefill import PrefilledPrompts
 from grpo_jax.rollout.programs import RolloutPrograms
+from grpo_jax.rollout.prompt_feed import PromptFeed
 from grpo_jax.rollout.sampling import SamplingControls
 from grpo_jax.rollout.schedule import ShardedSchedule
 from grpo_jax.rollout.segments import Segment, idle_tokens, next_segment, record
@@ -92,6 +93,7 @@ class RolloutLoop:
         indices: B prompt indices, part of the random numbers.
         shards: row shards; 1 on one device.
         turns: answers the turns of episodes; None where a completion has one turn.
+        feed: decides which prompts are begun; None begins all.
     """
 
     model: Transformer
@@ -107,6 +109,7 @@ class RolloutLoop:
     on_segment: Callable[[list[PartialCompletion]], None] | None = None
     on_ended: OnEnded | None = None
     turns: Turns | None = None
+    feed: PromptFeed | None = None
 
     @property
     def layout(self) -> Layout | None:
@@ -116,7 +119,7 @@ class RolloutLoop:
     def run(self, weights: Params) -> Counts:
         """Decodes every completion."""
         state = self.begin(weights)
-        while state.in_flight or not state.schedule.finished:
+        while state.in_flight or self.goes_on(state):
             dispatched = self.dispatch(weights, state)
             self.report(state)
             if not state.in_flight:
@@ -127,10 +130,21 @@ class RolloutLoop:
         self.report(state)
         return state.counts
 
+    def goes_on(self, state: LoopState) -> bool:
+        """Begins the prompts that `feed` gives, and tells whether there is more to decode."""
+        if self.feed is not None:
+            self.report(state)
+            more = self.feed.next(state.schedule.room, busy=not state.schedule.finished)
+            if more is None:
+                return False
+            state.schedule.open(more)
+        return not state.schedule.finished
+
     def begin(self, weights: Params) -> LoopState:
         """Prefills the first prompts, and assigns nothing yet."""
         sizes, prompts = self.sizes, len(self.prompt_ids)
-        own = {"shards": self.shards, "refill": self.rollout.refill}
+        own: dict[str, Any] = {"shards": self.shards, "refill": self.rollout.refill}
+        own |= {"waiting": None if self.feed is None else self.feed.first}
         schedule = ShardedSchedule.of(sizes, prompts, self.rollout.num_generations, **own)
         prefilled = self.prefill(weights, schedule.prompts_in_slots)
         none = np.zeros(self.shards * sizes.slots, np.int32)
@@ -142,7 +156,7 @@ class RolloutLoop:
 
     def may_dispatch_ahead(self, schedule: ShardedSchedule) -> bool:
         """Whether the next segment may be dispatched before the tokens of the last one are here."""
-        ahead = dispatches_ahead(self.rollout, episodes=self.turns is not None)
+        ahead = "never" if self.feed is not None else dispatches_ahead(self.rollout, episodes=self.turns is not None)
         return ahead == "always" or (ahead == "where nothing waits" and not schedule.waits)
 
     def refill(self, weights: Params, state: LoopState) -> list[int]:
@@ -206,9 +220,12 @@ class RolloutLoop:
         if self.on_segment is not None and state.news:
             self.on_segment(self.completions)
         state.news = False
-        each, numbers = self.rollout.num_generations, [] if self.on_ended is None else state.schedule.ended_prompts()
-        if self.on_ended is not None and numbers:
-            self.on_ended({number: self.completions[number * each : (number + 1) * each] for number in numbers})
+        each = self.rollout.num_generations
+        ended = {n: self.completions[n * each : (n + 1) * each] for n in state.schedule.ended_prompts()}
+        if self.on_ended is not None and ended:
+            self.on_ended(ended)
+        if self.feed is not None and ended:
+            self.feed.ended(ended)
 
     def put(self, tree: Any, axis: str) -> Any:
         """Copies host arrays to the devices.

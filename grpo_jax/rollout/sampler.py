@@ -20,6 +20,7 @@ from grpo_jax.config import ConfigError, RolloutConfig
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.rollout.loop import Counts, OnEnded, RolloutLoop
 from grpo_jax.rollout.programs import RolloutPrograms
+from grpo_jax.rollout.prompt_feed import PromptFeed
 from grpo_jax.rollout.sampling import controls_of
 from grpo_jax.rollout.shapes import RolloutShapes, check_slots, choose_slots, round_up, shapes_of
 from grpo_jax.rollout.stop_strings import DecodeText, PartialCompletion
@@ -91,6 +92,7 @@ class Sampler:
         on_segment: Callable[[list[PartialCompletion]], None] | None = None,
         on_ended: OnEnded | None = None,
         turns: Turns | None = None,
+        feed: PromptFeed | None = None,
     ) -> Rollout:
         """Draws `rollout.num_generations` completions of every prompt.
 
@@ -112,19 +114,25 @@ class Sampler:
             on_segment: called with all completions after each segment.
             on_ended: called after each segment in which the last completion of a prompt ended, with all such prompts' completions.
             turns: answers the turns of episodes; with several processes only process 0's is asked.
+            feed: decides which of the prompts are begun, while others are decoded; not with `turns`. The shapes must be made for it
+                (`refills`). None begins all.
 
         Returns:
-            B·G rows, the completions of a prompt next to each other.
+            B·G rows, the completions of a prompt next to each other; with `feed` those of the prompts whose completions have all
+            ended.
 
         Raises:
             ConfigError: stop strings without a tokenizer, sequences that are too long for the model (`ModelSpec.check_length`), or
                 `rollout.slots` that the row shards of the mesh do not divide.
-            ValueError: `turns` with shapes that are not for episodes, or `turns` that break their promises.
+            ValueError: `turns` with shapes that are not for episodes, `feed` with shapes whose slots are not refilled or with
+                `turns`, or `turns` that break their promises.
         """
         if turns is not None:
             self.model.spec.check_episodes()
         if turns is not None and shapes is not None and not shapes.sizes.extensions:
             raise ValueError("shapes are not for episodes: choose them with decide_shapes(..., episodes=True)")
+        if feed is not None and (turns is not None or (shapes is not None and shapes.sizes.fixed)):
+            raise ValueError("feed: use it without turns, and choose shapes with decide_shapes(..., refills=True)")
         if rollout.stop and self.decode_text is None:
             raise ConfigError(
                 f"rollout.stop: {rollout.stop}; stop strings need a tokenizer, and the model folder has none: remove them, or add "
@@ -137,7 +145,8 @@ class Sampler:
         weights = self.decoding_weights(variables, rollout)
         if shapes is None:
             widths = (round_up(max(map(len, prompt_ids))),)
-            shapes = self.shapes_for(rollout, b, widths, least_free_bytes(), episodes=turns is not None)
+            options = {"episodes": turns is not None, "refills": feed is not None}
+            shapes = self.shapes_for(rollout, b, widths, least_free_bytes(), **options)
         longest = np.full(b * g, rollout.max_completion_length) if limits is None else np.asarray(limits)
         indices = np.arange(b) if indices is None else np.asarray(indices)
         completions = [PartialCompletion(int(limit)) for limit in longest]
@@ -162,17 +171,27 @@ class Sampler:
                 if on_ended is None
                 else lambda ended, first=first: on_ended({first + number: own for number, own in ended.items()}),
                 turns=turns,
+                feed=feed,
             )
             counts.append(loop.run(weights))
+        if feed is not None:
+            groups = [(prompt_ids[number], completions[number * g : (number + 1) * g]) for number in range(b)]
+            whole = [(ids, own) for ids, own in groups if all(one.ended for one in own)]
+            prompt_ids, completions = [ids for ids, _ in whole], [one for _, own in whole for one in own]
+        found = self.rollout_of(prompt_ids, completions, episodes=turns is not None)
+        near_ties, idle_tokens = sum(own.near_ties for own in counts), sum(own.idle_tokens for own in counts)
+        return replace(found, near_ties=near_ties, slots=shapes.slots, idle_tokens=idle_tokens)
+
+    def rollout_of(
+        self, prompt_ids: Sequence[Sequence[int]], completions: Sequence[PartialCompletion], *, episodes: bool = False
+    ) -> Rollout:
+        """The completions of these prompts, which have ended; near-ties, idle tokens and slots are left out."""
         return Rollout(
             completion_ids=[own.ids for own in completions],
             logprobs=[np.concatenate(own.logps) if own.logps else np.zeros(0, np.float32) for own in completions],
             finish_reasons=[own.reason for own in completions],
-            near_ties=sum(own.near_ties for own in counts),
-            slots=shapes.slots,
-            sampled=None if turns is None else [own.sampled for own in completions],
+            sampled=[own.sampled for own in completions] if episodes else None,
             experts=self.recorded_experts(prompt_ids, completions) if self.model.records_experts else None,
-            idle_tokens=sum(own.idle_tokens for own in counts),
         )
 
     def recorded_experts(self, prompt_ids: Sequence[Sequence[int]], completions: Sequence[PartialCompletion]) -> list[np.ndarray]:
@@ -182,7 +201,14 @@ class Sampler:
         return [np.concatenate(own.experts)[:length] for own, length in zip(completions, lengths, strict=True)]
 
     def shapes_for(
-        self, rollout: RolloutConfig, prompts: int, widths: Sequence[int], free_bytes: int | None, *, episodes: bool = False
+        self,
+        rollout: RolloutConfig,
+        prompts: int,
+        widths: Sequence[int],
+        free_bytes: int | None,
+        *,
+        episodes: bool = False,
+        refills: bool = False,
     ) -> RolloutShapes:
         """Chooses the shapes of rollouts of up to this many prompts.
 
@@ -192,6 +218,7 @@ class Sampler:
             widths: widths that prompts are padded to.
             free_bytes: free memory of each device next to the decoding weights; None where it is not known.
             episodes: whether completions have several turns.
+            refills: whether a `PromptFeed` begins further prompts in free slots.
 
         Raises:
             ConfigError: `rollout.slots` that the row shards of the mesh do not divide, or episodes of a model that cannot continue
@@ -203,10 +230,17 @@ class Sampler:
             spec.check_episodes()
         split = {"shards": shards, "tensor": tensor, "episodes": episodes}
         slots = choose_slots(spec, rollout, prompts, max(widths), itemsize, free_bytes, **split)
-        return shapes_of(rollout, prompts, widths, slots, shards, episodes=episodes)
+        return shapes_of(rollout, prompts, widths, slots, shards, episodes=episodes, refills=refills)
 
     def decide_shapes(
-        self, variables: Params, rollout: RolloutConfig, prompts: int, widths: Sequence[int], *, episodes: bool = False
+        self,
+        variables: Params,
+        rollout: RolloutConfig,
+        prompts: int,
+        widths: Sequence[int],
+        *,
+        episodes: bool = False,
+        refills: bool = False,
     ) -> RolloutShapes:
         """Chooses the shapes of a run's rollouts, from the memory that is free next to the decoding weights; see `shapes_for`."""
         variables = in_device_memory(variables)
@@ -220,7 +254,7 @@ class Sampler:
             weights = prepared_shapes(self.model, variables, **settings)
             needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
             free = None if free is None else max(0, free - needed)
-        return self.shapes_for(rollout, prompts, widths, free, episodes=episodes)
+        return self.shapes_for(rollout, prompts, widths, free, episodes=episodes, refills=refills)
 
     def round_up_slots(self, slots: int) -> int:
         """Rounds a number of slots up to a multiple of the number of row shards."""

@@ -60,17 +60,31 @@ class Schedule:
         self.answered = deque()
 
     @staticmethod
-    def of(sizes: Sizes, prompts: int, generations: int, *, refill: bool = True) -> Schedule:
-        """Makes a schedule of which nothing has begun; the first prompts occupy the prompt slots."""
+    def of(sizes: Sizes, prompts: int, generations: int, *, refill: bool = True, waiting: int | None = None) -> Schedule:
+        """Makes a schedule of which nothing has begun; the first prompts occupy the prompt slots.
+
+        Args:
+            waiting: the first prompts whose completions wait; others come with `open`. None is all prompts.
+        """
+        count = prompts if waiting is None else waiting
         return Schedule(
             sizes=sizes,
             generations=generations,
             refill=refill,
-            waiting=deque((prompt, completion) for prompt in range(prompts) for completion in range(generations)),
+            waiting=deque((prompt, completion) for prompt in range(count) for completion in range(generations)),
             completion_in_slot=np.full(sizes.slots, -1, np.int64),
-            prompt_slots=np.where(np.arange(sizes.prompt_slots) < prompts, np.arange(sizes.prompt_slots), -1),
+            prompt_slots=np.where(np.arange(sizes.prompt_slots) < count, np.arange(sizes.prompt_slots), -1),
             unfinished=np.full(prompts, generations, np.int64),
         )
+
+    def open(self, prompt: int) -> None:
+        """Lets the completions of a further prompt wait for slots."""
+        self.waiting.extend((prompt, completion) for completion in range(self.generations))
+
+    @property
+    def room(self) -> int:
+        """Number of free slots that no waiting completion will take."""
+        return max(0, int(np.sum(self.completion_in_slot < 0)) - len(self.waiting))
 
     def prompt_slot_of(self, prompt: int) -> int:
         """Returns the prompt slot of a prompt; -1 where it has none."""
@@ -212,7 +226,9 @@ class ShardedSchedule:
     firsts: list[int]
 
     @staticmethod
-    def of(sizes: Sizes, prompts: int, generations: int, *, shards: int = 1, refill: bool = True) -> ShardedSchedule:
+    def of(
+        sizes: Sizes, prompts: int, generations: int, *, shards: int = 1, refill: bool = True, waiting: int | None = None
+    ) -> ShardedSchedule:
         """Makes a schedule of which nothing has begun.
 
         Args:
@@ -221,10 +237,27 @@ class ShardedSchedule:
             generations: completions of each prompt.
             shards: row shards.
             refill: a slot is refilled while others decode.
+            waiting: how many prompts' completions wait, dealt out to the shards: the first ones of each. None is all prompts.
         """
-        blocks = [len(block) for block in np.array_split(np.arange(prompts), shards)]
+        blocks = block_sizes(prompts, shards)
         firsts = (np.cumsum(blocks) - blocks).tolist()
-        return ShardedSchedule([Schedule.of(sizes, block, generations, refill=refill) for block in blocks], firsts)
+        own = [None] * shards if waiting is None else block_sizes(waiting, shards)
+        pairs = zip(blocks, own, strict=True)
+        return ShardedSchedule(
+            [Schedule.of(sizes, size, generations, refill=refill, waiting=first) for size, first in pairs], firsts
+        )
+
+    def open(self, prompts: Iterable[int]) -> None:
+        """Lets the completions of further prompts wait for slots."""
+        each = self.schedules[0].generations
+        for prompt in prompts:
+            own, first = self.schedule_of(prompt * each)
+            own.open(first // each)
+
+    @property
+    def room(self) -> int:
+        """Number of free slots that no waiting completion will take."""
+        return sum(own.room for own in self.schedules)
 
     @property
     def prompts_in_slots(self) -> list[int | None]:
@@ -326,6 +359,20 @@ class ShardedSchedule:
         """Returns each slot's prompt slot [S], and each prompt slot's slots [prompt slots, M], concatenated over the shards."""
         prompt_slots, tables = zip(*(own.slot_map() for own in self.schedules), strict=True)
         return np.concatenate(prompt_slots), np.concatenate(tables)
+
+
+def block_sizes(prompts: int, shards: int) -> list[int]:
+    """The prompts of each row shard; the first shards have one more where they do not divide evenly."""
+    return [len(block) for block in np.array_split(np.arange(prompts), shards)]
+
+
+def dealt_order(prompts: int, shards: int) -> np.ndarray:
+    """The order of prompts in which the k-th of every shard's block are k·shards, k·shards + 1, ...: early ones in every shard.
+
+    Example:
+        dealt_order(5, 2).tolist()  # [0, 2, 4, 1, 3]: blocks of 3 and 2 prompts
+    """
+    return np.concatenate([np.arange(shard, prompts, shards) for shard in range(shards)])
 
 
 def in_rounds(of_shards: list[list[Pair]], nothing: Pair, each: int = 1) -> list[list[Pair]]:

@@ -200,7 +200,9 @@ def extension_sizes(longest: int, slots: int) -> tuple[tuple[int, int], ...]:
     return tuple(sizes)
 
 
-def sizes_of(rollout: RolloutConfig, prompts: int, width: int, slots: int, *, episodes: bool = False) -> Sizes:
+def sizes_of(
+    rollout: RolloutConfig, prompts: int, width: int, slots: int, *, episodes: bool = False, refills: bool = False
+) -> Sizes:
     """Returns the sizes of a step's rollout.
 
     Args:
@@ -209,13 +211,15 @@ def sizes_of(rollout: RolloutConfig, prompts: int, width: int, slots: int, *, ep
         width: tokens of the longest prompt.
         slots: completions decoded at once, at most B·G; on a mesh those of one row shard.
         episodes: whether rows are episodes. Their turns end at any token, so a segment may start at any, also at the last one.
+        refills: whether further prompts than these begin in slots that become free.
     """
     g = rollout.num_generations
     rows = prompts * g
-    fixed = slots == rows and not episodes
+    fixed = slots == rows and not episodes and not refills
     segment, skips = segment_length(rollout, refills=not fixed), platform() != "gpu"
     parked = slots if episodes and slots < rows else 0
-    prompt_slots = prompts if fixed else min(prompts, -(-(slots + parked) // g) + SPARE_PROMPT_SLOTS)
+    most = -(-(slots + parked) // g) + SPARE_PROMPT_SLOTS
+    prompt_slots = prompts if fixed else most if refills else min(prompts, most)
     longest = rollout.max_completion_length
     return Sizes(
         slots=slots,
@@ -233,13 +237,20 @@ def sizes_of(rollout: RolloutConfig, prompts: int, width: int, slots: int, *, ep
 
 
 def shapes_of(
-    rollout: RolloutConfig, prompts: int, widths: Sequence[int], slots: int, shards: int, *, episodes: bool = False
+    rollout: RolloutConfig,
+    prompts: int,
+    widths: Sequence[int],
+    slots: int,
+    shards: int,
+    *,
+    episodes: bool = False,
+    refills: bool = False,
 ) -> RolloutShapes:
     """Returns the shapes of rollouts of up to `prompts` prompts in `slots` slots, both of all row shards.
 
     Where slots are refilled there is one width: a prompt that comes later may be a longer one.
     """
-    sizes = sizes_of(rollout, -(-prompts // shards), max(widths), slots // shards, episodes=episodes)
+    sizes = sizes_of(rollout, -(-prompts // shards), max(widths), slots // shards, episodes=episodes, refills=refills)
     return RolloutShapes(sizes, shards, tuple(sorted(widths)) if sizes.fixed else (sizes.prompt,))
 
 

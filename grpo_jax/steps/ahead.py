@@ -46,20 +46,8 @@ class Ahead:
         if not self._sampled:
             return None
         sampled = self._sampled[min(self._sampled)]
-        rollout = sampled.rollout
-        return {
-            "number": sampled.number,
-            "sampled_in": sampled.sampled_in,
-            "rows": sampled.prompts.indices.tolist(),
-            "lengths": [len(ids) for ids in rollout.completion_ids],
-            "ids": text_of_array(np.concatenate([np.asarray(ids, np.int32) for ids in rollout.completion_ids])),
-            "logprobs": text_of_array(np.concatenate(rollout.logprobs)),
-            "finish_reasons": rollout.finish_reasons,
-            "near_ties": rollout.near_ties,
-            "idle_tokens": rollout.idle_tokens,
-            "slots": rollout.slots,
-            "seconds": sampled.seconds,
-        }
+        own = {"number": sampled.number, "sampled_in": sampled.sampled_in, "seconds": sampled.seconds}
+        return own | stored_completions(sampled.prompts, sampled.rollout)
 
     def resume(
         self,
@@ -74,16 +62,35 @@ class Ahead:
             make_batch: the prompts of rows of the dataset, for a step.
             text_of: token ids -> text.
         """
-        ends = np.cumsum(stored["lengths"])[:-1]
-        ids = [own.tolist() for own in np.split(array_of_text(stored["ids"], np.int32), ends)]
-        logprobs = np.split(array_of_text(stored["logprobs"], np.float32), ends)
         prompts = make_batch(np.asarray(stored["rows"]), stored["number"])
-        rollout = Rollout(ids, logprobs, list(stored["finish_reasons"]), stored["near_ties"], stored["slots"])
-        rollout = replace(rollout, idle_tokens=stored.get("idle_tokens", 0))  # older checkpoints have none
-        texts = [text_of(own) for own in ids]
+        rollout = restored_completions(stored)
+        texts = [text_of(own) for own in rollout.completion_ids]
         rows = RewardRows(prompts.prompts, texts, prompts.columns, texts)
         sampled = SampledGroups(stored["number"], stored["sampled_in"], prompts, rollout, rows, stored["seconds"])
         self._sampled = {sampled.number: sampled}
+
+
+def stored_completions(prompts: PromptBatch, rollout: Rollout) -> dict[str, Any]:
+    """Returns completions, and the rows of the dataset that they belong to, as values for JSON."""
+    return {
+        "rows": prompts.indices.tolist(),
+        "lengths": [len(ids) for ids in rollout.completion_ids],
+        "ids": text_of_array(np.concatenate([np.asarray(ids, np.int32) for ids in rollout.completion_ids])),
+        "logprobs": text_of_array(np.concatenate(rollout.logprobs)),
+        "finish_reasons": rollout.finish_reasons,
+        "near_ties": rollout.near_ties,
+        "idle_tokens": rollout.idle_tokens,
+        "slots": rollout.slots,
+    }
+
+
+def restored_completions(stored: Mapping[str, Any]) -> Rollout:
+    """Returns the completions that `stored_completions` has stored."""
+    ends = np.cumsum(stored["lengths"])[:-1]
+    ids = [own.tolist() for own in np.split(array_of_text(stored["ids"], np.int32), ends)]
+    logprobs = np.split(array_of_text(stored["logprobs"], np.float32), ends)
+    rollout = Rollout(ids, logprobs, list(stored["finish_reasons"]), stored["near_ties"], stored["slots"])
+    return replace(rollout, idle_tokens=stored.get("idle_tokens", 0))  # older checkpoints have none
 
 
 def text_of_array(array: np.ndarray) -> str:

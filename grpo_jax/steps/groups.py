@@ -43,16 +43,9 @@ class Groups:
         """Selects groups, in the order of `numbers`. `near_ties` and `idle_tokens` stay those of the rollouts."""
         if np.array_equal(numbers, np.arange(len(self))):
             return self
-        chosen, every = numbers.tolist(), np.arange(self.generations)
-        prompts = replace(
-            self.prompts,
-            indices=self.prompts.indices[numbers],
-            prompts=[self.prompts.prompts[number] for number in chosen],
-            prompt_ids=[self.prompts.prompt_ids[number] for number in chosen],
-            columns={name: [values[number] for number in chosen] for name, values in self.prompts.columns.items()},
-        )
+        every = np.arange(self.generations)
         rows = (numbers[:, None] * self.generations + every[None, :]).reshape(-1)
-        return self.of_rows(prompts, rows)
+        return self.of_rows(prompts_of(self.prompts, numbers), rows)
 
     def take_completions(self, numbers: np.ndarray) -> Groups:
         """Selects completions of every group: [B, m], their numbers within the group."""
@@ -90,6 +83,18 @@ class Groups:
         )
         texts, episodes = chained(part.texts for part in parts), chained(part.episodes for part in parts)
         return Groups(batch, rollout, texts, joined_scores([part.scored for part in parts]), episodes)
+
+
+def prompts_of(batch: PromptBatch, numbers: np.ndarray) -> PromptBatch:
+    """Selects prompts, in the order of `numbers`."""
+    chosen = numbers.tolist()
+    return replace(
+        batch,
+        indices=batch.indices[numbers],
+        prompts=[batch.prompts[number] for number in chosen],
+        prompt_ids=[batch.prompt_ids[number] for number in chosen],
+        columns={name: [values[number] for number in chosen] for name, values in batch.columns.items()},
+    )
 
 
 def chained(lists: Any) -> list[Any]:

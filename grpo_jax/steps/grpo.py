@@ -20,7 +20,6 @@ from grpo_jax.learner.rows import RowSize
 from grpo_jax.learner.step import Learner
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import NamedFunction, RewardRunner
-from grpo_jax.rewards.scoring import check_failed
 from grpo_jax.rewards.source_digest import source_digest
 from grpo_jax.rollout.environment_turns import EpisodeDriver
 from grpo_jax.rollout.future_calls import rollout_calls
@@ -36,13 +35,15 @@ from grpo_jax.runtime.out_of_memory import explaining_memory
 from grpo_jax.runtime.programs import Program
 from grpo_jax.steps import StepResult
 from grpo_jax.steps.ahead import Ahead
-from grpo_jax.steps.dynamic_sampling import FilledStep, fill_step
+from grpo_jax.steps.dynamic_sampling import FilledStep
 from grpo_jax.steps.groups import Groups
 from grpo_jax.steps.held_out import evaluate_step
+from grpo_jax.steps.last_step import LastStep
 from grpo_jax.steps.mini_batches import MiniBatches, parts_of
 from grpo_jax.steps.prompt_choice import PromptChoice
+from grpo_jax.steps.refilling import collect_filled
 from grpo_jax.steps.results import StepParts, learned_completions, step_completions, step_metrics
-from grpo_jax.steps.sampling import SampledGroups, sample_groups, score_groups, start_rewards
+from grpo_jax.steps.sampling import SampledGroups, sample_groups, score_groups, show_warnings, start_rewards
 from grpo_jax.steps.stream_choice import StreamChoice
 from grpo_jax.types import Frozen, Params, PromptBatch, TrainState
 
@@ -75,7 +76,9 @@ class GrpoStep:
         choice: draws the rows of a step, and keeps the ledger; None where prompts are made up.
         driver: of episodes; None where a completion is a single answer.
         sets: the further held-out rows of `eval.sets`, by name.
-        ahead: completions that are sampled before their step; None with `train.max_staleness: 0`.
+        ahead: completions that are sampled before their step; None with `train.max_staleness: 0` or dynamic sampling.
+        last_step: what dynamic sampling takes from the step before; None without it.
+        at_once: groups without a spread are replaced while others are decoded (`refilling.py`).
     """
 
     config: Config
@@ -99,6 +102,8 @@ class GrpoStep:
     driver: EpisodeDriver | None = None
     sets: Mapping[str, PromptSource] = field(default_factory=dict)
     ahead: Ahead | None = None
+    last_step: LastStep | None = None
+    at_once: bool = False
 
     def with_programs(self) -> GrpoStep:
         """The step with what `train.updates_per_rollout` above 1, `train.reference_every` and `train.max_staleness` need."""
@@ -108,7 +113,9 @@ class GrpoStep:
         if train.reference_every is not None:
             move = functools.partial(moved_reference, mix=train.reference_mix)
             step = replace(step, reference=Program("reference", move, donate=(0,), announce=announce))
-        if train.max_staleness:
+        if train.dynamic_sampling:
+            step = replace(step, last_step=LastStep(keeps=train.max_staleness > 0))
+        elif train.max_staleness:
             step = replace(step, ahead=Ahead())
         return step
 
@@ -147,9 +154,8 @@ class GrpoStep:
         if not self.decided:
             prompts = self.config.train.prompts_per_step
             widths = prompt_widths(*self.source.prompt_lengths, prompts)
-            shapes = self.sampler.decide_shapes(
-                self.variables(state), self.config.rollout, prompts, widths, episodes=self.driver is not None
-            )
+            options = {"episodes": self.driver is not None, "refills": self.at_once}
+            shapes = self.sampler.decide_shapes(self.variables(state), self.config.rollout, prompts, widths, **options)
             self.decided.append(shapes)
         return self.decided[0]
 
@@ -189,7 +195,7 @@ class GrpoStep:
         layout, skips = self.policy.layout, self.learner.skips
         metrics: dict[str, Any]
         batches = [train_batch(*part, config, self.sizes, layout, skips=skips) for part in parts]
-        if self.ahead is not None:  # the old policy is the one that has sampled
+        if config.train.max_staleness:  # the old policy is the one that has sampled
             batches = [replace(batch, old_logprobs=batch.sampler_logprobs) for batch in batches]
         if self.mini_batches is None:
             state, packed = self.update(in_device_memory(state), on_devices(batches[0], layout), self.frozen)
@@ -203,32 +209,26 @@ class GrpoStep:
         clock.lap("update_seconds")
         made = StepParts(filled, groups, learned, numbers, padding_share(batches))
         metrics = step_metrics(metrics, made, config, clock)
-        results = None if self.choice is None else self.choice.results(filled.drawn, filled.used)
+        results = None if self.choice is None else self.choice.results(filled.fresh, filled.used)
         if self.ahead is not None:
             self.ahead.finish(number)
+        if self.last_step is not None:
+            self.last_step.finish(filled)
         return state, metrics, step_completions(made, advantages, results, token_values)
 
     def collect(self, state: TrainState, number: int, clock: Clock) -> FilledStep:
         """Samples and scores the groups of step `number`, and others in their place with `train.dynamic_sampling`."""
-        config, choice = self.config, self.choice
-        size, shapes = config.train.prompts_per_step, self.shapes(state)
-        if choice is None or not config.train.dynamic_sampling:
-            sampled = self.completions(state, number, clock)
-            drawn = score_groups(self, sampled, clock, config.rewards.max_failed_share)
-            return FilledStep(drawn, np.arange(len(drawn)), len(drawn), {}, None if self.ahead is None else sampled)
-        rows = choice.rows(number)
-
-        def sample(start: int, stop: int) -> Groups:
-            sampled = sample_groups(self, state, choice.batch(rows[start:stop], number), number, clock)
-            return score_groups(self, sampled, clock, 1.0)
+        config = self.config
 
         def spread_of(groups: Groups) -> np.ndarray:
             return learnable(groups.rollout, groups.scored, config, len(groups))
 
-        most = shapes.prompts if shapes.sizes.fixed else size
-        filled = fill_step(sample, spread_of, size, choice.limit - size, most)
-        check_failed(filled.drawn.scored, config.rewards.max_failed_share)
-        return filled
+        if self.choice is not None and config.train.dynamic_sampling:
+            return collect_filled(self, state, number, clock, spread_of)
+        sampled = self.completions(state, number, clock)
+        drawn = score_groups(self, sampled, clock, config.rewards.max_failed_share)
+        show_warnings(self, drawn)
+        return FilledStep(drawn, np.arange(len(drawn)), len(drawn), {}, None if self.ahead is None else sampled)
 
     def completions(self, state: TrainState, number: int, clock: Clock) -> SampledGroups:
         """The completions of step `number`; with `train.max_staleness: 1` those of the next step are sampled too (`ahead.py`)."""
@@ -251,9 +251,10 @@ class GrpoStep:
             self.choice.finish(step, completions.results)
 
     def progress(self) -> dict[str, Any]:
-        ahead = None if self.ahead is None else self.ahead.progress()
         own = {} if self.choice is None else self.choice.progress()
-        return own if ahead is None else own | {"ahead": ahead}
+        more = {"ahead": self.ahead, "last_step": self.last_step}
+        stored = {name: None if part is None else part.progress() for name, part in more.items()}
+        return own | {name: values for name, values in stored.items() if values is not None}
 
     def resume(self, progress: Mapping[str, Any], records: Iterable[Mapping[str, Any]], steps: int) -> list[str]:
         if self.choice is None:
@@ -261,6 +262,8 @@ class GrpoStep:
         if self.ahead is not None and "ahead" in progress:
             assert isinstance(self.choice, PromptChoice)  # streams are refused
             self.ahead.resume(progress["ahead"], self.choice.batch_of_numbers, self.policy.text_of)
+        if self.last_step is not None and "last_step" in progress:
+            self.last_step.resume(progress["last_step"], self.choice.batch_of_numbers, self.policy.text_of)
         return self.choice.resume(progress, records, steps)
 
     @explaining_memory("an evaluation")

@@ -29,6 +29,7 @@ from grpo_jax.runtime.memory import in_device_memory
 from grpo_jax.runtime.programs import Program
 from grpo_jax.steps.grpo import GrpoStep, Prompts
 from grpo_jax.steps.prompt_choice import PromptChoice
+from grpo_jax.steps.refilling import replaces_at_once
 from grpo_jax.steps.setup import placed_policy, read_tokenizer, with_steps
 from grpo_jax.steps.stream_choice import StreamChoice
 from grpo_jax.types import Frozen, Params
@@ -88,9 +89,10 @@ def read_grpo_step(
     if driver is not None:
         policy.spec.check_episodes()
     load_reward_models(functions, policy.layout, display.compiling)
-    options: dict[str, Any] = {"optimizer": optimizer, "loss_fn": loss_fn, "episodes": driver is not None}
+    at_once = replaces_at_once(config, runner, functions, episodes=driver is not None)
+    options: dict[str, Any] = {"optimizer": optimizer, "loss_fn": loss_fn, "episodes": driver is not None, "refills": at_once}
     step = build_grpo_step(config, policy, source, functions, display, **options)
-    return replace(step, runner=runner, choice=choice, driver=driver, sets=sets)
+    return replace(step, runner=runner, choice=choice, driver=driver, sets=sets, at_once=at_once)
 
 
 def build_grpo_step(
@@ -103,6 +105,7 @@ def build_grpo_step(
     optimizer: optax.GradientTransformation | None = None,
     loss_fn: LossFunction | None = None,
     episodes: bool = False,
+    refills: bool = False,
 ) -> GrpoStep:
     """Builds the step from what has been read and checked. Compiles nothing, except with `train.micro_batch_tokens: auto`."""
     if config.rollout.dispatch_ahead == "auto":
@@ -114,7 +117,7 @@ def build_grpo_step(
     if is_auto(config):
         problems = len(source.held_out) if isinstance(source, PromptSource) else 0
         widest = with_widest_prompts(config, source)
-        fit = fit_run(widest, policy, frozen, display, problems, make_learner, lengths, episodes=episodes)
+        fit = fit_run(widest, policy, frozen, display, problems, make_learner, lengths, episodes=episodes, refills=refills)
         kl = Program("KL to the reference", fit.learner.kl_sums, announce=display.compiling)
         config = replace(config, train=fit.config.train, rollout=replace(config.rollout, slots=fit.config.rollout.slots))
         parts = (config, policy, source, functions, fit.sampler, fit.learner, fit.sizes, fit.update, kl, frozen, display)

@@ -48,7 +48,7 @@ def step_metrics(update: dict[str, Any], made: StepParts, config: Config, clock:
     Args:
         update: those of the update.
     """
-    groups, drawn = made.groups, made.filled.drawn
+    groups, fresh = made.groups, made.filled.fresh
     scored, rollout = groups.scored, groups.rollout
     metrics = dict(update)
     metrics.setdefault("kl_divergence", None)  # not computed, which is not 0
@@ -61,12 +61,12 @@ def step_metrics(update: dict[str, Any], made: StepParts, config: Config, clock:
     sampled = made.filled.sampled
     metrics |= {} if sampled is None else {"sampling/staleness": float(sampled.staleness)}
     seconds = None if sampled is None else sampled.seconds
-    metrics |= clock.metrics(groups.prompts, made.learned.rollout, drawn.rollout, seconds)
+    metrics |= clock.metrics(groups.prompts, made.learned.rollout, fresh.rollout, seconds)
     if made.filled.metrics:  # completions that are not trained can fail too, and are near ties
-        tokens = sum(len(ids) for ids in drawn.rollout.completion_ids)
-        metrics["rewards/failed"] = float(drawn.scored.failed_rows)
-        metrics["sampling/near_ties"] = rollout.near_ties / max(1.0, float(tokens))
-        metrics["sampling/idle_slots"] = idle_share(rollout, tokens)
+        tokens = sum(len(ids) for ids in fresh.rollout.completion_ids)
+        metrics["rewards/failed"] = float(fresh.scored.failed_rows)
+        metrics["sampling/near_ties"] = fresh.rollout.near_ties / max(1.0, float(tokens))
+        metrics["sampling/idle_slots"] = idle_share(fresh.rollout, tokens)
     if distributed.is_multiprocess():
         rollouts = distributed.gather_values(clock.seconds["rollout_seconds"])
         metrics |= process_metrics({"rollout_seconds": rollouts, "reward_seconds": scored.seconds_by_process})

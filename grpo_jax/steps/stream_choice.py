@@ -51,6 +51,10 @@ class StreamChoice:
         """Returns the prompts of these rows for step `number`."""
         return self.source.streamed_batch([self._next[row] for row in rows], number)
 
+    def batch_of_numbers(self, numbers: np.ndarray, step: int) -> PromptBatch:
+        """Refused: a stream cannot go back to rows that it has read."""
+        raise ValueError("rows that stream cannot be read again")
+
     def results(self, drawn: Groups, used: int) -> PromptResults:
         """Returns what a step found out; see `PromptChoice.results`."""
         return results_of(drawn, self.config.rewards, self.position + used)

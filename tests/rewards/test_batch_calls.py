@@ -111,6 +111,26 @@ def test_calls_that_were_ended_can_be_made_again(made: Made) -> None:
     assert runner.call_all(functions, rows, None)["hangs"].values == PLACES
 
 
+def test_a_function_that_gets_environments_waits_for_the_end_of_all_episodes(made: Made) -> None:
+    def plain(completions: list[str]) -> list[float]:
+        return [0.0] * len(completions)
+
+    def watching(completions: list[str], environments: list[object]) -> list[float]:
+        return [0.0] * len(completions)
+
+    def anything(completions: list[str], **columns: list[object]) -> list[float]:
+        return [0.0] * len(completions)
+
+    functions = resolve_functions([plain, watching, anything])
+    settings = RewardsConfig(by_group=[name for name, _ in functions])
+    runner = runner_of(settings, [plain, watching, anything], functions, None, lambda line: None)
+    for episodes, expected in ((False, [True, True, True]), (True, [True, False, False])):
+        assert [runner.is_early(name, function, G, episodes=episodes) for name, function in functions] == expected
+    functions, runner = made(["places"], workers=2, by_group=["places"])
+    ((name, function),) = functions
+    assert runner.is_early(name, function, G, episodes=True)  # the objects stay in the trainer's process
+
+
 def test_a_function_never_runs_in_two_threads_of_the_trainer_s_process() -> None:
     inside, most, entered = list[int](), list[int](), threading.Event()
 

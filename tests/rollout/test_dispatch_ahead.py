@@ -50,10 +50,11 @@ def play(script: Sequence[Sequence[int]], events: list[Event], longest: int = 40
     """One completion for each prompt, in segments of four tokens."""
     ends: list[PartialCompletion] = []
 
-    def ended(number: int, own: list[PartialCompletion]) -> None:
-        assert [one.ids for one in own] == [list(script[number])]
-        events.append(("ended", number))
-        ends.extend(own)
+    def ended(completions: dict[int, list[PartialCompletion]]) -> None:
+        for number, own in completions.items():
+            assert [one.ids for one in own] == [list(script[number])]
+            events.append(("ended", number))
+            ends.extend(own)
 
     given = RolloutConfig(num_generations=1, max_completion_length=longest, segment=4, **settings)
     got = scripted(script, 1, None, events).sample({}, [[7]] * len(script), given, seed=0, on_ended=ended)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from plain_oracles import LORA, STOPS, log_softmax, plain_model, quick_compiling, staying_tokens, tiny_policy
-from rollouts import MANY_STOPS, PROMPTS, SETTINGS, Task, assert_same, drawing_margins, engine, plain, rows_of
+from rollouts import MANY_STOPS, PROMPTS, SAMPLERS, SETTINGS, Task, assert_same, drawing_margins, engine, plain, rows_of
 from scipy.stats import chisquare
 
 from goldens.folders import FAMILIES
@@ -19,6 +19,7 @@ from grpo_jax.learner.logprobs import completion_logprobs
 from grpo_jax.rollout import sampling
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import pad_rows
+from grpo_jax.rollout.stop_strings import PartialCompletion
 
 TASK = Task("qwen2")
 LONG = {"max_completion_length": 20}
@@ -87,6 +88,42 @@ def test_a_completion_does_not_depend_on_the_other_prompts() -> None:
 def test_a_completion_does_not_depend_on_how_many_there_are() -> None:
     few, many = Task("gemma2"), Task("gemma2").but(num_generations=5)
     assert_same(few, rows_of(engine(many), (0, 1, 2, 5, 6, 7, 10, 11, 12)), engine(few), 1e-5)
+
+
+@dataclasses.dataclass
+class Feed:
+    """Begins prompts 2 and 1 when prompt 0 has ended, and ends the rollout when 2 has."""
+
+    first: int = 1
+    ended_prompts: list[int] = dataclasses.field(default_factory=list)
+    begun: list[int] = dataclasses.field(default_factory=list)
+
+    def ended(self, completions: Mapping[int, list[PartialCompletion]]) -> None:
+        assert all(one.ended for own in completions.values() for one in own)
+        self.ended_prompts.extend(completions)
+
+    def next(self, room: int, *, busy: bool) -> list[int] | None:
+        if 2 in self.ended_prompts:
+            return None
+        if self.ended_prompts != [0] or self.begun:
+            return []
+        assert room == 3
+        assert not busy
+        self.begun += [2, 1]
+        return [2, 1]
+
+
+def test_prompts_that_are_begun_later_are_sampled_as_all_together_and_others_are_dropped() -> None:
+    task, feed = TASK.but(slots=3, segment=2), Feed()
+    whole = engine(TASK)
+    sampler = SAMPLERS[TASK.family, TASK.stops, None, False]
+    arguments = (task.policy.variables, task.prompts, task.settings)
+    got = sampler.sample(*arguments, seed=0, feed=feed)
+    assert feed.ended_prompts == [0, 2]
+    assert_same(TASK, got, rows_of(whole, (0, 1, 2, 6, 7, 8)))
+    all_at_once = sampler.shapes_for(SETTINGS, 3, (12,), None)
+    with pytest.raises(ValueError, match="feed: use it without turns, and choose shapes with"):
+        sampler.sample(*arguments, seed=0, shapes=all_at_once, feed=Feed())
 
 
 def test_more_slots_than_rows_are_all_of_them() -> None:

@@ -10,7 +10,7 @@ from plain_oracles import tiny_policy
 
 from grpo_jax.config import RolloutConfig
 from grpo_jax.models.spec import ModelSpec
-from grpo_jax.rollout.schedule import Schedule, ShardedSchedule
+from grpo_jax.rollout.schedule import Schedule, ShardedSchedule, dealt_order
 from grpo_jax.rollout.shapes import (
     FIRST_PAST_BLOCK,
     MEMORY_SHARE,
@@ -61,6 +61,24 @@ def test_completions_begin_in_order_and_take_the_first_free_slots() -> None:
     assert schedule.admit() == ([(0, 3)], [0, 1])  # prompt 3 goes where prompt 0 was
     assert schedule.completion_in_slot.tolist() == [8, 9, 7, 5]
     assert schedule.prompt_slots.tolist() == [3, 1, 2]
+
+
+def test_further_prompts_begin_where_slots_are_free_in_the_shard_that_has_them() -> None:
+    schedule = ShardedSchedule.of(sizes(slots=4, prompt_slots=3, slots_per_prompt=2), 7, 2, shards=2, waiting=3)
+    order = dealt_order(7, 2)
+    assert order.tolist() == [0, 2, 4, 6, 1, 3, 5]  # prompts 0 to 3 of the sampler are in the first shard
+    assert schedule.prompts_in_slots == [0, 1, None, 4, None, None]  # the first three of the order
+    assert schedule.admit() == ([], [0, 1, 2, 3, 4, 5])
+    assert schedule.room == 2
+    schedule.open([5])
+    assert schedule.room == 0
+    assert schedule.admit() == ([[(3, None), (1, 5)]], [6, 7])
+    schedule.end([0, 1])
+    schedule.open([2, 3])  # more than there is room for
+    assert schedule.room == 0
+    assert schedule.admit()[1] == [0, 1]
+    assert schedule.completion_in_slot.tolist() == [4, 5, 2, 3, 8, 9, 10, 11]
+    assert not schedule.finished
 
 
 def test_a_prompt_waits_for_a_prompt_slot() -> None:

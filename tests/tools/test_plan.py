@@ -23,13 +23,16 @@ from shared_programs import shared_programs
 
 import grpo_jax.fit.auto as auto
 from grpo_jax.config import Config, ConfigError
+from grpo_jax.data.tokenizer_files import read_model_stop_ids
 from grpo_jax.fit.abstract import abstract_policy, placement_of
 from grpo_jax.fit.memory_use import COMPONENTS, MemoryUse
 from grpo_jax.fit.micro_batch import longest_lengths, rows_to_try, smaller_rows
 from grpo_jax.fit.phases import RolloutMemory, RunShapes
 from grpo_jax.fit.targets import GPUS, Machine
 from grpo_jax.rollout.shapes import evaluation_slots, sizes_of
-from grpo_jax.tools.plan import PlanError, json_of, machine_of, make_plan, rows_of
+from grpo_jax.steps.builtin import number_guessing
+from grpo_jax.steps.builtin.small_model import save_chat_model
+from grpo_jax.tools.plan import PlanError, json_of, machine_of, make_plan, model_folder, rows_of
 from grpo_jax.tools.plan.advice import Search, for_mesh, with_changes
 from grpo_jax.tools.plan.verdict import Planner
 from grpo_jax.weights.hf import read_folder_spec
@@ -100,6 +103,30 @@ def test_the_command_ends_with_one_line_of_json(folder: Path, tmp_path: Path) ->
     heads = 2 * 2 * 2 * 16 * 2
     assert plan["rollout"]["memory"]["prefix_kv"] == 2 * 16 * heads + 2 * (4 + 64 * 2)
     assert "tokenizer" not in done.stderr
+
+
+def test_a_built_in_task_is_planned_with_the_model_that_a_run_would_make_and_nothing_is_made(tmp_path: Path) -> None:
+    recipe = Config.from_yaml(Path(__file__).resolve().parents[2] / "configs" / "number_guessing.yaml")
+    config = replace(recipe, train=replace(recipe.train, run_dir=str(tmp_path / "run")))
+    save_chat_model(tmp_path / "made", number_guessing.WORDS, number_guessing.POSITIONS, 0)
+    with model_folder(config) as folder:
+        assert read_folder_spec(folder) == read_folder_spec(tmp_path / "made")
+        assert read_model_stop_ids(folder) == read_model_stop_ids(tmp_path / "made")
+    assert not folder.exists()
+    assert not (tmp_path / "run").exists()
+    unknown = replace(config, model=replace(config.model, path="builtin:abacus"), data=replace(config.data, path="builtin:abacus"))
+    with pytest.raises(ConfigError, match=r"model\.path is 'builtin:abacus': choose from builtin:calculator"):
+        make_plan(unknown, "cpu")
+
+
+@pytest.mark.slow
+def test_a_recipe_of_a_built_in_task_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = Config.from_yaml(Path(__file__).resolve().parents[2] / "configs" / "tools_quickstart.yaml")
+    made = json_of(make_plan(recipe, "cpu"))
+    assert made["fits"]
+    assert made["slots"] == 16 * 8
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

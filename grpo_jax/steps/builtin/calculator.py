@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.steps.builtin.small_model import write_rows
+from grpo_jax.steps.builtin.small_model import warm_up_settings, write_task
 
 TRAIN, HELD_OUT = 6000, 512
 """Numbers of problems."""
@@ -27,15 +27,7 @@ WORDS = ("<tool_call>", "</tool_call>", *JSON, "calculator")
 POSITIONS = 128
 """Tokens of the longest conversation."""
 
-WARM_UP: dict[str, dict[str, Any]] = {
-    "model": {"dtype": "float32", "remat": "none"},
-    "lora": {"rank": 0},
-    "data": {"prompt_column": "prompt", "completion_column": "completion"},
-    "rollout": {"max_prompt_length": 64, "max_completion_length": 24},
-    "optim": {"learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 20},
-    "train": {"steps": 1000, "prompts_per_step": 64, "save_every": 0, "show_every": 0},
-}
-"""Settings of the supervised warm-up; every weight is trained."""
+WARM_UP = warm_up_settings(max_prompt_length=64, max_completion_length=24, steps=1000)
 
 
 def make_rows(folder: Path, seed: int) -> None:
@@ -47,11 +39,8 @@ def make_rows(folder: Path, seed: int) -> None:
         if without_carry(a, b) != a + b:
             pairs[a, b] = None
     problems = list(pairs)
-    folder.mkdir(parents=True)
     rows = [{"prompt": [{"role": "user", "content": f"{a}+{b}=?"}], "answer": str(a + b)} for a, b in problems]
-    write_rows(folder / "held_out.jsonl", rows[:HELD_OUT])
-    write_rows(folder / "train.jsonl", rows[HELD_OUT:])
-    write_rows(folder / "warmup.jsonl", [row for a, b in problems[HELD_OUT:] for row in shown(a, b, rng)])
+    write_task(folder, rows[HELD_OUT:], rows[:HELD_OUT], [row for a, b in problems[HELD_OUT:] for row in shown(a, b, rng)])
 
 
 def shown(a: int, b: int, rng: np.random.Generator) -> list[dict[str, Any]]:

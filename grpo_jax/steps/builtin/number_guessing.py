@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from grpo_jax.steps.builtin.small_model import write_rows
+from grpo_jax.steps.builtin.small_model import warm_up_settings, write_task
 
 LOW, HIGH, GUESSES = 1, 15, 4
 """The numbers, and guesses of a game."""
@@ -25,15 +25,7 @@ WORDS = (*(str(number) for number in range(HIGH, 9, -1)), "higher", "lower", "ri
 POSITIONS = 128
 """Tokens of the longest conversation."""
 
-WARM_UP: dict[str, dict[str, Any]] = {
-    "model": {"dtype": "float32", "remat": "none"},
-    "lora": {"rank": 0},
-    "data": {"prompt_column": "prompt", "completion_column": "completion"},
-    "rollout": {"max_prompt_length": 80, "max_completion_length": 4},
-    "optim": {"learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 20},
-    "train": {"steps": 1200, "prompts_per_step": 64, "save_every": 0, "show_every": 0},
-}
-"""Settings of the supervised warm-up; every weight is trained."""
+WARM_UP = warm_up_settings(max_prompt_length=80, max_completion_length=4, steps=1200)
 
 
 def make_rows(folder: Path, seed: int) -> None:
@@ -42,11 +34,8 @@ def make_rows(folder: Path, seed: int) -> None:
     The number is no part of what the model reads, so there is nothing to hold out.
     """
     rng = np.random.default_rng(seed)
-    folder.mkdir(parents=True)
     rows = [{"prompt": [question()], "secret": secret} for secret in range(LOW, HIGH + 1)]
-    write_rows(folder / "train.jsonl", rows)
-    write_rows(folder / "held_out.jsonl", rows)
-    write_rows(folder / "warmup.jsonl", [shown(rng) for _ in range(GAMES)])
+    write_task(folder, rows, rows, [shown(rng) for _ in range(GAMES)])
 
 
 def question() -> dict[str, str]:

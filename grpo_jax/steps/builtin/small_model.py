@@ -64,6 +64,25 @@ def chat_model(words: Sequence[str], positions: int) -> dict[str, Any]:
     return {**SMALL_MODEL, **own}
 
 
+def write_task(folder: Path, train: list[Any], held_out: list[Any], warmup: list[Any]) -> None:
+    """Writes the rows of a task: those of GRPO, the held-out ones, and what the warm-up shows."""
+    folder.mkdir(parents=True)
+    for name, rows in (("train", train), ("held_out", held_out), ("warmup", warmup)):
+        write_rows(folder / f"{name}.jsonl", rows)
+
+
+def warm_up_settings(max_prompt_length: int, max_completion_length: int, steps: int) -> dict[str, dict[str, Any]]:
+    """Returns the settings of a task's supervised warm-up, without paths; every weight is trained."""
+    return {
+        "model": {"dtype": "float32", "remat": "none"},
+        "lora": {"rank": 0},
+        "data": {"prompt_column": "prompt", "completion_column": "completion"},
+        "rollout": {"max_prompt_length": max_prompt_length, "max_completion_length": max_completion_length},
+        "optim": {"learning_rate": 2e-3, "schedule": "cosine", "warmup_steps": 20},
+        "train": {"steps": steps, "prompts_per_step": 64, "save_every": 0, "show_every": 0},
+    }
+
+
 def save_chat_model(folder: Path, words: Sequence[str], positions: int, seed: int) -> None:
     """Writes a random model that reads conversations, with its tokenizer."""
     save_random_model(folder, chat_model(words, positions), seed)
@@ -93,8 +112,17 @@ def save_random_model(folder: Path, values: dict[str, Any], seed: int) -> None:
         for name, place in source.entries()
         for values in [read(path, place)]
     }
-    folder.mkdir(parents=True)
+    save_description(folder, values)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def save_description(folder: Path, values: dict[str, Any]) -> None:
+    """Writes a model folder without weights and tokenizer.
+
+    Args:
+        values: of config.json.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
     generation = {name: values[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     (folder / "generation_config.json").write_text(json.dumps(generation), encoding="utf-8")

@@ -14,7 +14,7 @@ from grpo_jax.config.load import config_from_dict
 from grpo_jax.run.result import TrainResult
 from grpo_jax.runtime import distributed
 from grpo_jax.steps.builtin import calculator, number_guessing
-from grpo_jax.steps.builtin.small_model import save_chat_model
+from grpo_jax.steps.builtin.small_model import chat_model, save_chat_model, save_description
 
 PREFIX = "builtin:"
 TASKS: dict[str, Any] = {"calculator": calculator, "number_guessing": number_guessing}
@@ -22,6 +22,27 @@ TASKS: dict[str, Any] = {"calculator": calculator, "number_guessing": number_gue
 
 UNFINISHED = ("task", "model", "warmup", "warm.unfinished")
 """Folders of a warm-up that did not end; they are made anew."""
+
+
+def builtin_task(config: Config) -> str | None:
+    """The name of the task that the settings name; None where they name none.
+
+    Raises:
+        ConfigError: there is no such task, or only one of model and rows is its.
+    """
+    model, data = config.model.path or "", config.data.path or ""
+    if not model.startswith(PREFIX) and not data.startswith(PREFIX):
+        return None
+    fix = f"choose from {', '.join(PREFIX + name for name in TASKS)}, for model.path and data.path alike"
+    require(model == data, "data.path", data, fix)
+    name = model.removeprefix(PREFIX)
+    require(name in TASKS, "model.path", model, fix)
+    return name
+
+
+def save_task_description(folder: Path, name: str) -> None:
+    """Writes the folder of a task's model without weights and tokenizer, for what needs its shapes alone."""
+    save_description(folder, chat_model(TASKS[name].WORDS, TASKS[name].POSITIONS))
 
 
 def with_builtin_task(config: Config, sft: Callable[[Config], TrainResult]) -> Config:
@@ -34,18 +55,18 @@ def with_builtin_task(config: Config, sft: Callable[[Config], TrainResult]) -> C
     Raises:
         ConfigError: there is no such task, or several processes would make it.
     """
-    model, data = config.model.path or "", config.data.path or ""
-    if not model.startswith(PREFIX) and not data.startswith(PREFIX):
+    if (name := builtin_task(config)) is None:
         return config
-    fix = f"choose from {', '.join(PREFIX + name for name in TASKS)}, for model.path and data.path alike"
-    require(model == data, "data.path", data, fix)
-    name = model.removeprefix(PREFIX)
-    require(name in TASKS, "model.path", model, fix)
     inputs = Path(config.train.run_dir) / "inputs"
     task, warm = inputs / "task", inputs / "warm"
     if not warm.is_dir():
         several = distributed.is_multiprocess() or config.distributed.explicit
-        require(not several, "model.path", model, "its warm-up runs in one process: start the run with one first, then resume it")
+        require(
+            not several,
+            "model.path",
+            config.model.path,
+            "its warm-up runs in one process: start the run with one first, then resume it",
+        )
         for unfinished in UNFINISHED:
             shutil.rmtree(inputs / unfinished, ignore_errors=True)
         make(name, inputs, config.train.seed, sft)

@@ -6,8 +6,10 @@ compiling is in `grpo_jax.fit`; `verdict.py` decides whether a run fits, `advice
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -15,6 +17,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from grpo_jax.config import Config, ConfigError
 from grpo_jax.fit.targets import Machine, PlanError, machine_of
 from grpo_jax.runtime.programs import Announce, no_announcement
+from grpo_jax.steps.builtin.task import builtin_task, save_task_description
 from grpo_jax.tools.plan.advice import Advice, find_advice, find_faster, for_mesh, with_changes
 from grpo_jax.tools.plan.report import Plan, advice_lines, json_of, rows_of
 from grpo_jax.tools.plan.verdict import Planner
@@ -29,7 +32,7 @@ def make_plan(
     """Compiles a run for a machine and, where it does not fit, searches for settings with which it does.
 
     Args:
-        config: the settings; `data` and `rewards` are not read, nor is the tokenizer.
+        config: the settings; rows and rewards are not read, nor is the tokenizer. `model.path: builtin:NAME` is the task's model.
         target: such as `v6e-8` or `h100x8`; None is this machine.
         announce: entered around each compilation.
         show: called with a line for each change that is tried.
@@ -39,11 +42,10 @@ def make_plan(
         PlanError: the target is not known, or its compiler is not installed.
     """
     if config.model.path is None:
-        raise ConfigError("model.path is null: give a model folder or a hub id")
+        raise ConfigError("model.path is null: give a model folder, a hub id or a task such as builtin:calculator")
     machine = machine_of(target)
-    folder = find_model(config.model.path, config.model.revision, weights=False)
-    planner = Planner(folder, read_folder_spec(folder), announce)
-    with uncached(machine):
+    with model_folder(config) as folder, uncached(machine):
+        planner = Planner(folder, read_folder_spec(folder), announce)
         required = for_mesh(config, planner.spec, machine)
         for name, value in required.items():
             show(f"{name}: {value} here, so that all devices have the same share")
@@ -54,6 +56,22 @@ def make_plan(
             advice = find_advice(planner, config, machine, verdict, show)
         faster = find_faster(planner, config, machine, verdict, show) if verdict.all_fits else None
     return Plan(verdict, advice, required, planner.compile_seconds, faster)
+
+
+@contextmanager
+def model_folder(config: Config) -> Iterator[Path]:
+    """Finds the folder with the model's config.json; of a `builtin:` task it is a temporary one, and nothing is trained.
+
+    Raises:
+        ConfigError, ModelError: there is no such model.
+    """
+    name = builtin_task(config)
+    if name is None:
+        yield find_model(str(config.model.path), config.model.revision, weights=False)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        save_task_description(Path(folder), name)
+        yield Path(folder)
 
 
 @contextmanager
