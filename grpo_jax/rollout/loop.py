@@ -64,7 +64,6 @@ class LoopState:
         last, done: of the segment that was dispatched last, on the devices; see `SegmentTokens`.
         episodes: None where a completion has one turn.
         in_flight: segments that have been dispatched and not fetched, the oldest first; at most two.
-        news: whether tokens have been fetched that were not reported.
     """
 
     schedule: ShardedSchedule
@@ -76,7 +75,6 @@ class LoopState:
     episodes: Episodes | None
     in_flight: deque[Segment] = field(default_factory=deque)
     counts: Counts = field(default_factory=Counts)
-    news: bool = False
 
 
 @dataclass
@@ -118,13 +116,12 @@ class RolloutLoop:
         state = self.begin(weights)
         while state.in_flight or not state.schedule.finished:
             dispatched = self.dispatch(weights, state)
-            self.report(state)
             if not state.in_flight:
                 assert state.episodes is not None  # all of them wait for answers
                 state.episodes.receive(state.schedule, wait=True)
             elif len(state.in_flight) > 1 or not (dispatched and self.may_dispatch_ahead(state.schedule)):
                 self.collect(state)
-        self.report(state)
+        self.report_ended(state.schedule)  # where the last one was an episode that waited for its answer
         return state.counts
 
     def begin(self, weights: Params) -> LoopState:
@@ -174,7 +171,7 @@ class RolloutLoop:
         table = None if sizes.fixed else self.put(schedule.slot_map()[1], "prompts")
         arguments = (weights, state.prompts, read, slots, table, self.controls, state.states)
         out, segment_cache, state.states = programs.decode_segment(*arguments, length=sizes.segment)
-        segment.out, state.last, state.done = out, out.last, out.done
+        segment.out, state.last, state.done = replace(out, last=None), out.last, out.done  # the host knows the last tokens by ids
         if state.episodes is not None and state.past_blocks:
             state.past_blocks = programs.append_segment(state.past_blocks, segment_cache, slots.base, slots.live)
         elif state.episodes is None and segment.most_past_after(sizes.segment):
@@ -183,7 +180,7 @@ class RolloutLoop:
         return True
 
     def collect(self, state: LoopState) -> None:
-        """Fetches the tokens of the oldest segment in flight, and frees the slots of completions that have ended in it."""
+        """Fetches the tokens of the oldest segment in flight, frees the slots of completions that have ended in it, and says so."""
         segment = state.in_flight.popleft()
         tokens = self.fetch(segment)
         state.counts.near_ties += int(np.sum(np.asarray(tokens.near_ties)[segment.live]))
@@ -195,19 +192,18 @@ class RolloutLoop:
             state.schedule.end(ended)
         else:
             state.episodes.end_turns(state.schedule, ended)
-        state.news = True
+        if self.on_segment is not None:
+            self.on_segment(self.completions)
+        self.report_ended(state.schedule)
 
     def fetch(self, segment: Segment) -> SegmentTokens:
         """Waits for the tokens of a segment, and copies them to the host."""
         return jax.device_get(segment.out) if self.layout is None else self.layout.get(segment.out)
 
-    def report(self, state: LoopState) -> None:
-        """Passes on what was fetched since the last time: all completions, and prompts of which none goes on."""
-        if self.on_segment is not None and state.news:
-            self.on_segment(self.completions)
-        state.news = False
+    def report_ended(self, schedule: ShardedSchedule) -> None:
+        """Says which prompts have no completion any more that goes on."""
         if self.on_ended is not None:
-            for number in state.schedule.ended_prompts():
+            for number in schedule.ended_prompts():
                 each = self.rollout.num_generations
                 self.on_ended(number, self.completions[number * each : (number + 1) * each])
 

@@ -73,8 +73,8 @@ def test_the_next_segment_is_dispatched_before_the_last_ones_tokens_are_fetched(
     events.clear()
     play(rows(3, 13, 6), events, dispatch_ahead=True)
     assert order(events) == "d0 d1 f0 d2 f1 d3 f2 f3"  # that the longest ends in segment 2 is known after segment 3 has begun
-    # A group is told when its tokens have come and a further segment is on its way.
-    assert events.index(("dispatch", 2)) < events.index(("ended", 0)) < events.index(("fetch", 1))
+    # A group is told when its tokens have come, while a further segment is on its way.
+    assert events.index(("dispatch", 1)) < events.index(("ended", 0)) < events.index(("dispatch", 2))
     events.clear()
     play(rows(3, 13, 6), events, longest=13, dispatch_ahead=True)
     assert order(events) == "d0 d1 f0 d2 f1 f2"  # no segment could follow segment 2, whatever its tokens
@@ -180,8 +180,10 @@ def test_tokens_are_the_same_and_nothing_more_is_compiled(family: str, stacked: 
     if "slots" in settings:
         assert_same(task, got, expected, 1e-5)
         assert got.idle_tokens > expected.idle_tokens
-    else:
-        same(got, expected)
+        return
+    same(got, expected)
+    if "stop" not in settings:  # what a stop string has ended, a device does not know
+        assert got.idle_tokens == expected.idle_tokens
 
 
 def letters(ids: list[int]) -> str:
