@@ -64,6 +64,7 @@ class LoopState:
         last, done: of the segment that was dispatched last, on the devices; see `SegmentTokens`.
         episodes: None where a completion has one turn.
         in_flight: segments that have been dispatched and not fetched, the oldest first; at most two.
+        news: whether tokens have been fetched that were not reported.
     """
 
     schedule: ShardedSchedule
@@ -75,6 +76,7 @@ class LoopState:
     episodes: Episodes | None
     in_flight: deque[Segment] = field(default_factory=deque)
     counts: Counts = field(default_factory=Counts)
+    news: bool = False
 
 
 @dataclass
@@ -116,12 +118,13 @@ class RolloutLoop:
         state = self.begin(weights)
         while state.in_flight or not state.schedule.finished:
             dispatched = self.dispatch(weights, state)
+            self.report(state)
             if not state.in_flight:
                 assert state.episodes is not None  # all of them wait for answers
                 state.episodes.receive(state.schedule, wait=True)
             elif len(state.in_flight) > 1 or not (dispatched and self.may_dispatch_ahead(state.schedule)):
                 self.collect(state)
-        self.report_ended(state.schedule)  # where the last one was an episode that waited for its answer
+        self.report(state)
         return state.counts
 
     def begin(self, weights: Params) -> LoopState:
@@ -180,7 +183,7 @@ class RolloutLoop:
         return True
 
     def collect(self, state: LoopState) -> None:
-        """Fetches the tokens of the oldest segment in flight, frees the slots of completions that have ended in it, and says so."""
+        """Fetches the tokens of the oldest segment in flight, and frees the slots of completions that have ended in it."""
         segment = state.in_flight.popleft()
         tokens = self.fetch(segment)
         state.counts.near_ties += int(np.sum(np.asarray(tokens.near_ties)[segment.live]))
@@ -192,18 +195,19 @@ class RolloutLoop:
             state.schedule.end(ended)
         else:
             state.episodes.end_turns(state.schedule, ended)
-        if self.on_segment is not None:
-            self.on_segment(self.completions)
-        self.report_ended(state.schedule)
+        state.news = True
 
     def fetch(self, segment: Segment) -> SegmentTokens:
         """Waits for the tokens of a segment, and copies them to the host."""
         return jax.device_get(segment.out) if self.layout is None else self.layout.get(segment.out)
 
-    def report_ended(self, schedule: ShardedSchedule) -> None:
-        """Says which prompts have no completion any more that goes on."""
+    def report(self, state: LoopState) -> None:
+        """Passes on what was fetched since the last time: all completions, and prompts of which none goes on."""
+        if self.on_segment is not None and state.news:
+            self.on_segment(self.completions)
+        state.news = False
         if self.on_ended is not None:
-            for number in schedule.ended_prompts():
+            for number in state.schedule.ended_prompts():
                 each = self.rollout.num_generations
                 self.on_ended(number, self.completions[number * each : (number + 1) * each])
 
