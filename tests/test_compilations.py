@@ -73,6 +73,7 @@ def test_a_run_compiles_a_handful_of_programs_and_none_after_the_second_step(
     assert counts[-1][2] <= most
     assert {count for _, step, count in counts if step >= 2} == {counts[-1][2]}
     assert "first step after" in done.printed
+    assert "rollout.dispatch_ahead: auto resolved to never" in done.printed
     summary = done.result.summary
     assert 0 < summary["seconds_to_first_rewards"] < summary["seconds_to_first_step"]
     assert summary["programs_compiled"] + summary["programs_from_cache"] > 0

@@ -188,7 +188,7 @@ class RolloutLoop:
         table = None if sizes.fixed else self.put(schedule.slot_map()[1], "prompts")
         arguments = (weights, state.prompts, read, slots, table, self.controls, state.states)
         out, segment_cache, state.states = programs.decode_segment(*arguments, length=sizes.segment)
-        segment.out, state.last, state.done = out, out.last, out.done
+        segment.out, state.last, state.done = replace(out, last=None), out.last, out.done  # the host knows the last tokens by ids
         if state.episodes is not None and state.past_blocks:
             state.past_blocks = programs.append_segment(state.past_blocks, segment_cache, slots.base, slots.live)
         elif state.episodes is None and segment.most_past_after(sizes.segment):
