@@ -6,12 +6,11 @@ the rows that a token is packed into, nor on which other linear layers there are
 
 from __future__ import annotations
 
-import zlib
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Key
+
+from grpo_jax.runtime.named_keys import key_of_name
 
 
 def layer_keys(keys: Key[Array, "B T"] | None, layers: int) -> Key[Array, "L B T"] | None:
@@ -24,14 +23,8 @@ def layer_keys(keys: Key[Array, "B T"] | None, layers: int) -> Key[Array, "L B T
 
 def dropped(x: Float[Array, "B T I"], keys: Key[Array, "B T"], rate: float, linear: str) -> Float[Array, "B T I"]:
     """x / (1 − rate), with about `rate` of each token's elements set to 0; which ones, the keys and the layer's name fix."""
-    number = name_number(linear)
 
     def kept(key: Array) -> Array:
-        return jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, x.shape[-1:])
+        return jax.random.bernoulli(key_of_name(key, linear), 1 - rate, x.shape[-1:])
 
     return jnp.where(jax.vmap(jax.vmap(kept))(keys), x * jnp.asarray(1 / (1 - rate), x.dtype), jnp.zeros((), x.dtype))
-
-
-def name_number(name: str) -> np.uint32:
-    """A number for a name, the same in every process and version: its CRC-32. Python's `hash` differs between processes."""
-    return np.uint32(zlib.crc32(name.encode()))
