@@ -3,7 +3,7 @@
 Values are quantised block by block as in 8-bit optimisers (Dettmers et al. 2022, https://arxiv.org/abs/2110.02861, section 2.1): a
 block has its largest magnitude as scale. Deviations:
 
-- The code is logarithmic: a code is worth 2^(1/8) = 1.09 times the one below, and 0 has its own. The paper's dynamic tree is coarser
+- The code is logarithmic: a code is worth 2^(1/8) = 1.09 times the one below, and 0 is its own. The paper's dynamic tree is coarser
   below a tenth of the scale, and rounds second moments below 1e-7 of it to 0, by whose root Adam divides. Here they reach
   2^-31.75 of the scale, and one that is not 0 never becomes 0. A TPU computes the code; it is slow at the paper's table.
 - Rounding is stochastic, so that the expected value is kept. With b2 0.999 a second moment changes by less than half a step in most
@@ -14,6 +14,7 @@ block has its largest magnitude as scale. Deviations:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -63,22 +64,28 @@ def in_eight_bits(inner: optax.GradientTransformation, mask: Callable[[Any], Any
         inner: its state starts with zeros; second moments are in a field `nu` of it, as Optax names them.
         mask: tells which leaves of a tree are matrices, by their paths and shapes, as masks of Optax's weight decay do.
     """
-
-    def init(params: Any) -> EightBitState:
-        def start(params: Any) -> EightBitState:
-            return EightBitState(jnp.int32(0), *encoded_tree(inner.init(params), mask, jnp.int32(0)))
-
-        # Not `start(params)`, which would allocate the state in float32 first.
-        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(start, params))
-
-    def update(updates: Any, state: EightBitState, params: Any = None) -> tuple[Any, EightBitState]:
-        whole = jax.tree.map(decoded, state.stored, state.scales)
-        updates, whole = inner.update(updates, whole, params)
-        count = state.count + jnp.int32(1)
-        return updates, EightBitState(count, *encoded_tree(whole, mask, count))
-
     made: Any = optax.GradientTransformation  # whose annotations have no named tuples as states
-    return made(init, update)
+    return made(functools.partial(init_eight_bits, inner, mask), functools.partial(update_eight_bits, inner, mask))
+
+
+def init_eight_bits(inner: optax.GradientTransformation, mask: Callable[[Any], Any], params: Any) -> EightBitState:
+    """The state of `in_eight_bits`."""
+
+    def start(params: Any) -> EightBitState:
+        return EightBitState(jnp.int32(0), *encoded_tree(inner.init(params), mask, jnp.int32(0)))
+
+    # Not `start(params)`, which would allocate the state in float32 first.
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(start, params))
+
+
+def update_eight_bits(
+    inner: optax.GradientTransformation, mask: Callable[[Any], Any], updates: Any, state: EightBitState, params: Any = None
+) -> tuple[Any, EightBitState]:
+    """The update of `in_eight_bits`."""
+    whole = jax.tree.map(decoded, state.stored, state.scales)
+    updates, whole = inner.update(updates, whole, params)
+    count = state.count + jnp.int32(1)
+    return updates, EightBitState(count, *encoded_tree(whole, mask, count))
 
 
 def encoded_tree(state: Any, mask: Callable[[Any], Any], count: Int[Array, ""]) -> tuple[Any, Any]:
