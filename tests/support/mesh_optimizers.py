@@ -1,8 +1,8 @@
 """Compares updates by each optimiser, and of DoRA's adapters with replayed experts, on eight CPU devices with one device's.
 
 `python tests/support/mesh_optimizers.py CASE...` prints one JSON object for each: the distances of the change of what is trained
-and of the optimiser's state after two updates, the metrics of both, and which arrays of the state are sharded. A program of its own:
-JAX makes devices at its start.
+and of the optimiser's state after two updates, the metrics of both, and which arrays of the state are sharded. A program of
+its own: JAX makes devices at its start.
 """
 
 from __future__ import annotations
@@ -53,6 +53,9 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "int8": {"moments": "int8"},
 }
 """Optimisers whose updates of given gradients are compared."""
+
+MODEL = "dora, replay, int8"
+"""The case of `trained`."""
 
 
 def recorded_of(spec: ModelSpec, batch: PaddedBatch) -> Recorded:
@@ -149,9 +152,6 @@ def arrays_of(state: TrainState) -> list[Any]:
     """Format, shape, and whether it is sharded, of the optimiser's arrays."""
     arrays = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
     return [[str(x.dtype), list(x.shape), not x.sharding.is_fully_replicated] for x in arrays]
-
-
-MODEL = "dora, replay, int8"
 
 
 def main() -> None:
