@@ -11,8 +11,8 @@ block has its largest magnitude as scale. Deviations:
 - A block has up to 256 values of one row or column of a matrix, so that a mesh shards codes and scales as it shards the matrix.
 - Embeddings are quantised too: each token's row has scales of its own. Vectors (norms, biases) are not: they are few.
 
-Left out: an update decodes a whole stack of layers at once, so on a TPU it has temporaries of about 20 bytes a weight of the largest
-stack. `plan` counts them.
+Left out: an update decodes a whole stack of layers at once, so on a TPU it has temporaries of about 20 bytes a weight of the
+largest stack. `plan` counts them.
 """
 
 from __future__ import annotations
