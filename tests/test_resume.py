@@ -61,6 +61,7 @@ SECTIONS: dict[str, Any] = {
     },
     "adafactor": {"lora": {"rank": 0}, "optim": {"name": "adafactor", "b1": 0.9}, "train": {"steps": 3, "save_every": 1}},
     "factored": {"lora": {"rank": 0}, "optim": {"moments": "factored"}, "train": {"steps": 3, "save_every": 1}},
+    "int8": {"optim": {"moments": "int8", "learning_rate": 1e-2, "offload": True}, "train": {"steps": 3, "save_every": 1}},
 }
 
 
@@ -185,7 +186,7 @@ def test_a_reference_that_changes_and_an_adapted_weight_are_resumed(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["dropout", "pissa", "adafactor", "factored"])
+@pytest.mark.parametrize("kind", ["dropout", "pissa", "adafactor", "factored", "int8"])
 def test_every_kind_of_adapter_and_optimiser_is_resumed(
     uninterrupted: Callable[[str], TrainResult], tmp_path: Path, kind: str
 ) -> None:

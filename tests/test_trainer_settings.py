@@ -112,6 +112,31 @@ def test_offload_keeps_what_is_trained_in_the_hosts_memory_between_updates_and_c
     assert offloaded.completions == expected.completions
 
 
+@pytest.mark.slow
+def test_a_supervised_warm_up_offloads_too_and_changes_no_result(tmp_path: Path):
+    """Its adapters are trained, held-out rows decoded in between, and it stops and is resumed in the host's memory."""
+    found: list[set[str | None]] = []
+
+    class Watch(gx.Callback):
+        def on_step_end(self, trainer: gx.Trainer, *_: Any) -> None:
+            found.append({leaf.sharding.memory_kind for leaf in jax.tree.leaves(trainer.state)})
+
+    def warmed_up(name: str, steps: int = 2, *, resume: bool = False, **optim: Any) -> gx.TrainResult:
+        data, train = {"completion_column": "answer", "eval_size": 3}, {"steps": steps, "save_every": 1, "eval_every": 1}
+        config = config_of(tmp_path / name, data=data, train=train, optim=optim)
+        with redirect_stdout(io.StringIO()):
+            return gx.sft(config, dataset=ROWS, callbacks=[Watch()], resume=resume)
+
+    expected = warmed_up("device")
+    assert "pinned_host" not in set().union(*found)
+    found.clear()
+    warmed_up("host", 1, offload=True)
+    offloaded = warmed_up("host", offload=True, resume=True)
+    assert found == [{"pinned_host"}, {"pinned_host"}]
+    assert_same_arrays(offloaded.policy.adapters, expected.policy.adapters)
+    assert offloaded.history[1]["loss"] == expected.history[1]["loss"]
+
+
 def test_a_row_that_a_reward_fails_on_is_left_out_counted_and_named(lora_run: Finished, tmp_path: Path):
     texts = [row["completion"] for row in lora_run.completions[1]]
     row = next(i for i, text in enumerate(texts) if texts.count(text) == 1)

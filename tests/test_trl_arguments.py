@@ -165,7 +165,7 @@ def test_what_the_trainer_cannot_use_is_named_before_the_model_is_looked_for(giv
             r"use_bias_correction_kl is true: use False with importance_sampling_level='sequence'",
         ),
         ({"scale_rewards": "mean"}, r"scale_rewards is 'mean': use one of group, batch, none"),
-        ({"optim": "adamw_8bit"}, r"optim is 'adamw_8bit': use one of 'adamw_torch', .*'adafactor', 'sgd'\. No library for JAX"),
+        ({"optim": "rmsprop_bnb_8bit"}, r"optim is 'rmsprop_bnb_8bit': use one of 'adamw_torch', .*'sgd', 'adamw_8bit', "),
         ({"lr_scheduler_type": "polynomial"}, r"lr_scheduler_type is 'polynomial': use one of linear"),
         ({"lr_scheduler_type": "constant", "warmup_steps": 2}, r"lr_scheduler_type is 'constant': use 'constant_with_warmup'"),
         ({"warmup_steps": 2, "warmup_ratio": 0.1}, r"warmup_ratio is 0.1: leave out this or warmup_steps \(2\)"),
@@ -507,16 +507,18 @@ def test_a_lora_config_is_read_from_an_object_or_a_dict(kind: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("adamw_torch", ("adamw", 0.9, 0.999, 1e-8)),
-        ("paged_adamw_32bit", ("adamw", 0.9, 0.999, 1e-8)),
-        ("lion_32bit", ("lion", 0.9, 0.999, None)),  # transformers passes its betas to Lion
-        ("adafactor", ("adafactor", 0.0, None, 1e-30)),
-        ("sgd", ("sgd", 0.0, None, None)),
+        ("adamw_torch", ("adamw", "float32", 0.9, 0.999, 1e-8)),
+        ("paged_adamw_32bit", ("adamw", "float32", 0.9, 0.999, 1e-8)),
+        ("adamw_bnb_8bit", ("adamw", "int8", 0.9, 0.999, 1e-8)),
+        ("lion_32bit", ("lion", "float32", 0.9, 0.999, None)),  # transformers passes its betas to Lion
+        ("paged_lion_8bit", ("lion", "int8", 0.9, 0.999, None)),
+        ("adafactor", ("adafactor", "float32", 0.0, None, 1e-30)),
+        ("sgd", ("sgd", "float32", 0.0, None, None)),
     ],
 )
 def test_optimisers_by_transformers_names(name: str, expected: tuple[Any, ...]) -> None:
     found = settings_of(optim=name)
-    assert tuple(found[f"optim.{field}"] for field in ("name", "b1", "b2", "eps")) == expected
+    assert tuple(found[f"optim.{field}"] for field in ("name", "moments", "b1", "b2", "eps")) == expected
 
 
 @pytest.mark.parametrize(

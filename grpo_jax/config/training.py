@@ -31,8 +31,10 @@ class OptimConfig:
         name: `adamw` (https://arxiv.org/abs/1711.05101); `muon` (https://arxiv.org/abs/2502.16982) for matrices, whose updates have
             the size of AdamW's, with Adam for embedding, head and vectors; `adafactor` (https://arxiv.org/abs/1804.04235) with
             absolute steps, for each layer's matrix by itself; `lion` (https://arxiv.org/abs/2302.06675); or `sgd`.
-        moments: What is kept of earlier gradients: `float32`; `bfloat16` for the first moment (momentum), at half its memory; or,
-            with adamw, `factored`: the second moment as means of rows and columns, as in Adafactor, where both are at least 128.
+        moments: What is kept of earlier gradients: `float32`; `bfloat16` for the first moment (momentum), at half its memory; with
+            adamw `factored`: the second moment as means of rows and columns, as in Adafactor, where both are at least 128; or with
+            adamw, lion and sgd `int8`: both moments of matrices in 8 bits with a scale for each 256, at a quarter of their memory
+            (https://arxiv.org/abs/2110.02861).
         learning_rate: Peak learning rate; 1e-6 to 5e-6 is usual for full fine-tuning, 5e-6 to 5e-5 for LoRA; with lion a tenth to
             a third of that.
         schedule: Learning rate after the warm-up: constant, or linear or cosine decay to 0 at the last step.
@@ -52,7 +54,7 @@ class OptimConfig:
     """
 
     name: Literal["adamw", "muon", "adafactor", "lion", "sgd"] = "adamw"
-    moments: Literal["float32", "bfloat16", "factored"] = "float32"
+    moments: Literal["float32", "bfloat16", "factored", "int8"] = "float32"
     learning_rate: float = 1e-5
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
@@ -77,8 +79,11 @@ class OptimConfig:
             require(default is not None or value is None, f"optim.{field_name}", value, fix)
         fix = "only adamw's second moment is kept whole else: use float32, or optim.name adamw"
         require(self.moments != "factored" or self.name == "adamw", "optim.moments", self.moments, fix)
+        fix = "8 bits are offered for adamw, lion and sgd: use one of these, or float32"
+        require(self.moments != "int8" or self.name in ("adamw", "lion", "sgd"), "optim.moments", self.moments, fix)
+        has_moments = self.b1 > 0 or (self.name == "adamw" and self.moments in ("factored", "int8"))
         fix = f"{self.name} has no momentum with optim.b1 0: use float32, or an optim.b1 such as 0.9"
-        require(self.moments == "float32" or self.b1 > 0 or self.moments == "factored", "optim.moments", self.moments, fix)
+        require(self.moments == "float32" or has_moments, "optim.moments", self.moments, fix)
         require(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "use a positive rate such as 1e-5")
         require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "use 0 or more steps")
         if self.warmup_ratio is not None:

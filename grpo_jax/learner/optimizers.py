@@ -16,6 +16,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from grpo_jax.config import OptimConfig
+from grpo_jax.learner.eight_bit import in_eight_bits
 
 NOT_DECAYED = ("scale", "bias", "logit", "magnitude", "a0", "b0")
 """Endings of the names of vectors (of a norm, of a linear layer, of DoRA), which may have more axes because layers are stacked, and
@@ -26,10 +27,12 @@ MUON_RMS = 0.2
 
 
 def transformation_of(optim: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Makes the optimiser of the settings; its state is float32, the first moment in `optim.moments`' format."""
+    """Makes the optimiser of the settings; its state is float32, but for what `optim.moments` says of moments."""
     dtype: Any = jnp.bfloat16 if optim.moments == "bfloat16" else jnp.float32
     decay, rate = optax.add_decayed_weights(optim.weight_decay, decay_mask), optax.scale_by_learning_rate(schedule)
     options: dict[str, Any] = {"weight_decay": optim.weight_decay, "mask": decay_mask, "mu_dtype": dtype}
+    if optim.moments == "int8":
+        return optax.chain(in_eight_bits(direction_of(optim), decay_mask), decay, rate)
     if optim.name == "adamw" and optim.moments != "factored":
         return optax.adamw(schedule, b1=optim.b1, b2=optim.b2 or 0.0, eps=optim.eps or 0.0, **options)
     if optim.name == "lion":
@@ -55,6 +58,13 @@ def transformation_of(optim: OptimConfig, schedule: optax.Schedule) -> optax.Gra
         return optax.chain(per_matrix(second), *mean, decay, rate)
     second = optax.scale_by_factored_rms(epsilon=optim.eps or 0.0)
     return optax.chain(per_matrix(optax.chain(second, optax.clip_by_block_rms(1.0))), *mean, decay, rate)
+
+
+def direction_of(optim: OptimConfig) -> optax.GradientTransformation:
+    """The direction of the optimisers whose moments may have 8 bits, without weight decay and learning rate."""
+    if optim.name == "adamw":
+        return optax.scale_by_adam(optim.b1, optim.b2 or 0.0, optim.eps or 0.0)
+    return optax.scale_by_lion(optim.b1, optim.b2 or 0.0) if optim.name == "lion" else optax.trace(optim.b1)
 
 
 def debiased_decay(step: Any, decay: Any) -> Any:

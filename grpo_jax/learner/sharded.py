@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from grpo_jax.config import ObjectiveConfig
@@ -27,19 +28,26 @@ RowsLoss = Callable[[dict[str, Any]], tuple[Array, Stats]]
 def state_shardings(tree: Any, layout: Layout, table: AxesTable) -> Any:
     """Where weights, adapters, or a state of them live on the mesh.
 
-    An optimiser's array is sharded as the parameter that its path ends with, if it has that parameter's shape. Others (counts,
-    factored moments) are replicated on every device.
+    An optimiser's array is sharded as the parameter that its path ends with, if it has that parameter's shape; or, where it has a
+    value for every block of the parameter (scales of 8-bit moments), along the dimensions that divide. Others (counts, factored
+    moments) are replicated on every device.
     """
     if not isinstance(tree, TrainState):
         return layout.tree(tree, table)
-    shapes = {names_of(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree.trainable)}
+    shardings = layout.tree(replace(tree, opt_state=()), table)
+    specs = [sharding.spec for sharding in jax.tree.leaves(shardings.trainable)]
+    leaves = jax.tree_util.tree_leaves_with_path(tree.trainable)
+    parameters = {names_of(path): (leaf.shape, spec) for (path, leaf), spec in zip(leaves, specs, strict=True)}
 
-    def sharded_shape(path: tuple[Any, ...], leaf: Any) -> Any:
+    def sharding_of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = names_of(path)
-        own = next((shape for key, shape in shapes.items() if names[-len(key) :] == key), None)
-        return leaf if leaf.shape == own else jax.ShapeDtypeStruct((), leaf.dtype)
+        shape, spec = next((found for key, found in parameters.items() if names[-len(key) :] == key), ((), ()))
+        if len(shape) != leaf.ndim or any(whole % size for whole, size in zip(shape, leaf.shape, strict=True)):
+            return layout.sharding()
+        parts = (part if size % layout.shards(part) == 0 else None for part, size in zip(spec, leaf.shape, strict=True))
+        return NamedSharding(layout.mesh, PartitionSpec(*parts))
 
-    return layout.tree(replace(tree, opt_state=jax.tree_util.tree_map_with_path(sharded_shape, tree.opt_state)), table)
+    return replace(shardings, opt_state=jax.tree_util.tree_map_with_path(sharding_of, tree.opt_state))
 
 
 def names_of(path: tuple[Any, ...]) -> tuple[str, ...]:

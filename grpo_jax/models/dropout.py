@@ -1,7 +1,7 @@
 """Dropout of the adapters' input (`lora.dropout`): which elements of which token's x an adapter does not see.
 
-A key for every token fixes them, together with the layer and the linear layer, so that nothing depends on the rows that a token is
-packed into. `learner/dropout.py` makes the keys.
+A key for every token fixes them, together with the number of the layer and the name of the linear layer, so that nothing depends on
+the rows that a token is packed into, nor on which other linear layers there are. `learner/dropout.py` makes the keys.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from grpo_jax.models.spec import LINEAR_AXES
+from grpo_jax.runtime.named_keys import key_of_name
 
 
 def layer_keys(keys: Key[Array, "B T"] | None, layers: int) -> Key[Array, "L B T"] | None:
@@ -22,10 +22,9 @@ def layer_keys(keys: Key[Array, "B T"] | None, layers: int) -> Key[Array, "L B T
 
 
 def dropped(x: Float[Array, "B T I"], keys: Key[Array, "B T"], rate: float, linear: str) -> Float[Array, "B T I"]:
-    """x / (1 − rate), with about `rate` of each token's elements set to 0."""
-    number = list(LINEAR_AXES).index(linear)
+    """x / (1 − rate), with about `rate` of each token's elements set to 0; which ones, the keys and the layer's name fix."""
 
     def kept(key: Array) -> Array:
-        return jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, x.shape[-1:])
+        return jax.random.bernoulli(key_of_name(key, linear), 1 - rate, x.shape[-1:])
 
     return jnp.where(jax.vmap(jax.vmap(kept))(keys), x * jnp.asarray(1 / (1 - rate), x.dtype), jnp.zeros((), x.dtype))

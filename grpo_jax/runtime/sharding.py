@@ -175,14 +175,17 @@ class Layout:
     def checked(self, name: str, shape: tuple[int, ...], sharding: Any) -> NamedSharding:
         """Returns the sharding, or raises a ShardingError where a dimension does not divide by its number of shards."""
         for size, part in zip(shape, sharding.spec, strict=True):
-            axes: tuple[str, ...] = () if part is None else (part,) if isinstance(part, str) else tuple(part)
-            shards = math.prod(self.mesh.shape[axis] for axis in axes)
+            axes, shards = mesh_axes(part), self.shards(part)
             if size % shards:
                 raise ShardingError(
                     f"{name} has shape {shape}, and {size} does not divide by {shards} shards: "
                     f"make {' or '.join(f'mesh.{axis}' for axis in axes)} smaller"
                 )
         return sharding
+
+    def shards(self, part: str | tuple[str, ...] | None) -> int:
+        """Number of shards of a dimension, by its entry in a PartitionSpec."""
+        return math.prod(self.mesh.shape[axis] for axis in mesh_axes(part))
 
     def constrain(self, x: Array, *axes: str | None) -> Array:
         """Shards x by its logical axes, inside a compiled program; its gradient is sharded in the same way."""
@@ -228,6 +231,11 @@ class Layout:
         leaves, structure = jax.tree.flatten(tree)
         ready = [leaf if leaf.is_fully_replicated or leaf.is_fully_addressable else replicate(leaf) for leaf in leaves]
         return jax.tree.unflatten(structure, [np.asarray(leaf) for leaf in jax.device_get(ready)])
+
+
+def mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that an entry of a PartitionSpec names."""
+    return () if part is None else (part,) if isinstance(part, str) else tuple(part)
 
 
 def put_shards(x: Any, sharding: NamedSharding) -> Array:

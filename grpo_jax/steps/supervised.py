@@ -29,6 +29,7 @@ from grpo_jax.run.display import Display
 from grpo_jax.run.inputs import describe_inputs
 from grpo_jax.run.step_metrics import Clock
 from grpo_jax.runtime.compile_ahead import FutureCall
+from grpo_jax.runtime.memory import in_device_memory, in_host_memory
 from grpo_jax.runtime.out_of_memory import explaining_memory
 from grpo_jax.runtime.programs import Program
 from grpo_jax.steps import StepResult
@@ -141,15 +142,16 @@ class SupervisedStep:
         rows = -(-train.prompts_per_step // shards) * shards
         shapes = batch_shapes(self.sizes, rows, 1, self.config.rollout.max_completion_length, shards)
         placement = Placement(layout, jax.local_devices()[0])
-        return [FutureCall(self.update, (shapes_of(state), placement.put_batch(shapes), self.frozen))]
+        return [FutureCall(self.update, (in_device_memory(shapes_of(state)), placement.put_batch(shapes), self.frozen))]
 
     @explaining_memory("a step")
     def run(self, state: TrainState, number: int) -> StepResult:
         clock = Clock((self.update,))
         rows, width = self.source.batch(number), self.config.rollout.max_completion_length
         batch = text_batch(rows.prompt_ids, rows.completion_ids, self.sizes, width, self.policy.layout)
-        state, packed = self.update(state, batch, self.frozen)
+        state, packed = self.update(in_device_memory(state), batch, self.frozen)
         metrics = packed.to_dict()
+        state = in_host_memory(state) if self.config.optim.offload else state
         clock.lap("step_seconds")
         return state, metrics | clock.seconds | {"compile_seconds": clock.compile_seconds}, None
 
@@ -170,7 +172,7 @@ class SupervisedStep:
         (batch,) = self.source.held_out_batches(self.problems)
         slots = self.sampler.round_up_slots(min(self.problems, self.config.train.prompts_per_step))
         settings = replace(self.config.rollout, num_generations=1, temperature=0.0, slots=slots)
-        variables = self.learner.policy_variables(state.trainable, self.frozen)
+        variables = self.learner.policy_variables(in_device_memory(state.trainable), self.frozen)
         rollout = self.sampler.sample(variables, batch.prompt_ids, settings, seed=0)
         same = [got == own for got, own in zip(rollout.completion_ids, batch.completion_ids, strict=True)]
         return {"accuracy": float(np.mean(same)), "problems": self.problems}

@@ -59,7 +59,7 @@ class GRPOConfig:
     warmup_steps: float = honoured(0, "optim.warmup_steps; below 1 it is a share of all updates, optim.warmup_ratio")
     optim: str = honoured(
         "adamw_torch_fused",
-        "optim.name: adamw_torch, adamw_torch_fused, adamw_torch_xla, adafactor, lion_32bit, sgd; not in 8 bits",
+        "optim.name: adamw_torch, adamw_torch_fused, adamw_torch_xla, adafactor, lion_32bit, sgd; adamw_8bit, lion_8bit",
     )
     optim_args: str | None = refused(
         None, "leave it out; the settings have arguments of their own, others are settings={'optim': ...}"

@@ -26,11 +26,13 @@ OPTIMIZERS = {
 }
 """`optim.name` for the names of transformers. Paged ones differ in where their state is, which `optim.offload` says here."""
 
-NO_EIGHT_BITS = (
-    f"use one of {', '.join(map(repr, OPTIMIZERS))}. No library for JAX has moments in 8 bits: 'adafactor' has a small state, "
-    "settings={'optim': {'moments': 'bfloat16'}} half of a first moment, settings={'optim': {'offload': True}} keeps it on the host"
-)
-"""What to do instead of other optimisers."""
+EIGHT_BITS = {
+    **dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit"), "adamw"),
+    **dict.fromkeys(("lion_8bit", "paged_lion_8bit"), "lion"),
+}
+"""`optim.name` for the names of transformers whose `optim.moments` are int8."""
+
+ALL_OPTIMIZERS = OPTIMIZERS | EIGHT_BITS
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 BY_SEQUENCE = {"grpo": "gspo", "luspo": "luspo"}
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
@@ -233,7 +235,7 @@ def reference_settings(args: GRPOConfig, steps: Steps) -> dict[str, Any]:
 def optim_settings(args: GRPOConfig, steps: Steps) -> dict[str, Any]:
     """The section `optim`."""
     name, schedule, warmup, ratio = plain(args.optim), plain(args.lr_scheduler_type), args.warmup_steps, args.warmup_ratio
-    allow(name in OPTIMIZERS, "optim", name, NO_EIGHT_BITS)
+    allow(name in ALL_OPTIMIZERS, "optim", name, f"use one of {', '.join(map(repr, ALL_OPTIMIZERS))}")
     allow(schedule in SCHEDULES, "lr_scheduler_type", schedule, f"use one of {', '.join(SCHEDULES)}")
     allow(not (warmup and ratio), "warmup_ratio", ratio, f"leave out this or warmup_steps ({warmup})")
     if 0 < warmup < 1:
@@ -243,9 +245,10 @@ def optim_settings(args: GRPOConfig, steps: Steps) -> dict[str, Any]:
     fix = f"use a multiple of {steps.updates}, the updates on one generation batch"
     allow(warmup % steps.updates == 0, "warmup_steps", warmup, fix)
     moments = {"b1": args.adam_beta1, "b2": args.adam_beta2, "eps": args.adam_epsilon}
-    own = {"adamw": ("b1", "b2", "eps"), "lion": ("b1", "b2")}.get(OPTIMIZERS[name], ())  # as transformers passes them on
+    own = {"adamw": ("b1", "b2", "eps"), "lion": ("b1", "b2")}.get(ALL_OPTIMIZERS[name], ())  # as transformers passes them on
     return {
-        "name": OPTIMIZERS[name],
+        "name": ALL_OPTIMIZERS[name],
+        **({"moments": "int8"} if name in EIGHT_BITS else {}),
         "learning_rate": args.learning_rate,
         "schedule": SCHEDULES[schedule],
         "warmup_steps": int(warmup) // steps.updates,

@@ -67,6 +67,8 @@ CASES = {
     "int4, narrow heads": Case(base=(4, 4, 4, 4), past_blocks=(8,), dtype="bfloat16", format="int4"),
     "int4, three groups": dataclasses.replace(ANYWHERE, format="int4", width=80),
     "int4, groups of 32": Case(format="int4", width=64, window=1),
+    "int4, heads of 64": Case(base=(0, 8), past_blocks=(8,), dtype="bfloat16", format="int4", width=64),
+    "int4, heads of 128": Case(base=(0, 8), past_blocks=(8,), dtype="bfloat16", format="int4", width=128),
 }
 
 
@@ -182,7 +184,11 @@ def test_one_token_sees_its_prompt_its_past_and_this_segment(name: str, transpos
 
 
 @pytest.mark.parametrize(
-    "name", ["in order", "no past", "one query", "anywhere", "int4, narrow heads", "int4, three groups", "int4, groups of 32"]
+    "name",
+    [
+        *("in order", "no past", "one query", "anywhere", "int4, narrow heads", "int4, three groups", "int4, groups of 32"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("int4, heads of 64", "int4, heads of 128")),
+    ],
 )
 def test_the_kernel_gives_the_same_and_has_no_race(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """And reads no memory that nothing was written to, which the interpreter fills with NaN."""

@@ -18,11 +18,13 @@ from grpo_jax.learner.micro_batches import MicroBatch
 from grpo_jax.learner.packing import Lengths, pack, row_sizes
 from grpo_jax.learner.step import Learner
 from grpo_jax.models.dropout import dropped, layer_keys
+from grpo_jax.models.spec import LINEAR_AXES
 from grpo_jax.types import Frozen
 
 PROMPTS = [[11, 12, 13], [14], [15, 16]]
 COMPLETIONS = [[21, 22, 23], [24], [25, 26], [27, 28, 29, 30], [31, 32], [33, 34, 35]]
 GROUP = 2
+CRC32_OF_Q_PROJ = 3099051089
 
 
 def micro_batches(tokens: int) -> list[MicroBatch]:
@@ -71,6 +73,24 @@ def test_dropped_elements_differ_by_token_layer_and_linear_layer_and_keep_the_me
     rows = np.concatenate([y.reshape(6, -1) for y in (q, v, np.asarray(dropped(x, keys[1], 0.25, "q_proj")))])
     same = (rows[:, None] == rows[None]).mean(axis=-1)[~np.eye(len(rows), dtype=bool)]
     assert same.max() < 0.7  # 0.625 by chance
+
+
+def test_masks_depend_on_a_layers_name_and_not_on_the_other_layers() -> None:
+    keys, x = jax.random.split(jax.random.key(0), (1, 1)), jnp.ones((1, 1, 400))
+    before = {name: np.asarray(dropped(x, keys, 0.5, name)) for name in LINEAR_AXES}
+    assert len({mask.tobytes() for mask in before.values()}) == len(LINEAR_AXES)  # equal by chance: 2^-400
+    drawn = jax.random.bernoulli(jax.random.fold_in(keys[0, 0], np.uint32(CRC32_OF_Q_PROJ)), 0.5, (400,))
+    np.testing.assert_array_equal(before["q_proj"][0, 0] > 0, drawn)
+
+    axes = dict(LINEAR_AXES)
+    LINEAR_AXES.clear()
+    try:
+        LINEAR_AXES.update({"new_proj": ("embed", None)} | dict(reversed(axes.items())))
+        for name, mask in before.items():
+            np.testing.assert_array_equal(dropped(x, keys, 0.5, name), mask)
+    finally:
+        LINEAR_AXES.clear()
+        LINEAR_AXES.update(axes)
 
 
 def keep_gradient() -> Any:

@@ -30,6 +30,7 @@ NAMED: dict[str, dict[str, Any]] = {
     "lion": {"name": "lion"},
     "sgd": {"name": "sgd", "b1": 0.5},
     "factored": {"name": "adamw", "moments": "factored"},
+    "int8": {"name": "adamw", "moments": "int8"},
 }
 PLAIN: dict[str, optax.GradientTransformation] = {
     "muon": muon(RATE, consistent_rms=0.2),
@@ -118,7 +119,7 @@ def test_adamw_with_a_factored_second_moment_written_out() -> None:
 def test_weight_decay_moves_matrices_alone_by_the_learning_rate(name: str) -> None:
     params = stacked_parameters(4, 3)
     optimizer: Any = make_optimizer(OptimConfig(learning_rate=0.1, weight_decay=0.5, **NAMED[name]), 1)
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    updates, _ = jax.jit(optimizer.update)(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
     own, before = updates["layers"]["q_proj"], params["layers"]["q_proj"]
     for leaf in ("kernel", "a"):
         np.testing.assert_allclose(own[leaf], -0.05 * before[leaf], rtol=1e-6)
@@ -207,7 +208,9 @@ def test_b_learns_faster_by_the_ratio_of_lora_plus() -> None:
         ({"name": "lion", "eps": 1e-8}, r"optim\.eps is 1e-08: lion has none: leave it out"),
         ({"name": "lion", "moments": "factored"}, r"optim\.moments is 'factored': .*use float32, or optim\.name adamw"),
         ({"name": "sgd", "moments": "bfloat16"}, r"optim\.moments is 'bfloat16': sgd has no momentum with optim\.b1 0"),
-        ({"moments": "int8"}, r"optim\.moments is 'int8': expected one of float32, bfloat16, factored"),
+        ({"moments": "int4"}, r"optim\.moments is 'int4': expected one of float32, bfloat16, factored, int8"),
+        ({"name": "muon", "moments": "int8"}, r"optim\.moments is 'int8': 8 bits are offered for adamw, lion and sgd"),
+        ({"name": "sgd", "moments": "int8"}, r"optim\.moments is 'int8': sgd has no momentum with optim\.b1 0"),
     ],
 )
 def test_settings_that_an_optimiser_does_not_have_are_refused(given: dict[str, Any], message: str) -> None:
@@ -239,9 +242,12 @@ def test_notes_on_the_learning_rate_go_by_the_optimiser(name: str, rate: float, 
     assert notes == ([] if said is None else [said])
 
 
-@pytest.mark.parametrize("name", ["adafactor", "muon", "factored"])
+@pytest.mark.parametrize("name", ["adafactor", "muon", "factored", "int8"])
 def test_every_state_has_a_sharding_on_a_mesh(name: str) -> None:
-    """Momentum is sharded as its parameter. Row means [L, in] of a matrix are replicated, though norms have that shape too."""
+    """Momentum is sharded as its parameter, scales [L, in, 2] of its blocks too.
+
+    Row means [L, in] of a matrix are replicated, though norms have that shape.
+    """
     spec = read_spec(golden_config("qwen2"))
     given: dict[str, Any] = NAMED["adafactor with momentum" if name == "adafactor" else name]
     optim = OptimConfig(**given)
@@ -263,5 +269,5 @@ def test_every_state_has_a_sharding_on_a_mesh(name: str) -> None:
     pairs = list(zip(jax.tree.leaves(state.opt_state), jax.tree.leaves(found.opt_state), strict=True))
     assert any(leaf.shape == (2, 256, 512) for leaf, _ in pairs)
     for leaf, sharding in pairs:
-        expected = {(2, 256, 512): kernel, (2,): PartitionSpec(), (2, 512): PartitionSpec()}.get(leaf.shape)
+        expected = {(2, 256, 512): kernel, (2, 256, 2): kernel, (2,): PartitionSpec(), (2, 512): PartitionSpec()}.get(leaf.shape)
         assert expected is None or sharding.spec == expected

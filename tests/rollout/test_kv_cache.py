@@ -76,7 +76,7 @@ def test_each_token_and_head_has_its_own_scale() -> None:
     np.testing.assert_array_equal(same.k, k)
 
 
-@pytest.mark.parametrize("width", [8, 32, 80])
+@pytest.mark.parametrize("width", [8, 32, 80, 64, 128])
 def test_int4_values_are_within_half_a_step_of_their_group(width: int) -> None:
     """Steps are an eighth of the group's largest magnitude, rounded to 8 bits; the other end has 7 of them, half a step is cut."""
     x = normal(0, 50, width) * np.exp(3 * normal(1, 50, 1))

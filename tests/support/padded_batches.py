@@ -10,7 +10,7 @@ import numpy as np
 
 from grpo_jax.learner.batches import batch_shapes, on_devices
 from grpo_jax.learner.packing import Lengths, pack, row_sizes
-from grpo_jax.learner.rows import RowSize
+from grpo_jax.learner.rows import Recorded, RowSize
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import TrainBatch
 
@@ -28,11 +28,14 @@ class PaddedBatch:
     valid: Any
     completion_lengths: Any = None
 
-    def packed(self, cut: tuple[int, int], layout: Layout | None = None, *, skips: bool = False) -> TrainBatch:
+    def packed(
+        self, cut: tuple[int, int], layout: Layout | None = None, *, skips: bool = False, recorded: Recorded | None = None
+    ) -> TrainBatch:
         """The batch in rows that are as long as `cut` = (prompts, completions of each) of the longest; prompts of all row shards.
 
         Args:
             skips: groups of equal rewards are packed apart.
+            recorded: the experts that the sampler used.
         """
         prompt_ids, lengths, completion_ids = (np.asarray(x) for x in (self.prompt_ids, self.prompt_lengths, self.completion_ids))
         mask, width = np.asarray(self.completion_mask), completion_ids.shape[1]
@@ -44,8 +47,9 @@ class PaddedBatch:
         trained = mask.any(axis=1) if self.completion_lengths is None else np.ones(len(mask), bool)
         sizes = sizes_of(rewards.shape, Lengths(int(lengths.min()), prompt_ids.shape[1], width), cut, layout)
         shards = 1 if layout is None else layout.rows
+        last = alike if skips else None
         batch = TrainBatch(
-            micro_batches=pack(prompts, completions, trained, sizes, width=width, last=alike if skips else None, shards=shards),
+            micro_batches=pack(prompts, completions, trained, sizes, width=width, last=last, shards=shards, recorded=recorded),
             completion_mask=mask,
             sampler_logprobs=np.asarray(self.sampler_logprobs),
             rewards=rewards,
