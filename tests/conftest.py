@@ -68,9 +68,18 @@ def _few_programs(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="module")
 def _own_programs(request: pytest.FixtureRequest) -> Iterator[None]:
     """No file runs another's programs: JAX keeps them whatever the settings of the compiler were, which round in their own ways."""
-    jax.clear_caches()
     yield
     let_programs_go(request.module)
+
+
+def pytest_collection_finish() -> None:
+    """Before the first test: lets go what files compiled while they were imported, and freezes modules and tests.
+
+    They stay until the end. Garbage is collected after every file, and would look at all of them each time.
+    """
+    jax.clear_caches()
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

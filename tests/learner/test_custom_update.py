@@ -107,7 +107,7 @@ def reinforce(*, logps: Any, advantages: Any, weights: Any, completion_mask: Any
     return loss, {"policy_loss": loss, "logp": mean, "logp/max": jnp.max(jnp.where(completion_mask, logps, -jnp.inf))}
 
 
-@pytest.mark.parametrize("cut", [(B, G), (1, 1)])
+@pytest.mark.parametrize("cut", [pytest.param((B, G), marks=pytest.mark.slow), (1, 1)])
 def test_a_loss_function_that_calls_grpo_loss_gives_the_built_in_update_bit_for_bit(cut: tuple[int, int]) -> None:
     _, gradient, metrics = update(gradient_as_state(), cut=cut)
     _, own_gradient, own_metrics = update(gradient_as_state(), same_loss, cut)

@@ -528,7 +528,7 @@ def test_the_micro_batch_changes_nothing_on_what_was_sampled_from(name: str, ful
         assert cut_metrics[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
 
 
-@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("full", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_truncation_that_cuts_nothing_off_changes_nothing(full: bool) -> None:
     """Also holds the form that computes logits again to the one-pass head."""
     _, gradient, metrics, _ = update(OBJECTIVES["dapo"], full=full)

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from plain_oracles import quick_compiling
+from shared_programs import shared_programs
 from tiny_runs import B, G, additions, assert_same_arrays, config_of, letters, records, run
 
 import grpo_jax as gx
@@ -20,7 +21,8 @@ ROWS = additions()
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-    with quick_compiling():
+    with quick_compiling(), shared_programs(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr("grpo_jax.run.folder.draw_curves", lambda *_, **__: None)  # test_trainer.py has them drawn
         yield
 
 

@@ -260,7 +260,7 @@ def test_training_changes_only_the_adapters(form: str) -> None:
     assert abs(first["kl_divergence"]) < 1e-6 < second["kl_divergence"]
 
 
-@pytest.mark.parametrize("form", TRAINED)
+@pytest.mark.parametrize("form", ["int4", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_sampler_and_trainer_agree(form: str) -> None:
     """In float32, where the sampler merges the adapters into dense weights once per rollout and the trainer never does."""
     for metrics in trained(form).result.history:
