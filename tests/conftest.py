@@ -64,6 +64,9 @@ def _few_programs(request: pytest.FixtureRequest) -> Iterator[None]:
     start = time.monotonic()
     yield
     if time.monotonic() - start > 0.1 and mappings() > MANY_MAPPINGS:
+        from shared_programs import KNOWN  # not above: it imports modules that the hook below is to check
+
+        KNOWN.clear()
         let_programs_go(request.module)
 
 

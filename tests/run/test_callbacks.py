@@ -93,7 +93,7 @@ def test_a_callback_may_end_the_run(tmp_path: Path) -> None:
         def on_step_end(self, trainer: gx.Trainer, metrics: dict[str, Any], completions: Any) -> None:
             trainer.should_stop = True
 
-    done = run(config_of(tmp_path, train={"steps": 9}), callbacks=[Stop()])
+    done = run(config_of(tmp_path, train={"steps": 2}), callbacks=[Stop()])
     assert len(done.result.history) == 1
     assert done.result.summary["steps"] == 1
     assert (tmp_path / "checkpoints" / "1").is_dir()
