@@ -81,7 +81,7 @@ def pytest_collection_finish() -> None:
     """Before the first test: lets go what files compiled while they were imported, and freezes modules and tests.
 
     They stay until the end. Garbage is collected after every file, and would look at all of them each time. Traces make many
-    objects that live for a while, so whole collections in between are rarer than Python's: after 40 of the middle generation, not 10.
+    objects that live for a while, so whole collections in between are rarer: after 40 of the middle generation, not 10.
     """
     jax.clear_caches()
     gc.collect()
