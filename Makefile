@@ -29,6 +29,9 @@ help:
 quickstart: $(VENV)/.installed
 	@ls /dev/accel* /dev/vfio/[0-9]* /dev/nvidia0 >/dev/null 2>&1 || export JAX_PLATFORMS=cpu; $(VENV)/bin/grpo-jax quickstart $(ARGS)
 
+# Tests start some hundred processes, which share compiled bytecode whatever the caller's environment says.
+test test-slow: export PYTHONDONTWRITEBYTECODE =
+
 test: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(VENV)/bin/pytest -n 2 --dist worksteal -m "not slow" $(ARGS)
 

@@ -47,8 +47,10 @@ if TYPE_CHECKING:
         tag_format,
     )
     from grpo_jax.run.callbacks import Callback
+    from grpo_jax.run.result import TrainResult
     from grpo_jax.runtime.stop_signals import RunInterruptedError
-    from grpo_jax.trainer import Trainer, TrainResult, sft, train
+    from grpo_jax.trainer import Trainer
+    from grpo_jax.training import sft, train
 
 __version__ = "0.1.0"
 
@@ -74,7 +76,7 @@ MODULES = {
     "Step": "environments",
     "Tokenizer": "data.tokenizer",
     "TrainConfig": "config",
-    "TrainResult": "trainer",
+    "TrainResult": "run.result",
     "Trainer": "trainer",
     "calculator": "environments",
     "code_execution": "rewards",
@@ -91,9 +93,9 @@ MODULES = {
     "regex_format": "rewards",
     "repetition_penalty": "rewards",
     "reward_model": "learner.reward_models",
-    "sft": "trainer",
+    "sft": "training",
     "tag_format": "rewards",
-    "train": "trainer",
+    "train": "training",
 }
 """The module that each name is imported from. A function never has the name of a module of this package."""
 

@@ -59,7 +59,7 @@ def train(arguments: argparse.Namespace) -> None:
     loaded = loaded_settings(arguments)
     arguments.writes_to = loaded.config.train.run_dir
     from grpo_jax.runtime.distributed import joined_processes
-    from grpo_jax.trainer import train as run
+    from grpo_jax.training import train as run
 
     with joined_processes(loaded.config.distributed, ending):
         run(loaded.config, resume=arguments.resume, sources=loaded.sources, started=arguments.started)
@@ -70,7 +70,7 @@ def sft(arguments: argparse.Namespace) -> None:
     loaded = loaded_settings(arguments)
     arguments.writes_to = loaded.config.train.run_dir
     from grpo_jax.runtime.distributed import joined_processes
-    from grpo_jax.trainer import sft as run
+    from grpo_jax.training import sft as run
 
     with joined_processes(loaded.config.distributed, ending):
         run(loaded.config, resume=arguments.resume, sources=loaded.sources, started=arguments.started)

@@ -18,7 +18,6 @@ writes and shows, and all write checkpoints (`runtime/distributed.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,41 +25,31 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from grpo_jax.config import Config, EnvironmentConfig, check_supervised, check_training
-from grpo_jax.config.checks import require
+from grpo_jax.config import Config
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.environments.protocol import EnvironmentFactory
 from grpo_jax.learner.custom_loss import LossFunction
-from grpo_jax.policy import Policy, with_template
+from grpo_jax.policy import Policy
 from grpo_jax.rollout.episode_setup import EpisodeInputs
 from grpo_jax.run.best import BestStep
-from grpo_jax.run.callbacks import Callback, StepCompletions, own_callbacks
+from grpo_jax.run.callbacks import Callback, StepCompletions
 from grpo_jax.run.checkpoint import Checkpointer
 from grpo_jax.run.clock import RunClock
-from grpo_jax.run.doctor.callback import DoctorCallback
 from grpo_jax.run.due import evaluates_after, saves_after
 from grpo_jax.run.folder import RunFolder
-from grpo_jax.run.given_policy import config_with_policy
-from grpo_jax.run.inputs import check_inputs
 from grpo_jax.run.last_state import save_last_state
-from grpo_jax.run.result import TrainResult, write_result
+from grpo_jax.run.result import RunEnd, TrainResult, write_result
 from grpo_jax.run.saved import checkpoint_values
 from grpo_jax.run.skipped import SkippedSteps
 from grpo_jax.run.stopping import RunStop, raise_interrupted
-from grpo_jax.run.tracking import tracker_callbacks
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.compile_ahead import CompileAhead
 from grpo_jax.runtime.memory import in_device_memory, in_host_memory
 from grpo_jax.runtime.programs import Program
 from grpo_jax.runtime.stop_signals import StepAbandonedError
-from grpo_jax.steps import Step
-from grpo_jax.steps.builtin import with_builtin_task
-from grpo_jax.steps.grpo_setup import read_grpo_step
-from grpo_jax.steps.setup import begin
-from grpo_jax.steps.supervised import SupervisedStep
+from grpo_jax.steps.opening import open_run
+from grpo_jax.steps.reading import Rewards, RunInputs, read_step
 from grpo_jax.types import TrainState
-
-Rewards = Callable[..., Any] | Sequence[Callable[..., Any]]
 
 
 class Trainer:
@@ -122,48 +111,21 @@ class Trainer:
         supervised: bool = False,
     ) -> None:
         self._clock = RunClock(started)
-        config = config or Config()
-        rewards = [] if reward_funcs is None else [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
-        given = environment if isinstance(environment, EpisodeInputs) else EpisodeInputs(environment, tools)
-        if supervised and (rewards or loss_fn is not None or given != EpisodeInputs()):
-            raise TypeError("a supervised warm-up has no reward_funcs, environment, tools and loss_fn: leave them out")
-        if supervised:
-            fix = "a supervised warm-up has no episodes: leave this section out"
-            require(config.environment == EnvironmentConfig(), "environment", asdict(config.environment), fix)
-            check_supervised(config, has_policy=policy is not None, has_dataset=dataset is not None)
-        else:
-            check_training(
-                config,
-                has_policy=policy is not None,
-                has_dataset=dataset is not None,
-                has_rewards=bool(rewards),
-                has_environment=given.environment is not None,
-                has_tools=given.gives_tools,
-            )
-            config = with_builtin_task(config, sft)
-        if policy is not None:
-            config, policy = config_with_policy(config, policy), with_template(policy, config)
-        self.config, self.resume, self.supervised, self._sources = config, resume, supervised, sources
-        self.display = begin(config, sources, resume=resume)
-        if supervised:
-            self._step: Step = SupervisedStep.read(config, policy, dataset, eval_dataset, self.display, optimizer=optimizer)
-        else:
-            self._step = read_grpo_step(
-                config, policy, dataset, eval_dataset, rewards, self.display, optimizer=optimizer, loss_fn=loss_fn, given=given
-            )
-        self.config = replace(config, train=replace(config.train, steps=self._step.config.train.steps))  # train.epochs in steps
+        given = RunInputs(policy, dataset, eval_dataset, reward_funcs, environment, tools, optimizer, loss_fn, supervised)
+        self.resume, self.supervised, self._sources = resume, supervised, sources
+        self.config, self._step, self.display = read_step(config or Config(), given, sources, warm_up, resume=resume)
         self.callbacks: list[Callback] = list(callbacks)
         state = self._step.learner.init(self._step.policy.trainable())
-        self.state: TrainState = in_host_memory(state) if self._step.config.optim.offload else state
+        self.state: TrainState = in_host_memory(state) if self.config.optim.offload else state
         self.steps_done, self.should_stop = 0, False
         self.stopped_by: str | None = None
         self.best = BestStep()
-        self.skipped = SkippedSteps(config.optim.max_skipped_steps, self.run_dir, self.display)
+        self.skipped = SkippedSteps(self.config.optim.max_skipped_steps, self.run_dir, self.display)
         self.folder: RunFolder | None = None
         self._checkpoints: Checkpointer | None = None
         self._ahead = CompileAhead()
         self._inputs: dict[str, str | None] = {}
-        self._stop = RunStop(config.train.grace_seconds, self.display, lambda: self.state)
+        self._stop = RunStop(self.config.train.grace_seconds, self.display, lambda: self.state)
 
     @property
     def policy(self) -> Policy:
@@ -272,9 +234,8 @@ class Trainer:
             CheckpointError: it cannot be written, after several tries.
         """
         _, checkpoints = self.open()
-        values = checkpoint_values(self._step.policy, self.supervised)
-        values |= {"seconds": self._clock.seconds, "skipped_in_a_row": self.skipped.in_a_row, "inputs": self._inputs}
-        values |= {"progress": self._step.progress()}
+        values = checkpoint_values(self._step.policy, self.supervised) | {"inputs": self._inputs, "progress": self._step.progress()}
+        values |= {"seconds": self._clock.seconds, "skipped_in_a_row": self.skipped.in_a_row}
         checkpoints.save(self.steps_done, self.state, values, wait=wait)
 
     def open(self) -> tuple[RunFolder, Checkpointer]:
@@ -282,47 +243,18 @@ class Trainer:
         if self.folder is not None and self._checkpoints is not None:
             return self.folder, self._checkpoints
         try:
-            return self._open()
+            opened = open_run(self.config, self._sources, self._step, self.state, self.display, resume=self.resume)
+            self.folder, self._checkpoints, self._inputs = opened.folder, opened.checkpoints, opened.inputs
+            self.steps_done, self.state, self.best = opened.steps_done, opened.state, opened.best
+            self.skipped.in_a_row = opened.skipped_in_a_row
+            self._clock.start_training(opened.seconds)
+            self.callbacks = [*opened.callbacks(self.config, self.display, supervised=self.supervised), *self.callbacks]
+            self._ahead.start(self._step.future_calls(self.state))
+            self._call("on_train_begin")
         except BaseException:
             self.close()
             raise
-
-    def _open(self) -> tuple[RunFolder, Checkpointer]:
-        config = self.config
-        writes, warn = distributed.is_main(), self.display.warning
-        folder = RunFolder.create(config.train.run_dir, config, self._sources, resume=self.resume, writes=writes, warn=warn)
-        self.folder = folder
-        checkpoints = self._checkpoints = Checkpointer(folder.checkpoints, config.train.keep_checkpoints, warn, self._kept_best)
-        self.steps_done, seconds = checkpoints.latest_step() or 0, 0.0
-        for line in checkpoints.damaged:
-            warn(line)
-        self._inputs = self._step.inputs()
-        if self.steps_done:
-            stored = checkpoints.host(self.steps_done).get("inputs", {})
-            for line in check_inputs(stored, self._inputs, folder.path, accept=config.train.accept_changed_inputs):
-                warn(f"the resumed run goes on with another {line}")
-        for line in folder.cut_back(self.steps_done):
-            warn(line)
-        before = folder.evaluations() if writes else {}
-        self.best = BestStep.of(distributed.broadcast_from_main([before[step] for step in sorted(before)]))
-        if self.steps_done:
-            self.state, stored = checkpoints.restore(self.state)
-            seconds, self.skipped.in_a_row = float(stored["seconds"]), stored["skipped_in_a_row"]
-            for line in self._step.resume(stored.get("progress", {}), folder.ledger(self.steps_done), self.steps_done):
-                warn(line)
-            self.display.note(f"resuming after step {self.steps_done}")
-        self._clock.start_training(seconds)
-        trackers = tracker_callbacks(config, folder.path, writes=writes, warn=warn)
-        watching = [] if self.supervised else [DoctorCallback(config, self.display)]
-        own = own_callbacks(folder, self.display, debug=config.train.debug)
-        self.callbacks = [*own, *watching, *trackers, *self.callbacks]
-        self._ahead.start(self._step.future_calls(self.state))
-        self._call("on_train_begin")
-        return folder, checkpoints
-
-    def _kept_best(self) -> int | None:
-        """The step whose checkpoint stays although it is not one of the newest."""
-        return self.best.step if self.config.train.keep_best == "held_out" else None
+        return opened.folder, opened.checkpoints
 
     def close(self) -> None:
         """Ends reward processes, waits for checkpoints and closes every file."""
@@ -357,60 +289,13 @@ class Trainer:
         if number:
             self.save()
         self.write_checkpoint(wait=True)
-        policy, held_out = self._step.policy.with_trained(in_device_memory(self.state.trainable)), self._step.problems
-        steps, programs = self.steps_done, self.programs
+        policy = self._step.policy.with_trained(in_device_memory(self.state.trainable))
         extras = self.best.summary(folder.checkpoints) | ({} if self.stopped_by is None else {"stopped_by": self.stopped_by})
         diagnosed = None if self.supervised else self.config
-        return write_result(
-            folder,
-            policy,
-            self._clock,
-            self.display,
-            steps=steps,
-            problems=held_out,
-            programs=programs,
-            ended_by=number,
-            diagnosed=diagnosed,
-            extras=extras,
-        )
+        end = RunEnd(self.steps_done, self._step.problems, self.programs, number, diagnosed, extras)
+        return write_result(folder, policy, self._clock, self.display, end)
 
 
-def train(
-    config: Config | None = None,
-    *,
-    policy: Policy | None = None,
-    dataset: Any = None,
-    reward_funcs: Rewards | None = None,
-    environment: EnvironmentFactory | None = None,
-    tools: Sequence[Callable[..., Any]] = (),
-    eval_dataset: Any = None,
-    optimizer: optax.GradientTransformation | None = None,
-    loss_fn: LossFunction | None = None,
-    callbacks: Sequence[Callback] = (),
-    resume: bool = False,
-    sources: Mapping[str, str] | None = None,
-    started: float | None = None,
-) -> TrainResult:
-    """Trains a policy with GRPO: makes a `Trainer`, which has these arguments and errors, and calls its `train`."""
-    return Trainer(**locals()).train()
-
-
-def sft(
-    config: Config | None = None,
-    *,
-    policy: Policy | None = None,
-    dataset: Any = None,
-    eval_dataset: Any = None,
-    optimizer: optax.GradientTransformation | None = None,
-    callbacks: Sequence[Callback] = (),
-    resume: bool = False,
-    sources: Mapping[str, str] | None = None,
-    started: float | None = None,
-) -> TrainResult:
-    """Trains on rows with a prompt and a completion: the supervised warm-up that GRPO recipes begin with.
-
-    It makes a `Trainer`, which has these arguments and errors, and calls its `train`.
-    The loss is the mean over completion tokens of −log π. Held-out accuracy is the share of rows whose greedy completion is the
-    row's own. A GRPO run that starts from the resulting adapter has it as the reference.
-    """
-    return Trainer(**locals(), supervised=True).train()
+def warm_up(config: Config) -> TrainResult:
+    """Makes the supervised run that a built-in task begins with."""
+    return Trainer(config, supervised=True).train()

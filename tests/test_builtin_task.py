@@ -124,7 +124,7 @@ def test_a_trainer_in_python_makes_the_task(tmp_path: Path, monkeypatch: pytest.
 
         return Kept(settings.train.steps)
 
-    monkeypatch.setattr("grpo_jax.trainer.sft", sft)
+    monkeypatch.setattr("grpo_jax.trainer.warm_up", sft)
     trainer = Trainer(config)
     assert trainer.config.model.path == str(tmp_path / "run" / "inputs" / "warm")
     trainer.close()

@@ -44,8 +44,9 @@ class Compilations(gx.Callback):
     ("slots", "problems", "most", "decoding"),
     [
         pytest.param(None, 5, 5, 1, marks=pytest.mark.slow),  # weights, prompts, segments, writing, empty past
-        (3, 5, 7, 1),  # and one prompt, inserted
-        (None, 20, 7, 2),  # an evaluation in shapes of its own: other prompts and segments
+        pytest.param(3, 5, 7, 1, marks=pytest.mark.slow),  # and one prompt, inserted
+        pytest.param(None, 20, 7, 2, marks=pytest.mark.slow),  # an evaluation in shapes of its own: other prompts and segments
+        (3, 20, 10, 2),  # 7 as with few slots, and prompts, segments and writing in the evaluation's shapes
     ],
 )
 def test_a_run_compiles_a_handful_of_programs_and_none_after_the_second_step(

@@ -17,9 +17,10 @@ import yaml
 from public_models import CONFIGS, PARAMETERS
 
 from grpo_jax.config import Config, LoraConfig
+from grpo_jax.learner.learner import Learner
 from grpo_jax.learner.metrics import PackedMetrics
 from grpo_jax.learner.optim import learning_rate_at, make_optimizer
-from grpo_jax.learner.step import Learner
+from grpo_jax.learner.step import train_step
 from grpo_jax.learner.supervised import supervised_step
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.parameters import abstract_params, count_parameters, flatten, param_specs
@@ -131,7 +132,7 @@ def test_the_model_of_a_recipe_is_built_abstractly_and_its_step_traces(name: str
 
     group = 1 if supervised else config.rollout.num_generations
     learner = learner_of(config, spec, dtype, group)
-    step = functools.partial(supervised_step, learner) if supervised else learner.train_step
+    step = functools.partial(supervised_step if supervised else train_step, learner)
     state = jax.eval_shape(learner.init, trainable)
     after, packed = jax.eval_shape(step, state, abstract_batch(config, group), frozen)
     assert shapes_of(after) == shapes_of(state)

@@ -22,9 +22,9 @@ from grpo_jax import cli
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import RewardError
 from grpo_jax.run.checkpoint import Checkpointer, CheckpointError
+from grpo_jax.run.result import TrainResult
 from grpo_jax.run.resume import RunFolderError
 from grpo_jax.run.saved import load_run
-from grpo_jax.trainer import TrainResult
 
 ROWS = additions()
 LORA: dict[str, Any] = {

@@ -12,8 +12,8 @@ from shared_programs import shared_programs
 from tiny_runs import additions, assert_same_arrays, config_of, letters, write_rows
 
 import grpo_jax as gx
+from grpo_jax.run.result import TrainResult
 from grpo_jax.run.resume import RunFolderError
-from grpo_jax.trainer import TrainResult
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -293,7 +293,7 @@ def test_a_model_without_a_chat_template_trains_on_plain_prompts(tmp_path: Path)
 
 
 def test_the_lazy_package_gives_the_loop():
-    assert gx.train is sys.modules["grpo_jax.trainer"].train
+    assert gx.train is sys.modules["grpo_jax.training"].train
 
 
 def test_a_policy_without_adapters_is_trained_in_full_and_the_run_says_so(tmp_path: Path):

@@ -40,8 +40,9 @@ import grpo_jax as gx
 from grpo_jax.config.presets import PRESETS
 from grpo_jax.fit.learners import grpo_learner
 from grpo_jax.learner.batches import train_batch
+from grpo_jax.learner.learner import Learner
 from grpo_jax.learner.packing import Lengths, row_sizes
-from grpo_jax.learner.step import Learner
+from grpo_jax.learner.step import train_step
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import RewardError, ScoredBatch
 from grpo_jax.rollout.sampler import Sampler
@@ -262,7 +263,7 @@ def test_a_truncated_completion_pays_for_its_kl_where_it_is_masked_out_of_the_lo
         valid=np.ones((1, 2), bool),
         completion_lengths=np.array([3, 3], np.int32),
     )
-    _, packed = learner.train_step(learner.init(policy.trainable()), padded.packed((1, 2)), Frozen(policy.params, {}))
+    _, packed = train_step(learner, learner.init(policy.trainable()), padded.packed((1, 2)), Frozen(policy.params, {}))
     # Rewards 1 - 0.04 * 5 = 0.80 and 1 - 0.04 * 9 = 0.64: mean 0.72, deviation 0.1131.
     np.testing.assert_allclose(packed.to_host()[1], [0.08 / 0.11323708, -0.08 / 0.11323708], rtol=1e-4)
 

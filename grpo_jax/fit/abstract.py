@@ -19,9 +19,9 @@ from grpo_jax.config import Config
 from grpo_jax.data.tokenizer_files import read_model_stop_ids
 from grpo_jax.fit.targets import Machine
 from grpo_jax.learner.batches import batch_shapes
+from grpo_jax.learner.learner import Learner
 from grpo_jax.learner.rows import RowSize
 from grpo_jax.learner.sharded import state_shardings
-from grpo_jax.learner.step import Learner
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.policy import Policy
 from grpo_jax.runtime.mesh import check_prompts, make_layout

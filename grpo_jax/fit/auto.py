@@ -18,9 +18,10 @@ from grpo_jax.fit.learners import grpo_learner
 from grpo_jax.fit.memory_use import MemoryUse, phase_rows
 from grpo_jax.fit.micro_batch import longest_lengths, row_tokens, rows_to_try, sizes_of_rows, smaller_rows
 from grpo_jax.fit.phases import RolloutMemory, RunShapes, activation_bytes, rollout_memory, update_memory
+from grpo_jax.learner.learner import Learner
 from grpo_jax.learner.packing import Lengths
 from grpo_jax.learner.rows import RowSize
-from grpo_jax.learner.step import Learner
+from grpo_jax.learner.step import train_step
 from grpo_jax.policy import Policy, sampler_of
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import evaluation_slots
@@ -175,7 +176,7 @@ def fit_update(
 
 def compiled_update(run: RunShapes) -> tuple[Program, MemoryUse]:
     """Compiles a run's update."""
-    update = Program("update", run.learner.train_step, donate=(0,), announce=run.announce)
+    update = Program("update", functools.partial(train_step, run.learner), donate=(0,), announce=run.announce)
     return update, update_memory(run, update)
 
 

@@ -9,8 +9,8 @@ import optax
 
 from grpo_jax.config import Config
 from grpo_jax.learner.custom_loss import LossFunction
+from grpo_jax.learner.learner import Learner
 from grpo_jax.learner.optim import updates_of
-from grpo_jax.learner.step import Learner
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.policy import Policy
 from grpo_jax.runtime.memory import least_free_bytes

@@ -18,9 +18,10 @@ from jax.extend.core import Literal
 from grpo_jax.config import Config
 from grpo_jax.fit.abstract import Placement, abstract_batch, abstract_frozen, abstract_state, device_bytes
 from grpo_jax.fit.memory_use import COMPONENTS, CompiledMemory, MemoryUse
+from grpo_jax.learner.learner import Learner
 from grpo_jax.learner.micro_batches import MicroBatch
 from grpo_jax.learner.rows import RowSize
-from grpo_jax.learner.step import Learner
+from grpo_jax.learner.step import train_step
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.policy import Policy
 from grpo_jax.rollout.decode import Continued, SlotState
@@ -120,7 +121,7 @@ def update_memory(run: RunShapes, program: Program | None = None) -> MemoryUse:
         program: compiled instead of a new one; the run can use it afterwards.
     """
     batch = abstract_batch(run.config, run.spec, run.placement, run.sizes)
-    program = program or Program("update", run.learner.train_step, donate=(0,), announce=run.announce)
+    program = program or Program("update", functools.partial(train_step, run.learner), donate=(0,), announce=run.announce)
     compiled = CompiledMemory(run.resident)
     # The batch is an argument, but has no component of its own.
     live = run.resident | {"temporaries": device_bytes(batch)}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.learner.learner import Learner
 from grpo_jax.learner.logprobs import row_logprobs
 from grpo_jax.learner.metrics import PackedMetrics, pack
 from grpo_jax.learner.micro_batches import MicroBatch, any_token, scan_micro_batches
 from grpo_jax.learner.optim import apply_gradient
-from grpo_jax.learner.step import Learner
 from grpo_jax.types import Frozen, Params, TrainBatch, TrainState
 
 

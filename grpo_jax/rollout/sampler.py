@@ -10,7 +10,7 @@ The loop over segments is in `loop.py`, the compiled functions are in `programs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp

@@ -44,29 +44,29 @@ class TrainResult:
         return self.policy.push_to_hub(repo, format, facts=RunFacts.of(self.run_dir), **options)
 
 
-def write_result(
-    folder: RunFolder,
-    policy: Policy,
-    clock: RunClock,
-    display: Display,
-    *,
-    steps: int,
-    problems: int,
-    programs: Sequence[Program],
-    ended_by: int,
-    diagnosed: Config | None,
-    extras: Mapping[str, Any],
-) -> TrainResult:
-    """Writes and shows the result of a run, after its last checkpoint is on disk; every process of the run calls it.
+@dataclass(frozen=True)
+class RunEnd:
+    """How a run ended.
 
-    Args:
+    Attributes:
         steps: finished.
         problems: number of held-out problems.
-        programs: everything that the run compiles.
+        programs: everything that the run compiled.
         ended_by: number of the signal that ended the run; 0: none.
         diagnosed: the settings by which the doctor looks at the run; None: it does not.
         extras: more entries of summary.json.
     """
+
+    steps: int
+    problems: int
+    programs: Sequence[Program]
+    ended_by: int
+    diagnosed: Config | None
+    extras: Mapping[str, Any]
+
+
+def write_result(folder: RunFolder, policy: Policy, clock: RunClock, display: Display, end: RunEnd) -> TrainResult:
+    """Writes and shows the result of a run, after its last checkpoint is on disk; every process of the run calls it."""
     distributed.barrier("last step written")  # the others read what process 0 has written
     evaluations = folder.evaluations()
     files: dict[str, str] = {}
@@ -74,14 +74,14 @@ def write_result(
         files[str(policy.save_adapter(folder.path / "adapter"))] = "the trained adapter, for PEFT, transformers and vLLM"
     summary = folder.write_summary(
         accuracy_before=evaluations[0]["accuracy"] if 0 in evaluations else None,
-        accuracy_after=evaluations[steps]["accuracy"] if steps in evaluations else None,
-        held_out_problems=problems,
+        accuracy_after=evaluations[end.steps]["accuracy"] if end.steps in evaluations else None,
+        held_out_problems=end.problems,
         seconds=clock.seconds,
-        steps=steps,
-        **clock.summary(programs),
-        **extras,
-        **({} if diagnosed is None else findings_of(folder, diagnosed)),
-        **({"interrupted_by": signal.Signals(ended_by).name} if ended_by else {}),
+        steps=end.steps,
+        **clock.summary(end.programs),
+        **end.extras,
+        **({} if end.diagnosed is None else findings_of(folder, end.diagnosed)),
+        **({"interrupted_by": signal.Signals(end.ended_by).name} if end.ended_by else {}),
     )
     if folder.writes:
         write_report_or_warn(folder.path, display)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from grpo_jax.config import Config
-from grpo_jax.learner.step import Learner
+from grpo_jax.learner.learner import Learner
 from grpo_jax.policy import Policy
 from grpo_jax.run.callbacks import StepCompletions
 from grpo_jax.runtime.compile_ahead import FutureCall

@@ -14,10 +14,10 @@ from grpo_jax.config import Config
 from grpo_jax.data.source import PromptSource
 from grpo_jax.fit.abstract import Placement, abstract_batch, shapes_of
 from grpo_jax.learner.batches import learnable, on_devices, padding_share, train_batch
+from grpo_jax.learner.learner import Learner
 from grpo_jax.learner.reference import moved_reference
 from grpo_jax.learner.reward_models import reward_model_files
 from grpo_jax.learner.rows import RowSize
-from grpo_jax.learner.step import Learner
 from grpo_jax.policy import Policy
 from grpo_jax.rewards import NamedFunction, RewardRunner
 from grpo_jax.rewards.source_digest import source_digest

@@ -18,6 +18,7 @@ from grpo_jax.fit.learners import grpo_learner
 from grpo_jax.fit.micro_batch import is_auto, row_tokens, sizes_of_rows, text_lengths
 from grpo_jax.learner.custom_loss import LossFunction
 from grpo_jax.learner.reward_models import load_reward_models, with_reward_models
+from grpo_jax.learner.step import train_step
 from grpo_jax.policy import Policy, sampler_of
 from grpo_jax.rewards import NamedFunction, check_functions, resolve_functions, runner_of
 from grpo_jax.rollout.dispatch_ahead import dispatches_ahead
@@ -131,7 +132,7 @@ def build_grpo_step(
     if learner.truncation is not None and learner.truncation.truncates:
         display.note(TRUNCATED_LINE)
     sampler = sampler_of(policy, records_experts=config.rollout.records_experts).announcing(display.compiling)
-    update = Program("update", learner.train_step, donate=(0,), announce=display.compiling)
+    update = Program("update", functools.partial(train_step, learner), donate=(0,), announce=display.compiling)
     kl = Program("KL to the reference", learner.kl_sums, announce=display.compiling)
     parts = (config, policy, source, functions, sampler, learner, sizes, update, kl, frozen, display)
     return GrpoStep(*parts).with_programs()

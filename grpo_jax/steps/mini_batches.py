@@ -15,7 +15,8 @@ import jax
 import numpy as np
 
 from grpo_jax.learner.batches import on_devices
-from grpo_jax.learner.step import COUNTS, Learner
+from grpo_jax.learner.learner import Learner
+from grpo_jax.learner.step import COUNTS
 from grpo_jax.rewards import ScoredBatch
 from grpo_jax.rewards.normalization import sum_metrics
 from grpo_jax.runtime.compile_ahead import FutureCall
@@ -31,7 +32,7 @@ class MiniBatches:
     """The programs of a step with several updates.
 
     Attributes:
-        update: the learner's `train_step` on one part.
+        update: `train_step` on one part.
         old: log-probabilities of a part before the first update.
         advantages: of a whole step, on one device of this process: a few numbers a completion.
         layout: None is one device.

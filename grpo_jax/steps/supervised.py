@@ -18,10 +18,10 @@ from grpo_jax.fit.abstract import Placement, shapes_of
 from grpo_jax.fit.learners import trained_model
 from grpo_jax.fit.micro_batch import row_tokens
 from grpo_jax.learner.batches import batch_shapes, text_batch
+from grpo_jax.learner.learner import Learner
 from grpo_jax.learner.optim import check_plus_ratio, learning_rate_at, make_optimizer, updates_of
 from grpo_jax.learner.packing import Lengths, row_sizes
 from grpo_jax.learner.rows import RowSize
-from grpo_jax.learner.step import Learner
 from grpo_jax.learner.supervised import supervised_step
 from grpo_jax.policy import Policy, sampler_of
 from grpo_jax.rollout.sampler import Sampler

@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 
 from grpo_jax.config import ConfigError, load
+from grpo_jax.run.result import TrainResult
 from grpo_jax.steps.builtin.small_model import SMALL_MODEL, save_random_model, write_rows
-from grpo_jax.trainer import TrainResult, sft, train
+from grpo_jax.training import sft, train
 
 SYMBOLS = ("<pad>", "<s>", "</s>", *"0123456789+=")
 HELD_OUT, PLAIN_SHARE, FORGETS = 512, 0.5, 2 / 3

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_jax.config import ConfigError
 from grpo_jax.run.callbacks import Callback, StepCompletions
+from grpo_jax.run.due import evaluates_after, saves_after
 from grpo_jax.run.records import RecordFile
 from grpo_jax.runtime import distributed
-from grpo_jax.trainer import evaluates_after, saves_after
 from grpo_jax.trl.arguments import allow, refusal
 from grpo_jax.trl.grpo_config import GRPOConfig
 from grpo_jax.trl.logs import LogWindow, mean, tokens_of, trl_metrics

@@ -18,6 +18,8 @@ from goldens.weights import tensor
 
 HERE = Path(__file__).resolve().parent
 FAMILIES = ("llama2", "llama3_scaled", "llama_linear", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe", "gemma2", "gemma3")
+ALIKE = ("llama2", "llama3_scaled", "llama_linear", "mistral", "qwen3_moe")
+"""Families whose layers are parts of the others': slow where programs of rollout and training are compared family by family."""
 NEWER_FAMILIES = (
     "llama_yarn",
     "smollm3",

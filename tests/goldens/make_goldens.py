@@ -22,7 +22,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from goldens.folders import ADAPTERS, HERE, REWARD_LENGTHS, REWARD_MODELS, model_tensors, reward_config, reward_tensors
+from goldens.folders import (
+    ADAPTERS,
+    HERE,
+    NEWER_FAMILIES,
+    REWARD_LENGTHS,
+    REWARD_MODELS,
+    build_reward_folder,
+    model_tensors,
+)
 from goldens.weights import tensor
 
 LENGTH = 36
@@ -578,30 +586,11 @@ def newer_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
     return old
 
 
-NEWER = (
-    "llama_yarn",
-    "smollm3",
-    "olmo3",
-    "granite",
-    "ministral3",
-    "glm4",
-    "phi3",
-    "gpt_oss",
-    "lfm2",
-    "qwen3_5_text",
-    "qwen3_next",
-    "qwen3_5_moe_text",
-    "gemma4",
-    *TEXT_OF,
-)
-"""The families of `newer_hub_spelling`."""
-
-
 def hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
     """The same config in the spelling from before transformers 5."""
     if family in TEXT_OF:
         return vision_hub_spelling(family, config)
-    if family in NEWER:
+    if family in NEWER_FAMILIES:
         return newer_hub_spelling(family, config)
     new_names = ("rope_parameters", "dtype", "layer_types", "_sliding_window_pattern", "use_bidirectional_attention")
     old = {key: value for key, value in config.items() if key not in new_names}
@@ -709,7 +698,7 @@ def make_family(family: str) -> None:
     ids = np.random.default_rng(len(shapes)).integers(3, text["vocab_size"] - 1 * (family in TEXT_OF), (2, LENGTH))
     write(folder, shapes, ids, np.zeros((2, LENGTH - 1), np.float32))
     model = load_model(new, family)
-    logps, greedy = logprobs(model, ids), {"greedy": greedy_tokens(model, ids)} if family in NEWER else {}
+    logps, greedy = logprobs(model, ids), {"greedy": greedy_tokens(model, ids)} if family in NEWER_FAMILIES else {}
     other = logprobs(load_model(hub, family), ids)
     np.testing.assert_array_equal(logps, other)
     for feature in features:
@@ -762,10 +751,8 @@ def make_reward_model(family: str) -> None:
     for row, length in enumerate(REWARD_LENGTHS):
         texts[row, :length] = ids[row % 2, :length]
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(reward_config(family)))
-        save_file(reward_tensors(family), Path(folder) / "model.safetensors", metadata={"format": "pt"})
         model, report = AutoModelForSequenceClassification.from_pretrained(
-            folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+            build_reward_folder(Path(folder), family), attn_implementation="eager", dtype=torch.float32, output_loading_info=True
         )
     if any(names for names in report.values()):
         raise RuntimeError(f"{family}: {report}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -14,9 +15,10 @@ from plain_oracles import quick_compiling, tiny_policy
 
 from grpo_jax.config import LoraConfig, ObjectiveConfig
 from grpo_jax.learner.dropout import token_owners, with_dropout_keys
+from grpo_jax.learner.learner import Learner
 from grpo_jax.learner.micro_batches import MicroBatch
 from grpo_jax.learner.packing import Lengths, pack, row_sizes
-from grpo_jax.learner.step import Learner
+from grpo_jax.learner.step import train_step
 from grpo_jax.models.dropout import dropped, layer_keys
 from grpo_jax.models.spec import LINEAR_AXES
 from grpo_jax.types import Frozen
@@ -125,7 +127,7 @@ def test_an_update_with_dropout_does_not_depend_on_micro_batches_and_old_log_pro
         learner = Learner(model, objective, keep_gradient(), lambda _: jnp.float32(1), False, 1.0, 5, seed=7)
         assert policy.adapters is not None
         packed, frozen = batch.packed((micro, 2), None, skips=learner.skips), Frozen(policy.params, {})
-        state, metrics = jax.jit(learner.train_step)(learner.init(policy.adapters), packed, frozen)
+        state, metrics = jax.jit(functools.partial(train_step, learner))(learner.init(policy.adapters), packed, frozen)
         old = learner.old_logprobs(policy.adapters, packed, frozen)
         trainer = policy.logprobs([row.tolist() for row in batch.prompt_ids.repeat(2, 0)], [
             row[own].tolist() for row, own in zip(batch.completion_ids, mask, strict=True)

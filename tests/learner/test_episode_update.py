@@ -16,9 +16,10 @@ from plain_oracles import LORA, golden_config, moved, plain_model, quick_compili
 
 from grpo_jax.config import Config
 from grpo_jax.learner.batches import on_devices, text_batch, train_batch
+from grpo_jax.learner.learner import Learner
 from grpo_jax.learner.packing import Lengths, pack, row_sizes
 from grpo_jax.learner.rows import RowSize
-from grpo_jax.learner.step import Learner
+from grpo_jax.learner.step import train_step
 from grpo_jax.rewards.protocol import ScoredBatch
 from grpo_jax.run.step_metrics import length_metrics
 from grpo_jax.runtime.programs import Program
@@ -101,7 +102,7 @@ def update(
     batch = train_batch(prompts, rollout, scored, config, sizes, skips=learner.skips)
     batch = on_devices(dataclasses.replace(batch, old_logprobs=old), None)
     frozen = Frozen(policy.params, moved(policy.adapters, 3, 0.02))
-    state, packed = Program("update", learner.train_step)(learner.init(policy.adapters), batch, frozen)
+    state, packed = Program("update", functools.partial(train_step, learner))(learner.init(policy.adapters), batch, frozen)
     return state.opt_state, *packed.to_host()
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from plain_oracles import LORA, STOPS, array_sizes, golden_config, log_softmax, plain_model, quick_compiling, tiny_policy
 
-from goldens.folders import FAMILIES, NEWER_FAMILIES
+from goldens.folders import ALIKE, FAMILIES, NEWER_FAMILIES
 from grpo_jax.learner.logprobs import completion_logprobs, padded_rows, row_logprobs
 from grpo_jax.learner.truncated import Truncation
 from grpo_jax.models.families import read_spec
@@ -90,7 +90,10 @@ def assert_near_in_norm(got: np.ndarray, expected: np.ndarray, share: float = 1e
     assert np.linalg.norm(got - expected) <= share * np.linalg.norm(expected)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *(pytest.param(name, marks=pytest.mark.slow) for name in NEWER_FAMILIES)])
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in (*ALIKE, *NEWER_FAMILIES))) for name in (*FAMILIES, *NEWER_FAMILIES)],
+)
 def test_completions_that_share_a_prompt_equal_completions_with_their_own(family: str) -> None:
     prompts, completions, counts = batch(tiny_policy(family).spec.vocab)
     shared, gradient = values_and_gradient(family, prompts, PROMPT_LENGTHS, completions, counts)

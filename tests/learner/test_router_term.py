@@ -18,12 +18,13 @@ from plain_oracles import LORA, moved, quick_compiling, tiny_policy
 from goldens.folders import HERE, read_golden
 from grpo_jax.config import Config, ConfigError, ObjectiveConfig, RolloutConfig, check_training
 from grpo_jax.learner.batches import on_devices, train_batch
+from grpo_jax.learner.learner import Learner
 from grpo_jax.learner.logprobs import row_hidden
 from grpo_jax.learner.micro_batches import any_token, scan_micro_batches
 from grpo_jax.learner.packing import Lengths, row_sizes
 from grpo_jax.learner.router_term import RouterTerm
 from grpo_jax.learner.rows import RowSize
-from grpo_jax.learner.step import Learner
+from grpo_jax.learner.step import train_step
 from grpo_jax.models.routing import RouterSums, balance_loss
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.policy import sampler_of
@@ -166,7 +167,7 @@ def recording() -> optax.GradientTransformation:
 def updated(config: Config, params: Params, batch: TrainBatch, model: Transformer) -> tuple[Params, dict[str, float]]:
     """Gradient of all weights, and metrics, of one update."""
     learner = Learner.of(config, model, full=True, updates=1, stop_ids=(), optimizer=recording())
-    state, packed = jax.jit(learner.train_step)(learner.init(params), batch, Frozen({}, params))
+    state, packed = jax.jit(functools.partial(train_step, learner))(learner.init(params), batch, Frozen({}, params))
     return state.opt_state, packed.to_dict()
 
 
@@ -225,7 +226,7 @@ def test_the_loss_counts_the_experts_that_are_selected_under_the_adapters_dropou
     learner = Learner.of(config, model, full=False, updates=1, stop_ids=(), optimizer=recording())
     adapters, frozen = policy.adapters or {}, Frozen(policy.params, {})
     state = learner.init(adapters)
-    found = jax.jit(learner.train_step)(state, batch, frozen)[1].to_dict()["router/aux_loss"]
+    found = jax.jit(functools.partial(train_step, learner))(state, batch, frozen)[1].to_dict()["router/aux_loss"]
     tokens, variables = jnp.float32(np.sum(batch.completion_mask)), {"params": policy.params, "lora": adapters}
     dropping, plain = (
         report(model, variables, batch, computed)[0]

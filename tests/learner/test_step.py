@@ -28,8 +28,9 @@ from plain_oracles import (
 from goldens.folders import model_tensors
 from grpo_jax.config import LoraConfig, ObjectiveConfig, OptimConfig
 from grpo_jax.learner import batch_logprobs
+from grpo_jax.learner.learner import Learner
 from grpo_jax.learner.optim import make_optimizer
-from grpo_jax.learner.step import Learner
+from grpo_jax.learner.step import train_step
 from grpo_jax.learner.truncated import Truncation
 from grpo_jax.models.families import read_spec
 from grpo_jax.models.parameters import abstract_params, lora_specs, nest
@@ -137,7 +138,7 @@ def program(
 ) -> Callable[..., Any]:
     """Compiled (trainable, batch, frozen) → state, metrics; the trainable arrays are donated."""
     made = learner(objective, full=full, truncation=truncation)
-    run = Program("update", made.train_step, donate=(0,))
+    run = Program("update", functools.partial(train_step, made), donate=(0,))
     return lambda trainable, batch, frozen: run(made.init(trainable), batch.packed(cut, skips=made.skips), frozen)
 
 
@@ -370,7 +371,7 @@ def test_the_second_update_on_a_batch_keeps_the_first_ones_old_log_probabilities
 def test_updates_on_parts_take_ratio_and_advantages_from_the_whole_step() -> None:
     """Two prompts each. The second update's ratio is to the policy that sampled; the batch's deviation is of all four prompts."""
     made = learner(ObjectiveConfig(loss="dapo", beta=0.1, scale_rewards="batch"))
-    mini_batches = MiniBatches.of(made, Program("update", made.train_step, donate=(0,)))
+    mini_batches = MiniBatches.of(made, Program("update", functools.partial(train_step, made), donate=(0,)))
     trainable, frozen = start()
     halves = [rows_of(batch(), half).packed((2, G), skips=made.skips) for half in (slice(0, 2), slice(2, 4))]
     scored = ScoredBatch(np.ravel(batch().rewards), np.ravel(batch().valid), {}, [])
@@ -527,7 +528,7 @@ def test_the_micro_batch_changes_nothing_on_what_was_sampled_from(name: str, ful
         assert cut_metrics[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
 
 
-@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("full", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_truncation_that_cuts_nothing_off_changes_nothing(full: bool) -> None:
     """Also holds the form that computes logits again to the one-pass head."""
     _, gradient, metrics, _ = update(OBJECTIVES["dapo"], full=full)
@@ -694,14 +695,16 @@ def test_no_forward_pass_that_is_not_needed(monkeypatch: pytest.MonkeyPatch, bet
     monkeypatch.setattr(batch_logprobs, "row_outputs", counted)
     made = learner(ObjectiveConfig(beta=beta, num_iterations=iterations))
     trainable, frozen = start()
-    jax.eval_shape(made.train_step, made.init(trainable), batch().packed((B, G)), Frozen(frozen.base, {}))
+    jax.eval_shape(functools.partial(train_step, made), made.init(trainable), batch().packed((B, G)), Frozen(frozen.base, {}))
     assert set(seen) == ({True, False} if beta else {True})
     assert seen.count(False) <= len(batch().packed((B, G)).micro_batches)  # once a size of rows
 
 
 def test_without_a_kl_term_full_fine_tuning_needs_no_reference() -> None:
     made = learner(ObjectiveConfig(beta=0.0), full=True)
-    _, metrics = jax.eval_shape(made.train_step, made.init(start(full=True)[0]), batch().packed((B, G)), Frozen({}, None))
+    _, metrics = jax.eval_shape(
+        functools.partial(train_step, made), made.init(start(full=True)[0]), batch().packed((B, G)), Frozen({}, None)
+    )
     assert "kl_divergence" not in metrics.names
 
 
@@ -790,7 +793,7 @@ def test_micro_batches_without_tokens_are_not_computed() -> None:
     trainable, frozen = start()
     made = learner(OBJECTIVES["dapo"])
     changed = packed.replace(micro_batches=(largest.replace(rows=rows), *packed.micro_batches[1:]))
-    state, _ = jax.jit(made.train_step)(made.init(trainable), changed, frozen)
+    state, _ = jax.jit(functools.partial(train_step, made))(made.init(trainable), changed, frozen)
     assert_near_in_norm(state.opt_state[1], update(OBJECTIVES["dapo"])[1])
 
 
@@ -808,4 +811,4 @@ def test_no_update_ever_holds_rows_by_tokens_by_vocabulary(full: bool) -> None:
     state = jax.eval_shape(made.init, trainable)
     given = shapes_of(2, 4, 32, tokens, (2, 4))
     frozen = Frozen({}, base) if full else Frozen(base, {})
-    assert array_sizes(jax.make_jaxpr(made.train_step)(state, given, frozen)) < rows * tokens * vocabulary / 10
+    assert array_sizes(jax.make_jaxpr(functools.partial(train_step, made))(state, given, frozen)) < rows * tokens * vocabulary / 10

@@ -14,7 +14,7 @@ from tiny_runs import B, G, additions, config_of, letters
 
 import grpo_jax as gx
 from grpo_jax.config import Config
-from grpo_jax.learner.step import recorded_completions
+from grpo_jax.learner.learner import recorded_completions
 from grpo_jax.run.callbacks import Callback, StepCompletions
 
 

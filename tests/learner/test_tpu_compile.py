@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,8 +13,9 @@ from padded_batches import shapes_of
 
 from goldens.folders import build_model_folder
 from grpo_jax.config import LoraConfig, ObjectiveConfig, OptimConfig, RolloutConfig
+from grpo_jax.learner.learner import Learner
 from grpo_jax.learner.optim import learning_rate_at, make_optimizer
-from grpo_jax.learner.step import Learner
+from grpo_jax.learner.step import train_step
 from grpo_jax.models.parameters import abstract_params
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.rollout.decode import SlotState, decode_segment
@@ -65,38 +67,55 @@ def test_the_update_compiles_for_a_tpu(chips: Any, model: Transformer):
     )
     batch = shapes_of(B, G, P, C, (B, G))
     state = on(chips["v5e"], jax.eval_shape(learner.init, variables["lora"]))
-    train_step = jax.jit(learner.train_step, donate_argnums=0)
-    update = compiled_for(train_step, state, on(chips["v5e"], batch), Frozen(variables["params"], {}))
+    jitted = jax.jit(functools.partial(train_step, learner), donate_argnums=0)
+    update = compiled_for(jitted, state, on(chips["v5e"], batch), Frozen(variables["params"], {}))
     # The new state uses the memory of the old one.
     assert update.memory_analysis().alias_size_in_bytes >= bytes_of(state)
+
+
+@pytest.fixture(scope="module")
+def prefilled(chips: Any, model: Transformer) -> Callable[[str], tuple[Any, Any]]:
+    """Compiles what comes before decoding, once for each format of the cache; shapes of the weights and of the prompts."""
+    model = model.clone(implementation="mosaic_tpu")
+
+    def shape(*size: int) -> Any:
+        return jax.ShapeDtypeStruct(size, jnp.int32, sharding=chips["v5e"])
+
+    @functools.cache
+    def of(kv_dtype: str) -> tuple[Any, Any]:
+        prepared = functools.partial(prepare_weights, model, unroll=False)
+        weights = compiled_for(jax.jit(prepared), variables_of(model, chips["v5e"]))
+        assert weights.out_info["params"]["layers"]["qkv_proj"]["kernel"].shape[0] == model.spec.layers
+        weights = on(chips["v5e"], weights.out_info)
+
+        computed = functools.partial(prefill, model, kv_dtype=kv_dtype)
+        prompts = compiled_for(jax.jit(computed), weights, shape(B, P), shape(B)).out_info
+        cache = (model.spec.layers, B, model.spec.kv_heads, P, model.spec.head_dim)
+        assert (prompts.cache.v.shape, prompts.cache.v.dtype) == (cache, jnp.bfloat16 if kv_dtype == "auto" else jnp.int8)
+        assert (prompts.cache.k is None) == (kv_dtype == "int4")
+        prompts = on(chips["v5e"], prompts)
+        one = on(chips["v5e"], jax.eval_shape(computed, weights, shape(1, P), shape(1)))
+        placed = compiled_for(jax.jit(insert_prompts, donate_argnums=0), prompts, one, shape(1))
+        assert placed.memory_analysis().alias_size_in_bytes >= bytes_of(prompts.cache)
+        return weights, prompts
+
+    return of
 
 
 @pytest.mark.parametrize(
     ("refilled", "past_blocks", "kv_dtype"),
     [(False, 1, "auto"), (True, 2, "auto"), *(pytest.param(True, 1, few, marks=pytest.mark.slow) for few in ("int8", "int4"))],
 )
-def test_the_rollout_compiles_for_a_tpu(chips: Any, model: Transformer, refilled: bool, past_blocks: int, kv_dtype: str):
+def test_the_rollout_compiles_for_a_tpu(
+    chips: Any, model: Transformer, prefilled: Callable[[str], tuple[Any, Any]], refilled: bool, past_blocks: int, kv_dtype: str
+):
     """With stacked layers and the TPU's kernels."""
     model = model.clone(implementation="mosaic_tpu")
     slots, length = (6 if refilled else B * G), 8
+    weights, prompts = prefilled(kv_dtype)
 
     def shape(*size: int, dtype: Any = jnp.int32) -> Any:
         return jax.ShapeDtypeStruct(size, dtype, sharding=chips["v5e"])
-
-    prepared = functools.partial(prepare_weights, model, unroll=False)
-    weights = compiled_for(jax.jit(prepared), variables_of(model, chips["v5e"]))
-    assert weights.out_info["params"]["layers"]["qkv_proj"]["kernel"].shape[0] == model.spec.layers
-    weights = on(chips["v5e"], weights.out_info)
-
-    computed = functools.partial(prefill, model, kv_dtype=kv_dtype)
-    prompts = compiled_for(jax.jit(computed), weights, shape(B, P), shape(B)).out_info
-    cache = (model.spec.layers, B, model.spec.kv_heads, P, model.spec.head_dim)
-    assert (prompts.cache.v.shape, prompts.cache.v.dtype) == (cache, jnp.bfloat16 if kv_dtype == "auto" else jnp.int8)
-    assert (prompts.cache.k is None) == (kv_dtype == "int4")
-    prompts = on(chips["v5e"], prompts)
-    one = on(chips["v5e"], jax.eval_shape(computed, weights, shape(1, P), shape(1)))
-    placed = compiled_for(jax.jit(insert_prompts, donate_argnums=0), prompts, one, shape(1))
-    assert placed.memory_analysis().alias_size_in_bytes >= bytes_of(prompts.cache)
 
     past = [
         on(

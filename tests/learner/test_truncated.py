@@ -340,7 +340,7 @@ def test_the_kl_term_uses_the_untruncated_distribution_and_the_policy_term_the_t
 TRUNCATED: dict[str, Any] = {"top_p": 0.9, "top_k": 5, "min_p": 0.05, "temperature": 0.8, "min_completion_length": 4}
 
 
-@pytest.mark.parametrize("sampling", [TRUNCATED, {"min_completion_length": 8}])
+@pytest.mark.parametrize("sampling", [TRUNCATED, pytest.param({"min_completion_length": 8}, marks=pytest.mark.slow)])
 def test_a_run_reports_that_sampler_and_trainer_agree(sampling: dict[str, Any], tmp_path: Path) -> None:
     done = run(config_of(tmp_path, rollout=sampling))
     assert done.printed.count("log-probabilities use the truncated distribution") == (1 if "top_p" in sampling else 0)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from goldens.folders import FAMILIES, NEWER_FAMILIES, build_model_folder, read_golden
 from grpo_jax.config import Config, LoraConfig
 from grpo_jax.policy import Policy
-from grpo_jax.trainer import train
+from grpo_jax.training import train
 
 TOLERANCE_NATS = 1e-4
 PROMPT = 5

@@ -12,23 +12,12 @@ renders them. TRL has no limit of tokens a turn, only of the whole episode.
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import re
-import sys
-import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
-from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer
-
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-PACKAGES = ("torch", "transformers", "trl", "peft")
+from transformers import AutoTokenizer
+from trl_runs import Job, main, settings, timed_run, trainer_of
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + (message.content or '') }}"
@@ -71,72 +60,21 @@ def right(completions: list[list[dict[str, Any]]], answer: list[str], **_: Any) 
     return scores
 
 
-def settings(job: dict[str, Any], folder: str) -> GRPOConfig:
-    """Returns the job as settings of TRL; those that do not change the algorithm are chosen for speed on a CPU."""
-    return GRPOConfig(
-        output_dir=folder,
-        max_steps=job["steps"],
-        seed=job["seed"],
-        per_device_train_batch_size=job["prompts_per_step"] * job["num_generations"],
-        gradient_accumulation_steps=1,
-        steps_per_generation=1,
-        num_generations=job["num_generations"],
-        shuffle_dataset=False,  # the job's prompts are in order
-        max_completion_length=job["max_completion_length"],
-        max_tool_calling_iterations=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-        loss_type="dapo",
-        epsilon=job["epsilon"],
-        beta=0.0,
-        scale_rewards="group",
-        learning_rate=job["learning_rate"],
-        lr_scheduler_type="cosine",
-        warmup_steps=0,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        disable_dropout=True,
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-
-
-def run(job: dict[str, Any], folder: str) -> dict[str, Any]:
+def run(job: Job, folder: str) -> dict[str, Any]:
     """Trains and returns the result."""
-    torch.set_num_threads(job["threads"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left")
     tokenizer.chat_template, tokenizer.response_template = TEMPLATE, RESPONSE
-    trainer = GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32),
+    trainer = trainer_of(
+        job,
+        settings(job, folder, beta=0.0, lr_scheduler_type="cosine", max_tool_calling_iterations=1),
         reward_funcs=right,
-        args=settings(job, folder),
         train_dataset=Dataset.from_list(job["rows"]),
         processing_class=tokenizer,
         tools=[calculator],
-        peft_config=LoraConfig(
-            r=job["rank"], lora_alpha=job["alpha"], lora_dropout=0.0, target_modules=LINEAR, bias="none", task_type="CAUSAL_LM"
-        ),
     )
-    start = time.perf_counter()
-    trainer.train()
-    seconds = time.perf_counter() - start
-    logs = [entry for entry in trainer.state.log_history if "reward" in entry]
-    return {
-        "seconds": seconds,
-        "reward": [entry["reward"] for entry in logs],
-        "calls": [entry.get("tools/call_frequency") for entry in logs],
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-    }
+    logs, result = timed_run(trainer)
+    return result | {"calls": [entry.get("tools/call_frequency") for entry in logs]}
 
 
 if __name__ == "__main__":
-    job_path, result_path = sys.argv[1:]
-    with tempfile.TemporaryDirectory() as own:
-        result = run(json.loads(Path(job_path).read_text(encoding="utf-8")), own)
-    Path(result_path).write_text(json.dumps(result) + "\n", encoding="utf-8")
+    main(run)

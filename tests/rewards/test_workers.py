@@ -177,8 +177,15 @@ def test_a_function_that_hangs_ends_at_its_deadline_and_the_others_keep_their_va
     assert run(["at_hang", "lengths"], ["a", "b"], timeout_seconds=LIMIT_SECONDS).valid.all()  # the worker was replaced
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("function", ["at_hang", "holds_the_interpreter"])
+@pytest.mark.parametrize(
+    ("function", "workers"),
+    [
+        ("at_hang", 2),
+        ("holds_the_interpreter", 1),
+        pytest.param("at_hang", 1, marks=pytest.mark.slow),
+        pytest.param("holds_the_interpreter", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_called_row_by_row_only_the_rows_that_hang_fail(run: Score, function: str, workers: int) -> None:
     texts = ["a", "hang", "bb", "hang", "ccc", "dddd"]
     started = time.monotonic()

@@ -241,8 +241,15 @@ def test_a_segment_of_slots_that_began_together_goes_into_the_past_block_that_it
 LONG = RolloutConfig(num_generations=3, max_completion_length=20, temperature=0.7, kv_dtype="int8")
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma2"])
-@pytest.mark.parametrize("kv_dtype", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("kv_dtype", "family"),
+    [
+        ("int8", "gemma2"),
+        ("int4", "qwen2"),
+        pytest.param("int8", "qwen2", marks=pytest.mark.slow),
+        pytest.param("int4", "gemma2", marks=pytest.mark.slow),
+    ],
+)
 def test_rounding_changes_a_rollout_as_it_should_and_slots_and_segments_change_nothing(kv_dtype: str, family: str) -> None:
     """Compared with the plain sampler whose completions see rounded keys and values.
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from compiled_rollout import assert_nothing_is_copied_at_every_token, assert_nothing_is_stored_twice, line, segment_memory
 
 
+@pytest.mark.slow
 def test_a_prompt_is_stored_once_and_nothing_is_copied(chips: Any) -> None:
     memory = segment_memory(chips["v6e"], refilled=True, implementation="mosaic_tpu")
     print(line("v6e, refilled", memory))

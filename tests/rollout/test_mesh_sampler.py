@@ -47,16 +47,14 @@ COMBINED = {
     "8x1x1 refill": 8,
     "8x1x1 refill greedy": 8,
     "1x8x1 all at once": 48,  # ten prompts are two for each of eight shards: three shards have no work
-    "1x1x4 refill": 8,
-    "1x1x4 refill greedy": 8,
     "2x2x2 int8, waiting": 8,
     "2x2x2 top-p, quantised": 8,
     "2x2x2 experts, all at once, unrolled": 36,
 }
-"""Slots of each case. Every mesh and every feature is in one of them."""
+"""Slots of each case. Every axis of a mesh and every feature is in one of them."""
 
 SEPARATE = {
-    **{f"{mesh} {how}": 8 for mesh in ("1x8x1", "2x2x2") for how in ("refill", "refill greedy")},
+    **{f"{mesh} {how}": 8 for mesh in ("1x8x1", "1x1x4", "2x2x2") for how in ("refill", "refill greedy")},
     "2x2x2 all at once, unrolled": 36,
     "8x1x1 three prompts": 24,
     **{f"2x2x2 {feature}": 8 for feature in ("waiting", "int8", "top-p", "quantised", "experts")},

@@ -13,7 +13,7 @@ from plain_oracles import LORA, STOPS, log_softmax, plain_model, quick_compiling
 from rollouts import MANY_STOPS, PROMPTS, SAMPLERS, SETTINGS, Task, assert_same, drawing_margins, engine, plain, rows_of
 from scipy.stats import chisquare
 
-from goldens.folders import FAMILIES
+from goldens.folders import ALIKE, FAMILIES
 from grpo_jax.config import RolloutConfig
 from grpo_jax.learner.logprobs import completion_logprobs
 from grpo_jax.rollout import sampling
@@ -31,7 +31,7 @@ def _quick() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE)) for name in FAMILIES])
 def test_sampling_equals_sampling_without_a_cache_and_the_trainers_log_probabilities(family: str) -> None:
     """Nine completions, three times as long as the sliding windows, in four slots; the loop over layers as on accelerators."""
     for temperature in (0.7, 0.0):

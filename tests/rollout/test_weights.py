@@ -67,7 +67,11 @@ def test_one_product_of_joined_weights_is_the_products_of_the_parts(adapted: tup
         np.testing.assert_allclose(got, np.concatenate(expected, axis=-1), rtol=0, atol=1e-12)  # float64
 
 
-@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["k_proj", "up_proj", "down_proj"]], ids=str)
+@pytest.mark.parametrize(
+    "targets",
+    [["k_proj", "up_proj", "down_proj"], pytest.param(["q_proj", "v_proj"], marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_in_bfloat16_joined_and_separate_weights_give_the_same_rollout(targets: list[str]) -> None:
     """Every column of a joined product is the same sum of the same values."""
     policy = tiny_policy.__wrapped__("qwen2", LoraConfig(rank=4, alpha=8.0, targets=targets), "bfloat16")  # a list has no hash
@@ -156,7 +160,7 @@ def test_a_quantised_base_refuses_merged_adapters() -> None:
     assert Config.from_dict({"rollout": {"merge_adapters": True}}).rollout.merge_adapters
 
 
-@pytest.mark.parametrize("form", ["int4", "nf4"])
+@pytest.mark.parametrize("form", ["int4", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_a_dense_copy_of_four_bits(form: str) -> None:
     """Its values are steps or entries of the codebook times their group's scale, and a rollout is that of the few bits."""
     policy = Policy.from_pretrained(tiny_runs.tiny_model(), quantization=form, dtype="float32")

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from plain_oracles import quick_compiling
+from shared_programs import shared_programs
 from tiny_runs import B, G, additions, assert_same_arrays, config_of, letters, records, run
 
 import grpo_jax as gx
@@ -20,7 +21,8 @@ ROWS = additions()
 
 @pytest.fixture(scope="module", autouse=True)
 def quickly():
-    with quick_compiling():
+    with quick_compiling(), shared_programs(), pytest.MonkeyPatch.context() as patched:
+        patched.setattr("grpo_jax.run.folder.draw_curves", lambda *_, **__: None)  # test_trainer.py has them drawn
         yield
 
 
@@ -91,7 +93,7 @@ def test_a_callback_may_end_the_run(tmp_path: Path) -> None:
         def on_step_end(self, trainer: gx.Trainer, metrics: dict[str, Any], completions: Any) -> None:
             trainer.should_stop = True
 
-    done = run(config_of(tmp_path, train={"steps": 9}), callbacks=[Stop()])
+    done = run(config_of(tmp_path, train={"steps": 2}), callbacks=[Stop()])
     assert len(done.result.history) == 1
     assert done.result.summary["steps"] == 1
     assert (tmp_path / "checkpoints" / "1").is_dir()

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.config import LoraConfig, ObjectiveConfig, OptimConfig
+from grpo_jax.learner.learner import Learner
 from grpo_jax.learner.optim import learning_rate_at, make_optimizer
-from grpo_jax.learner.step import Learner
+from grpo_jax.learner.step import train_step
 from grpo_jax.models.parameters import abstract_params, flatten, nest, param_specs
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.models.transformer import Transformer
@@ -66,4 +67,4 @@ def lowered_update(
     state = jax.eval_shape(learner.init, adapters)
     frozen = Frozen(base_of(spec, dtype, quantization), {})
     arguments = tuple(on(device, tree) for tree in (state, batch, frozen))
-    return jax.jit(learner.train_step, donate_argnums=0).lower(*arguments)
+    return jax.jit(functools.partial(train_step, learner), donate_argnums=0).lower(*arguments)

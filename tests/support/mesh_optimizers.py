@@ -11,6 +11,7 @@ import dataclasses
 import json
 import sys
 import time
+from functools import partial
 from typing import Any
 
 from mesh_update import MESHES, SPEC, UNTIED, B, C, G, batch_of, distance  # isort: skip - makes the devices, before JAX starts
@@ -24,10 +25,11 @@ from plain_oracles import quick_compiling
 
 from grpo_jax.config import LoraConfig, MeshConfig, ObjectiveConfig, OptimConfig
 from grpo_jax.learner.eight_bit import EightBitState, decoded
+from grpo_jax.learner.learner import Learner
 from grpo_jax.learner.optim import apply_gradient, make_optimizer
-from grpo_jax.learner.packing import Recorded
+from grpo_jax.learner.rows import Recorded
 from grpo_jax.learner.sharded import state_shardings
-from grpo_jax.learner.step import Learner
+from grpo_jax.learner.step import train_step
 from grpo_jax.models.parameters import init_params
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.models.transformer import Transformer
@@ -120,7 +122,7 @@ def trained(layout: Layout | None) -> tuple[Any, Any, list[Any], list[dict[str, 
         check_mesh(layout, EXPERTS)
         axes = model_axes(EXPERTS)
         started, frozen = layout.put_tree(started, axes), layout.put_tree(frozen, axes)
-    state, step, metrics = learner.init(started), jax.jit(learner.train_step), []
+    state, step, metrics = learner.init(started), jax.jit(partial(train_step, learner)), []
     for _ in range(UPDATES):
         state, packed = step(state, batch, frozen)
         metrics.append(packed.to_dict())

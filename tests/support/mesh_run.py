@@ -25,7 +25,7 @@ from tiny_runs import additions, arrays, build_model, records, run, settings, ti
 from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig
 from grpo_jax.policy import Policy
 from grpo_jax.run.saved import load_run
-from grpo_jax.trainer import sft
+from grpo_jax.training import sft
 
 ONE, FOUR, SPREAD = {"data": 1, "fsdp": 1}, {"data": 2, "fsdp": 2}, {"data": 2, "fsdp": -1}
 ALL_AXES = {"data": 2, "fsdp": 2, "tensor": 2}

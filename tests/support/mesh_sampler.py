@@ -77,19 +77,17 @@ MESHES = {"8x1x1": (8, 1, 1), "1x8x1": (1, 8, 1), "1x1x4": (1, 1, 4), "2x2x2": (
 
 COMBINED: dict[str, dict[str, Any]] = {
     "8x1x1 refill": {"mesh": "8x1x1", "slots": 8, "limits": LIMITS},
-    "8x1x1 refill greedy": {"mesh": "8x1x1", "slots": 8, "temperature": 0.0},
+    "8x1x1 refill greedy": {"mesh": "8x1x1", "slots": 8, "temperature": 0.0, "dispatch_ahead": True},
     "1x8x1 all at once": {"mesh": "1x8x1", "dispatch_ahead": True},
-    "1x1x4 refill": {"mesh": "1x1x4", "slots": 8, "limits": LIMITS},
-    "1x1x4 refill greedy": {"mesh": "1x1x4", "slots": 8, "temperature": 0.0, "dispatch_ahead": True},
     "2x2x2 int8, waiting": {"mesh": "2x2x2", "slots": 8, "kv_dtype": "int8", "refill": False},
     "2x2x2 top-p, quantised": {"mesh": "2x2x2", "slots": 8, "top_p": 0.8, "model": "int8", "limits": LIMITS},
     "2x2x2 experts, all at once, unrolled": {"mesh": "2x2x2", "unroll": True, "model": "experts"},
 }
-"""Few cases that have every mesh and every feature once."""
+"""Few cases that have every axis of a mesh and every feature once."""
 
 SEPARATE: dict[str, dict[str, Any]] = {
-    **{f"{mesh} refill": {"mesh": mesh, "slots": 8, "limits": LIMITS} for mesh in ("1x8x1", "2x2x2")},
-    **{f"{mesh} refill greedy": {"mesh": mesh, "slots": 8, "temperature": 0.0} for mesh in ("1x8x1", "2x2x2")},
+    **{f"{mesh} refill": {"mesh": mesh, "slots": 8, "limits": LIMITS} for mesh in ("1x8x1", "1x1x4", "2x2x2")},
+    **{f"{mesh} refill greedy": {"mesh": mesh, "slots": 8, "temperature": 0.0} for mesh in ("1x8x1", "1x1x4", "2x2x2")},
     "2x2x2 all at once, unrolled": {"mesh": "2x2x2", "unroll": True},
     "8x1x1 three prompts": {"mesh": "8x1x1", "prompts": PROMPTS[:3]},
     "2x2x2 waiting": {"mesh": "2x2x2", "slots": 8, "refill": False},

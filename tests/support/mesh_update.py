@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -24,7 +25,8 @@ from padded_batches import PaddedBatch
 from plain_oracles import quick_compiling
 
 from grpo_jax.config import LoraConfig, MeshConfig, ObjectiveConfig, RolloutConfig
-from grpo_jax.learner.step import Learner
+from grpo_jax.learner.learner import Learner
+from grpo_jax.learner.step import train_step
 from grpo_jax.learner.truncated import Truncation
 from grpo_jax.models.parameters import init_params, lora_specs, param_specs
 from grpo_jax.models.spec import ModelSpec, Rope
@@ -138,7 +140,7 @@ def update(spec: ModelSpec, layout: Layout | None, how: dict[str, Any]) -> tuple
         axes = model_axes(spec)
         started, frozen = layout.put_tree(started, axes), layout.put_tree(frozen, axes)
     state = learner.init(started)
-    compiled = jax.jit(learner.train_step, donate_argnums=0).lower(state, batch, frozen).compile()
+    compiled = jax.jit(functools.partial(train_step, learner), donate_argnums=0).lower(state, batch, frozen).compile()
     after, packed = compiled(state, batch, frozen)
     if layout is not None:
         shardings = layout.tree(after, model_axes(spec))

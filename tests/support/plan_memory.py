@@ -5,6 +5,7 @@ Run as a script; prints one line of JSON: the planned bytes, and the growth from
 
 from __future__ import annotations
 
+import functools
 import json
 import tempfile
 import threading
@@ -21,6 +22,7 @@ from grpo_jax.fit.learners import grpo_learner
 from grpo_jax.fit.micro_batch import longest_lengths, row_tokens, sizes_of_rows
 from grpo_jax.fit.phases import RunShapes, update_memory
 from grpo_jax.fit.targets import machine_of
+from grpo_jax.learner.step import train_step
 from grpo_jax.runtime.memory import proc_bytes
 from grpo_jax.runtime.programs import Program, no_announcement
 from grpo_jax.weights.hf import read_folder_spec
@@ -90,7 +92,7 @@ def main() -> None:
     sizes = sizes_of_rows(config, policy.layout, lengths, row_tokens(config, policy, lengths))
     learner, _ = grpo_learner(config, policy, sizes[0].tokens)
     run = RunShapes.of(config, policy, placement, learner, sizes, no_announcement)
-    program = Program("update", run.learner.train_step, donate=(0,))
+    program = Program("update", functools.partial(train_step, run.learner), donate=(0,))
     use = update_memory(run, program)
     before = anonymous_bytes()
     with Peak() as peak:

@@ -1,7 +1,8 @@
-"""Lets the runs of a test file share compiled programs: tracing and compiling is nine tenths of a tiny run.
+"""Lets tests share the compiled programs of their runs: tracing and compiling is nine tenths of a tiny run.
 
 A run makes its own `Program`s. While `shared_programs` is entered, a program whose function is the same code, closed over equal
-values, and whose arguments have the same shapes is taken from an earlier run. Announcements and counts stay those of a compilation.
+values, and whose arguments have the same shapes is taken from an earlier run, in this file or in another, compiled with the same
+settings. Announcements and counts stay those of a compilation.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import jax
 import numpy as np
 
 from grpo_jax.runtime.programs import Program, sharding_key
+
+KNOWN: dict[Any, tuple[Any, Any]] = {}
+"""Compiled programs and the jitted functions that they are of; conftest empties it where a process has too many."""
 
 
 def is_global(function: FunctionType) -> bool:
@@ -46,7 +50,8 @@ def fingerprint(value: Any, inside: tuple[int, ...] = ()) -> Any:
         return "weak", part(value())
     if isinstance(value, FunctionType):
         cells = tuple(part(cell.cell_contents) for cell in value.__closure__ or ())
-        return value if is_global(value) else (value.__code__, part(value.__defaults__), part(value.__kwdefaults__), cells)
+        own = (value.__module__, value.__code__, part(value.__defaults__), part(value.__kwdefaults__), cells)
+        return value if is_global(value) else own
     if isinstance(value, (np.ndarray, jax.Array)):
         return value.shape, str(value.dtype), np.asarray(value).tobytes()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -61,7 +66,6 @@ def fingerprint(value: Any, inside: tuple[int, ...] = ()) -> Any:
 @contextlib.contextmanager
 def shared_programs() -> Iterator[None]:
     """Shares compiled programs between runs. No global that a program reads may change meanwhile."""
-    known: dict[Any, tuple[Any, Any]] = {}
     inner = Program.compiled
 
     def compiled(self: Program, *arguments: Any, options: dict[str, Any] | None = None, **static: Any) -> Any:
@@ -72,13 +76,13 @@ def shared_programs() -> Iterator[None]:
             return self._compiled[own]
         quick = jax.config.read("jax_disable_most_optimizations")
         key = (quick, fingerprint((self.function, self.donate, self.options, options)), own)
-        if key not in known:
+        if key not in KNOWN:
             made = inner(self, *arguments, options=options, **static)
-            known[key] = made, self._jitted[id(made)]
+            KNOWN[key] = made, self._jitted[id(made)]
             return made
         start = time.perf_counter()
         with self.announce(self.name):
-            self._compiled[own], self._jitted[id(known[key][0])] = known[key]
+            self._compiled[own], self._jitted[id(KNOWN[key][0])] = KNOWN[key]
         self.compile_seconds += time.perf_counter() - start
         self.waited_seconds += time.perf_counter() - start
         return self._compiled[own]

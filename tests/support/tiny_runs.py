@@ -21,7 +21,8 @@ from tiny_tokenizers import CHATML, byte_tokenizer, save_folder
 from goldens.weights import tensor
 from grpo_jax.config import Config
 from grpo_jax.run.checkpoint import Checkpointer
-from grpo_jax.trainer import TrainResult, train
+from grpo_jax.run.result import TrainResult
+from grpo_jax.training import train
 
 STOPS = [4, *range(201, 261)]
 """A quarter of the vocabulary ends a completion, so that some stop and some are cut."""

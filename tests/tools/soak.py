@@ -219,7 +219,7 @@ def make_model(folder: Path) -> None:
     """The quickstart's task, and its model after the warm-up, in a process of its own."""
     code = (
         "import sys; from pathlib import Path; from grpo_jax.config import load; from grpo_jax.tools import quickstart as q\n"
-        "from grpo_jax.trainer import sft; folder = Path(sys.argv[1])\n"
+        "from grpo_jax.training import sft; folder = Path(sys.argv[1])\n"
         "q.make_task(folder / 'task'); q.make_model(folder / 'model')\n"
         "sft(load(sys.argv[2], q.overrides(folder, 'warmup')).config).policy.save_merged(folder / 'warm')"
     )

@@ -443,7 +443,7 @@ def rollout_anyhow(run: Any) -> Any:
 
 
 def test_sft_refuses_auto(tmp_path: Path) -> None:
-    from grpo_jax.trainer import sft
+    from grpo_jax.training import sft
 
     rows = tiny_runs.write_rows(tmp_path / "rows.jsonl", [{"prompt": "1+1=", "completion": "2"}] * 4)
     config = tiny_runs.config_of(tmp_path / "run", train={"micro_batch_prompts": "auto"}, data={"path": str(rows)})
