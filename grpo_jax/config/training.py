@@ -155,7 +155,9 @@ class TrainConfig:
         save_every: Steps between checkpoints; 0 saves only the last state.
         keep_checkpoints: Number of the newest checkpoints that stay on disk.
         keep_best: Which other checkpoint stays on disk: `held_out` saves and keeps the one after the evaluation with the highest
-            held-out accuracy, where there are evaluations after steps; `none` keeps no other.
+            best_metric, where there are evaluations after steps; `none` keeps no other.
+        best_metric: The metric of evaluations that says which step is the best, for keep_best and `--best`: accuracy, reward/mean,
+            pass_at/8, NAME/accuracy of a further set, ... A minus in front takes the lowest, as in -kl_divergence.
         stop_on: Names of the doctor's findings that end the run when they begin, such as [kl_explosion]; see `grpo-jax doctor`.
         eval_every: Steps between evaluations; 0 evaluates only before and after training.
         eval_kl: Compute the KL divergence from the reference at evaluations too, on one completion sampled of each held-out
@@ -199,6 +201,7 @@ class TrainConfig:
     save_every: int = 50
     keep_checkpoints: int = 2
     keep_best: Literal["held_out", "none"] = "held_out"
+    best_metric: str = "accuracy"
     stop_on: list[DoctorRule] = field(default_factory=list)
     eval_every: int = 0
     eval_kl: bool = False

@@ -22,6 +22,7 @@ FREE_ON_RESUME = (
     "rollout.segment",
     "rollout.slots",
     "train.accept_changed_inputs",
+    "train.best_metric",
     "train.compilation_cache",
     "train.debug",
     "train.eval_every",

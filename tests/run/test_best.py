@@ -71,7 +71,7 @@ def test_without_keep_best_only_the_newest_stay_and_there_is_no_best(tmp_path: P
 
 def test_the_evaluation_before_training_and_later_equals_are_not_the_best():
     best = BestStep.of({"step": step, "accuracy": value} for step, value in enumerate(ACCURACIES))
-    assert (best.step, best.accuracy) == (2, 0.6)
+    assert (best.step, best.value) == (2, 0.6)
     assert BestStep.of([{"step": 0, "accuracy": 0.5}]).step is None
 
 
