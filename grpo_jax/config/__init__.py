@@ -8,7 +8,7 @@ them.
 from grpo_jax.config.checks import ConfigError
 from grpo_jax.config.distributed import DistributedConfig
 from grpo_jax.config.environment import EnvironmentConfig, check_environment
-from grpo_jax.config.evaluation import EvalConfig, check_set_name
+from grpo_jax.config.evaluation import EvalConfig
 from grpo_jax.config.listing import Setting, config_to_dict, difference, resolved_settings, write_yaml
 from grpo_jax.config.load import Config, Loaded, config_from_dict, load
 from grpo_jax.config.lora import LoraConfig

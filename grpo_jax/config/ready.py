@@ -59,7 +59,7 @@ def check_supervised(config: Config, *, has_policy: bool = False, has_dataset: b
     stops = config.train.stop_on
     require(not stops, "train.stop_on", stops, "use []: a supervised warm-up has no rewards, and the doctor diagnoses GRPO runs")
     metric, evaluated = config.train.best_metric, config.eval
-    require(metric == "accuracy", "train.best_metric", metric, "use accuracy, the only metric of a supervised warm-up's evaluations")
+    require(metric == "accuracy", "train.best_metric", metric, "use accuracy: a supervised warm-up's evaluations have no other")
     fix = "a supervised warm-up evaluates the main rows alone, greedily: leave this section out"
     require(evaluated == EvalConfig(), "eval", asdict(evaluated), fix)
 

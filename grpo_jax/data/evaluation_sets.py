@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from grpo_jax.config import Config, ConfigError, check_set_name
+from grpo_jax.config import Config, ConfigError
+from grpo_jax.config.evaluation import check_set_name
 from grpo_jax.data.source import PromptSource
 from grpo_jax.data.table import DataError
 from grpo_jax.data.tokenizer import Tokenizer
@@ -31,9 +32,7 @@ def main_rows(eval_dataset: Any) -> tuple[Any, dict[str, Any]]:
     return first, dict(others)
 
 
-def evaluation_sets(
-    config: Config, tokenizer: Tokenizer | None, given: Mapping[str, Any] | None = None
-) -> dict[str, PromptSource]:
+def evaluation_sets(config: Config, tokenizer: Tokenizer | None, given: Mapping[str, Any] | None = None) -> dict[str, PromptSource]:
     """Reads, checks and tokenises the rows of every set.
 
     Args:

@@ -49,7 +49,8 @@ class BestStep:
         if self.step is None:
             return {}
         kept = f"checkpoints/{self.step}" if (checkpoints / str(self.step)).is_dir() else None
-        named = {"best_accuracy": self.value} if self.metric == "accuracy" else {"best_metric": self.metric, "best_value": self.value}
+        other = {"best_metric": self.metric, "best_value": self.value}
+        named = {"best_accuracy": self.value} if self.metric == "accuracy" else other
         return {"best_step": self.step, **named, "best_checkpoint": kept}
 
 
@@ -68,7 +69,7 @@ def best_checkpoint(run_dir: Path, metric: str = "accuracy") -> int:
     if best.step is None:
         of_metric = "" if metric == "accuracy" else f" of {metric.removeprefix('-')}"
         raise CheckpointError(
-            f"{run_dir} has no checkpoint of a step with an evaluation{of_metric}, so none is the best: set train.eval_every, held-out rows "
-            "and train.keep_best: held_out before a run; without --best the newest checkpoint is taken"
+            f"{run_dir} has no checkpoint of a step with an evaluation{of_metric}, so none is the best: set train.eval_every, "
+            "held-out rows and train.keep_best: held_out before a run; without --best the newest checkpoint is taken"
         )
     return best.step

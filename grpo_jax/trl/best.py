@@ -1,7 +1,7 @@
 """Evaluations under TRL's names, which of our metrics `metric_for_best_model` is, and going back to the best checkpoint.
 
-TRL's `eval_NAME_...` are of the set NAME of an `eval_dataset` that is a dict. Our metrics have the name of a further set in front, and
-the first set's have none.
+TRL's `eval_NAME_...` are of the set NAME of an `eval_dataset` that is a dict. Our metrics have the name of a further set in front,
+and the first set's have none.
 """
 
 from __future__ import annotations
