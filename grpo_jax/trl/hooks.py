@@ -110,7 +110,9 @@ class Hooks(Callback):
         state.global_step, state.epoch = done * self.steps.updates, self._epoch(done)
         state.num_input_tokens_seen += tokens_of(metrics, completions)
         self.losses.append(metrics["loss"])
-        self._window.add(trl_metrics(metrics, completions, beta=self.args.beta, tokens_seen=state.num_input_tokens_seen))
+        args, seen = self.args, state.num_input_tokens_seen
+        bonus = args.entropy_coef if args.entropy_coef or args.use_adaptive_entropy else None
+        self._window.add(trl_metrics(metrics, completions, beta=args.beta, tokens_seen=seen, entropy_coef=bonus))
         self._write_extras(done)
         self._own_metrics()
         control = self.control

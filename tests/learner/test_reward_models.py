@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from many_processes import config_folder, together
 from plain_oracles import quick_compiling
 from safetensors.numpy import save_file
 from shared_programs import shared_programs
-from tiny_runs import CONFIG, additions, config_of, quick_environment, tensors
+from tiny_runs import CONFIG, additions, config_of, quick_environment, records, tensors
 from tiny_tokenizers import CHATML, byte_tokenizer, save_folder
 
 import grpo_jax as gx
@@ -81,9 +83,10 @@ from grpo_jax.runtime.mesh import make_layout
 ids, expected = read_reward_values("qwen2")
 model = RewardModel(Path(sys.argv[1]), Tokenizer.wrap(byte_tokenizer()), name="r", dtype="auto", quantization="none",
                     chat_template=False, template_arguments={}, max_length=None)
-model.load(make_layout(MeshConfig(data=2, fsdp=2)))
-values = model.values([row[:length].tolist() for row, length in zip(ids, REWARD_LENGTHS, strict=True)])
-print(np.abs(np.array(values) - expected).max())
+for mesh in (MeshConfig(data=2, fsdp=2), MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=1, tensor=4)):
+    model.load(make_layout(mesh))
+    values = model.values([row[:length].tolist() for row, length in zip(ids, REWARD_LENGTHS, strict=True)])
+    print(np.abs(np.array(values) - expected).max())
 """
 
 
@@ -94,7 +97,27 @@ def test_on_a_mesh_the_values_are_the_same(repository: Path, tmp_path: Path) -> 
     environment = os.environ | quick_environment(4) | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1e-4
+    differences = [float(line) for line in done.stdout.split()]
+    assert len(differences) == 3
+    assert max(differences) < 1e-4
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_scores_its_own_rows(folder: Path, tmp_path: Path) -> None:
+    values = config_folder(tmp_path)
+    values["data"] = {"path": str(tmp_path / "rows.jsonl")}
+    entries = [{"name": "reward_model", "path": str(folder), "dtype": "float32"}, f"{tmp_path}/mine.py:letters"]
+    values["rewards"] = {"functions": entries, "workers": 0}
+    values["train"] |= {"steps": 1, "eval_every": 0}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    for ended in together(tmp_path, 2, 1):
+        assert ended.status == 0, ended.err
+    rows = records(tmp_path / "run" / "completions.jsonl")
+    expected = reward_model(str(folder))([row["prompt"] for row in rows], [row["completion"] for row in rows])
+    assert len(rows) == 16
+    np.testing.assert_allclose([row["rewards"]["reward_model"] for row in rows], expected, rtol=0, atol=1e-5)
+    for number in range(2):
+        assert [row for row in records(tmp_path / f"calls-{number}.jsonl")] == [8]
 
 
 def test_the_last_token_that_is_no_padding_is_scored() -> None:

@@ -29,7 +29,7 @@ def make_plan(
     """Compiles a run for a machine and, where it does not fit, searches for settings with which it does.
 
     Args:
-        config: the settings; `data` and `rewards` are not read, nor is the tokenizer.
+        config: the settings; `data` is not read, nor is the tokenizer, and of `rewards` only reward models are.
         target: such as `v6e-8` or `h100x8`; None is this machine.
         announce: entered around each compilation.
         show: called with a line for each change that is tried.
