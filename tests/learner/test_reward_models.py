@@ -117,7 +117,7 @@ def test_each_of_two_processes_scores_its_own_rows(folder: Path, tmp_path: Path)
     assert len(rows) == 16
     np.testing.assert_allclose([row["rewards"]["reward_model"] for row in rows], expected, rtol=0, atol=1e-5)
     for number in range(2):
-        assert [row for row in records(tmp_path / f"calls-{number}.jsonl")] == [8]
+        assert records(tmp_path / f"calls-{number}.jsonl") == [8]
 
 
 def test_the_last_token_that_is_no_padding_is_scored() -> None:
