@@ -115,12 +115,12 @@ def test_a_mixture_has_the_shares_that_are_asked_for(tmp_path: Path, monkeypatch
     (tmp_path / "mix.yaml").write_text("datasets:\n" + values)
     (mixture,) = TrlParser(DatasetMixtureConfig).parse_args_and_config(["--config", str(tmp_path / "mix.yaml")])
     # b has 9 rows and 3 quarters: 12 rows in all, of which a has its first 3.
-    assert get_dataset(mixture)["train"]["prompt"] == ["a0", "a1", "a2", *(f"b{i}" for i in range(9))]
+    assert list(get_dataset(mixture)["train"]["prompt"]) == ["a0", "a1", "a2", *(f"b{i}" for i in range(9))]
     mixture.test_split_size, mixture.datasets[0].columns, mixture.datasets[1].columns = 4, ["prompt"], ["prompt"]
     split = get_dataset(mixture)
     assert ({name: len(rows) for name, rows in split.items()}, split["test"].column_names) == ({"train": 8, "test": 4}, ["prompt"])
     mixture.datasets[0].fraction = None
-    with pytest.raises(gx.ConfigError, match=r"fraction is \[6\.0\]: give it for all datasets of a mixture, or for none"):
+    with pytest.raises(gx.ConfigError, match=r"fraction is \[6\]: give it for all datasets of a mixture, or for none"):
         get_dataset(mixture)
     with pytest.raises(gx.ConfigError, match=r"datasets is \[\]: give at least one dataset with its path"):
         get_dataset(DatasetMixtureConfig())
