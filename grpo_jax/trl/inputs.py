@@ -96,9 +96,9 @@ def environment_rewards(environment_factory: Any) -> list[Callable[..., Any]]:
     Raises:
         ConfigError: there are several environments.
     """
-    fix = "give one class: with several, each prompt would have tools of its own, and here the prompts of a run share them"
-    several = isinstance(environment_factory, Mapping)
-    allow(not several, "environment_factory", several and f"a dict of {', '.join(environment_factory)}", fix)
+    if isinstance(environment_factory, Mapping):
+        fix = "give one class: with several, each prompt would have tools of its own, and here the prompts of a run share them"
+        raise refusal("environment_factory", f"a dict of {', '.join(environment_factory)}", fix)
     if environment_factory is None:
         return []
     kind = environment_factory if inspect.isclass(environment_factory) else type(environment_factory())

@@ -48,7 +48,7 @@ def build(folder: Path, template: str | None = CHATML, labels: int = 1, **change
     """Writes a tiny Llama of sequence classification that knows bytes."""
     config = CONFIG | {"architectures": ["LlamaForSequenceClassification"], "tie_word_embeddings": False} | changes
     save_folder(byte_tokenizer(template), folder, config=config)
-    weights = tensors() | {"score.weight": tensor("score.weight", (labels, CONFIG["hidden_size"]))}
+    weights = tensors(config["vocab_size"]) | {"score.weight": tensor("score.weight", (labels, CONFIG["hidden_size"]))}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -77,23 +77,30 @@ from goldens.folders import REWARD_LENGTHS, read_reward_values
 from tiny_tokenizers import byte_tokenizer
 from grpo_jax.config import MeshConfig
 from grpo_jax.data.tokenizer import Tokenizer
-from grpo_jax.learner.reward_models import RewardModel
+from grpo_jax.learner.reward_models import RewardModel, reward_model
 from grpo_jax.runtime.mesh import make_layout
 
 ids, expected = read_reward_values("qwen2")
 model = RewardModel(Path(sys.argv[1]), Tokenizer.wrap(byte_tokenizer()), name="r", dtype="auto", quantization="none",
                     chat_template=False, template_arguments={}, max_length=None)
-for mesh in (MeshConfig(data=2, fsdp=2), MeshConfig(fsdp=2, tensor=2), MeshConfig(fsdp=1, tensor=4)):
-    model.load(make_layout(mesh))
-    values = model.values([row[:length].tolist() for row, length in zip(ids, REWARD_LENGTHS, strict=True)])
-    print(np.abs(np.array(values) - expected).max())
+model.load(make_layout(MeshConfig(data=2, fsdp=2)))
+values = model.values([row[:length].tolist() for row, length in zip(ids, REWARD_LENGTHS, strict=True)])
+print(np.abs(np.array(values) - expected).max())
+even = reward_model(sys.argv[2])
+texts = [list(range(5, 5 + length)) for length in (3, 60, 70, 9)]
+even.load()
+alone = even.values(texts)
+for mesh in (MeshConfig(fsdp=2, tensor=2), MeshConfig(data=2, fsdp=1, tensor=2)):
+    even.load(make_layout(mesh))
+    print(np.abs(np.array(even.values(texts)) - alone).max())
 """
 
 
 @pytest.mark.slow
 def test_on_a_mesh_the_values_are_the_same(repository: Path, tmp_path: Path) -> None:
     paths = ":".join(str(repository / name) for name in ("", "kernels", "tests", "tests/support"))
-    command = [sys.executable, "-c", MESH, str(build_reward_folder(tmp_path, "qwen2"))]
+    even = build(tmp_path / "even", vocab_size=264)  # which two shards divide
+    command = [sys.executable, "-c", MESH, str(build_reward_folder(tmp_path / "qwen2", "qwen2")), str(even)]
     environment = os.environ | quick_environment(4) | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
