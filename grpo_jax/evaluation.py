@@ -134,7 +134,7 @@ def evaluate(
         reward_funcs: one function or several, instead of `rewards.functions`.
         environment, tools: as `Trainer` takes them.
         run_dir: a run, evaluated with its own settings.
-        best: of this run, the checkpoint with the highest held-out accuracy instead of the newest.
+        best: of this run, the checkpoint of the best evaluation (`train.best_metric`) instead of the newest.
         pass_k: samples per problem for pass@k and majority@k.
 
     Returns:
