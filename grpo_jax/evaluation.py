@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from grpo_jax.config import Config, ConfigError, check_environment
-from grpo_jax.data.evaluation_sets import evaluation_sets
+from grpo_jax.data.evaluation_sets import evaluation_sets, main_rows
 from grpo_jax.data.source import PromptSource
 from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.environments.protocol import EnvironmentFactory
@@ -26,47 +26,25 @@ from grpo_jax.rewards import (
     check_functions,
     correct,
     resolve_functions,
+    reward_metrics,
     runner_of,
     warning_lines,
 )
-from grpo_jax.rewards.accuracy import majority_at, pass_at, wilson_interval
+from grpo_jax.rewards.accuracy import majority_at, pass_at
 from grpo_jax.rewards.across_processes import score_across_processes
+from grpo_jax.rewards.normalization import sum_metrics
 from grpo_jax.rollout.environment_turns import EpisodeDriver, reward_rows
 from grpo_jax.rollout.episode_setup import EpisodeInputs, EpisodeSetup
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.shapes import RolloutShapes, evaluation_slots
 from grpo_jax.run.display import Display
+from grpo_jax.run.evaluations import OF_COMPLETIONS, Evaluation, evaluation_metrics, sample_counts
 from grpo_jax.run.given_policy import config_with_policy
 from grpo_jax.run.saved import load_run
+from grpo_jax.run.step_metrics import length_metrics
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.compilation_cache import use_compilation_cache
 from grpo_jax.types import Params
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Result on the held-out prompts.
-
-    Attributes:
-        accuracy: share of problems whose greedy completion is right, or of samples that are right.
-        problems: number of problems.
-        reward_mean: mean weighted reward of the completions that have one.
-        pass_at_k: share of problems for which at least one of the k samples is right; None for greedy.
-        pass_at: unbiased estimates of pass@1, 2, 4, ... and of all samples; empty for greedy.
-        majority_at_k: share of problems whose most frequent answer is right; None for greedy.
-    """
-
-    accuracy: float
-    problems: int
-    reward_mean: float
-    pass_at_k: float | None = None
-    pass_at: dict[int, float] = field(default_factory=dict, compare=False)
-    majority_at_k: float | None = field(default=None, compare=False)
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95% interval of a greedy accuracy (Wilson's), from the number of problems."""
-        return wilson_interval(round(self.accuracy * self.problems), self.problems)
 
 
 def evaluate_held_out(
@@ -126,10 +104,12 @@ def evaluate_held_out(
         display.warning(f"held-out completions: {line}")
     right = correct(scored, config.rewards.accuracy, config.rewards.accuracy_threshold).reshape(problems, k)
     mean = float(np.mean(scored.rewards[scored.valid])) if scored.valid.any() else float("nan")
+    details = {"reward/std": sum_metrics(scored)["reward/std"], **reward_metrics(scored), **length_metrics(rollout)}
+    details = {name: value for name, value in details.items() if name in OF_COMPLETIONS or name.endswith(("/mean", "/std"))}
     if samples is None:
-        return Evaluation(float(np.mean(right)), problems, mean)
-    estimates = {size: pass_at(right, size) for size in sorted({*(2**power for power in range(k.bit_length())), k})}
-    return Evaluation(float(np.mean(right)), problems, mean, estimates[k], estimates, majority_at(texts, right))
+        return Evaluation(float(np.mean(right)), problems, mean, details=details)
+    estimates = {size: pass_at(right, size) for size in sample_counts(k)}
+    return Evaluation(float(np.mean(right)), problems, mean, estimates[k], estimates, majority_at(texts, right), details)
 
 
 def evaluate(
@@ -149,16 +129,18 @@ def evaluate(
     Args:
         config: the settings; not needed with `run_dir`.
         policy: evaluated instead of `model.path`.
-        eval_dataset: held-out rows, instead of `data.eval_split` and `data.eval_path`.
+        eval_dataset: held-out rows, instead of `data.eval_split` and `data.eval_path`; or a dict of several sets by name, of which
+            the first is the main one.
         reward_funcs: one function or several, instead of `rewards.functions`.
         environment, tools: as `Trainer` takes them.
         run_dir: a run, evaluated with its own settings.
-        best: of this run, the checkpoint with the highest held-out accuracy instead of the newest.
+        best: of this run, the checkpoint of the best evaluation (`train.best_metric`) instead of the newest.
         pass_k: samples per problem for pass@k and majority@k.
 
     Returns:
         `accuracy`, `accuracy_low` and `accuracy_high` (its 95% interval), `pass_at_k`, `pass_k`, `pass_at` (estimates for smaller k
-        too), `majority_at_k`, `sampled_accuracy`, `reward_mean` and `held_out_problems`; `sets`, the same for each of `eval.sets`.
+        too), `majority_at_k`, `sampled_accuracy`, `reward_mean`, `held_out_problems`, and `metrics`, under the names of
+        evaluations.jsonl; `sets`, the same for each of `eval.sets` and of the further sets in `eval_dataset`.
 
     Raises:
         ConfigError: nothing is held out, or settings are missing.
@@ -181,10 +163,11 @@ def evaluate(
     config, entries, longest = setup.config, with_reward_models(setup.entries), config.rollout.max_completion_length
     functions = resolve_functions(entries, max_completion_length=longest)
     tokenizer = policy.need_tokenizer()
-    source = PromptSource.build(setup.source_config(tokenizer), tokenizer, None, eval_dataset, only_held_out=True)
+    rows, further = main_rows(eval_dataset)
+    source = PromptSource.build(setup.source_config(tokenizer), tokenizer, None, rows, only_held_out=True)
     if len(source.held_out) == 0:
         raise ConfigError("data.eval_size: 0; nothing is held out: set it, or data.eval_split or data.eval_path")
-    sets = {"": source, **evaluation_sets(setup.source_config(tokenizer), tokenizer)}
+    sets = {"": source, **evaluation_sets(setup.source_config(tokenizer), tokenizer, further)}
     for held_out in sets.values():
         columns = [*reward_columns(held_out, config), *setup.columns]
         check_functions(functions, columns, config.rewards.weights, config.rewards.accuracy)
@@ -235,6 +218,7 @@ def result_of(greedy: Evaluation, sampled: Evaluation, pass_k: int) -> dict[str,
         "sampled_accuracy": sampled.accuracy,
         "reward_mean": greedy.reward_mean,
         "held_out_problems": greedy.problems,
+        "metrics": evaluation_metrics(greedy, sampled),
     }
 
 
@@ -248,13 +232,6 @@ def result_line(result: dict[str, Any]) -> str:
         f"mean of samples {result['sampled_accuracy']:.1%}, greedy reward {result['reward_mean']:.3f}, "
         f"{result['held_out_problems']} held-out problems"
     )
-
-
-def set_metrics(name: str, result: Evaluation) -> dict[str, float]:
-    """Metrics of a greedy evaluation on one of `eval.sets`, whose names begin with the set's."""
-    low, high = result.interval
-    values = {"accuracy": result.accuracy, "accuracy_low": low, "accuracy_high": high, "reward/mean": result.reward_mean}
-    return {f"{name}/{key}": value for key, value in values.items()}
 
 
 def reward_columns(source: PromptSource, config: Config) -> list[str]:

@@ -66,7 +66,8 @@ class Trainer:
         reward_funcs: one function or several, instead of `rewards.functions`.
         environment: makes the environment of an episode, usually its class, instead of `environment.name`; see `gx.Environment`.
         tools: functions that the model may call, instead of `environment.tools`.
-        eval_dataset: held-out rows, instead of `data.eval_split` and `data.eval_path`.
+        eval_dataset: held-out rows, instead of `data.eval_split` and `data.eval_path`; or a dict of several sets by name, of which
+            the first is the main one and the others are as `eval.sets`.
         optimizer: any Optax transformation, instead of `optim`.
         loss_fn: takes `grpo_loss`'s arguments by name, `weights` included, instead of `grpo_loss`; see `learner/custom_loss.py`.
         callbacks: called after records and display; see `run/callbacks.py`.
@@ -82,7 +83,7 @@ class Trainer:
         skipped: counts steps without an update, because loss or gradient was not finite: `skipped.in_a_row`.
         should_stop: set it to True, in a callback for example, and `train` ends after the current step.
         stopped_by: the doctor's rule in `train.stop_on` that has ended the run; None where none has.
-        best: the step with the highest held-out accuracy so far.
+        best: the step with the best evaluation so far, by `train.best_metric`.
 
     Raises:
         ConfigError, DataError, ModelError, RunFolderError: bad input, before anything is compiled.
@@ -119,7 +120,7 @@ class Trainer:
         self.state: TrainState = in_host_memory(state) if self.config.optim.offload else state
         self.steps_done, self.should_stop = 0, False
         self.stopped_by: str | None = None
-        self.best = BestStep()
+        self.best = BestStep(self.config.train.best_metric)
         self.skipped = SkippedSteps(self.config.optim.max_skipped_steps, self.run_dir, self.display)
         self.folder: RunFolder | None = None
         self._checkpoints: Checkpointer | None = None

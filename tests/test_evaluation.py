@@ -15,13 +15,14 @@ import grpo_jax as gx
 from grpo_jax import cli
 from grpo_jax.config import Config, ConfigError, EvalConfig, RolloutConfig
 from grpo_jax.data import PromptSource
-from grpo_jax.data.evaluation_sets import evaluation_sets
+from grpo_jax.data.evaluation_sets import evaluation_sets, main_rows
 from grpo_jax.data.table import DataError
 from grpo_jax.data.tokenizer import Tokenizer
-from grpo_jax.evaluation import Evaluation, evaluate, evaluate_held_out, reward_columns
+from grpo_jax.evaluation import evaluate, evaluate_held_out, reward_columns
 from grpo_jax.rewards import RewardError, resolve_functions
 from grpo_jax.rewards.protocol import TextReward
 from grpo_jax.rollout.sampler import Sampler
+from grpo_jax.run.evaluations import Evaluation, check_evaluation, metric_names
 from grpo_jax.types import Rollout
 
 EVAL = [{"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(4)]
@@ -176,6 +177,36 @@ def test_a_set_has_its_own_rows_and_size(tmp_path: Path):
     assert answers == {"all": [["1", "2", "3", "4"]], "two": [["1", "2"]]}
 
 
+def test_sets_that_python_gives_are_read_and_named(tmp_path: Path):
+    first, others = main_rows({"main": EVAL, "two": EVAL[:2]})
+    assert (first, list(others)) == (EVAL, ["two"])
+    assert main_rows(EVAL) == (EVAL, {})
+    (source,) = evaluation_sets(config_of(tmp_path), tokenizer(), others).values()
+    assert [batch.columns["answer"] for batch in source.held_out_batches(9)] == [["1", "2"]]
+    with pytest.raises(DataError, match=r"eval_dataset\['bad'\]: "):
+        evaluation_sets(config_of(tmp_path), tokenizer(), {"bad": [3]})
+    for name, message in (
+        ("a/b", "name a set with letters"),
+        ("rewards", "use another name: metrics of the main set begin with it"),
+    ):
+        with pytest.raises(ConfigError, match=f"eval_dataset is '{name}': {message}"):
+            main_rows({name: EVAL})
+
+
+def test_settings_that_nothing_held_out_makes_pointless_are_named(tmp_path: Path):
+    functions = resolve_functions(["exact_match"])
+    for sections, message in (
+        ({"eval": {"samples": 4}}, r"eval\.samples is 4: it has an effect where main rows are held out"),
+        ({"train": {"best_metric": "pass_at/2"}}, r"train\.best_metric is 'pass_at/2': it has an effect where main rows"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            check_evaluation(config_of(tmp_path, **sections), functions, [], 0)
+    config = config_of(tmp_path, eval={"samples": 3}, train={"best_metric": "-hard/sampled/rewards/exact_match/std"})
+    check_evaluation(config, functions, ["hard"], 4)
+    with pytest.raises(ConfigError, match=r"train\.best_metric is .*: use a metric of evaluations: accuracy, reward/mean"):
+        check_evaluation(config, functions, ["easy"], 4)
+
+
 @pytest.mark.slow  # samples three sets greedily, three times, and once in a run: many shapes are compiled
 def test_further_sets_are_evaluated_with_the_main_one(tmp_path: Path):
     for name, first in (("main", 0), ("easy", 0), ("hard", 5)):
@@ -183,7 +214,7 @@ def test_further_sets_are_evaluated_with_the_main_one(tmp_path: Path):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
     sets = {"easy": {"path": str(tmp_path / "easy.jsonl"), "size": 2}, "hard": {"path": str(tmp_path / "hard.jsonl")}}
     config = config_of(tmp_path, data={"eval_path": str(tmp_path / "main.jsonl")}, train={"steps": 1, "prompts_per_step": 2})
-    config = replace(config, eval=EvalConfig(sets), rewards=replace(config.rewards, functions=["exact_match"]))
+    config = replace(config, eval=EvalConfig(sets, samples=2), rewards=replace(config.rewards, functions=["exact_match"]))
     found = evaluate(config, pass_k=2)
     assert {name: result["held_out_problems"] for name, result in found["sets"].items()} == {"easy": 2, "hard": 4}
     for result in (found, *found["sets"].values()):
@@ -193,6 +224,9 @@ def test_further_sets_are_evaluated_with_the_main_one(tmp_path: Path):
     for name, result in found["sets"].items():
         assert step[f"{name}/accuracy"] == result["accuracy"]
         assert step[f"{name}/reward/mean"] == pytest.approx(result["reward_mean"])
+        assert step[f"{name}/majority_at/2"] == result["majority_at_k"]
+        assert {size: step[f"{name}/pass_at/{size}"] for size in (1, 2)} == result["pass_at"]
+    assert step.keys() - {"step"} <= set(metric_names(config, resolve_functions(["exact_match"]), sets))
     assert (step["accuracy_low"], step["accuracy_high"]) == (found["accuracy_low"], found["accuracy_high"])
 
 

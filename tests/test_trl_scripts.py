@@ -21,6 +21,7 @@ from tiny_runs import CONFIG, records, tensors, tiny_model, write_rows
 from tiny_tokenizers import CHATML, byte_tokenizer, save_folder
 
 import grpo_jax as gx
+from grpo_jax.trl import DatasetMixtureConfig, TrlParser, get_dataset
 
 SCRIPTS = Path(__file__).parent / "support" / "trl_scripts"
 ROWS = [{"prompt": [{"role": "user", "content": f"1+{i}="}], "solution": str(1 + i)} for i in range(4)]
@@ -102,3 +103,24 @@ def test_a_script_runs_and_its_curve_is_that_of_train(name: str, tmp_path: Path,
         assert [step for step, _ in names["seen"]] == [1, 2, 2]
         assert len(names["answers"]) == 2
         assert Path("grpo_saved_lora/adapter_config.json").is_file()
+
+
+def test_a_mixture_has_the_shares_that_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, count in (("a", 4), ("b", 9)):
+        write_rows(tmp_path / f"{name}.jsonl", [{"prompt": f"{name}{i}", "more": i} for i in range(count)])
+    values = "".join(
+        f"- {{path: json, data_files: {tmp_path}/{name}.jsonl, fraction: {share}}}\n" for name, share in (("a", 2), ("b", 6))
+    )
+    (tmp_path / "mix.yaml").write_text("datasets:\n" + values)
+    (mixture,) = TrlParser(DatasetMixtureConfig).parse_args_and_config(["--config", str(tmp_path / "mix.yaml")])
+    # b has 9 rows and 3 quarters: 12 rows in all, of which a has its first 3.
+    assert list(get_dataset(mixture)["train"]["prompt"]) == ["a0", "a1", "a2", *(f"b{i}" for i in range(9))]
+    mixture.test_split_size, mixture.datasets[0].columns, mixture.datasets[1].columns = 4, ["prompt"], ["prompt"]
+    split = get_dataset(mixture)
+    assert ({name: len(rows) for name, rows in split.items()}, split["test"].column_names) == ({"train": 8, "test": 4}, ["prompt"])
+    mixture.datasets[0].fraction = None
+    with pytest.raises(gx.ConfigError, match=r"fraction is \[6\]: give it for all datasets of a mixture, or for none"):
+        get_dataset(mixture)
+    with pytest.raises(gx.ConfigError, match=r"datasets is \[\]: give at least one dataset with its path"):
+        get_dataset(DatasetMixtureConfig())

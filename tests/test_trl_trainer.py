@@ -13,6 +13,7 @@ import datasets
 import numpy as np
 import optax
 import pytest
+import yaml
 from fake_hub import fake_hub
 from plain_oracles import quick_compiling
 from safetensors.numpy import save_file
@@ -240,7 +241,8 @@ def test_save_model_puts_the_adapter_and_the_tokenizer_at_the_top(done: Done, tm
 def test_push_to_hub_uploads_the_adapter_with_a_card_of_the_run(done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
     uploads = fake_hub(monkeypatch)
     assert done.trainer.hub_model_id == done.folder.name
-    assert done.trainer.push_to_hub(dataset_name="me/rows", token="hf_x", revision="try") == "https://hub/commit"
+    given: dict[str, Any] = {"dataset_name": ["me/rows", "me/more"], "token": "hf_x", "revision": "try", "tags": ["sums", "grpo"]}
+    assert done.trainer.push_to_hub(**given) == "https://hub/commit"
     future = done.trainer.push_to_hub("Second", blocking=False)
     assert future.result() == "https://hub/commit"
     first, second = uploads
@@ -249,8 +251,25 @@ def test_push_to_hub_uploads_the_adapter_with_a_card_of_the_run(done: Done, monk
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= first["files"].keys()
     assert "config.yaml" not in first["files"]
     assert "`me/rows`" in first["files"]["README.md"]
-    with pytest.raises(gx.ConfigError, match=r"push_to_hub\(tags=\.\.\.\) is 'a list': leave it out"):
-        done.trainer.push_to_hub(tags=["x"])
+    assert yaml.safe_load(first["files"]["README.md"].split("---")[1])["tags"] == ["grpo", "grpo_jax", "lora", "sums"]
+    with pytest.raises(gx.ConfigError, match=r"push_to_hub\(license=\.\.\.\) is 'mit': leave it out"):
+        done.trainer.push_to_hub(license="mit")
+
+
+def test_metrics_and_the_card_are_written_as_scripts_ask(done: Done, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"train_loss": 0.25, "train_samples": 24}
+    done.trainer.log_metrics("train", metrics)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["***** train metrics *****", "  train_loss    = 0.2500", "  train_samples =     24"]
+    done.trainer.save_metrics("train", metrics)
+    done.trainer.save_metrics("eval", {"eval_reward": 0.5})
+    assert json.loads((done.folder / "train_results.json").read_text()) == metrics
+    assert json.loads((done.folder / "all_results.json").read_text()) == {**metrics, "eval_reward": 0.5}
+    done.trainer.create_model_card(model_name="me/sums", dataset_name="me/rows", tags="sums")
+    card = (done.folder / "README.md").read_text()
+    assert "# sums" in card
+    assert "`me/rows`" in card
+    assert yaml.safe_load(card.split("---")[1])["tags"][-1] == "sums"
 
 
 def test_every_save_is_uploaded_and_a_failed_upload_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ def given_settings(arguments: argparse.Namespace) -> dict[str, str]:
     return {name: value for name, value in vars(arguments).items() if name in setting_types()}
 
 
-BEST = "the checkpoint with the highest held-out accuracy, which train.keep_best has kept, instead of the newest"
+BEST = "the checkpoint of the best evaluation (train.best_metric), which train.keep_best has kept, instead of the newest"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from grpo_jax.config.checks import require
 from grpo_jax.config.environment import check_environment
+from grpo_jax.config.evaluation import EvalConfig
 from grpo_jax.config.load import Config
 
 
@@ -55,6 +58,10 @@ def check_supervised(config: Config, *, has_policy: bool = False, has_dataset: b
     require(not streams, "data.streaming", streams, "use false: a supervised warm-up tokenises all rows before it begins")
     stops = config.train.stop_on
     require(not stops, "train.stop_on", stops, "use []: a supervised warm-up has no rewards, and the doctor diagnoses GRPO runs")
+    metric, evaluated = config.train.best_metric, config.eval
+    require(metric == "accuracy", "train.best_metric", metric, "use accuracy: a supervised warm-up's evaluations have no other")
+    fix = "a supervised warm-up evaluates the main rows alone, greedily: leave this section out"
+    require(evaluated == EvalConfig(), "eval", asdict(evaluated), fix)
 
 
 def check_any_training(config: Config, *, has_policy: bool, has_dataset: bool) -> None:

@@ -37,7 +37,8 @@ class OptimConfig:
             (https://arxiv.org/abs/2110.02861).
         learning_rate: Peak learning rate; 1e-6 to 5e-6 is usual for full fine-tuning, 5e-6 to 5e-5 for LoRA; with lion a tenth to
             a third of that.
-        schedule: Learning rate after the warm-up: constant, or linear or cosine decay to 0 at the last step.
+        schedule: Learning rate after the warm-up: constant, or linear or cosine decay to final_ratio at the last step.
+        final_ratio: Where linear and cosine decay end, as a share of learning_rate; 0 is the usual end.
         warmup_steps: Steps in which the learning rate rises from 0 to its peak.
         warmup_ratio: The same as a share of all updates of the run, rounded up; null leaves it to warmup_steps.
         max_grad_norm: Gradients with a larger global norm are scaled down to this one; null clips nothing.
@@ -57,6 +58,7 @@ class OptimConfig:
     moments: Literal["float32", "bfloat16", "factored", "int8"] = "float32"
     learning_rate: float = 1e-5
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    final_ratio: float = 0.0
     warmup_steps: int = 0
     warmup_ratio: float | None = None
     max_grad_norm: float | None = 1.0
@@ -86,6 +88,9 @@ class OptimConfig:
         require(self.moments == "float32" or has_moments, "optim.moments", self.moments, fix)
         require(self.learning_rate > 0, "optim.learning_rate", self.learning_rate, "use a positive rate such as 1e-5")
         require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, "use 0 or more steps")
+        require(0 <= self.final_ratio <= 1, "optim.final_ratio", self.final_ratio, "use a share of learning_rate from 0 to 1")
+        fix = "it has an effect with optim.schedule linear or cosine: set that, or leave this out"
+        require(self.final_ratio == 0 or self.schedule != "constant", "optim.final_ratio", self.final_ratio, fix)
         if self.warmup_ratio is not None:
             ratio = self.warmup_ratio
             require(0 <= ratio < 1, "optim.warmup_ratio", ratio, "use a share of all updates from 0 up to 1, such as 0.1, or null")
@@ -162,7 +167,9 @@ class TrainConfig:
         save_every: Steps between checkpoints; 0 saves only the last state.
         keep_checkpoints: Number of the newest checkpoints that stay on disk.
         keep_best: Which other checkpoint stays on disk: `held_out` saves and keeps the one after the evaluation with the highest
-            held-out accuracy, where there are evaluations after steps; `none` keeps no other.
+            best_metric, where there are evaluations after steps; `none` keeps no other.
+        best_metric: The metric of evaluations that says which step is the best, for keep_best and `--best`: accuracy, reward/mean,
+            pass_at/8, NAME/accuracy of a further set, ... A minus in front takes the lowest, as in -kl_divergence.
         stop_on: Names of the doctor's findings that end the run when they begin, such as [kl_explosion]; see `grpo-jax doctor`.
         eval_every: Steps between evaluations; 0 evaluates only before and after training.
         eval_kl: Compute the KL divergence from the reference at evaluations too, on one completion sampled of each held-out
@@ -170,6 +177,7 @@ class TrainConfig:
         eval_slots: Completions that are decoded at once in evaluation, each of another prompt; null takes `rollout.slots`, or
             as many as a step has.
         show_every: Steps between tables of sampled completions on the terminal; 0 shows none.
+        show_completions: Completions in such a table at most.
         record_tokens: Prompts of each step whose completions are recorded with the text and the log-probability of every token, for
             the report; each of these completions then takes about five times its space in completions.jsonl. 0 records none.
             Entropy and KL of each token are recorded too where a step makes one update on all of its completions. What the update
@@ -177,6 +185,9 @@ class TrainConfig:
         quiet: Print plain lines instead of a live progress bar and tables, for logs.
         track: Where metrics are sent in addition to the run folder, one or a list: `wandb` (extra `track`), `trackio`, `mlflow`
             (extras of their names); `none` is nothing, and `tensorboard` is always written.
+        run_name: What the trackers call the run; null is the name of run_dir.
+        project: The trackers' project (of MLflow the experiment); null leaves it to their environment variables WANDB_PROJECT,
+            TRACKIO_PROJECT and MLFLOW_EXPERIMENT_NAME, and else is grpo_jax.
         grace_seconds: Longest time that a step may go on after SIGTERM, SIGHUP or the first Ctrl-C. The run then saves its state,
             writes its summary and ends; a step that lasts longer is abandoned.
         accept_changed_inputs: Resume although the files of the model, the data or the source of a reward function have changed
@@ -206,14 +217,18 @@ class TrainConfig:
     save_every: int = 50
     keep_checkpoints: int = 2
     keep_best: Literal["held_out", "none"] = "held_out"
+    best_metric: str = "accuracy"
     stop_on: list[DoctorRule] = field(default_factory=list)
     eval_every: int = 0
     eval_kl: bool = False
     eval_slots: int | None = None
     show_every: int = 10
+    show_completions: int = 4
     record_tokens: int = 1
     quiet: bool = False
     track: TrackerName | list[TrackerName] = "none"
+    run_name: str | None = None
+    project: str | None = None
     grace_seconds: float = 20.0
     accept_changed_inputs: bool = False
     debug: bool = False
@@ -251,6 +266,15 @@ class TrainConfig:
         alone = len(set(names)) == len(names) and ("none" not in names or len(names) == 1)
         require(alone, "train.track", self.track, "name each tracker once, and none alone")
         require(self.show_every >= 0, "train.show_every", self.show_every, "use 0 (never) or a number of steps")
+        shown = self.show_completions
+        require(shown >= 1, "train.show_completions", shown, "use at least 1; train.show_every 0 shows no table")
+        fix = "it has an effect only with train.show_every above 0: set that, or leave this out"
+        require(self.show_every > 0 or shown == TrainConfig.show_completions, "train.show_completions", shown, fix)
+        for name in ("run_name", "project"):
+            value, fix = getattr(self, name), "it has an effect only with a tracker: set train.track, or leave this out"
+            tracked = bool(set(self.trackers) - {"none", "tensorboard"})
+            require(value is None or tracked, f"train.{name}", value, fix)
+            require(value is None or bool(value.strip()), f"train.{name}", value, "give a name, or null")
         require(self.record_tokens >= 0, "train.record_tokens", self.record_tokens, "use 0 (none) or a number of prompts")
         require(
             self.micro_batch_tokens is None or (self.micro_batch_prompts is None and self.micro_batch_completions is None),

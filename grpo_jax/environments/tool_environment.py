@@ -57,9 +57,9 @@ class Methods:
 
     @property
     def tools(self) -> list[Any]:
-        """The public methods, without `reset`, `step` and `close`."""
-        methods = inspect.getmembers(self.target, inspect.ismethod)
-        return [method for name, method in methods if not name.startswith("_") and name not in ("reset", "step", "close")]
+        """The public methods, without `reset`, `step`, `close` and `get_reward`, which TRL's trainer calls."""
+        methods, others = inspect.getmembers(self.target, inspect.ismethod), ("reset", "step", "close", "get_reward")
+        return [method for name, method in methods if not name.startswith("_") and name not in others]
 
     def reset(self, **row: Any) -> Any:
         """Begins the episode."""

@@ -18,6 +18,7 @@ from grpo_jax.fit.learners import grpo_learner
 from grpo_jax.fit.memory_use import MemoryUse, phase_rows
 from grpo_jax.fit.micro_batch import longest_lengths, row_tokens, rows_to_try, sizes_of_rows, smaller_rows
 from grpo_jax.fit.phases import RolloutMemory, RunShapes, activation_bytes, rollout_memory, update_memory
+from grpo_jax.fit.reward_memory import RewardShapes
 from grpo_jax.learner.learner import Learner
 from grpo_jax.learner.packing import Lengths
 from grpo_jax.learner.rows import RowSize
@@ -126,8 +127,12 @@ def fit_update(
     announce: Announce,
     make_learner: MakeLearner,
     lengths: Lengths,
+    rewards: tuple[RewardShapes, ...] = (),
 ) -> FittedUpdate:
     """Compiles updates until one fits, starting with the longest rows. The arrays of policy and `frozen` may be shapes.
+
+    Args:
+        rewards: reward models whose memory counts; () where `limit` is what they leave.
 
     Returns:
         The run with those rows, its update, the memory that it needs, and what `model.remat` resolves to.
@@ -141,7 +146,7 @@ def fit_update(
     def run_with(tokens: int, remat: Any = config.model.remat) -> tuple[RunShapes, str]:
         learner, remat = make_learner(replace(config, model=replace(config.model, remat=remat)), policy, tokens)
         rows = sizes_of_rows(config, policy.layout, lengths, tokens)
-        return RunShapes.of(config, policy, placement, learner, rows, announce, frozen), remat
+        return RunShapes.of(config, policy, placement, learner, rows, announce, frozen, rewards), remat
 
     if limit is not None:
         # The size of the activations is known without compiling, and grows with the tokens.

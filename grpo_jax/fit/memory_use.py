@@ -19,7 +19,10 @@ from grpo_jax.fit.scratch import scratch_counted
 from grpo_jax.runtime.memory import GIB
 from grpo_jax.runtime.programs import Program
 
-COMPONENTS = ("base", "adapters", "optimizer", "reference", "prefix_kv", "suffix_kv", "activations", "temporaries")
+COMPONENTS = (
+    *("base", "adapters", "optimizer", "reference", "reward_models"),
+    *("prefix_kv", "suffix_kv", "activations", "temporaries"),
+)
 
 
 @dataclass(frozen=True)

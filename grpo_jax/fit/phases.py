@@ -18,6 +18,7 @@ from jax.extend.core import Literal
 from grpo_jax.config import Config
 from grpo_jax.fit.abstract import Placement, abstract_batch, abstract_frozen, abstract_state, device_bytes
 from grpo_jax.fit.memory_use import COMPONENTS, CompiledMemory, MemoryUse
+from grpo_jax.fit.reward_memory import RewardShapes, compile_rewards
 from grpo_jax.learner.learner import Learner
 from grpo_jax.learner.micro_batches import MicroBatch
 from grpo_jax.learner.rows import RowSize
@@ -48,6 +49,7 @@ class RunShapes:
         announce: entered around each compilation.
         episodes: completions are episodes: some of their past is parked outside the slots.
         refills: further prompts begin in slots that become free.
+        rewards: reward models whose memory counts; () where it is known to be taken already.
     """
 
     config: Config
@@ -61,6 +63,7 @@ class RunShapes:
     announce: Announce = no_announcement
     episodes: bool = False
     refills: bool = False
+    rewards: tuple[RewardShapes, ...] = ()
 
     @staticmethod
     def of(
@@ -71,16 +74,18 @@ class RunShapes:
         sizes: tuple[RowSize, ...],
         announce: Announce,
         frozen: Frozen | None = None,
+        rewards: tuple[RewardShapes, ...] = (),
     ) -> RunShapes:
         """Builds the shapes of a run.
 
         Args:
             frozen: what an update reads; None builds its shapes.
+            rewards: reward models whose memory counts.
         """
         episodes = config.environment.makes_episodes
         state = abstract_state(learner, policy, placement)
         frozen = frozen or abstract_frozen(config, policy)
-        return RunShapes(config, policy.spec, placement, policy, learner, sizes, state, frozen, announce, episodes)
+        return RunShapes(config, policy.spec, placement, policy, learner, sizes, state, frozen, announce, episodes, rewards=rewards)
 
     @property
     def row_shards(self) -> int:
@@ -99,6 +104,7 @@ class RunShapes:
         own, trained = device_bytes(self.policy.params), device_bytes(self.state.trainable)
         moving = device_bytes(self.state.reference)
         memory = dict.fromkeys(COMPONENTS, 0) | {"optimizer": device_bytes((self.state.step, self.state.opt_state))}
+        memory["reward_models"] = device_bytes([reward.variables for reward in self.rewards])
         if self.policy.adapters is None:
             return memory | {"base": trained, "reference": own + moving}
         start = device_bytes(self.frozen.reference if self.config.optim.offload else self.policy.adapters)
@@ -174,7 +180,7 @@ class RolloutMemory:
 
 
 def rollout_memory(run: RunShapes, limit_bytes: int | None, sampler: Sampler | None = None) -> RolloutMemory:
-    """Compiles the programs of a rollout at the longest lengths and returns their memory.
+    """Compiles the programs of a rollout at the longest lengths, and those of reward models, and returns their memory.
 
     Args:
         limit_bytes: of each device; chooses the number of slots where the settings do not.
@@ -217,6 +223,7 @@ def rollout_memory(run: RunShapes, limit_bytes: int | None, sampler: Sampler | N
             compiled.compile(programs.append_segment, (past_blocks, segment_cache, base, arguments[3].live), {}, with_segment)
             for rows, tokens in sizes.extensions:
                 compiled.compile(programs.extend_past, (weights, prompts, past_blocks, new_tokens(run, rows, tokens)), {}, live)
+    compile_rewards(compiled, run.rewards, run.resident)
     return RolloutMemory(compiled.use, slots, sizes)
 
 

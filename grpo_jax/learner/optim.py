@@ -111,8 +111,9 @@ def make_schedule(optim: OptimConfig, steps: int, updates_per_step: int = 1) -> 
     """Makes the learning rate by number of updates already made, k = 0 for the first.
 
     Warm-up: learning_rate · k / w for k < w = warmup_steps · updates_per_step or ⌈warmup_ratio · steps⌉, so that update 0 has rate
-    0, as in Optax and transformers. Then `constant`, or from learning_rate at k = w down to 0 at k = steps, along a line (`linear`)
-    or half a cosine (`cosine`, https://arxiv.org/abs/1608.03983, equation 5 without restarts). k = steps is after the last update.
+    0, as in Optax and transformers. Then `constant`, or from learning_rate at k = w down to final_ratio · learning_rate at
+    k = steps, along a line (`linear`) or half a cosine (`cosine`, https://arxiv.org/abs/1608.03983, equation 5 without restarts).
+    k = steps is after the last update.
 
     Raises:
         ConfigError: no steps, or a warm-up that does not end before them.
@@ -127,9 +128,9 @@ def make_schedule(optim: OptimConfig, steps: int, updates_per_step: int = 1) -> 
     if optim.schedule == "constant":
         after = optax.constant_schedule(peak)
     elif optim.schedule == "linear":
-        after = optax.linear_schedule(peak, 0.0, left)
+        after = optax.linear_schedule(peak, peak * optim.final_ratio, left)
     else:
-        after = optax.cosine_decay_schedule(peak, left)
+        after = optax.cosine_decay_schedule(peak, left, alpha=optim.final_ratio)
     if warmup == 0:
         return after
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])

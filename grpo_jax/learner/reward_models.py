@@ -24,7 +24,7 @@ from grpo_jax.data.tokenizer import Tokenizer
 from grpo_jax.data.tokenizer_files import TokenizerError
 from grpo_jax.models.attention import prefill_attend, select_last
 from grpo_jax.models.families import read_spec
-from grpo_jax.models.spec import ModelError
+from grpo_jax.models.spec import ModelError, ModelSpec
 from grpo_jax.models.transformer import Transformer, forward
 from grpo_jax.rewards.calls import FailedValue
 from grpo_jax.rewards.protocol import DeviceReward, NamedFunction, text_of
@@ -79,18 +79,7 @@ class RewardModel(DeviceReward):
         self.folder, self.tokenizer = folder, tokenizer
         self._dtype, self._quantization = dtype, quantization
         self._chat, self._arguments = chat_template, dict(template_arguments)
-        file = folder / "config.json"
-        config = read_json(file)
-        kind = str((config.get("architectures") or ["none"])[0])
-        if not kind.endswith("ForSequenceClassification"):
-            raise ModelError(f"{file}: architectures is {kind}: a reward model is a ...ForSequenceClassification of one label")
-        # The head is the score: the files have no lm_head, which a model that is not tied would need.
-        decoder = {key: value for key, value in config.items() if key not in OWN_ATTRIBUTES}
-        self.spec = replace(read_spec(decoder, str(file)), tied=True)
-        if self.spec.logit_scale != 1:
-            raise ModelError(
-                f"{file}: a {self.spec.family} model divides its logits by a factor, which its score has not: use another"
-            )
+        self.spec = read_reward_spec(folder)
         with TensorFiles(folder) as files:
             if SCORE not in files.files:
                 raise ModelError(f"{folder}: tensor {SCORE} is missing, so this is no reward model")
@@ -168,8 +157,7 @@ class RewardModel(DeviceReward):
         shards = 1 if self._layout is None else self._layout.rows
         found = [0.0] * len(rows)
         while order:
-            width = power_of_two(max(LEAST_WIDTH, len(rows[order[0]])))
-            size = max(shards, min(power_of_two(len(order)), BATCH_TOKENS // width) // shards * shards)
+            size, width = batch_shape(len(rows[order[0]]), len(order), shards)
             batch, order = order[:size], order[size:]
             texts = [list(rows[row]) for row in batch] + [[0]] * (size - len(batch))
             last = np.array([last_token(text, self._pad) for text in texts], np.int32)
@@ -286,6 +274,37 @@ def values_of(
 def last_token(ids: Sequence[int], pad: int | None) -> int:
     """Index of the last token that is no padding token, which transformers scores; 0 where all are."""
     return max((index for index, token in enumerate(ids) if token != pad), default=0)
+
+
+def read_reward_spec(folder: Path) -> ModelSpec:
+    """Reads the decoder of a reward model from its config.json.
+
+    Raises:
+        ModelError: it is no sequence classification, or of a family that cannot be computed.
+    """
+    file = folder / "config.json"
+    config = read_json(file)
+    kind = str((config.get("architectures") or ["none"])[0])
+    if not kind.endswith("ForSequenceClassification"):
+        raise ModelError(f"{file}: architectures is {kind}: a reward model is a ...ForSequenceClassification of one label")
+    # The head is the score: the files have no lm_head, which a model that is not tied would need.
+    decoder = {key: value for key, value in config.items() if key not in OWN_ATTRIBUTES}
+    spec = replace(read_spec(decoder, str(file)), tied=True)
+    if spec.logit_scale != 1:
+        raise ModelError(f"{file}: a {spec.family} model divides its logits by a factor, which its score has not: use another")
+    return spec
+
+
+def batch_shape(longest: int, texts: int, shards: int) -> tuple[int, int]:
+    """Rows and tokens of a batch: powers of two, and rows that all shards share.
+
+    Args:
+        longest: tokens of the longest text.
+        texts: that are left.
+        shards: of the mesh's rows.
+    """
+    width = power_of_two(max(LEAST_WIDTH, longest))
+    return max(shards, min(power_of_two(texts), BATCH_TOKENS // width) // shards * shards), width
 
 
 def power_of_two(count: int) -> int:

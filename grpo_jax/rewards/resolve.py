@@ -119,8 +119,8 @@ def _built_in(field: str, name: str, arguments: Mapping[str, Any], max_completio
     return made_by(factory, field, name, given)
 
 
-def made_by(factory: Callable[..., RewardFunction], field: str, name: str, arguments: Mapping[str, Any]) -> RewardFunction:
-    """Makes a reward with the arguments of its entry, each checked against its annotation.
+def made_by(factory: Callable[..., Any], field: str, name: str, arguments: Mapping[str, Any]) -> Any:
+    """Makes a reward, or what describes one, with the arguments of its entry, each checked against its annotation.
 
     Args:
         field: Name of the entry in errors.

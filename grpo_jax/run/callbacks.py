@@ -117,7 +117,7 @@ class DisplayCallback(Callback):
     def on_step_end(self, trainer: Trainer, metrics: dict[str, Any], completions: StepCompletions | None) -> None:
         step, train = trainer.steps_done, trainer.config.train
         if completions is not None and train.show_every and (step in (1, train.steps) or step % train.show_every == 0):
-            self.display.completions(step, *completion_columns(completions))
+            self.display.completions(step, *completion_columns(completions), count=train.show_completions)
         self.display.step(step, step_values(metrics))
 
     def on_evaluate(self, trainer: Trainer, metrics: dict[str, Any]) -> None:

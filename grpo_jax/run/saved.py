@@ -44,7 +44,7 @@ def load_run(run_dir: str | Path, *, best: bool = False) -> tuple[Config, Policy
     """Reads the settings of a run and the policy of its newest checkpoint.
 
     Args:
-        best: take the checkpoint with the highest held-out accuracy instead; `train.keep_best` has kept it.
+        best: take the checkpoint of the best evaluation instead (`train.best_metric`); `train.keep_best` has kept it.
 
     Raises:
         ConfigError: the folder holds no run.
@@ -55,7 +55,7 @@ def load_run(run_dir: str | Path, *, best: bool = False) -> tuple[Config, Policy
         raise ConfigError(f"run: {folder} holds no config.yaml, so it is not the folder of a run")
     config = Config.from_yaml(folder / "config.yaml")
     with Checkpointer(folder / "checkpoints", keep=None) as checkpoints:
-        step = best_checkpoint(folder) if best else None
+        step = best_checkpoint(folder, config.train.best_metric) if best else None
         values = checkpoints.host(step)
         for line in checkpoints.damaged:
             print(f"warning: {line}; an older checkpoint is read", file=sys.stderr)
@@ -107,7 +107,7 @@ def export_run(
     """Writes a checkpoint of a run for other programs, with a model card, and uploads it where `repo` is given.
 
     Args:
-        best: the checkpoint of the best held-out accuracy; see `load_run`.
+        best: the checkpoint of the best evaluation; see `load_run`.
         format: a PEFT adapter, a whole model, or one of them as GGUF.
         gguf_type: of `gguf` alone; None is f16.
         repo: hub id `owner/name` to upload to.

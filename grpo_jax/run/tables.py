@@ -229,7 +229,9 @@ def report_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("steps without a gradient", f"{summary['zero_gradient_steps']}  (nothing to learn, no update)"))
     if summary.get("best_step") is not None:
         where = summary.get("best_checkpoint") or "its checkpoint is not on disk"
-        rows.append(("best held-out", f"{100 * summary['best_accuracy']:.1f} % after step {summary['best_step']}: {where}"))
+        accuracy, metric = summary.get("best_accuracy"), summary.get("best_metric", "").removeprefix("-")
+        value = f"{metric} {summary['best_value']:.4g}" if accuracy is None else f"{100 * accuracy:.1f} %"
+        rows.append(("best held-out", f"{value} after step {summary['best_step']}: {where}"))
     if summary.get("stopped_by"):
         rows.append(("stopped by", f"{summary['stopped_by']}  (train.stop_on)"))
     if "findings" in summary:

@@ -1,7 +1,8 @@
 """How each tracker is started and called. A tracker's package is imported when a run asks for it.
 
-The environment variables of each tracker choose the server and the project. A run that resumes in the same folder continues its run
-there. Texts of a model are sent as plain values of a table, with control characters spelled out, never as markup.
+The environment variables of each tracker choose the server and, without `train.project`, the project. A run that resumes in the
+same folder continues its run there. Texts of a model are sent as plain values of a table, with control characters spelled out,
+never as markup.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ def start_wandb(config: Config, folder: Path) -> Tracker:
     """Starts a run of Weights & Biases; WANDB_PROJECT, WANDB_MODE and others are its own."""
     import wandb  # pyright: ignore[reportMissingImports] - an extra
 
-    run = wandb.init(id=identity(folder), name=folder.name, dir=str(folder), config=config_to_dict(config), resume="allow")
+    options: dict[str, Any] = {} if config.train.project is None else {"project": config.train.project}
+    options |= {"id": identity(folder), "name": config.train.run_name or folder.name, "dir": str(folder)}
+    run = wandb.init(config=config_to_dict(config), resume="allow", **options)
 
     def log_table(step: int, table: Table) -> None:
         run.log({"completions": wandb.Table(columns=table.columns, data=table.rows)}, step=step)
@@ -93,11 +96,15 @@ def start_wandb(config: Config, folder: Path) -> Tracker:
 
 
 def start_trackio(config: Config, folder: Path) -> Tracker:
-    """Starts a run of trackio, in the project TRACKIO_PROJECT; its name tells folders apart, since trackio resumes by name."""
+    """Starts a run of trackio, in the project TRACKIO_PROJECT; its name tells folders apart, since trackio resumes by name.
+
+    A `train.run_name` that another folder has too continues that folder's run.
+    """
     import trackio  # pyright: ignore[reportMissingImports] - an extra
 
-    project = os.environ.get("TRACKIO_PROJECT") or PROJECT
-    run = trackio.init(project=project, name=identity(folder), config=flat_settings(config), resume="allow", embed=False)
+    project = config.train.project or os.environ.get("TRACKIO_PROJECT") or PROJECT
+    name = config.train.run_name or identity(folder)
+    run = trackio.init(project=project, name=name, config=flat_settings(config), resume="allow", embed=False)
 
     def log_table(step: int, table: Table) -> None:
         run.log({"completions": trackio.Table(columns=table.columns, data=table.rows)}, step=step)
@@ -112,7 +119,7 @@ def start_mlflow(config: Config, folder: Path) -> Tracker:
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # which every table would draw
     client = mlflow.MlflowClient()
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
+    name = config.train.project or os.environ.get("MLFLOW_EXPERIMENT_NAME") or PROJECT
     experiment = client.get_experiment_by_name(name)
     number = experiment.experiment_id if experiment is not None else client.create_experiment(name)
     tag = hashlib.sha256(identity(folder).encode()).hexdigest()
@@ -121,7 +128,7 @@ def start_mlflow(config: Config, folder: Path) -> Tracker:
         run_id = found[0].info.run_id
         client.update_run(run_id, status="RUNNING")
     else:
-        run_id = client.create_run(number, run_name=folder.name, tags={"grpo_jax_folder": tag}).info.run_id
+        run_id = client.create_run(number, run_name=config.train.run_name or folder.name, tags={"grpo_jax_folder": tag}).info.run_id
         # A parameter cannot be changed later, so that they are those of the first start.
         params = [Param(key, str(value)[:MLFLOW_CHARACTERS]) for key, value in flat_settings(config).items()]
         for start in range(0, len(params), MLFLOW_PARAMS):

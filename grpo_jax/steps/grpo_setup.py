@@ -10,7 +10,7 @@ import optax
 
 from grpo_jax.config import Config, ConfigError
 from grpo_jax.config.checks import require
-from grpo_jax.data.evaluation_sets import evaluation_sets
+from grpo_jax.data.evaluation_sets import evaluation_sets, main_rows
 from grpo_jax.data.source import PromptSource
 from grpo_jax.evaluation import reward_columns
 from grpo_jax.fit.auto import fit_run
@@ -25,6 +25,7 @@ from grpo_jax.rollout.dispatch_ahead import dispatches_ahead
 from grpo_jax.rollout.episode_setup import EpisodeInputs, EpisodeSetup
 from grpo_jax.run.display import Display
 from grpo_jax.run.doctor.ranges import check_stop_on, setting_notes
+from grpo_jax.run.evaluations import check_evaluation
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.memory import in_device_memory
 from grpo_jax.runtime.programs import Program
@@ -60,6 +61,7 @@ def read_grpo_step(
     config, entries = setup.config, with_reward_models(setup.entries)
     functions = resolve_functions(entries, max_completion_length=longest)
     tokenizer = policy.need_tokenizer() if policy is not None else read_tokenizer(config, display)
+    eval_dataset, further = main_rows(eval_dataset)
     source = PromptSource.build(setup.source_config(tokenizer), tokenizer, dataset, eval_dataset)
     assert tokenizer is not None  # else there is no source
     driver = setup.driver(tokenizer, several_processes=distributed.is_multiprocess())
@@ -78,9 +80,8 @@ def read_grpo_step(
     fix = "use 0 with data.streaming: a resumed run reads the prompts of the next step again, which a stream cannot"
     require(source.stream is None or not config.train.max_staleness, "train.max_staleness", config.train.max_staleness, fix)
     choice = PromptChoice(source, config) if source.stream is None else StreamChoice(source, config)
-    sets = evaluation_sets(setup.source_config(tokenizer), tokenizer)
-    if sets and not len(source.held_out):
-        raise ConfigError("eval.sets has an effect where main rows are held out: set data.eval_path, eval_split or eval_size too")
+    sets = evaluation_sets(setup.source_config(tokenizer), tokenizer, further)
+    check_evaluation(config, functions, sets, len(source.held_out))
     for held_out in (source, *sets.values()):
         columns = [*reward_columns(held_out, config), *setup.columns]
         check_functions(functions, columns, config.rewards.weights, config.rewards.accuracy)

@@ -6,13 +6,14 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from grpo_jax.data.source import PromptSource
-from grpo_jax.evaluation import Evaluation, evaluate_held_out, set_metrics
+from grpo_jax.evaluation import evaluate_held_out
 from grpo_jax.fit.micro_batch import text_lengths
 from grpo_jax.learner.batches import text_batch
 from grpo_jax.learner.packing import row_sizes
 from grpo_jax.learner.reference import with_reference
 from grpo_jax.rollout.environment_turns import reward_rows
 from grpo_jax.rollout.shapes import RolloutShapes
+from grpo_jax.run.evaluations import Evaluation, evaluation_metrics
 from grpo_jax.runtime.memory import in_device_memory
 from grpo_jax.types import TrainState
 
@@ -21,12 +22,12 @@ if TYPE_CHECKING:
 
 
 def evaluate_step(step: GrpoStep, state: TrainState) -> dict[str, Any] | None:
-    """Evaluates the held-out prompts, greedily; None where nothing is held out."""
+    """Evaluates the held-out prompts, greedily and by `eval.samples`; None where nothing is held out."""
     if not isinstance(step.source, PromptSource):
         return None
     tokenizer, shapes = step.policy.need_tokenizer(), step.evaluation_shapes(state) if step.problems else None
 
-    def evaluated(source: PromptSource, shapes: RolloutShapes | None) -> Evaluation | None:
+    def evaluated(source: PromptSource, shapes: RolloutShapes | None, samples: int | None = None) -> Evaluation | None:
         return evaluate_held_out(
             step.sampler,
             step.variables(state),
@@ -34,21 +35,19 @@ def evaluate_step(step: GrpoStep, state: TrainState) -> dict[str, Any] | None:
             step.functions,
             tokenizer,
             step.config,
+            samples=samples,
             shapes=shapes,
             runner=step.runner,
             display=step.display,
             driver=step.driver,
         )
 
-    result = evaluated(step.source, shapes)
-    if result is None:
-        return None
-    low, high = result.interval
-    metrics = {"accuracy": result.accuracy, "problems": result.problems, "reward/mean": result.reward_mean}
-    metrics |= {"accuracy_low": low, "accuracy_high": high}
-    for name, held_out in step.sets.items():
-        further = evaluated(held_out, None)
-        metrics |= {} if further is None else set_metrics(name, further)
+    metrics, k = dict[str, Any](), step.config.eval.samples
+    for name, held_out in {"": step.source, **step.sets}.items():
+        greedy = evaluated(held_out, None if name else shapes)
+        if greedy is None:
+            return None
+        metrics |= evaluation_metrics(greedy, None if k is None else evaluated(held_out, None, k), name)
     return metrics | ({"kl_divergence": held_out_kl(step, state, step.source)} if step.config.train.eval_kl else {})
 
 

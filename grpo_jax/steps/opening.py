@@ -70,7 +70,7 @@ def open_run(
     Raises:
         ConfigError, CheckpointError, RunFolderError: the folder has another run, or nothing in it can be continued.
     """
-    writes, warn, best = distributed.is_main(), display.warning, BestStep()
+    writes, warn, best = distributed.is_main(), display.warning, BestStep(config.train.best_metric)
 
     def kept_best() -> int | None:
         return best.step if config.train.keep_best == "held_out" else None
@@ -91,7 +91,7 @@ def open_run(
         for line in folder.cut_back(steps_done):
             warn(line)
         before = folder.evaluations() if writes else {}
-        best = BestStep.of(distributed.broadcast_from_main([before[number] for number in sorted(before)]))
+        best = BestStep.of(distributed.broadcast_from_main([before[number] for number in sorted(before)]), best.metric)
         if steps_done:
             state, stored = checkpoints.restore(state)
             seconds, skipped_in_a_row = float(stored["seconds"]), stored["skipped_in_a_row"]

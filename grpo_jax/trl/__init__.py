@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from grpo_jax.trl.grpo_config import GRPOConfig
+    from grpo_jax.trl.mixtures import DatasetConfig, DatasetMixtureConfig, get_dataset
     from grpo_jax.trl.scripts import (
         ModelConfig,
         ScriptArguments,
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from grpo_jax.trl.trainer import GRPOTrainer
 
 MODULES = {
+    "DatasetConfig": "mixtures",
+    "DatasetMixtureConfig": "mixtures",
     "GRPOConfig": "grpo_config",
     "GRPOTrainer": "trainer",
     "ModelConfig": "scripts",
@@ -32,6 +35,7 @@ MODULES = {
     "TrainerControl": "state",
     "TrainerState": "state",
     "TrlParser": "scripts",
+    "get_dataset": "mixtures",
     "get_kbit_device_map": "scripts",
     "get_peft_config": "scripts",
     "get_quantization_config": "scripts",
@@ -39,6 +43,8 @@ MODULES = {
 """The module that each name is imported from."""
 
 __all__ = [
+    "DatasetConfig",
+    "DatasetMixtureConfig",
     "GRPOConfig",
     "GRPOTrainer",
     "ModelConfig",
@@ -47,6 +53,7 @@ __all__ = [
     "TrainerControl",
     "TrainerState",
     "TrlParser",
+    "get_dataset",
     "get_kbit_device_map",
     "get_peft_config",
     "get_quantization_config",

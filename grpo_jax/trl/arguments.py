@@ -71,7 +71,10 @@ TRAINER_ARGUMENTS: dict[str, Honoured | Refused] = {
         "the rows: a datasets.Dataset or a list of dicts, with `prompt` as a text or as messages; an IterableDataset streams "
         "(data.streaming) and needs max_steps and max_prompt_length"
     ),
-    "eval_dataset": Honoured("the held-out rows; several sets in a dict are refused"),
+    "eval_dataset": Honoured(
+        "the held-out rows; of several sets in a dict the first is the main one, the others are as eval.sets; an IterableDataset "
+        "is read whole"
+    ),
     "processing_class": Honoured("the tokenizer, instead of the one in the model's folder"),
     "reward_processing_classes": Honoured("the tokenizers of reward models, instead of those in their folders"),
     "callbacks": Honoured("called at the same moments; see grpo_jax.trl.TrainerCallback for those that cannot be"),
@@ -82,6 +85,9 @@ TRAINER_ARGUMENTS: dict[str, Honoured | Refused] = {
         "functions that the model may call; environment.tool_format says how it does, by default as its chat template shows"
     ),
     "rollout_func": Refused("completions are sampled by this package alone: leave it out"),
-    "environment_factory": Honoured("one object an episode: its public methods are tools, and `reset` may add to the prompt"),
+    "environment_factory": Honoured(
+        "one object an episode: its public methods are tools, `reset` may add to the prompt, `get_reward` is one more reward of "
+        "weight 1; several environments in a dict are refused"
+    ),
 }
 """What becomes of each argument of TRL 1.16's `GRPOTrainer`, in its order."""

@@ -18,11 +18,7 @@ MESH = "leave it out; devices are used as settings={'mesh': {...}} says"
 NO_TORCH = "leave it out; it concerns PyTorch, which this package does not use"
 NO_LOADER = "leave it out; there is no data loader, the trainer reads the rows itself"
 NO_VLLM = "leave it out; this package samples completions itself, and a free slot goes to the next completion at once"
-NO_TRACKIO = "leave it out; the environment variables of trackio choose its space (TRACKIO_SPACE_ID) and bucket"
-NO_BEST = (
-    "leave it out; settings={'train': {'keep_best': 'held_out'}} keeps the checkpoint with the best held-out accuracy, which "
-    "`grpo-jax export --best` takes"
-)
+NO_TRACKIO = "leave it out; trackio's environment variables choose its bucket"
 NO_FLOAT16 = "use bf16=True, or False for float32"
 
 DICTS = (
@@ -54,8 +50,12 @@ class GRPOConfig:
     num_train_epochs: float = honoured(3.0, "train.steps, with TRL's arithmetic: rows left over in an epoch make no step")
     max_steps: int = honoured(-1, "train.steps times num_iterations, which must divide it; above 0 it wins over num_train_epochs")
     learning_rate: float = honoured(1e-6, "optim.learning_rate")
-    lr_scheduler_type: str = honoured("linear", "optim.schedule: linear, cosine, constant or constant_with_warmup")
-    lr_scheduler_kwargs: dict | str | None = refused(None, "leave it out; the schedules that are offered take no arguments")
+    lr_scheduler_type: str = honoured(
+        "linear", "optim.schedule: linear, cosine, cosine_with_min_lr, constant or constant_with_warmup"
+    )
+    lr_scheduler_kwargs: dict | str | None = honoured(
+        None, "optim.final_ratio, with cosine_with_min_lr: min_lr, or min_lr_rate as a share of learning_rate"
+    )
     warmup_steps: float = honoured(0, "optim.warmup_steps; below 1 it is a share of all updates, optim.warmup_ratio")
     optim: str = honoured(
         "adamw_torch_fused",
@@ -111,9 +111,11 @@ class GRPOConfig:
     report_to: list[str] | str | None = honoured(
         "none", "train.track: wandb, trackio, mlflow or several; tensorboard is always written; none and [] are neither"
     )
-    run_name: str | None = refused(None, "leave it out; a tracker's run has the name of output_dir")
-    project: str = refused("huggingface", "leave it out; the environment variable WANDB_PROJECT names W&B's project")
-    trackio_space_id: str | None = refused(None, NO_TRACKIO)
+    run_name: str | None = honoured(None, "train.run_name: what trackers call the run; None is the name of output_dir")
+    project: str = honoured("huggingface", "train.project: of W&B, trackio and MLflow; the default is the trackers' own variables")
+    trackio_space_id: str | None = honoured(
+        None, "the environment variable TRACKIO_SPACE_ID, set where report_to has trackio and it is not set"
+    )
     trackio_bucket_id: str | None = refused(None, NO_TRACKIO)
     trackio_static_space_id: str | None = refused(None, NO_TRACKIO)
     eval_strategy: str = honoured(
@@ -134,7 +136,10 @@ class GRPOConfig:
     include_for_metrics: list[str] = refused([], "leave it out; evaluation returns rewards alone")
     batch_eval_metrics: bool = refused(False, "leave it out; evaluation returns rewards alone")
     save_only_model: bool = refused(False, "leave it out; checkpoints always hold what resuming needs; save_model writes the model")
-    save_strategy: str = honoured("steps", "train.save_every: steps or epoch; no saves the last state alone")
+    save_strategy: str = honoured(
+        "steps",
+        "train.save_every: steps or epoch; no saves the last state alone; best is train.keep_best by metric_for_best_model",
+    )
     save_steps: float = honoured(500, "train.save_every; below 1 a share of all steps. Rounded up to whole batches")
     save_on_each_node: bool = refused(False, "leave it out; all processes write their parts of one checkpoint")
     save_total_limit: int | None = honoured(None, "train.keep_checkpoints; None keeps all")
@@ -150,11 +155,19 @@ class GRPOConfig:
     )
     hub_always_push: bool = honoured(False, "True uploads at a save although the upload before goes on, after it")
     hub_revision: str | None = honoured(None, "the branch of uploads, made where it does not exist")
-    load_best_model_at_end: bool = refused(False, NO_BEST)
-    metric_for_best_model: str | None = honoured(
-        None, "state.best_metric, which EarlyStoppingCallback reads; eval_reward, for example"
+    load_best_model_at_end: bool = honoured(
+        False,
+        "train.keep_best, train.best_metric: the best evaluation's checkpoint is saved, and `train` ends with its weights; needs "
+        "metric_for_best_model",
     )
-    greater_is_better: bool | None = honoured(None, "state.best_metric; None is True unless the metric's name ends in loss")
+    metric_for_best_model: str | None = honoured(
+        None,
+        "state.best_metric, which EarlyStoppingCallback reads, and train.best_metric: eval_reward, eval_accuracy, "
+        "eval_rewards/FUNCTION/mean; eval_SET_reward with several sets",
+    )
+    greater_is_better: bool | None = honoured(
+        None, "state.best_metric and train.best_metric; None is True unless the metric's name ends in loss"
+    )
     ignore_data_skip: bool = refused(
         False, "leave it out; a resumed run goes on with the next rows, and skips nothing to get there"
     )
@@ -197,12 +210,16 @@ class GRPOConfig:
         None, "model: revision, dtype, quantization_config; others are refused"
     )
     trust_remote_code: bool = refused(False, "leave it out; code from a model's folder never runs")
-    router_aux_loss_coef: float | None = refused(None, "leave it out, or 0.0; the loss has no load-balancing term")
+    router_aux_loss_coef: float | None = honoured(None, "objective.router_aux_coef, of a mixture of experts")
     disable_dropout: bool = honoured(False, "nothing: models are trained without dropout with either value")
     cast_lm_head_to_fp32: bool = refused(False, "leave it out; log-probabilities are float32 anyway")
     remove_unused_columns: bool | None = honoured(False, "True drops every column but the prompt, before rewards see them")
     num_generations: int | None = honoured(8, "rollout.num_generations")
-    num_generations_eval: int | None = honoured(None, "evaluation scores one greedy completion of each row: None or 1")
+    num_generations_eval: int | None = honoured(
+        None,
+        "eval.samples: above 1 eval_reward is the mean of as many samples of each row, and there are eval_pass_at/K and "
+        "eval_majority_at/K; None and 1 are one greedy completion, and so is eval_accuracy always",
+    )
     max_completion_length: int | None = honoured(512, "rollout.max_completion_length")
     ds3_gather_for_generation: bool = refused(True, MESH)
     shuffle_dataset: bool | None = honoured(True, "data.shuffle")
@@ -276,7 +293,9 @@ class GRPOConfig:
     use_bias_correction_kl: bool = honoured(True, "objective.kl: k3_corrected, or k3")
     log_completions: bool = honoured(False, "train.show_every: a table every logging_steps; completions.jsonl always has them all")
     log_multimodal: bool = refused(True, "leave it out; models here read text alone")
-    num_completions_to_print: int | None = refused(None, "leave it out; completions.jsonl has all of them")
+    num_completions_to_print: int | None = honoured(
+        None, "train.show_completions: rows of the table of log_completions; None is 4. completions.jsonl has them all"
+    )
     log_unique_prompts: bool = refused(False, "leave it out; completions.jsonl has all of them")
     log_completions_hub_repo: str | None = refused(None, "leave it out, and upload completions.jsonl of output_dir")
     use_transformers_continuous_batching: bool = honoured(
@@ -334,8 +353,6 @@ class GRPOConfig:
             value = getattr(self, item.name)
             if item.name == "gradient_checkpointing_kwargs" and value == {"use_reentrant": False}:
                 continue  # what TRL's own examples write; nothing is reentrant here
-            if (item.name, value) == ("router_aux_loss_coef", 0.0):
-                continue
             if value != default:
                 raise refusal(item.name, value, instead)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from grpo_jax.config import ConfigError
@@ -13,6 +13,7 @@ from grpo_jax.run.due import evaluates_after, saves_after
 from grpo_jax.run.records import RecordFile
 from grpo_jax.runtime import distributed
 from grpo_jax.trl.arguments import allow, refusal
+from grpo_jax.trl.best import keeps_best, log_entries, samples_of
 from grpo_jax.trl.grpo_config import GRPOConfig
 from grpo_jax.trl.logs import LogWindow, mean, tokens_of, trl_metrics
 from grpo_jax.trl.state import TrainerControl, TrainerState
@@ -42,10 +43,19 @@ class Hooks(Callback):
         callbacks: the user's callbacks, in order.
         losses: the loss of every step of this process.
         evaluation: metrics of the last evaluation, under TRL's names.
+        sets: names of several sets of held-out rows; () where there is one without a name.
     """
 
-    def __init__(self, args: GRPOConfig, steps: Steps, state: TrainerState, processing_class: Callable[[], Any]) -> None:
+    def __init__(
+        self,
+        args: GRPOConfig,
+        steps: Steps,
+        state: TrainerState,
+        processing_class: Callable[[], Any],
+        sets: Sequence[str] = (),
+    ) -> None:
         self.args, self.steps, self.state, self.control = args, steps, state, TrainerControl()
+        self.sets = sets
         self.callbacks: list[Any] = []
         self.losses: list[float] = []
         self.evaluation: dict[str, Any] = {}
@@ -100,7 +110,9 @@ class Hooks(Callback):
         state.global_step, state.epoch = done * self.steps.updates, self._epoch(done)
         state.num_input_tokens_seen += tokens_of(metrics, completions)
         self.losses.append(metrics["loss"])
-        self._window.add(trl_metrics(metrics, completions, beta=self.args.beta, tokens_seen=state.num_input_tokens_seen))
+        args, seen = self.args, state.num_input_tokens_seen
+        bonus = args.entropy_coef if args.entropy_coef or args.use_adaptive_entropy else None
+        self._window.add(trl_metrics(metrics, completions, beta=args.beta, tokens_seen=seen, entropy_coef=bonus))
         self._write_extras(done)
         self._own_metrics()
         control = self.control
@@ -122,13 +134,14 @@ class Hooks(Callback):
 
     def on_evaluate(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         if trainer.steps_done == 0 and not self.args.eval_on_start:
+            self._drop_evaluations()
             return
-        kl = metrics.get("kl_divergence")
-        found = {"eval_reward": metrics["reward/mean"], "eval_accuracy": metrics["accuracy"]}
-        self.evaluated(found if kl is None else {**found, "eval_kl": kl})
+        self.evaluated(log_entries(metrics, self.sets, sampled=samples_of(self.args) > 1))
         trainer.should_stop = trainer.should_stop or self.control.should_training_stop
 
     def on_save(self, trainer: Trainer) -> None:
+        if self.state.best_global_step == self.state.global_step and keeps_best(self.args):
+            self.state.best_model_checkpoint = str(trainer.run_dir / "checkpoints" / str(trainer.steps_done))
         self.save_state()
         self.call("on_save")
 
@@ -140,12 +153,20 @@ class Hooks(Callback):
         if self._extras_file is not None:
             self._extras_file.close()
 
-    def evaluated(self, metrics: dict[str, Any]) -> None:
-        """Logs an evaluation, calls `on_evaluate`, and then notes the best one, which the hooks compare with."""
-        self.evaluation = metrics
-        self.log(dict(metrics))
-        self.call("on_evaluate", metrics=metrics)
-        self._note_best()
+    def evaluated(self, entries: list[dict[str, Any]], note_best: bool = True) -> None:
+        """Logs an evaluation and calls `on_evaluate`, once for each set, and then notes the best one, which the hooks compare with.
+
+        Args:
+            entries: metrics of each set. Metrics of the reward functions' own, over all sets, are added to the first.
+            note_best: False for an evaluation that the user makes, which says nothing about a step.
+        """
+        entries[0] |= {f"eval_{name}": value for name, value in self._drop_evaluations().items() if value is not None}
+        self.evaluation = {name: value for entry in entries for name, value in entry.items()}
+        for metrics in entries:
+            self.log(dict(metrics))
+            self.call("on_evaluate", metrics=metrics)
+        if note_best:
+            self._note_best()
 
     def summary(self) -> dict[str, Any]:
         """What TRL logs at the end of a run."""
@@ -202,6 +223,11 @@ class Hooks(Callback):
         """Moves the means of a step's own metrics of rewards to the log's window."""
         self._window.add({name: value for name, value in self._own.entry().items() if value is not None})
 
+    def _drop_evaluations(self) -> dict[str, Any]:
+        """Removes the rewards' own columns and metrics that an evaluation has added; returns the means of the metrics."""
+        self._extras = {}
+        return self._own.entry()
+
     def _write_extras(self, done: int) -> None:
         extras, self._extras = self._extras, {}
         if extras and self._extras_file is not None:
@@ -220,7 +246,7 @@ class Hooks(Callback):
     def _note_best(self) -> None:
         """Keeps the best value of `metric_for_best_model` in the state."""
         wanted = self.args.metric_for_best_model
-        if wanted is None:
+        if wanted is None or self.state.global_step == 0:  # the evaluation before the first step has no checkpoint
             return
         name = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
         if name not in self.evaluation:
@@ -242,3 +268,4 @@ class Hooks(Callback):
         same = stored.global_step == state.global_step
         state.num_input_tokens_seen = stored.num_input_tokens_seen if same else int(seen[-1]) if seen else 0
         state.best_metric, state.best_global_step = stored.best_metric, stored.best_global_step
+        state.best_model_checkpoint = stored.best_model_checkpoint

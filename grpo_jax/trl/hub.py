@@ -53,22 +53,21 @@ class HubUploads(Callback):
         *,
         token: str | None = None,
         revision: str | None = None,
-        dataset: str = "",
+        dataset: str | list[str] | None = None,
+        tags: str | list[str] | None = None,
     ) -> Future[str]:
         """Writes an export now, and uploads it in the background; every process of a run makes this call.
 
         Args:
             run_dir: of the run, for the model card.
             token, revision: None takes `hub_token` and `hub_revision`.
-            dataset: hub id of the rows, for the model card.
+            dataset, tags: for the model card; see `facts_of`.
 
         Returns:
             The address of the commit; "" in other processes.
         """
         kind = "merged" if policy.adapters is None else "adapter"
-        facts = RunFacts.of(run_dir) if (run_dir / "config.yaml").is_file() else None
-        if facts is not None and dataset:
-            facts = replace(facts, config=replace(facts.config, data=replace(facts.config.data, path=dataset)))
+        facts = facts_of(run_dir, dataset, tags)
         folder = TemporaryDirectory()
         out = write_export(policy, Path(folder.name) / "export", kind, facts=facts, repo=self.repo)
 
@@ -134,6 +133,23 @@ class HubUploads(Callback):
                 current.result()
         except HubError as error:
             trainer.display.warning(str(error))
+
+
+def facts_of(run_dir: Path, dataset: str | list[str] | None = None, tags: str | list[str] | None = None) -> RunFacts | None:
+    """What a model card says of a run; None before it has begun.
+
+    Args:
+        dataset: hub id of the rows, instead of the run's `data.path`; of several the first.
+        tags: added to the card's own.
+    """
+    if not (run_dir / "config.yaml").is_file():
+        return None
+    facts = RunFacts.of(run_dir)
+    facts = replace(facts, tags=tuple([tags] if isinstance(tags, str) else tags or ()))
+    if not dataset:
+        return facts
+    path = dataset if isinstance(dataset, str) else dataset[0]
+    return replace(facts, config=replace(facts.config, data=replace(facts.config.data, path=path)))
 
 
 def copy_resumable(run_dir: Path, target: Path, step: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import optax
 
+from grpo_jax.data.evaluation_sets import main_rows
 from grpo_jax.data.row_streams import is_iterable_dataset
 from grpo_jax.data.table import Table, given_rows
 from grpo_jax.data.tokenizer import Tokenizer
@@ -62,11 +65,10 @@ def rows_of(dataset: Any, name: str, prompts_only: bool) -> Table:
     """The rows of a dataset, without the columns that are not used where `prompts_only`.
 
     Raises:
-        ConfigError: they stream, hold images, or are several sets.
+        ConfigError: they hold images, or are several sets.
         DataError: they are no rows.
     """
     kind = type(dataset).__name__
-    allow(not kind.startswith("Iterable"), name, kind, "load it without streaming=True: all of its rows are evaluated")
     several = "give one set of rows, such as dataset['test']"
     allow(not isinstance(dataset, Mapping), name, f"a {kind} of {', '.join(map(str, dataset))}" if dataset else kind, several)
     table = given_rows(dataset, name)
@@ -74,10 +76,41 @@ def rows_of(dataset: Any, name: str, prompts_only: bool) -> Table:
     return replace(table, columns=tuple(c for c in table.columns if c in PROMPT_COLUMNS)) if prompts_only else table
 
 
+def held_out_rows(dataset: Any, prompts_only: bool) -> Table | dict[str, Table]:
+    """The held-out rows, or several sets of them by name; see `rows_of`. An IterableDataset is read whole, as all is evaluated."""
+    if isinstance(dataset, Mapping):
+        main_rows(dataset)  # checks the names
+        return {name: held_out_rows(rows, prompts_only) for name, rows in dataset.items()}  # type: ignore[misc] - no dict in a dict
+    return rows_of(list(dataset) if is_iterable_dataset(dataset) else dataset, "eval_dataset", prompts_only)
+
+
 def check_no_images(columns: Sequence[str], name: str) -> None:
     """Raises a ConfigError where a dataset has images."""
     for column in IMAGE_COLUMNS:
         allow(column not in columns, f"{name}[{column!r}]", "a column of images", "remove it; models here read text alone")
+
+
+def environment_rewards(environment_factory: Any) -> list[Callable[..., Any]]:
+    """The reward that TRL's environments have in `get_reward`, named after their class; [] where they have none.
+
+    Raises:
+        ConfigError: there are several environments.
+    """
+    if isinstance(environment_factory, Mapping):
+        fix = "give one class: with several, each prompt would have tools of its own, and here the prompts of a run share them"
+        raise refusal("environment_factory", f"a dict of {', '.join(environment_factory)}", fix)
+    if environment_factory is None:
+        return []
+    kind = environment_factory if inspect.isclass(environment_factory) else type(environment_factory())
+    if not callable(inspect.getattr_static(kind, "get_reward", None)):
+        return []
+
+    async def reward(environments: Sequence[Any], **_: Any) -> list[float | None]:
+        found = [None if one is None else one.get_reward() for one in environments]
+        return [await value if inspect.isawaitable(value) else value for value in found]
+
+    reward.__name__ = kind.__name__
+    return [reward]
 
 
 def reward_functions(
@@ -159,6 +192,13 @@ def optimizer_of(optimizers: Any) -> optax.GradientTransformation | None:
     fix = "give an Optax transformation, or None for AdamW with the arguments of GRPOConfig"
     allow(optimizer is None or isinstance(optimizer, optax.GradientTransformation), "optimizers[0]", described(optimizer), fix)
     return optimizer
+
+
+def name_trackio_space(args: GRPOConfig) -> None:
+    """Sets the environment variable by which trackio finds its space on the hub, where the run uses trackio and it is not set."""
+    named = [args.report_to] if isinstance(args.report_to, str) else list(args.report_to or [])
+    if args.trackio_space_id is not None and "trackio" in named:
+        os.environ.setdefault("TRACKIO_SPACE_ID", args.trackio_space_id)
 
 
 def new_state(args: GRPOConfig, steps: Steps) -> TrainerState:

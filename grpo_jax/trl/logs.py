@@ -34,7 +34,9 @@ LAST = ("grad_norm", "learning_rate", "num_tokens")
 """Metrics of which an entry has the last value; of the others it has the mean."""
 
 
-def trl_metrics(metrics: Mapping[str, Any], completions: StepCompletions, *, beta: float, tokens_seen: int) -> dict[str, Any]:
+def trl_metrics(
+    metrics: Mapping[str, Any], completions: StepCompletions, *, beta: float, tokens_seen: int, entropy_coef: float | None = None
+) -> dict[str, Any]:
     """The metrics of a step under TRL's names.
 
     Args:
@@ -42,6 +44,7 @@ def trl_metrics(metrics: Mapping[str, Any], completions: StepCompletions, *, bet
         completions: of the step.
         beta: without a KL term there is no `kl`, as in TRL.
         tokens_seen: for `num_tokens`.
+        entropy_coef: weight of the entropy bonus, where it does not adapt; without a bonus, None, there are no metrics of it.
     """
     found = {theirs: metrics[ours] for theirs, ours in NAMES.items() if ours in metrics}
     found |= {name: metrics[name] for name in ("loss", "grad_norm", "learning_rate") if name in metrics}
@@ -51,6 +54,12 @@ def trl_metrics(metrics: Mapping[str, Any], completions: StepCompletions, *, bet
     terminated = ended if ended.size else np.zeros(1)
     for name, value in (("mean", terminated.mean()), ("min", terminated.min()), ("max", terminated.max())):
         found[f"completions/{name}_terminated_length"] = float(value)
+    if entropy_coef is not None:
+        found |= {"policy_loss": metrics["policy_loss"], "entropy_coef": metrics.get("entropy_coef", entropy_coef)}
+    if "tools/calls" in metrics:
+        calls = metrics["tools/calls"]
+        failed = metrics["tools/errors"] / calls if calls else 0.0
+        found |= {"tools/call_frequency": calls, "tools/failure_frequency": failed}
     if beta:
         found["kl"] = metrics["kl_divergence"]
     return {**found, "num_tokens": float(tokens_seen)}

@@ -15,7 +15,9 @@ from grpo_jax.trl.arguments import allow
 
 
 def said(default: Any, text: str) -> Any:
-    """A field with its help text."""
+    """A field with its help text; a list is copied."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
@@ -27,7 +29,7 @@ class ScriptArguments:
     dataset_config: str | None = said(None, "configuration of a hub dataset")
     dataset_train_split: str = said("train", "split to train on")
     dataset_test_split: str = said("test", "split to evaluate on")
-    dataset_streaming: bool = said(False, "stream the dataset; the trainer refuses rows that stream")
+    dataset_streaming: bool = said(False, "stream the dataset; the trainer then needs max_steps and max_prompt_length")
     ignore_bias_buffers: bool = said(False, "must stay False: it concerns PyTorch")
 
     def __post_init__(self) -> None:

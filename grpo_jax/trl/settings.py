@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo_jax.config import Config
 from grpo_jax.trl.arguments import allow
+from grpo_jax.trl.best import best_settings, samples_of
 from grpo_jax.trl.grpo_config import GRPOConfig
 from grpo_jax.trl.peft import computing_dtype, lora_settings, plain, plain_dtype, quantization_of_config
 from grpo_jax.trl.steps import Steps
@@ -36,7 +37,10 @@ ALL_OPTIMIZERS = OPTIMIZERS | EIGHT_BITS
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 BY_SEQUENCE = {"grpo": "gspo", "luspo": "luspo"}
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
-SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constant"}
+SCHEDULES = {
+    **{"linear": "linear", "cosine": "cosine", "cosine_with_min_lr": "cosine"},
+    **{"constant": "constant", "constant_with_warmup": "constant"},
+}
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
 
@@ -50,6 +54,8 @@ def config_of(
     quantization_config: Any = None,
     episodes: bool = False,
     streaming: bool = False,
+    sets: Sequence[str] = (),
+    own_rewards: int = 0,
 ) -> Config:
     """Makes the settings of a run.
 
@@ -61,6 +67,8 @@ def config_of(
         peft_config, quantization_config: the trainer's arguments of these names.
         episodes: whether there are tools or environments.
         streaming: whether the rows to train on stream.
+        sets: names of several sets of held-out rows.
+        own_rewards: rewards of the environment's, each of weight 1, after those of reward_weights.
 
     Raises:
         ConfigError: an argument, or its value, has no equivalent here; the message names it.
@@ -75,6 +83,9 @@ def config_of(
     )
     fix = "give the length of the longest prompt in tokens: a dataset that streams does not show it"
     allow(not streaming or args.max_prompt_length is not None, "max_prompt_length", args.max_prompt_length, fix)
+    weights = None if args.reward_weights is None else [*args.reward_weights, *[1.0] * own_rewards]
+    samples = args.num_generations_eval
+    allow(samples is None or samples >= 1, "num_generations_eval", samples, "use 1 (greedy), or more completions of each row")
     values = {
         "model": model_settings(args, model, quantization_config),
         "lora": lora_settings(peft_config) if model is not None else {},
@@ -87,10 +98,11 @@ def config_of(
         },
         "rollout": rollout_settings(args),
         "environment": environment_settings(args) if episodes else {},
-        "rewards": {"weights": args.reward_weights, "timeout_seconds": None},
+        "rewards": {"weights": weights, "timeout_seconds": None},
         "objective": objective_settings(args),
         "optim": optim_settings(args, steps),
-        "train": train_settings(args, steps),
+        "train": {**train_settings(args, steps), **best_settings(args, sets, evaluates=evaluates)},
+        "eval": {"samples": args.num_generations_eval} if evaluates and samples_of(args) > 1 else {},
     }
     given = given_dict(args.settings)
     merged = {section: {**values.get(section, {}), **(given.get(section) or {})} for section in {**values, **given}}
@@ -191,6 +203,7 @@ def objective_settings(args: GRPOConfig) -> dict[str, Any]:
     others = {
         **entropy_settings(args),
         **({"top_entropy": share} if share != 1 else {}),
+        **({} if args.router_aux_loss_coef is None else {"router_aux_coef": args.router_aux_loss_coef}),
         **({"off_policy_threshold": args.off_policy_mask_threshold} if args.off_policy_mask_threshold is not None else {}),
         **({"normalize_each_reward": True, "scale_rewards": "batch"} if aggregation == "normalize_then_sum" else {}),
     }
@@ -253,15 +266,30 @@ def optim_settings(args: GRPOConfig, steps: Steps) -> dict[str, Any]:
         "schedule": SCHEDULES[schedule],
         "warmup_steps": int(warmup) // steps.updates,
         "warmup_ratio": ratio or None,
+        "final_ratio": final_ratio(args),
         "max_grad_norm": args.max_grad_norm or None,
         "weight_decay": args.weight_decay,
         **{field: moments[field] for field in own},
     }
 
 
+def final_ratio(args: GRPOConfig) -> float:
+    """`optim.final_ratio` for lr_scheduler_kwargs."""
+    given, kind = given_dict(args.lr_scheduler_kwargs), plain(args.lr_scheduler_type)
+    if kind != "cosine_with_min_lr":
+        allow(not given, "lr_scheduler_kwargs", given, f"leave it out; {kind} takes no arguments here")
+        return 0.0
+    rate, share = given.pop("min_lr", None), given.pop("min_lr_rate", None)
+    allow(not given, "lr_scheduler_kwargs", given, "leave it out; min_lr or min_lr_rate can be given")
+    fix = "give min_lr, or min_lr_rate as a share of learning_rate, and only one of them"
+    allow((rate is None) != (share is None), "lr_scheduler_kwargs", {"min_lr": rate, "min_lr_rate": share}, fix)
+    return float(share) if rate is None else float(rate) / args.learning_rate
+
+
 def train_settings(args: GRPOConfig, steps: Steps) -> dict[str, Any]:
     """The section `train`."""
-    allow(args.num_generations_eval in (None, 1), "num_generations_eval", args.num_generations_eval, "use 1: evaluation is greedy")
+    project = None if args.project == "huggingface" else args.project  # TRL's default; ours leaves it to the trackers' variables
+    shown, tracked = args.num_completions_to_print if args.log_completions else None, tracker(args.report_to)
     return {
         "steps": steps.total,
         "prompts_per_step": steps.prompts,
@@ -271,12 +299,13 @@ def train_settings(args: GRPOConfig, steps: Steps) -> dict[str, Any]:
         "run_dir": args.output_dir,
         "save_every": steps.saving,
         "keep_checkpoints": KEEP_ALL if args.save_total_limit is None else args.save_total_limit,
-        "keep_best": "none",  # TRL saves at the steps of save_steps alone
         "eval_every": steps.evaluating,
         "eval_slots": args.per_device_eval_batch_size * args.world_size,
         "show_every": steps.logging if args.log_completions else 0,
+        **({} if shown is None else {"show_completions": shown}),
         "quiet": bool(args.disable_tqdm),
-        "track": tracker(args.report_to),
+        "track": tracked,
+        **({} if tracked == "none" else {"run_name": args.run_name, "project": project}),
     }
 
 

@@ -72,6 +72,8 @@ def steps_of(args: GRPOConfig, rows: int | None) -> Steps:
 
     def every(strategy: str, field: str, given: int | float) -> int:
         kind = plain(strategy)
+        if (field, kind) == ("save", "best"):
+            return 0
         allow(kind in ("no", "steps", "epoch"), f"{field}_strategy", kind, "use 'no', 'steps' or 'epoch'")
         if kind == "epoch" and epoch is None:
             raise refusal(f"{field}_strategy", kind, "use 'steps': a dataset that streams has no epochs")

@@ -17,24 +17,27 @@ from grpo_jax.evaluation import evaluate
 from grpo_jax.policy import Policy
 from grpo_jax.rewards.protocol import ColumnReward, DeviceReward, TextReward, accepted
 from grpo_jax.rollout.episode_setup import EpisodeInputs
-from grpo_jax.run.checkpoint import Checkpointer
-from grpo_jax.run.resume import holds_run
 from grpo_jax.runtime import distributed
 from grpo_jax.trainer import Trainer
 from grpo_jax.trl.arguments import TRAINER_ARGUMENTS, Refused, allow, refusal
+from grpo_jax.trl.best import log_entries, restore_best, samples_of
 from grpo_jax.trl.grpo_config import GRPOConfig
 from grpo_jax.trl.hooks import Hooks
-from grpo_jax.trl.hub import HubUploads, adopt_checkpoint
+from grpo_jax.trl.hub import HubUploads, facts_of
 from grpo_jax.trl.inputs import (
     described,
+    environment_rewards,
+    held_out_rows,
     model_path,
+    name_trackio_space,
     new_state,
     optimizer_of,
     reward_functions,
-    rows_of,
     training_rows,
     with_tokenizer,
 )
+from grpo_jax.trl.reports import metrics_text, write_metrics, write_model_card
+from grpo_jax.trl.resuming import resumes
 from grpo_jax.trl.settings import config_of
 from grpo_jax.trl.steps import Steps, steps_of
 
@@ -111,15 +114,18 @@ class GRPOTrainer:
         self.args = args = GRPOConfig(f"{Path(name).name}-GRPO") if args is None else args
         allow(not args.use_cpu or jax.default_backend() == "cpu", "use_cpu", True, "start Python with JAX_PLATFORMS=cpu")
         allow(path is not None or peft_config is None, "peft_config", described(peft_config), "the policy has its adapters already")
-        allow(train_dataset is not None, "train_dataset", None, "give rows with a prompt")
+        fix = "give rows with a prompt, also with environment_factory, whose reset may add to it"
+        allow(train_dataset is not None, "train_dataset", None, fix)
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         rows = training_rows(train_dataset, bool(args.remove_unused_columns))
         streaming = is_iterable_dataset(rows)
-        held_out = None if eval_dataset is None else rows_of(eval_dataset, "eval_dataset", bool(args.remove_unused_columns))
+        held_out = None if eval_dataset is None else held_out_rows(eval_dataset, bool(args.remove_unused_columns))
+        sets = list(held_out) if isinstance(held_out, dict) else []
         self.steps: Steps = steps_of(args, None if streaming else len(rows))
         allow(not self.steps.evaluating or held_out is not None, "eval_dataset", None, "give rows, or use eval_strategy='no'")
         self._held_out = held_out if self.steps.evaluating else None
         evaluates = self._held_out is not None
+        own_rewards = environment_rewards(environment_factory)
         self._episodes = EpisodeInputs(environment_factory, tools or (), methods=environment_factory is not None)
         self.config: Config = config_of(
             args,
@@ -130,16 +136,19 @@ class GRPOTrainer:
             quantization_config=quantization_config,
             episodes=bool(tools) or environment_factory is not None,
             streaming=streaming,
+            sets=sets,
+            own_rewards=len(own_rewards),
         )
+        name_trackio_space(args)
         self.state = new_state(args, self.steps)
-        self.hooks = Hooks(args, self.steps, self.state, lambda: self.processing_class)
+        self.hooks = Hooks(args, self.steps, self.state, lambda: self.processing_class, sets)
         self.uploads = HubUploads(args, self.steps.updates)
         for callback in callbacks or []:
             self.hooks.add(callback)
-        self.reward_funcs = [
-            self._with_extras(function)
-            for function in reward_functions(reward_funcs, reward_processing_classes, self.config.data.template_arguments)
-        ]
+        functions = list[Any]()
+        if reward_funcs is not None or not own_rewards:
+            functions = reward_functions(reward_funcs, reward_processing_classes, self.config.data.template_arguments)
+        self.reward_funcs = [self._with_extras(function) for function in (*functions, *own_rewards)]
         policy = model if isinstance(model, Policy) else None
         if processing_class is not None:
             policy = with_tokenizer(Policy.from_config(self.config) if policy is None else policy, processing_class)
@@ -170,29 +179,41 @@ class GRPOTrainer:
             RunInterruptedError, RewardError, NotFiniteError: as `grpo_jax.Trainer.train`.
         """
         given = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        self._trainer.resume = self._resumes(given)
+        self._trainer.resume = resumes(given, Path(self.config.train.run_dir), self.steps.updates)
         self._trainer.train()
+        if self.args.load_best_model_at_end:
+            restore_best(self._trainer)
         losses, summary = self.hooks.losses, self.state.log_history[-1]
         loss = sum(losses) / len(losses) if losses else math.nan
         return TrainOutput(self.state.global_step, loss, {k: v for k, v in summary.items() if k != "step"})
 
-    def evaluate(self, eval_dataset: Any = None) -> dict[str, Any]:
-        """Scores one greedy completion of each held-out row; returns and logs `eval_reward` and `eval_accuracy`.
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, Any]:
+        """Scores completions of each held-out row, as in the run; returns and logs `eval_reward`, `eval_accuracy` and more.
 
         Args:
-            eval_dataset: rows instead of the constructor's.
+            eval_dataset: rows, or several sets in a dict, instead of the constructor's.
+            ignore_keys: must be None; it concerns PyTorch.
+            metric_key_prefix: replaces `eval` in the names.
 
         Raises:
             ConfigError: there are no rows.
         """
+        allow(ignore_keys is None, "ignore_keys", ignore_keys, "leave it out; evaluation returns rewards alone")
         rows = self.eval_dataset if eval_dataset is None else eval_dataset
         allow(rows is not None, "eval_dataset", None, "give rows, here or to the constructor")
-        table = rows_of(rows, "eval_dataset", bool(self.args.remove_unused_columns))
+        table, k = held_out_rows(rows, bool(self.args.remove_unused_columns)), samples_of(self.args)
         config = replace(self.config, data=replace(self.config.data, eval_size=None))
         result = evaluate(
-            config, policy=self.model, eval_dataset=table, reward_funcs=self.reward_funcs, environment=self._episodes, pass_k=1
+            config, policy=self.model, eval_dataset=table, reward_funcs=self.reward_funcs, environment=self._episodes, pass_k=k
         )
-        self.hooks.evaluated({"eval_reward": result["reward_mean"], "eval_accuracy": result["accuracy"]})
+        metrics = result["metrics"] | {
+            f"{name}/{key}": value for name, of_set in result.get("sets", {}).items() for key, value in of_set["metrics"].items()
+        }
+        entries = log_entries(metrics, list(table) if isinstance(table, dict) else (), sampled=k > 1)
+        named = [{metric_key_prefix + name.removeprefix("eval"): value for name, value in entry.items()} for entry in entries]
+        self.hooks.evaluated(named, note_best=False)
         return {**self.hooks.evaluation, "epoch": self.state.epoch}
 
     def save_model(self, output_dir: str | None = None) -> None:
@@ -212,6 +233,29 @@ class GRPOTrainer:
         """Writes `trainer_state.json` to `output_dir`."""
         self.hooks.save_state()
 
+    def log_metrics(self, split: str, metrics: dict[str, Any]) -> None:
+        """Prints metrics in the first process."""
+        self.accelerator.print(metrics_text(split, metrics))
+
+    def save_metrics(self, split: str, metrics: dict[str, Any], combined: bool = True) -> None:
+        """Writes metrics to SPLIT_results.json in `output_dir`, and with `combined` adds them to all_results.json."""
+        if distributed.is_main():
+            write_metrics(Path(self.config.train.run_dir), split, metrics, combined)
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | list[str] | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Writes the model card, README.md, to `output_dir`; uploads have one anyway.
+
+        Args:
+            model_name: instead of `hub_model_id`.
+            dataset_name: shown as the rows; of several the first.
+            tags: added to the card's own.
+        """
+        if distributed.is_main():
+            folder = Path(self.config.train.run_dir)
+            write_model_card(folder, self.model, facts_of(folder, dataset_name, tags), model_name or self.hub_model_id)
+
     def push_to_hub(
         self,
         commit_message: str | None = "End of training",
@@ -225,7 +269,7 @@ class GRPOTrainer:
         Args:
             blocking: False returns a future at once.
             token, revision: instead of `hub_token` and `hub_revision`.
-            options: `dataset_name` is shown in the model card; the other names of TRL's card are refused.
+            options: `dataset_name` and `tags` are shown in the model card; the other names of TRL's card are refused.
 
         Returns:
             The address of the commit.
@@ -234,12 +278,11 @@ class GRPOTrainer:
             HubError: no token, one that may not write, or a hub that does not answer.
             ConfigError: an option that the model card does not have.
         """
-        dataset = options.pop("dataset_name", None) or ""
+        card = {"dataset": options.pop("dataset_name", None), "tags": options.pop("tags", None)}
         for name, value in options.items():
             allow(value is None, f"push_to_hub({name}=...)", described(value), "leave it out; the model card is made from the run")
         run_dir, message = Path(self.config.train.run_dir), commit_message or "End of training"
-        dataset = dataset if isinstance(dataset, str) else dataset[0]
-        started = self.uploads.start(self.model, run_dir, message, token=token, revision=revision, dataset=dataset)
+        started = self.uploads.start(self.model, run_dir, message, token=token, revision=revision, **card)
         return started.result() if blocking else started
 
     @property
@@ -303,25 +346,3 @@ class GRPOTrainer:
         takes = accepted(function, "reward_funcs")
         wanted = {name: value for name, value in extras.items() if takes.takes(name)}
         return functools.partial(function, **wanted) if wanted else function
-
-    def _resumes(self, given: str | bool | None) -> bool:
-        """Whether the run is continued; a path must be that of the newest checkpoint in `output_dir`."""
-        if not given or given is True:
-            return bool(given)
-        folder, path = Path(self.config.train.run_dir), Path(given)
-        if path.resolve() == folder.resolve():
-            return True
-        for uploaded in (path, folder / path):
-            if not holds_run(folder) and (uploaded / "config.yaml").is_file() and (uploaded / "checkpoints").is_dir():
-                if distributed.is_main():
-                    adopt_checkpoint(uploaded, folder)
-                distributed.barrier("resume_from_checkpoint")
-                return True
-        number = path.name.removeprefix("checkpoint-")
-        inside = path.parent.resolve() in (folder.resolve(), (folder / "checkpoints").resolve())
-        with Checkpointer(folder / "checkpoints", keep=None) as checkpoints:
-            newest = checkpoints.latest_step() or 0
-        names = {str(newest), f"checkpoint-{newest * self.steps.updates}"}
-        fix = f"use True, or the newest one, {folder / 'checkpoints' / str(newest)}"
-        allow(inside and bool(newest) and path.name in names and number.isdecimal(), "resume_from_checkpoint", str(given), fix)
-        return True

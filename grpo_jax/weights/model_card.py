@@ -49,11 +49,13 @@ class RunFacts:
         config: its settings.
         summary: of summary.json; {} where the run has not ended.
         curves: its picture, where there is one.
+        tags: for the hub, in addition to those that every card has.
     """
 
     config: Config
     summary: dict[str, Any] = field(default_factory=dict)
     curves: Path | None = None
+    tags: tuple[str, ...] = ()
 
     @staticmethod
     def of(run_dir: str | Path) -> RunFacts:
@@ -104,7 +106,8 @@ def front_matter(base: str, kind: Kind, facts: RunFacts | None) -> str:
     values |= {"base_model": base} if is_hub_id(base) else {}
     data = None if facts is None else facts.config.data.path
     values |= {"datasets": [data]} if data is not None and is_hub_id(data) else {}
-    values["tags"] = ["grpo", "grpo_jax", *(["lora"] if kind in ("adapter", "gguf-lora") else [])]
+    tags = ["grpo", "grpo_jax", *(["lora"] if kind in ("adapter", "gguf-lora") else []), *(facts.tags if facts else ())]
+    values["tags"] = list(dict.fromkeys(tags))
     return f"---\n{yaml.safe_dump(values, sort_keys=False)}---\n\n"
 
 

@@ -133,6 +133,16 @@ def test_gradients_are_scaled_to_the_global_norm() -> None:
 
 
 @pytest.mark.parametrize(
+    ("schedule", "expected"), [("linear", [1.0, 0.8, 0.6, 0.4, 0.2]), ("cosine", [1.0, 0.882843, 0.6, 0.317157, 0.2])]
+)
+def test_a_schedule_ends_at_its_share_of_the_peak(schedule: Any, expected: list[float]) -> None:
+    optim = OptimConfig(learning_rate=1.0, schedule=schedule, final_ratio=0.2)  # 0.2 + 0.8 (1 + cos(π k / 4)) / 2
+    np.testing.assert_allclose([learning_rate_at(optim, 4, step) for step in range(5)], expected, rtol=0, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"optim\.final_ratio is 0\.2: it has an effect with optim\.schedule linear or cosine"):
+        OptimConfig(final_ratio=0.2)
+
+
+@pytest.mark.parametrize(
     ("schedule", "warmup_steps", "steps", "expected"),
     [
         ("constant", 0, 3, [1, 1, 1]),

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
+from many_processes import config_folder, together
 from plain_oracles import quick_compiling
 from safetensors.numpy import save_file
 from shared_programs import shared_programs
-from tiny_runs import CONFIG, additions, config_of, quick_environment, tensors
+from tiny_runs import CONFIG, additions, config_of, quick_environment, records, tensors
 from tiny_tokenizers import CHATML, byte_tokenizer, save_folder
 
 import grpo_jax as gx
@@ -46,7 +48,7 @@ def build(folder: Path, template: str | None = CHATML, labels: int = 1, **change
     """Writes a tiny Llama of sequence classification that knows bytes."""
     config = CONFIG | {"architectures": ["LlamaForSequenceClassification"], "tie_word_embeddings": False} | changes
     save_folder(byte_tokenizer(template), folder, config=config)
-    weights = tensors() | {"score.weight": tensor("score.weight", (labels, CONFIG["hidden_size"]))}
+    weights = tensors(config["vocab_size"]) | {"score.weight": tensor("score.weight", (labels, CONFIG["hidden_size"]))}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
@@ -75,7 +77,7 @@ from goldens.folders import REWARD_LENGTHS, read_reward_values
 from tiny_tokenizers import byte_tokenizer
 from grpo_jax.config import MeshConfig
 from grpo_jax.data.tokenizer import Tokenizer
-from grpo_jax.learner.reward_models import RewardModel
+from grpo_jax.learner.reward_models import RewardModel, reward_model
 from grpo_jax.runtime.mesh import make_layout
 
 ids, expected = read_reward_values("qwen2")
@@ -84,17 +86,45 @@ model = RewardModel(Path(sys.argv[1]), Tokenizer.wrap(byte_tokenizer()), name="r
 model.load(make_layout(MeshConfig(data=2, fsdp=2)))
 values = model.values([row[:length].tolist() for row, length in zip(ids, REWARD_LENGTHS, strict=True)])
 print(np.abs(np.array(values) - expected).max())
+even = reward_model(sys.argv[2])
+texts = [list(range(5, 5 + length)) for length in (3, 60, 70, 9)]
+even.load()
+alone = even.values(texts)
+for mesh in (MeshConfig(fsdp=2, tensor=2), MeshConfig(data=2, fsdp=1, tensor=2)):
+    even.load(make_layout(mesh))
+    print(np.abs(np.array(even.values(texts)) - alone).max())
 """
 
 
 @pytest.mark.slow
 def test_on_a_mesh_the_values_are_the_same(repository: Path, tmp_path: Path) -> None:
     paths = ":".join(str(repository / name) for name in ("", "kernels", "tests", "tests/support"))
-    command = [sys.executable, "-c", MESH, str(build_reward_folder(tmp_path, "qwen2"))]
+    even = build(tmp_path / "even", vocab_size=264)  # which two shards divide
+    command = [sys.executable, "-c", MESH, str(build_reward_folder(tmp_path / "qwen2", "qwen2")), str(even)]
     environment = os.environ | quick_environment(4) | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 1e-4
+    differences = [float(line) for line in done.stdout.split()]
+    assert len(differences) == 3
+    assert max(differences) < 1e-4
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_scores_its_own_rows(folder: Path, tmp_path: Path) -> None:
+    values = config_folder(tmp_path)
+    values["data"] = {"path": str(tmp_path / "rows.jsonl")}
+    entries = [{"name": "reward_model", "path": str(folder), "dtype": "float32"}, f"{tmp_path}/mine.py:letters"]
+    values["rewards"] = {"functions": entries, "workers": 0}
+    values["train"] |= {"steps": 1, "eval_every": 0}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    for ended in together(tmp_path, 2, 1):
+        assert ended.status == 0, ended.err
+    rows = records(tmp_path / "run" / "completions.jsonl")
+    expected = reward_model(str(folder))([row["prompt"] for row in rows], [row["completion"] for row in rows])
+    assert len(rows) == 16
+    np.testing.assert_allclose([row["rewards"]["reward_model"] for row in rows], expected, rtol=0, atol=1e-5)
+    for number in range(2):
+        assert records(tmp_path / f"calls-{number}.jsonl") == [8]
 
 
 def test_the_last_token_that_is_no_padding_is_scored() -> None:

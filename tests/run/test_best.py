@@ -71,8 +71,20 @@ def test_without_keep_best_only_the_newest_stay_and_there_is_no_best(tmp_path: P
 
 def test_the_evaluation_before_training_and_later_equals_are_not_the_best():
     best = BestStep.of({"step": step, "accuracy": value} for step, value in enumerate(ACCURACIES))
-    assert (best.step, best.accuracy) == (2, 0.6)
+    assert (best.step, best.value) == (2, 0.6)
     assert BestStep.of([{"step": 0, "accuracy": 0.5}]).step is None
+
+
+def test_another_metric_says_what_is_best_and_a_minus_takes_the_lowest():
+    kls = [
+        {"step": step, "accuracy": 0.1 * step, "kl_divergence": value} for step, value in enumerate([0.0, 0.3, float("nan"), 0.1])
+    ]
+    assert (BestStep.of(kls, "kl_divergence").step, BestStep.of(kls, "-kl_divergence").step) == (1, 3)
+    assert BestStep.of(kls, "-kl_divergence").summary(Path("none")) == {
+        **{"best_step": 3, "best_metric": "-kl_divergence", "best_value": 0.1},
+        "best_checkpoint": None,
+    }
+    assert BestStep.of(kls, "other").step is None
 
 
 def test_a_run_that_is_lost_ends_and_its_summary_says_why(tmp_path: Path):

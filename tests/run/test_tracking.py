@@ -231,6 +231,25 @@ def test_several_trackers_get_the_same_and_one_that_fails_costs_only_itself(
     assert mlflow.params[run]["train.steps"] == "5"
 
 
+def test_a_run_and_its_project_have_the_names_of_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trackio, mlflow, wandb, started = Trackio(), Mlflow(), Wandb(), list[dict[str, Any]]()
+    run = types.SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+    wandb.init = lambda **given: started.append(given) or run
+    for name, module in (("wandb", wandb), ("trackio", trackio)):
+        monkeypatch.setitem(sys.modules, name, module)
+    mlflow.install(monkeypatch)
+    monkeypatch.setenv("TRACKIO_PROJECT", "other")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "other")
+    chosen = {"track": ["wandb", "trackio", "mlflow"], "run_name": "first", "project": "sums"}
+    for callback in tracker_callbacks(Config.from_dict({"train": chosen}), tmp_path, writes=True, warn=pytest.fail):
+        callback.on_train_end(None)  # type: ignore[arg-type] - a tracker only finishes
+    assert [(given["name"], given["project"]) for given in (*started, *trackio.started)] == [("first", "sums")] * 2
+    assert mlflow.ended == ["of sums, first"]
+    for name in ("run_name", "project"):
+        with pytest.raises(ConfigError, match=rf"train\.{name} is 'x': it has an effect only with a tracker: set train\.track"):
+            Config.from_dict({"train": {name: "x"}})
+
+
 def test_a_resumed_run_goes_on_in_the_same_run_of_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = Mlflow()
     mlflow.install(monkeypatch)

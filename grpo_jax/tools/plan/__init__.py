@@ -32,7 +32,8 @@ def make_plan(
     """Compiles a run for a machine and, where it does not fit, searches for settings with which it does.
 
     Args:
-        config: the settings; rows and rewards are not read, nor is the tokenizer. `model.path: builtin:NAME` is the task's model.
+        config: the settings; `data` is not read, nor is the tokenizer, and of `rewards` only reward models are. `model.path:
+            builtin:NAME` is the task's model.
         target: such as `v6e-8` or `h100x8`; None is this machine.
         announce: entered around each compilation.
         show: called with a line for each change that is tried.

@@ -14,6 +14,7 @@ from grpo_jax.fit.learners import grpo_learner
 from grpo_jax.fit.memory_use import MemoryUse
 from grpo_jax.fit.micro_batch import is_auto, longest_lengths, row_tokens, sizes_of_rows
 from grpo_jax.fit.phases import RolloutMemory, RunShapes, rollout_memory, update_memory
+from grpo_jax.fit.reward_memory import RewardShapes, reward_shapes
 from grpo_jax.fit.targets import Machine
 from grpo_jax.learner.rows import RowSize
 from grpo_jax.models.spec import ModelSpec
@@ -121,12 +122,13 @@ class Planner:
         with tracing_for(machine.target):
             placement = placement_of(config, self.spec, machine)
             policy = abstract_policy(config, self.folder, self.spec, placement)
-            fitted = self.fitted(config, policy, placement, machine) if is_auto(config) else None
+            rewards = reward_shapes(config, placement, self.announce)
+            fitted = self.fitted(config, policy, placement, machine, rewards) if is_auto(config) else None
             if fitted is None:
                 lengths = longest_lengths(config)
                 sizes = sizes_of_rows(config, policy.layout, lengths, row_tokens(config, policy, lengths))
                 learner, remat = grpo_learner(config, policy, sizes[0].tokens)
-                run = RunShapes.of(config, policy, placement, learner, sizes, self.announce)
+                run = RunShapes.of(config, policy, placement, learner, sizes, self.announce, rewards=rewards)
                 update = self.update(run, machine, remat)
             else:
                 run, update, remat = fitted
@@ -150,7 +152,7 @@ class Planner:
         )
 
     def fitted(
-        self, config: Config, policy: Policy, placement: Placement, machine: Machine
+        self, config: Config, policy: Policy, placement: Placement, machine: Machine, rewards: tuple[RewardShapes, ...]
     ) -> tuple[RunShapes, MemoryUse, str] | None:
         """Returns the run whose micro-batch `auto` chooses, its update's memory and `model.remat`; None where nothing fits."""
         key = update_key(config, machine)
@@ -158,7 +160,7 @@ class Planner:
             start = time.perf_counter()
             options = (machine.limit_bytes, self.announce, grpo_learner, longest_lengths(config))
             try:
-                run, _, use, remat = fit_update(config, policy, abstract_frozen(config, policy), placement, *options)
+                run, _, use, remat = fit_update(config, policy, abstract_frozen(config, policy), placement, *options, rewards)
                 self._fitted[key] = (run.sizes, use, remat)
             except ConfigError:
                 self._fitted[key] = None
@@ -168,7 +170,7 @@ class Planner:
             return None
         sizes, use, remat = found
         learner, _ = grpo_learner(with_remat(config, remat), policy, sizes[0].tokens)
-        return RunShapes.of(config, policy, placement, learner, sizes, self.announce), use, remat
+        return RunShapes.of(config, policy, placement, learner, sizes, self.announce, rewards=rewards), use, remat
 
     def update(self, run: RunShapes, machine: Machine, remat: str) -> MemoryUse:
         """Returns an update's memory; settings that only sampling reads do not compile it again."""
