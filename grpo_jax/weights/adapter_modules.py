@@ -11,7 +11,7 @@ from grpo_jax.config import LoraConfig
 from grpo_jax.config.checks import require
 from grpo_jax.config.sections import LINEAR_TARGETS
 from grpo_jax.models.adapters import Ratios
-from grpo_jax.models.layer_kinds import plain_part
+from grpo_jax.models.layer_kinds import DENSE, plain_part
 from grpo_jax.models.parameters import ParamSpec, lora_specs
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec
 from grpo_jax.weights.fused_adapters import check_parts
@@ -44,7 +44,9 @@ def check_targets(spec: ModelSpec, lora: LoraConfig) -> None:
     fix = f"a {spec.family} model has no {', '.join(missing)}: choose from {', '.join(known)}"
     require(not missing, "lora.targets", lora.targets, fix)
     experts = [
-        name for name in EXPERT_LINEARS if held_stack(spec, name) and name in lora.target_names and lora.targets != "all-linear"
+        name
+        for name in EXPERT_LINEARS
+        if held_stack(spec, name) and not spec.dense_and_experts and name in lora.target_names and lora.targets != "all-linear"
     ]
     fix = "this model's files have all experts of a layer in one tensor, which is not adapted: name others, or use all-linear"
     require(not experts, "lora.targets", lora.targets, fix)
@@ -88,13 +90,17 @@ def check_experts(spec: ModelSpec, lora: LoraConfig) -> None:
 
 
 def adapted_linears(spec: ModelSpec, lora: LoraConfig) -> tuple[str, ...]:
-    """The linear layers with adapters: with `all-linear` all but experts that are one tensor, as in PEFT."""
+    """The linear layers with adapters: not experts that are one tensor, as in PEFT."""
     return tuple(part for name in lora.target_names for part in parts_of_target(spec, name) if not held_stack(spec, part))
 
 
 def parts_of_target(spec: ModelSpec, target: str) -> list[str]:
-    """The linear layers of a name, of which some layers may have one of another shape (`layer_kinds.GLOBAL`)."""
-    return [name for name in spec.linear_shapes() if plain_part(name) == target]
+    """The linear layers of a name, of which some layers may have one of another shape (`layer_kinds.GLOBAL`).
+
+    Feed-forwards without experts are not among them where experts have adapters: PEFT takes the name for that of the experts.
+    """
+    dense = held_stack(spec, target)
+    return [name for name in spec.linear_shapes() if plain_part(name) == target and (dense or not name.startswith(DENSE))]
 
 
 def ranks_of(spec: ModelSpec, lora: LoraConfig, name: str) -> np.ndarray:
