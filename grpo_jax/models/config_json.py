@@ -218,8 +218,8 @@ def dense_layers(reader: ConfigReader, fields: Fields) -> Fields:
     dense = [number in named or (number + 1) % step != 0 for number in range(layers)]
     if all(dense):
         raise ModelError(
-            f"{reader.file}: mlp_only_layers = {show(named)} with decoder_sparse_step = {step} leaves no layer with experts: use the "
-            "model_type of the dense family"
+            f"{reader.file}: mlp_only_layers = {show(named)} with decoder_sparse_step = {step} leaves no layer with experts: use "
+            "the model_type of the dense family"
         )
     if not any(dense):
         return {}

@@ -1,4 +1,4 @@
-"""Kinds of layers: what mixes the tokens of a layer and what its feed-forward is, which parts only some kinds have, and their order.
+"""Kinds of layers: what mixes a layer's tokens and what its feed-forward is, which parts only some kinds have, and their order.
 
 Parameters are stacked by part, over the layers that have it. A model whose layers differ runs as a few loops: in each, a unit of
 some layers is repeated (`repeated_units`).

@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from grpo_jax.models.dropout import dropped
 from grpo_jax.models.gating import gated
-from grpo_jax.models.layer_kinds import DENSE, FEED_PARTS, Kind, has_keys, is_dense, is_recurrent, plain_part
+from grpo_jax.models.layer_kinds import DENSE, Kind, has_keys, is_dense, is_recurrent, plain_part
 from grpo_jax.models.linear import JOINED, Linear, LinearWeights, gather, linear_product
 from grpo_jax.models.moe import mix_experts
 from grpo_jax.models.parameters import QK_NORM_AXES

@@ -90,8 +90,8 @@ class ModelSpec:
         delta_fused: its inputs are `FUSED_DELTA_LINEARS`.
         gated_attention: attention's result is multiplied by a sigmoid, whose argument q_proj computes behind each head's query.
         swiglu_alpha, swiglu_limit: of the activation `swiglu_clamped`, see `gating.gated`.
-        experts: experts in every layer that is not of a `dense_` kind, of which a router selects `experts_per_token` for each token;
-            0 is a dense feed-forward.
+        experts: experts in every layer that is not of a `dense_` kind, of which a router selects `experts_per_token` for each
+            token; 0 is a dense feed-forward.
         norm_topk_prob: the router's weights of the selected experts are divided by their sum.
         shared_ffw: width of a feed-forward that every token has next to its experts, times a sigmoid; 0 is none.
         dense_ffw: in a mixture of experts, width of feed-forwards without experts: of layers of `dense_` kinds, or with

@@ -77,8 +77,8 @@ MODULES: dict[str, dict[str, str]] = {
 }
 """Paths of modules inside a layer, of families that do not have Llama's."""
 FUSED_EXPERTS = {"gpt_oss": "mlp.experts", "gemma4_text": "experts", "gemma4": "experts"}
-"""Families whose files always have all experts of a layer in one tensor, with the path of the module that has it. gpt-oss stores them
-(in, out)."""
+"""Families whose files always have all experts of a layer in one tensor, with the path of the module that has it. gpt-oss stores
+them (in, out)."""
 LEAVES = {
     "kernel": ".weight",
     "bias": ".bias",

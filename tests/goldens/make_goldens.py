@@ -469,7 +469,6 @@ NEW["gemma4_moe"] = (
         "use_double_wide_mlp": False,
         "hidden_size_per_layer_input": 0,
         "attention_k_eq_v": True,
-        "num_global_key_value_heads": 1,
         "enable_moe_block": True,
         "num_experts": 6,
         "top_k_experts": 3,
@@ -534,7 +533,8 @@ NEW["gemma4_vision"] = (
 )
 NEW["gemma4_moe_vision"] = (
     "gemma4",
-    NEW["gemma4_vision"][1] | {"text_config": NEW["gemma4_moe"][1] | {"use_bidirectional_attention": "vision"}},
+    NEW["gemma4_vision"][1]
+    | {"text_config": NEW["gemma4_moe"][1] | {"use_bidirectional_attention": "vision", "num_global_key_value_heads": 1}},
     [{"top_k_experts": 2}],
 )
 NEW["mistral3_vision"] = (
