@@ -21,7 +21,16 @@ from grpo_jax.trainer import train
 
 TOLERANCE_NATS = 1e-4
 PROMPT = 5
-MIXTURES = ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next", "qwen3_5_moe_text")
+MIXTURES = (
+    "mixtral",
+    "qwen3_moe",
+    "gpt_oss",
+    "qwen3_next",
+    "qwen3_5_moe_text",
+    "qwen3_moe_dense",
+    "qwen3_next_dense",
+    "qwen3_5_moe_vision",
+)
 ADAPTED = {
     "all-linear": LoraConfig(rank=4, alpha=8.0),
     "rslora": LoraConfig(rank=8, alpha=4.0, targets=["q_proj", "k_proj", "v_proj", "down_proj"], rslora=True),
@@ -93,7 +102,7 @@ def test_a_model_and_an_adapter_saved_by_torch_load_here(tmp_path: Path, family:
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if family in MIXTURES else "all-linear"
     targets = r".*language_model\..*_proj" if family.endswith("vision") else targets
     # Nor are adapters of what reads the embeddings for each layer.
-    targets = r".*\.(self_attn|mlp)\..*_proj" if family == "gemma4" else targets
+    targets = r".*\.(self_attn|mlp)\..*_proj" if family in ("gemma4", "gemma4_moe") else targets
     config = PeftLoraConfig(r=4, lora_alpha=16, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config).eval()
     adapted.save_pretrained(tmp_path / "adapter")
