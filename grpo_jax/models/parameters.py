@@ -58,10 +58,11 @@ def param_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
         table["layers", name, "kernel"] = ParamSpec((*stack, *shape), (*stack_axes, *axes), spec.init_std)
         if spec.has_bias(name):
             table["layers", name, "bias"] = ParamSpec((*stack, shape[1]), (*stack_axes, axes[1]))
+    table |= router_specs(spec)
     attention = spec.attention_layers
     if spec.sinks:
         table["layers", "sinks", "logit"] = ParamSpec((attention, spec.heads), ("layers", "heads"), spec.init_std)
-    table |= router_specs(spec) | recurrent_specs(spec) | per_layer_specs(spec)
+    table |= recurrent_specs(spec) | per_layer_specs(spec)
     norms = (["attn_norm", "ffw_norm"] if spec.pre_norm else []) + (["post_attn_norm", "post_ffw_norm"] if spec.sandwich else [])
     norms += ["post_dense_norm", "experts_norm", "post_experts_norm"] if spec.dense_and_experts else []
     for name in norms:
