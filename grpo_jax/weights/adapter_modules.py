@@ -17,6 +17,9 @@ from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec
 from grpo_jax.weights.fused_adapters import check_parts
 from grpo_jax.weights.names import FUSED, held_stack, module_paths
 
+JOINED_IN_PEFT = ("qwen3_5_moe_text", "qwen3_5_moe")
+"""Families whose experts are one tensor in PEFT though their files may have one for each."""
+
 
 def check_adapters(spec: ModelSpec, lora: LoraConfig) -> None:
     """Checks settings of adapters against the model.
@@ -46,9 +49,9 @@ def check_targets(spec: ModelSpec, lora: LoraConfig) -> None:
     experts = [
         name
         for name in EXPERT_LINEARS
-        if held_stack(spec, name) and not spec.dense_and_experts and name in lora.target_names and lora.targets != "all-linear"
+        if not is_adapted(spec, name) and not spec.dense_and_experts and name in lora.target_names and lora.targets != "all-linear"
     ]
-    fix = "this model's files have all experts of a layer in one tensor, which is not adapted: name others, or use all-linear"
+    fix = "this model has all experts of a layer in one tensor, which is not adapted: name others, or use all-linear"
     require(not experts, "lora.targets", lora.targets, fix)
     pair = [name for name in ("gate_proj", "up_proj") if name in adapted_linears(spec, lora)]
     if not spec.experts or not pair:
@@ -90,8 +93,13 @@ def check_experts(spec: ModelSpec, lora: LoraConfig) -> None:
 
 
 def adapted_linears(spec: ModelSpec, lora: LoraConfig) -> tuple[str, ...]:
-    """The linear layers with adapters: not experts that are one tensor, as in PEFT."""
-    return tuple(part for name in lora.target_names for part in parts_of_target(spec, name) if not held_stack(spec, part))
+    """The linear layers with adapters; see `is_adapted`."""
+    return tuple(part for name in lora.target_names for part in parts_of_target(spec, name) if is_adapted(spec, part))
+
+
+def is_adapted(spec: ModelSpec, part: str) -> bool:
+    """Whether a linear layer can have adapters: not experts that are one tensor for PEFT, which ignores adapters of each."""
+    return not held_stack(spec, part) and not (spec.family in JOINED_IN_PEFT and spec.experts > 0 and part in EXPERT_LINEARS)
 
 
 def parts_of_target(spec: ModelSpec, target: str) -> list[str]:
@@ -99,7 +107,7 @@ def parts_of_target(spec: ModelSpec, target: str) -> list[str]:
 
     Feed-forwards without experts are not among them where experts have adapters: PEFT takes the name for that of the experts.
     """
-    dense = held_stack(spec, target)
+    dense = not is_adapted(spec, target)
     return [name for name in spec.linear_shapes() if plain_part(name) == target and (dense or not name.startswith(DENSE))]
 
 

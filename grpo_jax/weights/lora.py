@@ -34,10 +34,10 @@ from grpo_jax.models.spec import ModelError, ModelSpec
 from grpo_jax.runtime.digests import DIGESTS, DamagedError, verify_digests, write_digests
 from grpo_jax.runtime.files import explains_write_errors, replacing
 from grpo_jax.types import Params
-from grpo_jax.weights.adapter_modules import check_adapters, parts_of_target, ranks_of, specs_of
+from grpo_jax.weights.adapter_modules import check_adapters, is_adapted, parts_of_target, ranks_of, specs_of
 from grpo_jax.weights.fused_adapters import file_shape, joined_pairs, part_of, patterns
 from grpo_jax.weights.hf import find_folder, open_shard, read_json, require_finite, shape_of
-from grpo_jax.weights.names import fused_name, held_stack, module_path, module_paths, root
+from grpo_jax.weights.names import fused_name, module_path, module_paths, root
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Settings of a PEFT config that are not supported, with the values that mean "not used".
@@ -116,7 +116,7 @@ def peft_targets(spec: ModelSpec, names: list[str], layers: list[int] | None = N
         peft_target(spec, name)
         for target in LINEAR_TARGETS
         for name in parts_of_target(spec, target)
-        if name not in names and not fused_name(spec, name) and not held_stack(spec, name)
+        if name not in names and not fused_name(spec, name) and is_adapted(spec, name)
     }
     if root(spec) == "model" and not others.intersection(targets):
         return targets

@@ -91,3 +91,11 @@ def test_a_dense_feed_forward_next_to_experts_has_adapters_and_the_experts_have_
     assert set(init_lora(spec, lora, jax.random.key(0))["layers"]) == {"dense_gate_proj"}
     with pytest.raises(ConfigError, match=r"lora.targets.*a gemma4_text model has no in_proj"):
         init_lora(spec, LoraConfig(rank=2, targets=["in_proj"]), jax.random.key(0))
+
+
+def test_experts_that_peft_ignores_have_no_adapters() -> None:
+    """Those of Qwen3.5, in files with one tensor for each expert too."""
+    spec = read_spec(golden_config("qwen3_5_moe_text"))
+    assert not {"gate_proj", "up_proj", "down_proj"}.intersection(init_lora(spec, LORA, jax.random.key(0))["layers"])
+    with pytest.raises(ConfigError, match=r"lora.targets is .*all experts of a layer in one tensor.*use all-linear"):
+        init_lora(spec, LoraConfig(rank=2, targets=["q_proj", "down_proj"]), jax.random.key(0))
