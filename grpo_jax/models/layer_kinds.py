@@ -53,9 +53,9 @@ def mixer_of(kind: Kind) -> Mixer:
     return MIXERS.get(kind, cast(Mixer, kind))
 
 
-def dense_kind(mixer: Mixer) -> Kind:
-    """The kind of a layer without experts in a mixture of experts."""
-    return DENSE_KINDS[mixer]
+def dense_kind(kind: Kind) -> Kind:
+    """The kind of a layer with the same mixer and no experts, in a mixture of experts."""
+    return DENSE_KINDS[mixer_of(kind)]
 
 
 def is_dense(kind: Kind) -> bool:
