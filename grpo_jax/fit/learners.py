@@ -28,7 +28,7 @@ def trained_model(policy: Policy, remat: str, tokens: int) -> tuple[Transformer,
     """
     spec, model = policy.spec, policy.model
     if remat == "auto":
-        widths = 4 * (spec.width + spec.heads * spec.head_dim + spec.ffw * max(1, spec.experts_per_token))
+        widths = 4 * (spec.width + spec.heads * spec.head_dim + spec.dense_ffw + spec.ffw * max(1, spec.experts_per_token))
         saved_bytes, free = tokens * spec.layers * widths * model.dtype.itemsize, least_free_bytes()
         remat = "none" if model.unroll and (free is None or saved_bytes < REMAT_MEMORY_SHARE * free) else "layer"
     return model.clone(remat=remat), remat

@@ -178,7 +178,7 @@ def batch_shapes(
     experts = None
     if recorded is not None:
         spec, replays = recorded
-        experts = Recorded([], (spec.layers, spec.experts_per_token), expert_dtype(spec), replays)
+        experts = Recorded([], (spec.expert_layers, spec.experts_per_token), expert_dtype(spec), replays)
     batch: Any = TrainBatch(
         micro_batches=tuple(tables_of([], size, [], [[]] * n, None, width, shards, experts) for size in sizes),
         completion_lengths=np.zeros(n, np.int32),

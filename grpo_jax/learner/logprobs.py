@@ -58,7 +58,7 @@ def router_inputs(model: Transformer, rows: PackedRows, weights: Float[Array, "R
     weights = jnp.zeros(rows.ids.shape, jnp.float32) if weights is None else weights
     return RouterInputs(
         recorded=None if rows.experts is None else jnp.moveaxis(jnp.asarray(rows.experts), 2, 0),
-        weights=jnp.broadcast_to(weights[None], (model.spec.layers, *weights.shape)),
+        weights=jnp.broadcast_to(weights[None], (model.spec.expert_layers, *weights.shape)),
         replays=rows.replays,
     )
 

@@ -80,7 +80,7 @@ class RouterTerm:
         if self.counts is None:
             return jnp.float32(0), stats
         tokens = jnp.sum(self.mask.astype(jnp.float32))
-        balance = balance_loss(self.counts, report.probabilities, tokens, self.model.spec.layers)
+        balance = balance_loss(self.counts, report.probabilities, tokens, self.model.spec.expert_layers)
         return self.coefficient * balance, stats | {"router_aux": jax.lax.stop_gradient(balance)}
 
     def metrics(self, sums: dict[str, Any]) -> dict[str, Array]:
@@ -89,6 +89,6 @@ class RouterTerm:
         if "router_aux" in sums:
             found["router/aux_loss"] = sums["router_aux"]
         if "router_differing" in sums:
-            choices = self.model.spec.layers * self.model.spec.experts_per_token * jnp.sum(self.mask.astype(jnp.float32))
+            choices = self.model.spec.expert_layers * self.model.spec.experts_per_token * jnp.sum(self.mask.astype(jnp.float32))
             found["router/mismatch"] = jax.lax.stop_gradient(sums["router_differing"]) / jnp.maximum(choices, jnp.float32(1))
         return found

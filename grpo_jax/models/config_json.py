@@ -14,6 +14,7 @@ from typing import Any
 
 from grpo_jax.config.checks import show
 from grpo_jax.models.config_values import MOST_EXPERT_MODULES, checked_flag, checked_number, whole_number
+from grpo_jax.models.layer_kinds import Kind, dense_kind
 from grpo_jax.models.spec import ModelError
 
 Fields = dict[str, Any]
@@ -180,12 +181,53 @@ def expert_fields(reader: ConfigReader, experts: int, selected: int, coefficient
     coefficient = reader.number("router_aux_loss_coef", coefficient)
     coefficient = coefficient if reader.flag("output_router_logits") else 0.0
     experts = reader.whole("num_local_experts", reader.whole("num_experts", experts))
-    selected, layers = reader.whole("num_experts_per_tok", selected), reader.whole("num_hidden_layers")
+    return numbers_of_experts(reader, experts, "num_experts_per_tok", selected) | {"router_aux_coef": coefficient}
+
+
+def numbers_of_experts(reader: ConfigReader, experts: int, name: str, selected: int | None) -> Fields:
+    """Reads and checks how many experts a token uses.
+
+    Args:
+        experts: those of a layer.
+        name: of the attribute.
+        selected: its default; None where it is required.
+    """
+    selected, layers = reader.whole(name, selected), reader.whole("num_hidden_layers")
     if layers * experts > MOST_EXPERT_MODULES:
         raise ModelError(f"{reader.file}: {experts:,} experts in {layers:,} layers are more than {MOST_EXPERT_MODULES:,} in all")
     if not 1 <= selected <= experts:
-        raise ModelError(f"{reader.file}: num_experts_per_tok = {selected} is not within 1 to the {experts} experts")
-    return {"experts": experts, "experts_per_token": selected, "router_aux_coef": coefficient}
+        raise ModelError(f"{reader.file}: {name} = {selected} is not within 1 to the {experts} experts")
+    return {"experts": experts, "experts_per_token": selected}
+
+
+def dense_layers(reader: ConfigReader, fields: Fields) -> Fields:
+    """Reads which layers of a mixture of experts have a feed-forward without experts, `intermediate_size` wide.
+
+    These are `mlp_only_layers`, and of the others those whose number, from 1, is not a multiple of `decoder_sparse_step`.
+
+    Args:
+        fields: what else the family reads: `layers`, `ffw`, and `kinds` where it has several.
+
+    Raises:
+        ModelError: a number of no layer, or no layer has experts.
+    """
+    layers, step = fields["layers"], reader.whole("decoder_sparse_step", 1)
+    named: Any = reader.get("mlp_only_layers", [])
+    if not isinstance(named, list) or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < layers for i in named):
+        raise ModelError(f"{reader.file}: mlp_only_layers is {show(named)}: use a list of numbers of layers from 0 to {layers - 1}")
+    dense = [number in named or (number + 1) % step != 0 for number in range(layers)]
+    if all(dense):
+        raise ModelError(
+            f"{reader.file}: mlp_only_layers = {show(named)} with decoder_sparse_step = {step} leaves no layer with experts: use "
+            "the model_type of the dense family"
+        )
+    if not any(dense):
+        return {}
+    kinds: tuple[Kind, ...] = fields.get("kinds", ()) or ("attention",) * layers
+    return {
+        "kinds": tuple(dense_kind(kind) if own else kind for kind, own in zip(kinds, dense, strict=True)),
+        "dense_ffw": fields["ffw"],
+    }
 
 
 def layer_windows(reader: ConfigReader, layers: int, window: int | None, pattern: int | None) -> tuple[int | None, ...]:

@@ -29,6 +29,8 @@ WHOLE: dict[str, tuple[int, int]] = {
     "num_local_experts": (1, 2**14),
     "num_experts": (1, 2**14),
     "num_experts_per_tok": (1, 2**14),
+    "top_k_experts": (1, 2**14),
+    "decoder_sparse_step": (1, 4096),
     "sliding_window": (1, 2**31 - 1),
     "sliding_window_pattern": (1, 4096),
     "_sliding_window_pattern": (1, 4096),

@@ -15,6 +15,7 @@ from grpo_jax.models.config_json import (
     ConfigReader,
     Fields,
     attention_bias,
+    dense_layers,
     expert_fields,
     layer_windows,
     shared_fields,
@@ -75,10 +76,9 @@ def qwen3(reader: ConfigReader) -> Fields:
 
 
 def qwen3_moe(reader: ConfigReader) -> Fields:
-    """Qwen3 with experts (https://arxiv.org/abs/2505.09388), `moe_intermediate_size` wide, in every layer."""
+    """Qwen3 with experts (https://arxiv.org/abs/2505.09388), `moe_intermediate_size` wide, in every layer but `dense_layers`."""
     fields = swiglu_fields(reader) | expert_fields(reader, 128, 8) | attention_bias(reader)
-    reader.allow_only("decoder_sparse_step", (1,), "every layer has experts")
-    reader.allow_only("mlp_only_layers", ([],), "every layer has experts")
+    fields |= dense_layers(reader, fields)
     used, window = reader.flag("use_sliding_window"), reader.window(4096)
     reader.known.add("max_window_layers")  # of Qwen3's dense models; here the window applies to every layer
     return fields | {
@@ -326,7 +326,8 @@ WITH_VISION: dict[str, dict[str, Fields]] = {
     "gemma3": {"gemma3_text": GEMMA3_TEXT},
     "gemma4": {"gemma4_text": {}},
     "mistral3": {"ministral3": {}, "mistral": {}},
-    "qwen3_5": {"qwen3_5_text": {}},
+    "qwen3_5": {"qwen3_5_text": {"tie_word_embeddings": False}},
+    "qwen3_5_moe": {"qwen3_5_moe_text": {"tie_word_embeddings": False}},
 }
 """model_type of a checkpoint with a vision tower → the types that its text part may have, with what their files leave out."""
 
@@ -353,7 +354,7 @@ def read_text_part(kind: str, config: Fields, file: str) -> ModelSpec:
     if not isinstance(text, dict) or text.get("model_type") not in WITH_VISION[kind]:
         allowed = " or ".join(WITH_VISION[kind])
         raise ModelError(f"{file}: text_config of a {kind} model is {show(text)}: use an object with model_type {allowed}")
-    defaults = WITH_VISION[kind][text["model_type"]] | {"tie_word_embeddings": True}
+    defaults = {"tie_word_embeddings": True} | WITH_VISION[kind][text["model_type"]]
     inherited = {name: config[name] for name in ("dtype", "torch_dtype") if name in config}
     # Whether the head is tied is an attribute of the whole model, whose value goes before that of its text part.
     tied = {name: config[name] for name in ("tie_word_embeddings",) if config.get(name) is not None}

@@ -1,7 +1,7 @@
 """Reads the config.json of Gemma 4's text part, as `families.py` does for the others.
 
 Layers with a window and global ones have attention of different shapes, the last layers use keys and values of earlier ones, and
-tokens have an embedding for each layer. Gemma 4 26B-A4B, whose layers have experts next to a dense feed-forward, is refused.
+tokens have an embedding for each layer. Layers of 26B-A4B have experts next to a dense feed-forward.
 """
 
 from __future__ import annotations
@@ -9,7 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from grpo_jax.config.checks import show
-from grpo_jax.models.config_json import ConfigReader, Fields, attention_bias, layer_windows, shared_fields
+from grpo_jax.models.config_json import (
+    ConfigReader,
+    Fields,
+    attention_bias,
+    layer_windows,
+    numbers_of_experts,
+    shared_fields,
+)
 from grpo_jax.models.config_rope import ropes_by_window
 from grpo_jax.models.config_values import whole_number
 from grpo_jax.models.layer_kinds import Kind
@@ -23,17 +30,15 @@ ROPES = {
 
 
 def gemma4(reader: ConfigReader) -> Fields:
-    """Gemma 4 E2B, E4B and 31B, text (https://ai.google.dev/gemma/docs/core/model_card_4).
+    """Gemma 4, text (https://ai.google.dev/gemma/docs/core/model_card_4).
 
     Raises:
-        ModelError: experts, layers of one kind of attention alone, or another value that is not supported.
+        ModelError: layers of one kind of attention alone, or another value that is not supported.
     """
     fields = shared_fields(reader, head_dim=256)
     layers = fields["layers"]
     reader.allow_only("hidden_activation", ("gelu_pytorch_tanh",), "the feed-forward is GeGLU")
     reader.allow_only("use_bidirectional_attention", (False, "vision"), "tokens of text see the past only")
-    reader.allow_only("enable_moe_block", (False,), "experts next to a dense feed-forward, as in 26B-A4B")
-    reader.known.update(("num_experts", "top_k_experts", "moe_intermediate_size"))  # of enable_moe_block alone
     if reader.get("rope_parameters") is None:
         reader.config["rope_parameters"] = ROPES
     # The last layer is global whatever layer_types says, as in transformers.
@@ -50,6 +55,7 @@ def gemma4(reader: ConfigReader) -> Fields:
         | ropes
         | shared_keys(reader, windows, fields["ffw"])
         | per_layer_embeddings(reader, fields["vocab"])
+        | experts_next_to_dense(reader, fields["ffw"])
         | {
             "windows": windows,
             "global_attention": global_attention(reader, windows, fields),
@@ -81,6 +87,20 @@ def shared_keys(reader: ConfigReader, windows: tuple[int | None, ...], ffw: int)
         kinds.append(own[int(window is None)])
     wide = reader.flag("use_double_wide_mlp") and shared > 0
     return {"kinds": tuple(kinds), "wide_ffw": 2 * ffw if wide else None}
+
+
+def experts_next_to_dense(reader: ConfigReader, ffw: int) -> Fields:
+    """Reads the experts that layers have next to their feed-forward with `enable_moe_block`.
+
+    Args:
+        ffw: width of that feed-forward.
+    """
+    reader.known.update(("num_experts", "top_k_experts", "moe_intermediate_size"))  # without enable_moe_block unused
+    if not reader.flag("enable_moe_block"):
+        return {}
+    reader.allow_only("use_double_wide_mlp", (False,), "with enable_moe_block every dense feed-forward has one width")
+    numbers = numbers_of_experts(reader, reader.whole("num_experts"), "top_k_experts", None)
+    return numbers | {"ffw": reader.whole("moe_intermediate_size"), "dense_ffw": ffw, "dense_and_experts": True}
 
 
 def global_attention(reader: ConfigReader, windows: tuple[int | None, ...], fields: Fields) -> GlobalAttention:

@@ -1,4 +1,4 @@
-"""Kinds of layers: what mixes the tokens of a layer, which parts only some kinds have, and the order of kinds in a model.
+"""Kinds of layers: what mixes a layer's tokens and what its feed-forward is, which parts only some kinds have, and their order.
 
 Parameters are stacked by part, over the layers that have it. A model whose layers differ runs as a few loops: in each, a unit of
 some layers is repeated (`repeated_units`).
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
-Kind = Literal["attention", "global", "shared", "shared_global", "conv", "delta"]
+Mixer = Literal["attention", "global", "shared", "shared_global", "conv", "delta"]
 """Attention over keys and values; `global`, attention of another shape (`spec.GlobalAttention`); `shared` and `shared_global`,
 which use the keys and values of the last layer before them that is `attention` or `global`; a gated short convolution, whose state
 is its last inputs; or linear attention by the gated delta rule behind a short convolution, whose state is a matrix for each head
 too."""
+
+Kind = Mixer | Literal["dense_attention", "dense_delta"]
+"""What mixes a layer's tokens; `dense_`: in a mixture of experts, a layer whose feed-forward has no experts."""
 
 DELTA_LINEARS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 """Linear layers of the input of linear attention: of queries, keys and values, of the result's gate, of β and of the decay."""
@@ -22,7 +25,7 @@ DELTA_LINEARS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 FUSED_DELTA_LINEARS = ("in_proj_qkvz", "in_proj_ba")
 """The same as Qwen3-Next has them: the outputs of each head of keys stand together."""
 
-RECURRENT_PARTS: dict[Kind, frozenset[str]] = {
+RECURRENT_PARTS: dict[Mixer, frozenset[str]] = {
     "conv": frozenset(("in_proj", "short_conv", "out_proj")),
     "delta": frozenset((*DELTA_LINEARS, *FUSED_DELTA_LINEARS, "short_conv", "decay", "delta_norm", "out_proj")),
 }
@@ -32,14 +35,37 @@ RECURRENT_PARTS: dict[Kind, frozenset[str]] = {
 KEY_PARTS = frozenset(("k_proj", "v_proj", "qkv_proj", "k_norm"))
 ATTENTION_PARTS = KEY_PARTS | {"q_proj", "o_proj", "q_norm", "sinks"}
 FEED_PARTS = frozenset(("gate_proj", "up_proj", "gate_up_proj", "down_proj"))
+ROUTED_PARTS = frozenset(("router", "shared_router", "shared_gate_proj", "shared_up_proj", "shared_down_proj"))
+"""Parts that only layers with experts have, besides the experts."""
 
-GLOBAL, WIDE = "global_", "wide_"
-"""Before the name of a part of attention, or of the feed-forward, that has another shape in some layers and a stack of its own."""
+GLOBAL, WIDE, DENSE = "global_", "wide_", "dense_"
+"""Before the name of a part of attention, or of the feed-forward, that has another shape in some layers and a stack of its own.
+`dense_` is before the parts of a feed-forward without experts in a mixture of experts."""
+
+
+DENSE_KINDS: dict[Mixer, Kind] = {"attention": "dense_attention", "delta": "dense_delta"}
+"""The kind of a layer without experts, by its mixer."""
+MIXERS: dict[Kind, Mixer] = {kind: mixer for mixer, kind in DENSE_KINDS.items()}
+
+
+def mixer_of(kind: Kind) -> Mixer:
+    """What mixes the tokens of a layer, whatever its feed-forward is."""
+    return MIXERS.get(kind, cast(Mixer, kind))
+
+
+def dense_kind(kind: Kind) -> Kind:
+    """The kind of a layer with the same mixer and no experts, in a mixture of experts."""
+    return DENSE_KINDS[mixer_of(kind)]
+
+
+def is_dense(kind: Kind) -> bool:
+    """Whether the feed-forward of a layer has no experts, in a mixture of experts."""
+    return kind.startswith(DENSE)
 
 
 def is_recurrent(kind: Kind) -> bool:
     """Whether a layer has a recurrent state."""
-    return kind in RECURRENT_PARTS
+    return mixer_of(kind) in RECURRENT_PARTS
 
 
 def is_global(kind: Kind) -> bool:
@@ -49,12 +75,12 @@ def is_global(kind: Kind) -> bool:
 
 def has_keys(kind: Kind) -> bool:
     """Whether a layer has keys and values of its own."""
-    return kind in ("attention", "global")
+    return mixer_of(kind) in ("attention", "global")
 
 
 def plain_part(part: str) -> str:
     """The name of a part without what tells it from that of another shape: `global_q_proj` → `q_proj`."""
-    return part.removeprefix(GLOBAL).removeprefix(WIDE)
+    return part.removeprefix(GLOBAL).removeprefix(WIDE).removeprefix(DENSE)
 
 
 def part_name(kind: Kind, part: str, *, wide: bool) -> str:
@@ -66,17 +92,25 @@ def part_name(kind: Kind, part: str, *, wide: bool) -> str:
     """
     if is_global(kind) and part in ATTENTION_PARTS:
         return GLOBAL + part
+    if is_dense(kind) and part in FEED_PARTS:
+        return DENSE + part
     return WIDE + part if wide and kind.startswith("shared") and part in FEED_PARTS else part
 
 
-def has_part(kind: Kind, part: str, *, wide: bool) -> bool:
-    """Whether a layer has a part of this name; see `part_name`."""
+def has_part(kind: Kind, part: str, *, wide: bool, both: bool = False) -> bool:
+    """Whether a layer has a part of this name; see `part_name`.
+
+    Args:
+        both: whether layers have a feed-forward without experts next to their experts.
+    """
     plain = plain_part(part)
     if any(plain in parts for parts in RECURRENT_PARTS.values()):
-        return plain in RECURRENT_PARTS.get(kind, ())
+        return plain in RECURRENT_PARTS.get(mixer_of(kind), ())
     if (plain in ATTENTION_PARTS and is_recurrent(kind)) or (plain in KEY_PARTS and not has_keys(kind)):
         return False
-    return part_name(kind, plain, wide=wide) == part
+    if part in ROUTED_PARTS and is_dense(kind):
+        return False
+    return part_name(kind, plain, wide=wide) == part or (both and part == DENSE + plain)
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from jaxtyping import Array
 
 from grpo_jax.models.dropout import dropped
 from grpo_jax.models.gating import gated
-from grpo_jax.models.layer_kinds import Kind, has_keys, is_recurrent, plain_part
+from grpo_jax.models.layer_kinds import DENSE, Kind, has_keys, is_dense, is_recurrent, plain_part
 from grpo_jax.models.linear import JOINED, Linear, LinearWeights, gather, linear_product
-from grpo_jax.models.moe import mix_and_route
+from grpo_jax.models.moe import mix_experts
 from grpo_jax.models.parameters import QK_NORM_AXES
 from grpo_jax.models.recurrent import Recurrence, linear_attention, short_conv
 from grpo_jax.models.rope import Angles, rotate
@@ -171,8 +171,7 @@ class Block(nn.Module):
             mixed, cache, stacked = self.attention(before, layer, rope, cache, select, keys)
         x = x if select is None else select(x)
         x = checkpoint_name(x + self.added("post_attn_norm", mixed), LAYER_MIDDLE)
-        fed = self.feed_forward(self.norm("ffw_norm", x) if spec.pre_norm else x, keys, layer.get("router"))
-        x = x + self.added("post_ffw_norm", fed)
+        x = x + self.added("post_ffw_norm", self.feed_forward(x, keys, layer.get("router")))
         if spec.per_layer_width:
             x = x + self.per_layer(x, layer["embedding"] if select is None else select(layer["embedding"]), keys)
         x = x * FixedScale(name="layer_scalar")().astype(x.dtype)[None, None] if spec.layer_scale else x
@@ -306,19 +305,37 @@ class Block(nn.Module):
         return rotate(k, angles.cos, angles.sin, interleaved=spec.interleaved_rope), v
 
     def feed_forward(self, x: Array, keys: Array | None, router: RouterInputs | None) -> Array:
-        names = ("router", *EXPERT_LINEARS) if self.spec.experts else ("gate_proj", "up_proj", "down_proj")
-        names += ("shared_router", *SHARED_LINEARS) if self.spec.shared_ffw else ()
-        if not self.spec.experts and self.has_variable("params", "gate_up_proj"):
-            names = ("gate_up_proj", "down_proj")
-        weights = {name: LinearWeights(name=self.spec.part_name(self.kind, name))() for name in names}
-        if self.spec.experts and (router is not None or self.is_mutable_collection(COLLECTION)):
-            return self.routed(weights, x, keys, router)
+        """What the feed-forward, or the two of them, computes of the hidden states, with the norms in front."""
+        spec = self.spec
+        before = self.norm("ffw_norm", x) if spec.pre_norm else x
+        if spec.dense_and_experts:
+            dense = self.norm("post_dense_norm", self.dense(before, keys))
+            return dense + self.norm("post_experts_norm", self.experts(self.norm("experts_norm", x), x, keys, router))
+        if spec.experts and not is_dense(self.kind):
+            return self.experts(before, None, keys, router)
+        return self.dense(before, keys)
+
+    def dense(self, x: Array, keys: Array | None) -> Array:
+        """A feed-forward without experts."""
+        names = ("gate_up_proj", "down_proj") if self.has_variable("params", "gate_up_proj") else EXPERT_LINEARS
+        prefix = DENSE if self.spec.dense_and_experts else ""
+        weights = {name: LinearWeights(name=prefix + self.spec.part_name(self.kind, name))() for name in names}
         return self.in_parts(functools.partial(self.fed, weights), x, keys)
 
-    def routed(self, weights: dict[str, Any], x: Array, keys: Array | None, router: RouterInputs | None) -> Array:
-        """The feed-forward of experts, told by and reporting to the collection `router`; see `routing.py`."""
+    def experts(self, x: Array, residual: Array | None, keys: Array | None, router: RouterInputs | None) -> Array:
+        """The feed-forward of experts, told by and reporting to the collection `router`; see `routing.py`.
+
+        Args:
+            residual: what the router sees, before its norm; None where it sees x.
+        """
+        names = ("router", *EXPERT_LINEARS, *(("shared_router", *SHARED_LINEARS) if self.spec.shared_ffw else ()))
+        weights = {name: LinearWeights(name=name)() for name in names}
+        if residual is not None:
+            weights["router"] |= Weights(("input_scale", "expert_scale"), name="router_scales")()
         given = None if router is None else router.given
-        y, routing = self.in_parts(functools.partial(self.mixed, weights), x, keys, given)
+        reports = router is not None or self.is_mutable_collection(COLLECTION)
+        function = functools.partial(self.mixed, weights, reports=reports)
+        y, routing = self.in_parts(function, x, keys, given, residual)
         if self.is_mutable_collection(COLLECTION):
             name, value = ("used", routing.used) if router is None else ("sums", sums_of(routing, router))
             self.put_variable(COLLECTION, name, value)
@@ -344,10 +361,8 @@ class Block(nn.Module):
 
     @nn.nowrap
     def fed(self, weights: dict[str, Any], x: Array, keys: Array | None = None) -> Array:
-        """The feed-forward from its weights, with gate and up joined or not."""
+        """A feed-forward without experts from its weights, with gate and up joined or not."""
         spec, options = self.spec, (self.lora_scale, self.implementation, self.layout)
-        if spec.experts:
-            return self.mixed(weights, x, keys)[0]
 
         def linear(name: str, x: Array) -> Array:
             axes = LINEAR_AXES[JOINED[name][0] if name in JOINED else name]
@@ -360,11 +375,20 @@ class Block(nn.Module):
         return linear("down_proj", gated(spec, gate, up))
 
     @nn.nowrap
-    def mixed(self, weights: dict[str, Any], x: Array, keys: Array | None, given: Array | None = None) -> tuple[Array, Routing]:
-        """The feed-forward of experts, with the one that every token has, and what the router has done; see `mix_and_route`."""
-        experts = {name: weights[name] for name in ("router", *EXPERT_LINEARS)}
-        y, routing = mix_and_route(self.spec, x, experts, self.lora_scale, self.implementation, self.layout, given)
-        return (y if not self.spec.shared_ffw else y + self.shared(weights, x, keys)), routing
+    def mixed(
+        self, weights: dict[str, Any], x: Array, keys: Array | None, given: Array | None, residual: Array | None, *, reports: bool
+    ) -> tuple[Array, Routing | None]:
+        """The feed-forward of experts, with the one that every token has, and what the router has done; see `mix_experts`."""
+        spec, experts = self.spec, {name: weights[name] for name in ("router", *EXPERT_LINEARS)}
+        if residual is not None:
+            router = dict(experts["router"])
+            scale = gather(self.layout, router.pop("input_scale").astype(jnp.float32), "embed") * jnp.float32(spec.width**-0.5)
+            residual = (normalised(residual, spec.norm_eps) * scale[None, None, :]).astype(x.dtype)
+            experts["router"] = router
+        options = (self.lora_scale, self.implementation, self.layout)
+        y, routing = mix_experts(spec, x, experts, *options, given, residual)
+        y = y if not spec.shared_ffw else y + self.shared(weights, x, keys)
+        return y, routing if reports else None
 
     @nn.nowrap
     def shared(self, weights: dict[str, Any], x: Array, keys: Array | None) -> Array:

@@ -68,7 +68,8 @@ def run_mixed_layers(
             is as small.
 
     Returns:
-        The hidden states, the cache, the layers' outputs, stacked by kind, and what their routers report, stacked [L, ...].
+        The hidden states, the cache, the layers' outputs, stacked by kind, and what routers report, stacked over the layers that
+        have one.
     """
     fixed, (per_layer, embeddings) = {"params"} if frozen else set[str](), inputs
     outputs: dict[int, list[Any]] = {}
@@ -101,7 +102,7 @@ def run_mixed_layers(
                     "rope": jnp.array(spec.rope_of_layer, jnp.int32)[number],
                     "per_layer": at(per_layer, index) if attention else None,
                     "dropout": at(dropout_keys, number),
-                    "router": at(routers, number),
+                    "router": at(routers, index_of_part(spec, run, place, iteration, "router")),
                 }
                 chosen = {
                     name: layer_of(spec, run, place, iteration, tree if name in fixed else own[name], whole=name in fixed)
@@ -152,9 +153,9 @@ def layers_of_run(run: Run, x: Array) -> Array:
     return x[run.first : run.first + run.count * size].reshape(run.count, size, *x.shape[1:])
 
 
-def at(tree: Any, index: Array) -> Any:
-    """One entry of stacked arrays."""
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
+def at(tree: Any, index: Array | None) -> Any:
+    """One entry of stacked arrays; None where there is no index."""
+    return None if index is None else jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
 
 
 def put(tree: Any, index: Array, entry: Any) -> Any:
@@ -182,6 +183,14 @@ def places(spec: ModelSpec, run: Run, part: str) -> tuple[int, list[int]]:
     return sum(number < run.first for number in numbers), [i for i in range(len(run.unit)) if run.first + i in numbers]
 
 
+def index_of_part(spec: ModelSpec, run: Run, place: int, iteration: Array, part: str) -> Array | None:
+    """A layer's index among those that have a part; None where it has none."""
+    first, own = places(spec, run, part)
+    if place not in own:
+        return None
+    return jnp.int32(first + own.index(place)) + iteration * jnp.int32(len(own))
+
+
 def parts_of_run(spec: ModelSpec, run: Run, parts: Params) -> Params:
     """The layers of a run: [count, layers of the unit that have the part, ...] of each stacked array."""
     found = {}
@@ -201,11 +210,11 @@ def layer_of(spec: ModelSpec, run: Run, place: int, iteration: Array, parts: Par
     """
     found = {}
     for part, leaves in parts.items():
-        first, own = places(spec, run, part)
+        _, own = places(spec, run, part)
         if place not in own:
             continue
         if whole:
-            found[part] = at(leaves, jnp.int32(first + own.index(place)) + iteration * jnp.int32(len(own)))
+            found[part] = at(leaves, index_of_part(spec, run, place, iteration, part))
         else:
             number = own.index(place)
             found[part] = jax.tree.map(lambda x, number=number: x[number], leaves)

@@ -102,46 +102,37 @@ def mix_experts(
     lora_scale: float,
     implementation: str | None = None,
     layout: Layout | None = None,
-) -> Float[Array, "B T D"]:
-    """Computes the feed-forward of one layer; see `mix_and_route`."""
-    return mix_and_route(spec, x, weights, lora_scale, implementation, layout)[0]
-
-
-def mix_and_route(
-    spec: ModelSpec,
-    x: Float[Array, "B T D"],
-    weights: dict[str, dict[str, Any]],
-    lora_scale: float,
-    implementation: str | None = None,
-    layout: Layout | None = None,
     given: Integer[Array, "B T k"] | None = None,
+    router_input: Float[Array, "B T D"] | None = None,
 ) -> tuple[Float[Array, "B T D"], Routing]:
     """Computes the feed-forward of one layer, and what its router has done.
 
     Args:
         weights: `kernel`, and where the model has it `bias`, of router, gate_proj, up_proj and down_proj. Kernels of the last three
-            may be quantised, and there may be `a` and `b` next to them.
+            may be quantised, and there may be `a` and `b` next to them. The router may have `expert_scale` [E], factors of its
+            weights.
         lora_scale: factor of the adapters' product.
         implementation: see `choose_form`.
         layout: on a mesh, B is sharded over rows.
         given: the experts of each token, instead of those that the router would select.
+        router_input: what the router sees; None is x.
     """
 
-    def cast(w: Any) -> Any:
-        return w if isinstance(w, QuantizedWeight) else w.astype(x.dtype)
+    def cast(leaf: str, w: Any) -> Any:
+        return w if isinstance(w, QuantizedWeight) or leaf == "expert_scale" else w.astype(x.dtype)
 
-    ready = {name: {leaf: cast(w) for leaf, w in leaves.items()} for name, leaves in weights.items()}
+    ready = {name: {leaf: cast(leaf, w) for leaf, w in leaves.items()} for name, leaves in weights.items()}
 
-    def run(x: Array, weights: dict[str, dict[str, Any]], given: Array | None) -> tuple[Array, Routing]:
+    def run(x: Array, weights: dict[str, dict[str, Any]], given: Array | None, seen: Array | None) -> tuple[Array, Routing]:
         rows = x.reshape(-1, x.shape[-1])
         first = jnp.int32(0) if layout is None else jax.lax.axis_index("tensor") * weights["up_proj"]["kernel"].shape[0]
-        own = None if given is None else given.reshape(rows.shape[0], -1)
-        y, routing = mix_local_experts(spec, rows, weights, lora_scale, implementation, first, own)
+        own, seen = (None if array is None else array.reshape(rows.shape[0], -1) for array in (given, seen))
+        y, routing = mix_local_experts(spec, rows, weights, lora_scale, implementation, first, own, seen)
         y = (y if layout is None else jax.lax.psum(y, "tensor")).reshape(x.shape)
         return y, jax.tree.map(lambda leaf: leaf.reshape(*x.shape[:-1], -1), routing)
 
     if layout is None:
-        return run(x, ready, given)
+        return run(x, ready, given, router_input)
     shardings: dict[str, dict[str, Any]] = {name: {} for name in ready}
     for name, leaves in ready.items():
         for leaf, w in leaves.items():
@@ -152,7 +143,7 @@ def mix_and_route(
                 shardings[name][leaf] = layout.decoding.spec(*axes)
                 leaves[leaf] = layout.gather(w, *axes)
     tokens = layout.spec("rows", "tokens", None)
-    return layout.local(run, (tokens, shardings, tokens), (tokens, tokens))(x, ready, given)
+    return layout.local(run, (tokens, shardings, tokens, tokens), (tokens, tokens))(x, ready, given, router_input)
 
 
 def leaf_axes(spec: ModelSpec, name: str, leaf: str) -> tuple[str | None, ...]:
@@ -173,18 +164,23 @@ def mix_local_experts(
     implementation: str | None,
     first_expert: Int[Array, ""],
     given: Integer[Array, "N k"] | None = None,
+    router_input: Float[Array, "N D"] | None = None,
 ) -> tuple[Float[Array, "N D"], Routing]:
     """The weighted sum over those selected experts of each token that are on this device, and what the router has done.
 
     Args:
         first_expert: index of the first expert on this device.
-        given: see `mix_and_route`.
+        given, router_input: see `mix_experts`.
     """
     kernel = weights["up_proj"]["kernel"]
     k, experts = spec.experts_per_token, kernel.shape[0]
     router = weights["router"]
     options: dict[str, Any] = {"normalised": spec.norm_topk_prob, "bias": router.get("bias"), "given": given}
-    router_weights, routing = route(x, router["kernel"], k, **options)
+    router_weights, routing = route(x if router_input is None else router_input, router["kernel"], k, **options)
+    if "expert_scale" in router:
+        # A sum, not indices, whose gradient a GPU would add in another order at every run.
+        is_used = jax.nn.one_hot(routing.used, spec.experts, dtype=jnp.float32)
+        router_weights = router_weights * jnp.sum(is_used * router["expert_scale"].astype(jnp.float32)[None, None, :], axis=-1)
     local = routing.used - first_expert
     local = jnp.where((local >= 0) & (local < experts), local, experts)
     form = choose_form(spec, x.shape[0], implementation, quantized=isinstance(kernel, QuantizedWeight))

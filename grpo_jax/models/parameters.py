@@ -58,20 +58,13 @@ def param_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
         table["layers", name, "kernel"] = ParamSpec((*stack, *shape), (*stack_axes, *axes), spec.init_std)
         if spec.has_bias(name):
             table["layers", name, "bias"] = ParamSpec((*stack, shape[1]), (*stack_axes, axes[1]))
-    if spec.experts:
-        router = (spec.layers, spec.width, spec.experts)
-        table["layers", "router", "kernel"] = ParamSpec(router, ("layers", "embed", None), spec.init_std)
-        if spec.mlp_bias:
-            table["layers", "router", "bias"] = ParamSpec((spec.layers, spec.experts), ("layers", None))
-    if spec.shared_ffw:
-        table["layers", "shared_router", "kernel"] = ParamSpec(
-            (spec.layers, spec.width, 1), ("layers", "embed", None), spec.init_std
-        )
+    table |= router_specs(spec)
     attention = spec.attention_layers
     if spec.sinks:
         table["layers", "sinks", "logit"] = ParamSpec((attention, spec.heads), ("layers", "heads"), spec.init_std)
     table |= recurrent_specs(spec) | per_layer_specs(spec)
     norms = (["attn_norm", "ffw_norm"] if spec.pre_norm else []) + (["post_attn_norm", "post_ffw_norm"] if spec.sandwich else [])
+    norms += ["post_dense_norm", "experts_norm", "post_experts_norm"] if spec.dense_and_experts else []
     for name in norms:
         table["layers", name, "scale"] = ParamSpec((spec.layers, spec.width), ("layers", "embed"), constant=norm_start)
     if spec.qk_norm:
@@ -83,6 +76,22 @@ def param_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
             if spec.global_attention is not None:
                 shape = len(spec.layers_with(GLOBAL + name)), spec.global_attention.head_dim
                 table["layers", GLOBAL + name, "scale"] = ParamSpec(shape, ("layers", "head_dim"), constant=norm_start)
+    return table
+
+
+def router_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
+    """Describes the routers of a mixture of experts."""
+    table: dict[tuple[str, ...], ParamSpec] = {}
+    layers, axes = spec.expert_layers, ("layers", "embed", None)
+    if spec.experts:
+        table["layers", "router", "kernel"] = ParamSpec((layers, spec.width, spec.experts), axes, spec.init_std)
+        if spec.mlp_bias:
+            table["layers", "router", "bias"] = ParamSpec((layers, spec.experts), ("layers", None))
+    if spec.shared_ffw:
+        table["layers", "shared_router", "kernel"] = ParamSpec((layers, spec.width, 1), axes, spec.init_std)
+    if spec.dense_and_experts:
+        table["layers", "router_scales", "input_scale"] = ParamSpec((layers, spec.width), ("layers", "embed"), constant=1.0)
+        table["layers", "router_scales", "expert_scale"] = ParamSpec((layers, spec.experts), ("layers", None), constant=1.0)
     return table
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from grpo_jax.config.checks import show
-from grpo_jax.models.config_json import ConfigReader, Fields, attention_bias, expert_fields, shared_fields, unrotated_fields
+from grpo_jax.models.config_json import (
+    ConfigReader,
+    Fields,
+    attention_bias,
+    dense_layers,
+    expert_fields,
+    shared_fields,
+    unrotated_fields,
+)
 from grpo_jax.models.config_rope import one_rope, partial_rotation
 from grpo_jax.models.layer_kinds import Kind
 from grpo_jax.models.spec import ModelError
@@ -82,7 +90,6 @@ def qwen_recurrent_fields(reader: ConfigReader) -> Fields:
     reader.known.update(("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings", "mamba_ssm_dtype"))
     reader.allow_only("attn_output_gate", (True,), "attention's result is gated")
     reader.allow_only("use_sliding_window", (False,), "attention sees everything")
-    reader.allow_only("mlp_only_layers", ([],), "every layer has the same feed-forward")
     fields = unrotated_fields(reader, head_dim=256) | attention_bias(reader)
     layers, rotated = fields["layers"], partial_rotation(reader, fields["head_dim"], 0.25)
     interval = reader.whole("full_attention_interval", 4)
@@ -111,6 +118,7 @@ def qwen_recurrent_fields(reader: ConfigReader) -> Fields:
 
 def qwen3_5(reader: ConfigReader) -> Fields:
     """Qwen3.5 and 3.6, dense, text (https://qwen.ai/blog?id=qwen3.5): positions of images, mrope, are those of text here."""
+    reader.allow_only("mlp_only_layers", ([],), "every layer has the same feed-forward")
     return qwen_recurrent_fields(reader)
 
 
@@ -124,13 +132,14 @@ def shared_expert_fields(reader: ConfigReader, experts: int, selected: int) -> F
 
 def qwen3_next(reader: ConfigReader) -> Fields:
     """Qwen3-Next (https://qwen.ai/blog?id=qwen3-next): with experts; inputs of linear attention are in one tensor."""
-    reader.allow_only("decoder_sparse_step", (1,), "every layer has experts")
-    fields = qwen_recurrent_fields(reader) | shared_expert_fields(reader, 512, 10)
+    fields = qwen_recurrent_fields(reader)
+    fields |= dense_layers(reader, fields) | shared_expert_fields(reader, 512, 10)
     return fields | {"delta_fused": True, "norm_topk_prob": reader.flag("norm_topk_prob", True)}
 
 
 def qwen3_5_moe(reader: ConfigReader) -> Fields:
     """Qwen3.5 and 3.6 with experts, text: all experts of a layer are in one tensor of the files."""
+    reader.allow_only("mlp_only_layers", ([],), "transformers has experts in every layer")
     reader.config.setdefault("intermediate_size", reader.whole("moe_intermediate_size", 512))  # no layer is dense
     return qwen_recurrent_fields(reader) | shared_expert_fields(reader, 256, 8)
 

@@ -35,7 +35,7 @@ class Routing:
 
 @struct.dataclass
 class RouterInputs:
-    """What the routers of all layers are told; a layer's slice has no L.
+    """What the routers of all layers are told. L counts the layers with experts; a layer's slice has no L.
 
     Attributes:
         recorded: the experts that the sampler used for each token; None where they are not known.
@@ -102,7 +102,7 @@ def expert_dtype(spec: ModelSpec) -> Any:
 
 
 def used_experts(spec: ModelSpec, collection: Any, tokens: int) -> Integer[Array, "B T L k"]:
-    """The experts that each token used in every layer.
+    """The experts that each token used in every layer that has experts, [B, T, layers, k].
 
     An unrolled model's last layer may have computed one token of each row, as in prefill; the others do nothing there, and get that
     one's experts.
@@ -111,7 +111,7 @@ def used_experts(spec: ModelSpec, collection: Any, tokens: int) -> Integer[Array
     if first.ndim == 4:  # stacked
         used = jnp.moveaxis(first, 0, 2)
     else:
-        layers = [collection[f"layers_{number}"]["used"] for number in range(spec.layers)]
+        layers = [collection[f"layers_{number}"]["used"] for number in spec.layers_with("router")]
         used = jnp.stack([jnp.broadcast_to(own, (own.shape[0], tokens, own.shape[2])) for own in layers], axis=2)
     return used.astype(expert_dtype(spec))
 
@@ -127,7 +127,7 @@ def balance_loss(
     Args:
         counts, probabilities: sums over tokens and layers.
         tokens: number of tokens.
-        layers: number of layers.
+        layers: number of layers with experts.
     """
     pairs = jnp.maximum(tokens, jnp.float32(1)) * layers
     return counts.shape[0] * jnp.sum((counts / pairs) * (probabilities / pairs))

@@ -12,6 +12,7 @@ from grpo_jax.config import ConfigError, ObjectiveConfig, RolloutConfig
 from grpo_jax.config.checks import require
 from grpo_jax.models.layer_kinds import (
     DELTA_LINEARS,
+    DENSE,
     FUSED_DELTA_LINEARS,
     GLOBAL,
     Kind,
@@ -19,6 +20,7 @@ from grpo_jax.models.layer_kinds import (
     has_part,
     is_global,
     is_recurrent,
+    mixer_of,
     part_name,
     plain_part,
 )
@@ -60,7 +62,7 @@ class ModelSpec:
     Attributes:
         ffw: width of the feed-forward; with experts, of one expert.
         tied: the embedding matrix is the output head too.
-        kinds: per layer, what mixes its tokens (`layer_kinds.Kind`); () is attention in every layer.
+        kinds: per layer, what mixes its tokens and what its feed-forward is (`layer_kinds.Kind`); () is attention in every layer.
         windows: per layer, the number of positions that a query sees, its own included; None sees all.
         ropes: the rotary embeddings in use; `rope_of_layer` gives the index of each layer's.
         query_scale: factor of q before q·k.
@@ -88,9 +90,14 @@ class ModelSpec:
         delta_fused: its inputs are `FUSED_DELTA_LINEARS`.
         gated_attention: attention's result is multiplied by a sigmoid, whose argument q_proj computes behind each head's query.
         swiglu_alpha, swiglu_limit: of the activation `swiglu_clamped`, see `gating.gated`.
-        experts: experts in every layer, of which a router selects `experts_per_token` for each token; 0 is a dense feed-forward.
+        experts: experts in every layer that is not of a `dense_` kind, of which a router selects `experts_per_token` for each
+            token; 0 is a dense feed-forward.
         norm_topk_prob: the router's weights of the selected experts are divided by their sum.
         shared_ffw: width of a feed-forward that every token has next to its experts, times a sigmoid; 0 is none.
+        dense_ffw: in a mixture of experts, width of feed-forwards without experts: of layers of `dense_` kinds, or with
+            `dense_and_experts` of every layer; 0 is none.
+        dense_and_experts: every layer has a dense feed-forward and experts, each with norms of its own, whose sum is normalised
+            too; routers have a norm and factors (Gemma 4).
         router_aux_coef: weight of the load-balancing loss, as config.json has it where it says output_router_logits; else 0.
         dtype: dtype of the weights that config.json names.
         init_std: standard deviation of random initial weights.
@@ -152,6 +159,8 @@ class ModelSpec:
     experts_per_token: int = 0
     norm_topk_prob: bool = True
     shared_ffw: int = 0
+    dense_ffw: int = 0
+    dense_and_experts: bool = False
     router_aux_coef: float = 0.0
     dtype: Literal["float32", "bfloat16"] = "float32"
     init_std: float = 0.02
@@ -163,7 +172,7 @@ class ModelSpec:
 
     @property
     def layer_kinds(self) -> tuple[Kind, ...]:
-        """What mixes the tokens of each layer."""
+        """What mixes the tokens of each layer, and what its feed-forward is."""
         return self.kinds or ("attention",) * self.layers
 
     @property
@@ -175,6 +184,11 @@ class ModelSpec:
     def recurrent_layers(self) -> int:
         """Layers with a recurrent state."""
         return sum(map(is_recurrent, self.layer_kinds))
+
+    @property
+    def expert_layers(self) -> int:
+        """Layers with experts."""
+        return len(self.layers_with("router")) if self.experts else 0
 
     @property
     def storing_kinds(self) -> tuple[Kind, ...]:
@@ -193,8 +207,8 @@ class ModelSpec:
 
     def layers_with(self, part: str) -> tuple[int, ...]:
         """The layers that have a linear layer, a norm or another part of this name."""
-        wide = self.wide_ffw is not None
-        return tuple(number for number, kind in enumerate(self.layer_kinds) if has_part(kind, part, wide=wide))
+        options = {"wide": self.wide_ffw is not None, "both": self.dense_and_experts}
+        return tuple(number for number, kind in enumerate(self.layer_kinds) if has_part(kind, part, **options))
 
     def part_name(self, kind: Kind, part: str) -> str:
         """The name under which a layer's part is stacked, from its plain name."""
@@ -219,7 +233,7 @@ class ModelSpec:
     def key_stacks(self) -> tuple[tuple[int, ...], ...]:
         """The layers with keys of their own, those of one shape in each tuple: their KV caches are stacked."""
         kinds: list[Kind] = ["attention"] if self.global_attention is None else ["attention", "global"]
-        return tuple(tuple(number for number, own in enumerate(self.layer_kinds) if own == kind) for kind in kinds)
+        return tuple(tuple(number for number, own in enumerate(self.layer_kinds) if mixer_of(own) == kind) for kind in kinds)
 
     @property
     def key_shapes(self) -> tuple[tuple[int, int, int], ...]:
@@ -300,7 +314,7 @@ class ModelSpec:
 
     def linear_shapes(self) -> dict[str, tuple[int, int]]:
         """(in, out) of each linear layer of a block; with experts, those of the feed-forward are of one expert."""
-        linear_attention = "delta" in self.layer_kinds
+        linear_attention = "delta" in map(mixer_of, self.layer_kinds)
         shapes = attention_linears(self.width, self.heads, self.kv_heads, self.head_dim) | {
             "q_proj": (self.width, (1 + self.gated_attention) * self.heads * self.head_dim),
             "in_proj": (self.width, 3 * self.width),
@@ -325,6 +339,9 @@ class ModelSpec:
         if self.wide_ffw is not None:
             shapes |= {f"wide_{name}": (self.width, self.wide_ffw) for name in ("gate_proj", "up_proj")}
             shapes["wide_down_proj"] = (self.wide_ffw, self.width)
+        if self.dense_ffw:
+            shapes |= {DENSE + name: (self.width, self.dense_ffw) for name in ("gate_proj", "up_proj")}
+            shapes[DENSE + "down_proj"] = (self.dense_ffw, self.width)
         if self.per_layer_width:
             shapes["per_layer_gate"] = (self.width, self.per_layer_width)
             shapes["per_layer_proj"] = (self.per_layer_width, self.width)

@@ -260,6 +260,7 @@ class Transformer(nn.Module):
         caches: list[Any] = [None] * len(storing) if cache is None else list(cache)
         outputs: list[Any] = [None] * len(storing)
         keys: dict[int, Any] = {}
+        router_of = {layer: jax.tree.map(lambda x, at=at: x[at], routers) for at, layer in enumerate(spec.layers_with("router"))}
         for number, kind in enumerate(spec.layer_kinds):
             window = spec.windows[number]
             source = number if is_recurrent(kind) else spec.key_source(number)
@@ -272,7 +273,7 @@ class Transformer(nn.Module):
                 "embedding": None if embeddings is None else embeddings[number],
                 "shared_keys": keys.get(source),
                 "dropout": None if dropout_keys is None else dropout_keys[number],
-                "router": jax.tree.map(lambda x, number=number: x[number], routers),
+                "router": router_of.get(number),
             }
             last = number == spec.layers - 1
             block = self.block(Block, attend, kind=kind, recurrence=recurrence, name=f"layers_{number}")

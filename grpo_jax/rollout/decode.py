@@ -104,7 +104,8 @@ class SegmentTokens:
         stopped: True = a stop token ended the completion.
         near_ties: number of tokens in whose place rounding could have chosen another one.
         done: True = the slot needs no more tokens: a stop token, the length limit, or no completion.
-        experts: those that the token of each column used in every layer; not of the last one, which is not computed here. None
+        experts: those that the token of each column used in every layer that has some; not of the last one, which is not computed
+            here. None
             where the model does not record them.
         last: the last token of each slot, for `Continued`; None while the segment is decoded.
     """
@@ -192,7 +193,8 @@ def segment_sampler(
 def empty_tokens(model: Transformer, slots: SlotState, length: int) -> SegmentTokens:
     """Makes the tokens of a segment before its first draw: column 0 has each slot's last token."""
     s, spec = slots.base.shape[0], model.spec
-    experts = jnp.zeros((s, length + 1, spec.layers, spec.experts_per_token), expert_dtype(spec)) if model.records_experts else None
+    recorded = (s, length + 1, spec.expert_layers, spec.experts_per_token)
+    experts = jnp.zeros(recorded, expert_dtype(spec)) if model.records_experts else None
     return SegmentTokens(
         ids=jnp.zeros((s, length + 1), jnp.int32).at[:, 0].set(slots.last),
         logps=jnp.zeros((s, length + 1), jnp.float32),

@@ -23,8 +23,9 @@ from grpo_kernels import QuantizedWeight, weight_bytes
 from grpo_kernels.numerics import precision_of
 from grpo_kernels.target import platform
 
-FLOAT32_LEAVES = ("scale", "fixed_scale", "logit", "rate", "offset", "factor")
-"""Leaves that are computed in float32: scales of norms, factors of layers, sinks, decays of linear attention, DoRA's factors."""
+FLOAT32_LEAVES = ("scale", "fixed_scale", "input_scale", "expert_scale", "logit", "rate", "offset", "factor")
+"""Leaves that are computed in float32: scales of norms, factors of layers and of routers, sinks, decays of linear attention, DoRA's
+factors."""
 
 JOIN_SHARE = 0.25
 """Fraction of the free memory that the joined weights of a rollout may use."""

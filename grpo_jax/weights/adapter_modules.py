@@ -11,11 +11,14 @@ from grpo_jax.config import LoraConfig
 from grpo_jax.config.checks import require
 from grpo_jax.config.sections import LINEAR_TARGETS
 from grpo_jax.models.adapters import Ratios
-from grpo_jax.models.layer_kinds import plain_part
+from grpo_jax.models.layer_kinds import DENSE, plain_part
 from grpo_jax.models.parameters import ParamSpec, lora_specs
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec
 from grpo_jax.weights.fused_adapters import check_parts
 from grpo_jax.weights.names import FUSED, held_stack, module_paths
+
+JOINED_IN_PEFT = ("qwen3_5_moe_text", "qwen3_5_moe")
+"""Families whose experts are one tensor in PEFT though their files may have one for each."""
 
 
 def check_adapters(spec: ModelSpec, lora: LoraConfig) -> None:
@@ -44,9 +47,11 @@ def check_targets(spec: ModelSpec, lora: LoraConfig) -> None:
     fix = f"a {spec.family} model has no {', '.join(missing)}: choose from {', '.join(known)}"
     require(not missing, "lora.targets", lora.targets, fix)
     experts = [
-        name for name in EXPERT_LINEARS if held_stack(spec, name) and name in lora.target_names and lora.targets != "all-linear"
+        name
+        for name in EXPERT_LINEARS
+        if not is_adapted(spec, name) and not spec.dense_and_experts and name in lora.target_names and lora.targets != "all-linear"
     ]
-    fix = "this model's files have all experts of a layer in one tensor, which is not adapted: name others, or use all-linear"
+    fix = "this model has all experts of a layer in one tensor, which is not adapted: name others, or use all-linear"
     require(not experts, "lora.targets", lora.targets, fix)
     pair = [name for name in ("gate_proj", "up_proj") if name in adapted_linears(spec, lora)]
     if not spec.experts or not pair:
@@ -88,13 +93,22 @@ def check_experts(spec: ModelSpec, lora: LoraConfig) -> None:
 
 
 def adapted_linears(spec: ModelSpec, lora: LoraConfig) -> tuple[str, ...]:
-    """The linear layers with adapters: with `all-linear` all but experts that are one tensor, as in PEFT."""
-    return tuple(part for name in lora.target_names for part in parts_of_target(spec, name) if not held_stack(spec, part))
+    """The linear layers with adapters; see `is_adapted`."""
+    return tuple(part for name in lora.target_names for part in parts_of_target(spec, name) if is_adapted(spec, part))
+
+
+def is_adapted(spec: ModelSpec, part: str) -> bool:
+    """Whether a linear layer can have adapters: not experts that are one tensor for PEFT, which ignores adapters of each."""
+    return not held_stack(spec, part) and not (spec.family in JOINED_IN_PEFT and spec.experts > 0 and part in EXPERT_LINEARS)
 
 
 def parts_of_target(spec: ModelSpec, target: str) -> list[str]:
-    """The linear layers of a name, of which some layers may have one of another shape (`layer_kinds.GLOBAL`)."""
-    return [name for name in spec.linear_shapes() if plain_part(name) == target]
+    """The linear layers of a name, of which some layers may have one of another shape (`layer_kinds.GLOBAL`).
+
+    Feed-forwards without experts are not among them where experts have adapters: PEFT takes the name for that of the experts.
+    """
+    dense = not is_adapted(spec, target)
+    return [name for name in spec.linear_shapes() if plain_part(name) == target and (dense or not name.startswith(DENSE))]
 
 
 def ranks_of(spec: ModelSpec, lora: LoraConfig, name: str) -> np.ndarray:

@@ -34,7 +34,7 @@ from grpo_jax.models.spec import ModelError, ModelSpec
 from grpo_jax.runtime.digests import DIGESTS, DamagedError, verify_digests, write_digests
 from grpo_jax.runtime.files import explains_write_errors, replacing
 from grpo_jax.types import Params
-from grpo_jax.weights.adapter_modules import check_adapters, parts_of_target, ranks_of, specs_of
+from grpo_jax.weights.adapter_modules import check_adapters, is_adapted, parts_of_target, ranks_of, specs_of
 from grpo_jax.weights.fused_adapters import file_shape, joined_pairs, part_of, patterns
 from grpo_jax.weights.hf import find_folder, open_shard, read_json, require_finite, shape_of
 from grpo_jax.weights.names import fused_name, module_path, module_paths, root
@@ -114,8 +114,9 @@ def peft_targets(spec: ModelSpec, names: list[str], layers: list[int] | None = N
     targets = sorted({peft_target(spec, name) for name in names})
     others = {
         peft_target(spec, name)
-        for name in spec.linear_shapes()
-        if plain_part(name) in LINEAR_TARGETS and name not in names and not fused_name(spec, name)
+        for target in LINEAR_TARGETS
+        for name in parts_of_target(spec, target)
+        if name not in names and not fused_name(spec, name) and is_adapted(spec, name)
     }
     if root(spec) == "model" and not others.intersection(targets):
         return targets

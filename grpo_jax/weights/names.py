@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from grpo_jax.models.families import WITH_VISION
-from grpo_jax.models.layer_kinds import DELTA_LINEARS, FUSED_DELTA_LINEARS, KEY_PARTS, has_keys, plain_part
+from grpo_jax.models.layer_kinds import DELTA_LINEARS, DENSE, FUSED_DELTA_LINEARS, KEY_PARTS, has_keys, plain_part
 from grpo_jax.models.linear import JOINED
 from grpo_jax.models.parameters import param_specs
 from grpo_jax.models.spec import EXPERT_LINEARS, ModelSpec
@@ -23,6 +23,9 @@ GEMMA_NORMS = {
     "post_attn_norm": "post_attention_layernorm",
     "ffw_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
+    "post_dense_norm": "post_feedforward_layernorm_1",
+    "experts_norm": "pre_feedforward_layernorm_2",
+    "post_experts_norm": "post_feedforward_layernorm_2",
 }
 NORMS: dict[str, dict[str, str]] = {
     "gemma2": GEMMA_NORMS,
@@ -42,6 +45,8 @@ FUSED: dict[str, tuple[str, ...]] = {
 }
 """The joined linear layers (`models.linear.JOINED`) that a family's files have as one tensor."""
 GEMMA4_MODULES = {
+    "router": "router.proj",
+    "router_scales": "router",
     "per_layer_gate": "per_layer_input_gate",
     "per_layer_proj": "per_layer_projection",
     "per_layer_norm": "post_per_layer_input_norm",
@@ -68,11 +73,12 @@ MODULES: dict[str, dict[str, str]] = {
         "up_proj": "feed_forward.w3",
         "down_proj": "feed_forward.w2",
     },
-    **dict.fromkeys(("qwen3_5_text", "qwen3_5", "qwen3_5_moe_text", "qwen3_next"), LINEAR_ATTENTION),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5", "qwen3_5_moe_text", "qwen3_5_moe", "qwen3_next"), LINEAR_ATTENTION),
 }
 """Paths of modules inside a layer, of families that do not have Llama's."""
-FUSED_EXPERTS = ("gpt_oss",)
-"""Families whose files have all experts of a layer in one tensor, stored (in, out)."""
+FUSED_EXPERTS = {"gpt_oss": "mlp.experts", "gemma4_text": "experts", "gemma4": "experts"}
+"""Families whose files always have all experts of a layer in one tensor, with the path of the module that has it. gpt-oss stores
+them (in, out)."""
 LEAVES = {
     "kernel": ".weight",
     "bias": ".bias",
@@ -80,6 +86,8 @@ LEAVES = {
     "logit": "",
     "taps": ".weight",
     "fixed_scale": "",
+    "input_scale": ".scale",
+    "expert_scale": ".per_expert_scale",
     "rate": ".A_log",
     "offset": ".dt_bias",
 }
@@ -101,6 +109,8 @@ def module_path(spec: ModelSpec, part: str, expert: int = 0) -> str:
         part: a linear layer, also one that is joined in this family's files, a norm or the router.
         expert: index of the expert, where `part` is a linear layer of experts.
     """
+    if part.startswith(DENSE):
+        return f"mlp.{plain_part(part)}"
     part = plain_part(part)
     norms = NORMS.get(spec.family, GEMMA_NORMS if spec.sandwich else LLAMA_NORMS)
     if part in norms:
@@ -111,8 +121,8 @@ def module_path(spec: ModelSpec, part: str, expert: int = 0) -> str:
     block, names = ("block_sparse_moe", MIXTRAL_EXPERTS) if spec.family == "mixtral" else ("mlp", {})
     if part == "router":
         return f"{block}.router" if spec.family == "gpt_oss" else f"{block}.gate"
-    if spec.family in FUSED_EXPERTS and part in (*EXPERT_LINEARS, "gate_up_proj"):
-        return f"{block}.experts.{part}"
+    if spec.experts and spec.family in FUSED_EXPERTS and part in (*EXPERT_LINEARS, "gate_up_proj"):
+        return f"{FUSED_EXPERTS[spec.family]}.{part}"
     if part not in (*EXPERT_LINEARS, "gate_up_proj"):
         return f"self_attn.{part}"
     return f"{block}.experts.{expert}.{names.get(part, part)}" if spec.experts else f"{block}.{part}"
@@ -159,7 +169,7 @@ def module_paths(spec: ModelSpec, part: str) -> list[str]:
 
 def held_stack(spec: ModelSpec, part: str) -> int:
     """How many dimensions of a parameter's stack its tensors have themselves: 1 where one tensor is all experts of a layer."""
-    return int(spec.family in FUSED_EXPERTS and part in EXPERT_LINEARS)
+    return int(spec.experts > 0 and spec.family in FUSED_EXPERTS and part in EXPERT_LINEARS)
 
 
 @dataclass(frozen=True)
@@ -257,7 +267,11 @@ def tensor_names(spec: ModelSpec, stored: Collection[str] = ()) -> dict[tuple[st
         "per_layer_input_norm": f"{root(spec)}.per_layer_projection_norm.weight",
     }
     table: dict[tuple[str, ...], TensorSource] = {}
+    fused = fused_experts(spec) if has_fused_experts(spec, stored) else {}
     for path in param_specs(spec):
+        if path in fused:
+            table[path] = fused[path]
+            continue
         if path[0] != "layers":
             table[path] = TensorSource((top[path[0]],), path[1] == "kernel", ())
             continue
@@ -267,26 +281,35 @@ def tensor_names(spec: ModelSpec, stored: Collection[str] = ()) -> dict[tuple[st
         outputs = fused_outputs(spec, path[1]) if path[2] in ("kernel", "bias") else None
         transposed = path[2] == "kernel" and not held
         table[path] = TensorSource(names, transposed, spec.stack_dims(path[1])[0], outputs, held)
-    has_fused = spec.experts and not held_stack(spec, "up_proj") and any(name.endswith(FUSED_EXPERTS_ENDING) for name in stored)
-    return table | fused_experts(spec) if has_fused else table
+    return table
+
+
+def has_fused_experts(spec: ModelSpec, stored: Collection[str]) -> bool:
+    """Whether the files have a layer's experts as `fused_experts` says; see `tensor_names`."""
+    if held_stack(spec, "up_proj"):
+        return spec.family != "gpt_oss"
+    return spec.experts > 0 and any(name.endswith(FUSED_EXPERTS_ENDING) for name in stored)
 
 
 def fused_experts(spec: ModelSpec) -> dict[tuple[str, ...], TensorSource]:
     """Routers and experts as transformers 5 has them in memory, and saves them where it is told so (`save_original_format=False`).
 
     `experts.gate_up_proj` [E, 2F, D] has the gates in front, `experts.down_proj` is [E, D, F]. Mixtral's block has another name
-    there.
+    there. Gemma 4's files have no other spelling.
     """
-    modules = [f"{root(spec)}.layers.{i}.mlp" for i in range(spec.layers)]
+    numbers, experts = spec.layers_with("router"), FUSED_EXPERTS.get(spec.family, "mlp.experts")
+
+    def names(path: str) -> tuple[str, ...]:
+        return tuple(f"{root(spec)}.layers.{number}.{path}" for number in numbers)
 
     def source(tensor: str, outputs: Outputs | None = None) -> TensorSource:
-        names = tuple(f"{module}.{tensor}" for module in modules)
-        return TensorSource(names, True, (spec.layers, spec.experts), outputs, held=1)
+        return TensorSource(names(f"{experts}.{tensor}"), True, (len(numbers), spec.experts), outputs, held=1)
 
     gate, up = (Outputs(first, 1, spec.ffw, 2 * spec.ffw) for first in (0, spec.ffw))
+    router = "mlp.gate" if spec.family == "mixtral" else module_path(spec, "router")
     return {
-        ("layers", "router", "kernel"): TensorSource(tuple(f"{module}.gate.weight" for module in modules), True, (spec.layers,)),
-        ("layers", "gate_proj", "kernel"): source("experts.gate_up_proj", gate),
-        ("layers", "up_proj", "kernel"): source("experts.gate_up_proj", up),
-        ("layers", "down_proj", "kernel"): source("experts.down_proj"),
+        ("layers", "router", "kernel"): TensorSource(names(f"{router}.weight"), True, (len(numbers),)),
+        ("layers", "gate_proj", "kernel"): source("gate_up_proj", gate),
+        ("layers", "up_proj", "kernel"): source("gate_up_proj", up),
+        ("layers", "down_proj", "kernel"): source("down_proj"),
     }

@@ -33,11 +33,16 @@ NEWER_FAMILIES = (
     "qwen3_5_text",
     "qwen3_next",
     "qwen3_5_moe_text",
+    "qwen3_moe_dense",
+    "qwen3_next_dense",
     "gemma4",
+    "gemma4_moe",
     "gemma4_vision",
+    "gemma4_moe_vision",
     "gemma3_vision",
     "mistral3_vision",
     "qwen3_5_vision",
+    "qwen3_5_moe_vision",
 )
 """Families whose sampling, shared prompts and exports are among the slow tests, and whose log-probabilities are not."""
 ADAPTERS = {

@@ -451,6 +451,39 @@ NEW["qwen3_5_moe_text"] = (
     | QWEN_EXPERTS,
     [{"num_experts_per_tok": 2}],
 )
+NEW["qwen3_moe_dense"] = (
+    "qwen3_moe",
+    NEW["qwen3_moe"][1] | {"vocab_size": 101, "num_hidden_layers": 6, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+    [{"norm_topk_prob": False}, {"num_experts_per_tok": 2}],
+)
+NEW["qwen3_next_dense"] = (
+    "qwen3_next",
+    NEW["qwen3_next"][1]
+    | {
+        "vocab_size": 103,
+        "num_hidden_layers": 4,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+        "mlp_only_layers": [0, 3],
+    },
+    [{"num_experts_per_tok": 2}],
+)
+NEW["gemma4_moe"] = (
+    "gemma4_text",
+    NEW["gemma4"][1]
+    | {
+        "num_hidden_layers": 4,
+        "layer_types": [LOCAL, GLOBAL, LOCAL, GLOBAL],
+        "num_kv_shared_layers": 0,
+        "use_double_wide_mlp": False,
+        "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True,
+        "enable_moe_block": True,
+        "num_experts": 6,
+        "top_k_experts": 3,
+        "moe_intermediate_size": 20,
+    },
+    [{"top_k_experts": 2}, {"sliding_window": 64}, {"rms_norm_eps": 1e-1}],
+)
 VISION = {
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -462,8 +495,10 @@ VISION = {
 TEXT_OF = {
     "gemma3_vision": "gemma3",
     "gemma4_vision": "gemma4",
+    "gemma4_moe_vision": "gemma4_moe",
     "mistral3_vision": "ministral3",
     "qwen3_5_vision": "qwen3_5_text",
+    "qwen3_5_moe_vision": "qwen3_5_moe_text",
 }
 """Models with a vision tower -> the family of their text part."""
 NEW["gemma3_vision"] = (
@@ -504,6 +539,12 @@ NEW["gemma4_vision"] = (
     },
     [{"sliding_window": 64}, {"rope_parameters": GEMMA4_ROPES | {GLOBAL: GEMMA4_ROPES[LOCAL]}}],
 )
+NEW["gemma4_moe_vision"] = (
+    "gemma4",
+    NEW["gemma4_vision"][1]
+    | {"text_config": NEW["gemma4_moe"][1] | {"use_bidirectional_attention": "vision", "num_global_key_value_heads": 1}},
+    [{"top_k_experts": 2}],
+)
 NEW["mistral3_vision"] = (
     "mistral3",
     {
@@ -531,12 +572,21 @@ NEW["qwen3_5_vision"] = (
     },
     [{"rms_norm_eps": 1e-1}],
 )
+NEW["qwen3_5_moe_vision"] = (
+    "qwen3_5_moe",
+    NEW["qwen3_5_vision"][1]
+    | {
+        "text_config": NEW["qwen3_5_moe_text"][1] | {"model_type": "qwen3_5_moe_text"},
+        "vision_config": NEW["qwen3_5_vision"][1]["vision_config"] | {"model_type": "qwen3_5_moe_vision"},
+    },
+    [{"num_experts_per_tok": 2}],
+)
 
 
 def vision_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
     """`hub_spelling` of a model with a vision tower: its text part is spelled as that family's files."""
     text = hub_spelling(TEXT_OF[family], config["text_config"])
-    if family == "gemma4_vision":
+    if family.startswith("gemma4"):
         return config | {"text_config": text}
     if family == "gemma3_vision":
         text["sliding_window_pattern"] = 2
@@ -546,7 +596,7 @@ def vision_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
 
 def newer_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
     """`hub_spelling` of families that were published when most settings had their present names."""
-    if family == "gemma4":
+    if family in ("gemma4", "gemma4_moe"):
         wide = next(iter(config["per_layer_config"].values()))
         hub = {key: value for key, value in config.items() if key != "per_layer_config"}
         return hub | {"global_head_dim": wide["head_dim"], "num_global_key_value_heads": wide.get("num_key_value_heads")}
@@ -565,9 +615,11 @@ def newer_hub_spelling(family: str, config: dict[str, Any]) -> dict[str, Any]:
         scaling["type"] = scaling.pop("rope_type")
     if family == "glm4":
         old["partial_rotary_factor"] = scaled["partial_rotary_factor"]
-    if family == "qwen3_next":
+    if family.startswith("qwen3_next"):
         old |= {"full_attention_interval": 4, "partial_rotary_factor": rope["partial_rotary_factor"]}
-        old |= {"layer_types": config["layer_types"], "mlp_only_layers": []}
+        old |= {"layer_types": config["layer_types"]}
+    if family == "qwen3_moe_dense":
+        old["num_experts"] = old.pop("num_local_experts")
     if family in ("qwen3_5_text", "qwen3_5_moe_text"):
         del old["rope_theta"], old["rope_scaling"]  # its files have rope_parameters
         return old | {"rope_parameters": rope, "layer_types": config["layer_types"], "attn_output_gate": True}
@@ -766,7 +818,7 @@ def make_reward_model(family: str) -> None:
 def make_router_losses() -> None:
     """Writes the load-balancing loss of each mixture of experts, over the tokens that predict those behind the first PROMPT."""
     losses = {}
-    for family in ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next"):
+    for family in ("mixtral", "qwen3_moe", "gpt_oss", "qwen3_next", "qwen3_moe_dense"):
         ids = np.load(HERE / family / "logprobs.npz")["ids"]
         config = json.loads((HERE / family / "config.json").read_text())
         logits = load_model(config, family)(input_ids=torch.from_numpy(ids), output_router_logits=True).router_logits

@@ -20,8 +20,10 @@ def tensor(name: str, shape: tuple[int, ...], *, norm_center: float = 1.0) -> np
         norm_center: mean of norms' weights and layers' factors: 1, or 0 where the model adds 1 (Gemma 2 and 3, Qwen3.5).
     """
     values = np.random.default_rng([zlib.crc32(name.encode()), *shape]).standard_normal(shape)
-    if "norm" in name or name.endswith("layer_scalar"):
+    if "norm" in name or name.endswith(("layer_scalar", "per_expert_scale")):
         values = norm_center + 0.4 * values
+    elif name.endswith("router.scale"):  # the model divides it by the root of its width
+        values = 5 + values
     elif name.endswith(".bias"):
         values = 0.5 * values
     elif name.endswith("A_log"):  # states that last for some tokens

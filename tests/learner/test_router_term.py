@@ -34,6 +34,8 @@ from grpo_jax.types import Frozen, Params, PromptBatch, Rollout, TrainBatch
 FAMILY = "qwen3_moe"
 RECURRENT = "qwen3_next"
 """Recurrent layers, and an expert that every token has."""
+DENSE_LAYERS = "qwen3_moe_dense"
+"""Two of six layers have experts."""
 PROMPTS = [[5, 6, 7], [9, 30]]
 G, C = 3, 6
 
@@ -89,14 +91,14 @@ def golden_batch(family: str) -> tuple[TrainBatch, Config, tuple[RowSize, ...]]:
     return batch_of(prompts, rollout, config, sizes, [1.0, 1.0]), config, sizes
 
 
-@pytest.mark.parametrize("family", [FAMILY, slow("mixtral"), slow("gpt_oss"), slow(RECURRENT)])
+@pytest.mark.parametrize("family", [FAMILY, slow("mixtral"), slow("gpt_oss"), slow(RECURRENT), slow(DENSE_LAYERS)])
 def test_the_load_balancing_loss_is_that_of_transformers(family: str) -> None:
     """Over the tokens that predict the completions, in two rows of which each is a micro-batch."""
     policy, (batch, _, _) = tiny_policy(family), golden_batch(family)
     sums, _ = report(policy.model, {"params": policy.params}, batch)
     tokens = jnp.float32(np.sum(batch.completion_mask))
-    assert float(jnp.sum(sums.counts)) == policy.spec.layers * policy.spec.experts_per_token * float(tokens)
-    got = float(balance_loss(sums.counts, sums.probabilities, tokens, policy.spec.layers))
+    assert float(jnp.sum(sums.counts)) == policy.spec.expert_layers * policy.spec.experts_per_token * float(tokens)
+    got = float(balance_loss(sums.counts, sums.probabilities, tokens, policy.spec.expert_layers))
     expected = json.loads((HERE / "router_losses.json").read_text())[family]
     np.testing.assert_allclose(got, expected, rtol=1e-5)  # float32 sums in another order
 
@@ -124,14 +126,14 @@ def rows_of(tokens: int) -> tuple[RowSize, ...]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "unroll"), [(FAMILY, True), slow(RECURRENT, True), slow(RECURRENT, False)])
+@pytest.mark.parametrize(("family", "unroll"), [(FAMILY, True), (RECURRENT, True), (RECURRENT, False), (DENSE_LAYERS, True)])
 def test_the_samplers_experts_are_recorded_token_by_token(family: str, unroll: bool) -> None:
     """The update's routers choose the same ones with the same weights; and others where the record is one token off."""
     policy, rollout, config = tiny_policy(family, LORA), sampled(unroll, family), config_of("measure")
     model, spec = policy.model.clone(unroll=unroll), policy.spec
     assert rollout.experts is not None
     for number, (ids, experts) in enumerate(zip(rollout.completion_ids, rollout.experts, strict=True)):
-        assert experts.shape == (len(PROMPTS[number // G]) + len(ids) - 1, spec.layers, spec.experts_per_token)
+        assert experts.shape == (len(PROMPTS[number // G]) + len(ids) - 1, spec.expert_layers, spec.experts_per_token)
         assert experts.dtype == np.uint8
     variables = {"params": policy.params, "lora": policy.adapters}
     batch = batch_of(PROMPTS, rollout, config, rows_of(12), np.arange(6))
@@ -141,7 +143,7 @@ def test_the_samplers_experts_are_recorded_token_by_token(family: str, unroll: b
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "unroll"), [(FAMILY, True), (RECURRENT, True), (RECURRENT, False)])
+@pytest.mark.parametrize(("family", "unroll"), [(FAMILY, True), (RECURRENT, True), (RECURRENT, False), (DENSE_LAYERS, False)])
 def test_replayed_experts_are_the_samplers_whatever_the_weights(family: str, unroll: bool) -> None:
     """The experts that the update uses are counted in NumPy from the record; the routers alone would choose others."""
     policy, rollout = tiny_policy(family, LORA), sampled(unroll, family)
@@ -198,7 +200,9 @@ def test_the_gradient_of_the_load_balancing_loss_is_that_of_its_probabilities() 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "family"), [("measure", FAMILY), ("replay", FAMILY), ("replay", RECURRENT)])
+@pytest.mark.parametrize(
+    ("mode", "family"), [("measure", FAMILY), *(("replay", family) for family in (FAMILY, RECURRENT, DENSE_LAYERS))]
+)
 def test_an_update_does_not_depend_on_how_rows_are_packed(mode: str, family: str) -> None:
     """One row for all, and rows so short that each group is cut and its prompt copied; stacked and unrolled layers, with remat."""
     policy, rollout, config = tiny_policy(family), sampled(family=family), config_of(mode, router_aux_coef=0.1)

@@ -225,15 +225,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 REFUSED_EXPERTS: list[tuple[dict[str, Any], str]] = [
-    ({"decoder_sparse_step": 2}, r"decoder_sparse_step = 2 is not supported \(every layer has experts\)"),
-    ({"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] is not supported \(every layer has experts\)"),
+    ({"decoder_sparse_step": 5}, r"mlp_only_layers = \[\] with decoder_sparse_step = 5 leaves no layer with experts"),
+    ({"decoder_sparse_step": 0}, "decoder_sparse_step is 0: use a whole number from 1"),
+    ({"mlp_only_layers": [0, 4]}, r"mlp_only_layers is \[0, 4\]: use a list of numbers of layers from 0 to 3"),
+    ({"mlp_only_layers": [True]}, r"mlp_only_layers is \[True\]: use a list of numbers of layers"),
     ({"num_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok = 5 is not within 1 to the 4 experts"),
     ({"shared_expert_intermediate_size": 64}, "attribute shared_expert_intermediate_size = 64 is not known"),
 ]
 
 
 @pytest.mark.parametrize(("change", "message"), REFUSED_EXPERTS)
-def test_layers_without_experts_are_refused_by_name(change: dict[str, Any], message: str) -> None:
+def test_wrong_numbers_of_experts_and_of_dense_layers_are_refused_by_name(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         read_spec(SMALL | {"model_type": "qwen3_moe"} | change)
 

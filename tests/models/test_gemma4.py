@@ -32,6 +32,7 @@ from grpo_jax.policy import Policy
 from grpo_jax.weights.quantize import quantize_params
 
 PROMPT, COMPLETION = 9, 12
+MOE = {"enable_moe_block": True, "use_double_wide_mlp": False, "num_experts": 2}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -40,9 +41,9 @@ def _quick() -> Iterator[None]:
         yield
 
 
-def value_and_gradients(model: Any, variables: Any, collection: str) -> tuple[float, dict[tuple[str, ...], np.ndarray]]:
+def value_and_gradients(family: str, model: Any, variables: Any, collection: str) -> tuple[float, dict[tuple[str, ...], Any]]:
     """The mean log-probability of the golden's tokens behind a prompt, and its gradient."""
-    ids, _ = read_golden("gemma4")
+    ids, _ = read_golden(family)
     prompts, completions = (jnp.asarray(x, jnp.int32) for x in (ids[:, :PROMPT], ids[:, PROMPT : PROMPT + COMPLETION]))
 
     def mean(own: Any, others: Any, temperature: Any) -> jax.Array:
@@ -56,12 +57,20 @@ def value_and_gradients(model: Any, variables: Any, collection: str) -> tuple[fl
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("collection", "remat"), [("lora", "none"), ("params", "layer")])
-def test_layers_in_loops_compute_what_they_do_one_after_the_other(collection: str, remat: Any) -> None:
+@pytest.mark.parametrize(
+    ("family", "collection", "remat"),
+    [
+        ("gemma4", "lora", "none"),
+        ("gemma4", "params", "layer"),
+        ("gemma4_moe", "lora", "layer"),
+        ("qwen3_moe_dense", "params", "layer"),
+    ],
+)
+def test_layers_in_loops_compute_what_they_do_one_after_the_other(family: str, collection: str, remat: Any) -> None:
     """Keys of earlier layers, embeddings for each layer and their gradients pass through the loops, recomputed or not."""
-    policy = with_random_adapters(tiny_policy("gemma4", LORA)) if collection == "lora" else tiny_policy("gemma4")
-    expected, gradients = value_and_gradients(policy.model.clone(unroll=True), policy.variables, collection)
-    value, own = value_and_gradients(policy.model.clone(unroll=False, remat=remat), policy.variables, collection)
+    policy = with_random_adapters(tiny_policy(family, LORA)) if collection == "lora" else tiny_policy(family)
+    expected, gradients = value_and_gradients(family, policy.model.clone(unroll=True), policy.variables, collection)
+    value, own = value_and_gradients(family, policy.model.clone(unroll=False, remat=remat), policy.variables, collection)
     assert value == pytest.approx(expected, abs=1e-5)
     assert own.keys() == gradients.keys()
     total = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in gradients.values()))
@@ -94,6 +103,9 @@ def test_published_configs_are_read_into_the_right_fields() -> None:
     assert "global_v_proj" not in large.linear_shapes()
     assert large.ropes == (Rope(1e6, "proportional", share=0.25), Rope(1e4))
     assert large.rotated_by_rope == (512, 256)
+    mixture = read_spec(PUBLISHED["gemma-4-26B-A4B, without its tower"][0])
+    assert (mixture.experts, mixture.experts_per_token, mixture.ffw, mixture.dense_ffw) == (128, 8, 704, 2112)
+    assert (mixture.dense_and_experts, mixture.expert_layers, mixture.norm_topk_prob) == (True, 30, True)
 
 
 def test_proportional_frequencies_worked_by_hand() -> None:
@@ -105,7 +117,9 @@ def test_proportional_frequencies_worked_by_hand() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"enable_moe_block": True}, "enable_moe_block = true is not supported .experts next to a dense feed-forward"),
+        ({"enable_moe_block": True}, "use_double_wide_mlp = true is not supported .with enable_moe_block"),
+        ({"enable_moe_block": True, "use_double_wide_mlp": False}, "attribute num_experts is missing"),
+        (MOE | {"top_k_experts": 3}, "top_k_experts = 3 is not within 1 to the 2 experts"),
         ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention = 'all' is not supported"),
         ({"layer_types": ["full_attention"] * 7}, "layer_types has no sliding_attention"),
         ({"num_kv_shared_layers": 6}, "num_kv_shared_layers is 6: the 1 layers before them have no keys for one of their types"),

@@ -63,6 +63,11 @@ def random_layer(spec: ModelSpec, rank: int = 0, seed: int = 0) -> Leaves:
     return layer
 
 
+def output(spec: ModelSpec, x: Any, layer: Leaves, scale: float) -> jax.Array:
+    """What the experts compute of some tokens [N, D]."""
+    return moe.mix_experts(spec, x[None], layer, scale)[0][0]
+
+
 def loop_over_tokens(spec: ModelSpec, x: np.ndarray, layer: Leaves, scale: float) -> np.ndarray:
     """The oracle: [N, D] in float64, token by token and expert by expert."""
     wide = {name: {leaf: np.asarray(w, np.float64) for leaf, w in leaves.items()} for name, leaves in layer.items()}
@@ -123,8 +128,8 @@ def test_a_bfloat16_router_accumulates_in_float32() -> None:
 def test_a_layer_is_the_weighted_sum_of_each_tokens_experts(form: str, count: int, normalised: bool, rank: int) -> None:
     spec = dataclasses.replace(SPEC, norm_topk_prob=normalised)
     x, layer = tokens(count), random_layer(spec, rank)
-    got = jax.jit(lambda x, layer: moe.mix_experts(spec, x[None], layer, 2.0))(x, layer)
-    np.testing.assert_allclose(got[0], loop_over_tokens(spec, x, layer, 2.0), rtol=0, atol=2e-5)
+    got = jax.jit(lambda x, layer: output(spec, x, layer, 2.0))(x, layer)
+    np.testing.assert_allclose(got, loop_over_tokens(spec, x, layer, 2.0), rtol=0, atol=2e-5)
 
 
 def routed_to(layer: Leaves, experts: list[int], count: int) -> tuple[Leaves, np.ndarray]:
@@ -139,9 +144,9 @@ def routed_to(layer: Leaves, experts: list[int], count: int) -> tuple[Leaves, np
 @pytest.mark.parametrize("form", FORMS, indirect=True)
 def test_no_token_is_dropped_where_some_experts_get_all_tokens_and_others_none(form: str) -> None:
     layer, x = routed_to(random_layer(SPEC, 2), [7, 2, 5], 45)
-    got = jax.jit(lambda x, layer: moe.mix_experts(SPEC, x[None], layer, 1.0))(x, layer)
-    np.testing.assert_allclose(got[0], loop_over_tokens(SPEC, x, layer, 1.0), rtol=0, atol=2e-5 * 10)
-    assert np.all(np.abs(np.asarray(got[0])).sum(axis=-1) > 0)
+    got = jax.jit(lambda x, layer: output(SPEC, x, layer, 1.0))(x, layer)
+    np.testing.assert_allclose(got, loop_over_tokens(SPEC, x, layer, 1.0), rtol=0, atol=2e-5 * 10)
+    assert np.all(np.abs(np.asarray(got)).sum(axis=-1) > 0)
 
 
 def dense_loss(spec: ModelSpec, x: Any, layer: Leaves, along: Any, scale: float) -> Any:
@@ -170,7 +175,7 @@ def test_gradients_match_float64(form: str, routing: str) -> None:
     along = tokens(50, seed=9)
 
     def loss(x: Any, layer: Leaves) -> Any:
-        return jnp.sum(moe.mix_experts(SPEC, x[None], layer, 2.0)[0] * along)
+        return jnp.sum(output(SPEC, x, layer, 2.0) * along)
 
     got = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, layer)
     with jax.enable_x64(True):
@@ -191,7 +196,7 @@ def test_no_array_grows_with_tokens_times_experts(form: str) -> None:
     pairs = 512 * spec.experts_per_token
 
     def loss(x: Any, layer: Leaves) -> Any:
-        return jnp.sum(moe.mix_experts(spec, x[None], layer, 2.0))
+        return jnp.sum(output(spec, x, layer, 2.0))
 
     largest = array_sizes(jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(x, layer).jaxpr)
     assert largest <= max(pairs + 64 * 32, 3 * pairs) * spec.width < 64 * pairs * spec.width / 10
@@ -209,10 +214,10 @@ def test_quantised_experts_compute_with_the_rounded_weights(quantization: str, m
     along = tokens(30, seed=9)
 
     def loss(x: Any, adapters: Leaves, layer: Leaves) -> Any:
-        return jnp.sum(moe.mix_experts(spec, x[None], with_adapters(layer, adapters), 2.0)[0] * along)
+        return jnp.sum(output(spec, x, with_adapters(layer, adapters), 2.0) * along)
 
-    got = jax.jit(lambda x, layer: moe.mix_experts(spec, x[None], layer, 2.0))(x, layer)
-    np.testing.assert_allclose(got[0], loop_over_tokens(spec, x, dense, 2.0), rtol=0, atol=2e-5)
+    got = jax.jit(lambda x, layer: output(spec, x, layer, 2.0))(x, layer)
+    np.testing.assert_allclose(got, loop_over_tokens(spec, x, dense, 2.0), rtol=0, atol=2e-5)
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
     adapters = {name: {leaf: layer[name][leaf] for leaf in ("a", "b")} for name in EXPERT_LINEARS}
     for one, other in zip(*(jax.tree.leaves(gradient(x, adapters, own)) for own in (layer, dense)), strict=True):

@@ -133,7 +133,7 @@ def loss_and_gradient(family: str, tokens: int, generations: int, *, unroll: boo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "unroll"), [("lfm2", True), ("qwen3_5_text", False)])
+@pytest.mark.parametrize(("family", "unroll"), [("lfm2", True), ("qwen3_5_text", False), ("qwen3_next_dense", False)])
 def test_a_shared_prompt_is_copies_of_it_where_groups_are_cut_into_several_rows(family: str, unroll: bool) -> None:
     """Full training: rows of 24 tokens cut every group of four, against a row for each completion with a prompt of its own."""
     shared, gradient = loss_and_gradient(family, 24, G, unroll=unroll)
@@ -156,8 +156,9 @@ def test_a_shared_prompt_is_copies_of_it_where_groups_are_cut_into_several_rows(
         ("qwen3_5_text", {"attn_output_gate": False}, "attn_output_gate = false is not supported"),
         ("qwen3_5_text", {"linear_num_value_heads": 3}, "linear_num_value_heads = 3 is not a multiple of linear_num_key_heads = 2"),
         ("qwen3_5_text", {"linear_allow_neg_eigval": True}, "attribute linear_allow_neg_eigval = true is not known"),
-        ("qwen3_next", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported"),
-        ("qwen3_next", {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] is not supported"),
+        ("qwen3_next", {"mlp_only_layers": [3]}, r"mlp_only_layers is \[3\]: use a list of numbers of layers from 0 to 2"),
+        ("qwen3_5_moe_text", {"decoder_sparse_step": 2}, "attribute decoder_sparse_step = 2 is not known"),
+        ("qwen3_5_moe_text", {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] is not supported \(transformers has experts"),
     ],
 )
 def test_what_is_not_computed_is_refused_by_name(family: str, change: dict[str, Any], message: str) -> None:

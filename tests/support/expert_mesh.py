@@ -58,7 +58,7 @@ def decoding_step(layout: Layout | None, quantization: str, shared: bool) -> np.
 def decoding_program(layout: Layout | None) -> Any:
     """Jitted (x, one layer's weights) → output of its experts."""
     decoding = None if layout is None else layout.decoding
-    return jax.jit(lambda x, layer: moe.mix_experts(EXPERTS, x, layer, 1.0, None, decoding))
+    return jax.jit(lambda x, layer: moe.mix_experts(EXPERTS, x, layer, 1.0, None, decoding)[0])
 
 
 def print_updates() -> None:

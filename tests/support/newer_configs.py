@@ -78,6 +78,30 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         },
         79_674_391_296,  # as transformers counts it, without the layers that predict further ahead
     ),
+    "Qwen3.5-35B-A3B, without its vision tower": (
+        {
+            "architectures": ["Qwen3_5MoeForConditionalGeneration"], "image_token_id": 248056, "model_type": "qwen3_5_moe",
+            "text_config": {
+                "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True, "dtype": "bfloat16",
+                "eos_token_id": 248044, "full_attention_interval": 4, "head_dim": 256, "hidden_act": "silu", "hidden_size": 2048,
+                "initializer_range": 0.02,
+                "layer_types": [("full" if number % 4 == 3 else "linear") + "_attention" for number in range(40)],
+                "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+                "linear_value_head_dim": 128, "mamba_ssm_dtype": "float32", "max_position_embeddings": 262144,
+                "mlp_only_layers": [], "model_type": "qwen3_5_moe_text", "moe_intermediate_size": 512, "mtp_num_hidden_layers": 1,
+                "mtp_use_dedicated_embeddings": False, "num_attention_heads": 16, "num_experts": 256, "num_experts_per_tok": 8,
+                "num_hidden_layers": 40, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "router_aux_loss_coef": 0.001,
+                "rope_parameters": {
+                    "mrope_interleaved": True, "mrope_section": [11, 11, 10], "partial_rotary_factor": 0.25,
+                    "rope_theta": 10000000, "rope_type": "default",
+                },
+                "shared_expert_intermediate_size": 512, "use_cache": True, "vocab_size": 248320,
+            },
+            "tie_word_embeddings": False, "video_token_id": 248057, "vision_config": {"model_type": "qwen3_5_moe"},
+            "vision_end_token_id": 248054, "vision_start_token_id": 248053,
+        },
+        34_660_610_688,  # the text part, as transformers counts it
+    ),
     "Olmo-3-7B": (
         {
             "architectures": ["Olmo3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "eos_token_id": 100257,
@@ -233,6 +257,21 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
             "tie_word_embeddings": True, "vision_config": {"model_type": "gemma4_vision"},
         },
         30_697_345_340,
+    ),
+    "gemma-4-26B-A4B, without its tower": (
+        {
+            "architectures": ["Gemma4ForConditionalGeneration"], "audio_config": None, "dtype": "bfloat16",
+            "eos_token_id": [1, 106], "image_token_id": 258880, "model_type": "gemma4",
+            "text_config": GEMMA4_TEXT | {
+                "attention_k_eq_v": True, "enable_moe_block": True, "hidden_size": 2816, "hidden_size_per_layer_input": 0,
+                "intermediate_size": 2112, "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 5,
+                "max_position_embeddings": 262144, "moe_intermediate_size": 704, "num_attention_heads": 16, "num_experts": 128,
+                "num_global_key_value_heads": 2, "num_hidden_layers": 30, "num_key_value_heads": 8, "num_kv_shared_layers": 0,
+                "sliding_window": 1024, "top_k_experts": 8, "use_bidirectional_attention": "vision", "use_double_wide_mlp": False,
+            },
+            "tie_word_embeddings": True, "vision_config": {"model_type": "gemma4_vision"},
+        },
+        25_233_141_790,  # of the model card's 25.2 billion; as transformers counts it, with the layers' 30 factors
     ),
 }  # fmt: skip
 """Factors of Phi-4-mini's rotary embedding are not its own here; their number is."""
