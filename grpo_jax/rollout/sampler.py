@@ -115,6 +115,11 @@ class Sampler:
         )
 
     @property
+    def device(self) -> Any:
+        """A device of this process that it runs on, whose free memory counts; None is the process's first."""
+        return None if self.model.layout is None else self.model.layout.mesh.local_devices[0]
+
+    @property
     def programs(self) -> tuple[Program, ...]:
         """All compiled functions."""
         return (
@@ -196,7 +201,7 @@ class Sampler:
         weights = self.decoding_weights(variables, rollout)
         if shapes is None:
             widths = (round_up(max(map(len, prompt_ids))),)
-            shapes = self.shapes_for(rollout, b, widths, least_free_bytes(), episodes=turns is not None)
+            shapes = self.shapes_for(rollout, b, widths, least_free_bytes(self.device), episodes=turns is not None)
         longest = np.full(b * g, rollout.max_completion_length) if limits is None else np.asarray(limits)
         indices = np.arange(b) if indices is None else np.asarray(indices)
         completions = [PartialCompletion(int(limit)) for limit in longest]
@@ -266,10 +271,10 @@ class Sampler:
         variables = in_device_memory(variables)
         if not self.model.unroll:
             weights = self.decoding_weights(variables, rollout)
-            free = least_free_bytes()
+            free = least_free_bytes(self.device)
             del weights
         else:
-            free = least_free_bytes()
+            free = least_free_bytes(self.device)
             settings = self.weight_settings(variables, free, rollout)
             weights = prepared_shapes(self.model, variables, **settings)
             needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
@@ -284,7 +289,7 @@ class Sampler:
     def decoding_weights(self, variables: Params, rollout: RolloutConfig) -> Params:
         """Returns the weights as decoding reads them, in the devices' memory; `merge_adapters` and `dense_base` matter."""
         variables = in_device_memory(variables)
-        settings = self.weight_settings(variables, None if self.joins else least_free_bytes(), rollout)
+        settings = self.weight_settings(variables, None if self.joins else least_free_bytes(self.device), rollout)
         if self.model.unroll:
             return self.prepare_weights(variables, **settings)
         shapes = prepared_shapes(self.model, variables, **settings)

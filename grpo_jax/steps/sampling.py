@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,11 +13,12 @@ from grpo_jax.rewards.batch_calls import BatchCalls
 from grpo_jax.rewards.scoring import reward_inputs
 from grpo_jax.rollout.environment_turns import reward_rows
 from grpo_jax.rollout.episode_content import RewardRows
+from grpo_jax.rollout.shapes import RolloutShapes
 from grpo_jax.rollout.stop_strings import PartialCompletion
 from grpo_jax.run.step_metrics import Clock
 from grpo_jax.runtime import distributed
 from grpo_jax.steps.groups import Groups
-from grpo_jax.types import PromptBatch, Rollout, TrainState
+from grpo_jax.types import Params, PromptBatch, Rollout
 
 if TYPE_CHECKING:
     from grpo_jax.steps.grpo import GrpoStep
@@ -92,11 +93,24 @@ def begin_calls(step: GrpoStep, groups: int, *, early: bool) -> BatchCalls:
     return step.runner.begin(step.functions, own.stop - own.start, size, rewards.timeout_seconds, early=early)
 
 
-def sample_groups(step: GrpoStep, state: TrainState, prompts: PromptBatch, now: int, clock: Clock) -> SampledGroups:
+def sample_groups(
+    step: GrpoStep,
+    variables: Params,
+    shapes: RolloutShapes,
+    prompts: PromptBatch,
+    now: int,
+    clock: Clock,
+    *,
+    check: Callable[[], None] | None = None,
+) -> SampledGroups:
     """Samples completions of these prompts; with `train.overlap` the first rewards are under way when it returns.
 
     Args:
+        variables: of the policy that samples, on the devices that sample.
+        shapes: of the run's rollouts.
         now: the number of the step, from 0, before whose update this is.
+        clock: of the thread that calls.
+        check: called after every segment where this is a thread next to the step's own; it may raise, to end the rollout.
     """
     config, number, before = step.config, prompts.step, clock.seconds.get("rollout_seconds", 0.0)
     turns = None if step.driver is None else step.driver.begin(prompts, config.rollout.num_generations)
@@ -104,19 +118,20 @@ def sample_groups(step: GrpoStep, state: TrainState, prompts: PromptBatch, now: 
     early = EarlyScoring(step, prompts) if config.train.overlap and turns is None and step.runner is not None else None
     try:
         rollout = step.sampler.sample(
-            step.variables(state),
+            variables,
             prompts.prompt_ids,
             config.rollout,
             seed=config.train.seed,
             step=number,
             indices=prompts.indices,
             limits=step.limits,
-            shapes=step.shapes(state),
+            shapes=shapes,
+            on_segment=None if check is None else lambda _: check(),
             on_ended=None if early is None else early.ended,
             turns=turns,
         )
     except BaseException:
-        if step.runner is not None:
+        if step.runner is not None and check is None:  # else the step waits for other calls of the same workers
             step.runner.abandon()
         raise
     clock.lap("rollout_seconds")

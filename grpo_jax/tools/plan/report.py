@@ -154,7 +154,9 @@ def mesh_text(verdict: Verdict) -> str:
     sizes = ", ".join(
         f"{name} {size}" for name, size in zip(MESH_AXES, mesh_sizes(mesh, len(verdict.machine.devices)), strict=True)
     )
-    return sizes + (f"; auto chose {why}" if why else "")
+    data, tensor = mesh.rollout_sizes
+    sampling = f"; of the rollout: data {data}, tensor {tensor}" if data else ""
+    return sizes + (f"; auto chose {why}" if why else "") + sampling
 
 
 def attention_text(verdict: Verdict) -> str:
