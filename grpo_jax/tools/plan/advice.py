@@ -146,6 +146,7 @@ class Search:
             self.remat,
             self.fewer_slots,
             self.meshes,
+            self.rollout_meshes,
             self.offload,
             self.int8_cache,
             self.quantized,
@@ -213,7 +214,7 @@ class Search:
             self.verdict.rollout.use,
             self.machine.limit_bytes,
             self.verdict.rollout.slots,
-            sampling_rows(self.verdict.config, self.machine),
+            self.slot_rows,
         )
         fixed = use.bytes_without(PER_SLOT)
         most = 0 if limit is None else int(slots * (limit - fixed) / max(1, use.peak_bytes - fixed))
@@ -235,6 +236,11 @@ class Search:
             return False
         self.verdict, self.changes, self.accepted = found, trial, accepted
         return True
+
+    @property
+    def slot_rows(self) -> int:
+        """What the number of slots is a multiple of."""
+        return sampling_rows(self.verdict.config, self.machine)
 
     def can_fit_without(self, use: MemoryUse, varying: tuple[str, ...]) -> bool:
         """Whether a phase does not fit now, but its components other than the varying ones do."""
@@ -275,7 +281,7 @@ class Search:
             self.verdict.rollout.use,
             self.machine.limit_bytes,
             self.verdict.rollout.slots,
-            sampling_rows(self.verdict.config, self.machine),
+            self.slot_rows,
         )
         if limit is None or not self.can_fit_without(use, PER_SLOT):
             return
@@ -316,6 +322,13 @@ class Search:
             if not self.verdict.all_fits and tensor < size <= count and count % size == 0:
                 changes = split_heads(self.config, size)
                 yield changes | for_mesh(with_changes(self.config, changes), self.planner.spec, self.machine)
+
+    def rollout_meshes(self) -> Iterator[Changes]:
+        """Yields meshes of the rollout that split heads and vocabulary further, over as many devices (`mesh.rollout`)."""
+        data, tensor = self.config.mesh.rollout_sizes
+        while data and data % 2 == 0 and not self.verdict.fits(self.verdict.rollout.use):
+            data, tensor = data // 2, 2 * tensor
+            yield {"mesh.rollout": {"data": data, "tensor": tensor}}
 
 
 def larger_than(machine: Machine) -> list[str]:

@@ -71,7 +71,7 @@ def json_of(plan: Plan) -> dict[str, Any]:
         "micro_batch_prompts": prompts,
         "micro_batch_completions": completions,
         "remat": verdict.remat,
-        "mesh": asdict(verdict.mesh.mesh) | {"why": verdict.mesh.why},
+        "mesh": {name: value for name, value in asdict(verdict.mesh.mesh).items() if value is not None} | {"why": verdict.mesh.why},
         "attention": verdict.attention,
         "bytes_per_weight": line.weight_bytes,
         "step_seconds_at_least": {name: one.seconds for name, one in verdict.rooflines.items()},
