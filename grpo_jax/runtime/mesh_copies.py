@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from grpo_jax.runtime.sharding import AxesTable, Layout, identity
+from grpo_jax.runtime.sharding import AxesTable, Layout, resharded
 
 
 def copied_to_mesh(tree: Any, source: Layout | None, target: Layout, table: AxesTable) -> Any:
@@ -40,10 +40,9 @@ def copied_to_mesh(tree: Any, source: Layout | None, target: Layout, table: Axes
         gathered = jax.tree.map(lambda _: source.sharding(), tree)
 
     def copy(x: Array, gathering: Any, place: Any) -> Array:
-        if x.sharding.is_equivalent_to(gathering, x.ndim):
-            return jax.device_put(one_copy(x), place)
-        copied = jax.device_put(one_copy(jax.jit(identity, out_shardings=gathering)(x)), place)
-        return jax.block_until_ready(copied)  # else all of them would be gathered at the same time
+        whole = resharded(x, gathering)
+        copied = jax.device_put(one_copy(whole), place)
+        return copied if whole is x else jax.block_until_ready(copied)  # else all of them would be gathered at the same time
 
     def one_copy(x: Array) -> Array:
         """Leaves the array of one device where the target's shards are parts of it."""

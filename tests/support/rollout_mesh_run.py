@@ -28,6 +28,7 @@ from tiny_runs import additions, arrays, assert_same_arrays, build_model, record
 from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig
 from grpo_jax.policy import Policy
 from grpo_jax.rollout.sampler import RolloutLoop, Sampler
+from grpo_jax.rollout.weights import gather_weights
 from grpo_jax.run.saved import load_run
 from grpo_jax.runtime.mesh import make_layout, make_rollout_layout
 from grpo_jax.runtime.mesh_copies import copied_to_mesh
@@ -169,6 +170,7 @@ def copies(folder: Path) -> dict[str, Any]:
             if name == "fsdp to copies":  # what JAX does by itself
                 with pytest.raises(AssertionError, match="read on the host"):
                     jax.device_put(policy.params, target.sharding())
+            jax.block_until_ready(gather_weights(source, policy.spec, policy.variables))  # as a rollout on the same devices does
         after = jax.tree.leaves(target.get(copied))
         devices = {device.id for leaf in jax.tree.leaves(copied) for device in leaf.sharding.device_set}
         found[name] = {
@@ -185,9 +187,12 @@ def planned(folder: Path) -> dict[str, Any]:
     for name, mesh in {"own": {"data": 1, "fsdp": 4, "rollout": {"data": 1, "tensor": 2}}, "both": {"data": 1, "fsdp": 4}}.items():
         made = make_plan(config_of(folder / name, mesh, model={"path": str(model_folder(folder))}), "cpu")
         found[name] = json_of(made) | {"shown": dict(rows_of(made))["mesh"]}
-    policy = Policy.from_pretrained(model_folder(folder), lora=LoraConfig(rank=4))
-    sizes = {name: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for name, tree in policy.variables.items()}
-    return found | {"bytes": sizes}
+    mesh = MeshConfig(data=1, fsdp=4, rollout={"data": 1, "tensor": 2})
+    policy = Policy.from_pretrained(model_folder(folder), lora=LoraConfig(rank=4), mesh=mesh)
+    layout = make_rollout_layout(mesh)
+    assert layout is not None
+    base = copied_to_mesh(policy.params, policy.layout, layout, model_axes(policy.spec))
+    return found | {"base_bytes": sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(base))}
 
 
 def refusals(folder: Path) -> list[str]:
@@ -211,8 +216,7 @@ if __name__ == "__main__":
     jax.config.update("jax_numpy_dtype_promotion", "strict")
     jax.config.update("jax_numpy_rank_promotion", "raise")
     place = Path(sys.argv[1])
-    full, int4, auto = {"lora": {"rank": 0}}, {"path": "", "quantization": "int4"}, {"train": {"micro_batch_tokens": "auto"}}
-    int4["path"] = str(model_folder(place))
+    full, auto = {"lora": {"rank": 0}}, {"train": {"micro_batch_tokens": "auto"}}
     parts: dict[str, Callable[[], Any]] = {
         "refusals": lambda: refusals(place / "refused"),
         "one": lambda: trained(place / "one", ONE),
@@ -220,7 +224,6 @@ if __name__ == "__main__":
         "auto": lambda: trained(place / "auto", PAIR | {"fsdp": 1}, **auto),
         "resumed": lambda: resumed(place / "resumed"),
         "full": lambda: [trained(place / f"full-{len(mesh)}", mesh, **full) for mesh in (ONE, OWN)],
-        "int4": lambda: [trained(place / f"int4-{len(mesh)}", mesh, model=int4) for mesh in (ONE, OWN)],
         "copies": lambda: copies(place / "copies"),
         "planned": lambda: planned(place / "planned"),
     }
