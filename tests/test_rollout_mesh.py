@@ -22,6 +22,7 @@ from tiny_runs import settings
 
 import grpo_jax as gx
 from grpo_jax.config import Config, ConfigError, MeshConfig
+from grpo_jax.rollout.episode_content import RewardRows
 from grpo_jax.runtime.mesh import mesh_sizes
 from grpo_jax.steps.ahead import Ahead, RolloutEndedError
 from grpo_jax.steps.sampling import SampledGroups
