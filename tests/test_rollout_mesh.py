@@ -43,7 +43,7 @@ def parts_of(repository: Path, folder: Path, *parts: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def found(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    names = ("refusals", "copies", "planned", "one", "own", "resumed", "auto", "full")
+    names = ("refusals", "copies", "planned", "one", "own", "resumed", "full")
     return parts_of(repository, tmp_path_factory.mktemp("runs"), *names)
 
 
@@ -80,13 +80,8 @@ def test_a_resumed_run_has_the_completions_that_a_thread_was_sampling(found: dic
 
 
 @pytest.mark.slow
-def test_micro_batches_are_found_for_the_devices_that_update_and_slots_for_those_that_sample(found: dict[str, Any]) -> None:
-    """One device updates and another one samples."""
-    assert_same(found["one"], found["auto"])
-
-
-@pytest.mark.slow
-def test_every_weight_can_be_trained(found: dict[str, Any]) -> None:
+def test_every_weight_can_be_trained_and_micro_batches_are_found_for_the_devices_that_update(found: dict[str, Any]) -> None:
+    """One device updates and another one samples, with `train.micro_batch_tokens: auto`."""
     assert_same(*found["full"])
     assert found["full"][0]["weights"] != found["one"]["weights"]
 
@@ -107,15 +102,15 @@ def test_weights_are_copied_from_device_to_device(found: dict[str, Any]) -> None
 
 @pytest.mark.slow
 def test_a_plan_counts_the_memory_of_both_kinds_of_devices(found: dict[str, Any]) -> None:
-    planned, base_bytes = found["planned"], found["planned"]["base_bytes"]
-    own, both = planned["own"], planned["both"]
-    assert (own["devices"], both["devices"]) == (6, 4)
-    assert own["shown"] == "data 1, fsdp 4, tensor 1; of the rollout: data 1, tensor 2"
-    assert own["update"]["memory"] == both["update"]["memory"]  # as if the other two devices were not there
-    rollout = own["rollout"]["memory"]
+    planned = found["planned"]
+    updating_bytes, sampling_bytes = planned["base_bytes"]
+    assert planned["devices"] == 6
+    assert planned["shown"] == "data 1, fsdp 4, tensor 1; of the rollout: data 1, tensor 2"
+    rollout, update = planned["rollout"]["memory"], planned["update"]["memory"]
+    assert update["base"] == updating_bytes
+    assert rollout["base"] == 2 * sampling_bytes  # the frozen base, and the weights that decode: on a CPU with the adapters added
     assert (rollout["optimizer"], rollout["reference"]) == (0, 0)
-    assert both["rollout"]["memory"]["optimizer"] > 0
-    assert rollout["base"] == 2 * base_bytes  # the frozen base, and the weights that decode: on a CPU with the adapters added
+    assert min(update["optimizer"], update["reference"]) > 0
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ from grpo_jax.weights.axes import model_axes
 ONE = {"data": 1, "fsdp": 1}
 OWN = {"data": 2, "fsdp": 2, "rollout": {"data": 2, "tensor": 2}}
 """Adapters are gathered over fsdp and split over tensor on their way."""
-PAIR = {"rollout": {"data": 1}}
+PAIR = {"fsdp": 1, "rollout": {"data": 1}}
 STEPS = 4
 LONG_SECONDS = 120.0
 """More than any machine needs; a wait that lasts so long has failed."""
@@ -182,17 +182,18 @@ def copies(folder: Path) -> dict[str, Any]:
 
 
 def planned(folder: Path) -> dict[str, Any]:
-    """What `plan` says of a run on these devices: with two devices that sample and four that update, and with four that do both."""
-    found = {}
-    for name, mesh in {"own": {"data": 1, "fsdp": 4, "rollout": {"data": 1, "tensor": 2}}, "both": {"data": 1, "fsdp": 4}}.items():
-        made = make_plan(config_of(folder / name, mesh, model={"path": str(model_folder(folder))}), "cpu")
-        found[name] = json_of(made) | {"shown": dict(rows_of(made))["mesh"]}
-    mesh = MeshConfig(data=1, fsdp=4, rollout={"data": 1, "tensor": 2})
-    policy = Policy.from_pretrained(model_folder(folder), lora=LoraConfig(rank=4), mesh=mesh)
-    layout = make_rollout_layout(mesh)
+    """What `plan` says of two devices that sample and four that update, and the bytes of the frozen base on one of each."""
+    mesh = {"data": 1, "fsdp": 4, "rollout": {"data": 1, "tensor": 2}}
+    made = make_plan(config_of(folder / "run", mesh, model={"path": str(model_folder(folder))}), "cpu")
+    policy = Policy.from_pretrained(model_folder(folder), lora=LoraConfig(rank=4), mesh=MeshConfig(**mesh))
+    layout = make_rollout_layout(MeshConfig(**mesh))
     assert layout is not None
-    base = copied_to_mesh(policy.params, policy.layout, layout, model_axes(policy.spec))
-    return found | {"base_bytes": sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(base))}
+    copied = copied_to_mesh(policy.params, policy.layout, layout, model_axes(policy.spec))
+
+    def bytes_of(tree: Any) -> int:
+        return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+    return json_of(made) | {"shown": dict(rows_of(made))["mesh"], "base_bytes": [bytes_of(policy.params), bytes_of(copied)]}
 
 
 def refusals(folder: Path) -> list[str]:
@@ -221,9 +222,8 @@ if __name__ == "__main__":
         "refusals": lambda: refusals(place / "refused"),
         "one": lambda: trained(place / "one", ONE),
         "own": lambda: in_flight(place / "own"),
-        "auto": lambda: trained(place / "auto", PAIR | {"fsdp": 1}, **auto),
         "resumed": lambda: resumed(place / "resumed"),
-        "full": lambda: [trained(place / f"full-{len(mesh)}", mesh, **full) for mesh in (ONE, OWN)],
+        "full": lambda: [trained(place / "full", ONE, **full), trained(place / "pair", PAIR, **full | auto)],
         "copies": lambda: copies(place / "copies"),
         "planned": lambda: planned(place / "planned"),
     }
