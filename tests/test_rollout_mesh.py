@@ -21,7 +21,7 @@ import pytest
 from tiny_runs import settings
 
 import grpo_jax as gx
-from grpo_jax.config import Config, ConfigError, MeshConfig
+from grpo_jax.config import Config, ConfigError, MeshConfig, load
 from grpo_jax.rollout.episode_content import RewardRows
 from grpo_jax.runtime.mesh import mesh_sizes
 from grpo_jax.steps.ahead import Ahead, RolloutEndedError
@@ -159,6 +159,11 @@ def test_one_device_cannot_do_both(tmp_path: Path) -> None:
     values = settings(tmp_path / "run", train={"max_staleness": 1}, mesh={"rollout": {"data": 1}})
     with pytest.raises(ConfigError, match=r"mesh\.rollout is {'data': 1}: these sizes ask for 1 of 1 devices"):
         gx.Trainer(Config.from_dict(values), reward_funcs=len, dataset=[{"prompt": "1"}])
+
+
+def test_the_command_line_takes_it_as_yaml() -> None:
+    given = {"mesh.rollout": "{data: 1, tensor: 2}", "train.max_staleness": "1"}
+    assert load(None, given).config.mesh == MeshConfig(rollout={"data": 1, "tensor": 2})
 
 
 def sampled(number: int) -> SampledGroups:
