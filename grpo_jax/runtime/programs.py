@@ -67,7 +67,7 @@ class Program:
     @property
     def waited_seconds(self) -> float:
         """Seconds that calls have waited for a compilation: their own, or one in the background."""
-        return sum(tuple(self._waited_seconds.values()))
+        return sum(tuple(self._waited_seconds.values()), 0.0)
 
     @property
     def waited_seconds_here(self) -> float:
@@ -194,4 +194,4 @@ def waited_seconds(*programs: Program) -> float:
 
 def waited_seconds_here(*programs: Program) -> float:
     """Returns the seconds that calls of these programs in this thread have waited for compilations."""
-    return sum(program.waited_seconds_here for program in programs)
+    return sum((program.waited_seconds_here for program in programs), 0.0)
