@@ -152,7 +152,7 @@ def evaluate(
     if policy is None:
         if config.model.path is None:
             raise ConfigError("model.path: null; give a model folder or a hub id, or a run")
-        policy = Policy.from_config(config)
+        policy = Policy.from_config(replace(config, mesh=replace(config.mesh, rollout=None)))  # nothing is updated
     elif run_dir is None:
         config, policy = config_with_policy(config, policy), with_template(policy, config)
     display = Display(config.train.quiet)

@@ -235,9 +235,19 @@ class Trainer:
             CheckpointError: it cannot be written, after several tries.
         """
         _, checkpoints = self.open()
-        values = checkpoint_values(self._step.policy, self.supervised) | {"inputs": self._inputs, "progress": self._step.progress()}
-        values |= {"seconds": self._clock.seconds, "skipped_in_a_row": self.skipped.in_a_row}
+        values = checkpoint_values(self._step.policy, self.supervised)
+        values |= {"seconds": self._clock.seconds, "skipped_in_a_row": self.skipped.in_a_row, "inputs": self._inputs}
+        values |= {"progress": self._progress()}
         checkpoints.save(self.steps_done, self.state, values, wait=wait)
+
+    def _progress(self) -> dict[str, Any]:
+        """What a checkpoint stores of the steps so far. A rollout in a thread is waited for, within `train.grace_seconds`."""
+        try:
+            with self._stop.abandonable("before a checkpoint"):
+                return self._step.progress()
+        except StepAbandonedError:
+            self.display.warning("the next step's completions are not saved: a resumed run samples them with the newest weights")
+            return self._step.progress()
 
     def open(self) -> tuple[RunFolder, Checkpointer]:
         """Opens the run folder and goes to its newest checkpoint; the first step, evaluation or save does it by itself."""

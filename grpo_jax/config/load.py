@@ -20,7 +20,7 @@ from grpo_jax.config.lora import LoraConfig
 from grpo_jax.config.objective import ObjectiveConfig
 from grpo_jax.config.presets import OBJECTIVE_DEFAULTS
 from grpo_jax.config.sections import DataConfig, ModelConfig, RewardsConfig, RolloutConfig
-from grpo_jax.config.staleness import check_staleness
+from grpo_jax.config.staleness import check_rollout_mesh, check_staleness
 from grpo_jax.config.training import MeshConfig, OptimConfig, TrainConfig
 from grpo_jax.config.yaml_files import parse_yaml, read_yaml
 
@@ -85,6 +85,7 @@ class Config:
         fix = "use 1 with objective.kl_in_reward, whose KL would be taken from weights that updates on other prompts have changed"
         require(parts == 1 or not self.objective.kl_in_reward, "train.updates_per_rollout", parts, fix)
         check_staleness(self.train, self.objective, self.rollout)
+        check_rollout_mesh(self.mesh, self.train, self.optim, self.rollout)
         every, used = self.train.reference_every, self.objective.needs_reference
         fix = "leave it out, or use objective.beta above 0: without a KL term nothing is compared with the reference"
         require(every is None or used, "train.reference_every", every, fix)

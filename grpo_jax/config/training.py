@@ -310,6 +310,10 @@ class TrainConfig:
         return DEFAULT_EXTRA_STEPS * self.prompts_per_step if self.max_extra_groups is None else self.max_extra_groups
 
 
+ROLLOUT_AXES = ("data", "tensor")
+"""Axes of `mesh.rollout`."""
+
+
 @dataclass(frozen=True)
 class MeshConfig:
     """The mesh of devices; one axis may be -1, which takes all devices that are left.
@@ -322,14 +326,19 @@ class MeshConfig:
         fsdp: Number of shards of each weight, gathered layer by layer; each shard's devices compute a part of the prompts. `auto`
             takes all devices that are left where data is a number.
         tensor: Number of shards of heads, feed-forward, experts and vocabulary; all of them compute the same prompts.
+        rollout: Devices for rollouts alone, such as {data: 2, tensor: 1}: they sample the next step's completions while the other
+            devices update, so that neither waits for the other (needs train.max_staleness 1). data copies of the weights, each in
+            tensor shards; what is left out is 1. null samples on the devices that update.
     """
 
     data: int | Literal["auto"] = "auto"
     fsdp: int | Literal["auto"] = "auto"
     tensor: int = 1
+    rollout: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
         check_types(self, "mesh")
+        self._check_rollout()
         sizes = {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor}
         for name, size in sizes.items():
             ok = isinstance(size, str) or size == -1 or size >= 1
@@ -341,6 +350,27 @@ class MeshConfig:
             -1,
             f"only one axis may be -1; mesh.{'data' if not free else free[0]} is -1 too",
         )
+
+    def _check_rollout(self) -> None:
+        """Checks the axes of `rollout` and their sizes."""
+        if self.rollout is None:
+            return
+        require(bool(self.rollout), "mesh.rollout", self.rollout, "use a mapping such as {data: 2}, or null")
+        for axis, size in self.rollout.items():
+            fix = "use data and tensor: a rollout has whole weights, so there is nothing to gather over fsdp"
+            require(axis in ROLLOUT_AXES, "mesh.rollout", self.rollout, fix)
+            require(size >= 1, f"mesh.rollout.{axis}", size, "use a number of devices; those that are left update")
+
+    @property
+    def rollout_sizes(self) -> tuple[int, int]:
+        """Sizes of data and tensor of the rollout's own mesh; (0, 0) where it has none."""
+        return (0, 0) if self.rollout is None else (self.rollout.get("data", 1), self.rollout.get("tensor", 1))
+
+    @property
+    def rollout_devices(self) -> int:
+        """Number of devices that only sample."""
+        data, tensor = self.rollout_sizes
+        return data * tensor
 
     @property
     def is_auto(self) -> bool:

@@ -19,6 +19,7 @@ from grpo_jax.fit.memory_use import MemoryUse, phase_rows
 from grpo_jax.fit.micro_batch import longest_lengths, row_tokens, rows_to_try, sizes_of_rows, smaller_rows
 from grpo_jax.fit.phases import RolloutMemory, RunShapes, activation_bytes, rollout_memory, update_memory
 from grpo_jax.fit.reward_memory import RewardShapes
+from grpo_jax.fit.rollout_mesh import on_rollout_mesh
 from grpo_jax.learner.learner import Learner
 from grpo_jax.learner.packing import Lengths
 from grpo_jax.learner.rows import RowSize
@@ -29,6 +30,7 @@ from grpo_jax.rollout.shapes import evaluation_slots
 from grpo_jax.run.display import Display
 from grpo_jax.runtime.memory import GIB, least_free_bytes
 from grpo_jax.runtime.programs import Announce, Program
+from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Frozen
 
 MakeLearner = Callable[[Config, Policy, int], tuple[Learner, str]]
@@ -66,6 +68,7 @@ def fit_run(
     *,
     episodes: bool = False,
     refills: bool = False,
+    rollout_layout: Layout | None = None,
 ) -> Fitted:
     """Chooses the largest micro-batch that fits, and the numbers of slots where they are not set.
 
@@ -75,6 +78,7 @@ def fit_run(
         lengths: of the run's texts; None is the longest that the settings allow.
         episodes: an environment or tools are given in Python; those of the settings are known.
         refills: further prompts begin in slots that become free (dynamic sampling).
+        rollout_layout: of devices that only sample, which have their copy of the base already; None where all do both.
 
     Raises:
         ConfigError: nothing fits.
@@ -86,8 +90,12 @@ def fit_run(
     lengths = lengths or longest_lengths(config)
     run, update, update_use, remat = fit_update(config, policy, frozen, placement, limit, display.compiling, make_learner, lengths)
     run = replace(run, episodes=run.episodes or episodes, refills=refills)
-    sampler, rollout = fit_rollout(run, limit, display)
-    evaluation = fit_evaluation(run, rollout.slots, problems, limit, sampler) if problems else None
+    sampling, sampling_limit = run, limit
+    if rollout_layout is not None:
+        sampling, free = on_rollout_mesh(run, rollout_layout), least_free_bytes(rollout_layout.mesh.local_devices[0])
+        sampling_limit = None if free is None else free + device_bytes(sampling.frozen.base)
+    sampler, rollout = fit_rollout(sampling, sampling_limit, display)
+    evaluation = fit_evaluation(sampling, rollout.slots, problems, sampling_limit, sampler) if problems else None
     tokens = run.sizes[0].tokens
     fitted = replace(
         config,
@@ -105,6 +113,7 @@ def fit_run(
         *([] if evaluation is None else phase_rows("evaluation", evaluation.use, None)),
         *phase_rows("update", update_use, None),
         ("memory", "not known" if limit is None else f"{limit / GIB:.2f} GiB of each device"),
+        *([] if sampling_limit in (None, limit) else [("memory of the rollout's devices", f"{sampling_limit / GIB:.2f} GiB each")]),
         ("micro-batch", f"{tokens} tokens"),
         ("slots", str(rollout.slots)),
         *([] if evaluation is None else [("slots of an evaluation", str(evaluation.slots))]),

@@ -50,6 +50,7 @@ class RunShapes:
         episodes: completions are episodes: some of their past is parked outside the slots.
         refills: further prompts begin in slots that become free.
         rewards: reward models whose memory counts; () where it is known to be taken already.
+        only_samples: the devices are those of `mesh.rollout`; see `rollout_mesh.py`.
     """
 
     config: Config
@@ -64,6 +65,7 @@ class RunShapes:
     episodes: bool = False
     refills: bool = False
     rewards: tuple[RewardShapes, ...] = ()
+    only_samples: bool = False
 
     @staticmethod
     def of(
@@ -93,6 +95,12 @@ class RunShapes:
         return 1 if self.placement.layout is None else self.placement.layout.rows
 
     @property
+    def devices(self) -> tuple[int, int]:
+        """How many devices there are, and over how many of them heads are split."""
+        layout = self.placement.layout
+        return (1, 1) if layout is None else (layout.mesh.size, layout.tensor)
+
+    @property
     def resident(self) -> dict[str, int]:
         """Bytes by component of the arrays that exist from the first step to the last, each counted once.
 
@@ -103,6 +111,9 @@ class RunShapes:
         """
         own, trained = device_bytes(self.policy.params), device_bytes(self.state.trainable)
         moving = device_bytes(self.state.reference)
+        if self.only_samples:
+            base, adapters = (trained, 0) if self.policy.adapters is None else (own, trained)
+            return dict.fromkeys(COMPONENTS, 0) | {"base": base, "adapters": adapters}
         memory = dict.fromkeys(COMPONENTS, 0) | {"optimizer": device_bytes((self.state.step, self.state.opt_state))}
         memory["reward_models"] = device_bytes([reward.variables for reward in self.rewards])
         if self.policy.adapters is None:

@@ -11,18 +11,21 @@ soon as that has ended, while others are still being decoded. Others are called 
 from __future__ import annotations
 
 import queue
-import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from grpo_jax.rewards.calls import Outcome, RewardInputs, is_async
 from grpo_jax.rewards.protocol import NamedFunction, RewardFunction
 from grpo_jax.rewards.tasks import Task
+from grpo_jax.runtime.threads import in_thread
 
 if TYPE_CHECKING:
     from grpo_jax.rewards.runner import RewardRunner
+
+THREAD = "reward functions"
+"""Name of the threads that call functions in this process."""
 
 
 class BatchCalls:
@@ -88,7 +91,7 @@ class BatchCalls:
                 self._submit(name, function, groups)
         if self._outcomes:
             if self._early_here is None:
-                self._early_here = in_thread(self._call_early_here)
+                self._early_here = in_thread(self._call_early_here, THREAD)
             for group, rows in groups.items():
                 self._groups.put((group * self.size, rows))
 
@@ -98,7 +101,7 @@ class BatchCalls:
         self._start_away(rows)
         whole = self._whole()
         if whole:
-            self._whole_here = in_thread(lambda: self._call_here(whole, rows))
+            self._whole_here = in_thread(lambda: self._call_here(whole, rows), THREAD)
 
     def call_all(self, functions: Sequence[NamedFunction], rows: RewardInputs, timeout_seconds: float | None) -> dict[str, Outcome]:
         """Returns the outcome of every function, by name; makes the calls that `add` and `start` have not started."""
@@ -179,17 +182,3 @@ class BatchCalls:
                     self._outcomes[name].values[first : first + rows.count] = values
                 self._outcomes[name].remarks.extend(outcome.remarks)
         self._waiting -= self._outcomes.keys()
-
-
-def in_thread(call: Callable[[], Any]) -> Future[Any]:
-    """Makes a call in a new thread, which does not keep the process from ending."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True, name="reward functions").start()
-    return future

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,11 @@ class Sampler:
         """
         programs = RolloutPrograms.build(model, stop_ids, announce=announce, quantization=quantization)
         return Sampler(model, stop_ids, decode_text, programs)
+
+    @property
+    def device(self) -> Any:
+        """A device of this process that it runs on, whose free memory counts; None is the process's first."""
+        return None if self.model.layout is None else self.model.layout.mesh.local_devices[0]
 
     def announcing(self, announce: Announce) -> Sampler:
         """Sets what is entered around each compilation, and returns the same sampler."""
@@ -146,7 +152,7 @@ class Sampler:
         if shapes is None:
             widths = (round_up(max(map(len, prompt_ids))),)
             options = {"episodes": turns is not None, "refills": feed is not None}
-            shapes = self.shapes_for(rollout, b, widths, least_free_bytes(), **options)
+            shapes = self.shapes_for(rollout, b, widths, least_free_bytes(self.device), **options)
         longest = np.full(b * g, rollout.max_completion_length) if limits is None else np.asarray(limits)
         indices = np.arange(b) if indices is None else np.asarray(indices)
         completions = [PartialCompletion(int(limit)) for limit in longest]
@@ -246,10 +252,10 @@ class Sampler:
         variables = in_device_memory(variables)
         if not self.model.unroll:
             weights = self.decoding_weights(variables, rollout)
-            free = least_free_bytes()
+            free = least_free_bytes(self.device)
             del weights
         else:
-            free = least_free_bytes()
+            free = least_free_bytes(self.device)
             settings = self.weight_settings(variables, free, rollout)
             weights = prepared_shapes(self.model, variables, **settings)
             needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
@@ -264,7 +270,7 @@ class Sampler:
     def decoding_weights(self, variables: Params, rollout: RolloutConfig) -> Params:
         """Returns the weights as decoding reads them, in the devices' memory; `merge_adapters` and `dense_base` matter."""
         variables = in_device_memory(variables)
-        settings = self.weight_settings(variables, None if self.joins else least_free_bytes(), rollout)
+        settings = self.weight_settings(variables, None if self.joins else least_free_bytes(self.device), rollout)
         if self.model.unroll:
             return self.programs.prepare_weights(variables, **settings)
         shapes = prepared_shapes(self.model, variables, **settings)

@@ -16,7 +16,7 @@ from grpo_jax.models.linear import JOINED, join_linears
 from grpo_jax.models.parameters import flatten, nest
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.models.transformer import Transformer, split_layers, with_computed_adapters
-from grpo_jax.runtime.sharding import Layout
+from grpo_jax.runtime.sharding import Layout, resharded
 from grpo_jax.types import Params
 from grpo_jax.weights.axes import decoding_axes
 from grpo_kernels import QuantizedWeight, weight_bytes
@@ -137,7 +137,7 @@ def gather_weights(layout: Layout | None, spec: ModelSpec, variables: Params) ->
     """
     if layout is None or not sharded_over_fsdp(layout):
         return variables
-    return jax.tree.map(jax.device_put, variables, layout.decoding.tree(variables, decoding_axes(spec)))
+    return jax.tree.map(resharded, variables, layout.decoding.tree(variables, decoding_axes(spec)))
 
 
 def sharded_over_fsdp(layout: Layout | None) -> bool:

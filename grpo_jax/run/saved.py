@@ -80,8 +80,11 @@ def shardings_of(policy: Policy, tree: Any) -> Any:
 
 
 def available_mesh(config: Config, spec: ModelSpec, *, adapters: bool) -> MeshConfig:
-    """The mesh of a run if this machine has its devices; else one over all devices here, or over one. Without `auto`."""
-    for setting in (config.mesh, MeshConfig()):
+    """The mesh of a run if this machine has its devices; else one over all devices here, or over one. Without `auto`.
+
+    Devices of `mesh.rollout` are not set aside, as nothing is updated.
+    """
+    for setting in (replace(config.mesh, rollout=None), MeshConfig()):
         limit, model = least_limit_bytes(), config.model
         options: dict[str, Any] = {"dtype": model.dtype, "quantization": model.quantization, "adapters": adapters}
         mesh = choose_mesh(setting, spec, limit_bytes=limit, **options).mesh

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from grpo_jax.runtime.programs import Program, waited_seconds
+from grpo_jax.runtime.programs import Program, waited_seconds_here
 from grpo_jax.types import PromptBatch, Rollout
 
 
@@ -85,10 +85,10 @@ def process_metrics(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 class Clock:
-    """Seconds of the parts of a step, without those in which it waited for a compiler."""
+    """Seconds of the parts of a step, without those in which its thread waited for a compiler. It serves one thread."""
 
     def __init__(self, programs: Sequence[Program]) -> None:
-        self._compiled: Callable[[], float] = functools.partial(waited_seconds, *programs)
+        self._compiled: Callable[[], float] = functools.partial(waited_seconds_here, *programs)
         self.seconds: dict[str, float] = {}
         self._mark, self._mark_compiled = time.perf_counter(), self._compiled()
         self._start_compiled = self._mark_compiled

@@ -15,18 +15,22 @@ from jax.experimental import multihost_utils
 GIB = 2**30
 
 
-def free_bytes() -> int | None:
-    """Returns the free memory of the first local device, or of the machine on a CPU."""
-    device = jax.local_devices()[0]
+def free_bytes(device: Any = None) -> int | None:
+    """Returns the free memory of a device of this process, None for the first one, or of the machine on a CPU."""
+    device = device or jax.local_devices()[0]
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"] - stats["bytes_in_use"])
     return proc_bytes("/proc/meminfo", "MemAvailable:") if device.platform == "cpu" else None
 
 
-def least_free_bytes() -> int | None:
-    """Returns the free memory per device, the minimum over all processes, which must call it together."""
-    return least_per_device(free_bytes())
+def least_free_bytes(device: Any = None) -> int | None:
+    """Returns the free memory per device, the minimum over all processes, which must call it together.
+
+    Args:
+        device: The one of this process that is measured; None is its first.
+    """
+    return least_per_device(free_bytes(device))
 
 
 def least_limit_bytes() -> int | None:

@@ -1,4 +1,7 @@
-"""Makes the mesh of a run from its settings, and checks that batch sizes divide by the shards."""
+"""Makes the mesh of a run from its settings, and checks that batch sizes divide by the shards.
+
+With `mesh.rollout` there are two: the last devices sample, and the others are divided as if they were all there are.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +34,16 @@ def resolve_mesh(mesh: MeshConfig, *, whole: bool = False) -> MeshConfig:
 def mesh_sizes(mesh: MeshConfig, devices: int) -> tuple[int, int, int]:
     """Returns the sizes of `MESH_AXES`; a size of -1 becomes the number of devices that are left, `auto` as `resolve_mesh` says.
 
+    Args:
+        devices: How many there are; those of `mesh.rollout` are not divided.
+
     Raises:
         ConfigError: The sizes do not fit the number of devices.
     """
-    mesh = resolve_mesh(mesh)
+    mesh, sampling = resolve_mesh(mesh), mesh.rollout_devices
+    fix = f"these sizes ask for {sampling} of {devices} devices, and the update needs at least one: make one of them smaller"
+    require(sampling < devices, "mesh.rollout", mesh.rollout, fix)
+    devices -= sampling
     sizes = [size for size in (mesh.data, mesh.fsdp, mesh.tensor) if isinstance(size, int)]
     known = math.prod(size for size in sizes if size > 0)
     if -1 in sizes:
@@ -51,13 +60,15 @@ def mesh_sizes(mesh: MeshConfig, devices: int) -> tuple[int, int, int]:
         math.prod(sizes) <= devices,
         "mesh",
         dict(zip(MESH_AXES, sizes, strict=True)),
-        f"these sizes ask for {math.prod(sizes)} devices and there are {devices}: make one of them smaller, or -1",
+        f"these sizes ask for {math.prod(sizes)} devices and there are {devices}"
+        + (f" next to the {sampling} of mesh.rollout" if sampling else "")
+        + ": make one of them smaller, or -1",
     )
     return sizes[0], sizes[1], sizes[2]
 
 
 def make_layout(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Layout | None:
-    """Makes the layout of a run from the `mesh` settings.
+    """Makes the layout of a run from the `mesh` settings, without the devices of `mesh.rollout`.
 
     Args:
         mesh: The settings; where they leave it open, weights are sharded over `fsdp` (`weights.mesh_choice` chooses by memory).
@@ -81,7 +92,40 @@ def make_layout(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Layou
     )
     if count == 1:
         return None
-    return Layout(jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=present[:count]))
+    return layout_of(sizes, present[:count])
+
+
+def make_rollout_layout(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Layout | None:
+    """Makes the layout of the rollout from `mesh.rollout`, on the last devices.
+
+    Args:
+        mesh, devices: As of `make_layout`.
+
+    Returns:
+        None where the rollout has no mesh of its own. That of one device is a layout too, because it is not the default device.
+
+    Raises:
+        ConfigError: There are too few devices, or several processes.
+    """
+    if mesh.rollout is None:
+        return None
+    present = list(jax.devices() if devices is None else devices)
+    mesh_sizes(mesh, len(present))
+    processes = len({device.process_index for device in present})
+    fix = f"leave it out: weights are copied between the devices of one process, and there are {processes}"
+    require(processes == 1, "mesh.rollout", mesh.rollout, fix)
+    data, tensor = mesh.rollout_sizes
+    return layout_of((data, 1, tensor), present[-data * tensor :])
+
+
+def make_sampling_layout(mesh: MeshConfig, devices: Sequence[Any] | None = None) -> Layout | None:
+    """Makes the layout that completions are sampled in: that of `mesh.rollout` where it is set, else the run's."""
+    return make_layout(mesh, devices) if mesh.rollout is None else make_rollout_layout(mesh, devices)
+
+
+def layout_of(sizes: tuple[int, int, int], devices: Sequence[Any]) -> Layout:
+    """Makes the layout of some devices, divided into these sizes of `MESH_AXES`."""
+    return Layout(jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices))
 
 
 def check_prompts(layout: Layout | None, prompts: int, micro_batch: int | str | None, updates: int = 1) -> None:

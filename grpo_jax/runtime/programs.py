@@ -49,7 +49,6 @@ class Program:
         options: Options of XLA's compiler.
         observe: Called after each call, for measurements.
         compile_seconds: Seconds spent on compiling so far, in all threads together.
-        waited_seconds: Seconds that calls have waited for a compilation: their own, or one in the background.
     """
 
     name: str
@@ -59,11 +58,25 @@ class Program:
     options: dict[str, Any] = field(default_factory=dict)
     observe: Observe | None = None
     compile_seconds: float = 0.0
-    waited_seconds: float = 0.0
+    _waited_seconds: dict[int, float] = field(default_factory=dict)
     _compiled: dict[Any, Any] = field(default_factory=dict)
     _jitted: dict[int, Any] = field(default_factory=dict)
     _pending: dict[Any, Future[Any]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @property
+    def waited_seconds(self) -> float:
+        """Seconds that calls have waited for a compilation: their own, or one in the background."""
+        return sum(tuple(self._waited_seconds.values()), 0.0)
+
+    @property
+    def waited_seconds_here(self) -> float:
+        """Those of the thread that asks."""
+        return self._waited_seconds.get(threading.get_ident(), 0.0)
+
+    def add_wait(self, seconds: float) -> None:
+        """Counts seconds that a call of this thread has waited for a compilation."""
+        self._waited_seconds[threading.get_ident()] = self.waited_seconds_here + seconds
 
     @property
     def compilations(self) -> int:
@@ -106,7 +119,7 @@ class Program:
             start = time.perf_counter()
             with self.announce(self.name):
                 self._compile_once(key, arguments, options, static)
-            self.waited_seconds += time.perf_counter() - start
+            self.add_wait(time.perf_counter() - start)
         return self._compiled[key]
 
     def compile_ahead(self, *arguments: Any, **static: Any) -> None:
@@ -177,3 +190,8 @@ def compile_seconds(*programs: Program) -> float:
 def waited_seconds(*programs: Program) -> float:
     """Returns the seconds that calls of these programs have waited for compilations."""
     return sum(program.waited_seconds for program in programs)
+
+
+def waited_seconds_here(*programs: Program) -> float:
+    """Returns the seconds that calls of these programs in this thread have waited for compilations."""
+    return sum((program.waited_seconds_here for program in programs), 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -43,6 +43,7 @@ from grpo_jax.steps.mini_batches import MiniBatches, parts_of
 from grpo_jax.steps.prompt_choice import PromptChoice
 from grpo_jax.steps.refilling import collect_filled
 from grpo_jax.steps.results import StepParts, learned_completions, step_completions, step_metrics
+from grpo_jax.steps.rollout_mesh import RolloutMesh
 from grpo_jax.steps.sampling import SampledGroups, sample_groups, score_groups, show_warnings, start_rewards
 from grpo_jax.steps.stream_choice import StreamChoice
 from grpo_jax.types import Frozen, Params, PromptBatch, TrainState
@@ -79,6 +80,7 @@ class GrpoStep:
         ahead: completions that are sampled before their step; None with `train.max_staleness: 0` or dynamic sampling.
         last_step: what dynamic sampling takes from the step before; None without it.
         at_once: groups without a spread are replaced while others are decoded (`refilling.py`).
+        rollout_mesh: devices that only sample; None where all devices do both.
     """
 
     config: Config
@@ -104,6 +106,7 @@ class GrpoStep:
     ahead: Ahead | None = None
     last_step: LastStep | None = None
     at_once: bool = False
+    rollout_mesh: RolloutMesh | None = None
 
     def with_programs(self) -> GrpoStep:
         """The step with what `train.updates_per_rollout` above 1, `train.reference_every` and `train.max_staleness` need."""
@@ -146,7 +149,9 @@ class GrpoStep:
         return self.rewarded[0] if self.rewarded else None
 
     def variables(self, state: TrainState) -> Params:
-        """The policy's variables as trained so far."""
+        """The policy's variables as trained so far, on the devices that sample."""
+        if self.rollout_mesh is not None:
+            return self.rollout_mesh.variables(in_device_memory(state.trainable))
         return self.learner.policy_variables(state.trainable, self.frozen)
 
     def shapes(self, state: TrainState) -> RolloutShapes:
@@ -165,10 +170,12 @@ class GrpoStep:
 
     def future_calls(self, state: TrainState) -> list[FutureCall]:
         shapes, own = self.shapes(state), self.evaluation_shapes(state) if self.problems else None
-        variables = in_device_memory(shapes_of(self.variables(state)))
-        calls = rollout_calls(self.sampler, variables, self.config.rollout, shapes)
-        if own is not None and own != shapes:
-            calls += rollout_calls(self.sampler, variables, self.config.rollout, own)
+        calls: list[FutureCall] = []
+        if self.rollout_mesh is None:  # on a mesh nothing of a rollout can be listed
+            variables = in_device_memory(shapes_of(self.variables(state)))
+            calls += rollout_calls(self.sampler, variables, self.config.rollout, shapes)
+            if own is not None and own != shapes:
+                calls += rollout_calls(self.sampler, variables, self.config.rollout, own)
         calls += self.update_calls(state)
         if self.reference is not None:
             calls.append(FutureCall(self.reference, in_device_memory(shapes_of((state.reference, state.trainable)))))
@@ -231,18 +238,35 @@ class GrpoStep:
         return FilledStep(drawn, np.arange(len(drawn)), len(drawn), {}, None if self.ahead is None else sampled)
 
     def completions(self, state: TrainState, number: int, clock: Clock) -> SampledGroups:
-        """The completions of step `number`; with `train.max_staleness: 1` those of the next step are sampled too (`ahead.py`)."""
+        """The completions of step `number`; with `train.max_staleness: 1` those of the next step are sampled too (`ahead.py`).
+
+        With a mesh of its own for the rollout, those of the next step are being sampled in a thread when it returns.
+        """
+        shapes, ahead, following = self.shapes(state), self.ahead, number + 1
+
+        def prompts_of(step: int) -> PromptBatch:
+            return self.source.batch(step) if self.choice is None else self.choice.batch(self.choice.rows(step), step)
 
         def sample(step: int) -> SampledGroups:
-            prompts = self.source.batch(step) if self.choice is None else self.choice.batch(self.choice.rows(step), step)
-            return sample_groups(self, state, prompts, number, clock)
+            return sample_groups(self, self.variables(state), shapes, prompts_of(step), number, clock)
 
-        if self.ahead is None:
+        if ahead is None:
             return sample(number)
-        sampled = self.ahead.of(number, lambda: sample(number))
-        start_rewards(self, sampled)
-        if number + 1 < self.config.train.steps:
-            self.ahead.of(number + 1, lambda: sample(number + 1))
+
+        def sample_in_thread(check: Callable[[], None]) -> SampledGroups:
+            return sample_groups(self, variables, shapes, prompts, number, Clock(tuple(self.sampler.programs)), check=check)
+
+        sampled = ahead.of(number, lambda: sample(number))
+        if following >= self.config.train.steps or ahead.has_begun(following):
+            start_rewards(self, sampled)
+        elif self.rollout_mesh is None:
+            start_rewards(self, sampled)
+            ahead.of(following, lambda: sample(following))
+        else:
+            # The weights are copied before rewards and the update compute on the devices that they are on.
+            variables, prompts = self.variables(state), prompts_of(following)
+            start_rewards(self, sampled)
+            ahead.begin(following, sample_in_thread)
         clock.lap("rollout_seconds")
         return sampled
 
@@ -268,6 +292,8 @@ class GrpoStep:
 
     @explaining_memory("an evaluation")
     def evaluate(self, state: TrainState) -> dict[str, Any] | None:
+        if self.ahead is not None:
+            self.ahead.wait()  # it uses the same devices
         return evaluate_step(self, state)
 
     def pending(self) -> list[str]:
@@ -275,6 +301,8 @@ class GrpoStep:
         return [] if self.runner is None else self.runner.pending()
 
     def close(self) -> None:
+        if self.ahead is not None:
+            self.ahead.close()
         if self.driver is not None:
             self.driver.close()
         if self.runner is not None:

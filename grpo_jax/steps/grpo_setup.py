@@ -21,6 +21,7 @@ from grpo_jax.learner.reward_models import load_reward_models, with_reward_model
 from grpo_jax.learner.step import train_step
 from grpo_jax.policy import Policy, sampler_of
 from grpo_jax.rewards import NamedFunction, check_functions, resolve_functions, runner_of
+from grpo_jax.rewards.protocol import DeviceReward
 from grpo_jax.rollout.dispatch_ahead import dispatches_ahead
 from grpo_jax.rollout.episode_setup import EpisodeInputs, EpisodeSetup
 from grpo_jax.run.display import Display
@@ -28,11 +29,13 @@ from grpo_jax.run.doctor.ranges import check_stop_on, setting_notes
 from grpo_jax.run.evaluations import check_evaluation
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.memory import in_device_memory
+from grpo_jax.runtime.mesh import make_rollout_layout
 from grpo_jax.runtime.programs import Program
 from grpo_jax.steps.grpo import GrpoStep, Prompts
 from grpo_jax.steps.prompt_choice import PromptChoice
 from grpo_jax.steps.refilling import replaces_at_once
-from grpo_jax.steps.setup import placed_policy, read_tokenizer, with_steps
+from grpo_jax.steps.rollout_mesh import RolloutMesh
+from grpo_jax.steps.setup import mesh_line, placed_policy, read_tokenizer, with_steps
 from grpo_jax.steps.stream_choice import StreamChoice
 from grpo_jax.types import Frozen, Params
 from grpo_jax.weights.lora_start import starts_as_base
@@ -85,6 +88,10 @@ def read_grpo_step(
     for held_out in (source, *sets.values()):
         columns = [*reward_columns(held_out, config), *setup.columns]
         check_functions(functions, columns, config.rewards.weights, config.rewards.accuracy)
+    if config.mesh.rollout is not None and config.train.overlap:
+        names = [name for name, function in functions if isinstance(function, DeviceReward) and name in config.rewards.by_group]
+        fix = "leave these out with mesh.rollout, or use train.overlap false: they would score on the devices that are updating"
+        require(not names, "rewards.by_group", names, fix)
     runner = runner_of(config.rewards, entries, functions, longest, display.note)
     runner.start()  # its processes start while the weights are read
     policy = placed_policy(config, policy, display)
@@ -114,16 +121,19 @@ def build_grpo_step(
         display.note(f"rollout.dispatch_ahead: auto resolved to {dispatches_ahead(config.rollout, episodes=episodes)}")
     base = {} if policy.adapters is None else policy.params
     frozen = Frozen(base, reference_of(policy, config))
+    rollout_mesh = rollout_mesh_of(policy, config, display)
     make_learner = functools.partial(grpo_learner, optimizer=optimizer, loss_fn=loss_fn)
     lengths = text_lengths(config, source.prompt_lengths[0])
     if is_auto(config):
         problems = len(source.held_out) if isinstance(source, PromptSource) else 0
         widest = with_widest_prompts(config, source)
-        fit = fit_run(widest, policy, frozen, display, problems, make_learner, lengths, episodes=episodes, refills=refills)
+        options: dict[str, Any] = {} if rollout_mesh is None else {"rollout_layout": rollout_mesh.layout}
+        options |= {"episodes": episodes, "refills": refills}
+        fit = fit_run(widest, policy, frozen, display, problems, make_learner, lengths, **options)
         kl = Program("KL to the reference", fit.learner.kl_sums, announce=display.compiling)
         config = replace(config, train=fit.config.train, rollout=replace(config.rollout, slots=fit.config.rollout.slots))
         parts = (config, policy, source, functions, fit.sampler, fit.learner, fit.sizes, fit.update, kl, frozen, display)
-        return GrpoStep(*parts).with_programs()
+        return GrpoStep(*parts, rollout_mesh=rollout_mesh).with_programs()
     sizes = sizes_of_rows(config, policy.layout, lengths, row_tokens(config, policy, lengths))
     learner, remat = make_learner(config, policy, sizes[0].tokens)
     if remat != config.model.remat:
@@ -132,11 +142,22 @@ def build_grpo_step(
     display.note(f"train.micro_batch_tokens: texts are packed into rows of {tokens} tokens")
     if learner.truncation is not None and learner.truncation.truncates:
         display.note(TRUNCATED_LINE)
-    sampler = sampler_of(policy, records_experts=config.rollout.records_experts).announcing(display.compiling)
+    sampling = policy if rollout_mesh is None else rollout_mesh.placed(policy)
+    sampler = sampler_of(sampling, records_experts=config.rollout.records_experts).announcing(display.compiling)
     update = Program("update", functools.partial(train_step, learner), donate=(0,), announce=display.compiling)
     kl = Program("KL to the reference", learner.kl_sums, announce=display.compiling)
     parts = (config, policy, source, functions, sampler, learner, sizes, update, kl, frozen, display)
-    return GrpoStep(*parts).with_programs()
+    return GrpoStep(*parts, rollout_mesh=rollout_mesh).with_programs()
+
+
+def rollout_mesh_of(policy: Policy, config: Config, display: Display) -> RolloutMesh | None:
+    """Copies the frozen weights to the devices of `mesh.rollout`, and says which they are; None where it is not set."""
+    layout = make_rollout_layout(config.mesh)
+    if layout is None:
+        return None
+    display.note(mesh_line(layout, "", "mesh of the rollout"))
+    with display.busy("copying the weights to the devices of the rollout"):
+        return RolloutMesh.of(policy, layout)
 
 
 def with_widest_prompts(config: Config, source: Prompts) -> Config:

@@ -170,12 +170,13 @@ def collect_filled(
         start = filling.begun - before
         if not step.at_once:
             numbers = filling.begin(count)
-            sampled = sample_groups(step, state, choice.batch(rows[start : start + count], number), number, clock)
+            prompts = choice.batch(rows[start : start + count], number)
+            sampled = sample_groups(step, step.variables(state), shapes, prompts, number, clock)
             groups = score_groups(step, sampled, clock, 1.0)
             filling.note(numbers, spread_of(groups))
             return numbers, groups
         feed = Refilling(step, choice.batch(rows[start:], number), clock, filling, count, number, spread_of)
-        sampled = sample_groups(step, state, feed.prompts, number, clock, feed)
+        sampled = sample_groups(step, step.variables(state), shapes, feed.prompts, number, clock, feed=feed)
         made, (numbers, groups) = sampled.rollout, feed.finish()
         counts = {"near_ties": made.near_ties, "idle_tokens": made.idle_tokens, "slots": shapes.slots}
         return numbers, replace(groups, rollout=replace(groups.rollout, **counts))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,11 +15,12 @@ from grpo_jax.rewards.scoring import reward_inputs
 from grpo_jax.rollout.environment_turns import EnvironmentTurns, reward_rows
 from grpo_jax.rollout.episode_content import RewardRows
 from grpo_jax.rollout.prompt_feed import PromptFeed
+from grpo_jax.rollout.shapes import RolloutShapes
 from grpo_jax.rollout.stop_strings import PartialCompletion
 from grpo_jax.run.step_metrics import Clock
 from grpo_jax.runtime import distributed
 from grpo_jax.steps.groups import Groups
-from grpo_jax.types import PromptBatch, Rollout, TrainState
+from grpo_jax.types import Params, PromptBatch, Rollout
 
 if TYPE_CHECKING:
     from grpo_jax.steps.grpo import GrpoStep
@@ -112,13 +113,25 @@ def begin_calls(step: GrpoStep, groups: int, *, early: bool, episodes: bool = Fa
 
 
 def sample_groups(
-    step: GrpoStep, state: TrainState, prompts: PromptBatch, now: int, clock: Clock, feed: PromptFeed | None = None
+    step: GrpoStep,
+    variables: Params,
+    shapes: RolloutShapes,
+    prompts: PromptBatch,
+    now: int,
+    clock: Clock,
+    *,
+    feed: PromptFeed | None = None,
+    check: Callable[[], None] | None = None,
 ) -> SampledGroups:
     """Samples completions of these prompts; with `train.overlap` the first rewards are under way when it returns.
 
     Args:
+        variables: of the policy that samples, on the devices that sample.
+        shapes: of the run's rollouts.
         now: the number of the step, from 0, before whose update this is.
+        clock: of the thread that calls.
         feed: decides which of the prompts are begun, and scores them. None begins all.
+        check: called after every segment where this is a thread next to the step's own; it may raise, to end the rollout.
     """
     config, number, before = step.config, prompts.step, clock.seconds.get("rollout_seconds", 0.0)
     turns = None if step.driver is None else step.driver.begin(prompts, config.rollout.num_generations)
@@ -127,20 +140,21 @@ def sample_groups(
     early = EarlyScoring(step, prompts, turns) if scores else None
     try:
         rollout = step.sampler.sample(
-            step.variables(state),
+            variables,
             prompts.prompt_ids,
             config.rollout,
             seed=config.train.seed,
             step=number,
             indices=prompts.indices,
             limits=step.limits,
-            shapes=step.shapes(state),
+            shapes=shapes,
+            on_segment=None if check is None else lambda _: check(),
             on_ended=None if early is None else early.ended,
             turns=turns,
             feed=feed,
         )
     except BaseException:
-        if step.runner is not None:
+        if step.runner is not None and check is None:  # else the step waits for other calls of the same workers
             step.runner.abandon()
         raise
     clock.lap("rollout_seconds")

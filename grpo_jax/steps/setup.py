@@ -20,7 +20,7 @@ from grpo_jax.run.folder import RunFolder
 from grpo_jax.runtime import distributed
 from grpo_jax.runtime.compilation_cache import use_compilation_cache
 from grpo_jax.runtime.memory import in_host_memory, least_limit_bytes
-from grpo_jax.runtime.mesh import check_prompts, make_layout
+from grpo_jax.runtime.mesh import check_prompts, make_layout, make_rollout_layout
 from grpo_jax.runtime.out_of_memory import explaining_memory
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.weights.axes import check_mesh
@@ -50,6 +50,7 @@ def begin(config: Config, sources: Mapping[str, str] | None, *, resume: bool) ->
         distributed.start(config.distributed)
     layout = make_layout(config.mesh)
     train = config.train
+    make_rollout_layout(config.mesh)
     check_prompts(layout, train.prompts_per_update, train.micro_batch_prompts, train.updates_per_rollout)
     RunFolder.check(config.train.run_dir, config, resume=resume)
     distributed.check_shared(Path(config.train.run_dir))
@@ -73,6 +74,7 @@ def read_tokenizer(config: Config, display: Display) -> Tokenizer | None:
         spec.check_rollout(config.rollout)
         spec.check_routers(config.rollout, config.objective)
         check_mesh(make_layout(choose_run_mesh(config, spec, least_limit_bytes()).mesh), spec)
+        check_mesh(make_rollout_layout(config.mesh), spec, config.model.quantization, "mesh.rollout")
         tokenizer, file = Tokenizer.from_folder(folder), config.data.chat_template_file
         return tokenizer if tokenizer is None or file is None else tokenizer.with_chat_template(read_template_file(file))
 
@@ -117,9 +119,9 @@ def placed_policy(config: Config, policy: Policy | None, display: Display) -> Po
     return replace(policy, adapters=in_host_memory(policy.adapters)) if config.optim.offload else policy
 
 
-def mesh_line(layout: Layout, why: str) -> str:
+def mesh_line(layout: Layout, why: str, name: str = "mesh") -> str:
     """Says which mesh a run has, on which devices, and why `auto` chose it."""
     sizes, kind = ", ".join(f"{axis} {size}" for axis, size in layout.mesh.shape.items()), jax.devices()[0].device_kind
     processes = f" in {jax.process_count()} processes" if distributed.is_multiprocess() else ""
     devices = f"{layout.mesh.size} of {jax.device_count()} devices ({kind}){processes}"
-    return f"mesh: {sizes}; {devices}" + (f"; auto chose {why}" if why else "")
+    return f"{name}: {sizes}; {devices}" + (f"; auto chose {why}" if why else "")

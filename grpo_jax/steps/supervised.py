@@ -85,7 +85,9 @@ class SupervisedStep:
         parts = train.updates_per_rollout
         require(parts == 1, "train.updates_per_rollout", parts, "use 1: supervised warm-up makes one update a step")
         require(not train.dynamic_sampling, "train.dynamic_sampling", True, "use false: a supervised warm-up has no rewards")
-        stale = train.max_staleness
+        stale, sampling = train.max_staleness, config.mesh.rollout
+        fix = "leave it out, and train.max_staleness: a supervised warm-up samples no completions to train on"
+        require(sampling is None, "mesh.rollout", sampling, fix)
         require(stale == 0, "train.max_staleness", stale, "use 0: a supervised warm-up samples no completions to train on")
         replay = config.rollout.router_replay
         fix = "use none: a supervised warm-up trains on no completions of a sampler"

@@ -77,6 +77,7 @@ def profile(
                     state, metrics, completions = step.run(state, number)
                     step.finish(number + 1, completions)
                 display.step(number + 1, {"step seconds": metrics["step_seconds"]})
+    step.close()
     late = compile_counts() - counts
     if late.compiled or late.from_cache:
         display.warning(

@@ -39,11 +39,12 @@ def decoding_axes(spec: ModelSpec) -> AxesTable:
     return {**table, **joined_axes}
 
 
-def check_mesh(layout: Layout | None, spec: ModelSpec, quantization: str = "none") -> None:
+def check_mesh(layout: Layout | None, spec: ModelSpec, quantization: str = "none", setting: str = "mesh") -> None:
     """Checks that the mesh divides every sharded dimension of a model.
 
     Args:
         quantization: format of the layers' matrices. Their groups of inputs are not split either.
+        setting: that the mesh was made from, for the message.
 
     Raises:
         ConfigError: it does not; the message names the mesh axis.
@@ -56,15 +57,15 @@ def check_mesh(layout: Layout | None, spec: ModelSpec, quantization: str = "none
     for axis, size in dict.fromkeys([*counts, *((axis, size) for axis, size in sizes if axis not in ("kv_heads", "heads"))]):
         if axis is None:
             continue
-        require_divisor(layout, axis, size, f"the model's {axis} are {size}")
+        require_divisor(layout, axis, size, f"the model's {axis} are {size}", setting=setting)
     for path, weight in quantized_specs(specs, quantization).items():
         axis, groups = specs[path].axes[-2], weight.scale.shape[-2]
         if axis is not None and groups > 1:
             what = f"{'/'.join(path)} in {quantization} has {groups} groups of inputs"
-            require_divisor(layout, axis, groups, what, ", or model.quantization int8, which has one group")
+            require_divisor(layout, axis, groups, what, ", or model.quantization int8, which has one group", setting)
 
 
-def require_divisor(layout: Layout, axis: str, size: int, what: str, alternative: str = "") -> None:
+def require_divisor(layout: Layout, axis: str, size: int, what: str, alternative: str = "", setting: str = "mesh") -> None:
     """Raises ConfigError where the number of shards of a logical axis does not divide a size."""
     mesh_axis = layout.spec(axis)[0]
     if mesh_axis is None:
@@ -72,4 +73,4 @@ def require_divisor(layout: Layout, axis: str, size: int, what: str, alternative
     shards = layout.mesh.shape[mesh_axis]
     divisor = math.gcd(size, shards)
     fix = f"{what}, which {shards} shards do not divide: use {divisor}, or another divisor of {size}{alternative}"
-    require(size % shards == 0, f"mesh.{mesh_axis}", shards, fix)
+    require(size % shards == 0, f"{setting}.{mesh_axis}", shards, fix)

@@ -16,7 +16,7 @@ from jax.sharding import SingleDeviceSharding
 
 from grpo_jax.runtime.compile_ahead import CompileAhead, FutureCall
 from grpo_jax.runtime.compile_counts import compile_counts
-from grpo_jax.runtime.programs import Program, compile_seconds, waited_seconds
+from grpo_jax.runtime.programs import Program, compile_seconds, waited_seconds, waited_seconds_here
 
 
 class Traced:
@@ -52,6 +52,7 @@ def test_threads_that_need_the_same_program_compile_it_once_and_all_get_it() -> 
     assert (function.times, program.compilations) == (1, 1)
     assert 0.2 < compile_seconds(program) < 5  # once, however many wait
     assert waited_seconds(program) > 0.2
+    assert waited_seconds_here(program) == 0  # other threads have waited
 
 
 def test_threads_that_need_other_shapes_compile_at_the_same_time() -> None:

@@ -84,7 +84,7 @@ def shared_programs() -> Iterator[None]:
         with self.announce(self.name):
             self._compiled[own], self._jitted[id(KNOWN[key][0])] = KNOWN[key]
         self.compile_seconds += time.perf_counter() - start
-        self.waited_seconds += time.perf_counter() - start
+        self.add_wait(time.perf_counter() - start)
         return self._compiled[own]
 
     ahead = Program.compile_ahead

@@ -19,7 +19,7 @@ from grpo_jax.fit.memory_use import MemoryUse
 from grpo_jax.fit.micro_batch import longest_lengths, rows_to_try, smaller_rows
 from grpo_jax.fit.targets import GIB, GPU_COUNTS, TPUS, Machine, machine_of
 from grpo_jax.models.spec import ModelError, ModelSpec
-from grpo_jax.runtime.mesh import make_layout, mesh_micro_batch
+from grpo_jax.runtime.mesh import make_layout, make_sampling_layout, mesh_micro_batch
 from grpo_jax.runtime.sharding import ShardingError
 from grpo_jax.tools.plan.verdict import Planner, Verdict
 
@@ -91,7 +91,7 @@ def for_mesh(config: Config, spec: ModelSpec, machine: Machine) -> Changes:
     The number of prompts stays, as it changes what is learnt. Where it cannot be split evenly, heads are split instead.
     """
     changes: Changes = {}
-    count = len(machine.devices)
+    count = len(machine.devices) - config.mesh.rollout_devices
     for tensor in (1, 2, 4, 8, 16):
         trial = config if tensor == 1 else with_changes(config, split_heads(config, tensor))
         try:
@@ -103,13 +103,19 @@ def for_mesh(config: Config, spec: ModelSpec, machine: Machine) -> Changes:
             continue
         if tensor > 1:
             changes |= split_heads(config, tensor)
-        micro, slots = config.train.micro_batch_prompts, config.rollout.slots
+        micro, slots, slot_rows = config.train.micro_batch_prompts, config.rollout.slots, sampling_rows(trial, machine)
         if isinstance(micro, int) and mesh_micro_batch(layout, micro) % rows:
             changes["train.micro_batch_prompts"] = rows
-        if slots is not None and slots % rows:
-            changes["rollout.slots"] = -(-slots // rows) * rows
+        if slots is not None and slots % slot_rows:
+            changes["rollout.slots"] = -(-slots // slot_rows) * slot_rows
         return changes
     return {}
+
+
+def sampling_rows(config: Config, machine: Machine) -> int:
+    """Over how many shards of the mesh that samples the prompts are split."""
+    layout = make_sampling_layout(config.mesh, machine.devices)
+    return 1 if layout is None else layout.rows
 
 
 @dataclass
@@ -140,6 +146,7 @@ class Search:
             self.remat,
             self.fewer_slots,
             self.meshes,
+            self.rollout_meshes,
             self.offload,
             self.int8_cache,
             self.quantized,
@@ -203,7 +210,12 @@ class Search:
 
     def more_slots(self) -> None:
         """Raises the accepted number of slots: to what should fit with the later changes, or else half of the way there."""
-        use, limit, slots, rows = self.verdict.rollout.use, self.machine.limit_bytes, self.verdict.rollout.slots, self.row_shards
+        use, limit, slots, rows = (
+            self.verdict.rollout.use,
+            self.machine.limit_bytes,
+            self.verdict.rollout.slots,
+            self.slot_rows,
+        )
         fixed = use.bytes_without(PER_SLOT)
         most = 0 if limit is None else int(slots * (limit - fixed) / max(1, use.peak_bytes - fixed))
         for count in (most, (most + slots) // 2):
@@ -226,10 +238,9 @@ class Search:
         return True
 
     @property
-    def row_shards(self) -> int:
-        """Over how many shards of the mesh the prompts are split."""
-        layout = make_layout(self.verdict.config.mesh, self.machine.devices)
-        return 1 if layout is None else layout.rows
+    def slot_rows(self) -> int:
+        """What the number of slots is a multiple of."""
+        return sampling_rows(self.verdict.config, self.machine)
 
     def can_fit_without(self, use: MemoryUse, varying: tuple[str, ...]) -> bool:
         """Whether a phase does not fit now, but its components other than the varying ones do."""
@@ -266,7 +277,12 @@ class Search:
 
     def fewer_slots(self) -> Iterator[Changes]:
         """Yields fewer completions at once: as many as fit if memory grows with them, then half of that, and half again."""
-        use, limit, slots, rows = self.verdict.rollout.use, self.machine.limit_bytes, self.verdict.rollout.slots, self.row_shards
+        use, limit, slots, rows = (
+            self.verdict.rollout.use,
+            self.machine.limit_bytes,
+            self.verdict.rollout.slots,
+            self.slot_rows,
+        )
         if limit is None or not self.can_fit_without(use, PER_SLOT):
             return
         fixed = use.bytes_without(PER_SLOT)
@@ -300,12 +316,19 @@ class Search:
 
     def meshes(self) -> Iterator[Changes]:
         """Yields meshes that split heads and vocabulary further: decoding then needs a smaller part of the weights per device."""
-        count = len(self.machine.devices)
+        count = len(self.machine.devices) - self.config.mesh.rollout_devices
         tensor = self.verdict.config.mesh.tensor
         for size in (2, 4, 8, 16):
             if not self.verdict.all_fits and tensor < size <= count and count % size == 0:
                 changes = split_heads(self.config, size)
                 yield changes | for_mesh(with_changes(self.config, changes), self.planner.spec, self.machine)
+
+    def rollout_meshes(self) -> Iterator[Changes]:
+        """Yields meshes of the rollout that split heads and vocabulary further, over as many devices (`mesh.rollout`)."""
+        data, tensor = self.config.mesh.rollout_sizes
+        while data and data % 2 == 0 and not self.verdict.fits(self.verdict.rollout.use):
+            data, tensor = data // 2, 2 * tensor
+            yield {"mesh.rollout": {"data": data, "tensor": tensor}}
 
 
 def larger_than(machine: Machine) -> list[str]:

@@ -71,7 +71,7 @@ def json_of(plan: Plan) -> dict[str, Any]:
         "micro_batch_prompts": prompts,
         "micro_batch_completions": completions,
         "remat": verdict.remat,
-        "mesh": asdict(verdict.mesh.mesh) | {"why": verdict.mesh.why},
+        "mesh": {name: value for name, value in asdict(verdict.mesh.mesh).items() if value is not None} | {"why": verdict.mesh.why},
         "attention": verdict.attention,
         "bytes_per_weight": line.weight_bytes,
         "step_seconds_at_least": {name: one.seconds for name, one in verdict.rooflines.items()},
@@ -154,7 +154,9 @@ def mesh_text(verdict: Verdict) -> str:
     sizes = ", ".join(
         f"{name} {size}" for name, size in zip(MESH_AXES, mesh_sizes(mesh, len(verdict.machine.devices)), strict=True)
     )
-    return sizes + (f"; auto chose {why}" if why else "")
+    data, tensor = mesh.rollout_sizes
+    sampling = f"; of the rollout: data {data}, tensor {tensor}" if data else ""
+    return sizes + (f"; auto chose {why}" if why else "") + sampling
 
 
 def attention_text(verdict: Verdict) -> str:

@@ -33,6 +33,7 @@ class Roofline:
         weight_bytes: moved for an element of the layers' matrices at a step of the rollout; 2 where bfloat16 is read once.
         changes: of the settings, with which a run has it.
         rollout_seconds, update_seconds: operations or bytes at the chip's full speed, the larger; None where it is not known.
+        together: both go on at the same time, on devices of their own (`mesh.rollout`).
     """
 
     cost: StepCost
@@ -40,33 +41,39 @@ class Roofline:
     weight_bytes: float
     rollout_seconds: float | None
     update_seconds: float | None
+    together: bool = False
 
     @property
     def seconds(self) -> float | None:
-        """Of rollout and update together."""
-        return None if self.rollout_seconds is None or self.update_seconds is None else self.rollout_seconds + self.update_seconds
+        """Of a step: rollout and update one after the other, or the longer one where they go on at the same time."""
+        rollout, update = self.rollout_seconds, self.update_seconds
+        if rollout is None or update is None:
+            return None
+        return max(rollout, update) if self.together else rollout + update
 
 
-def rooflines(run: RunShapes, chip: Chip | None, slots: int, remat: str) -> dict[str, Roofline]:
+def rooflines(run: RunShapes, chip: Chip | None, slots: int, remat: str, sampling: RunShapes | None = None) -> dict[str, Roofline]:
     """Returns the roofline of each format that the base can have; of a base that is trained, that of `none`.
 
     Of four bits there are two: with `rollout.dense_base` as it is set, and the other way round.
 
     Args:
         slots: of a rollout, on all row shards together.
+        sampling: the run on the devices that sample (`fit.rollout_mesh`); None is the run.
     """
+    sampling = sampling or run
     own, dense = run.config.model.quantization, run.config.rollout.dense_base
     lines: dict[str, Roofline] = {}
     for name in FORMATS:
         if name == own:
-            lines[name] = roofline(run, chip, slots, remat, name, dense=dense, changes={})
+            lines[name] = roofline(run, sampling, chip, slots, remat, name, dense=dense, changes={})
         elif name == "none" or (name != "mxfp4" and run.policy.adapters is not None and has_groups(run, name)):
             changes = {"model.quantization": name} | ({"rollout.dense_base": False} if dense else {})
-            lines[name] = roofline(run, chip, slots, remat, name, dense=False, changes=changes)
+            lines[name] = roofline(run, sampling, chip, slots, remat, name, dense=False, changes=changes)
     if own in ("int4", "nf4"):
         changes = {"rollout.dense_base": not dense}
         name = f"{own} with rollout.dense_base: {'false' if dense else 'true'}"
-        lines[name] = roofline(run, chip, slots, remat, own, dense=not dense, changes=changes)
+        lines[name] = roofline(run, sampling, chip, slots, remat, own, dense=not dense, changes=changes)
     return lines
 
 
@@ -79,10 +86,18 @@ def has_groups(run: RunShapes, format: str) -> bool:
 
 
 def roofline(
-    run: RunShapes, chip: Chip | None, slots: int, remat: str, format: str, *, dense: bool, changes: dict[str, Any]
+    run: RunShapes,
+    sampling: RunShapes,
+    chip: Chip | None,
+    slots: int,
+    remat: str,
+    format: str,
+    *,
+    dense: bool,
+    changes: dict[str, Any],
 ) -> Roofline:
     """Returns the roofline of a step with the base in a format, and in rollouts dense or as it is."""
-    rows = (slots // run.row_shards, run.sizes[0].tokens)
+    rows = (slots // sampling.row_shards, run.sizes[0].tokens)
     decoding, update = (layer_bytes(run, format, count) for count in rows)
     # On a CPU the layers of a rollout are split, and dense.
     cost = step_cost(run, slots, None if dense or run.policy.model.unroll else decoding, update)
@@ -90,16 +105,16 @@ def roofline(
     weight_bytes = (cost.weight_bytes - itemsize * cost.head_parameters) / cost.layer_parameters
     if chip is None:
         return Roofline(cost, changes, weight_bytes, None, None)
-    layout = run.placement.layout
-    devices, tensor = (1, 1) if layout is None else (layout.mesh.size, layout.tensor)
     speed = chip.flops_per_second / (1 if itemsize == 2 else 2)
+    devices, tensor = sampling.devices
     rollout_bytes = cost.rollout_steps * cost.weight_bytes / tensor + cost.past_bytes / devices
     rollout = max(cost.rollout_flops / devices / speed, rollout_bytes / chip.bytes_per_second)
     # Weights are read once in each pass over a micro-batch.
+    devices, tensor = run.devices
     passes = 2 + (remat != "none") + run.config.objective.needs_reference
     update_bytes = run.sizes[0].count * passes * cost.update_weight_bytes / tensor
     update_seconds = max(cost.update_flops / devices / speed, update_bytes / chip.bytes_per_second)
-    return Roofline(cost, changes, weight_bytes, rollout, update_seconds)
+    return Roofline(cost, changes, weight_bytes, rollout, update_seconds, together=sampling is not run)
 
 
 def layer_bytes(run: RunShapes, format: str, rows: int) -> int | None:

@@ -15,12 +15,15 @@ from grpo_jax.fit.memory_use import MemoryUse
 from grpo_jax.fit.micro_batch import is_auto, longest_lengths, row_tokens, sizes_of_rows
 from grpo_jax.fit.phases import RolloutMemory, RunShapes, rollout_memory, update_memory
 from grpo_jax.fit.reward_memory import RewardShapes, reward_shapes
+from grpo_jax.fit.rollout_mesh import on_rollout_mesh
 from grpo_jax.fit.targets import Machine
 from grpo_jax.learner.rows import RowSize
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.policy import Policy
+from grpo_jax.runtime.mesh import make_rollout_layout
 from grpo_jax.runtime.programs import Announce, no_announcement
 from grpo_jax.tools.plan.roofline import FORMATS, Roofline, rooflines
+from grpo_jax.weights.axes import check_mesh
 from grpo_jax.weights.mesh_choice import MeshChoice, choose_run_mesh
 from grpo_kernels.ops.group_attention import default_implementation
 from grpo_kernels.target import tracing_for
@@ -35,7 +38,7 @@ class Verdict:
         row_shards: parts of the mesh that prompts are split over.
         auto: whether tokens and remat are what `train.micro_batch_tokens: auto` chooses, as a run does before its first step.
         remat: what `model.remat` resolves to.
-        devices: how many of the machine's devices are in use.
+        devices: how many of the machine's devices are in use, those of `mesh.rollout` included.
         mesh: with numbers for `auto`, and why they were chosen.
         rooflines: of a step, by the format of the base.
         attention: implementation of training's attention.
@@ -121,6 +124,8 @@ class Planner:
         """
         with tracing_for(machine.target):
             placement = placement_of(config, self.spec, machine)
+            rollout_layout = make_rollout_layout(config.mesh, machine.devices)
+            check_mesh(rollout_layout, self.spec, config.model.quantization, "mesh.rollout")
             policy = abstract_policy(config, self.folder, self.spec, placement)
             rewards = reward_shapes(config, placement, self.announce)
             fitted = self.fitted(config, policy, placement, machine, rewards) if is_auto(config) else None
@@ -132,10 +137,11 @@ class Planner:
                 update = self.update(run, machine, remat)
             else:
                 run, update, remat = fitted
-            rollout = self.rollout(run, machine)
-            lines = rooflines(run, machine.chip, rollout.slots, remat)
+            sampling = on_rollout_mesh(run, rollout_layout)
+            rollout = self.rollout(sampling, machine)
+            lines = rooflines(run, machine.chip, rollout.slots, remat, sampling)
             attention = default_implementation(self.spec.head_dim, policy.dtype, sinks=self.spec.sinks)
-        devices = 1 if placement.layout is None else placement.layout.mesh.size
+        devices = config.mesh.rollout_devices + (1 if placement.layout is None else placement.layout.mesh.size)
         return Verdict(
             config,
             machine,
