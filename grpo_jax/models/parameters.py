@@ -71,8 +71,7 @@ def param_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
     if spec.sinks:
         table["layers", "sinks", "logit"] = ParamSpec((attention, spec.heads), ("layers", "heads"), spec.init_std)
     table |= recurrent_specs(spec) | per_layer_specs(spec)
-    norms = (["attn_norm", "ffw_norm"] if spec.pre_norm else []) + (["post_attn_norm", "post_ffw_norm"] if spec.sandwich else [])
-    for name in norms:
+    for name in hidden_norms(spec):
         table["layers", name, "scale"] = ParamSpec((spec.layers, spec.width), ("layers", "embed"), constant=norm_start)
     if spec.qk_norm:
         for name, heads in (("q_norm", spec.heads), ("k_norm", spec.kv_heads)):
@@ -84,6 +83,12 @@ def param_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
                 shape = len(spec.layers_with(GLOBAL + name)), spec.global_attention.head_dim
                 table["layers", GLOBAL + name, "scale"] = ParamSpec(shape, ("layers", "head_dim"), constant=norm_start)
     return table
+
+
+def hidden_norms(spec: ModelSpec) -> tuple[str, ...]:
+    """The norms of hidden states that every layer has."""
+    before = ("attn_norm", "ffw_norm") if spec.pre_norm else ()
+    return (*before, "post_attn_norm", "post_ffw_norm") if spec.sandwich else before
 
 
 def per_layer_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
