@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 from plain_oracles import moved, quick_compiling
 
 from grpo_jax.config import LoraConfig
@@ -72,7 +73,12 @@ def gradients(implementation: str, *, remat: Any = "none", layout: Layout | None
 
 
 @pytest.mark.parametrize(
-    ("one_scan", "remat", "mesh"), [(True, "none", False), (True, "layer", True), (False, "layer", False)], ids=str
+    ("one_scan", "remat", "mesh"),
+    [
+        (True, "layer", False),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((True, "none", True), (False, "layer", False))),
+    ],
+    ids=str,
 )
 def test_the_model_is_the_same_with_stacks_as_with_slices(
     one_scan: bool, remat: str, mesh: bool, monkeypatch: pytest.MonkeyPatch
@@ -87,14 +93,16 @@ def test_the_model_is_the_same_with_stacks_as_with_slices(
         return product(x, w, **options)
 
     monkeypatch.setattr(linear, "quantized_matmul", watched)
-    # The plain interpreter: the TPU's own has effects, which `jax.checkpoint` does not take.
+    # The plain interpreter, which knows no memory spaces: the TPU's own has effects, which `jax.checkpoint` does not take.
     monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+    monkeypatch.setattr(pltpu, "with_memory_space_constraint", lambda x, space: x)
     layout = Layout(jax.make_mesh((1, 1, 1), MESH_AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)) if mesh else None
     got = gradients("mosaic_tpu", remat=remat, layout=layout)
     assert len(stacks) >= 7
     assert all(stacks)
     for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)  # sums of 64 terms in another order, through three layers
+        # Sums of 64 terms in another order, through three layers and back.
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
 
 
 def test_weights_that_are_gathered_or_not_the_kernels_are_sliced() -> None:

@@ -28,7 +28,7 @@ from grpo_kernels.ops.group_attention.block_pairs import ALL_SEEN, PAIR_BITS, Bl
 from grpo_kernels.ops.group_attention.block_sizes import BlockSizes
 from grpo_kernels.ops.group_attention.key_ranges import sees
 from grpo_kernels.ops.group_attention.names import named
-from grpo_kernels.ops.group_attention.tpu_arrays import SUBLANES, arrays_of, flat, statistics_of_blocks, unflat
+from grpo_kernels.ops.group_attention.tpu_arrays import SUBLANES, arrays_of, blocks_of_statistics, dots_of_heads, flat, unflat
 
 
 class Static(NamedTuple):
@@ -284,9 +284,9 @@ def attention_backward(static: Static, residuals: Any, d_out: Array) -> tuple[An
     """Computes gradients of q, k and v."""
     q, k, v, bounds, by_query, by_key, out, lse = residuals
     blocks = static.blocks
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1)
-    more = {"d_out": flat(d_out, blocks.queries), "lse": lse, "delta": statistics_of_blocks(delta, blocks.queries)}
-    arrays = arrays_of(q, k, v, bounds, blocks) | more
+    d_out, out = flat(d_out, blocks.queries), flat(out, blocks.queries)
+    delta = blocks_of_statistics(dots_of_heads(d_out, out, q.shape[2] * q.shape[3]), blocks.queries, static.kv_heads)
+    arrays = arrays_of(q, k, v, bounds, blocks) | {"d_out": d_out, "lse": lse, "delta": delta}
     width = arrays["k"].shape[2] // static.kv_heads
     scratch = [(blocks.keys, width)] * 2
     dk, dv = run(dkv_kernel, "group_attention_dkv", static, by_key, arrays, ["k", "v"], scratch, products=4, by_key=True)
