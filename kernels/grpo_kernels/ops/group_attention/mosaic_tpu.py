@@ -28,7 +28,7 @@ from grpo_kernels.ops.group_attention.block_pairs import ALL_SEEN, PAIR_BITS, Bl
 from grpo_kernels.ops.group_attention.block_sizes import BlockSizes
 from grpo_kernels.ops.group_attention.key_ranges import sees
 from grpo_kernels.ops.group_attention.names import named
-from grpo_kernels.ops.group_attention.tpu_arrays import SUBLANES, arrays_of, blocks_of_statistics, dots_of_heads, flat, unflat
+from grpo_kernels.ops.group_attention.tpu_arrays import SUBLANES, arrays_of, flat, unflat
 
 
 class Static(NamedTuple):
@@ -184,6 +184,33 @@ def dkv_kernel(*refs: Any, static: Static) -> None:
         dv[0] = sum_v[...].astype(dv.dtype)
 
 
+def delta_kernel(d_out: Any, out: Any, delta: Any, *, width: int) -> None:
+    """The dot products of a block's rows of d_out and out, as a row: a product with ones leaves them there."""
+    products = rows_of(d_out, width).astype(jnp.float32) * rows_of(out, width).astype(jnp.float32)
+    delta[0, 0, 0] = einsum_float32("od,qd->oq", jnp.ones((SUBLANES, width), jnp.float32), products)[:1]
+
+
+def deltas(d_out: Array, out: Array, shape: tuple[int, ...], width: int) -> Float[Array, "B K blocks 1 rows"]:
+    """Σ d_out · out of each query and head, float32. XLA would store the products of all of them, and in another order.
+
+    Args:
+        d_out, out: [B, N, K · R · W], rows in whole blocks.
+        shape: of the result.
+    """
+    b, kv, blocks, _, rows = shape
+    columns = d_out.shape[2] // kv
+    block = pl.BlockSpec((1, rows * width // columns, columns), lambda row, head, own: (row, own, head))
+    return pl.pallas_call(
+        functools.partial(delta_kernel, width=width),
+        grid=(b, kv, blocks),
+        in_specs=[block, block],
+        out_specs=pl.BlockSpec((1, 1, 1, 1, rows), lambda row, head, own: (row, head, own, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel")),
+        name="group_attention_delta",
+    )(d_out, out)
+
+
 def run(
     kernel: Any,
     name: str,
@@ -285,9 +312,9 @@ def attention_backward(static: Static, residuals: Any, d_out: Array) -> tuple[An
     q, k, v, bounds, by_query, by_key, out, lse = residuals
     blocks = static.blocks
     d_out, out = flat(d_out, blocks.queries), flat(out, blocks.queries)
-    delta = blocks_of_statistics(dots_of_heads(d_out, out, q.shape[2] * q.shape[3]), blocks.queries, static.kv_heads)
-    arrays = arrays_of(q, k, v, bounds, blocks) | {"d_out": d_out, "lse": lse, "delta": delta}
+    arrays = arrays_of(q, k, v, bounds, blocks) | {"d_out": d_out, "lse": lse}
     width = arrays["k"].shape[2] // static.kv_heads
+    arrays["delta"] = deltas(d_out, out, lse.shape, width)
     scratch = [(blocks.keys, width)] * 2
     dk, dv = run(dkv_kernel, "group_attention_dkv", static, by_key, arrays, ["k", "v"], scratch, products=4, by_key=True)
     scratch = [(width, q.shape[3] * blocks.queries)]

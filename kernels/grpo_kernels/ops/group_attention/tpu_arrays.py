@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from grpo_kernels.numerics import einsum_float32, round_up
+from grpo_kernels.numerics import round_up
 from grpo_kernels.ops.group_attention.block_sizes import BlockSizes
 
 LANES, SUBLANES = 128, 8
@@ -29,23 +29,6 @@ def flat(x: Float[Array, "B T ... Dh"], block: int) -> Float[Array, "B padded co
 def unflat(x: Float[Array, "B padded columns"], like: Float[Array, "B T ... Dh"]) -> Float[Array, "B T ... Dh"]:
     """The inverse of `flat`."""
     return x[:, : like.shape[1]].reshape(*like.shape[:-1], -1)[..., : like.shape[-1]]
-
-
-def dots_of_heads(x: Float[Array, "B N columns"], y: Float[Array, "B N columns"], heads: int) -> Float[Array, "B N H"]:
-    """The dot product of each head of x with that of y, float32.
-
-    As a product with ones and zeros: to sum over the columns of a head, XLA would store them in another order.
-    """
-    column, head = jnp.arange(x.shape[2], dtype=jnp.int32), jnp.arange(heads, dtype=jnp.int32)
-    of_head = (column[:, None] // (x.shape[2] // heads) == head[None, :]).astype(jnp.float32)
-    return einsum_float32("bnc,ch->bnh", x.astype(jnp.float32) * y.astype(jnp.float32), of_head)
-
-
-def blocks_of_statistics(x: Float[Array, "B N H"], block: int, kv_heads: int) -> Float[Array, "B K blocks 1 rows"]:
-    """A number for each query and head, as the kernels read it: for each block its R heads one after the other."""
-    b, _, heads = x.shape
-    x = x.reshape(b, -1, block, kv_heads, heads // kv_heads).transpose(0, 3, 1, 4, 2)
-    return x.reshape(b, kv_heads, x.shape[2], 1, -1)
 
 
 def bounds_of_blocks(bounds: Int[Array, "B 4 N"], block: int, heads: int) -> Int[Array, "B blocks 8 rows"]:
