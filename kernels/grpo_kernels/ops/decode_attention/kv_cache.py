@@ -102,7 +102,10 @@ def join_keys_and_values(cache: KVCache) -> KVCache:
 
 def separate(cache: KVCache) -> KVCache:
     """The inverse of `join_keys_and_values`; another cache is returned unchanged."""
-    return KVCache(*jnp.split(cache.v, 2, axis=-3)) if cache.joined else cache
+    if not cache.joined:
+        return cache
+    k, v = jnp.split(cache.v, 2, axis=-3)
+    return KVCache(k, v)
 
 
 def layer_of(cache: KVCache, layer: Array | int | None) -> KVCache:

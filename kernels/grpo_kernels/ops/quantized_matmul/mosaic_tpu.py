@@ -174,8 +174,9 @@ def quantized_matmul_mosaic_tpu(
     x: Float[Array, "T I"], w: QuantizedWeight, layer: Int[Array, ""] | None, transpose: bool, blocks: BlockSizes
 ) -> Float[Array, "T O"]:
     """Computes x W or x Wᵀ by the kernel; of a stack [L, I, O] where `layer` is given."""
+    number = jnp.int32(0) if layer is None else layer
     if layer is None:
-        w, layer = jax.tree.map(lambda leaf: leaf[None], w), jnp.int32(0)
+        w = jax.tree.map(lambda leaf: leaf[None], w)
     else:
         # Without it XLA fetches whole stacks into vector memory, as it does not see that the kernel reads one layer.
         w = jax.tree.map(lambda leaf: pltpu.with_memory_space_constraint(leaf, pltpu.HBM), w)
@@ -214,4 +215,4 @@ def quantized_matmul_mosaic_tpu(
             transcendentals=0,
         ),
         name="quantized_matmul_transposed" if transpose else "quantized_matmul",
-    )(layer.astype(jnp.int32).reshape(1), x, w.values, w.scale)
+    )(number.astype(jnp.int32).reshape(1), x, w.values, w.scale)
