@@ -42,8 +42,8 @@ LOG2_E = math.log2(math.e)
 Accumulator: Any = plgpu.ACC  # type: ignore[reportPrivateImportUsage] - its documented name
 
 
-def refusal(q: Array, caches: Sequence[KVCache], window: Any, softcap: float | None) -> str | None:
-    """Says why the kernel cannot compute this, or None."""
+def refusal(q: Any, caches: Sequence[KVCache], window: Any, softcap: float | None) -> str | None:
+    """Says why the kernel cannot compute this, or None. The shape and dtype of q are enough."""
     if jax.__version_info__ < (0, 11, 2):
         return f"it needs jax 0.11.2 or newer, not {jax.__version__}"
     formats = sorted({cache.format for cache in caches} - {"auto"})
