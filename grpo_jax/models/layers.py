@@ -23,7 +23,7 @@ from grpo_jax.models.gating import gated
 from grpo_jax.models.layer_kinds import DENSE, Kind, has_keys, is_dense, is_recurrent, plain_part
 from grpo_jax.models.linear import JOINED, Linear, LinearWeights, gather, linear_product
 from grpo_jax.models.moe import mix_experts
-from grpo_jax.models.parameters import QK_NORM_AXES
+from grpo_jax.models.parameters import QK_NORM_AXES, hidden_norms
 from grpo_jax.models.recurrent import Recurrence, linear_attention, short_conv
 from grpo_jax.models.rope import Angles, rotate
 from grpo_jax.models.routing import COLLECTION, RouterInputs, Routing, sums_of
@@ -32,6 +32,9 @@ from grpo_jax.runtime.sharding import Layout
 
 LAYER_INPUT, LAYER_MIDDLE = "layer_input", "layer_middle"
 """Names by which `jax.checkpoint` policies find a layer's input, and its hidden states between attention and feed-forward."""
+
+JOINED_NORMS = "norms"
+"""The scales of a layer's `hidden_norms` as one array [L, norms, D]: on a GPU each slice of a stack for a norm is a launch."""
 
 SelectTokens = Callable[[Array], Array]
 """[B, T, ...] → [B, W, ...]: picks the tokens whose hidden states are returned, in that order."""
@@ -96,8 +99,10 @@ class RMSNorm(nn.Module):
     factor: float = 1.0
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        scale = gather(self.layout, jnp.asarray(self.get_variable("params", "scale")).astype(jnp.float32), self.axis)
+    def __call__(self, x: Array, scale: Array | None = None) -> Array:
+        """Computes the norm, with the scale of this module's variables where none is given."""
+        scale = jnp.asarray(self.get_variable("params", "scale") if scale is None else scale)
+        scale = gather(self.layout, scale.astype(jnp.float32), self.axis)
         wide = normalised(x, self.eps)
         factor = scale + jnp.float32(self.offset)
         factor = factor if self.factor == 1.0 else factor * jnp.float32(self.factor)
@@ -188,7 +193,10 @@ class Block(nn.Module):
         return self.norm("per_layer_norm", self.linear("per_layer_proj", gated(self.spec, gate, embedding), keys))
 
     def norm(self, name: str, x: Array, axis: str = "embed") -> Array:
-        return RMSNorm(self.spec.norm_eps, self.spec.norm_offset, self.layout, axis, name=name)(x)
+        scale, names = None, hidden_norms(self.spec)
+        if name in names and self.has_variable("params", JOINED_NORMS):
+            scale = jnp.asarray(self.get_variable("params", JOINED_NORMS)["scale"])[names.index(name)]
+        return RMSNorm(self.spec.norm_eps, self.spec.norm_offset, self.layout, axis, name=name)(x, scale)
 
     def linear(self, name: str, x: Array, keys: Array | None = None) -> Array:
         axes = LINEAR_AXES[JOINED[name][0] if name in JOINED else plain_part(name)]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from grpo_jax.models.stacked_weights import STACKS, LayerWeight
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params
 from grpo_kernels import QuantizedWeight, quantized_matmul
@@ -52,32 +53,36 @@ def gather(layout: Layout | None, x: Array, *axes: str | None) -> Array:
 
 def frozen_product(
     rows: Float[Array, "N I"],
-    weight: QuantizedWeight,
+    weight: QuantizedWeight | LayerWeight,
     axes: tuple[str | None, str | None],
     implementation: str | None,
     layout: Layout | None,
 ) -> Float[Array, "N O"]:
     """`quantized_matmul`; on a mesh, each device multiplies its rows with its part of the weight, gathered over fsdp."""
+    stack, layer = (weight.stack, weight.layer) if isinstance(weight, LayerWeight) else (weight, None)
     if layout is None:
-        return quantized_matmul(rows, weight, implementation=implementation)
+        return quantized_matmul(rows, stack, layer=layer, implementation=implementation)
     whole = layout.decoding
     within, rows_axes = whole.spec(axes[0])[0], whole.spec("rows")[0]
 
-    def local(rows: Array, weight: QuantizedWeight) -> Array:
-        y = quantized_matmul(rows, weight, implementation=implementation)
+    def local(rows: Array, stack: QuantizedWeight, layer: Array | None) -> Array:
+        y = quantized_matmul(rows, stack, layer=layer, implementation=implementation)
         return y if within is None else y[None]
 
-    parts = jax.tree.map(lambda sharding: sharding.spec, whole.quantized(weight, axes))
-    inputs = (whole.spec("rows", axes[0]), parts)
+    stack_axes = axes if layer is None else ("layers", *axes)
+    parts = jax.tree.map(lambda sharding: sharding.spec, whole.quantized(stack, stack_axes))
+    inputs = (whole.spec("rows", axes[0]), parts, PartitionSpec())
     if within is None:
-        return layout.local(local, inputs, whole.spec("rows", axes[1]))(rows, weight)
+        return layout.local(local, inputs, whole.spec("rows", axes[1]))(rows, stack, layer)
     # The devices' partial sums are added outside of shard_map: a psum inside would add another one to the backward pass.
-    return jnp.sum(layout.local(local, inputs, PartitionSpec(within, rows_axes, None))(rows, weight), axis=0)
+    return jnp.sum(layout.local(local, inputs, PartitionSpec(within, rows_axes, None))(rows, stack, layer), axis=0)
 
 
 def variables_of(layer: nn.Module) -> dict[str, Any]:
     """Returns the variables of a linear layer: `kernel`, where it has one `bias`, and `a`, `b` and `factor` of its adapters."""
     found = {"kernel": layer.get_variable("params", "kernel")}
+    if layer.has_variable(STACKS, "kernel"):
+        found["kernel"] = LayerWeight(layer.get_variable(STACKS, "kernel"), found["kernel"])
     for collection, names in (("params", ("bias",)), ("lora", ("a", "b", "factor"))):
         found |= {name: layer.get_variable(collection, name) for name in names if layer.has_variable(collection, name)}
     return found
@@ -106,7 +111,7 @@ def linear_product(
     # One row per token: XLA's CPU compiler makes slow loops of a contraction over two dimensions, as in the weights' gradients.
     rows = x.reshape(-1, x.shape[-1])
     kernel: Any = weights["kernel"]
-    quantized = isinstance(kernel, QuantizedWeight)
+    quantized = isinstance(kernel, QuantizedWeight | LayerWeight)
     kernel = kernel if quantized else gather(layout, kernel.astype(dtype), *axes)
 
     def product(rows: Array) -> Array:

@@ -17,6 +17,7 @@ from grpo_jax.models.layer_kinds import Kind, Run, has_keys, is_global, is_recur
 from grpo_jax.models.layers import LayerOutput
 from grpo_jax.models.routing import RouterInputs
 from grpo_jax.models.spec import ModelSpec
+from grpo_jax.models.stacked_weights import LayerWeight
 from grpo_jax.types import Params
 
 __all__ = ["LayerCaches", "run_mixed_layers"]
@@ -52,6 +53,7 @@ def run_mixed_layers(
     routers: RouterInputs | None = None,
     *,
     frozen: bool,
+    in_place: Callable[[Any], bool],
 ) -> tuple[Array, LayerCaches, LayerCaches, Any]:
     """Runs all layers.
 
@@ -66,6 +68,7 @@ def run_mixed_layers(
         routers: what the routers of all layers are told.
         frozen: whether `params` have no gradient. They are read where they are then; of others a loop gets its part, whose gradient
             is as small.
+        in_place: whether a layer gets a weight as its stack and the index in it (`stacked_weights.py`).
 
     Returns:
         The hidden states, the cache, the layers' outputs, stacked by kind, and what routers report, stacked over the layers that
@@ -105,7 +108,9 @@ def run_mixed_layers(
                     "router": at(routers, index_of_part(spec, run, place, iteration, "router")),
                 }
                 chosen = {
-                    name: layer_of(spec, run, place, iteration, tree if name in fixed else own[name], whole=name in fixed)
+                    name: layer_of(spec, run, place, iteration, tree, in_place)
+                    if name in fixed
+                    else layer_of_run(spec, run, place, own[name])
                     for name, tree in variables.items()
                 }
                 held = cache.attention if attention else at(cache.states, index)
@@ -202,20 +207,22 @@ def parts_of_run(spec: ModelSpec, run: Run, parts: Params) -> Params:
     return found
 
 
-def layer_of(spec: ModelSpec, run: Run, place: int, iteration: Array, parts: Params, *, whole: bool) -> Params:
-    """The variables of one layer.
+def layer_of(spec: ModelSpec, run: Run, place: int, iteration: Array, parts: Params, in_place: Callable[[Any], bool]) -> Params:
+    """The variables of one layer, of those of all layers."""
+    found = {}
+    for part, leaves in parts.items():
+        index = index_of_part(spec, run, place, iteration, part)
+        if index is not None:
+            found[part] = {name: LayerWeight(x, index) if in_place(x) else at(x, index) for name, x in leaves.items()}
+    return found
 
-    Args:
-        parts: of all layers if `whole`, else of one iteration of the run.
-    """
+
+def layer_of_run(spec: ModelSpec, run: Run, place: int, parts: Params) -> Params:
+    """The variables of one layer, of those of one iteration of the run."""
     found = {}
     for part, leaves in parts.items():
         _, own = places(spec, run, part)
-        if place not in own:
-            continue
-        if whole:
-            found[part] = at(leaves, index_of_part(spec, run, place, iteration, part))
-        else:
+        if place in own:
             number = own.index(place)
             found[part] = jax.tree.map(lambda x, number=number: x[number], leaves)
     return found

@@ -63,9 +63,7 @@ def param_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
     if spec.sinks:
         table["layers", "sinks", "logit"] = ParamSpec((attention, spec.heads), ("layers", "heads"), spec.init_std)
     table |= recurrent_specs(spec) | per_layer_specs(spec)
-    norms = (["attn_norm", "ffw_norm"] if spec.pre_norm else []) + (["post_attn_norm", "post_ffw_norm"] if spec.sandwich else [])
-    norms += ["post_dense_norm", "experts_norm", "post_experts_norm"] if spec.dense_and_experts else []
-    for name in norms:
+    for name in hidden_norms(spec):
         table["layers", name, "scale"] = ParamSpec((spec.layers, spec.width), ("layers", "embed"), constant=norm_start)
     if spec.qk_norm:
         for name, heads in (("q_norm", spec.heads), ("k_norm", spec.kv_heads)):
@@ -93,6 +91,14 @@ def router_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:
         table["layers", "router_scales", "input_scale"] = ParamSpec((layers, spec.width), ("layers", "embed"), constant=1.0)
         table["layers", "router_scales", "expert_scale"] = ParamSpec((layers, spec.experts), ("layers", None), constant=1.0)
     return table
+
+
+def hidden_norms(spec: ModelSpec) -> tuple[str, ...]:
+    """The norms of hidden states that every layer has."""
+    before = ("attn_norm", "ffw_norm") if spec.pre_norm else ()
+    after = ("post_attn_norm", "post_ffw_norm") if spec.sandwich else ()
+    experts = ("post_dense_norm", "experts_norm", "post_experts_norm") if spec.dense_and_experts else ()
+    return before + after + experts
 
 
 def per_layer_specs(spec: ModelSpec) -> dict[tuple[str, ...], ParamSpec]:

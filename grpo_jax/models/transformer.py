@@ -10,6 +10,7 @@ variables (`get_variable`) and declare none.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -27,6 +28,7 @@ from grpo_jax.models.recurrent import Recurrence
 from grpo_jax.models.rope import rope_tables
 from grpo_jax.models.routing import COLLECTION, RouterInputs, RouterSums, total_sums, used_experts
 from grpo_jax.models.spec import ModelSpec
+from grpo_jax.models.stacked_weights import STACKS, read_in_place, split_stacks
 from grpo_jax.runtime.sharding import GATHERED, Layout
 from grpo_jax.types import Params
 from grpo_kernels import ATTENTION_RESULT
@@ -171,6 +173,7 @@ class Transformer(nn.Module):
         scanned = nn.scan(
             block,
             variable_axes={"params": 0, "lora": 0, COLLECTION: 0},
+            variable_broadcast=STACKS,
             split_rngs={"params": True},
             in_axes=per_layer_then_all,
             length=spec.layers,
@@ -231,7 +234,10 @@ class Transformer(nn.Module):
         caches = cache if isinstance(cache, LayerCaches) else LayerCaches(cache)
         frozen = frozen or "lora" in variables or (recurrence is not None and recurrence.inference)
         each = (inputs, self.windows, dropout_keys, routers)
-        x, caches, outputs, reported = run_mixed_layers(self.spec, variables, apply_layer, x, caches, *each, frozen=frozen)
+        in_place = functools.partial(read_in_place, implementation=self.implementation, layout=self.layout)
+        x, caches, outputs, reported = run_mixed_layers(
+            self.spec, variables, apply_layer, x, caches, *each, frozen=frozen, in_place=in_place
+        )
         if reported is not None:
             self.put_variable(COLLECTION, "layers", reported)
         # Without recurrent layers, caches and outputs are those of attention alone.
@@ -293,6 +299,8 @@ def applied(model: Transformer, variables: Params, *args: Any, **kwargs: Any) ->
     variables = with_computed_adapters(model, variables)
     if model.unrolled and "layers" in variables["params"]:
         variables = split_layers(model.spec, variables)
+    elif not model.unrolled and model.spec.one_scan:
+        variables = split_stacks(variables, model.implementation, model.layout)
     return model.apply(variables, *args, **kwargs)
 
 

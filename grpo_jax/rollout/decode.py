@@ -29,7 +29,8 @@ from grpo_jax.rollout.sampling import Drawn, SamplingControls, sample_token
 from grpo_jax.rollout.states import constrain_states, join_caches, split_caches
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.types import Params
-from grpo_kernels.ops.decode_attention import chosen
+from grpo_kernels import NO_WINDOW
+from grpo_kernels.ops.decode_attention import KVCache, chosen, join_keys_and_values, reads_joined, separate
 from grpo_kernels.target import platform
 
 __all__ = ["Continued", "SegmentTokens", "SlotState", "decode_segment", "gpu_options"]
@@ -239,6 +240,20 @@ def layer_inputs(model: Transformer, prompts: PrefilledPrompts, past_blocks: tup
     return (None, caches) if in_place or len(model.spec.key_stacks) > 1 else (caches, None)
 
 
+def joins_segment_cache(model: Transformer, prompts: PrefilledPrompts, past_blocks: tuple[Any, ...], segment_cache: Any) -> bool:
+    """Whether a segment's keys and values are one array while it is decoded: a token then writes them by one kernel, not by two.
+
+    Only where attention's kernel reads them so, and heads are not sharded: a device's keys and values would not be its own.
+    """
+    spec, layout = model.spec, model.layout
+    if model.unrolled or len(spec.key_stacks) > 1 or (layout is not None and layout.tensor > 1):
+        return False
+    q = jax.ShapeDtypeStruct((1, spec.kv_heads, spec.heads // spec.kv_heads, spec.head_dim), model.dtype)
+    window = NO_WINDOW if all(window is None for window in spec.windows) else jnp.int32(0)
+    options: Any = {"window": window, "softcap": spec.attention_softcap, "sinks": spec.sinks}
+    return reads_joined(q, (prompts.cache, *past_blocks, segment_cache), implementation=model.implementation, **options)
+
+
 def decode_segment(
     model: Transformer,
     stop_ids: tuple[int, ...],
@@ -299,9 +314,12 @@ def decode_segment(
     segment_cache = empty_past_block(model.spec, model.dtype, s, length, kv_dtype=kv_dtype, unroll=unroll, layout=layout)
     # When unrolled (CPU) the layer axis is dropped: a reshape between the write in place and the matrix product would copy.
     segment_cache = jax.tree.map(lambda x: x[0], segment_cache) if unroll else segment_cache
+    if joins_segment_cache(model, prompts, past_blocks, segment_cache):
+        segment_cache = join_keys_and_values(segment_cache)
     state = DecodeState(zero, segment_cache, states, first_tokens)
     state = jax.lax.while_loop(lambda x: (x.step < length) & ~jnp.all(x.tokens.done), body, state)
     segment_cache = jax.tree.map(lambda x: x[None], state.segment_cache) if unroll else state.segment_cache
+    segment_cache = separate(segment_cache) if isinstance(segment_cache, KVCache) else segment_cache
     # Every process needs all tokens, because each runs the same schedule.
     tokens = dataclasses.replace(state.tokens, last=last_tokens(state.tokens))
     all_tokens = tokens if layout is None else jax.tree.map(layout.constrain, tokens)

@@ -27,7 +27,15 @@ from grpo_jax.models.layers import Attend
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.runtime.sharding import Layout
 from grpo_kernels import NO_WINDOW
-from grpo_kernels.ops.decode_attention import GROUP, KVCache, SlotMap, decode_attention, layer_of, pack_int4
+from grpo_kernels.ops.decode_attention import (
+    GROUP,
+    KVCache,
+    SlotMap,
+    decode_attention,
+    join_keys_and_values,
+    layer_of,
+    pack_int4,
+)
 
 __all__ = [
     "KVCache",
@@ -73,12 +81,15 @@ def quantize_int4(x: Float[Array, "... Dh"]) -> tuple[Array, Array]:
     return values.reshape(*x.shape[:-1], groups * GROUP)[..., :width], scale
 
 
-def to_cache(k: Array, v: Array, *, kv_dtype: str, transposed: bool = False) -> KVCache:
+def to_cache(k: Array, v: Array, *, kv_dtype: str, transposed: bool = False, joined: bool = False) -> KVCache:
     """Converts keys and values [..., K, X, Dh] to a `KVCache` of a number format: `auto` is their own, or int8 or int4.
 
     Args:
         transposed: store k as [..., K, Dh, X]; not in int4.
+        joined: store both in one array; only in their own format.
     """
+    if joined:
+        return join_keys_and_values(KVCache(k, v))
     if kv_dtype == "int4":
         (k, k_scale), (v, v_scale) = quantize_int4(k), quantize_int4(v)
         return KVCache(None, pack_int4(k, v), by_head_and_group(k_scale), by_head_and_group(v_scale))
@@ -189,7 +200,8 @@ def write_and_attend(
     (lengths, base, slot_map), (layer, window, step) = rows, scalars
     prefix, past_blocks = caches
     q, k, v = qkv[0][:, 0], *(jnp.swapaxes(x, 1, 2) for x in qkv[1:])
-    new = to_cache(k, v, kv_dtype=segment_cache.format, transposed=segment_cache.transposed)
+    form: Any = {"transposed": segment_cache.transposed, "joined": segment_cache.joined}
+    new = to_cache(k, v, kv_dtype=segment_cache.format, **form)
     all_layers, stacked = prefix.v.ndim == 5, segment_cache.v.ndim == 5
 
     def write(target: Array, x: Array, axis: int) -> Array:

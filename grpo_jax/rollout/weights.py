@@ -1,7 +1,8 @@
 """Prepares trained weights for decoding, once per rollout.
 
 Weights are cast to the decoding dtype. Adapters are added where that loses no precision or where `rollout.merge_adapters` says so;
-elsewhere their scale is multiplied into B. The weights of linear layers that have the same input are joined where memory allows.
+elsewhere their scale is multiplied into B. The weights of linear layers that have the same input are joined where memory allows,
+and with them the scales of a layer's norms.
 Layers are split where that is faster. On a mesh weights are gathered over `fsdp`.
 """
 
@@ -12,8 +13,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.models.layers import JOINED_NORMS
 from grpo_jax.models.linear import JOINED, join_linears
-from grpo_jax.models.parameters import flatten, nest
+from grpo_jax.models.parameters import flatten, hidden_norms, nest
 from grpo_jax.models.spec import ModelSpec
 from grpo_jax.models.transformer import Transformer, split_layers, with_computed_adapters
 from grpo_jax.runtime.sharding import Layout, resharded
@@ -64,7 +66,7 @@ def prepare_weights(
     )
     joins = join and (layout is None or layout.tensor == 1)
     if not unroll:
-        return join_layers(variables, "layers") if joins else variables
+        return join_norms(model.spec, join_layers(variables, "layers")) if joins else variables
     if layout is not None:
         axes = decoding_axes(model.spec)
         variables = {name: layout.decoding.constrain_tree(tree, axes) for name, tree in variables.items()}
@@ -186,6 +188,13 @@ def join_layers(variables: Params, name: str) -> Params:
     layer, adapters = join_linears(variables["params"][name], adapters)
     joined = {"params": variables["params"] | {name: layer}}
     return joined if adapters is None else joined | {"lora": variables["lora"] | {name: adapters}}
+
+
+def join_norms(spec: ModelSpec, variables: Params) -> Params:
+    """Joins the scales of the norms of hidden states of stacked layers: a loop over layers reads those of a layer as one slice."""
+    names, layers = hidden_norms(spec), dict(variables["params"]["layers"])
+    layers[JOINED_NORMS] = {"scale": jnp.stack([layers.pop(name)["scale"] for name in names], axis=1)}
+    return variables | {"params": variables["params"] | {"layers": layers}}
 
 
 def cast_weight(path: tuple[Any, ...], leaf: Any, dtype: Any, *, dense: bool) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 from grpo_jax.config.checks import require
+from grpo_jax.models.layers import JOINED_NORMS
 from grpo_jax.models.linear import JOINED
 from grpo_jax.models.parameters import lora_specs, param_specs
 from grpo_jax.models.spec import ModelSpec
@@ -23,7 +24,7 @@ def model_axes(spec: ModelSpec) -> AxesTable:
 
 
 def decoding_axes(spec: ModelSpec) -> AxesTable:
-    """`model_axes`, and the axes of what only decoding has: DoRA's factors (`models.adapters`) and joined linear layers.
+    """`model_axes`, and the axes of what only decoding has: DoRA's factors (`models.adapters`), joined linear layers and norms.
 
     Linear layers are joined (`models.linear.JOINED`) where `tensor` is 1.
     """
@@ -36,7 +37,7 @@ def decoding_axes(spec: ModelSpec) -> AxesTable:
         for leaf in ("kernel", "bias", "a", "b", "factor")
         if ("layers", names[0], leaf) in table
     }
-    return {**table, **joined_axes}
+    return {**table, **joined_axes, ("layers", JOINED_NORMS, "scale"): ("layers", None, "embed")}
 
 
 def check_mesh(layout: Layout | None, spec: ModelSpec, quantization: str = "none", setting: str = "mesh") -> None:

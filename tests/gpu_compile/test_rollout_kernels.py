@@ -30,7 +30,7 @@ def counted(h200: Any, *, merge: bool = False, past_sizes: tuple[int, ...] = TWO
 
 
 @pytest.mark.skipif(not NEW_ENOUGH, reason="jax before 0.11.2 copies each layer's part of all arrays")
-@pytest.mark.parametrize(("merge", "kernels", "share"), [(False, 40, 1.30), (True, 31, 1.27)])
+@pytest.mark.parametrize(("merge", "kernels", "share"), [(False, 39, 1.30), (True, 30, 1.27)])
 def test_with_attention_by_xla(merge: bool, kernels: int, share: float, h200: Any) -> None:
     """71 kernels a layer with separate weights and seven past blocks."""
     token, layer, bytes_over_read = counted(h200, merge=merge)
@@ -40,12 +40,17 @@ def test_with_attention_by_xla(merge: bool, kernels: int, share: float, h200: An
 
 
 @pytest.mark.skipif(not NEW_ENOUGH, reason="the kernels need jax 0.11.2")
-@pytest.mark.parametrize(("merge", "kernels"), [(False, 24), (True, 15)])
+@pytest.mark.parametrize(("merge", "kernels"), [(False, 22), (True, 13)])
 @pytest.mark.parametrize("past_sizes", [TWO_BLOCKS, (32, 32, 32, 32, 128, 256, 512)], ids=str)
 def test_with_attention_by_pallas(
     merge: bool, kernels: int, past_sizes: tuple[int, ...], h200: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The number of past blocks changes nothing. Nothing is counted as less than the arrays in full, also not unfilled columns."""
+    """The number of past blocks changes nothing. Nothing is counted as less than the arrays in full, also not unfilled columns.
+
+    22: four products of the base and eight of adapters, attention's two, the rotated queries, the write of keys and values, two
+    norms and the slice of their scales, the feed-forward's gate, the second sum of hidden states, and the loop's counter. Merged
+    adapters save their products and that sum.
+    """
     monkeypatch.setattr(decode_attention, "MOSAIC_GPU_BY_DEFAULT", True)
     token, layer, bytes_over_read = counted(h200, merge=merge, past_sizes=past_sizes)
     assert layer.kernels <= kernels

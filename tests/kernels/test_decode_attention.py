@@ -17,7 +17,7 @@ from kernel_checks import CHIPS, compiled_for, decode_shapes, no_race, on_chips
 from plain_oracles import array_sizes, quick_compiling
 
 from grpo_kernels import NO_WINDOW, KVCache, SlotMap, decode_attention
-from grpo_kernels.ops.decode_attention import BlockSizes, choose_block_sizes, mosaic_tpu
+from grpo_kernels.ops.decode_attention import BlockSizes, choose_block_sizes, join_keys_and_values, mosaic_tpu, separate
 from grpo_kernels.ops.decode_attention.mosaic_gpu import refusal
 from grpo_kernels.ops.decode_attention.shapes import EIGHT_B, GEMMA_3_12B, Shape
 from grpo_kernels.target import Target, tracing_for
@@ -183,6 +183,17 @@ def test_one_token_sees_its_prompt_its_past_and_this_segment(name: str, transpos
     np.testing.assert_allclose(attention(implementation, case, arguments), expected, rtol=0, atol=tolerance(case))
 
 
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_joined_keys_and_values_of_a_segment_are_read_as_separate_ones(implementation: str) -> None:
+    arguments, expected = problem(CASES["in order"])
+    joined = join_keys_and_values(arguments["segment_cache"])
+    jax.tree.map(np.testing.assert_array_equal, separate(joined), arguments["segment_cache"])
+    got = attention(implementation, CASES["in order"], arguments | {"segment_cache": joined})
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance(CASES["in order"]))
+    with pytest.raises(ValueError, match="keys and values of prefix are joined; only those of segment_cache"):
+        decode_attention(**arguments | {"prefix": join_keys_and_values(arguments["prefix"])})
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -220,15 +231,17 @@ NEW_ENOUGH = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the k
 
 
 @NEW_ENOUGH
-@pytest.mark.parametrize("name", HOPPER)
+@pytest.mark.parametrize(("name", "joined"), [*((name, False) for name in HOPPER), ("in order", True)])
 def test_the_kernels_for_nvidia_give_the_same_and_have_no_race(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, joined: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Heads of 64 and a segment of 16 columns, the least that is multiplied at once; of the second of two layers."""
-    for constant, value in (("SEGMENT", 16), ("K", 1)):
+    for constant, value in (("SEGMENT", 16), ("K", 2 if joined else 1)):
         monkeypatch.setitem(globals(), constant, value)
     case = HOPPER[name]
     arguments, expected = problem(case)
+    if joined:
+        arguments["segment_cache"] = join_keys_and_values(arguments["segment_cache"])
     arguments = stacked(arguments) | {"window": NO_WINDOW}
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True)):
         got = decode_attention(**arguments, implementation="mosaic_gpu")

@@ -126,6 +126,25 @@ def test_transposed(implementation: str) -> None:
     assert_close(dx, np.asarray(x, np.float64) @ dense(w), "float32")
 
 
+@pytest.mark.parametrize("form", ["int8", "nf4"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_layer_of_a_stack(implementation: str, form: str) -> None:
+    """Value and gradient, for a layer that only the program knows; the backward pass keeps the stack and no layer of its own."""
+    x, w, dy = inputs(5, 192, 80, form, "float32")
+    _, other, _ = inputs(6, 192, 80, form, "float32")
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), other, w, other)
+
+    def run(x: jax.Array, stack: QuantizedWeight, layer: jax.Array) -> Any:
+        return jax.vjp(lambda x: quantized_matmul(x, stack, layer=layer, implementation=implementation), x)
+
+    with interpreted(implementation):
+        y, dx = jax.jit(lambda *given: (lambda y, back: (y, back(dy)[0]))(*run(*given)))(x, stack, jnp.int32(1))
+    assert_close(np.asarray(y), np.asarray(x, np.float64) @ dense(w), "float32")
+    assert_close(np.asarray(dx), np.asarray(dy, np.float64) @ dense(w).T, "float32")
+    _, kept = jax.eval_shape(run, x, stack, jnp.int32(1))
+    assert {leaf.shape for leaf in jax.tree.leaves(kept)} == {stack.values.shape, stack.scale.shape, ()}
+
+
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_groups_of_any_size_run_everywhere_but_in_the_kernel(implementation: str, form: str) -> None:
@@ -255,6 +274,8 @@ def test_what_a_product_moves_for_its_weight(
         ({"x": jnp.zeros((3, 64), jnp.float16)}, "float16"),
         ({"w": QuantizedWeight(jnp.zeros((64, 8), jnp.int4), jnp.ones((3, 8)))}, r"scale \(3, 8\)"),
         ({"w": QuantizedWeight(jnp.zeros((64, 8), jnp.int16), jnp.ones((1, 8)))}, "int16"),
+        ({"layer": jnp.int32(0)}, r"w \(64, 8\) do not fit; .* w \[L, I, O\]"),
+        ({"w": QuantizedWeight(jnp.zeros((2, 64, 8), jnp.int8), jnp.ones((3, 1, 8))), "layer": jnp.int32(0)}, r"scale \(3, 1, 8\)"),
         ({"implementation": "triton"}, "triton"),
         ({"w": QuantizedWeight(jnp.zeros((64, 8), jnp.int4), jnp.ones((2, 8))), "implementation": "mosaic_tpu"}, "groups of 32"),
     ],

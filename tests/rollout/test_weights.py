@@ -199,7 +199,7 @@ def test_weights_that_do_not_change_are_not_copied() -> None:
     new = jax.jit(lambda x: new_weights(policy.model, x, **settings))(policy.variables)
     names = {path[:3] for path, _ in flatten(new)}
     adapted = {("lora", "layers", name) for name in ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")}
-    assert names == {("params", "layers", "qkv_proj"), ("params", "layers", "gate_up_proj")} | adapted
+    assert names == {("params", "layers", name) for name in ("qkv_proj", "gate_up_proj", "norms")} | adapted
     shapes = prepared_shapes(policy.model, policy.variables, **settings)
     complete = with_unchanged(shapes, policy.variables, new)
     assert complete["params"]["embed"]["embedding"] is policy.params["embed"]["embedding"]

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.config import LoraConfig, RolloutConfig
-from grpo_jax.models.parameters import abstract_params
 from grpo_jax.models.spec import ModelSpec, Rope
 from grpo_jax.models.transformer import Transformer
 from grpo_jax.rollout.decode import SlotState, decode_segment
@@ -23,6 +22,7 @@ from grpo_jax.rollout.weights import decoding_model, prepared_shapes
 from grpo_jax.runtime.sharding import Layout
 from grpo_jax.weights.axes import decoding_axes
 from grpo_jax.weights.lora import init_lora
+from grpo_jax.weights.quantize import abstract_weights
 
 LAYERS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 32, 4096, 32, 8, 128, 128_256
 LLAMA_8B = ModelSpec(
@@ -101,6 +101,7 @@ def compiled_segment(
     rank: int | None = 32,
     past_sizes: tuple[int, ...] = PAST_BLOCKS,
     prepared: dict[str, bool] | None = None,
+    quantization: str = "none",
 ) -> Segment:
     """Compiles a segment of 64 slots: 8 prompts of 2,048 tokens, 8 completions each, up to 1,024 tokens of each in the past.
 
@@ -113,6 +114,7 @@ def compiled_segment(
             None has no adapters.
         past_sizes: tokens per slot of each past block.
         prepared: settings of `prepare_weights`; None decodes with the weights of training.
+        quantization: of the layers' matrices.
     """
     layout = device if isinstance(device, Layout) else None
 
@@ -121,7 +123,7 @@ def compiled_segment(
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
     model = Transformer(LLAMA_8B, jnp.dtype("bfloat16"), 2.0, implementation=implementation, layout=layout)
-    variables = {"params": abstract_params(LLAMA_8B, jnp.bfloat16)}
+    variables = {"params": abstract_weights(LLAMA_8B, jnp.bfloat16, quantization)}
     if rank is not None:
         lora = jax.eval_shape(lambda: init_lora(LLAMA_8B, LoraConfig(rank=rank), jax.random.key(0)))
         variables["lora"] = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), lora)

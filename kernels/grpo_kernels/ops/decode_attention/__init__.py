@@ -20,7 +20,15 @@ from jaxtyping import Array, Float, Int
 from grpo_kernels.numerics import NO_WINDOW
 from grpo_kernels.ops.decode_attention.block_sizes import BlockSizes, choose_block_sizes
 from grpo_kernels.ops.decode_attention.extend import extend_attention
-from grpo_kernels.ops.decode_attention.kv_cache import GROUP, KVCache, SlotMap, layer_of, pack_int4
+from grpo_kernels.ops.decode_attention.kv_cache import (
+    GROUP,
+    KVCache,
+    SlotMap,
+    join_keys_and_values,
+    layer_of,
+    pack_int4,
+    separate,
+)
 from grpo_kernels.ops.decode_attention.mosaic_tpu import decode_attention_mosaic_tpu
 from grpo_kernels.ops.decode_attention.reference import decode_attention_reference
 from grpo_kernels.ops.decode_attention.xla import decode_attention_xla
@@ -36,8 +44,11 @@ __all__ = [
     "chosen",
     "decode_attention",
     "extend_attention",
+    "join_keys_and_values",
     "layer_of",
     "pack_int4",
+    "reads_joined",
+    "separate",
 ]
 
 TILE_COLUMNS = 128
@@ -62,6 +73,24 @@ def chosen(implementation: str | None, width: int, *, sinks: bool = False) -> st
     if platform() == "gpu" and compute_capability() == HOPPER and MOSAIC_GPU_BY_DEFAULT:
         default = "mosaic_gpu"
     return resolve_implementation("decode_attention", implementation, default, get_args(Implementation))
+
+
+def reads_joined(
+    q: Any, caches: Sequence[KVCache], *, window: Any, softcap: float | None, sinks: bool, implementation: str | None
+) -> bool:
+    """Whether `decode_attention` reads a segment cache with joined keys and values where it is: "mosaic_gpu" does.
+
+    Args:
+        q: the queries, or their shape and dtype.
+        caches: all that it would get; those not joined yet.
+        window, softcap, implementation: as there.
+        sinks: whether it would get sinks.
+    """
+    if chosen(implementation, q.shape[-1], sinks=sinks) != "mosaic_gpu":
+        return False
+    from grpo_kernels.ops.decode_attention.mosaic_gpu import refusal
+
+    return refusal(q, caches, window, softcap) is None
 
 
 def decode_attention(
@@ -92,7 +121,7 @@ def decode_attention(
         prefix: [B, K, P, Dh]; all caches have the same number format.
         lengths: int32, tokens of each prompt.
         past_blocks: each [S, K, X, Dh], of any length X; empty at the beginning.
-        segment_cache: [S, K, C, Dh]; column `step` is the new token's.
+        segment_cache: [S, K, C, Dh]; column `step` is the new token's. Its keys and values may be joined (`KVCache.joined`).
         base: int32, tokens of each slot's completion before this segment.
         step: int32, tokens of this segment before the new one.
         slot_map: which slots continue which prompt; None where the slots of prompt b are b·M, ..., b·M + M - 1, M = S / B.
@@ -124,6 +153,7 @@ def decode_attention(
         if implementation is not None:
             raise ValueError(f"decode_attention: implementation 'mosaic_gpu' cannot compute this: {reason}; use 'xla'")
         named = "xla"
+    segment_cache = separate(segment_cache)
     window = jnp.asarray(window, jnp.int32)
     (s, kv, r, _), b = q.shape, lengths.shape[0]
     if named == "mosaic_tpu":
@@ -175,9 +205,12 @@ def check(
     ]
     for name, cache, texts in named:
         shape = cache.v.shape if layer is None else cache.v.shape[1:]
-        if len(shape) != 4 or (*shape[:2], shape[3]) != (texts, kv, dh):
+        if cache.joined and name != "segment_cache":
+            raise ValueError(f"decode_attention: keys and values of {name} are joined; only those of segment_cache may be")
+        heads = 2 * kv if cache.joined else kv
+        if len(shape) != 4 or (*shape[:2], shape[3]) != (texts, heads, dh):
             axes = "" if layer is None else "L, "
-            raise ValueError(f"decode_attention: {name} {cache.v.shape} does not fit; v is [{axes}{texts}, {kv}, X, {dh}] here")
+            raise ValueError(f"decode_attention: {name} {cache.v.shape} does not fit; v is [{axes}{texts}, {heads}, X, {dh}] here")
         if cache.format != prefix.format:
             raise ValueError(f"decode_attention: {name} has the format {cache.format}, prefix {prefix.format}; use one for all")
         check_format(name, cache, q.dtype)

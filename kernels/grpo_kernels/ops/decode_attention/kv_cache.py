@@ -37,12 +37,14 @@ class KVCache:
     two elements of one key in a byte would leave rows of 64 bytes, which a TPU pads to 128.
 
     Attributes:
-        k: [..., K, X, Dh], in the model's dtype or int8; None with int4, where `v` holds both.
+        k: [..., K, X, Dh], in the model's dtype or int8; None with int4 and where they are joined, where `v` holds both.
         v: [..., K, X, Dh], in the same dtype; with int4 the bytes of `pack_int4`.
         k_scale, v_scale: None in the model's dtype. int8: [..., K, X], a scale per token and head. int4: [..., K·G, X], G scales
             per token and head, one for each `GROUP` elements. bfloat16 or float32.
         transposed: k is [..., K, Dh, X], which a CPU multiplies three times as fast; an accelerator would pad X to whole tiles.
             Never with int4.
+        joined: v is [..., 2·K, X, Dh], the keys' heads in front of the values', so that a token writes both by one kernel. Only in
+            the model's dtype.
     """
 
     k: Array | None
@@ -50,10 +52,13 @@ class KVCache:
     k_scale: Array | None = None
     v_scale: Array | None = None
     transposed: bool = struct.field(pytree_node=False, default=False)
+    joined: bool = struct.field(pytree_node=False, default=False)
 
     @property
     def format(self) -> str:
         """Number format, as `rollout.kv_dtype` names it: int4, int8, or auto for the model's dtype."""
+        if self.joined:
+            return "auto"
         return "int4" if self.k is None else "auto" if self.k_scale is None else "int8"
 
     @property
@@ -84,9 +89,23 @@ class KVCache:
             k = function(self.k, other.k, -1 if self.transposed else -2)
         v = function(self.v, other.v, -2)
         if self.k_scale is None or self.v_scale is None or other.k_scale is None or other.v_scale is None:
-            return KVCache(k, v, transposed=self.transposed)
+            return KVCache(k, v, transposed=self.transposed, joined=self.joined)
         scales = (function(self.k_scale, other.k_scale, -1), function(self.v_scale, other.v_scale, -1))
         return KVCache(k, v, *scales, transposed=self.transposed)
+
+
+def join_keys_and_values(cache: KVCache) -> KVCache:
+    """Joins the keys and values of a cache in the model's dtype."""
+    assert cache.k is not None
+    return KVCache(None, jnp.concatenate([cache.k, cache.v], axis=-3), joined=True)
+
+
+def separate(cache: KVCache) -> KVCache:
+    """The inverse of `join_keys_and_values`; another cache is returned unchanged."""
+    if not cache.joined:
+        return cache
+    k, v = jnp.split(cache.v, 2, axis=-3)
+    return KVCache(k, v)
 
 
 def layer_of(cache: KVCache, layer: Array | int | None) -> KVCache:

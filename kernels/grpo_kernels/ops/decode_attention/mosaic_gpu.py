@@ -42,8 +42,8 @@ LOG2_E = math.log2(math.e)
 Accumulator: Any = plgpu.ACC  # type: ignore[reportPrivateImportUsage] - its documented name
 
 
-def refusal(q: Array, caches: Sequence[KVCache], window: Any, softcap: float | None) -> str | None:
-    """Says why the kernel cannot compute this, or None."""
+def refusal(q: Any, caches: Sequence[KVCache], window: Any, softcap: float | None) -> str | None:
+    """Says why the kernel cannot compute this, or None. The shape and dtype of q are enough."""
     if jax.__version_info__ < (0, 11, 2):
         return f"it needs jax 0.11.2 or newer, not {jax.__version__}"
     formats = sorted({cache.format for cache in caches} - {"auto"})
@@ -77,11 +77,11 @@ def attend_to(q_smem: Any, cache: Any, at: tuple[Any, ...], span: tuple[Any, Any
     Args:
         q_smem: [64, Dh].
         cache: (k, v) in device memory, [..., X, Dh].
-        at: indices of layer, text and head.
+        at: for keys and for values, indices of layer, text and head.
         span: first and last tile (exclusive), and the number of columns that are seen.
         carry: (Σ p·v [64, Dh], largest score [64], Σ p [64]); scores are in units of log 2.
     """
-    k_ref, v_ref = cache
+    (k_ref, v_ref), (k_at, v_at) = cache, at
     first, last, seen = span
     width = q_smem.shape[-1]
 
@@ -89,8 +89,8 @@ def attend_to(q_smem: Any, cache: Any, at: tuple[Any, ...], span: tuple[Any, Any
         def fetch(number: Any) -> None:
             slot = jax.lax.rem(number - first, jnp.int32(STAGES))
             columns = pl.ds(number * tile, tile)
-            plgpu.copy_gmem_to_smem(k_ref.at[(*at, columns)], k_smem.at[slot], k_barriers.at[slot])
-            plgpu.copy_gmem_to_smem(v_ref.at[(*at, columns)], v_smem.at[slot], v_barriers.at[slot])
+            plgpu.copy_gmem_to_smem(k_ref.at[(*k_at, columns)], k_smem.at[slot], k_barriers.at[slot])
+            plgpu.copy_gmem_to_smem(v_ref.at[(*v_at, columns)], v_smem.at[slot], v_barriers.at[slot])
 
         for ahead in range(STAGES):
             pl.when(first + ahead < last)(functools.partial(fetch, first + ahead))
@@ -189,7 +189,8 @@ def prefix_parts(
         length = lengths_ref[text]
         last = jnp.minimum((split + 1) * share, jax.lax.div(length + tile - 1, jnp.int32(tile)))
         span = (split * share, last, length)
-        carry = attend_to(q_smem, (k_ref, v_ref), (layer_ref[0], text, head), span, empty_carry(width), tile)
+        at = (layer_ref[0], text, head)
+        carry = attend_to(q_smem, (k_ref, v_ref), (at, at), span, empty_carry(width), tile)
         out_smem[...], lse_smem[...] = divided(carry)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_smem, out_ref.at[split, text, head, block])
@@ -265,7 +266,9 @@ def with_own_keys(
             seen = step_ref[0] + 1 if number == len(caches) - 1 else jnp.clip(base_ref[slot] - start, 0, columns)
             span = (jnp.int32(0), jax.lax.div(seen + tile - 1, jnp.int32(tile)), seen)
             pair = (pairs[2 * number], pairs[2 * number + 1])
-            carry = attend_to(q_smem, pair, (layer_ref[0], slot, head), span, carry, tile)
+            of_values = head + kv if cache.joined else head
+            at_both = (layer_ref[0], slot, head), (layer_ref[0], slot, of_values)
+            carry = attend_to(q_smem, pair, at_both, span, carry, tile)
             start += columns
 
         def store(out_smem: Any) -> None:
@@ -276,7 +279,8 @@ def with_own_keys(
 
         pl.run_scoped(store, plgpu.SMEM((ROWS, width), jnp.bfloat16))
 
-    arguments = (*(x for cache in caches for x in (cache.k, cache.v)), *rows_of, *numbers)
+    pairs_of = [(cache.v if cache.joined else cache.k, cache.v) for cache in caches]
+    arguments = (*(x for pair in pairs_of for x in pair), *rows_of, *numbers)
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((s, kv, queries, width), jnp.bfloat16),

@@ -5,6 +5,7 @@
 Forward and backward are FlashAttention-2's (https://arxiv.org/abs/2307.08691, algorithms 1 and 2), with one pass for dq and one
 for dk and dv, so that nothing is stored per pair. The R query heads of a key/value head are stacked into one block.
 A key's gradient sums over those and over all queries that see it: for the prompt's keys, the queries of all completions.
+Kernels read heads where they lie, next to each other in a token's row (`tpu_arrays.py`).
 
 Scores are [keys, queries]: a query is a column, so its maximum and its sum reduce over rows, and statistics of queries are rows.
 """
@@ -22,14 +23,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from grpo_kernels.numerics import EMPTY_MAX, MASK_VALUE, einsum_float32, round_up, soft_cap_and_slope
+from grpo_kernels.numerics import EMPTY_MAX, MASK_VALUE, einsum_float32, soft_cap_and_slope
 from grpo_kernels.ops.group_attention.block_pairs import ALL_SEEN, PAIR_BITS, BlockPairs, blocks_of
 from grpo_kernels.ops.group_attention.block_sizes import BlockSizes
 from grpo_kernels.ops.group_attention.key_ranges import sees
 from grpo_kernels.ops.group_attention.names import named
-
-SUBLANES = 8
-"""Rows of a tile of 32-bit values."""
+from grpo_kernels.ops.group_attention.tpu_arrays import SUBLANES, arrays_of, flat, unflat
 
 
 class Static(NamedTuple):
@@ -38,12 +37,14 @@ class Static(NamedTuple):
     Attributes:
         blocks: queries and keys in a block.
         q_blocks, k_blocks: blocks of a row.
+        kv_heads: K.
         softcap: None is off.
     """
 
     blocks: BlockSizes
     q_blocks: int
     k_blocks: int
+    kv_heads: int
     softcap: float | None
 
 
@@ -88,18 +89,24 @@ def is_last(pairs: Any) -> Array:
     return outer_of(pairs[at + 1]) != outer_of(pairs[at])
 
 
-def rows_of(x: Any) -> Array:
-    """[1, 1, R, block, Dh] → [R · block, Dh]."""
-    _, _, r, block, width = x.shape
-    return x[0, 0].reshape(r * block, width)
+def rows_of(x: Any, width: int) -> Array:
+    """[1, block, R · W] → [R · block, W]: the heads below each other. Each is whole tiles, so nothing moves within a register."""
+    return jnp.concatenate([x[0, :, start : start + width] for start in range(0, x.shape[2], width)], axis=0)
+
+
+def store_rows(out: Any, rows: Array) -> None:
+    """Writes [R · block, W] into [1, block, R · W]: the inverse of `rows_of`."""
+    block, width = out.shape[1], rows.shape[1]
+    for head in range(rows.shape[0] // block):
+        out[0, :, head * width : (head + 1) * width] = rows[head * block : (head + 1) * block].astype(out.dtype)
 
 
 def forward_kernel(*refs: Any, static: Static) -> None:
     """One block of queries against one of keys.
 
     Args:
-        refs: pairs, bounds [8, R·block], q [R·block, Dh], k, v [block, Dh]; out, lse [1, R·block]; then scratch: Σ p v
-            as [Dh, queries], the largest score and Σ p of each query.
+        refs: pairs, bounds [8, R·block], q [block, R·W], k, v [block, W]; out as q, lse [1, R·block]; then scratch: Σ p v
+            as [W, queries], the largest score and Σ p of each query.
     """
     pairs, bounds, q, k, v, out, lse, acc, row_max, row_sum = refs
 
@@ -110,34 +117,34 @@ def forward_kernel(*refs: Any, static: Static) -> None:
         row_max[...] = jnp.full_like(row_max, EMPTY_MAX)
 
     def step(mask: Callable[[Array], Array]) -> None:
-        scores = mask(capped_scores(k[0, 0], rows_of(q), static.softcap)[0])
+        scores = mask(capped_scores(k[0], rows_of(q, k.shape[2]), static.softcap)[0])
         old_max = row_max[...]
         new_max = jnp.maximum(old_max, jnp.max(scores, axis=0, keepdims=True))
         weights, alpha = jnp.exp(scores - new_max), jnp.exp(old_max - new_max)
         row_max[...] = new_max
         row_sum[...] = row_sum[...] * alpha + jnp.sum(weights, axis=0, keepdims=True)
-        acc[...] = acc[...] * alpha + einsum_float32("kd,kq->dq", v[0, 0], weights.astype(v.dtype))
+        acc[...] = acc[...] * alpha + einsum_float32("kd,kq->dq", v[0], weights.astype(v.dtype))
 
     on_pair(pairs, bounds, static, False, step)
 
     @pl.when(is_last(pairs))
     def _() -> None:
         safe = jnp.where(row_sum[...] > 0, row_sum[...], jnp.float32(1))
-        out[0, 0] = (acc[...] / safe).T.astype(out.dtype).reshape(out.shape[2:])
+        store_rows(out, (acc[...] / safe).T)
         lse[0, 0, 0] = row_max[...] + jnp.log(safe)
 
 
 def score_gradients(refs: Any, mask: Callable[[Array], Array], softcap: float | None) -> tuple[Array, Array]:
     """Computes p and ∂ loss / ∂ score of a pair, from the log-sum-exp."""
     q, k, v, d_out, lse, delta = refs
-    scores, slope = capped_scores(k[0, 0], rows_of(q), softcap)
+    scores, slope = capped_scores(k[0], rows_of(q, k.shape[2]), softcap)
     weights = jnp.exp(mask(scores) - lse[0, 0, 0])
-    d_scores = weights * (einsum_float32("kd,qd->kq", v[0, 0], rows_of(d_out)) - delta[0, 0, 0])
+    d_scores = weights * (einsum_float32("kd,qd->kq", v[0], rows_of(d_out, v.shape[2])) - delta[0, 0, 0])
     return weights, d_scores if slope is None else d_scores * slope
 
 
 def dq_kernel(*refs: Any, static: Static) -> None:
-    """As `forward_kernel`; refs: pairs, bounds, q, k, v, d_out, lse, delta; out: dq; scratch: dq as [Dh, queries]."""
+    """As `forward_kernel`; refs: pairs, bounds, q, k, v, d_out, lse, delta; out: dq; scratch: dq as [W, queries]."""
     pairs, bounds, q, k, v, d_out, lse, delta, dq, summed = refs
 
     @pl.when(is_first(pairs))
@@ -146,13 +153,13 @@ def dq_kernel(*refs: Any, static: Static) -> None:
 
     def step(mask: Callable[[Array], Array]) -> None:
         _, d_scores = score_gradients((q, k, v, d_out, lse, delta), mask, static.softcap)
-        summed[...] += einsum_float32("kd,kq->dq", k[0, 0], d_scores.astype(k.dtype))
+        summed[...] += einsum_float32("kd,kq->dq", k[0], d_scores.astype(k.dtype))
 
     on_pair(pairs, bounds, static, False, step)
 
     @pl.when(is_last(pairs))
     def _() -> None:
-        dq[0, 0] = summed[...].T.astype(dq.dtype).reshape(dq.shape[2:])
+        store_rows(dq, summed[...].T)
 
 
 def dkv_kernel(*refs: Any, static: Static) -> None:
@@ -166,15 +173,42 @@ def dkv_kernel(*refs: Any, static: Static) -> None:
 
     def step(mask: Callable[[Array], Array]) -> None:
         weights, d_scores = score_gradients((q, k, v, d_out, lse, delta), mask, static.softcap)
-        sum_v[...] += einsum_float32("kq,qd->kd", weights.astype(d_out.dtype), rows_of(d_out))
-        sum_k[...] += einsum_float32("kq,qd->kd", d_scores.astype(q.dtype), rows_of(q))
+        sum_v[...] += einsum_float32("kq,qd->kd", weights.astype(d_out.dtype), rows_of(d_out, v.shape[2]))
+        sum_k[...] += einsum_float32("kq,qd->kd", d_scores.astype(q.dtype), rows_of(q, k.shape[2]))
 
     on_pair(pairs, bounds, static, True, step)
 
     @pl.when(is_last(pairs))
     def _() -> None:
-        dk[0, 0] = sum_k[...].astype(dk.dtype)
-        dv[0, 0] = sum_v[...].astype(dv.dtype)
+        dk[0] = sum_k[...].astype(dk.dtype)
+        dv[0] = sum_v[...].astype(dv.dtype)
+
+
+def delta_kernel(d_out: Any, out: Any, delta: Any, *, width: int) -> None:
+    """The dot products of a block's rows of d_out and out, as a row: a product with ones leaves them there."""
+    products = rows_of(d_out, width).astype(jnp.float32) * rows_of(out, width).astype(jnp.float32)
+    delta[0, 0, 0] = einsum_float32("od,qd->oq", jnp.ones((SUBLANES, width), jnp.float32), products)[:1]
+
+
+def deltas(d_out: Array, out: Array, shape: tuple[int, ...], width: int) -> Float[Array, "B K blocks 1 rows"]:
+    """Σ d_out · out of each query and head, float32. XLA would store the products of all of them, and in another order.
+
+    Args:
+        d_out, out: [B, N, K · R · W], rows in whole blocks.
+        shape: of the result.
+    """
+    b, kv, blocks, _, rows = shape
+    columns = d_out.shape[2] // kv
+    block = pl.BlockSpec((1, rows * width // columns, columns), lambda row, head, own: (row, own, head))
+    return pl.pallas_call(
+        functools.partial(delta_kernel, width=width),
+        grid=(b, kv, blocks),
+        in_specs=[block, block],
+        out_specs=pl.BlockSpec((1, 1, 1, 1, rows), lambda row, head, own: (row, head, own, 0, 0)),
+        out_shape=jax.ShapeDtypeStruct(shape, jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel")),
+        name="group_attention_delta",
+    )(d_out, out)
 
 
 def run(
@@ -188,42 +222,39 @@ def run(
     *,
     products: int,
     by_key: bool,
-    in_place: bool = False,
 ) -> Any:
     """Launches a kernel on a grid of (key/value heads, pairs).
 
     Args:
-        arrays: by kind: bounds [B, blocks, 8, R · block]; q, d_out [B, K, R, N, Dh]; k, v [B, K, T, Dh];
+        arrays: by kind: bounds [B, blocks, 8, R · block]; q, d_out [B, N, K · R · W]; k, v [B, T, K · W], rows in whole blocks;
             lse, delta [B, K, blocks, 1, R · block].
         results: kinds of the results, each shaped as in `arrays`: q for dq, and so on.
         scratch: shapes of float32 arrays.
         products: matrix products of a pair, for the cost estimate.
-        in_place: the result is written over `arrays["q"]`.
     """
-    b, kv, r, _, width = arrays["q"].shape
-    q_block, k_block = static.blocks.queries, static.blocks.keys
-    rows = r * q_block
+    (b, _, columns), kv = arrays["q"].shape, static.kv_heads
+    q_block, k_block, width = static.blocks.queries, static.blocks.keys, arrays["k"].shape[2] // kv
+    rows = columns // kv // width * q_block
 
     def of_query(at: Array, listed: Any) -> tuple[Any, Any]:
         pair = listed[at] & (ALL_SEEN - 1)
         block = pair & (2**PAIR_BITS - 1) if by_key else pair >> PAIR_BITS
         return jax.lax.div(block, jnp.int32(static.q_blocks)), jax.lax.rem(block, jnp.int32(static.q_blocks))
 
-    def of_key(head: Array, at: Array, listed: Any) -> tuple[Any, ...]:
+    def keys(head: Array, at: Array, listed: Any) -> tuple[Any, ...]:
         pair = listed[at] & (ALL_SEEN - 1)
         block = pair >> PAIR_BITS if by_key else pair & (2**PAIR_BITS - 1)
-        return jax.lax.div(block, jnp.int32(static.k_blocks)), head, jax.lax.rem(block, jnp.int32(static.k_blocks)), 0
+        return jax.lax.div(block, jnp.int32(static.k_blocks)), jax.lax.rem(block, jnp.int32(static.k_blocks)), head
 
     def queries(head: Array, at: Array, listed: Any) -> tuple[Any, ...]:
-        row, own = of_query(at, listed)
-        return row, head, 0, own, 0
+        return *of_query(at, listed), head
 
     def statistics(head: Array, at: Array, listed: Any) -> tuple[Any, ...]:
         row, own = of_query(at, listed)
         return row, head, own, 0, 0
 
-    of_rows = pl.BlockSpec((1, 1, r, q_block, width), queries)
-    of_keys = pl.BlockSpec((1, 1, k_block, width), of_key)
+    of_rows = pl.BlockSpec((1, q_block, columns // kv), queries)
+    of_keys = pl.BlockSpec((1, k_block, width), keys)
     of_statistics = pl.BlockSpec((1, 1, 1, 1, rows), statistics)
     of_bounds = pl.BlockSpec((1, 1, SUBLANES, rows), lambda head, at, listed: (*of_query(at, listed), 0, 0))
     specs = {"q": of_rows, "d_out": of_rows, "k": of_keys, "v": of_keys, "lse": of_statistics, "delta": of_statistics}
@@ -240,7 +271,6 @@ def run(
             scratch_shapes=[pltpu.VMEM(size, jnp.float32) for size in scratch],
         ),
         out_shape=[jax.ShapeDtypeStruct(like[kind].shape, like[kind].dtype) for kind in results],
-        input_output_aliases={2: 0} if in_place else {},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * scores * width,
@@ -249,25 +279,6 @@ def run(
         ),
         name=name,
     )(pairs.pairs, *arrays.values())
-
-
-def to_blocks(x: Float[Array, "B T ... Dh"], block: int) -> Float[Array, "B ... padded Dh"]:
-    """Heads first, tokens padded with zeros to whole blocks."""
-    x = jnp.moveaxis(x, 1, -2)
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, round_up(x.shape[-2], block) - x.shape[-2]), (0, 0)])
-
-
-def from_blocks(x: Float[Array, "B ... padded Dh"], tokens: int) -> Float[Array, "B T ... Dh"]:
-    """The inverse of `to_blocks`."""
-    return jnp.moveaxis(x[..., :tokens, :], -2, 1)
-
-
-def bounds_of_blocks(bounds: Int[Array, "B 4 N"], static: Static, heads: int) -> Int[Array, "B blocks 8 rows"]:
-    """The bounds of each block's queries, repeated for each of R heads; padded queries see nothing."""
-    b, numbers, queries = bounds.shape
-    c = static.blocks.queries
-    bounds = jnp.pad(bounds, ((0, 0), (0, SUBLANES - numbers), (0, static.q_blocks * c - queries)))
-    return jnp.tile(jnp.moveaxis(bounds.reshape(b, SUBLANES, static.q_blocks, c), 1, 2), (1, 1, 1, heads))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -284,46 +295,32 @@ def attention(
     return attention_forward(q, k, v, bounds, by_query, by_key, static)[0]
 
 
-def arrays_of(q: Array, k: Array, v: Array, bounds: Array, static: Static) -> dict[str, Array]:
-    """The kernels' arguments by kind."""
-    return {
-        "bounds": bounds_of_blocks(bounds, static, q.shape[3]),
-        "q": to_blocks(q, static.blocks.queries),
-        "k": to_blocks(k, static.blocks.keys),
-        "v": to_blocks(v, static.blocks.keys),
-    }
-
-
 def attention_forward(
     q: Array, k: Array, v: Array, bounds: Array, by_query: BlockPairs, by_key: BlockPairs, static: Static
 ) -> tuple[Array, Any]:
     """Computes `attention`, and the arrays that its backward pass needs."""
-    arrays = arrays_of(q, k, v, bounds, static)
-    rows, width = q.shape[3] * static.blocks.queries, q.shape[-1]
+    arrays = arrays_of(q, k, v, bounds, static.blocks)
+    rows, width = q.shape[3] * static.blocks.queries, arrays["k"].shape[2] // static.kv_heads
     scratch = [(width, rows), (1, rows), (1, rows)]
     out, lse = run(forward_kernel, "group_attention", static, by_query, arrays, ["q", "lse"], scratch, products=2, by_key=False)
-    out = from_blocks(out, q.shape[1])
-    out, lse = named(out, lse)
+    out, lse = named(unflat(out, q), lse)
     return out, (q, k, v, bounds, by_query, by_key, out, lse)
 
 
 def attention_backward(static: Static, residuals: Any, d_out: Array) -> tuple[Any, ...]:
     """Computes gradients of q, k and v."""
     q, k, v, bounds, by_query, by_key, out, lse = residuals
-    b, _, kv, r, width = q.shape
-    c = static.blocks.queries
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
-    delta = to_blocks(delta, c).reshape(b, kv, r, static.q_blocks, c)
-    delta = jnp.moveaxis(delta, 2, 3).reshape(lse.shape)
-    arrays = arrays_of(q, k, v, bounds, static) | {"d_out": to_blocks(d_out, c), "lse": lse, "delta": delta}
-    scratch = [(static.blocks.keys, width)] * 2
+    blocks = static.blocks
+    d_out, out = flat(d_out, blocks.queries), flat(out, blocks.queries)
+    arrays = arrays_of(q, k, v, bounds, blocks) | {"d_out": d_out, "lse": lse}
+    width = arrays["k"].shape[2] // static.kv_heads
+    arrays["delta"] = deltas(d_out, out, lse.shape, width)
+    scratch = [(blocks.keys, width)] * 2
     dk, dv = run(dkv_kernel, "group_attention_dkv", static, by_key, arrays, ["k", "v"], scratch, products=4, by_key=True)
-    # dq is written over q, block by block; the barrier keeps q until dk, its last other use, is computed.
-    arrays["q"], dk = jax.lax.optimization_barrier((arrays["q"], dk))
-    scratch = [(width, r * c)]
-    (dq,) = run(dq_kernel, "group_attention_dq", static, by_query, arrays, ["q"], scratch, products=3, by_key=False, in_place=True)
+    scratch = [(width, q.shape[3] * blocks.queries)]
+    (dq,) = run(dq_kernel, "group_attention_dq", static, by_query, arrays, ["q"], scratch, products=3, by_key=False)
     none = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), (bounds, by_query, by_key))
-    return from_blocks(dq, q.shape[1]), from_blocks(dk, k.shape[1]), from_blocks(dv, k.shape[1]), *none
+    return unflat(dq, q), unflat(dk, k), unflat(dv, v), *none
 
 
 attention.defvjp(attention_forward, attention_backward)
@@ -340,5 +337,5 @@ def group_attention_mosaic_tpu(
     blocks: BlockSizes,
 ) -> Float[Array, "B N K R Dh"]:
     """Computes `group_attention`."""
-    static = Static(blocks, blocks_of(q.shape[1], blocks.queries), blocks_of(k.shape[1], blocks.keys), softcap)
-    return attention(q, k, v, bounds, by_query, by_key, static)
+    sizes = (blocks_of(q.shape[1], blocks.queries), blocks_of(k.shape[1], blocks.keys))
+    return attention(q, k, v, bounds, by_query, by_key, Static(blocks, *sizes, k.shape[2], softcap))

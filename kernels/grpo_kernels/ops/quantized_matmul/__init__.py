@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from grpo_kernels.ops.quantized_matmul.block_sizes import BlockSizes, choose_block_sizes
 from grpo_kernels.ops.quantized_matmul.formats import Format, QuantizedWeight, dequantize, quantize, quantized_shapes, weight_bytes
@@ -26,6 +26,7 @@ __all__ = [
     "quantize",
     "quantized_matmul",
     "quantized_shapes",
+    "reads_layers_in_place",
     "weight_bytes",
 ]
 
@@ -38,6 +39,7 @@ def quantized_matmul(
     w: QuantizedWeight,
     *,
     transpose: bool = False,
+    layer: Int[Array, ""] | None = None,
     implementation: str | None = None,
     block_sizes: BlockSizes | None = None,
 ) -> Float[Array, "T O"]:
@@ -49,7 +51,8 @@ def quantized_matmul(
 
     Args:
         x: float32 or bfloat16, [T, I]; transposed [T, O].
-        w: one matrix [I, O].
+        w: one matrix [I, O]; a stack [L, I, O] where `layer` is given.
+        layer: index of the matrix in a stack. The kernel reads it in place, where a slice would be a copy.
         implementation: "reference" (plain, a dense W), "xla" (plain JAX, the weight in parts of 16 MiB; runs anywhere),
             "mosaic_tpu" (Pallas), or None: "mosaic_tpu" on a TPU where the kernel takes the weight's groups, but not for up to 256
             rows times int8, which XLA reads in place from a stack of layers; else "xla".
@@ -61,17 +64,26 @@ def quantized_matmul(
     Raises:
         ValueError: shapes or dtypes that do not fit, an unknown implementation, or "mosaic_tpu" for groups that it cannot take.
     """
-    if x.ndim != 2 or w.values.ndim != 2 or x.shape[1] != w.shape[1 if transpose else 0]:
+    stack = "" if layer is None else "L, "
+    dims = 2 if layer is None else 3
+    if x.ndim != 2 or w.values.ndim != dims or x.shape[1] != w.shape[-1 if transpose else -2]:
         raise ValueError(
-            f"quantized_matmul: x {x.shape} and w {w.shape} do not fit; x is [T, {'O' if transpose else 'I'}], w [I, O]"
+            f"quantized_matmul: x {x.shape} and w {w.shape} do not fit; x is [T, {'O' if transpose else 'I'}], w [{stack}I, O]"
         )
-    if w.scale.ndim != 2 or w.scale.shape[1] != w.shape[1] or w.shape[0] % w.scale.shape[0]:
-        raise ValueError(f"quantized_matmul: scale {w.scale.shape} does not fit values {w.shape}; it is [I / group, O]")
+    fits = w.scale.ndim == dims and w.scale.shape[-1] == w.shape[-1] and w.scale.shape[:-2] == w.shape[:-2]
+    if not fits or w.shape[-2] % w.scale.shape[-2]:
+        raise ValueError(f"quantized_matmul: scale {w.scale.shape} does not fit values {w.shape}; it is [{stack}I / group, O]")
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"quantized_matmul: x is {x.dtype}; make it float32 or bfloat16")
     named = chosen(implementation, x.shape[0], w, transpose=transpose)
     blocks = block_sizes or choose_block_sizes(x.shape[0], w, x.dtype.itemsize, named)
-    return frozen_product(x, w, transpose, named, blocks)
+    return frozen_product(x, w, layer, transpose, named, blocks)
+
+
+def reads_layers_in_place(w: QuantizedWeight, implementation: str | None) -> bool:
+    """Whether `quantized_matmul` reads a layer of a stack in place, by `layer`, where a slice would be copied first."""
+    named = implementation or ("mosaic_tpu" if platform() == "tpu" else "xla")
+    return named == "mosaic_tpu" and refusal(w) is None
 
 
 def chosen(implementation: str | None, rows: int, w: QuantizedWeight, *, transpose: bool = False) -> str:
@@ -104,27 +116,32 @@ def moved_bytes(w: QuantizedWeight, rows: int, itemsize: int, implementation: st
     return weight_bytes(w) + dense * 2 * itemsize * w.values.size
 
 
-def run(x: Array, w: QuantizedWeight, transpose: bool, named: str, blocks: BlockSizes) -> Array:
+def run(x: Array, w: QuantizedWeight, layer: Array | None, transpose: bool, named: str, blocks: BlockSizes) -> Array:
     """Runs one product by the named implementation."""
-    if named == "reference":
-        return quantized_matmul_reference(x, w, transpose)
-    return (quantized_matmul_mosaic_tpu if named == "mosaic_tpu" else quantized_matmul_xla)(x, w, transpose, blocks)
+    if named == "mosaic_tpu":
+        return quantized_matmul_mosaic_tpu(x, w, layer, transpose, blocks)
+    if layer is not None:
+        w = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), w)
+    return quantized_matmul_reference(x, w, transpose) if named == "reference" else quantized_matmul_xla(x, w, transpose, blocks)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def frozen_product(x: Array, w: QuantizedWeight, transpose: bool, named: str, blocks: BlockSizes) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def frozen_product(x: Array, w: QuantizedWeight, layer: Array | None, transpose: bool, named: str, blocks: BlockSizes) -> Array:
     """Computes `quantized_matmul` after its checks."""
-    return run(x, w, transpose, named, blocks)
+    return run(x, w, layer, transpose, named, blocks)
 
 
-def forward(x: Array, w: QuantizedWeight, transpose: bool, named: str, blocks: BlockSizes) -> tuple[Array, QuantizedWeight]:
-    """Computes the product; the backward pass needs the weight alone."""
-    return frozen_product(x, w, transpose, named, blocks), w
+def forward(
+    x: Array, w: QuantizedWeight, layer: Array | None, transpose: bool, named: str, blocks: BlockSizes
+) -> tuple[Array, Any]:
+    """Computes the product; the backward pass needs the weight alone, of a stack no layer of its own."""
+    return frozen_product(x, w, layer, transpose, named, blocks), (w, layer)
 
 
-def backward(transpose: bool, named: str, blocks: BlockSizes, w: QuantizedWeight, dy: Array) -> tuple[Any, None]:
+def backward(transpose: bool, named: str, blocks: BlockSizes, residuals: Any, dy: Array) -> tuple[Any, None, None]:
     """Computes dx; the weight is frozen."""
-    return run(dy, w, not transpose, named, blocks), None
+    w, layer = residuals
+    return run(dy, w, layer, not transpose, named, blocks), None, None
 
 
 frozen_product.defvjp(forward, backward)

@@ -51,7 +51,7 @@ def choose_block_sizes(rows: int, w: QuantizedWeight, itemsize: int, implementat
         rows: T.
         itemsize: bytes of an element of x.
     """
-    inputs, outputs = w.shape
+    inputs, outputs = w.shape[-2:]
     if implementation != "mosaic_tpu":
         step = math.lcm(w.group, LANES)
         return BlockSizes(rows, part_size(inputs, outputs * itemsize, step), part_size(outputs, inputs * itemsize, LANES))

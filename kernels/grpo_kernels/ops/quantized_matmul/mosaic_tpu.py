@@ -5,7 +5,7 @@ with many rows of x (2,048 where they fit), so that decoding is a small part of 
 scale multiplies goes by what is least work: int8's one scale the sum at the end, int4's the values or, with few rows, each group's
 product; nf4's the codebook, of which two registers hold the 16 entries. Tails of
 rows, inputs and outputs are masked; nothing is padded or copied: TPUs read int4 and uint4 arrays in place (XLA packs them eight
-rows to a 32-bit word).
+rows to a 32-bit word), and one layer of a stack by its index, which is there before the first block is fetched.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def refusal(w: QuantizedWeight) -> str | None:
         return "mxfp4 is for experts, whose products are not this operation's"
     if w.format == "int8" or w.group % 64 == 0:
         return None
-    return f"groups of {w.group} inputs (input width {w.shape[0]}) are no multiple of 64"
+    return f"groups of {w.group} inputs (input width {w.shape[-2]}) are no multiple of 64"
 
 
 BFLOAT16_VECTORS = 6
@@ -104,6 +104,7 @@ def rows_of_scaled_products(group: int) -> int:
 
 
 def kernel(
+    _layer: Any,
     x: Any,
     values: Any,
     scale: Any,
@@ -118,6 +119,7 @@ def kernel(
     """One block of W against one tile of rows; the last grid axis runs along the summed dimension.
 
     Args:
+        _layer: index of the layer, which blocks are found by.
         x: [rows, inputs] (transposed: outputs).
         values: [inputs, outputs].
         scale: [inputs / group, outputs], or [1, outputs].
@@ -169,36 +171,48 @@ def kernel(
 
 
 def quantized_matmul_mosaic_tpu(
-    x: Float[Array, "T I"], w: QuantizedWeight, transpose: bool, blocks: BlockSizes
+    x: Float[Array, "T I"], w: QuantizedWeight, layer: Int[Array, ""] | None, transpose: bool, blocks: BlockSizes
 ) -> Float[Array, "T O"]:
-    """Computes x W or x Wᵀ by the kernel."""
-    (inputs, outputs), rows, block_in, block_out = w.shape, blocks.rows, blocks.inputs, blocks.outputs
+    """Computes x W or x Wᵀ by the kernel; of a stack [L, I, O] where `layer` is given."""
+    number = jnp.int32(0) if layer is None else layer
+    if layer is None:
+        w = jax.tree.map(lambda leaf: leaf[None], w)
+    else:
+        # Without it XLA fetches whole stacks into vector memory, as it does not see that the kernel reads one layer.
+        w = jax.tree.map(lambda leaf: pltpu.with_memory_space_constraint(leaf, pltpu.HBM), w)
+    (_, inputs, outputs), rows, block_in, block_out = w.shape, blocks.rows, blocks.inputs, blocks.outputs
     output, summed = (block_in, block_out) if transpose else (block_out, block_in)
     size = inputs if transpose else outputs
 
-    def of_weight(t: Any, n: Any, k: Any) -> tuple[Any, Any]:
-        return (n, k) if transpose else (k, n)
+    def of_weight(t: Any, n: Any, k: Any, layer: Any) -> tuple[Any, ...]:
+        return (layer[0], n, k) if transpose else (layer[0], k, n)
+
+    def of_one_scale(t: Any, n: Any, k: Any, layer: Any) -> tuple[Any, ...]:
+        return layer[0], 0, k if transpose else n
 
     groups = 1 if w.group == inputs else block_in // w.group
     grid = (pl.cdiv(x.shape[0], rows), pl.cdiv(size, output), pl.cdiv(outputs if transpose else inputs, summed))
     return pl.pallas_call(
         functools.partial(kernel, shape=(inputs, outputs), group=w.group, transpose=transpose),
-        grid=grid,
-        in_specs=[
-            pl.BlockSpec((rows, summed), lambda t, n, k: (t, k)),
-            pl.BlockSpec((block_in, block_out), of_weight),
-            pl.BlockSpec((groups, block_out), of_weight if w.group < inputs else lambda t, n, k: (0, of_weight(t, n, k)[1])),
-        ],
-        out_specs=pl.BlockSpec((rows, output), lambda t, n, k: (t, n)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=grid,
+            in_specs=[
+                pl.BlockSpec((rows, summed), lambda t, n, k, _: (t, k)),
+                pl.BlockSpec((None, block_in, block_out), of_weight),
+                pl.BlockSpec((None, groups, block_out), of_weight if w.group < inputs else of_one_scale),
+            ],
+            out_specs=pl.BlockSpec((rows, output), lambda t, n, k, _: (t, n)),
+            scratch_shapes=[pltpu.VMEM((rows, output), jnp.float32), pltpu.VMEM((block_in, block_out), x.dtype)],
+        ),
         out_shape=jax.ShapeDtypeStruct((x.shape[0], size), x.dtype),
-        scratch_shapes=[pltpu.VMEM((rows, output), jnp.float32), pltpu.VMEM((block_in, block_out), x.dtype)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=kernel_memory_bytes()
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * x.shape[0] * inputs * outputs + 2 * grid[0] * inputs * outputs,
-            bytes_accessed=grid[0] * weight_bytes(w) + grid[1] * x.nbytes + x.shape[0] * size * x.dtype.itemsize,
+            bytes_accessed=grid[0] * weight_bytes(w) // w.shape[0] + grid[1] * x.nbytes + x.shape[0] * size * x.dtype.itemsize,
             transcendentals=0,
         ),
         name="quantized_matmul_transposed" if transpose else "quantized_matmul",
-    )(x, w.values, w.scale)
+    )(number.astype(jnp.int32).reshape(1), x, w.values, w.scale)
