@@ -27,7 +27,7 @@ from grpo_jax.learner.loss import grpo_loss, token_weights, total_stats
 from grpo_jax.learner.optim import make_optimizer
 from grpo_jax.learner.step import train_step
 from grpo_jax.runtime.programs import Program
-from grpo_jax.types import Frozen, Params
+from grpo_jax.types import Frozen, Params, TrainBatch, TrainState
 
 B, G, P, C = 2, 2, 4, 4
 N = B * G
@@ -185,7 +185,11 @@ def sgd_step() -> tuple[Learner, Any]:
     """A learner with SGD, and its jitted update, which may be traced twice."""
     chex.clear_trace_counter()
     made = learner(optax.sgd(RATE))
-    return made, jax.jit(chex.assert_max_traces(functools.partial(train_step, made), n=2))
+
+    def step(state: TrainState, given: TrainBatch, frozen: Frozen) -> Any:
+        return train_step(made, state, given, frozen)
+
+    return made, jax.jit(chex.assert_max_traces(step, n=2))
 
 
 def test_any_optax_transformation_makes_the_update() -> None:
