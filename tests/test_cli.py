@@ -53,7 +53,7 @@ def fails(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize("command", ["train", "sft"])
 def test_training_gets_the_config_its_sources_and_resume(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    calls = stand_in(monkeypatch, "trainer", command)
+    calls = stand_in(monkeypatch, "training", command)
     path = tmp_path / "run.yaml"
     path.write_text("train: {steps: 5, seed: 1}\n")
     words = [
@@ -85,14 +85,14 @@ def test_training_gets_the_config_its_sources_and_resume(command: str, monkeypat
 
 
 def test_training_without_options_is_the_defaults_and_no_resume(monkeypatch: pytest.MonkeyPatch):
-    calls = stand_in(monkeypatch, "trainer", "train")
+    calls = stand_in(monkeypatch, "training", "train")
     assert cli.main(["train"]) == 0
     assert 0 <= time.perf_counter() - calls.named.pop("started") < 60
     assert (calls.arguments, calls.named) == ((Config(),), {"resume": False, "sources": {}})
 
 
 def test_a_flag_may_be_switched_off_and_a_value_joined_by_an_equals_sign(monkeypatch: pytest.MonkeyPatch):
-    calls = stand_in(monkeypatch, "trainer", "train")
+    calls = stand_in(monkeypatch, "training", "train")
     assert cli.main(["train", "--data.shuffle=false", "--train.quiet", "--rewards.accuracy_threshold=-1e-1"]) == 0
     (config,) = calls.arguments
     assert (config.data.shuffle, config.train.quiet, config.rewards.accuracy_threshold) == (False, True, -0.1)
@@ -213,9 +213,9 @@ def test_errors_of_this_package_are_messages_and_others_are_bugs(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     for error in (ConfigError("one\ntwo \x1b[2J"), FileExistsError("one\ntwo \x1b[2J")):
-        stand_in(monkeypatch, "trainer", "train", error)
+        stand_in(monkeypatch, "training", "train", error)
         assert fails(["train"], capsys) == "error: one\n       two \\x1b[2J\n"
-    stand_in(monkeypatch, "trainer", "train", ZeroDivisionError("a bug"))
+    stand_in(monkeypatch, "training", "train", ZeroDivisionError("a bug"))
     with pytest.raises(ZeroDivisionError):
         cli.main(["train"])
 
@@ -223,7 +223,7 @@ def test_errors_of_this_package_are_messages_and_others_are_bugs(
 def test_an_interrupt_says_how_to_continue(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
     path = tmp_path / "my run.yaml"
     path.write_text(f"train: {{run_dir: {tmp_path / 'run'}}}")
-    stand_in(monkeypatch, "trainer", "train", KeyboardInterrupt())
+    stand_in(monkeypatch, "training", "train", KeyboardInterrupt())
     assert cli.main(["train", "--config", str(path), "--train.steps", "7"]) == 130
     again = f"    grpo-jax train --config '{path}' --train.steps 7"
     assert capsys.readouterr().err == f"interrupted before anything was saved; this starts at step 0 again:\n{again}\n"
