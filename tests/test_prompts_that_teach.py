@@ -491,10 +491,11 @@ def letters(completion_ids, answer, **columns):
 
 @pytest.mark.slow
 def test_processes_on_a_mesh_draw_what_one_process_draws(tmp_path: Path) -> None:
-    """Two processes of two devices: all decide alike, also in rounds of prompts that the devices do not divide."""
+    """Two processes of two devices: all decide alike, while groups end one after the other on different devices."""
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
     changes = {"train.dynamic_sampling": "true", "train.max_extra_groups": "7", "train.steps": "4", "data.curriculum": "learnable"}
+    changes |= {"rollout.segment": "2", "rewards.by_group": "[letters]", "distributed.heartbeat_timeout_seconds": "300"}
     values = {name: config_folder(tmp_path / name) for name in ("one", "two")}
     for name in values:
         (tmp_path / name / "mine.py").write_text(TEACHES)
@@ -502,7 +503,9 @@ def test_processes_on_a_mesh_draw_what_one_process_draws(tmp_path: Path) -> None
     assert [process.status for process in ended] == [0, 0], ended[0].err
     train_section = values["one"]["train"] | {"dynamic_sampling": True, "max_extra_groups": 7, "steps": 4}
     data = values["one"]["data"] | {"curriculum": "learnable"}
-    whole = gx.train(Config.from_dict(values["one"] | {"train": train_section, "data": data}))
+    rollout, rewards = values["one"]["rollout"] | {"segment": 2}, values["one"]["rewards"] | {"by_group": ["letters"]}
+    sections = {"train": train_section, "data": data, "rollout": rollout, "rewards": rewards}
+    whole = gx.train(Config.from_dict(values["one"] | sections))
     assert any(record["dynamic_sampling/extra_groups"] % 4 for record in whole.history)
     assert records(tmp_path / "two" / "run" / "ledger.jsonl") == records(tmp_path / "one" / "run" / "ledger.jsonl")
     assert prompts_by_step(tmp_path / "two" / "run") == prompts_by_step(tmp_path / "one" / "run")

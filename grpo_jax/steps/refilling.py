@@ -64,9 +64,7 @@ class Refilling:
 
     Args:
         step: of the run.
-        prompts: all that may be begun, in the order of the sampler, which numbers them.
-        order: the number in the order of the step of each of them, counted from `start`.
-        start: the first number.
+        prompts: all that may be begun, in the order of the step.
         clock: of the step.
         filling: what is known of the step's groups.
         first: how many groups the rollout begins with.
@@ -74,6 +72,8 @@ class Refilling:
         spread_of: [D] bool for D groups, True = at least two rewards differ.
 
     Attributes:
+        prompts: in the order of the sampler, which numbers them: dealt out to the row shards of a mesh.
+        first: see `PromptFeed`.
         parts: groups that are scored.
     """
 
