@@ -16,6 +16,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -216,8 +217,10 @@ def joined_processes(settings: DistributedConfig, describe: Describe) -> Iterato
 
 def is_lost_peer(error: BaseException) -> bool:
     """Whether an error was probably caused by the end of another process."""
-    message = str(error).lower()
-    return isinstance(error, jax.errors.JaxRuntimeError) and any(word in message for word in LOST_PEER_WORDS)
+    # A compiled function may raise its status, such as "UNKNOWN: Gloo AllGather failed", as a ValueError.
+    status = isinstance(error, ValueError) and re.match("[A-Z_]+: ", str(error)) is not None
+    found = status or isinstance(error, jax.errors.JaxRuntimeError)
+    return found and any(word in str(error).lower() for word in LOST_PEER_WORDS)
 
 
 def is_multiprocess() -> bool:

@@ -27,7 +27,8 @@ from tiny_runs import additions, arrays, assert_same_arrays, build_model, record
 
 from grpo_jax.config import Config, ConfigError, LoraConfig, MeshConfig
 from grpo_jax.policy import Policy
-from grpo_jax.rollout.sampler import RolloutLoop, Sampler
+from grpo_jax.rollout.loop import LoopState, RolloutLoop
+from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.weights import gather_weights
 from grpo_jax.run.saved import load_run
 from grpo_jax.runtime.mesh import make_layout, make_rollout_layout
@@ -87,19 +88,19 @@ def in_flight(folder: Path) -> dict[str, Any]:
     """A run whose every update is made between two segments of the next step's rollout, or it does not go on."""
     began, updated = ([threading.Event() for _ in range(STEPS)] for _ in range(2))
     number_of, order, made = dict[int, int](), list[str](), list[int]()
-    real_sample, real_record, real_call = Sampler.sample, RolloutLoop.record, Program.__call__
+    real_sample, real_collect, real_call = Sampler.sample, RolloutLoop.collect, Program.__call__
 
     def sample(self: Sampler, *arguments: Any, **named: Any) -> Any:
         number_of[threading.get_ident()] = named.get("step", 0) if threading.current_thread().name == "rollout" else 0
         return real_sample(self, *arguments, **named)
 
-    def record(self: RolloutLoop, *arguments: Any) -> list[int]:
+    def collect(self: RolloutLoop, state: LoopState) -> None:
         number = number_of[threading.get_ident()]
         if number:
             order.append(f"rollout {number}")
             began[number].set()
             assert updated[number - 1].wait(LONG_SECONDS), "no update is made while the next step is sampled"
-        return real_record(self, *arguments)
+        real_collect(self, state)
 
     def call(self: Program, *arguments: Any, **static: Any) -> Any:
         if self.name != "update":
@@ -115,7 +116,7 @@ def in_flight(folder: Path) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(Sampler, "sample", sample)
-        patched.setattr(RolloutLoop, "record", record)
+        patched.setattr(RolloutLoop, "collect", collect)
         patched.setattr(Program, "__call__", call)
         return trained(folder, OWN) | {"order": order}
 

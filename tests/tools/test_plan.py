@@ -148,10 +148,10 @@ def test_each_of_eight_chips_has_an_eighth_of_the_weights(folder: Path) -> None:
 @pytest.mark.slow
 @needs_libtpu
 def test_each_of_eight_chips_has_all_of_the_weights_where_they_are_small(folder: Path) -> None:
-    """A rollout joins q, k and v, and gate and up, in copies of both layers."""
+    """A rollout joins q, k and v, gate and up, and two norms, in copies of both layers."""
     made = make_plan(settings(folder), "v6e-8")
     bases = [json_of(made)[phase]["memory"]["base"] for phase in ("update", "rollout")]
-    assert bases == [2 * PARAMETERS, 2 * (PARAMETERS + 2 * (64 * 64 + 2 * 64 * 32 + 2 * 64 * 128))]
+    assert bases == [2 * PARAMETERS, 2 * (PARAMETERS + 2 * (64 * 64 + 2 * 64 * 32 + 2 * 64 * 128 + 2 * 64))]
     shown = dict(rows_of(made))
     assert shown["mesh"].startswith(
         "data 8, fsdp 1, tensor 1; auto chose copies, because the frozen weights take 0.00 GiB, at most half"
