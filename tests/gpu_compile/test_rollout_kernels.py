@@ -31,8 +31,9 @@ def counted(h200: Any, *, merge: bool = False, past_sizes: tuple[int, ...] = TWO
 
 @pytest.mark.skipif(not NEW_ENOUGH, reason="jax before 0.11.2 copies each layer's part of all arrays")
 @pytest.mark.parametrize(("merge", "kernels", "share"), [(False, 39, 1.30), (True, 30, 1.27)])
-def test_with_attention_by_xla(merge: bool, kernels: int, share: float, h200: Any) -> None:
+def test_with_attention_by_xla(merge: bool, kernels: int, share: float, h200: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """71 kernels a layer with separate weights and seven past blocks."""
+    monkeypatch.setattr(decode_attention, "MOSAIC_GPU_BY_DEFAULT", False)
     token, layer, bytes_over_read = counted(h200, merge=merge)
     assert layer.kernels <= kernels
     assert bytes_over_read < share
