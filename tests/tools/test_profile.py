@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 from plain_oracles import quick_compiling
 from tiny_runs import additions, config_of, settings, words_of, write_rows
@@ -35,20 +34,15 @@ def test_the_steps_after_the_warm_up_are_traced(tmp_path: Path, capsys: pytest.C
     words = ["profile", "--out", str(out), "--steps", "2", "--warmup_steps", "1", *words_of(of_run(tmp_path))]
     assert main(words) == 0
     (folder,) = (out / "plugins" / "profile").iterdir()
-    (file,) = folder.glob("*.xplane.pb")
-    events = [
-        event for plane in jax.profiler.ProfileData.from_file(str(file)).planes for line in plane.lines for event in line.events
-    ]
-    names = [event.name for event in events]
-    assert [dict(event.stats)["step_num"] for event in events if event.name == "train"] == [1, 2]
+    assert len(list(folder.glob("*.xplane.pb"))) == 1  # for TensorBoard; jaxlib 0.12 aborts where its events' values are read
+    with gzip.open(folder / "perfetto_trace.json.gz") as stream:
+        events = json.load(stream)["traceEvents"]
+    names = [str(event.get("name")) for event in events]
+    assert [event["args"]["step_num"] for event in events if event.get("name") == "train"] == ["1", "2"]
     assert names.count("update") == 2  # the mark of the call
     assert any("train_step" in name for name in names)  # the program itself, which has its function's name
     assert any("decode_segment" in name for name in names)
     assert not any("backend_compile" in name.lower() for name in names)
-
-    with gzip.open(folder / "perfetto_trace.json.gz") as stream:
-        for_perfetto = json.load(stream)["traceEvents"]
-    assert sum(event.get("name") == "update" for event in for_perfetto) == 2
 
     printed = capsys.readouterr().out
     assert "step 3/3" in printed
