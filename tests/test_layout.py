@@ -16,7 +16,7 @@ import pytest
 # The places of whoever worked on it (home folders and the like), and package indexes by address: neither means anything elsewhere.
 FOREIGN = re.compile(
     r"(?<![\w.$}])/(?:work|root|home|Users|tmp|mnt|opt)/(?!\.\.\.)[\w.]"  # a path of some machine
-    r"|^\s*(?:--)?(?:extra-)?index-url|^\s*--find-links|https?://[^\s/]*pypi[^\s/]*/simple",
+    r"|^\s*(?:--)?(?:extra-)?index-url|^\s*--find-links|https?://[^\s/]+(?:/[^\s/]+)*/simple\b",
     re.MULTILINE,
 )
 # Words of an earlier private vocabulary, for which the field has standard terms.

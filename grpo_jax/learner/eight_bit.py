@@ -102,7 +102,8 @@ def encoded_tree(state: Any, mask: Callable[[Any], Any], count: Int[Array, ""]) 
         return encoded(leaf, key_of_name(key, jax.tree_util.keystr(path)), signed=signed)
 
     pairs = jax.tree_util.tree_map_with_path(of, state, mask(state))
-    return tuple(jax.tree.map(lambda _, pair, part=part: pair[part], state, pairs) for part in (0, 1))  # type: ignore[return-value]
+    stored, scales = (jax.tree.map(lambda _, pair, part=part: pair[part], state, pairs) for part in (0, 1))
+    return stored, scales
 
 
 def encoded(x: Float[Array, "..."], key: Key[Array, ""], *, signed: bool) -> tuple[Codes, Float32[Array, "..."]]:
