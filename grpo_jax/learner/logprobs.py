@@ -16,10 +16,11 @@ from jaxtyping import Array, Float, Int
 
 from grpo_jax.learner.truncated import Outputs, Truncation, truncated_logprobs
 from grpo_jax.models.attention import group_attend, select_tokens
+from grpo_jax.models.embedding import head_matrix
 from grpo_jax.models.head import head_logprobs
 from grpo_jax.models.recurrent import packed_recurrence
 from grpo_jax.models.routing import RouterInputs, RouterSums
-from grpo_jax.models.transformer import Transformer, forward, forward_with_routers, head_matrix
+from grpo_jax.models.transformer import Transformer, forward, forward_with_routers
 from grpo_jax.types import PackedRows, Params
 from grpo_kernels import KeyRanges, Limits
 

@@ -23,6 +23,7 @@ from grpo_jax.models.gating import gated
 from grpo_jax.models.layer_kinds import DENSE, Kind, has_keys, is_dense, is_recurrent, plain_part
 from grpo_jax.models.linear import JOINED, Linear, LinearWeights, gather, linear_product
 from grpo_jax.models.moe import mix_experts
+from grpo_jax.models.norm import RMSNorm, normalised
 from grpo_jax.models.parameters import QK_NORM_AXES, hidden_norms
 from grpo_jax.models.recurrent import Recurrence, linear_attention, short_conv
 from grpo_jax.models.rope import Angles, rotate
@@ -66,12 +67,6 @@ class Attend(Protocol):
     ) -> tuple[Array, Any, Any]: ...
 
 
-def normalised(x: Array, eps: float) -> Array:
-    """x / rms(x), float32."""
-    wide = x.astype(jnp.float32)
-    return wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + jnp.float32(eps))
-
-
 class LayerOutput(NamedTuple):
     """Output of a layer of a model in which layers share keys and values.
 
@@ -82,31 +77,6 @@ class LayerOutput(NamedTuple):
 
     stacked: Any
     keys: tuple[Array, Array]
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) · (offset + scale), in float32 (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467).
-
-    Attributes:
-        axis: logical axis of x's last dimension.
-        factor: the result is multiplied by it, before it is rounded.
-    """
-
-    eps: float
-    offset: float
-    layout: Layout | None = None
-    axis: str = "embed"
-    factor: float = 1.0
-
-    @nn.compact
-    def __call__(self, x: Array, scale: Array | None = None) -> Array:
-        """Computes the norm, with the scale of this module's variables where none is given."""
-        scale = jnp.asarray(self.get_variable("params", "scale") if scale is None else scale)
-        scale = gather(self.layout, scale.astype(jnp.float32), self.axis)
-        wide = normalised(x, self.eps)
-        factor = scale + jnp.float32(self.offset)
-        factor = factor if self.factor == 1.0 else factor * jnp.float32(self.factor)
-        return (wide * jnp.expand_dims(factor, tuple(range(x.ndim - 1)))).astype(x.dtype)
 
 
 class Sinks(nn.Module):

@@ -20,10 +20,12 @@ from jaxtyping import Array, Float, Int, Integer, Key
 
 from grpo_jax.models.adapters import Ratios, computed_adapters
 from grpo_jax.models.dropout import layer_keys
+from grpo_jax.models.embedding import Embedding
 from grpo_jax.models.layer_kinds import Kind, Run, has_keys, is_recurrent
-from grpo_jax.models.layers import LAYER_INPUT, LAYER_MIDDLE, Attend, Block, LayerOutput, RMSNorm, SelectTokens
+from grpo_jax.models.layers import LAYER_INPUT, LAYER_MIDDLE, Attend, Block, LayerOutput, SelectTokens
 from grpo_jax.models.linear import Linear
 from grpo_jax.models.mixed_layers import ApplyLayer, LayerCaches, run_mixed_layers
+from grpo_jax.models.norm import RMSNorm
 from grpo_jax.models.recurrent import Recurrence
 from grpo_jax.models.rope import rope_tables
 from grpo_jax.models.routing import COLLECTION, RouterInputs, RouterSums, total_sums, used_experts
@@ -374,35 +376,3 @@ def remat_policy(remat: str) -> Any:
         offload_src="device",
         offload_dst="pinned_host",
     )
-
-
-class Embedding(nn.Module):
-    """Rows of the embedding matrix."""
-
-    layout: Layout | None = None
-
-    @nn.compact
-    def __call__(self, ids: Array) -> Array:
-        return embed(self.get_variable("params", "embedding"), ids, self.layout)
-
-
-def embed(table: Float[Array, "V D"], ids: Int[Array, "B T"], layout: Layout | None) -> Float[Array, "B T D"]:
-    """Rows of the embedding matrix; on a mesh each device looks up what it has of the vocabulary, gathered over fsdp."""
-    if layout is None:
-        return jnp.take(table, ids, axis=0)
-
-    def local(table: Array, ids: Array) -> Array:
-        if layout.tensor == 1:
-            return jnp.take(table, ids, axis=0)
-        own = ids - jax.lax.axis_index("tensor") * table.shape[0]
-        here = (own >= 0) & (own < table.shape[0])
-        rows = jnp.take(table, jnp.where(here, own, 0), axis=0)
-        return jax.lax.psum(jnp.where(here[:, :, None], rows, jnp.zeros((), rows.dtype)), "tensor")
-
-    inputs = (layout.decoding.spec("vocab", "embed"), layout.spec("rows", "tokens"))
-    return layout.local(local, inputs, layout.spec("rows", "tokens", None))(table, ids)
-
-
-def head_matrix(spec: ModelSpec, params: Params) -> Float[Array, "V D"]:
-    """The matrix that turns hidden states into logits."""
-    return params["embed" if spec.tied else "head"]["embedding"]

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Integer
 
+from grpo_jax.models.embedding import head_matrix
 from grpo_jax.models.layer_kinds import has_keys
 from grpo_jax.models.recurrent import TokenRecurrence
 from grpo_jax.models.routing import expert_dtype
-from grpo_jax.models.transformer import Transformer, forward_with_experts, head_matrix
+from grpo_jax.models.transformer import Transformer, forward_with_experts
 from grpo_jax.rollout.kv_cache import SlotMap, constrain_cache, decode_attend, empty_past_block, layer_caches
 from grpo_jax.rollout.prefill import PrefilledPrompts, gather_by_prompt_slot
 from grpo_jax.rollout.sampling import Drawn, SamplingControls, sample_token

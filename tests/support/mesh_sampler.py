@@ -30,9 +30,10 @@ from rollouts import folded_numbers, nearness
 
 from grpo_jax.config import LoraConfig, MeshConfig, RolloutConfig
 from grpo_jax.models.attention import prefill_attend
+from grpo_jax.models.embedding import head_matrix
 from grpo_jax.models.parameters import init_params
 from grpo_jax.models.spec import ModelSpec, Rope
-from grpo_jax.models.transformer import Transformer, forward, head_matrix
+from grpo_jax.models.transformer import Transformer, forward
 from grpo_jax.rollout.sampler import Sampler
 from grpo_jax.rollout.sampling import NEAR_LOGITS
 from grpo_jax.rollout.shapes import pad_rows
